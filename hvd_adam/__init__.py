@@ -1,0 +1,28 @@
+"""Adam from scratch, data-parallel through Horovod: ``from hvd_adam import Adam, distribute, init``.
+
+The public names are imported on first use, so that ``python -m hvd_adam.train --help`` answers before
+PyTorch is loaded, and so that ``Adam`` works in a single process where Horovod is not installed.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hvd_adam.adam import Adam
+    from hvd_adam.cluster import Cluster, init
+    from hvd_adam.distributed import distribute
+
+__version__ = "0.1.0"
+__all__ = ["Adam", "Cluster", "distribute", "init"]
+
+_HOME = {"Adam": "adam", "Cluster": "cluster", "distribute": "distributed", "init": "cluster"}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

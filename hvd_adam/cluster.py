@@ -1,0 +1,302 @@
+"""Who am I: launcher, rank, sizes and device of this process. The only module that reads launcher variables.
+
+    cluster = init()
+    model.to(cluster.device)
+
+PyTorch and Horovod are imported inside the functions that need them, so that the command line can ask
+`launched()` for its rank, and answer `--help` or a bad value, before either is loaded.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from hvd_adam.errors import AgreedError, UserError
+
+if TYPE_CHECKING:
+    import torch
+
+BUILD_COMMAND = "bash launch/setup.sh"
+
+# Set for Horovod where the user has not: it reads them once, in hvd.init.
+HOROVOD_DEFAULTS = {
+    # A rank that never arrives ends the job after ten minutes; stock Horovod waits for ever.
+    "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "600",
+    # Gradients are reduced in fixed groups (distributed.py). Fusing groups further would depend on timing,
+    # and with it the order of additions from three ranks on.
+    "HOROVOD_DISABLE_GROUP_FUSION": "1",
+}
+
+
+@dataclass(frozen=True)
+class Launched:
+    """What the launcher says of this process, before Horovod has started.
+
+    Attributes:
+        launcher: "horovodrun", "mpirun", "srun", "mpiexec", "torchrun" or "none".
+        rank: 0 ≤ rank < size.
+        size: number of processes the launcher started, ≥ 1.
+    """
+
+    launcher: str
+    rank: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """This process among all processes of the job.
+
+    Attributes:
+        rank: 0 ≤ rank < size, over all hosts.
+        size: the world size.
+        local_rank: 0 ≤ local_rank < local_size, on this host.
+        local_size: processes on this host.
+        cross_rank: index of this host among the hosts that have this local_rank.
+        cross_size: number of hosts that have this local_rank.
+        device: where this rank computes; no other rank of the job computes on the same GPU.
+        launcher: as in `Launched`.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    cross_rank: int
+    cross_size: int
+    device: torch.device
+    launcher: str
+
+
+_cluster: Cluster | None = None  # what `init` returned
+
+# In order of precedence: what runs inside an allocation or under a wrapper carries the outer variables too.
+_LAUNCHERS = (
+    ("horovodrun", "HOROVOD_RANK", "HOROVOD_SIZE"),
+    ("mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+    ("mpiexec", "PMI_RANK", "PMI_SIZE"),
+    ("torchrun", "RANK", "WORLD_SIZE"),
+)
+
+_REMEDY = {
+    "horovodrun": f"Horovod may be built without its controller; rebuild it with `{BUILD_COMMAND}`",
+    "mpirun": "the mpirun on PATH is not the one Horovod was built with, or Horovod was built without MPI; "
+    f"rebuild it with `{BUILD_COMMAND}`",
+    "srun": "start the ranks with `srun --mpi=pmix` (`srun --mpi=list` shows what this Slurm has) "
+    "or with mpirun inside the allocation",
+    "mpiexec": "this mpiexec is of another MPI than Horovod's; use the mpirun that Horovod was built with",
+    "torchrun": "torchrun does not start Horovod; use `horovodrun -np N python -m hvd_adam.train` instead",
+    "none": "start the job with horovodrun, mpirun or srun",
+}
+
+
+def launched(environ: Mapping[str, str] = os.environ) -> Launched:
+    """Reads from the environment which launcher started this process, as which rank of how many."""
+    for launcher, rank, size in _LAUNCHERS:
+        if rank in environ and size in environ:
+            return Launched(launcher, int(environ[rank]), int(environ[size]))
+    return Launched("none", 0, 1)
+
+
+@cache
+def horovod() -> ModuleType:
+    """Imports `horovod.torch`.
+
+    Raises:
+        UserError: Horovod is not installed, was built against another PyTorch, or its library does not load.
+    """
+    import torch
+
+    spec = importlib.util.find_spec("horovod")
+    if spec is None or spec.origin is None:
+        raise UserError(f"Horovod is not installed in {sys.prefix}; build it with `{BUILD_COMMAND}`")
+    metadata = Path(spec.origin).with_name("metadata.json")
+    built_with = json.loads(metadata.read_text()).get("pytorch") if metadata.exists() else None
+    if built_with is None:
+        raise UserError(f"the Horovod in {sys.prefix} has no PyTorch support; build it with `{BUILD_COMMAND}`")
+    if built_with != torch.__version__:
+        raise UserError(
+            f"Horovod was built against torch {built_with}, but torch {torch.__version__} is installed; "
+            f"build it again with `{BUILD_COMMAND}`"
+        )
+    try:
+        import horovod.torch as hvd
+    except (ImportError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"Horovod's library does not load ({reason}): torch, MPI or CUDA has changed since it was built; "
+            f"build it again with `{BUILD_COMMAND}`"
+        ) from error
+    return hvd
+
+
+def init(device: str = "auto") -> Cluster:
+    """Starts Horovod, gives this rank its device and its share of the host's cores.
+
+    Every rank calls it once, together; later calls return the same `Cluster` without a collective.
+
+    Args:
+        device: "auto" (a GPU if the host has one, else the CPU), "cpu" or "cuda".
+
+    Raises:
+        UserError: Horovod cannot be loaded; the launcher started more processes than Horovod sees; there are
+            more ranks on a host than GPUs, or two ranks share one. Raised on every rank.
+    """
+    global _cluster
+    if _cluster is not None:
+        return _cluster
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device is {device!r}; use auto, cpu or cuda")
+    launch = launched()
+    _refuse_srun_without_pmix(launch)
+    hvd = horovod()
+    for name, value in HOROVOD_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    hvd.init()
+    if hvd.size() != launch.size:
+        raise _size_mismatch(launch, hvd.size())
+
+    here = _Place.of_this_rank(device, hvd.local_rank())
+    places: list[_Place] = hvd.allgather_object(here, name="hvd_adam.places")
+    _check_devices(places, device)
+    _share_cores(here, places)
+    _cluster = Cluster(
+        rank=hvd.rank(),
+        size=hvd.size(),
+        local_rank=hvd.local_rank(),
+        local_size=hvd.local_size(),
+        cross_rank=hvd.cross_rank(),
+        cross_size=hvd.cross_size(),
+        device=_use(here),
+        launcher=launch.launcher,
+    )
+    return _cluster
+
+
+@contextmanager
+def together(cluster: Cluster) -> Iterator[None]:
+    """Ends the block on every rank if it failed on one: all raise the first failing rank's `UserError`.
+
+    For work that each rank does by itself and that can fail on one alone (a missing file on one host). The
+    block must hold no collective, and every rank must reach its end.
+
+    Raises:
+        AgreedError: on every rank, naming the rank and host if it was not rank 0.
+    """
+    failure = None
+    try:
+        yield
+    except UserError as error:
+        failure = f"rank {cluster.rank} on {socket.gethostname()}: {error}" if cluster.rank else str(error)
+    failures = horovod().allgather_object(failure, name="hvd_adam.together") if cluster.size > 1 else [failure]
+    for first in filter(None, failures):
+        raise AgreedError(first)
+
+
+def require_same(cluster: Cluster, what: str, values: Mapping[str, object]) -> None:
+    """Raises AgreedError on every rank, naming the first of `values` that differs from rank 0's.
+
+    Args:
+        cluster: this process.
+        what: what the values are, for the message ("arguments").
+        values: by name; compared by equality, so of plain types.
+    """
+    with together(cluster):
+        everyones = horovod().allgather_object(dict(values), name="hvd_adam.same") if cluster.size > 1 else []
+        for rank, theirs in enumerate(everyones):
+            for name in sorted({*theirs, *everyones[0]}):
+                if theirs.get(name) != everyones[0].get(name):
+                    raise UserError(
+                        f"the ranks were started with different {what}: {name} is {everyones[0].get(name)!r} "
+                        f"on rank 0 and {theirs.get(name)!r} on rank {rank}; start all ranks alike"
+                    )
+
+
+def _refuse_srun_without_pmix(launch: Launched) -> None:
+    # Open MPI's own MPI_Init would abort the process with half a page that hides the cause.
+    if launch.launcher == "srun" and launch.size > 1 and not ({"PMIX_RANK", "PMI_RANK"} & set(os.environ)):
+        raise _size_mismatch(launch, 1)
+
+
+def _size_mismatch(launch: Launched, seen: int) -> UserError:
+    return UserError(
+        f"{launch.launcher} says it started {launch.size} process{'es' * (launch.size > 1)}, but Horovod "
+        f"sees {seen}: {_REMEDY[launch.launcher]}"
+    )
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a rank runs, for the others on its host to compare with."""
+
+    host: str
+    cores: tuple[int, ...]
+    gpus: int  # visible to this rank
+    gpu_index: int | None
+    gpu_identity: str | None
+
+    @classmethod
+    def of_this_rank(cls, device: str, local_rank: int) -> _Place:
+        import torch
+
+        gpus = torch.cuda.device_count() if device != "cpu" else 0
+        # One visible GPU: the launcher (Slurm's --gpus-per-task, say) has bound this rank to its own already.
+        index = None if gpus == 0 else 0 if gpus == 1 else local_rank
+        identity = None
+        if index is not None and index < gpus:
+            properties = torch.cuda.get_device_properties(index)
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+            identity = str(getattr(properties, "uuid", f"{index} of {visible}"))
+        cores = tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else ()
+        return cls(socket.gethostname(), cores, gpus, index, identity)
+
+
+def _check_devices(places: list[_Place], device: str) -> None:
+    """Every rank sees the same list and comes to the same verdict."""
+    owners: dict[tuple[str, str], int] = {}
+    for rank, place in enumerate(places):
+        if place.gpu_index is None:
+            if device == "cuda" or any(other.gpus for other in places):
+                raise AgreedError(
+                    f"rank {rank} on {place.host} sees no GPU; check its driver and CUDA_VISIBLE_DEVICES, "
+                    "or train on --device cpu"
+                )
+            continue
+        owner = owners.setdefault((place.host, place.gpu_identity or ""), rank)
+        if place.gpu_identity is None or owner != rank:
+            ranks_there = sum(other.host == place.host for other in places)
+            raise AgreedError(
+                f"{ranks_there} ranks on {place.host} for {place.gpus} GPU{'s' * (place.gpus > 1)}; start one "
+                "rank a GPU (-np, -H host:slots, --ntasks-per-node), or train on --device cpu"
+            )
+
+
+def _share_cores(here: _Place, places: list[_Place]) -> None:
+    """Divides the cores among the ranks that may run on them; PyTorch alone gives every rank all."""
+    import torch
+
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    sharers = sum(other.host == here.host and other.cores == here.cores for other in places)
+    torch.set_num_threads(max(1, (len(here.cores) or os.cpu_count() or 1) // sharers))
+
+
+def _use(place: _Place) -> torch.device:
+    import torch
+
+    if place.gpu_index is None:
+        return torch.device("cpu")
+    torch.cuda.set_device(place.gpu_index)
+    return torch.device("cuda", place.gpu_index)

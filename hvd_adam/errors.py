@@ -1,0 +1,9 @@
+"""What a user can put right. It becomes one line on stderr and exit code 2."""
+
+
+class UserError(ValueError):
+    """Bad input. The message is one line that says what is wrong, where, which value, and what to do."""
+
+
+class AgreedError(UserError):
+    """A `UserError` that every rank raises at the same point, so that rank 0 alone needs to print it."""
