@@ -1,0 +1,153 @@
+"""A command's frame: arguments in, one line and an exit code out, on every rank. Imports no torch.
+
+Exit codes: 0 done, 2 bad arguments or input (one line on stderr, no traceback), 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+
+import jsonargparse
+
+from hvd_adam.cluster import launched
+from hvd_adam.config import PRECISIONS
+from hvd_adam.errors import AgreedError, UserError
+
+Config = TypeVar("Config")
+
+# The launcher ends the other ranks once rank 0 has exited; only if it has not by then do they speak too.
+GRACE_SECONDS = 3.0
+
+
+def run(
+    main: Callable[[Config], None], config: type[Config], name: str, argv: Sequence[str] | None = None
+) -> NoReturn:
+    """Parses the arguments into `config`, calls `main` with it, and exits with the code of what came of it.
+
+    Args:
+        main: the command; runs on every rank.
+        config: a dataclass whose fields have help texts (`hvd_adam.config`).
+        name: as in `python -m name`.
+        argv: the arguments; those of this process by default.
+    """
+    try:
+        main(parse(config, name, argv))
+    except UserError as error:
+        _exit_with(error, f"{name}: error: {error}", 2)
+    except KeyboardInterrupt:
+        _leave(130)
+    except Exception as error:
+        _fail(error, name)
+    sys.exit(0)
+
+
+def parse(config: type[Config], name: str, argv: Sequence[str] | None = None) -> Config:
+    """Reads the command line and `--config` files into a configuration.
+
+    Raises:
+        UserError: an unknown option, a value of the wrong type or out of its range; one line.
+    """
+    parser = _parser(config, name)
+    try:
+        values = parser.parse_args(_understood(sys.argv[1:] if argv is None else argv)).as_dict()
+    except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
+        raise UserError(f"{_one_line(str(error), config)} (see python -m {name} --help)") from None
+    return config(**{item.name: values[item.name] for item in fields(config)})
+
+
+def _parser(config: type, name: str) -> jsonargparse.ArgumentParser:
+    summary = (config.__doc__ or "").splitlines()[0]
+    parser = jsonargparse.ArgumentParser(prog=f"python -m {name}", description=summary, exit_on_error=False)
+    parser.add_argument("--config", action=jsonargparse.ActionConfigFile, help="YAML file with any of the options")
+    types = get_type_hints(config)
+    for item in fields(config):
+        option, text = f"--{item.name.replace('_', '-')}", item.metadata["help"]
+        if types[item.name] is bool:
+            negation = jsonargparse.ActionYesNo(no_prefix="no-")
+            parser.add_argument(option, action=negation, default=item.default, help=text)
+        elif types[item.name] == tuple[float, float]:
+            parser.add_argument(option, type=two_numbers, default=item.default, help=text)
+        else:
+            parser.add_argument(option, type=types[item.name], default=item.default, help=text)
+    return parser
+
+
+def two_numbers(text: Any) -> tuple[float, float]:
+    """Two numbers: 0.9,0.999 or [0.9, 0.999], as a text or as a configuration file's list."""
+    parts = text.strip("[]() ").replace(",", " ").split() if isinstance(text, str) else text
+    first, second = (float(part) for part in parts)
+    return first, second
+
+
+def _understood(argv: Sequence[str]) -> list[str]:
+    """Accepts PyTorch's names of precisions, and underscores for dashes, in the names of options."""
+    arguments: list[str] = []
+    for argument in argv:
+        if argument.startswith("--") and not argument.startswith("--print_config"):
+            option, equals, value = argument.partition("=")
+            argument = option.replace("_", "-") + equals + value
+        arguments.append(argument)
+    for position, argument in enumerate(arguments):
+        option, _, value = argument.partition("=")
+        if option == "--precision" and value in PRECISIONS:
+            arguments[position] = f"--precision={PRECISIONS[value]}"
+        elif position and arguments[position - 1] == "--precision":
+            arguments[position] = PRECISIONS.get(argument, argument)
+    return arguments
+
+
+def _one_line(message: str, config: type) -> str:
+    """Turns jsonargparse's report of a value that does not fit, over several lines, into one line."""
+    message = " ".join(message.split())
+    wrong = re.search(r'Parser key "(\w+)":.* (?:Got|Given) value: (.*)', message)
+    if not wrong or wrong[1] not in get_type_hints(config):
+        return message
+    return f"--{wrong[1].replace('_', '-')} is {wrong[2]}: it must be {_wanted(get_type_hints(config)[wrong[1]])}"
+
+
+def _wanted(kind: Any) -> str:
+    """What a value of this type looks like, in words."""
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, get_args(kind)))}"
+    for member in get_args(kind) or (kind,):
+        if member in (int, float):
+            return "a whole number" if member is int else "a number"
+    return f"a {getattr(kind, '__name__', kind)}"
+
+
+def _exit_with(error: UserError, line: str, code: int) -> NoReturn:
+    rank = launched().rank
+    if rank == 0:
+        print(line, file=sys.stderr, flush=True)
+    elif not isinstance(error, AgreedError):
+        time.sleep(GRACE_SECONDS)
+        print(f"{line} [rank {rank} on {socket.gethostname()}]", file=sys.stderr, flush=True)
+    _leave(code)
+
+
+def _fail(error: Exception, name: str) -> NoReturn:
+    """Shows the first cause once: a rank that only lost its peer waits for the launcher to end it."""
+    rank, host = launched().rank, socket.gethostname()
+    if type(error).__name__ == "HorovodInternalError":
+        time.sleep(GRACE_SECONDS)
+        print(f"{name}: rank {rank} on {host} lost the others: {error}", file=sys.stderr, flush=True)
+    else:
+        traceback.print_exception(error)
+        print(f"{name}: rank {rank} on {host} failed: {error!r}", file=sys.stderr, flush=True)
+    _leave(1)
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends this process at once: Horovod's own end would wait for ranks that are stuck in a collective."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,19 @@
+"""Evaluates a checkpoint, each test image counted exactly once at any number of ranks.
+
+python -m hvd_adam.evaluate --checkpoint runs/…
+horovodrun -np 2 python -m hvd_adam.evaluate --checkpoint runs/…
+"""
+
+from hvd_adam.command import run
+from hvd_adam.config import EvaluateConfig
+
+
+def main(config: EvaluateConfig) -> None:
+    """The command; runs on every rank."""
+    from hvd_adam.evaluation import evaluate  # here: --help and a bad value answer before PyTorch is loaded
+
+    evaluate(config)
+
+
+if __name__ == "__main__":
+    run(main, EvaluateConfig, "hvd_adam.evaluate")

@@ -1,0 +1,143 @@
+"""Scores of a model over the whole test set, and models brought back from checkpoints."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from hvd_adam import checkpoint, data, models
+from hvd_adam.cluster import Cluster, init, require_same, together
+from hvd_adam.config import DataConfig, EvaluateConfig
+from hvd_adam.data.loader import DeviceLoader
+from hvd_adam.errors import UserError
+from hvd_adam.metrics import sum_over_ranks
+from hvd_adam.precision import autocast, parameter_dtype
+
+Forward = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Averages over the whole test set.
+
+    Attributes:
+        test_loss: mean cross-entropy, in nats.
+        test_accuracy: share of images told right, in [0, 1].
+        test_balanced_accuracy: mean over the classes of the share of their images told right, in [0, 1].
+        images: how many images were counted.
+    """
+
+    test_loss: float
+    test_accuracy: float
+    test_balanced_accuracy: float
+    images: int
+
+
+@torch.inference_mode()
+def score(forward: Forward, loader: DeviceLoader, cluster: Cluster, batch_size: int = 256) -> Scores:
+    """Counts every test image once over all ranks; every rank calls it and gets the same scores.
+
+    Args:
+        forward: from images (n, c, h, w) to logits (n, classes); the caller puts the model in evaluation mode.
+        loader: this rank's batches.
+        cluster: this process.
+        batch_size: images per rank and batch.
+    """
+    classes = len(loader.data.classes)
+    sums = torch.zeros(1 + 2 * classes, dtype=torch.float64, device=cluster.device)
+    loss, right, seen = sums.split([1, classes, classes])
+    for images, labels in loader.test_batches(batch_size, rank=cluster.rank, size=cluster.size):
+        logits = forward(images).to(loader.dtype)
+        loss += F.cross_entropy(logits, labels, reduction="sum")
+        right += torch.bincount(labels[logits.argmax(dim=1) == labels], minlength=classes)
+        seen += torch.bincount(labels, minlength=classes)
+    loss_sum, *counts = sum_over_ranks(sums, cluster, "scores")
+    rights, totals = counts[:classes], counts[classes:]
+    recalls = [r / n for r, n in zip(rights, totals, strict=True) if n]
+    images_seen = sum(totals)
+    return Scores(loss_sum / images_seen, sum(rights) / images_seen, sum(recalls) / len(recalls), int(images_seen))
+
+
+def evaluate(config: EvaluateConfig) -> None:
+    """What `python -m hvd_adam.evaluate` does, on every rank."""
+    cluster = init(config.device)
+    require_same(cluster, "arguments", asdict(config))
+    with together(cluster):
+        forward, loader = restore(config, cluster)
+    scores = score(forward, loader, cluster, config.batch_size)
+    if cluster.rank == 0:
+        sys.stdout.write(_report(scores, loader.data.name, config.json) + "\n")
+
+
+def restore(config: EvaluateConfig, cluster: Cluster) -> tuple[Forward, DeviceLoader]:
+    """Rebuilds a checkpoint's model, in evaluation mode, and the test images as it was trained to see them.
+
+    Raises:
+        UserError: the checkpoint is missing or damaged, its model or data set cannot be built, or they do not
+            fit together.
+    """
+    state = checkpoint.load(config.checkpoint)
+    try:
+        trained, seen, weights = state["config"], state["data"], state["model"]
+    except KeyError as error:
+        raise UserError(f"checkpoint {config.checkpoint} was not written by hvd_adam.train: no {error}") from None
+    images = _load_data(config, trained)
+    if list(images.classes) != seen["classes"]:
+        _refuse(config, f"its classes are {seen['classes']}, those of {images.name} {list(images.classes)}")
+    model = models.build(
+        trained["model"],
+        in_channels=images.channels,
+        num_classes=len(images.classes),
+        image_size=images.image_size,
+        dropout=trained["dropout"],
+    )
+    _load_weights(model, weights, config)
+    dtype = parameter_dtype(trained["precision"])
+    model.to(cluster.device, dtype).eval()
+
+    def forward(batch: torch.Tensor) -> torch.Tensor:
+        with autocast(trained["precision"], cluster.device):
+            return model(batch)
+
+    mean, std = tuple(seen["mean"]), tuple(seen["std"])
+    return forward, DeviceLoader(images, cluster.device, dtype=dtype, mean=mean, std=std)
+
+
+def _load_data(config: EvaluateConfig, trained: dict[str, Any]) -> data.ImageData:
+    return data.load(
+        config.dataset or trained["dataset"],
+        data_dir=config.data_dir or trained["data_dir"],
+        download=trained["download"],
+        positive_class=trained["positive_class"],
+        synthetic_shape=DataConfig(synthetic_shape=trained["synthetic_shape"]).synthetic_size(),
+        synthetic_classes=trained["synthetic_classes"],
+        synthetic_samples=trained["synthetic_samples"],
+    )
+
+
+def _load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], config: EvaluateConfig) -> None:
+    own = model.state_dict()
+    for name in sorted({*own, *weights}):
+        here, there = (tuple(w[name].shape) if name in w else "absent" for w in (own, weights))
+        if here != there:
+            _refuse(config, f"{name} is {there} in it and {here} in the model")
+    model.load_state_dict(weights)
+
+
+def _refuse(config: EvaluateConfig, difference: str) -> None:
+    raise UserError(f"checkpoint {config.checkpoint} is of another model or data set: {difference}")
+
+
+def _report(scores: Scores, name: str, as_json: bool) -> str:
+    if as_json:
+        return json.dumps(asdict(scores))
+    return (
+        f"test images {scores.images} of {name}\ntest loss {scores.test_loss:.4f}\n"
+        f"test accuracy {scores.test_accuracy:.4f}\ntest balanced accuracy {scores.test_balanced_accuracy:.4f}"
+    )

@@ -1,0 +1,183 @@
+"""What a run reports: exact averages over ranks, `metrics.jsonl`, TensorBoard events, progress, `curves.png`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from hvd_adam.cluster import Cluster, horovod
+
+METRICS_FILE = "metrics.jsonl"
+PLOT_FILE = "curves.png"
+
+
+def sum_over_ranks(values: torch.Tensor, cluster: Cluster, name: str) -> list[float]:
+    """The elementwise sum of a small float64 tensor over the ranks; every rank calls it."""
+    if cluster.size > 1:
+        values = horovod().allreduce(values, op=horovod().Sum, name=f"hvd_adam.metrics.{name}")
+    return values.tolist()
+
+
+class RunningMean:
+    """The mean loss over all samples of all ranks since it was last read, kept on the device until then."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._sums = torch.zeros(2, dtype=torch.float64, device=cluster.device)
+
+    def add(self, mean: torch.Tensor, samples: int) -> None:
+        """Takes in the mean over a micro-batch of so many samples; neither waits for the device nor for ranks."""
+        self._sums[0] += mean.detach().double() * samples
+        self._sums[1] += samples
+
+    def read(self) -> float:
+        """Returns the mean and starts anew; every rank calls it."""
+        total, samples = sum_over_ranks(self._sums, self._cluster, "loss")
+        self._sums.zero_()
+        return total / samples
+
+
+class Stopwatch:
+    """Images per second over all ranks; evaluation and other pauses do not count."""
+
+    def __init__(self) -> None:
+        self._total_images, self._total_seconds = 0, 0.0
+        self._images, self._seconds = 0, 0.0
+        self._started: float | None = None
+
+    def start(self) -> None:
+        """Starts or goes on."""
+        self._started = time.perf_counter()
+
+    def pause(self) -> None:
+        """Stops counting until `start`."""
+        self._take()
+        self._started = None
+
+    def add(self, images: int) -> None:
+        """Counts images of all ranks."""
+        self._images += images
+
+    def lap(self) -> float:
+        """Images per second since the last lap."""
+        self._take()
+        rate = self._images / max(self._seconds, 1e-9)
+        self._total_images += self._images
+        self._total_seconds += self._seconds
+        self._images, self._seconds = 0, 0.0
+        return rate
+
+    def total(self) -> float:
+        """Images per second over all laps."""
+        self.lap()
+        return self._total_images / max(self._total_seconds, 1e-9)
+
+    def _take(self) -> None:
+        if self._started is not None:
+            now = time.perf_counter()
+            self._seconds += now - self._started
+            self._started = now
+
+
+class RunLog:
+    """Rank 0's record of a run. On the other ranks (`folder` None) it does nothing.
+
+    Each event is one line of `metrics.jsonl`, written at once; its numbers go to TensorBoard too. On a
+    terminal there is a progress bar; in a pipe or a log file, plain lines.
+    """
+
+    def __init__(self, folder: Path | None, total_steps: int) -> None:
+        self._folder = folder
+        if folder is None:
+            return
+        from torch.utils.tensorboard import SummaryWriter  # a second to import; rank 0 alone needs it
+
+        self._lines = (folder / METRICS_FILE).open("a", buffering=1)
+        self._board = SummaryWriter(str(folder))
+        self._bar = tqdm(total=total_steps, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        self._total_steps = total_steps
+
+    def event(self, event: str, step: int, epoch: int, **values: Any) -> None:
+        """Records what happened after `step` updates.
+
+        Args:
+            event: "start", "step", "eval", "checkpoint" or "end".
+            step: updates made so far.
+            epoch: epochs begun so far.
+            values: numbers by name, in the units of the README's table of metrics.
+        """
+        if self._folder is None:
+            return
+        line = {"event": event, "step": step, "epoch": epoch, "time": time.time(), **values}
+        self._lines.write(json.dumps(line) + "\n")
+        for name, value in values.items():
+            if event in ("step", "eval") and isinstance(value, float):
+                self._board.add_scalar(name if "_" in name else f"train_{name}", value, step)
+        self._show(event, step, epoch, values)
+
+    def say(self, text: str) -> None:
+        """Prints a line for the person who watches."""
+        if self._folder is not None:
+            self._bar.clear()
+            sys.stdout.write(text + "\n")  # in one write: launchers tag each write with the rank
+            sys.stdout.flush()
+            self._bar.refresh()
+
+    def close(self) -> None:
+        """Flushes everything to disk."""
+        if self._folder is not None:
+            self._bar.close()
+            self._board.close()
+            self._lines.close()
+
+    def _show(self, event: str, step: int, epoch: int, values: dict[str, Any]) -> None:
+        if event == "step":
+            self._bar.update(step - self._bar.n)
+            shown = {
+                "loss": f"{values['loss']:.4f}",
+                "lr": f"{values['lr']:.2e}",
+                "images/s": f"{values['images_per_second']:.0f}",
+            }
+            self._bar.set_postfix(shown)
+            if self._bar.disable:
+                details = "  ".join(f"{name} {value}" for name, value in shown.items())
+                self.say(f"epoch {epoch}  step {step}/{self._total_steps}  {details}")
+        elif event == "eval":
+            scores = "  ".join(
+                f"{name.replace('_', ' ')} {value:.4f}"
+                for name, value in values.items()
+                if name.startswith("test_")
+            )
+            self.say(f"epoch {epoch}  step {step}/{self._total_steps}  {scores}")
+
+
+def plot(folder: Path) -> Path:
+    """Draws loss, learning rate and test accuracy of a run folder's `metrics.jsonl` into `curves.png`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
+    steps = [line for line in lines if line["event"] == "step"]
+    tests = [line for line in lines if line["event"] == "eval"]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    left.plot([s["step"] for s in steps], [s["loss"] for s in steps], label="train loss")
+    left.plot([t["step"] for t in tests], [t["test_loss"] for t in tests], "o-", label="test loss", markersize=3)
+    left.set(xlabel="step", ylabel="cross-entropy", yscale="log")
+    rate = left.twinx()
+    rate.plot([s["step"] for s in steps], [s["lr"] for s in steps], color="grey", linewidth=0.8, linestyle="--")
+    rate.set_ylabel("learning rate (dashed)")
+    left.legend()
+    right.plot([t["step"] for t in tests], [t["test_accuracy"] for t in tests], "o-", markersize=3)
+    right.set(xlabel="step", ylabel="test accuracy")
+    right.grid(alpha=0.3)
+    figure.savefig(folder / PLOT_FILE, dpi=120)
+    pyplot.close(figure)
+    return folder / PLOT_FILE

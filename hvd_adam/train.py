@@ -1,0 +1,20 @@
+"""Trains an image classifier with Adam, data-parallel over all ranks that a launcher started.
+
+python -m hvd_adam.train
+horovodrun -np 2 python -m hvd_adam.train
+horovodrun -np 8 -H host1:4,host2:4 python -m hvd_adam.train --dataset cifar10 --model resnet18
+"""
+
+from hvd_adam.command import run
+from hvd_adam.config import TrainConfig
+
+
+def main(config: TrainConfig) -> None:
+    """The command; runs on every rank."""
+    from hvd_adam.trainer import Trainer  # here: --help and a bad value answer before PyTorch is loaded
+
+    Trainer(config).run()
+
+
+if __name__ == "__main__":
+    run(main, TrainConfig, "hvd_adam.train")
