@@ -86,7 +86,7 @@ def _from_bytes(received: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 def _tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     """All tensors of the training, each once, in an order that all ranks share."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = _trained(optimizer)
     state = [
         value
         for parameter in parameters
@@ -100,19 +100,24 @@ def _tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[t
 def _describe(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss_scaler: Any | None) -> dict:
     """The layout that must agree (model, groups) and the small values that are rank 0's to give."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
+    groups = optimizer.param_groups
+    numbers = {parameter: number for number, parameter in enumerate(_trained(optimizer))}
     return {
         "model": {name: (tuple(t.shape), str(t.dtype)) for name, t in tensors},
-        "groups": [[(tuple(p.shape), str(p.dtype)) for p in g["params"]] for g in optimizer.param_groups],
+        "groups": [[(tuple(p.shape), str(p.dtype)) for p in group["params"]] for group in groups],
         "hyper": [
-            {key: _plain(value) for key, value in g.items() if key != "params"} for g in optimizer.param_groups
+            {key: None if key == "params" else _plain(value) for key, value in group.items()} for group in groups
         ],
-        "state": [
-            {key: _state_layout(value) for key, value in optimizer.state.get(p, {}).items()}
-            for g in optimizer.param_groups
-            for p in g["params"]
-        ],
+        "state": {
+            numbers[parameter]: {key: _state_layout(value) for key, value in state.items()}
+            for parameter, state in optimizer.state.items()
+        },
         "loss_scaler": None if loss_scaler is None else loss_scaler.state_dict(),
     }
+
+
+def _trained(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _plain(value: object) -> object:
@@ -139,19 +144,23 @@ def _require_layout(mine: dict, roots: dict) -> None:
 
 
 def _adopt(optimizer: torch.optim.Optimizer, loss_scaler: Any | None, roots: dict) -> None:
-    """Takes over rank 0's hyper-parameters, and makes room for the state tensors that rank 0 has."""
+    """Takes over rank 0's hyper-parameters and makes room for its state, in its order, so that hashes agree."""
     for group, hyper in zip(optimizer.param_groups, roots["hyper"], strict=True):
-        for key in set(group) - set(hyper) - {"params"}:
-            del group[key]
+        own = dict(group)
+        group.clear()
         for key, value in hyper.items():
-            if isinstance(group.get(key), torch.Tensor):
-                group[key].fill_(value)
+            if key == "params":
+                group[key] = own[key]
+            elif isinstance(own.get(key), torch.Tensor):
+                group[key] = own[key].fill_(value)
             else:
                 group[key] = value
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for parameter, layout in zip(parameters, roots["state"], strict=True):
-        if layout or parameter in optimizer.state:
-            optimizer.state[parameter] = _adopted_state(optimizer.state.get(parameter, {}), layout, parameter)
+    own_state = dict(optimizer.state)
+    optimizer.state.clear()
+    parameters = _trained(optimizer)
+    for number, layout in roots["state"].items():
+        parameter = parameters[number]
+        optimizer.state[parameter] = _adopted_state(own_state.get(parameter, {}), layout, parameter)
     if loss_scaler is not None and roots["loss_scaler"]:
         loss_scaler.load_state_dict(roots["loss_scaler"])
 

@@ -1,0 +1,159 @@
+"""Gets CIFAR-10's archive once per host and unpacks it, while the other processes of that host wait.
+
+The archive and the folder appear under their names only when they are whole, so a process that was killed
+half way leaves nothing that another could mistake for the data.
+"""
+
+import hashlib
+import os
+import shutil
+import socket
+import sys
+import tarfile
+import urllib.request
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from hvd_adam.errors import UserError
+
+FOLDER = "cifar-10-batches-py"
+_SILENCE = 30.0  # seconds without a byte after which a download counts as failed
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Archive:
+    """Where an archive comes from, and the MD5 sum that it must have."""
+
+    url: str
+    md5: str
+
+    @property
+    def name(self) -> str:
+        """The archive's file name."""
+        return self.url.rpartition("/")[2]
+
+
+OFFICIAL = Archive("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a")
+
+
+def fetch(data_dir: Path, *, download: bool, archive: Archive) -> None:
+    """Make ``data_dir/cifar-10-batches-py`` exist: unpack ``archive``, and download it first if need be.
+
+    One process does the work; the others wait for it and do not repeat what failed. Raises UserError, with
+    what to put where, when it cannot be done.
+    """
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(data_dir / f".{FOLDER}.lock")
+        waited = not _acquire(lock)
+        try:
+            if (data_dir / FOLDER).is_dir():
+                return
+            if waited:
+                raise UserError(
+                    f"the process of this host that was to put CIFAR-10 into {data_dir} failed (see its "
+                    f"message): {_remedy(data_dir, archive)}"
+                )
+            _unpack(_whole_archive(data_dir, download, archive), data_dir / FOLDER)
+        finally:
+            lock.release()
+    except OSError as error:
+        remedy = _remedy(data_dir, archive)
+        raise UserError(f"CIFAR-10 cannot be put into {data_dir} ({error}): {remedy}") from error
+
+
+def _acquire(lock: FileLock) -> bool:
+    """Acquire the lock and return whether that was possible at once."""
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        lock.acquire()  # the system frees it if its holder dies
+        return False
+    return True
+
+
+def _whole_archive(data_dir: Path, download: bool, archive: Archive) -> Path:
+    path = data_dir / archive.name
+    if not path.exists():
+        if not download:
+            remedy = _remedy(data_dir, archive)
+            raise UserError(f"CIFAR-10 is not in {data_dir}, and not to be downloaded: {remedy}")
+        _download(archive, path)
+    elif (found := _md5(path)) != archive.md5:
+        raise UserError(
+            f"CIFAR-10 archive {path} is damaged (MD5 {found}, expected {archive.md5}): remove it, then put "
+            f"a whole one from {archive.url} there or start again to download it"
+        )
+    return path
+
+
+def _download(archive: Archive, path: Path) -> None:
+    part = _scratch(path)
+    try:
+        _copy(archive.url, part)
+        if (found := _md5(part)) != archive.md5:
+            raise OSError(f"what came is cut short or altered: MD5 {found}, expected {archive.md5}")
+        os.replace(part, path)
+    except (OSError, HTTPException) as error:  # urllib's own errors are OSErrors
+        raise UserError(
+            f"CIFAR-10 cannot be downloaded from {archive.url} ({error}): {_remedy(path.parent, archive)}"
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _copy(url: str, path: Path) -> None:
+    with urllib.request.urlopen(url, timeout=_SILENCE) as response, path.open("wb") as file:
+        length = int(response.headers.get("Content-Length") or 0)
+        print(f"downloading {url} ({length / 1e6:.0f} MB)", file=sys.stderr, flush=True)
+        with tqdm(total=length or None, unit="B", unit_scale=True, disable=None) as progress:
+            while chunk := response.read(_CHUNK):
+                file.write(chunk)
+                progress.update(len(chunk))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _unpack(path: Path, folder: Path) -> None:
+    scratch = _scratch(folder)
+    try:
+        scratch.mkdir()
+        with tarfile.open(path, "r:gz") as tar:
+            for member in tar:
+                _extract(tar, member, scratch)
+        os.replace(scratch, folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _scratch(path: Path) -> Path:
+    # Of this process alone: where hosts share the folder, the lock may not reach from one to the other.
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+
+
+def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
+    # File by file under their own plain names: no path in the archive can lead out of the folder.
+    source = tar.extractfile(member) if member.isfile() else None
+    if source is not None:
+        with source, (folder / Path(member.name).name).open("wb") as file:
+            shutil.copyfileobj(source, file)
+
+
+def _md5(path: Path) -> str:
+    digest = hashlib.md5(usedforsecurity=False)
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _remedy(data_dir: Path, archive: Archive) -> str:
+    return (
+        f"put {archive.name} from {archive.url} into {data_dir}, "
+        f"or unpack it there so that {data_dir / FOLDER} exists"
+    )

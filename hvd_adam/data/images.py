@@ -1,0 +1,114 @@
+"""``ImageData``: a labelled set of images in memory, with its split into training and test images."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from hvd_adam.errors import UserError
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Labelled images, held as numpy arrays. Raises UserError where shapes, dtypes or labels do not fit."""
+
+    name: str
+    """What messages and run folders call it."""
+    classes: tuple[str, ...]
+    """The name of each class; a label is an index into it. At least two."""
+    train_images: np.ndarray
+    """uint8, ``(samples, channels, height, width)``, 0 to 255."""
+    train_labels: np.ndarray
+    """int64, ``(samples,)``."""
+    test_images: np.ndarray
+    """As ``train_images``, with the same channels, height and width."""
+    test_labels: np.ndarray
+    """As ``train_labels``."""
+    augment: bool = False
+    """Whether training crops and flips the images at random."""
+
+    def __post_init__(self) -> None:
+        if len(self.classes) < 2:
+            raise UserError(f"data set {self.name}: {len(self.classes)} classes, at least 2 are needed")
+        for part in ("train", "test"):
+            images, labels = getattr(self, f"{part}_images"), getattr(self, f"{part}_labels")
+            self._check(images, labels, f"data set {self.name}: the {part}")
+        if self.train_images.shape[1:] != self.test_images.shape[1:]:
+            raise UserError(
+                f"data set {self.name}: training images of shape {self.train_images.shape[1:]} but test "
+                f"images of shape {self.test_images.shape[1:]}: they must be the same"
+            )
+
+    def _check(self, images: np.ndarray, labels: np.ndarray, what: str) -> None:
+        if not (isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.ndim == 4):
+            raise UserError(
+                f"{what} images must be a numpy array of dtype uint8 and shape (samples, channels, height, "
+                f"width), not {_describe(images)}"
+            )
+        if images.size == 0:
+            raise UserError(f"{what} images are empty: their shape is {images.shape}")
+        if not (isinstance(labels, np.ndarray) and labels.dtype == np.int64 and labels.shape == images.shape[:1]):
+            raise UserError(
+                f"{what} labels must be a numpy array of dtype int64 and shape ({images.shape[0]},), "
+                f"not {_describe(labels)}"
+            )
+        if labels.min() < 0 or labels.max() >= len(self.classes):
+            raise UserError(
+                f"{what} labels run from {labels.min()} to {labels.max()}, but with {len(self.classes)} "
+                f"classes they must lie in 0 to {len(self.classes) - 1}"
+            )
+
+    @property
+    def channels(self) -> int:
+        """Channels of each image."""
+        return self.train_images.shape[1]
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of each image."""
+        return self.train_images.shape[2], self.train_images.shape[3]
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, np.ndarray):
+        return f"one of dtype {value.dtype} and shape {value.shape}"
+    return f"a {type(value).__name__}"
+
+
+def one_against_rest(data: ImageData, positive_class: str) -> ImageData:
+    """Return the data with two classes: ``positive_class`` (label 1) against all others, "rest" (label 0).
+
+    Raises UserError where the data has no such class.
+    """
+    if positive_class not in data.classes:
+        raise UserError(
+            f"data set {data.name} has no class {positive_class!r}: use one of {', '.join(data.classes)}"
+        )
+    positive = data.classes.index(positive_class)
+    return replace(
+        data,
+        classes=("rest", positive_class),
+        train_labels=(data.train_labels == positive).astype(np.int64),
+        test_labels=(data.test_labels == positive).astype(np.int64),
+    )
+
+
+def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation of each channel, in units where 255 is 1.
+
+    ``images`` is uint8 ``(samples, channels, height, width)``. The sums are exact integers, so the result
+    is the same on every rank and machine. The deviation is the population's; that of a constant channel is
+    given as 1.
+    """
+    means, deviations = [], []
+    for channel in range(images.shape[1]):
+        histogram = np.zeros(256, dtype=np.int64)
+        for start in range(0, len(images), 1024):  # bincount makes int64 copies: keep them small
+            histogram += np.bincount(images[start : start + 1024, channel].ravel(), minlength=256)
+        counts = [int(count) for count in histogram]
+        total = sum(counts)
+        first = sum(value * count for value, count in enumerate(counts))
+        second = sum(value * value * count for value, count in enumerate(counts))
+        variance = (total * second - first * first) / (total * total)
+        means.append(first / (total * 255))
+        deviations.append(variance**0.5 / 255 if variance > 0 else 1.0)
+    return tuple(means), tuple(deviations)

@@ -1,0 +1,153 @@
+"""``DeviceLoader``: batches made on the device, from uint8 images that live there.
+
+Only indices and random words travel to the device for a batch, without waiting for it.
+"""
+
+from collections.abc import Iterator
+from functools import cached_property
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from hvd_adam import sampling
+from hvd_adam.data.images import ImageData, channel_statistics
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+_PADDING = 4  # pixels on each side before the random crop, as in He et al., arXiv 1512.03385, section 4.2
+
+
+class DeviceLoader:
+    """Training and test batches of ``data`` on ``device``.
+
+    A batch is ``(images, labels)``: images normalised, of ``dtype`` and shape ``(samples, channels, height,
+    width)``, in channels-last memory order if asked for; labels int64 ``(samples,)``. ``mean`` and ``std``,
+    one number a channel in units where 255 is 1, are the training images' own unless given (as from a
+    checkpoint).
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __init__(
+        self,
+        data: ImageData,
+        device: torch.device,
+        *,
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+    ) -> None:
+        self.data = data
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        if mean is None or std is None:
+            mean, std = channel_statistics(data.train_images)
+        self.mean, self.std = tuple(mean), tuple(std)
+        # Half precision would lose the last bits of 0 to 255 when subtracting, so it comes last.
+        self._working_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self._shift, self._divisor = (self._per_channel(values) for values in (self.mean, self.std))
+
+    def _per_channel(self, values: tuple[float, ...]) -> torch.Tensor:
+        scaled = torch.tensor(values, dtype=torch.float64) * 255
+        return scaled.to(self.device, self._working_dtype).view(1, -1, 1, 1)
+
+    def steps_per_epoch(self, global_batch_size: int) -> int:
+        """Return the number of updates in an epoch; UserError where the batch is larger than the data."""
+        return sampling.steps_per_epoch(len(self.data.train_images), global_batch_size)
+
+    def train_batches(
+        self,
+        seed: int,
+        epoch: int,
+        *,
+        global_batch_size: int,
+        rank: int = 0,
+        size: int = 1,
+        accumulate: int = 1,
+        first_step: int = 0,
+    ) -> Iterator[Batch]:
+        """Yield a rank's micro-batches of an epoch from ``first_step`` on: ``accumulate`` for each update.
+
+        Together the ranks' micro-batches of an update are one global batch, the same at any ``size`` and
+        ``accumulate``, augmentation included. Starting late costs nothing. Raises UserError where the
+        global batch is larger than the data, or not divisible by ``size * accumulate``.
+        """
+        order = sampling.epoch_order(len(self.data.train_images), seed, epoch)
+        for step in range(first_step, self.steps_per_epoch(global_batch_size)):
+            for micro_batch in range(accumulate):
+                part = {"rank": rank, "size": size, "micro_batch": micro_batch, "accumulate": accumulate}
+                chosen = [sampling.batch_share(order, step, global_batch_size=global_batch_size, **part)]
+                if self.data.augment:
+                    bits = sampling.augmentation_bits(seed, epoch, step, global_batch_size)
+                    chosen += _crops(bits[sampling.share(global_batch_size, **part)])
+                yield self._train_batch(self._upload(np.stack(chosen)))
+
+    def test_batches(self, batch_size: int, *, rank: int = 0, size: int = 1) -> Iterator[Batch]:
+        """Yield this rank's share of the test set, in order, in batches of at most ``batch_size``.
+
+        Over all ranks every sample comes exactly once; a rank may have none.
+        """
+        images, labels = self._test
+        mine = sampling.evaluation_share(len(images), rank, size)
+        for start in range(mine.start, mine.stop, batch_size):
+            stop = min(start + batch_size, mine.stop)
+            yield self._normalise(images[start:stop]), labels[start:stop]
+
+    @cached_property
+    def _train(self) -> Batch:
+        return self._resident(self.data.train_images, self.data.train_labels)
+
+    @cached_property
+    def _test(self) -> Batch:
+        return self._resident(self.data.test_images, self.data.test_labels)
+
+    def _resident(self, images: np.ndarray, labels: np.ndarray) -> Batch:
+        # Copies: a tensor must not alias an array that the caller may change or that is read-only.
+        return torch.tensor(images, device=self.device), torch.tensor(labels, device=self.device)
+
+    def _upload(self, chosen: np.ndarray) -> torch.Tensor:
+        host = torch.from_numpy(chosen)
+        if self.device.type == "cuda":
+            host = host.pin_memory()  # or else the copy would wait for the device
+        return host.to(self.device, non_blocking=True)
+
+    def _train_batch(self, chosen: torch.Tensor) -> Batch:
+        images, labels = (tensor[chosen[0]] for tensor in self._train)
+        if self.data.augment:
+            images = crop_and_flip(images, chosen[1], chosen[2], chosen[3].bool(), padding=_PADDING)
+        return self._normalise(images), labels
+
+    def _normalise(self, images: torch.Tensor) -> torch.Tensor:
+        values = images.to(self._working_dtype, memory_format=self.memory_format)
+        return values.sub_(self._shift).div_(self._divisor).to(self.dtype)
+
+
+def _crops(bits: np.ndarray) -> list[np.ndarray]:
+    """Return ``crop_and_flip``'s top, left and flip, int64, from disjoint bits of each random word."""
+    places = 2 * _PADDING + 1
+    top, left, flip = (bits & 0x7FFFFFFF) % places, (bits >> 32 & 0x7FFFFFFF) % places, bits >> 63
+    return [part.astype(np.int64) for part in (top, left, flip)]
+
+
+def crop_and_flip(
+    images: torch.Tensor, top: torch.Tensor, left: torch.Tensor, flip: torch.Tensor, *, padding: int
+) -> torch.Tensor:
+    """Pad images with black, crop each at its own place to the old size, and mirror it left to right if told.
+
+    ``images`` is ``(n, c, h, w)`` of any dtype; ``top`` and ``left``, int64 ``(n,)`` in [0, 2·padding], are
+    the crop's corner in the padded image, so ``padding`` leaves the image in place; ``flip`` is bool
+    ``(n,)``.
+    """
+    count, channels, height, width = images.shape
+    along = {"device": images.device}
+    rows = top[:, None] + torch.arange(height, **along)
+    columns = torch.arange(width, **along)
+    columns = left[:, None] + torch.where(flip[:, None], width - 1 - columns, columns)
+    padded = F.pad(images, (padding,) * 4)
+    samples = torch.arange(count, **along).view(-1, 1, 1, 1)
+    every_channel = torch.arange(channels, **along).view(1, -1, 1, 1)
+    return padded[samples, every_channel, rows[:, None, :, None], columns[:, None, None, :]]

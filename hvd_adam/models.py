@@ -1,0 +1,160 @@
+"""Models by name: ``cnn``, ``mlp``, torchvision's classifiers, and ``package.module:function``."""
+
+import torch
+from torch import nn
+
+from hvd_adam.errors import UserError
+from hvd_adam.registry import is_reference, resolve, unknown
+from hvd_adam.torchvision_compat import import_torchvision
+
+OWN_MODELS = ("cnn", "mlp")
+
+_SMALL_IMAGE = 64  # pixels: at most so wide and high, residual networks get a stem for small images
+
+
+class ConvNet(nn.Module):
+    """Five 3×3 convolutions and two linear layers, for images of any size and number of channels.
+
+    Each side is halved after the second and each later convolution as long as that leaves at least 4
+    pixels. There is no batch normalisation, so that N ranks train exactly as one does with their batches
+    together; ``dropout`` (off by default) gives that up, for each rank draws its own. Every operation has a
+    deterministic backward on GPUs.
+
+    Input ``(n, in_channels, height, width)``, output logits ``(n, num_classes)``.
+    """
+
+    WIDTHS = (32, 32, 64, 64, 128)
+    HIDDEN = 128
+
+    def __init__(
+        self, in_channels: int, num_classes: int, image_size: tuple[int, int], dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        height, width = image_size
+        for index, out_channels in enumerate(self.WIDTHS):
+            layers += [nn.Conv2d(in_channels, out_channels, 3, padding=1), nn.ReLU()]
+            pool = (2 if index and height >= 8 else 1, 2 if index and width >= 8 else 1)
+            if pool != (1, 1):
+                layers.append(nn.MaxPool2d(pool))
+            height, width, in_channels = height // pool[0], width // pool[1], out_channels
+        # Large images are still large here: average them down to at most 7 a side.
+        pool = (-(-height // 7), -(-width // 7))
+        if pool != (1, 1):
+            layers.append(nn.AvgPool2d(pool))
+        features = in_channels * (height // pool[0]) * (width // pool[1])
+        self.convolutions = nn.Sequential(*layers)
+        self.classifier = nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(features, self.HIDDEN),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(self.HIDDEN, num_classes),
+        )
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the logits of ``images``."""
+        return self.classifier(self.convolutions(images))
+
+
+def _mlp(in_channels: int, num_classes: int, image_size: tuple[int, int]) -> nn.Module:
+    """Return a small perceptron with one hidden layer, for tests and benchmarks."""
+    features = in_channels * image_size[0] * image_size[1]
+    return nn.Sequential(nn.Flatten(), nn.Linear(features, 64), nn.ReLU(), nn.Linear(64, num_classes))
+
+
+def build(
+    name: str, *, in_channels: int, num_classes: int, image_size: tuple[int, int], dropout: float = 0.0
+) -> nn.Module:
+    """Build a classifier of images ``(n, in_channels, *image_size)`` with logits ``(n, num_classes)``.
+
+    ``name`` is ``"cnn"`` (see ``ConvNet``; only it takes ``dropout``), ``"mlp"``, one of torchvision's classifiers
+    (untrained), or ``package.module:function``, which is called with the keywords ``in_channels``,
+    ``num_classes`` and ``image_size``. In a torchvision model the first convolution is replaced where
+    ``in_channels`` is not 3, and residual networks get the stem for small images of He et al. (arXiv 1512.03385,
+    section 4.2: a 3×3 convolution of stride 1, no pooling) where both sides are at most 64.
+
+    Weights are drawn from torch's global random state. Raises UserError for an unknown name, and for a model
+    that cannot be built for these images or does not turn one of them into ``num_classes`` logits.
+    """
+    wanted = {"in_channels": in_channels, "num_classes": num_classes, "image_size": image_size}
+    if dropout and name != "cnn":
+        raise UserError(f"dropout {dropout} is for the model cnn only: {name} sets its own, leave it at 0")
+    if not 0 <= dropout < 1:
+        raise UserError(f"dropout {dropout} must be at least 0 and below 1")
+    if is_reference(name):
+        model = resolve(name, "model")(**wanted)
+        if not isinstance(model, nn.Module):
+            raise UserError(f"model {name!r} returned a {type(model).__name__}: return a torch.nn.Module")
+    elif name == "cnn":
+        model = ConvNet(**wanted, dropout=dropout)
+    elif name == "mlp":
+        model = _mlp(**wanted)
+    else:
+        model = _torchvision_model(name, **wanted)
+    _try_out(model, name, **wanted)
+    return model
+
+
+def _try_out(model: nn.Module, name: str, in_channels: int, num_classes: int, image_size: tuple[int, int]) -> None:
+    # In evaluation mode a forward pass draws no random number and changes no buffer.
+    parameter = next(model.parameters(), torch.empty(0))
+    image = torch.zeros(1, in_channels, *image_size, dtype=parameter.dtype, device=parameter.device)
+    what = f"model {name!r} with images of {in_channels} channels and {image_size[0]}x{image_size[1]} pixels"
+    training = model.training
+    try:
+        with torch.no_grad():
+            logits = model.eval()(image)
+    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+        raise UserError(f"{what} fails ({_first_line(error)}): choose another model or larger images") from error
+    finally:
+        model.train(training)
+    if not isinstance(logits, torch.Tensor) or logits.shape != (1, num_classes):
+        shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise UserError(f"{what} returns {shape} for one image, not logits of shape {(1, num_classes)}")
+
+
+def _torchvision_model(name: str, in_channels: int, num_classes: int, image_size: tuple[int, int]) -> nn.Module:
+    models = import_torchvision().models
+    known = models.list_models(module=models)
+    if name not in known:
+        raise unknown("model", name, [*OWN_MODELS, *known])
+    options: dict[str, object] = {}
+    if name in ("googlenet", "inception_v3"):
+        # The loss is on the logits alone; the other initialisation takes long, and is to go from torchvision.
+        options = {"aux_logits": False, "init_weights": False}
+    if name.startswith("vit_") and image_size[0] == image_size[1]:
+        options = {"image_size": image_size[0]}
+    try:
+        model = models.get_model(name, weights=None, num_classes=num_classes, **options)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise UserError(
+            f"model {name!r} cannot be built for images of {image_size[0]}x{image_size[1]} pixels "
+            f"({_first_line(error)}): choose another model or size"
+        ) from error
+    if isinstance(model, models.ResNet) and max(image_size) <= _SMALL_IMAGE:
+        model.conv1 = nn.Conv2d(in_channels, model.conv1.out_channels, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+        model.maxpool = nn.Identity()
+    elif in_channels != 3:
+        _replace_first_convolution(model, in_channels)
+    return model
+
+
+def _replace_first_convolution(model: nn.Module, in_channels: int) -> None:
+    path, old = next((p, m) for p, m in model.named_modules() if isinstance(m, nn.Conv2d))
+    new = nn.Conv2d(
+        in_channels,
+        old.out_channels,
+        old.kernel_size,
+        old.stride,
+        old.padding,
+        old.dilation,
+        bias=old.bias is not None,
+    )
+    parent, _, attribute = path.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, new)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
