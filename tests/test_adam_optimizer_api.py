@@ -1,0 +1,522 @@
+"""Adam as an Optimizer: construction, state, checkpoints, and the company it keeps.
+
+Hazards covered:
+- a bad value is accepted, or one that PyTorch accepts is refused;
+- a refused call leaves the optimizer half changed;
+- state is missing before the first step, so that a broadcast has to invent it;
+- a state dictionary loses or changes something on its way to torch.optim or back, or its tensors stay shared;
+- a hyper-parameter is lost when the object is copied, pickled, or made anew by Horovod;
+- schedulers, hooks, closures or method signatures differ from what PyTorch's own optimizers offer.
+"""
+
+import copy
+import inspect
+import io
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hvd_adam.adam import Adam
+
+IMPLEMENTATIONS = ("reference", "foreach")
+ALL_OPTIONS = dict(
+    **dict(lr=0.01, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1, amsgrad=True),
+    **dict(decoupled_weight_decay=True, maximize=True, implementation="foreach"),
+)
+
+
+def parameters(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((3, 4), (4,), ())
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=dtype)) for shape in shapes]
+
+
+def train(optimizer, first, last):
+    """Take steps ``first`` to ``last - 1`` of one fixed run."""
+    for step in range(first, last):
+        generator = torch.Generator().manual_seed(step)
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+        optimizer.step()
+
+
+def values(optimizer):
+    return [p.detach() for group in optimizer.param_groups for p in group["params"]]
+
+
+def snapshot(optimizer):
+    return copy.deepcopy(optimizer.state_dict())
+
+
+def assert_same(a, b):
+    """Compare state dictionaries with all their tensors to the bit."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+# --- construction -----------------------------------------------------------------------------------------
+
+
+def test_the_signature_is_the_documented_one():
+    signature = inspect.signature(Adam)
+    assert [f"{p.name}={p.default}" for p in signature.parameters.values() if p.default is not p.empty] == [
+        *("lr=0.001", "betas=(0.9, 0.999)", "eps=1e-08", "weight_decay=0.0", "amsgrad=False"),
+        *("decoupled_weight_decay=False", "maximize=False", "implementation=auto"),
+    ]
+    assert signature.parameters["amsgrad"].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    assert signature.parameters["decoupled_weight_decay"].kind is inspect.Parameter.KEYWORD_ONLY
+
+
+@pytest.mark.parametrize(
+    "name", sorted(set(vars(torch.optim.Optimizer)) & set(vars(Adam)) - {"__init__", "__module__", "__doc__"})
+)
+def test_overridden_methods_take_what_the_base_methods_take(name):
+    ours, base = getattr(Adam, name), getattr(torch.optim.Optimizer, name)
+    if callable(ours):
+        ours, base = (inspect.signature(method).parameters.values() for method in (ours, base))
+        assert [(p.name, p.kind, p.default) for p in ours] == [
+            # The base class declares the closure without the default that all its subclasses have.
+            (p.name, p.kind, None if p.name == "closure" else p.default)
+            for p in base
+        ]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        *({"lr": -1e-3}, {"lr": float("nan")}, {"lr": torch.tensor([1e-3, 1e-3])}, {"lr": torch.tensor(-1.0)}),
+        *({"eps": -1e-8}, {"weight_decay": -0.1}),
+        *({"betas": (1.0, 0.999)}, {"betas": (0.9, 1.0)}, {"betas": (-0.1, 0.999)}, {"betas": (0.9, -0.1)}),
+    ],
+    ids=str,
+)
+def test_values_that_torch_refuses_are_refused(bad):
+    with pytest.raises((ValueError, RuntimeError)):  # RuntimeError: two learning rates in older versions
+        torch.optim.Adam(parameters(), **bad)
+    with pytest.raises(ValueError):
+        Adam(parameters(), **bad)
+    with pytest.raises(ValueError):  # PyTorch looks at the constructor's values only
+        Adam([{"params": parameters(), **bad}])
+
+
+@pytest.mark.parametrize("betas", [(0.9,), (0.9, 0.99, 0.999), (0, 0.999), (torch.tensor(0.9), 0.999)], ids=str)
+def test_betas_are_two_floats(betas):
+    with pytest.raises(ValueError, match="betas must be two floats"):
+        Adam(parameters(), betas=betas)
+
+
+@pytest.mark.parametrize("implementation", ["fused", "turbo", None])
+def test_an_implementation_that_is_not_there_is_refused_with_the_choices(implementation):
+    with pytest.raises(ValueError, match=r"not available in this version.*'reference', 'foreach', 'auto'"):
+        Adam(parameters(), implementation=implementation)
+
+
+def test_parameters_are_refused_as_torch_refuses_them():
+    p, q = parameters()[:2]
+    cases = [
+        ([], ValueError),
+        (p, TypeError),
+        ([p, "weight"], TypeError),
+        ([{"params": {p, q}}], TypeError),
+        ([p * 2], ValueError),
+        ([{"params": [p]}, {"params": [p, q]}], ValueError),
+    ]
+    for params, error in cases:
+        for make in (torch.optim.Adam, Adam):
+            with pytest.raises(error):
+                make(params)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (torch.ones(2, dtype=torch.complex64), "complex parameters, but parameter 1 is torch.complex64"),
+        (torch.eye(2).to_sparse(), "sparse parameters, but parameter 1 is torch.sparse_coo"),
+    ],
+)
+def test_complex_and_sparse_parameters_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        Adam([parameters()[0], values.requires_grad_()])
+
+
+def test_a_refused_group_leaves_the_optimizer_as_it_was():
+    p, q, _ = parameters()
+    optimizer = Adam([p])
+    for group in ({"params": [q], "lr": -1.0}, {"params": [q], "lr": "high"}, {"params": [q.to(torch.cfloat)]}):
+        with pytest.raises((ValueError, TypeError)):
+            optimizer.add_param_group(group)
+        assert len(optimizer.param_groups) == 1
+        assert set(optimizer.state) == {p}
+
+
+def test_the_forms_in_which_parameters_come_are_those_of_torch():
+    model = torch.nn.Linear(3, 2)
+    forms = [
+        lambda: model.parameters(),
+        lambda: [{"params": model.weight}, {"params": (p for p in [model.bias]), "lr": 1.0}],
+    ]
+    for form in forms:
+        ours, theirs = Adam(form()), torch.optim.Adam(form())
+        assert [len(g["params"]) for g in ours.param_groups] == [len(g["params"]) for g in theirs.param_groups]
+        assert [g["lr"] for g in ours.param_groups] == [g["lr"] for g in theirs.param_groups]
+    try:
+        torch.optim.Adam(model.named_parameters())
+    except TypeError:
+        return  # this PyTorch has no named parameters
+    assert Adam(model.named_parameters()).param_groups[0]["param_names"] == ["weight", "bias"]
+
+
+def test_state_is_there_from_construction_on_for_what_is_trained():
+    p, frozen, late = parameters()
+    frozen.requires_grad_(False)
+    p.data = p.data.t()
+    optimizer = Adam([p, frozen], amsgrad=True)
+    optimizer.add_param_group({"params": [late], "amsgrad": False})
+    assert set(optimizer.state[p]) == {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
+    assert set(optimizer.state[late]) == {"step", "exp_avg", "exp_avg_sq"}
+    assert frozen not in optimizer.state
+    step = optimizer.state[p]["step"]
+    assert (step.shape, step.dtype, step.device.type, step.item()) == ((), torch.float32, "cpu", 0)
+    assert optimizer.state[p]["exp_avg"].stride() == p.stride()
+    assert not any(tensor.any() for tensor in optimizer.state[p].values())
+
+
+def test_a_frozen_parameter_gets_state_with_its_first_gradient():
+    p, frozen, _ = parameters()
+    frozen.requires_grad_(False)
+    optimizer = Adam([p, frozen])
+    train(Adam([p]), 0, 1)
+    optimizer.step()
+    assert frozen not in optimizer.state
+    frozen.requires_grad_(True)
+    frozen.grad = torch.ones_like(frozen)
+    optimizer.step()
+    assert optimizer.state[frozen]["step"].item() == 1
+    assert optimizer.state[p]["step"].item() == 2
+
+
+def test_amsgrad_may_be_switched_on_between_steps():
+    optimizer = Adam(parameters())
+    train(optimizer, 0, 3)
+    optimizer.param_groups[0]["amsgrad"] = True
+    train(optimizer, 3, 4)
+    assert all(torch.equal(s["max_exp_avg_sq"], s["exp_avg_sq"]) for s in optimizer.state.values())
+
+
+# --- step ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_sparse_gradient_is_refused_before_any_parameter_has_changed(implementation):
+    dense, sparse, _ = parameters()
+    groups = [{"params": [dense]}, {"params": [sparse]}]
+    optimizer = Adam(groups, implementation=implementation)
+    before = (dense.detach().clone(), snapshot(optimizer))
+    dense.grad, sparse.grad = torch.ones_like(dense), torch.ones_like(sparse).to_sparse()
+    with pytest.raises(RuntimeError, match=r"sparse gradients.*torch\.optim\.SparseAdam"):
+        optimizer.step()
+    assert torch.equal(dense, before[0])
+    assert_same(optimizer.state_dict(), before[1])
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this PyTorch enforces the dtype itself")
+def test_a_gradient_of_another_dtype_is_refused_before_anything_has_changed():
+    p = parameters(torch.bfloat16)[0]
+    optimizer = Adam([p])
+    p.grad_dtype = None
+    p.grad = torch.ones(p.shape)
+    with pytest.raises(RuntimeError, match=r"the parameter's torch\.bfloat16, but got torch\.float32"):
+        optimizer.step()
+    assert optimizer.state[p]["step"].item() == 0
+
+
+def test_a_closure_runs_with_gradients_enabled_and_its_loss_is_returned():
+    p = torch.nn.Parameter(torch.tensor([1.0]))
+    optimizer = Adam([p], lr=0.5)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (p**2).sum()
+        loss.backward()
+        return loss
+
+    with torch.no_grad():
+        assert optimizer.step(closure).item() == 1.0
+    assert p.item() == pytest.approx(0.5)
+    assert optimizer.step() is None
+
+
+def test_hooks_run_once_a_step():
+    optimizer = Adam(parameters())
+    calls = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+    train(optimizer, 0, 2)
+    assert calls == ["pre", "post"] * 2
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_tensor_learning_rate_is_read_on_every_step(implementation, shape):
+    lr = torch.full(shape, 0.5, dtype=torch.float64)
+    by_tensor, by_float = (parameters(torch.float64) for _ in range(2))
+    with_tensor = Adam(by_tensor, lr=lr, implementation=implementation)
+    with_float = Adam(by_float, lr=0.5, implementation=implementation)
+    for step in range(4):
+        lr.fill_(0.5 / (step + 1))
+        with_float.param_groups[0]["lr"] = 0.5 / (step + 1)
+        train(with_tensor, step, step + 1)
+        train(with_float, step, step + 1)
+    assert_same(by_tensor, by_float)
+
+
+SCHEDULERS = {
+    "cosine": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=8),
+    "one cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=10),
+    "plateau": lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, patience=1),
+}
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedulers_drive_it_as_they_drive_torch_optim_adam(name, implementation):
+    ours = Adam(parameters(torch.float64), lr=0.01, implementation=implementation)
+    theirs = torch.optim.Adam(parameters(torch.float64), lr=0.01, foreach=False)
+    for optimizer in (ours, theirs):
+        scheduler = SCHEDULERS[name](optimizer)
+        for step in range(9):
+            train(optimizer, step, step + 1)
+            scheduler.step(*([1.0] if name == "plateau" else []))
+    assert ours.param_groups[0]["lr"] == theirs.param_groups[0]["lr"] != 0.01
+    assert ours.param_groups[0]["betas"] == theirs.param_groups[0]["betas"]
+    for p, q in zip(values(ours), values(theirs), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
+# --- copies and checkpoints ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))],
+    ids=["deepcopy", "pickle"],
+)
+def test_a_copy_continues_as_the_original_does(duplicate, implementation):
+    optimizer = Adam(parameters(), **{**ALL_OPTIONS, "implementation": implementation})
+    train(optimizer, 0, 3)
+    twin = duplicate(optimizer)
+    train(optimizer, 3, 6)
+    train(twin, 3, 6)
+    assert_same(twin.state_dict(), optimizer.state_dict())
+    assert_same(values(twin), values(optimizer))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_state_dictionary_survives_a_file_read_with_weights_only(implementation):
+    options = {**ALL_OPTIONS, "implementation": implementation, "lr": torch.tensor(0.01, dtype=torch.float64)}
+    first = Adam(parameters(), **options)
+    train(first, 0, 3)
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second = Adam([torch.nn.Parameter(p.clone()) for p in values(first)])
+    second.load_state_dict(torch.load(file, weights_only=True))
+    train(first, 3, 6)
+    train(second, 3, 6)
+    assert_same(second.state_dict(), first.state_dict())
+    assert_same(values(second), values(first))
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("theirs", [torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize("ours_first", [False, True])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_run_goes_on_in_the_other_library_as_if_nothing_had_happened(
+    implementation, ours_first, theirs, amsgrad
+):
+    options = dict(lr=0.01, betas=(0.8, 0.95), weight_decay=0.1, amsgrad=amsgrad, maximize=True)
+    decoupled = theirs is torch.optim.AdamW
+    makers = [
+        lambda p: theirs(p, foreach=False, **options),
+        lambda p: Adam(p, decoupled_weight_decay=decoupled, implementation=implementation, **options),
+    ]
+    if ours_first:
+        makers.reverse()
+    whole = makers[0](parameters(torch.float64))
+    train(whole, 0, 10)
+    first = makers[0](parameters(torch.float64))
+    train(first, 0, 5)
+    second = makers[1]([torch.nn.Parameter(p.clone()) for p in values(first)])
+    second.load_state_dict(snapshot(first))
+    train(second, 5, 10)
+    for p, q in zip(values(second), values(whole), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+    back = makers[0]([torch.nn.Parameter(p.clone()) for p in values(second)])
+    back.load_state_dict(snapshot(second))
+    assert all(s["step"].item() == 10 for s in back.state.values())
+
+
+def test_loading_does_not_share_tensors_with_the_source():
+    first = Adam(parameters())
+    train(first, 0, 2)
+    second = Adam(parameters())
+    second.load_state_dict(first.state_dict())
+    before = snapshot(second)
+    train(first, 2, 4)
+    assert_same(second.state_dict(), before)
+
+
+@pytest.mark.parametrize(
+    "step", [7, 7.0, torch.tensor(7), torch.tensor([7.0]), torch.tensor(7.0, dtype=torch.float64)], ids=repr
+)
+def test_a_step_count_of_any_form_becomes_a_float32_on_the_cpu(step):
+    optimizer = Adam(parameters())
+    state_dict = snapshot(optimizer)
+    for state in state_dict["state"].values():
+        state["step"] = step
+    optimizer.load_state_dict(state_dict)
+    for state in optimizer.state.values():
+        assert (state["step"].shape, state["step"].dtype, state["step"].item()) == ((), torch.float32, 7)
+
+
+def test_options_of_other_optimizers_go_back_unchanged_and_do_nothing():
+    foreign = dict(foreach=True, fused=True, capturable=True, differentiable=True)
+    plain, marked = Adam(parameters()), Adam(parameters())
+    state_dict = snapshot(marked)
+    state_dict["param_groups"][0].update(foreign)
+    marked.load_state_dict(state_dict)
+    train(plain, 0, 3)
+    train(marked, 0, 3)
+    assert_same(values(marked), values(plain))
+    assert foreign.items() <= marked.state_dict()["param_groups"][0].items()
+
+
+def test_options_that_a_saved_group_lacks_keep_this_optimizers_values():
+    optimizer = Adam([{"params": p} for p in parameters()], **ALL_OPTIONS)
+    optimizer.param_groups[1]["decoupled_weight_decay"] = False
+    state_dict = snapshot(optimizer)
+    for group in state_dict["param_groups"]:
+        for option in ("decoupled_weight_decay", "maximize", "implementation"):
+            del group[option]
+    optimizer.load_state_dict(state_dict)
+    assert [g["decoupled_weight_decay"] for g in optimizer.param_groups] == [True, False, True]
+    assert all(g["maximize"] and g["implementation"] == "foreach" for g in optimizer.param_groups)
+
+
+def test_parameters_without_saved_state_start_from_zero():
+    optimizer = Adam(parameters())
+    train(optimizer, 0, 2)
+    optimizer.load_state_dict(torch.optim.Adam(parameters()).state_dict())
+    assert len(optimizer.state) == 3
+    assert not any(tensor.any() for state in optimizer.state.values() for tensor in state.values())
+
+
+def test_a_saved_layout_gives_way_to_the_parameters():
+    p = torch.nn.Parameter(torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last))
+    optimizer = Adam([p])
+    state_dict = snapshot(optimizer)
+    state_dict["state"][0]["exp_avg"] = torch.randn(2, 3, 4, 4)
+    optimizer.load_state_dict(state_dict)
+    assert optimizer.state[p]["exp_avg"].is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(optimizer.state[p]["exp_avg"], state_dict["state"][0]["exp_avg"])
+
+
+def spoil(state_dict, key, value):
+    if value is None:
+        del state_dict["state"][1][key]
+    else:
+        state_dict["state"][1][key] = value
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("exp_avg", torch.zeros(5), r"loaded exp_avg of parameter 1 has shape \(5,\), but .* shape \(4,\)"),
+        ("max_exp_avg_sq", torch.zeros(()), r"loaded max_exp_avg_sq of parameter 1 has shape \(\)"),
+        ("exp_avg_sq", None, "loaded state of parameter 1 is not Adam's: exp_avg_sq is missing"),
+        ("step", torch.tensor(-1.0), "loaded step of parameter 1 must be one count"),
+        ("step", torch.zeros(4), "loaded step of parameter 1 must be one count"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused_before_anything_is_changed(key, value, message):
+    optimizer = Adam(parameters(), amsgrad=True)
+    train(optimizer, 0, 2)
+    before = snapshot(optimizer)
+    bad = snapshot(optimizer)
+    bad["param_groups"][0]["lr"] = 77.0
+    bad["state"][0]["exp_avg"] += 1
+    spoil(bad, key, value)
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(bad)
+    assert_same(optimizer.state_dict(), before)
+
+
+def test_a_saved_implementation_that_is_not_there_is_refused_before_anything_is_changed():
+    optimizer = Adam(parameters())
+    before, bad = snapshot(optimizer), snapshot(optimizer)
+    bad["param_groups"][0].update(implementation="fused", lr=77.0)
+    with pytest.raises(ValueError, match="not available in this version"):
+        optimizer.load_state_dict(bad)
+    assert_same(optimizer.state_dict(), before)
+
+
+# --- Horovod ------------------------------------------------------------------------------------------------
+
+
+def test_an_object_made_anew_from_the_groups_keeps_every_hyper_parameter():
+    p, q, _ = parameters()
+    optimizer = Adam([{"params": [p]}, {"params": [q], "lr": 0.5, "betas": (0.1, 0.2)}], **ALL_OPTIONS)
+    before = snapshot(optimizer)["param_groups"]
+    again = type("Adam", (Adam,), {})(optimizer.param_groups)
+    assert_same(snapshot(again)["param_groups"], before)
+    assert all(state["step"].item() == 0 for state in again.state.values())
+
+
+IN_HOROVOD = """
+import torch, horovod.torch as hvd
+from hvd_adam.adam import Adam
+
+hvd.init()
+model = torch.nn.Linear(3, 2)
+options = dict(lr=0.01, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1, amsgrad=True,
+               decoupled_weight_decay=True, maximize=True, implementation="reference")
+groups = [{"params": [model.weight], "lr": 0.5}, {"params": [model.bias]}]
+optimizer = hvd.DistributedOptimizer(Adam(groups, **options), named_parameters=model.named_parameters())
+assert isinstance(optimizer, Adam)
+for group, lr in zip(optimizer.param_groups, (0.5, 0.01)):
+    assert {k: v for k, v in group.items() if k != "params"} == {**options, "lr": lr}, group
+before = [p.detach().clone() for p in model.parameters()]
+hvd.broadcast_optimizer_state(optimizer, root_rank=0)
+assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before)), "the broadcast took a step"
+assert all(s["step"].item() == 0 for s in optimizer.state.values())
+model(torch.ones(1, 3)).sum().backward()
+optimizer.step()
+optimizer.load_state_dict(optimizer.state_dict())
+assert all(s["step"].item() == 1 for s in optimizer.state.values())
+print("kept")
+"""
+
+
+def test_horovods_wrapper_keeps_every_hyper_parameter_and_invents_no_state():
+    pytest.importorskip("horovod")
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", IN_HOROVOD], cwd=root, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.strip().endswith("kept"), done.stderr

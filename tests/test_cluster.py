@@ -1,0 +1,256 @@
+"""init: who am I, and the faults that make N processes train N separate copies.
+
+Hazards: a launcher whose variables are misread or outrank each other; processes that each believe to be
+rank 0 of 1; a Horovod that is missing, built against another PyTorch, or does not load; ranks that disagree
+on arguments or fail one by one; ranks that share a GPU or take all cores.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from on_ranks import on_ranks
+
+from hvd_adam import cluster as cluster_module
+from hvd_adam import init
+from hvd_adam.cluster import Launched, _check_devices, _Place, launched, require_same, together
+from hvd_adam.errors import AgreedError, UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, Launched("none", 0, 1)),
+        ({"HOROVOD_RANK": "1", "HOROVOD_SIZE": "4"}, Launched("horovodrun", 1, 4)),
+        ({"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "3"}, Launched("mpirun", 2, 3)),
+        ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}, Launched("srun", 1, 2)),
+        ({"PMI_RANK": "0", "PMI_SIZE": "2"}, Launched("mpiexec", 0, 2)),
+        ({"RANK": "0", "WORLD_SIZE": "8"}, Launched("torchrun", 0, 8)),
+        # sbatch's own shell: tasks are allocated, but no step runs
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, Launched("none", 0, 1)),
+        # mpirun inside a Slurm allocation
+        (
+            {
+                "SLURM_PROCID": "0",
+                "SLURM_STEP_NUM_TASKS": "1",
+                "OMPI_COMM_WORLD_RANK": "3",
+                "OMPI_COMM_WORLD_SIZE": "4",
+            },
+            Launched("mpirun", 3, 4),
+        ),
+    ],
+)
+def test_the_launcher_is_told_from_its_variables(environ, expected):
+    assert launched(environ) == expected
+
+
+def run(code, environ=None, python=(sys.executable,)):
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), **(environ or {})}
+    command = [
+        *python,
+        "-c",
+        f"from hvd_adam.errors import UserError\ntry:\n {code}\nexcept UserError as e: print(e)",
+    ]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        (
+            {"RANK": "0", "WORLD_SIZE": "2"},
+            "torchrun says it started 2 processes, but Horovod sees 1: torchrun does not start Horovod; use "
+            "`horovodrun -np N python -m hvd_adam.train` instead",
+        ),
+        (
+            {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"},
+            "srun says it started 2 processes, but Horovod sees 1: start the ranks with `srun --mpi=pmix` "
+            "(`srun --mpi=list` shows what this Slurm has) or with mpirun inside the allocation",
+        ),
+    ],
+)
+def test_processes_that_horovod_does_not_see_are_refused_with_the_remedy(environ, message):
+    assert run("import hvd_adam; hvd_adam.init()", environ) == message
+
+
+@pytest.fixture
+def packages(tmp_path):
+    """A folder like site-packages, of links, without Horovod; on a path of its own."""
+    folder = tmp_path / "packages"
+    folder.mkdir()
+    for entry in Path(sysconfig.get_paths()["purelib"]).iterdir():
+        if not entry.name.startswith(
+            ("horovod", "hvd_adam", "__editable__", "_virtualenv", "distutils-precedence")
+        ):
+            (folder / entry.name).symlink_to(entry)
+    return folder
+
+
+def run_with(packages, code):
+    """As `run`, in a Python that sees the given packages only."""
+    path = {"PYTHONPATH": f"{ROOT}:{packages}"}
+    return run(code, path, python=(os.path.realpath(sys.executable), "-S"))
+
+
+def test_adam_works_without_horovod_and_init_and_distribute_say_how_to_build_it(packages):
+    remedy = "Horovod is not installed in .*; build it with `bash launch/setup.sh`"
+    step = (
+        "import torch, hvd_adam; p = torch.nn.Parameter(torch.ones(2)); o = hvd_adam.Adam([p]); "
+        "p.sum().backward(); o.step(); print(p.tolist()[0] < 1)"
+    )
+    assert run_with(packages, step) == "True"
+    import re
+
+    assert re.fullmatch(remedy, run_with(packages, "import hvd_adam; hvd_adam.init()"))
+    distribute = (
+        "import torch, hvd_adam; m = torch.nn.Linear(1, 1); hvd_adam.distribute(hvd_adam.Adam(m.parameters()), m)"
+    )
+    assert re.fullmatch(remedy, run_with(packages, distribute))
+
+
+@pytest.fixture
+def horovod_copy(packages):
+    """A Horovod of our own to spoil."""
+    original = Path(sysconfig.get_paths()["platlib"]) / "horovod"
+    return Path(shutil.copytree(original, packages / "horovod"))
+
+
+def test_a_horovod_built_against_another_torch_is_recognised_and_said(packages, horovod_copy):
+    metadata = horovod_copy / "metadata.json"
+    metadata.write_text(json.dumps({**json.loads(metadata.read_text()), "pytorch": "2.0.1"}))
+    assert run_with(packages, "import hvd_adam; hvd_adam.init()") == (
+        f"Horovod was built against torch 2.0.1, but torch {torch.__version__} is installed; build it again "
+        "with `bash launch/setup.sh`"
+    )
+
+
+def test_a_horovod_without_pytorch_and_one_that_does_not_load_are_said(packages, horovod_copy):
+    (library,) = (horovod_copy / "torch").glob("mpi_lib_v2*.so")
+    library.write_bytes(b"not a library")
+    message = run_with(packages, "import hvd_adam; hvd_adam.init()")
+    assert message.startswith("Horovod's library does not load (")
+    assert message.endswith("since it was built; build it again with `bash launch/setup.sh`")
+    library.unlink()
+    assert "does not load" in run_with(packages, "import hvd_adam; hvd_adam.init()")
+    (horovod_copy / "metadata.json").write_text("{}")
+    assert "has no PyTorch support" in run_with(packages, "import hvd_adam; hvd_adam.init()")
+
+
+def test_distribute_before_init_says_so():
+    code = (
+        "import torch, hvd_adam; m = torch.nn.Linear(1, 1); hvd_adam.distribute(hvd_adam.Adam(m.parameters()), m)"
+    )
+    assert run(code) == "call hvd_adam.init() before distribute()"
+
+
+def test_an_unknown_device_is_refused():
+    assert run("import hvd_adam; hvd_adam.init(device='tpu')") == "device is 'tpu'; use auto, cpu or cuda"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_cuda_without_a_gpu_is_refused():
+    message = run("import hvd_adam; hvd_adam.init(device='cuda')")
+    assert "rank 0" in message
+    assert "sees no GPU" in message
+    assert "--device cpu" in message
+
+
+def place(host="a", gpus=0, index=None, identity=None):
+    return _Place(host, (0, 1), gpus, index, identity)
+
+
+# No machine of ours has several GPUs: the places that ranks report are made up, the judgement is real.
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        ([place(gpus=2, index=0, identity="x"), place(gpus=2, index=1, identity="y")], None),
+        ([place(gpus=1, index=0, identity="x"), place(gpus=1, index=0, identity="y")], None),  # bound by Slurm
+        ([place("a", 1, 0, "x"), place("b", 1, 0, "x")], None),  # hosts may name their GPUs alike
+        ([place(gpus=1, index=0, identity="x"), place(gpus=1, index=0, identity="x")], "2 ranks on a for 1 GPU;"),
+        (
+            [place(gpus=2, index=0, identity="x"), place(gpus=2, index=1, identity="y"), place(gpus=2, index=2)],
+            "3 ranks on a for 2 GPUs; start one rank a GPU",
+        ),
+        ([place("a", 1, 0, "x"), place("b")], "rank 1 on b sees no GPU"),
+    ],
+)
+def test_one_rank_a_gpu_whatever_the_binding(places, message):
+    if message is None:
+        _check_devices(places, "auto")
+    else:
+        with pytest.raises(AgreedError, match=message):
+            _check_devices(places, "auto")
+
+
+@on_ranks(2)
+def test_ranks_sizes_and_device(cluster):
+    assert (cluster.size, cluster.local_size, cluster.cross_rank, cluster.cross_size) == (2, 2, 0, 1)
+    assert cluster.rank == cluster.local_rank
+    assert cluster.launcher == "horovodrun"
+    assert init() is cluster
+    assert cluster == replace(cluster)
+
+
+@on_ranks(2)
+def test_ranks_share_the_cores_and_do_not_each_take_all(cluster):
+    if "OMP_NUM_THREADS" not in os.environ:
+        assert torch.get_num_threads() == max(1, len(os.sched_getaffinity(0)) // 2)
+
+
+@on_ranks(2)
+def test_a_stalled_rank_ends_the_job_by_default(cluster):
+    assert os.environ["HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"] == "600"
+
+
+@on_ranks(2)
+def test_what_fails_on_one_rank_is_raised_on_all_with_its_rank_and_host(cluster):
+    with pytest.raises(AgreedError, match=r"^rank 1 on \S+: no such file: x$"), together(cluster):
+        if cluster.rank == 1:
+            raise UserError("no such file: x")
+    with pytest.raises(AgreedError, match="^bad value$"), together(cluster):
+        raise UserError("bad value")
+    with together(cluster):
+        pass
+
+
+@on_ranks(2)
+def test_arguments_that_differ_are_named(cluster):
+    require_same(cluster, "arguments", {"lr": 0.1})
+    with pytest.raises(AgreedError, match=r"different arguments: lr is 0\.0 on rank 0 and 0\.5 on rank 1"):
+        require_same(cluster, "arguments", {"lr": cluster.rank / 2, "seed": 0})
+
+
+@on_ranks(2, "mpi")
+def test_mpirun_is_recognised(cluster):
+    assert (cluster.launcher, cluster.size) == ("mpirun", 2)
+
+
+def test_a_rank_that_never_arrives_ends_the_others_in_bounded_time():
+    code = (
+        "import time, hvd_adam, torch; c = hvd_adam.init(); import horovod.torch as hvd; "
+        "time.sleep(100) if c.rank else hvd.allreduce(torch.ones(1), name='x')"
+    )
+    limits = {"HOROVOD_STALL_CHECK_TIME_SECONDS": "1", "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "3"}
+    from on_ranks import launch
+
+    done = launch(["-c", code], 2, "gloo", env={**limits, "PYTHONPATH": str(ROOT)}, timeout=90)
+    assert done.returncode != 0
+    assert "Stalled" in done.stdout + done.stderr or "stall" in (done.stdout + done.stderr).lower()
+
+
+def test_the_default_is_not_forced_on_a_user_who_set_another(monkeypatch):
+    monkeypatch.setenv("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "7")
+    code = "import os, hvd_adam; hvd_adam.init(); print(os.environ['HOROVOD_STALL_SHUTDOWN_TIME_SECONDS'])"
+    assert run(code) == "7"
+    assert cluster_module.HOROVOD_DEFAULTS["HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"] == "600"
