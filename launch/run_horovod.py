@@ -1,0 +1,46 @@
+"""horovodrun with the exit code of the rank that failed, where horovodrun ends with a traceback and 1.
+
+With the Gloo controller horovodrun raises a RuntimeError that holds the code (launch_gloo in gloo_run.py of
+Horovod 0.28.1). What the ranks wrote has passed by then, so nothing is lost with that traceback. Any other
+stays as it is.
+"""
+
+import os
+import re
+import sys
+
+from horovod.runner.launch import run_commandline
+
+RANK_FAILED = re.compile(r"one or more processes exited with non-zero status.*Exit code: (-?\d+)", re.DOTALL)
+UNREACHABLE = "could not connect to some hosts via ssh"
+
+execute = os.execve
+
+
+def execute_without_shell(path: str, arguments: list[str], environment: dict[str, str]) -> None:
+    """Stands in for os.execve, with which horovodrun becomes ``sh -c mpirun...``: the shell then becomes mpirun.
+
+    Otherwise a signal reaches the shell alone, which ends, or waits, and leaves mpirun and the ranks running.
+    """
+    *options, command = arguments
+    execute(path, [*options, f"exec {command}"], environment)
+
+
+def main() -> None:
+    """Runs horovodrun's command line; ends with a rank's code (128 + n for signal n), 1 without ssh to a host."""
+    os.execve = execute_without_shell
+    try:
+        run_commandline()
+    except RuntimeError as error:
+        if str(error) == UNREACHABLE:
+            sys.exit(f"horovodrun.sh: {error}: see above; each host must accept ssh without a password")
+        failed = RANK_FAILED.search(str(error))
+        if failed is None:
+            raise
+        code = int(failed[1])
+        sys.exit(code if code >= 0 else 128 - code)
+
+
+# The guard matters: horovodrun starts helpers that import this file anew.
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,260 @@
+#!/usr/bin/env bash
+# Installs what the project needs into .venv: system packages, PyTorch, Horovod, and the project itself. A second run
+# finds all of it there and takes a second or two.
+#
+#   bash launch/setup.sh [--cpu | --cuda] [--dev]
+#
+#   --cpu | --cuda   Horovod without or with NCCL. Default: with, where torch is a CUDA build and a GPU or a matching
+#                    CUDA toolkit is here
+#   --dev            also the tools for the tests (pytest, ruff, shellcheck)
+#
+# System packages come from apt where this runs as root; otherwise it lists what is missing and ends with 2. An MPI
+# that is already on PATH (a cluster's module) is kept.
+# A torch >= 2.1 that python3 can import is kept too; otherwise the pinned release is installed. Which build of it
+# pip finds (CPU or CUDA) is for pip's own environment to say: PIP_EXTRA_INDEX_URL, PIP_INDEX_URL, PIP_FIND_LINKS.
+#
+# Variables: PYTHON (base interpreter, default python3), HVD_ADAM_VENV (default .venv of this repository),
+# XDG_CACHE_HOME (Horovod's wheel is kept there), HOROVOD_BUILD_CUDA_CC_LIST (see build_horovod.sh).
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=launch/common.sh
+source "$here/common.sh"
+# shellcheck source=launch/steps.sh
+source "$here/steps.sh"
+
+TORCH_PIN=2.13.0
+STAMP=$VENV/hvd_adam_setup
+export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_USER=0
+
+parse_arguments() {
+  device=auto dev=false
+  while (($#)); do
+    case $1 in
+      --cpu | --cuda)
+        [[ $device == auto || $device == "${1#--}" ]] || stop "--cpu and --cuda exclude each other"
+        device=${1#--}
+        ;;
+      --dev) dev=true ;;
+      -h | --help) print_usage; exit 0 ;;
+      *) stop "unknown option $1; see --help" ;;
+    esac
+    shift
+  done
+}
+
+# --- system packages ----------------------------------------------------------------------------------------
+
+# missing_packages: Debian's names of what is not here, one a line.
+missing_packages() {
+  have mpicxx || printf '%s\n' libopenmpi-dev openmpi-bin
+  have cmake || echo cmake
+  have g++ || echo g++
+  have make || echo make
+  have ssh || echo openssh-client
+  if [[ $dev == true ]] && ! have shellcheck; then echo shellcheck; fi
+  if ! have "$base"; then
+    printf '%s\n' python3 python3-venv python3-dev
+  else
+    "$base" -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv
+    "$base" -c 'import os, sysconfig as s; os.stat(s.get_path("include") + "/Python.h")' 2>/dev/null || echo python3-dev
+  fi
+}
+
+# check_mpi: half an MPI is not completed with half of another.
+check_mpi() {
+  local half=
+  if have mpicxx && ! have mpirun; then half="mpicxx ($(command -v mpicxx)) but no mpirun"; fi
+  if have mpirun && ! have mpicxx && [[ $(command -v mpirun) != /usr/bin/mpirun ]]; then
+    half="mpirun ($(command -v mpirun)) but no mpicxx"
+  fi
+  [[ -z $half ]] || stop "there is $half on PATH: load the module, or install the package, that has both"
+}
+
+install_system_packages() {
+  local missing
+  check_mpi
+  mapfile -t missing < <(missing_packages)
+  if ((${#missing[@]} == 0)); then return; fi
+  have apt-get || stop "missing: ${missing[*]} (Debian's names): install mpirun and mpicxx, cmake, g++ and make first"
+  ((EUID == 0)) ||
+    stop "system packages are missing; as root: apt-get update && apt-get install -y --no-install-recommends ${missing[*]}"
+  step apt "Installing system packages: ${missing[*]}" install_with_apt "${missing[@]}"
+}
+
+install_with_apt() {
+  apt-get update
+  DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$@"
+}
+
+# --- virtual environment and torch --------------------------------------------------------------------------
+
+works() { "$1" -I -c 'import pip' 2>/dev/null; }
+
+# has_torch PYTHON: can it import a torch of at least 2.1?
+has_torch() {
+  "$1" -c 'import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 1)' 2>/dev/null
+}
+
+make_venv() {
+  local options=()
+  if works "$venv_python"; then return; fi
+  "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+    stop "$base is $("$base" -V); Python 3.10 or newer is needed: name another one in PYTHON"
+  if [[ -e $VENV && ! -e $VENV/pyvenv.cfg ]] && find "$VENV" -mindepth 1 -maxdepth 1 ! -name log | grep -q .; then
+    stop "$VENV is there but is no virtual environment: move it away, or name another folder in HVD_ADAM_VENV"
+  fi
+  if has_torch "$base"; then options+=(--system-site-packages); fi
+  step venv "Making the virtual environment $VENV" create_or_repair_venv "${options[@]}"
+}
+
+create_or_repair_venv() {
+  "$base" -m venv "$@" "$VENV"
+  # What an older or another Python left there helps nobody.
+  works "$venv_python" || "$base" -m venv --clear "$@" "$VENV"
+}
+
+pip() { "$venv_python" -m pip "$@"; }
+
+install_torch() {
+  if ! has_torch "$venv_python"; then
+    step torch "Installing torch $TORCH_PIN" pip install "torch==$TORCH_PIN" numpy
+    has_torch "$venv_python" || stop "torch $TORCH_PIN is installed but cannot be imported; try: $venv_python -c 'import torch'" 1
+  fi
+  read -r torch torch_cuda < <("$venv_python" -c 'import torch; print(torch.__version__, torch.version.cuda or "none")')
+}
+
+# choose_device: NCCL only where torch can use it and this machine has either a GPU or the toolkit to build for one.
+choose_device() {
+  if [[ $device != auto ]]; then return; fi
+  device=cpu
+  if [[ $torch_cuda != none ]] && { (($(count_gpus) > 0)) || have nvcc; }; then device=cuda; fi
+  if [[ $torch_cuda == none ]] && (($(count_gpus) > 0)); then
+    echo "There is a GPU, but torch $torch is a CPU build: Horovod is built without NCCL."
+  fi
+}
+
+# install_torchvision: release 0.(N+15) goes with torch 2.N. Without dependencies, for it would bring another torch.
+install_torchvision() {
+  local release=${torch%%[+a-z]*} wanted
+  wanted=0.$(($(cut -d. -f2 <<<"$release") + 15))
+  if [[ $(installed_version torchvision) == "$wanted".* ]]; then return; fi
+  step torchvision "Installing torchvision $wanted" torchvision_for "$wanted" "${release##*.}"
+}
+
+torchvision_for() { pip install --no-deps "torchvision==$1.$2" || pip install --no-deps "torchvision==$1.*"; }
+
+installed_version() {
+  "$venv_python" -I -c 'import sys; from importlib.metadata import version; print(version(sys.argv[1]))' "$1" 2>/dev/null || true
+}
+
+# --- Horovod, mpi4py and the project ------------------------------------------------------------------------
+
+install_horovod() {
+  local key record=$VENV/horovod_key
+  key=$(PYTHON=$venv_python "$here/build_horovod.sh" "--$device" --print-key)
+  if [[ -f $record && $(<"$record") == "$key" ]] && imports_horovod; then return; fi
+  local message="Building Horovod (3 to 5 minutes on two cores)"
+  if PYTHON=$venv_python "$here/build_horovod.sh" "--$device" --check >/dev/null; then message="Installing Horovod, built before"; fi
+  step horovod "$message" env "PYTHON=$venv_python" "$here/build_horovod.sh" "--$device" --install
+  echo "$key" >"$record"
+}
+
+imports_horovod() { "$venv_python" -I -c 'import horovod.torch' >/dev/null 2>&1; }
+
+install_mpi4py() {
+  if mpi4py_works; then return; fi
+  step mpi4py "Installing mpi4py" build_mpi4py
+}
+
+# mpi4py_works: loaded, and with the MPI that Horovod was built with. Asks without starting MPI.
+mpi4py_works() {
+  "$venv_python" -I -c 'import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; MPI.Get_library_version()' \
+    >/dev/null 2>&1
+}
+
+# The ready wheel finds the common MPIs at run time; where it does not, it is compiled with the mpicc that is here.
+build_mpi4py() {
+  pip install mpi4py
+  mpi4py_works || pip install --no-cache-dir --no-binary mpi4py --force-reinstall --no-deps mpi4py
+  mpi4py_works
+}
+
+# install_project: the constraints keep pip from replacing what was just built.
+install_project() {
+  local extra='' constraints=$VENV/constraints.txt name
+  if [[ $dev == true ]]; then extra='[dev]'; fi
+  for name in torch torchvision horovod; do echo "$name==$(installed_version "$name")"; done >"$constraints"
+  step project "Installing the project and its dependencies" install_editable "$constraints" "$ROOT$extra"
+}
+
+# Without build isolation, so that no second set of build tools is fetched.
+install_editable() {
+  pip install 'setuptools>=64,<81' wheel
+  pip install --no-build-isolation --constraint "$1" --editable "$2"
+}
+
+# --- proof --------------------------------------------------------------------------------------------------
+
+prove() {
+  step check "Checking the build" check_build
+  step allreduce "Adding up over two ranks" env "HVD_ADAM_PYTHON=$venv_python" "PYTHONPATH=$here" \
+    timeout 120 "$here/horovodrun.sh" -np 2 --module check_allreduce
+}
+
+check_build() {
+  local report part parts=(PyTorch MPI Gloo)
+  if [[ $device == cuda ]]; then parts+=(NCCL); fi
+  report=$("$VENV/bin/horovodrun" --check-build)
+  echo "$report"
+  for part in "${parts[@]}"; do
+    grep -qF "[X] $part" <<<"$report" || stop "this Horovod was built without $part" 1
+  done
+}
+
+# --- what is here, in a second ------------------------------------------------------------------------------
+
+# describe: everything that this set-up depends on. Equal text means nothing to do. Nothing heavy is imported.
+describe() {
+  echo "asked $device $dev"
+  cat "$ROOT/setup.cfg" "$ROOT/pyproject.toml" "$here"/{setup,build_horovod}.sh "$here"/horovod/*.cmake | sha256sum
+  mpirun --version 2>&1 | grep -m1 '[0-9]'
+  command -v mpirun mpicxx
+  count_gpus
+  "$venv_python" -I "$here/describe_environment.py"
+}
+
+is_done() {
+  [[ -f $STAMP ]] && [[ -z $(missing_packages) ]] && works "$venv_python" && cmp -s "$STAMP" <(describe 2>/dev/null)
+}
+
+main() {
+  parse_arguments "$@"
+  base=${PYTHON:-python3} venv_python=$VENV/bin/python
+  mkdir -p "$CACHE"
+  exec 8>"$CACHE/setup-$(sha256sum <<<"$VENV" | cut -c1-12).lock"
+  flock --nonblock 8 || { echo "Another set-up of $VENV is running: waiting for it." && flock 8; }
+  # A set-up for development serves the others too.
+  if [[ -f $STAMP ]] && grep -q "^asked [a-z]* true$" "$STAMP"; then dev=true; fi
+  if is_done; then
+    echo "Everything is set up in $VENV."
+    return
+  fi
+  local asked=$device
+  rm -f "$STAMP"
+  install_system_packages
+  make_venv
+  install_torch
+  choose_device
+  install_torchvision
+  install_horovod
+  install_mpi4py
+  install_project
+  prove
+  device=$asked
+  describe >"$STAMP.new"
+  mv "$STAMP.new" "$STAMP"
+  echo "Everything is set up in $VENV (torch $torch)."
+}
+
+main "$@"
