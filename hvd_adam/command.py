@@ -110,7 +110,7 @@ def _one_line(message: str, config: type) -> str:
     message = " ".join(message.split())
     wrong = re.search(r'Parser key "(\w+)":.* (?:Got|Given) value: (.*)', message)
     if not wrong or wrong[1] not in get_type_hints(config):
-        return message
+        return re.sub(r'Parser key "(\w+)":', r"--\1:", message)
     return f"--{wrong[1].replace('_', '-')} is {wrong[2]}: it must be {_wanted(get_type_hints(config)[wrong[1]])}"
 
 

@@ -1,0 +1,140 @@
+"""The command line: what it understands, and that a wrong one gets one line, code 2, and costs no time.
+
+Hazards: a slow import before the arguments are known to be good; a traceback or a page of usage for a typo;
+options that are accepted and ignored; impossible combinations that fail hours later.
+"""
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from hvd_adam.command import parse
+from hvd_adam.config import EvaluateConfig, TrainConfig
+from hvd_adam.errors import UserError
+
+
+def train_config(*argv):
+    return parse(TrainConfig, "hvd_adam.train", argv)
+
+
+def test_options_have_the_names_and_types_that_users_expect():
+    config = train_config(
+        *"--dataset cifar10 --batch-size 64 --lr 0.01 --betas 0.8,0.99 --amsgrad --no-download".split(),
+        *"--max-grad-norm 1 --lr-decay step --lr-decay-epochs 30,60 --warmup-epochs 0.5".split(),
+    )
+    assert (config.dataset, config.batch_size, config.lr, config.betas) == ("cifar10", 64, 0.01, (0.8, 0.99))
+    assert (config.amsgrad, config.download, config.max_grad_norm) == (True, False, 1.0)
+    assert (config.milestones(), config.warmup_epochs) == ((30.0, 60.0), 0.5)
+
+
+@pytest.mark.parametrize("spelling", ["0.8,0.99", "[0.8, 0.99]", "0.8 0.99"])
+def test_betas_in_the_usual_spellings(spelling):
+    assert train_config("--betas", spelling).betas == (0.8, 0.99)
+
+
+def test_underscores_and_pytorchs_precision_names_are_understood():
+    assert train_config("--batch_size=8", "--precision", "float64").precision == "fp64"
+    assert train_config("--batch_size=8", "--precision=bfloat16").batch_size == 8
+
+
+def test_a_configuration_file_is_read_and_the_command_line_goes_before_it(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"lr": 0.5, "epochs": 3, "betas": [0.5, 0.6], "amsgrad": True}))
+    config = train_config("--config", str(path), "--lr", "0.25")
+    assert (config.lr, config.epochs, config.betas, config.amsgrad) == (0.25, 3, (0.5, 0.6), True)
+    path.write_text("epoch: 3\n")
+    with pytest.raises(UserError, match="'epoch' is not accepted"):
+        train_config("--config", str(path))
+
+
+def test_a_printed_configuration_can_be_read_back(tmp_path):
+    done = run("hvd_adam.train", "--epochs", "7", "--positive-class", "3", "--print_config")
+    (tmp_path / "run.yaml").write_text(done.stdout)
+    assert train_config("--config", str(tmp_path / "run.yaml")) == train_config(
+        "--epochs", "7", "--positive-class", "3"
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--foo 1", "unrecognized arguments: --foo 1"),
+        ("--batch-size x", "--batch-size is x: it must be a whole number"),
+        ("--batch-size 1.5", "--batch-size is 1.5: it must be a whole number"),
+        ("--lr much", "--lr is much: it must be a number"),
+        ("--lr", "argument --lr: expected one argument"),
+        ("--lr -1", "--lr is -1.0: it must be 0 or above"),
+        ("--lr nan", "--lr is nan: it must be a number"),
+        ("--betas 0.9,1.0", r"--betas is 0.9,1: it must be two numbers in \[0, 1\)"),
+        ("--betas 0.9", "--betas: invalid two_numbers value: '0.9'"),
+        ("--eps=-1e-8", "--eps is -1e-08"),
+        ("--weight-decay -1", "--weight-decay is -1.0"),
+        ("--accumulate 0", "--accumulate is 0: it must be at least 1"),
+        ("--epochs 0", "--epochs is 0: it must be at least 1"),
+        ("--max-grad-norm 0", "--max-grad-norm is 0.0: it must be above 0"),
+        ("--seed -1", "--seed is -1"),
+        ("--dropout 1", "--dropout is 1.0"),
+        ("--strategy ring", "--strategy is ring: it must be one of allreduce"),
+        ("--compression int8", "--compression is int8: it must be one of none, fp16, bf16"),
+        ("--batch-size 8 --global-batch-size 16", "--batch-size and --global-batch-size exclude each other"),
+        ("--op adasum --max-grad-norm 1", "--op adasum combines the ranks' own steps"),
+        ("--op adasum --precision fp16", "--op adasum combines the ranks' own steps"),
+        ("--op adasum --compression bf16", "--op adasum has no bf16 compression"),
+        ("--lr-decay step", "--lr-decay step and --lr-decay-epochs go together"),
+        ("--lr-decay-epochs 3", "--lr-decay step and --lr-decay-epochs go together"),
+        ("--lr-decay step --lr-decay-epochs 3,2", "--lr-decay-epochs is 3,2: it must be ascending epochs"),
+        ("--lr-decay step --lr-decay-epochs x", "--lr-decay-epochs is x: it must be ascending epochs"),
+        ("--synthetic-shape 3x32", "--synthetic-shape is 3x32: it must be CHANNELSxHEIGHTxWIDTH"),
+        ("--config nowhere.yaml", "--config: File does not exist"),
+    ],
+)
+def test_bad_arguments_are_named_in_one_line(argv, message):
+    with pytest.raises(UserError, match=message) as error:
+        train_config(*argv.split())
+    assert "\n" not in str(error.value)
+
+
+def test_global_batch_follows_from_ranks_and_micro_batches():
+    assert train_config("--batch-size", "8", "--accumulate", "2").global_batch(4) == 64
+    assert train_config("--global-batch-size", "64").global_batch(4) == 64
+    with pytest.raises(UserError, match="--global-batch-size 64 does not divide by 3 ranks × 1 micro-batches"):
+        train_config("--global-batch-size", "64").global_batch(3)
+
+
+def test_evaluate_needs_a_checkpoint():
+    with pytest.raises(UserError, match="--checkpoint is missing"):
+        parse(EvaluateConfig, "hvd_adam.evaluate", [])
+
+
+def run(module, *argv):
+    command = [sys.executable, "-m", module, *argv]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("module", ["hvd_adam.train", "hvd_adam.evaluate"])
+def test_help_lists_every_option_with_its_meaning(module):
+    done = run(module, "--help")
+    assert done.returncode == 0
+    assert "--device {auto,cpu,cuda}" in done.stdout
+    assert "a GPU where there is one" in " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize(("argv", "code"), [(["--help"], 0), (["--lr", "-1"], 2), (["--foo"], 2)])
+def test_pytorch_is_not_loaded_for_help_or_a_wrong_argument(argv, code):
+    # The answer's time is this import's absence: PyTorch alone takes over a second.
+    script = (
+        "import atexit, os, runpy, sys; os._exit = sys.exit; heavy = {'torch', 'horovod', 'numpy'}; "
+        "atexit.register(lambda: print('heavy:', sorted(heavy & set(sys.modules)))); "
+        f"sys.argv = ['train', *{argv!r}]; runpy.run_module('hvd_adam.train', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == code
+    assert "heavy: []" in done.stdout
+
+
+def test_a_wrong_argument_gets_one_line_on_stderr_and_code_2():
+    done = run("hvd_adam.train", "--lr", "-1")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "hvd_adam.train: error: --lr is -1.0: it must be 0 or above\n"

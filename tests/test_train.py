@@ -1,0 +1,341 @@
+"""train and evaluate end to end, on real ranks: what a user types, what comes out, what goes wrong.
+
+Hazards: loss curves that depend on the number of ranks; ranks that print over each other; a run folder that
+other tools cannot read; bad input that leaves a traceback, another exit code, half a run folder or a rank
+behind.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from cifar_files import write_cifar10
+from on_ranks import launch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).parent.parent
+FAST = ["--epochs", "1", "--log-every", "5"]
+
+
+def train(*argv, ranks=0, controller="gloo", folder=None, module="hvd_adam.train", **options):
+    """Trains in `folder`; ranks=0 is without a launcher. Returns the finished process."""
+    arguments = ["-m", module, *map(str, argv), *(["--output-dir", str(folder)] if folder else [])]
+    if ranks:
+        return launch(arguments, ranks, controller, **options)
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, **options)
+
+
+def events(folder, kind=None):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return lines if kind is None else [line for line in lines if line["event"] == kind]
+
+
+def losses(folder):
+    return torch.tensor([event["loss"] for event in events(folder, "step")], dtype=torch.float64)
+
+
+def checkpoint(folder):
+    latest = (folder / "checkpoints" / "latest").read_text().strip()
+    return torch.load(folder / "checkpoints" / latest / "state.pt", weights_only=True)
+
+
+def succeeded(done):
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+# What comes out.
+
+
+@pytest.mark.parametrize("launcher", ["none", "horovodrun --mpi", "horovodrun --gloo", "launch/mpirun.sh"])
+def test_every_launcher_trains_and_leaves_a_whole_run_folder(launcher, tmp_path):
+    folder = tmp_path / "run"
+    ranks = 1 if launcher == "none" else 2
+    if launcher == "launch/mpirun.sh":
+        command = ["bash", str(ROOT / launcher), "-np", "2", "--", *FAST, "--output-dir", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    else:
+        controller = launcher.rpartition("--")[2]
+        done = train(*FAST, ranks=0 if ranks == 1 else 2, controller=controller, folder=folder)
+    succeeded(done)
+    assert done.stdout.count("test accuracy") == 2  # the evaluation's line and the closing one, from rank 0 alone
+    assert f"run folder {folder}" in done.stdout
+    steps = 1442 // (32 * ranks)
+    assert {path.name for path in folder.iterdir() if "tfevents" not in path.name} == {
+        *("config.yaml", "metrics.jsonl", "curves.png", "checkpoints"),
+    }
+    assert [event["event"] for event in events(folder) if event["event"] != "step"] == [
+        *("start", "eval", "checkpoint", "end"),
+    ]
+    assert events(folder)[-1]["test_accuracy"] == events(folder, "eval")[-1]["test_accuracy"] > 0.5
+    assert events(folder)[-1]["images_per_second"] > 0
+    assert events(folder)[0]["world_size"] == ranks
+    assert events(folder, "step")[-1]["step"] == steps
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert yaml.safe_load((folder / "config.yaml").read_text())["epochs"] == 1
+
+    board = EventAccumulator(str(folder)).Reload()
+    assert {"train_loss", "train_lr", "test_accuracy"} <= set(board.Tags()["scalars"])
+    shown = board.Scalars("train_loss")[-1]
+    assert (shown.step, shown.value) == (steps, pytest.approx(events(folder, "step")[-1]["loss"]))
+
+    state = checkpoint(folder)
+    assert state["progress"] == {"step": steps, "epoch": 1}
+    model = torch.nn.ParameterList([w for w in state["model"].values()])
+    torch.optim.Adam(model.parameters()).load_state_dict(state["optimizer"])
+
+
+def test_the_loss_curve_does_not_depend_on_the_number_of_ranks(tmp_path):
+    curves = {}
+    for ranks, batch, accumulate in ((1, 64, 1), (2, 32, 1), (4, 16, 1), (2, 16, 2)):
+        folder = tmp_path / f"{ranks}x{batch}x{accumulate}"
+        sizes = ["--batch-size", batch, "--accumulate", accumulate]
+        fixed = ["--max-steps", 50, "--epochs", 3, "--log-every", 1, "--eval-every", 9, "--lr-scaling", "none"]
+        succeeded(train(*fixed, *sizes, ranks=ranks, folder=folder))
+        curves[folder.name] = losses(folder)
+        assert len(curves[folder.name]) == 50
+    one = curves.pop("1x64x1")
+    assert one[-1] < 0.5 * one[0]
+    for name, curve in curves.items():
+        assert torch.all((curve - one).abs() <= 1e-3 * one), (name, ((curve - one) / one).abs().max())
+
+
+def test_in_float64_the_weights_do_not_depend_on_the_number_of_ranks(tmp_path):
+    weights = []
+    for ranks, batch, accumulate in ((0, 64, 1), (2, 16, 2), (4, 16, 1)):
+        folder = tmp_path / f"{ranks}"
+        sizes = ["--batch-size", batch, "--accumulate", accumulate, "--max-grad-norm", 1, "--model", "mlp"]
+        fixed = ["--max-steps", 50, "--epochs", 3, "--lr-scaling", "none", "--precision", "float64"]
+        succeeded(train(*fixed, *sizes, ranks=ranks, folder=folder))
+        weights.append(checkpoint(folder)["model"])
+    for other in weights[1:]:
+        for name, weight in weights[0].items():
+            assert (weight - other[name]).abs().max() < 1e-9, name
+
+
+def test_the_same_command_gives_the_same_run_and_another_seed_another(tmp_path):
+    fixed = ["--max-steps", 12, "--log-every", 1, "--dropout", 0.5]
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        succeeded(train(*fixed, "--seed", seed, folder=tmp_path / name))
+    a, b, c = (losses(tmp_path / name) for name in "abc")
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+
+
+def test_evaluate_reads_the_checkpoint_at_any_number_of_ranks_and_counts_each_image_once(tmp_path):
+    folder = tmp_path / "run"
+    succeeded(train(*FAST, folder=folder))
+    end = events(folder)[-1]
+    latest = folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text().strip()
+    for ranks, path in ((0, folder), (0, latest), (3, folder / "checkpoints")):
+        done = succeeded(train("--checkpoint", path, "--json", ranks=ranks, module="hvd_adam.evaluate"))
+        (line,) = [line for line in done.stdout.splitlines() if "test_loss" in line]
+        scores = json.loads(line.partition(">:")[2] or line)
+        assert scores["images"] == 355  # does not divide by 3
+        assert scores["test_accuracy"] == end["test_accuracy"]
+        assert scores["test_loss"] == pytest.approx(end["test_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--precision bf16 --channels-last --weight-decay 0.01 --decoupled-weight-decay --amsgrad",
+        "--precision fp16 --compression fp16 --accumulate 2 --max-grad-norm 1 --lr-decay linear",
+        "--compression bf16 --lr-scaling sqrt --lr-decay step --lr-decay-epochs 0.5 --warmup-epochs 0.25",
+    ],
+)
+def test_options_work_together_on_two_ranks(options, tmp_path):
+    succeeded(train(*FAST, *options.split(), ranks=2, folder=tmp_path / "run"))
+    curve = losses(tmp_path / "run")
+    assert curve[-1] < 0.8 * curve[0]
+
+
+def test_adasum_trains_under_mpi_and_keeps_the_learning_rate(tmp_path):
+    succeeded(train(*FAST, "--op", "adasum", ranks=2, controller="mpi", folder=tmp_path / "run"))
+    curve = losses(tmp_path / "run")
+    assert curve[-1] < 0.8 * curve[0]
+    assert max(event["lr"] for event in events(tmp_path / "run", "step")) <= 1e-3
+
+
+def test_the_learning_rate_warms_up_from_one_ranks_to_all_ranks(tmp_path):
+    options = ["--lr-decay", "constant", "--warmup-epochs", "0.5", "--log-every", "1", "--epochs", "1"]
+    succeeded(train(*options, ranks=2, folder=tmp_path / "run"))
+    rates = [event["lr"] for event in events(tmp_path / "run", "step")]
+    assert rates[0] == 1e-3
+    assert rates[5] == pytest.approx(1e-3 * (1 + 5 / 11))  # half an epoch is 11 of 22 steps
+    assert rates[11:] == [2e-3] * 11
+
+
+def test_batch_norm_is_evaluated_as_it_is_saved_and_a_compiled_model_saves_plain_names(tmp_path):
+    folder = tmp_path / "run"
+    synthetic = "--dataset synthetic --synthetic-shape 1x8x8 --synthetic-samples 64".split()
+    succeeded(train(*synthetic, "--model", "resnet18", "--epochs", 1, "--batch-size", 8, ranks=2, folder=folder))
+    done = succeeded(train("--checkpoint", folder, "--json", module="hvd_adam.evaluate"))
+    assert json.loads(done.stdout)["test_accuracy"] == events(folder)[-1]["test_accuracy"]
+
+    folder = tmp_path / "compiled"
+    succeeded(train("--model", "mlp", "--compile", "--max-steps", 3, folder=folder))
+    assert set(checkpoint(folder)["model"]) == {"1.weight", "1.bias", "3.weight", "3.bias"}
+
+
+def test_cifar10_files_train_with_all_classes_and_with_one_against_the_rest(tmp_path):
+    write_cifar10(tmp_path / "data")
+    data = ["--dataset", "cifar10", "--data-dir", tmp_path / "data", "--batch-size", 16, *FAST]
+    succeeded(train(*data, ranks=2, folder=tmp_path / "ten"))
+    assert 0 <= events(tmp_path / "ten")[-1]["test_accuracy"] <= 1
+    assert checkpoint(tmp_path / "ten")["data"]["classes"][0] == "airplane"
+    done = succeeded(train(*data, "--positive-class", "airplane", folder=tmp_path / "two"))
+    assert "test balanced accuracy" in done.stdout
+    assert checkpoint(tmp_path / "two")["data"]["classes"] == ["rest", "airplane"]
+
+
+# What goes wrong.
+
+
+def one_line(done, code=2):
+    """The one line of stderr, without what launchers put around it."""
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--batch-size 2000", "2000"),
+        ("--dataset digit", "digits"),
+        ("--model resnet19", "resnet18"),
+        ("--model no.such:model", "no.such"),
+        ("--positive-class zebra", "zebra"),
+        ("--dataset cifar10 --no-download --data-dir {tmp}/empty", "cifar-10-python.tar.gz"),
+        ("--device cuda", "sees no GPU"),
+        ("--lr-scaling sqrt --accumulate 20", "below 0"),
+    ],
+)
+def test_bad_input_gets_one_line_and_leaves_nothing(argv, message, tmp_path):
+    if "cuda" in argv and torch.cuda.is_available():
+        pytest.skip("needs a machine without a GPU")
+    done = train(*argv.format(tmp=tmp_path).split(), folder=tmp_path / "run")
+    assert message in one_line(done)
+    assert done.stdout == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_data_file_is_named(tmp_path):
+    folder = write_cifar10(tmp_path / "data")
+    file = folder / "data_batch_1"
+    file.write_bytes(file.read_bytes()[:100])
+    done = train("--dataset", "cifar10", "--data-dir", tmp_path / "data", folder=tmp_path / "run")
+    assert "data_batch_1" in one_line(done)
+
+
+def test_a_run_folder_that_cannot_be_written_or_is_taken_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "cannot write to the run folder" in one_line(train(folder=tmp_path / "file" / "run"))
+    succeeded(train("--max-steps", 1, folder=tmp_path / "run"))
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "holds a run already" in one_line(train("--max-steps", 1, folder=tmp_path / "run"))
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+SCRIPTS = [["launch/horovodrun.sh", "--gloo"], ["launch/horovodrun.sh", "--mpi"], ["launch/mpirun.sh"]]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=" ".join)
+@pytest.mark.parametrize(
+    ("argv", "message"), [("--lr -1", "--lr is -1.0: it must be 0 or above"), ("--model resnet19", "resnet18")]
+)
+def test_every_launcher_gives_one_line_and_code_2(script, argv, message, tmp_path):
+    command = ["bash", str(ROOT / script[0]), *script[1:], "-np", "2", "--", *argv.split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=tmp_path)
+    assert message in one_line(done)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ranks_started_with_different_arguments_are_refused(tmp_path):
+    python = [sys.executable, "-m", "hvd_adam.train", "--output-dir", str(tmp_path / "run"), "--seed"]
+    root = ["--allow-run-as-root", "-H", "localhost:2", "--quiet"]
+    command = ["mpirun", *root, "-np", "1", *python, "1", ":", "-np", "1", *python, "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert "different arguments: seed is 1 on rank 0 and 2 on rank 1" in one_line(done)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_wrong_argument_on_another_rank_than_0_still_ends_the_job(tmp_path):
+    python = [sys.executable, "-m", "hvd_adam.train", "--output-dir", str(tmp_path / "run"), "--lr"]
+    root = ["--allow-run-as-root", "-H", "localhost:2", "--quiet"]
+    command = ["mpirun", *root, "-np", "1", *python, "1e-3", ":", "-np", "1", *python, "-1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert "--lr is -1.0: it must be 0 or above [rank 1 on " in done.stderr
+
+
+BROKEN_MODEL = """
+import horovod.torch as hvd, torch
+
+class Broken(torch.nn.Module):
+    def __init__(self, in_channels, num_classes, image_size):
+        super().__init__()
+        self.linear = torch.nn.Linear(in_channels * image_size[0] * image_size[1], num_classes)
+        self.calls = 0
+
+    def forward(self, images):
+        self.calls += self.training
+        if self.calls == 4 and hvd.rank() == 1:
+            raise ArithmeticError("the first cause")
+        return self.linear(images.flatten(1))
+"""
+
+
+@pytest.mark.parametrize("controller", ["gloo", "mpi"])
+def test_an_exception_on_one_rank_ends_all_ranks_and_is_shown_with_its_rank(controller, tmp_path):
+    (tmp_path / "broken.py").write_text(BROKEN_MODEL)
+    model = ["--model", "broken:Broken"]
+    done = train(
+        *model, ranks=2, controller=controller, folder=tmp_path / "run", env={"PYTHONPATH": str(tmp_path)}
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("the first cause") >= 1
+    assert "rank 1 on " in done.stderr
+    assert "lost the others" not in done.stderr
+
+
+def test_a_checkpoint_of_something_else_or_damaged_or_missing_is_refused(tmp_path):
+    folder = tmp_path / "run"
+    succeeded(train("--max-steps", 1, "--model", "mlp", folder=folder))
+    (step,) = (folder / "checkpoints").glob("step-*")
+
+    def evaluate(*argv):
+        return one_line(train("--checkpoint", folder, *argv, module="hvd_adam.evaluate"))
+
+    assert "no checkpoint in" in one_line(train("--checkpoint", tmp_path / "no", module="hvd_adam.evaluate"))
+    assert "of another model or data set: its classes are" in evaluate("--dataset", "synthetic")
+    whole = (step / "state.pt").read_bytes()
+    (step / "state.pt").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert "state.pt does not match its checksum" in evaluate()
+    (step / "state.pt").unlink()
+    assert "state.pt is missing" in evaluate()
+    (step / "manifest.json").write_text("{")
+    assert "manifest.json is unreadable" in evaluate()
+
+
+def test_a_checkpoint_whose_model_has_changed_is_refused_by_the_first_difference(tmp_path):
+    code = (
+        "import torch\ndef build(in_channels, num_classes, image_size):\n return torch.nn.Sequential({layers})\n"
+    )
+    plain = "torch.nn.Flatten(), torch.nn.Linear(64, 10)"
+    (tmp_path / "mine.py").write_text(code.format(layers=plain))
+    environ = {"env": {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}}
+    succeeded(train("--max-steps", 1, "--model", "mine:build", folder=tmp_path / "run", **environ))
+    (tmp_path / "mine.py").write_text(
+        code.format(layers="torch.nn.Flatten(), torch.nn.Linear(64, 10, bias=False)")
+    )
+    done = train("--checkpoint", tmp_path / "run", module="hvd_adam.evaluate", **environ)
+    assert "of another model or data set: 1.bias is (10,) in it and absent in the model" in one_line(done)
