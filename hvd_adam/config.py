@@ -81,6 +81,7 @@ class TrainConfig(DataConfig):
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = _option(
         "fp32", "arithmetic of the model; bf16 and fp16 are autocast"
     )
+    sync_batchnorm: bool = _option(False, "normalise batches over all ranks instead of each by itself")
     channels_last: bool = _option(False, "keep images and weights in channels-last order")
     compile: bool = _option(False, "compile the model with torch.compile")
 

@@ -23,6 +23,7 @@ from hvd_adam.evaluation import Scores, score
 from hvd_adam.metrics import METRICS_FILE, RunLog, RunningMean, Stopwatch, plot
 from hvd_adam.precision import autocast, loss_scaler, parameter_dtype
 from hvd_adam.schedule import LearningRateSchedule, Scaled, learning_rate, scale
+from hvd_adam.sync_batchnorm import convert
 
 
 class Trainer:
@@ -183,6 +184,8 @@ def _build(config: TrainConfig, loader: DeviceLoader) -> torch.nn.Module:
         image_size=loader.data.image_size,
         dropout=config.dropout,
     )
+    if config.sync_batchnorm:
+        convert(model)
     memory_format = torch.channels_last if config.channels_last else torch.preserve_format
     return model.to(loader.device, loader.dtype, memory_format=memory_format)
 

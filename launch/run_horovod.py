@@ -38,7 +38,10 @@ def main() -> None:
         if failed is None:
             raise
         code = int(failed[1])
-        sys.exit(code if code >= 0 else 128 - code)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Not sys.exit: threads of horovodrun that still run would be cut off with "Exception in thread".
+        os._exit(code if code >= 0 else 128 - code)
 
 
 # The guard matters: horovodrun starts helpers that import this file anew.

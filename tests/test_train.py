@@ -174,7 +174,20 @@ def test_the_learning_rate_warms_up_from_one_ranks_to_all_ranks(tmp_path):
 def test_batch_norm_is_evaluated_as_it_is_saved_and_a_compiled_model_saves_plain_names(tmp_path):
     folder = tmp_path / "run"
     synthetic = "--dataset synthetic --synthetic-shape 1x8x8 --synthetic-samples 64".split()
-    succeeded(train(*synthetic, "--model", "resnet18", "--epochs", 1, "--batch-size", 8, ranks=2, folder=folder))
+    succeeded(
+        train(
+            *synthetic,
+            "--model",
+            "resnet18",
+            "--sync-batchnorm",
+            "--epochs",
+            1,
+            "--batch-size",
+            8,
+            ranks=2,
+            folder=folder,
+        )
+    )
     done = succeeded(train("--checkpoint", folder, "--json", module="hvd_adam.evaluate"))
     assert json.loads(done.stdout)["test_accuracy"] == events(folder)[-1]["test_accuracy"]
 
