@@ -8,6 +8,7 @@ stays as it is.
 import os
 import re
 import sys
+import threading
 
 from horovod.runner.launch import run_commandline
 
@@ -38,10 +39,9 @@ def main() -> None:
         if failed is None:
             raise
         code = int(failed[1])
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # Not sys.exit: threads of horovodrun that still run would be cut off with "Exception in thread".
-        os._exit(code if code >= 0 else 128 - code)
+        # Threads of horovodrun that still run are cut off now: "Exception in thread" would tell the user nothing.
+        threading.excepthook = lambda _: None
+        sys.exit(code if code >= 0 else 128 - code)
 
 
 # The guard matters: horovodrun starts helpers that import this file anew.
