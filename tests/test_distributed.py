@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from on_ranks import on_ranks
 
 from hvd_adam import Adam, distribute
-from hvd_adam.distributed import DistributedAdam
+from hvd_adam.distributed_adam import DistributedAdam
 from hvd_adam.errors import UserError
 
 
