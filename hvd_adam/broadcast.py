@@ -8,6 +8,7 @@ taken to bring state into being.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ def broadcast_tensors(tensors: Iterable[torch.Tensor], name: str) -> None:
     """Overwrites the tensors, of any dtype, layout and device, with rank 0's. Shapes and dtypes must agree."""
     for number, chunk in enumerate(_chunks(tensors)):
         packed = torch.cat([_to_bytes(tensor) for tensor in chunk])
-        horovod().broadcast_(packed, root_rank=ROOT, name=f"{name}.{number}")
+        for part, piece in enumerate(packed.split(CHUNK_BYTES)):  # MPI counts elements in 31 bits
+            horovod().broadcast_(piece, root_rank=ROOT, name=f"{name}.{number}.{part}")
         if horovod().rank() == ROOT:
             continue
         sizes = [tensor.numel() * tensor.element_size() for tensor in chunk]
@@ -38,19 +40,32 @@ def broadcast_training(
     """Gives every rank the parameters, buffers, optimizer state and hyper-parameters (and loss scale) of rank 0.
 
     Raises:
-        UserError: on every rank, if a rank's model or parameter groups differ from rank 0's in names, number,
-            shapes or dtypes; names the first difference. Nothing has been changed then.
+        UserError: as `require_same_layout`; nothing has been changed then.
     """
     cluster = init()
     if cluster.size == 1:
         return
-    mine = _describe(model, optimizer, loss_scaler)
-    roots = horovod().broadcast_object(mine, root_rank=ROOT, name="hvd_adam.layout")
-    with together(cluster):
-        _require_layout(mine, roots)
+    require_same_layout(model, optimizer)
+    roots = horovod().broadcast_object(_small_values(optimizer, loss_scaler), ROOT, name="hvd_adam.values")
     if cluster.rank != ROOT:
         _adopt(optimizer, loss_scaler, roots)
     broadcast_tensors(_tensors(model, optimizer), "hvd_adam.broadcast")
+
+
+def require_same_layout(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Compares this rank's model and parameter groups with rank 0's; every rank calls it.
+
+    Raises:
+        UserError: on every rank, if they differ in names, order, shapes, dtypes or in what is trained; names the
+            first difference.
+    """
+    cluster = init()
+    if cluster.size == 1:
+        return
+    mine = _layout(model, optimizer)
+    roots = horovod().broadcast_object(mine, ROOT, name="hvd_adam.layout")
+    with together(cluster):
+        _compare(mine, roots)
 
 
 def broadcast_buffers(model: torch.nn.Module, cluster: Cluster) -> None:
@@ -97,16 +112,40 @@ def _tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[t
     return list({id(tensor): tensor for tensor in everything}.values())
 
 
-def _describe(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss_scaler: Any | None) -> dict:
-    """The layout that must agree (model, groups) and the small values that are rank 0's to give."""
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    groups = optimizer.param_groups
+def _layout(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+    """What must be alike on all ranks."""
+
+    def kind(tensor: torch.Tensor) -> str:
+        return f"{tuple(tensor.shape)} {tensor.dtype}{' to train' if tensor.requires_grad else ''}"
+
+    return {
+        "model": {name: kind(t) for name, t in [*model.named_parameters(), *model.named_buffers()]},
+        "groups": [[kind(p) for p in group["params"]] for group in optimizer.param_groups],
+    }
+
+
+def _compare(mine: dict, roots: dict) -> None:
+    for name in [*roots["model"], *mine["model"]]:
+        here, there = mine["model"].get(name, "absent"), roots["model"].get(name, "absent")
+        if here != there:
+            raise UserError(f"the model differs from rank 0's: {name} is {here} here and {there} there")
+    if list(mine["model"]) != list(roots["model"]):
+        raise UserError("the model's parameters come in another order than rank 0's; build it alike on all ranks")
+    if mine["groups"] != roots["groups"]:
+        here, there = ([len(group) for group in layout["groups"]] for layout in (mine, roots))
+        raise UserError(
+            f"the optimizer's parameter groups differ from rank 0's: {here} parameters here and {there} there, or "
+            "in another order; build them alike on all ranks"
+        )
+
+
+def _small_values(optimizer: torch.optim.Optimizer, loss_scaler: Any | None) -> dict:
+    """Hyper-parameters, the layout of the state, and the loss scale: rank 0's to give."""
     numbers = {parameter: number for number, parameter in enumerate(_trained(optimizer))}
     return {
-        "model": {name: (tuple(t.shape), str(t.dtype)) for name, t in tensors},
-        "groups": [[(tuple(p.shape), str(p.dtype)) for p in group["params"]] for group in groups],
         "hyper": [
-            {key: None if key == "params" else _plain(value) for key, value in group.items()} for group in groups
+            {key: None if key == "params" else _packed(value) for key, value in group.items()}
+            for group in optimizer.param_groups
         ],
         "state": {
             numbers[parameter]: {key: _state_layout(value) for key, value in state.items()}
@@ -120,27 +159,32 @@ def _trained(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _plain(value: object) -> object:
-    return value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+@dataclass(frozen=True)
+class _Scalar:
+    """A tensor among the hyper-parameters: a learning rate that is changed in place."""
+
+    value: float
+    dtype: torch.dtype
+    device_type: str
+
+    def unpacked(self, own: object, parameters: list[torch.Tensor]) -> torch.Tensor:
+        """This rank's own tensor where it fits, so that whoever holds it sees the new value, or another."""
+        if isinstance(own, torch.Tensor) and own.dtype == self.dtype:
+            return own.fill_(self.value)
+        on_device = parameters and self.device_type == parameters[0].device.type
+        return torch.tensor(self.value, dtype=self.dtype, device=parameters[0].device if on_device else None)
+
+
+def _packed(value: object) -> object:
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        return _Scalar(value.item(), value.dtype, value.device.type)
+    return value
 
 
 def _state_layout(value: object) -> tuple:
     if isinstance(value, torch.Tensor):
         return ("tensor", tuple(value.shape), value.dtype, value.device.type)
     return ("value", value)
-
-
-def _require_layout(mine: dict, roots: dict) -> None:
-    for name in sorted({*mine["model"], *roots["model"]}):
-        here, there = mine["model"].get(name, "absent"), roots["model"].get(name, "absent")
-        if here != there:
-            raise UserError(f"the model differs from rank 0's: {name} is {here} here and {there} there")
-    if mine["groups"] != roots["groups"]:
-        sizes = [[len(group) for group in layout["groups"]] for layout in (mine, roots)]
-        raise UserError(
-            f"the optimizer's parameter groups differ from rank 0's: {sizes[0]} parameters here, {sizes[1]} "
-            "there, or in another order; build them alike on all ranks"
-        )
 
 
 def _adopt(optimizer: torch.optim.Optimizer, loss_scaler: Any | None, roots: dict) -> None:
@@ -151,8 +195,8 @@ def _adopt(optimizer: torch.optim.Optimizer, loss_scaler: Any | None, roots: dic
         for key, value in hyper.items():
             if key == "params":
                 group[key] = own[key]
-            elif isinstance(own.get(key), torch.Tensor):
-                group[key] = own[key].fill_(value)
+            elif isinstance(value, _Scalar):
+                group[key] = value.unpacked(own.get(key), own["params"])
             else:
                 group[key] = value
     own_state = dict(optimizer.state)

@@ -29,61 +29,87 @@ def save(checkpoints: Path, step: int, state: dict[str, Any]) -> Path:
 
     Args:
         checkpoints: the folder of all checkpoints of a run; made if it is not there.
-        step: number of updates made so far, ≥ 0.
+        step: number of updates made so far, ≥ 0. A checkpoint of the same step is replaced.
+
+    Raises:
+        UserError: it cannot be written (a full disk, say); earlier checkpoints are as they were.
     """
     final = checkpoints / f"step-{step:08d}"
     draft = checkpoints / f".{final.name}.{os.getpid()}"
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    torch.save(state, draft / STATE)
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        _write(draft, step, state)
+        _replace(draft, final)
+        _write_whole(checkpoints / LATEST, final.name + "\n")
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk by a RuntimeError
+        shutil.rmtree(draft, ignore_errors=True)
+        reason = str(error).splitlines()[0]
+        raise UserError(f"cannot write the checkpoint {final}: {reason}; free some space") from None
+    return final
+
+
+def _write(folder: Path, step: int, state: dict[str, Any]) -> None:
+    torch.save(state, folder / STATE)
     manifest = {
-        "files": {STATE: {"bytes": (draft / STATE).stat().st_size, "sha256": _sha256(draft / STATE)}},
+        "files": {STATE: {"bytes": (folder / STATE).stat().st_size, "sha256": _sha256(folder / STATE)}},
         "step": step,
         "versions": {"hvd_adam": hvd_adam.__version__, "torch": torch.__version__},
     }
-    (draft / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-    for path in (draft / STATE, draft / MANIFEST, draft):
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    for path in (folder / STATE, folder / MANIFEST, folder):
         _flush(path)
-    if final.exists():  # the same step again: the same run made it
-        shutil.rmtree(final)
+
+
+def _replace(draft: Path, final: Path) -> None:
+    """Puts the draft in the final one's place; an older one of that name is moved aside first, then removed."""
+    aside = draft.with_suffix(".old")
+    if final.exists():
+        final.rename(aside)
     draft.rename(final)
-    _write_whole(checkpoints / LATEST, final.name + "\n")
-    return final
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def load(path: str | Path) -> dict[str, Any]:
     """Reads and verifies a checkpoint; tensors come to the CPU.
 
     Args:
-        path: a checkpoint's folder, a run's `checkpoints` folder or a run folder (their latest checkpoint).
+        path: a checkpoint's folder or its `state.pt`; a run's `checkpoints` folder, its `latest`, or a run folder
+            (their latest checkpoint).
 
     Raises:
-        UserError: nothing there, or a file is missing, truncated or altered; names the file.
+        UserError: nothing there, or a file is unreadable, missing, truncated or altered; names the file.
     """
-    folder = _find(Path(path))
-    manifest_path = folder / MANIFEST
     try:
-        files = json.loads(manifest_path.read_text())["files"]
-        expected = files[STATE]["bytes"], files[STATE]["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"checkpoint {folder} is damaged: {manifest_path.name} is unreadable ({error!r})"
-        ) from None
-    state_path = folder / STATE
-    if not state_path.is_file():
-        raise UserError(f"checkpoint {folder} is damaged: {STATE} is missing; use another checkpoint")
-    if (state_path.stat().st_size, _sha256(state_path)) != expected:
-        raise UserError(f"checkpoint {folder} is damaged: {STATE} does not match its checksum; use another one")
-    return torch.load(state_path, map_location="cpu", weights_only=True)
+        folder = _find(Path(path))
+        _verify(folder)
+        return torch.load(folder / STATE, map_location="cpu", weights_only=True)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"checkpoint {path} cannot be read: {error}; use another checkpoint") from None
 
 
 def _find(path: Path) -> Path:
+    if path.name in (LATEST, STATE) and path.is_file():
+        path = path.parent
     for folder in (path, path / "checkpoints"):
         if (folder / LATEST).is_file():
             return folder / (folder / LATEST).read_text().strip()
     if (path / MANIFEST).exists() or (path / STATE).exists():
         return path
     raise UserError(f"no checkpoint in {path}: give a run folder, its checkpoints folder or one checkpoint")
+
+
+def _verify(folder: Path) -> None:
+    try:
+        entry = json.loads((folder / MANIFEST).read_text())["files"][STATE]
+        expected = entry["bytes"], entry["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"checkpoint {folder} is damaged: {MANIFEST} is unreadable ({error!r})") from None
+    state = folder / STATE
+    if not state.is_file():
+        raise UserError(f"checkpoint {folder} is damaged: {STATE} is missing; use another checkpoint")
+    if (state.stat().st_size, _sha256(state)) != expected:
+        raise UserError(f"checkpoint {folder} is damaged: {STATE} does not match its checksum; use another one")
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -222,7 +222,7 @@ def require_same(cluster: Cluster, what: str, values: Mapping[str, object]) -> N
             for name in sorted({*theirs, *everyones[0]}):
                 if theirs.get(name) != everyones[0].get(name):
                     raise UserError(
-                        f"the ranks were started with different {what}: {name} is {everyones[0].get(name)!r} "
+                        f"the ranks have different {what}: {name} is {everyones[0].get(name)!r} "
                         f"on rank 0 and {theirs.get(name)!r} on rank {rank}; start all ranks alike"
                     )
 

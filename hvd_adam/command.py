@@ -19,7 +19,6 @@ from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_ty
 import jsonargparse
 
 from hvd_adam.cluster import launched
-from hvd_adam.config import PRECISIONS
 from hvd_adam.errors import AgreedError, UserError
 
 Config = TypeVar("Config")
@@ -89,25 +88,21 @@ def two_numbers(text: Any) -> tuple[float, float]:
 
 
 def _understood(argv: Sequence[str]) -> list[str]:
-    """Accepts PyTorch's names of precisions, and underscores for dashes, in the names of options."""
-    arguments: list[str] = []
+    """Accepts underscores for dashes in the names of options, as configuration files have them."""
+    arguments = []
     for argument in argv:
-        if argument.startswith("--") and not argument.startswith("--print_config"):
-            option, equals, value = argument.partition("=")
-            argument = option.replace("_", "-") + equals + value
-        arguments.append(argument)
-    for position, argument in enumerate(arguments):
-        option, _, value = argument.partition("=")
-        if option == "--precision" and value in PRECISIONS:
-            arguments[position] = f"--precision={PRECISIONS[value]}"
-        elif position and arguments[position - 1] == "--precision":
-            arguments[position] = PRECISIONS.get(argument, argument)
+        option, equals, value = argument.partition("=")
+        is_option = option.startswith("--") and option != "--print_config"
+        arguments.append((option.replace("_", "-") if is_option else option) + equals + value)
     return arguments
 
 
 def _one_line(message: str, config: type) -> str:
     """Turns jsonargparse's report of a value that does not fit, over several lines, into one line."""
     message = " ".join(message.split())
+    pair = re.fullmatch(r"argument (--[\w-]+): invalid two_numbers value: '(.*)'", message)
+    if pair:
+        return f"{pair[1]} is {pair[2]}: it must be two numbers, as in 0.9,0.999"
     wrong = re.search(r'Parser key "(\w+)":.* (?:Got|Given) value: (.*)', message)
     if not wrong or wrong[1] not in get_type_hints(config):
         return re.sub(r'Parser key "(\w+)":', r"--\1:", message)
@@ -121,7 +116,7 @@ def _wanted(kind: Any) -> str:
     for member in get_args(kind) or (kind,):
         if member in (int, float):
             return "a whole number" if member is int else "a number"
-    return f"a {getattr(kind, '__name__', kind)}"
+    return "a text (in quotes where it looks like a number)"
 
 
 def _exit_with(error: UserError, line: str, code: int) -> NoReturn:

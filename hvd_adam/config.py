@@ -13,7 +13,8 @@ from typing import Any, Literal
 from hvd_adam.errors import UserError
 from hvd_adam.schedule import DECAYS, SCALING_RULES
 
-PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}  # also understood
+# PyTorch's names, by what --precision calls them.
+PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
 
 
 def _option(default: Any, help: str) -> Any:
@@ -41,7 +42,7 @@ class DataConfig:
     def synthetic_size(self) -> tuple[int, int, int]:
         """The synthetic images' channels, height and width."""
         parts = self.synthetic_shape.lower().split("x")
-        valid = len(parts) == 3 and all(part.isdigit() and int(part) > 0 for part in parts)
+        valid = len(parts) == 3 and all(part.isascii() and part.isdecimal() and int(part) > 0 for part in parts)
         _require(valid, "synthetic-shape", self.synthetic_shape, "CHANNELSxHEIGHTxWIDTH, as in 3x32x32")
         channels, height, width = (int(part) for part in parts)
         return channels, height, width
@@ -78,7 +79,7 @@ class TrainConfig(DataConfig):
     strategy: Literal["allreduce"] = _option("allreduce", "how gradients are shared")
     op: Literal["average", "adasum"] = _option("average", "how gradients are combined")
     compression: Literal["none", "fp16", "bf16"] = _option("none", "what gradients travel as")
-    precision: Literal["fp32", "bf16", "fp16", "fp64"] = _option(
+    precision: Literal["fp32", "bf16", "fp16", "fp64", "float32", "bfloat16", "float16", "float64"] = _option(
         "fp32", "arithmetic of the model; bf16 and fp16 are autocast"
     )
     sync_batchnorm: bool = _option(False, "normalise batches over all ranks instead of each by itself")
@@ -92,6 +93,7 @@ class TrainConfig(DataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "precision", PRECISIONS.get(self.precision, self.precision))
         self._check_numbers()
         self._check_combinations()
 

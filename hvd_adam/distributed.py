@@ -9,12 +9,14 @@ for images, labels in batches:
 
 from __future__ import annotations
 
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 
 from hvd_adam.adam import Adam
-from hvd_adam.cluster import horovod
+from hvd_adam.broadcast import require_same_layout
+from hvd_adam.cluster import horovod, init, require_same
 from hvd_adam.distributed_adam import DistributedAdam
 from hvd_adam.errors import UserError
 from hvd_adam.wire import COMPRESSIONS
@@ -54,7 +56,8 @@ def distribute(
             else: unscaling, skipping and updating the scale happen inside, alike on all ranks.
 
     Raises:
-        UserError: an impossible option or combination; a model that differs from rank 0's; `init` not called.
+        UserError: an impossible option or combination; a model or options that differ from rank 0's; `init` not
+            called.
         TypeError: the optimizer is not an `hvd_adam.Adam`.
     """
     if not isinstance(optimizer, Adam):
@@ -67,22 +70,17 @@ def distribute(
     _require_choice("strategy", strategy, STRATEGIES)
     _require_choice("compression", compression, COMPRESSIONS)
     _require_choice("op", op, OPS)
-    if accumulate < 1 or accumulate != int(accumulate):
-        raise UserError(f"accumulate is {accumulate}; it must be a whole number ≥ 1")
-    if max_grad_norm is not None and not max_grad_norm > 0:
-        raise UserError(f"max_grad_norm is {max_grad_norm}; it must be > 0")
+    if not isinstance(accumulate, Integral) or accumulate < 1:
+        raise UserError(f"accumulate is {accumulate!r}; it must be a whole number ≥ 1")
+    if max_grad_norm is not None and not (isinstance(max_grad_norm, Real) and max_grad_norm > 0):
+        raise UserError(f"max_grad_norm is {max_grad_norm!r}; it must be a number > 0")
     if op == "adasum":
         _require_adasum(compression, max_grad_norm, loss_scaler)
     _require_one_device(model, optimizer)
-    distributed = DistributedAdam(
-        optimizer,
-        model,
-        accumulate=int(accumulate),
-        compression=compression,
-        op=op,
-        max_grad_norm=max_grad_norm,
-        loss_scaler=loss_scaler,
-    )
+    options = {"accumulate": accumulate, "compression": compression, "op": op, "max_grad_norm": max_grad_norm}
+    require_same(init(), "options of distribute", {**options, "loss_scaler": loss_scaler is not None})
+    require_same_layout(model, optimizer)
+    distributed = DistributedAdam(optimizer, model, loss_scaler=loss_scaler, **options)
     distributed.broadcast()
     return distributed
 

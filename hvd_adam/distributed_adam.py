@@ -7,6 +7,7 @@ sums depend on timing. None of this reaches the user.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -22,6 +23,9 @@ from hvd_adam.wire import Bfloat16Mean, Wire
 # and 8 were the fastest for a 10.5 M parameter MLP and for ResNet-18 on two ranks of a two-core CPU.
 BUCKET_BYTES = 8 * 2**20
 
+# Keeps the collectives of several distributed optimizers apart; counted alike on all ranks.
+_numbers = itertools.count()
+
 
 class DistributedAdam(Adam):
     """What `distribute` returns: an `Adam` whose `step` first averages the gradients over all ranks.
@@ -32,6 +36,8 @@ class DistributedAdam(Adam):
     Attributes:
         grad_norm: global 2-norm of the last averaged gradient before clipping, a 0-dim tensor; None without
             `max_grad_norm`.
+        skipped_updates: how many updates the loss scaler has skipped, on all ranks alike, because a gradient was
+            not finite.
     """
 
     def __init__(
@@ -49,7 +55,11 @@ class DistributedAdam(Adam):
         # Not Adam's constructor: parameters, state and hyper-parameters are those of the optimizer given.
         torch.optim.Optimizer.__init__(self, optimizer.param_groups, optimizer.defaults)
         self.state = optimizer.state
+        for name, hooks in vars(optimizer).items():
+            if name.startswith("_optimizer_") and name.endswith("_hooks"):
+                setattr(self, name, hooks)  # what was registered before is called from now on by this one
         self._hvd = horovod()
+        self._number = next(_numbers)
         self._model = model
         self._accumulate = accumulate
         self._op = op
@@ -60,6 +70,9 @@ class DistributedAdam(Adam):
         self._bf16 = compression == "bf16"
         self._pending: list[Bfloat16Mean] = []
         self.grad_norm: torch.Tensor | None = None
+        self.skipped_updates = 0
+        # fp16 gradients are divided before they travel, for the sum to stay in range; the others afterwards.
+        self._divided_on_the_way = compression == "fp16" and self._hvd.size() > 1
         self._wrap(optimizer, compression)
 
     # What a training loop calls.
@@ -92,6 +105,7 @@ class DistributedAdam(Adam):
         self._micro_batches += 1
         if self._micro_batches < self._accumulate:
             return loss
+        self._refuse_strangers()
         if self._op == "adasum" and self._hvd.size() > 1:
             self._wrapper.step()
         else:
@@ -115,9 +129,9 @@ class DistributedAdam(Adam):
         if self._hvd.size() > 1:
             self._reduce()
         gradients = [p.grad for p in self._parameters() if p.grad is not None]
-        if self._accumulate > 1 and gradients:
+        if self._accumulate > 1 and gradients and not self._divided_on_the_way:
             torch._foreach_mul_(gradients, 1.0 / self._accumulate)
-        if self._loss_scaler is not None:
+        if self._loss_scaler is not None and gradients:  # it cannot do without any
             self._loss_scaler.unscale_(self._wrapper)
         self._synchronized = True
 
@@ -162,8 +176,8 @@ class DistributedAdam(Adam):
         names = self._names()
         self._wrapper = hvd.DistributedOptimizer(
             optimizer,
-            named_parameters=[(names[p], p) for p in self._parameters()],
-            compression=Wire(compression, divisor=1 if adasum else hvd.size()),
+            named_parameters=[(f"hvd_adam.{self._number}.{names[p]}", p) for p in self._parameters()],
+            compression=Wire(compression, divisor=1 if adasum else hvd.size() * self._accumulate),
             backward_passes_per_step=self._accumulate,
             op=hvd.Adasum if adasum else hvd.Sum if compression == "fp16" else hvd.Average,
             groups=None if adasum or self._bf16 else _buckets(self._hooked),
@@ -179,16 +193,18 @@ class DistributedAdam(Adam):
         self._wrapper.param_groups, self._wrapper.state = self.param_groups, self.state
         self._wrapper.defaults = self.defaults
 
+    def _refuse_strangers(self) -> None:
+        for parameter in self._parameters():
+            if parameter.grad is not None and parameter not in self._hooked:
+                raise RuntimeError(
+                    f"{self._names()[parameter]} has a gradient but was frozen when distribute() was called, so "
+                    "it would not be averaged; freeze it again, or call distribute() after unfreezing"
+                )
+
     def _reduce(self) -> None:
         """Completes and awaits the mean of every gradient over the ranks."""
-        stranger = next((p for p in self._parameters() if p.grad is not None and p not in self._hooked), None)
-        if stranger is not None:
-            raise RuntimeError(
-                f"{self._names()[stranger]} has a gradient but was frozen when distribute() was called, so it "
-                "would not be averaged; freeze it again, or call distribute() after unfreezing"
-            )
         used = torch.tensor([p.grad is not None for p in self._hooked], dtype=torch.int32)
-        handle = self._hvd.allreduce_async_(used, op=self._hvd.Sum, name="hvd_adam.used")
+        handle = self._hvd.allreduce_async_(used, op=self._hvd.Sum, name=f"hvd_adam.{self._number}.used")
         self._complete_hooks()
         for pending in self._pending:
             pending.share()
@@ -232,7 +248,7 @@ class DistributedAdam(Adam):
         wrapper, names = self._wrapper, self._names()
         for parameter in parameters:
             self._hooked[parameter] = None
-            wrapper._parameter_names[parameter] = names[parameter]
+            wrapper._parameter_names[parameter] = f"hvd_adam.{self._number}.{names[parameter]}"
             wrapper._allreduce_delay[parameter] = self._accumulate
             wrapper._requires_update.add(parameter)
             if self._op == "adasum":
@@ -261,11 +277,13 @@ class DistributedAdam(Adam):
 
     def _update(self) -> None:
         with self._wrapper.skip_synchronize():
-            if self._loss_scaler is None:
+            if self._loss_scaler is None or all(p.grad is None for p in self._parameters()):
                 self._wrapper.step()
-            else:
-                self._loss_scaler.step(self._wrapper)
-                self._loss_scaler.update()
+                return
+            scale = self._loss_scaler.get_scale()
+            self._loss_scaler.step(self._wrapper)
+            self._loss_scaler.update()
+            self.skipped_updates += self._loss_scaler.get_scale() < scale
 
     def _parameters(self) -> list[torch.nn.Parameter]:
         return [p for group in self.param_groups for p in group["params"]]

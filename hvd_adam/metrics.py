@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -102,20 +103,27 @@ class RunLog:
         self._board = SummaryWriter(str(folder))
         self._bar = tqdm(total=total_steps, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
         self._total_steps = total_steps
+        self._warned = False
 
     def event(self, event: str, step: int, epoch: int, **values: Any) -> None:
         """Records what happened after `step` updates.
 
         Args:
-            event: "start", "step", "eval", "checkpoint" or "end".
+            event: "start", "step", "skip", "eval", "checkpoint" or "end".
             step: updates made so far.
             epoch: epochs begun so far.
             values: numbers by name, in the units of the README's table of metrics.
         """
         if self._folder is None:
             return
-        line = {"event": event, "step": step, "epoch": epoch, "time": time.time(), **values}
-        self._lines.write(json.dumps(line) + "\n")
+        finite = {name: value if _is_finite(value) else None for name, value in values.items()}
+        line = {"event": event, "step": step, "epoch": epoch, "time": time.time(), **finite}
+        self._lines.write(json.dumps(line, allow_nan=False) + "\n")
+        if finite != values and not self._warned:
+            self._warned = True
+            self.say(
+                f"warning: {next(n for n in values if finite[n] != values[n])} is no longer finite (step {step})"
+            )
         for name, value in values.items():
             if event in ("step", "eval") and isinstance(value, float):
                 self._board.add_scalar(name if "_" in name else f"train_{name}", value, step)
@@ -157,6 +165,14 @@ class RunLog:
             self.say(f"epoch {epoch}  step {step}/{self._total_steps}  {scores}")
 
 
+def _is_finite(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _column(lines: list[dict[str, Any]], name: str) -> list[float]:
+    return [math.nan if line[name] is None else line[name] for line in lines]
+
+
 def plot(folder: Path) -> Path:
     """Draws loss, learning rate and test accuracy of a run folder's `metrics.jsonl` into `curves.png`."""
     import matplotlib
@@ -168,14 +184,14 @@ def plot(folder: Path) -> Path:
     steps = [line for line in lines if line["event"] == "step"]
     tests = [line for line in lines if line["event"] == "eval"]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    left.plot([s["step"] for s in steps], [s["loss"] for s in steps], label="train loss")
-    left.plot([t["step"] for t in tests], [t["test_loss"] for t in tests], "o-", label="test loss", markersize=3)
+    left.plot(_column(steps, "step"), _column(steps, "loss"), label="train loss")
+    left.plot(_column(tests, "step"), _column(tests, "test_loss"), "o-", label="test loss", markersize=3)
     left.set(xlabel="step", ylabel="cross-entropy", yscale="log")
-    rate = left.twinx()
-    rate.plot([s["step"] for s in steps], [s["lr"] for s in steps], color="grey", linewidth=0.8, linestyle="--")
-    rate.set_ylabel("learning rate (dashed)")
     left.legend()
-    right.plot([t["step"] for t in tests], [t["test_accuracy"] for t in tests], "o-", markersize=3)
+    rate = left.twinx()
+    rate.plot(_column(steps, "step"), _column(steps, "lr"), color="grey", linewidth=0.8, linestyle="--")
+    rate.set_ylabel("learning rate (dashed)")
+    right.plot(_column(tests, "step"), _column(tests, "test_accuracy"), "o-", markersize=3)
     right.set(xlabel="step", ylabel="test accuracy")
     right.grid(alpha=0.3)
     figure.savefig(folder / PLOT_FILE, dpi=120)

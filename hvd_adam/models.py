@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from hvd_adam.errors import UserError
-from hvd_adam.registry import is_reference, resolve, unknown
+from hvd_adam.registry import call, is_reference, unknown
 from hvd_adam.torchvision_compat import import_torchvision
 
 OWN_MODELS = ("cnn", "mlp")
@@ -85,7 +85,7 @@ def build(
     if not 0 <= dropout < 1:
         raise UserError(f"dropout {dropout} must be at least 0 and below 1")
     if is_reference(name):
-        model = resolve(name, "model")(**wanted)
+        model = call(name, "model", **wanted)
         if not isinstance(model, nn.Module):
             raise UserError(f"model {name!r} returned a {type(model).__name__}: return a torch.nn.Module")
     elif name == "cnn":

@@ -1,6 +1,7 @@
 """Look-up by name, shared by data sets and models: the user's own functions, and near names for a slip."""
 
 import difflib
+import inspect
 from collections.abc import Callable, Iterable
 from importlib import import_module
 from typing import Any
@@ -30,6 +31,8 @@ def resolve(reference: str, kind: str) -> Callable[..., Any]:
             f"{kind} {reference!r}: cannot import {module_name} ({error}): is its folder the current one, or "
             "on PYTHONPATH, on every host?"
         ) from error
+    except Exception as error:
+        raise UserError(f"{kind} {reference!r}: importing {module_name} fails: {error!r}") from error
     try:
         for part in attribute.split("."):
             found = getattr(found, part)
@@ -38,6 +41,19 @@ def resolve(reference: str, kind: str) -> Callable[..., Any]:
     if not callable(found):
         raise UserError(f"{kind} {reference!r} is a {type(found).__name__}, not a function")
     return found
+
+
+def call(reference: str, kind: str, **arguments: object) -> Any:
+    """Call the function that ``resolve`` finds with these keywords; UserError where it does not take them."""
+    function = resolve(reference, kind)
+    try:
+        inspect.signature(function).bind(**arguments)
+    except TypeError as error:
+        names = ", ".join(arguments)
+        raise UserError(f"{kind} {reference!r} must take the keywords {names}: {error}") from error
+    except ValueError:  # written in C, without a signature to look at
+        pass
+    return function(**arguments)
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:

@@ -63,6 +63,7 @@ class Trainer:
         torch.manual_seed(config.seed + 1 + cluster.rank)  # dropout differs between ranks; weights did not
         self.forward = torch.compile(self.model) if config.compile else self.model
         self.step = 0
+        self.skipped = 0  # updates that the loss scaler left out
         self.log = RunLog(self.folder, self.total_steps)
         self.loss = RunningMean(cluster)
         self.watch = Stopwatch()
@@ -99,12 +100,12 @@ class Trainer:
             accumulate=config.accumulate,
         )
         for _ in range(min(self.steps_per_epoch, self.total_steps - self.step)):
-            self._update([next(batches) for _ in range(config.accumulate)])
+            self._update([next(batches) for _ in range(config.accumulate)], epoch)
             if self.step % config.log_every == 0 or self.step == self.total_steps:
                 self._log_step(epoch)
         self.watch.pause()
 
-    def _update(self, micro_batches: list[Batch]) -> None:
+    def _update(self, micro_batches: list[Batch], epoch: int) -> None:
         """One update from this rank's micro-batches."""
         rate = learning_rate(self.step, self.schedule)
         for group in self.optimizer.param_groups:
@@ -119,6 +120,9 @@ class Trainer:
             self.loss.add(loss, len(images))
         self.step += 1
         self.watch.add(self.global_batch)
+        if self.optimizer.skipped_updates > self.skipped:
+            self.skipped = self.optimizer.skipped_updates
+            self.log.event("skip", self.step, epoch, reason="non-finite gradient", skipped=self.skipped)
 
     def _log_step(self, epoch: int) -> None:
         loss = self.loss.read()  # waits for the device, so that the lap counts finished work
@@ -228,9 +232,9 @@ def _make_folder(config: TrainConfig) -> Path:
     """Makes the run folder and writes the configuration into it, so that an unwritable one shows now."""
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{config.dataset}-{config.model}".replace(":", ".")
     folder = Path(config.output_dir or Path("runs") / name)
-    if (folder / METRICS_FILE).exists():
-        raise UserError(f"{folder} holds a run already: choose another --output-dir, or remove it")
     try:
+        if (folder / METRICS_FILE).exists():
+            raise UserError(f"{folder} holds a run already: choose another --output-dir, or remove it")
         folder.mkdir(parents=True, exist_ok=True)
         values = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(config).items()}
         (folder / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
@@ -250,9 +254,4 @@ def _save(trainer: Trainer, epoch: int) -> Path:
         "config": asdict(trainer.config),
         "data": {"classes": list(loader.data.classes), "mean": list(loader.mean), "std": list(loader.std)},
     }
-    try:
-        return checkpoint.save(trainer.folder / "checkpoints", trainer.step, state)
-    except OSError as error:
-        raise UserError(
-            f"cannot write the checkpoint in {trainer.folder}: {error.strerror}; free some space"
-        ) from None
+    return checkpoint.save(trainer.folder / "checkpoints", trainer.step, state)

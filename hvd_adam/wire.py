@@ -18,12 +18,12 @@ class Wire:
     """Turns a tensor into one that Horovod can reduce, and back.
 
     "none": float32 and float64 travel as they are, half-precision gradients as float32, so that nothing is
-    lost in the sum. "fp16": everything travels as float16, divided by the world size beforehand, so that the
-    sum of any number of ranks stays in float16's range (6e-8 to 65504); the reduction must then be a sum.
+    lost in the sum. "fp16": everything travels as float16, divided beforehand, so that the sum over any number of
+    ranks and micro-batches stays in float16's range (6e-8 to 65504); the reduction must then be a sum.
 
     Args:
         compression: "none" or "fp16" ("bf16" is `Bfloat16Mean`'s).
-        divisor: the world size where the reduction is a mean, 1 where it is not (Adasum).
+        divisor: world size × micro-batches where fp16 is to yield the mean, 1 where it is not (Adasum).
     """
 
     def __init__(self, compression: str, divisor: int) -> None:

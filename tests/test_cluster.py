@@ -229,7 +229,7 @@ def test_what_fails_on_one_rank_is_raised_on_all_with_its_rank_and_host(cluster)
 @on_ranks(2)
 def test_arguments_that_differ_are_named(cluster):
     require_same(cluster, "arguments", {"lr": 0.1})
-    with pytest.raises(AgreedError, match=r"different arguments: lr is 0\.0 on rank 0 and 0\.5 on rank 1"):
+    with pytest.raises(AgreedError, match=r"have different arguments: lr is 0\.0 on rank 0 and 0\.5 on rank 1"):
         require_same(cluster, "arguments", {"lr": cluster.rank / 2, "seed": 0})
 
 

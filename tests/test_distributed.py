@@ -282,6 +282,12 @@ def test_hyper_parameters_that_differ_become_rank_0s_also_as_tensors(cluster):
     assert lr.item() == torch.tensor(0.1).item()
     assert [group["betas"] for group in optimizer.param_groups] == [(0.9, 0.999), (0.5, 0.6)]
     assert {group["eps"] for group in optimizer.param_groups} == {1e-8}
+    for root_is_tensor in (True, False):
+        is_tensor = root_is_tensor == (cluster.rank == 0)
+        lr = torch.tensor(0.1) if is_tensor else 0.1
+        optimizer = distribute(Adam(model.parameters(), lr=lr), model)
+        assert isinstance(optimizer.param_groups[0]["lr"], torch.Tensor) == root_is_tensor
+        assert same_everywhere(everything(model, optimizer))
 
 
 @on_ranks(2)
@@ -306,10 +312,49 @@ def test_a_model_that_differs_on_one_rank_is_refused_on_all(cluster):
     model = torch.nn.Linear(3, 2 + cluster.rank)
     before = digest(model.state_dict())
     with pytest.raises(
-        UserError, match=r"rank 1 on .*: the model differs from rank 0's: bias is .*3.* here and .*2"
+        UserError, match=r"rank 1 on .*: the model differs from rank 0's: weight is .*3, 3.* here and .*2, 3"
     ):
         distribute(Adam(model.parameters()), model)
     assert digest(model.state_dict()) == before
+
+
+@on_ranks(2)
+def test_a_model_built_or_frozen_otherwise_on_one_rank_is_refused_on_all(cluster):
+    def extra_layer_on(rank):
+        model = small_model()
+        if cluster.rank == rank:
+            model.append(torch.nn.Linear(3, 3).double())
+        return model
+
+    def frozen_on(rank):
+        model = small_model()
+        model[0].weight.requires_grad_(cluster.rank != rank)
+        return model
+
+    for build, difference in (
+        (extra_layer_on, r"3\.weight is .*absent"),
+        (frozen_on, r"0\.weight is .* to train"),
+    ):
+        for rank in range(2):
+            model = build(rank)
+            with pytest.raises(UserError, match=rf"rank 1 on \S+: the model differs from rank 0's: {difference}"):
+                distribute(Adam(model.parameters()), model)
+    model = small_model()
+    groups = [{"params": list(model[layer].parameters())} for layer in (0, 2)]
+    with pytest.raises(UserError, match="parameter groups differ"):
+        distribute(Adam(groups if cluster.rank else groups[::-1]), model)
+
+
+@on_ranks(2)
+def test_options_that_differ_on_one_rank_are_refused_on_all(cluster):
+    model = small_model()
+    for options, message in (
+        ({"max_grad_norm": 1.0 + cluster.rank}, "max_grad_norm is 1.0 on rank 0 and 2.0 on rank 1"),
+        ({"accumulate": 1 + cluster.rank}, "accumulate is 1 on rank 0 and 2 on rank 1"),
+        ({"compression": ("none", "bf16")[cluster.rank]}, "compression is 'none' on rank 0 and 'bf16' on rank 1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            distribute(Adam(model.parameters()), model, **options)
 
 
 # What the wire can carry.
@@ -344,6 +389,18 @@ def test_a_float16_sum_that_overflows_in_stock_horovod_averages_here(cluster):
 
     assert mean(stock=True) == float("inf")
     assert mean(stock=False) == 4e4
+
+
+@on_ranks(2)
+def test_a_float16_sum_over_micro_batches_does_not_overflow_either(cluster):
+    model = torch.nn.Linear(3, 1, bias=False)
+    optimizer = distribute(Adam(model.parameters()), model, compression="fp16", accumulate=8)
+    for _ in range(8):
+        (model.weight * 2e4).sum().backward()
+        if optimizer._micro_batches < 7:
+            optimizer.step()
+    optimizer.synchronize()
+    assert model.weight.grad[0].tolist() == [2e4] * 3
 
 
 @on_ranks(2)
@@ -427,6 +484,14 @@ def test_loss_scaling_changes_nothing_but_the_range_and_skips_on_all_ranks_toget
     assert digest(model.state_dict()) == before
     assert optimizer.state[model[0].weight]["step"].item() == steps
     assert scaler.get_scale() == 2.0**9
+    assert optimizer.skipped_updates == 1
+
+    optimizer.zero_grad()
+    for _ in range(2):  # nothing to unscale: as without a scaler, nothing happens
+        optimizer.step()
+    assert digest(model.state_dict()) == before
+    train(model, optimizer, cluster, micro_batches=2, scaler=scaler)
+    assert optimizer.skipped_updates == 1
 
 
 @on_ranks(2)
@@ -552,6 +617,18 @@ def test_tied_weights_train(cluster):
     assert largest_difference(model, oracle) < 1e-12
 
 
+@on_ranks(2)
+def test_two_distributed_optimizers_in_one_process_keep_apart(cluster):
+    generator, critic = small_model(), small_model(seed=1)
+    generators = distribute(Adam(generator.parameters()), generator)
+    critics = distribute(Adam(critic.parameters()), critic)
+    for model in (generator, critic):
+        model(torch.ones(2, 6, dtype=torch.float64) * (1 + cluster.rank)).square().sum().backward()
+    generators.step()
+    critics.step()
+    assert same_everywhere(everything(generator, generators) + everything(critic, critics))
+
+
 # An optimizer to everyone who asks.
 
 
@@ -573,6 +650,19 @@ def test_it_is_an_optimizer_for_schedulers_hooks_and_state_dicts(cluster):
     plain = torch.optim.Adam(model.parameters())
     plain.load_state_dict(optimizer.state_dict())
     assert plain.state[model[0].weight]["step"].item() == 1
+
+
+@on_ranks(2)
+def test_hooks_registered_before_distribute_still_fire(cluster):
+    model, calls = small_model(), []
+    adam = Adam(model.parameters())
+    adam.register_step_post_hook(lambda *_: calls.append("post"))
+    handle = adam.register_step_pre_hook(lambda *_: calls.append("pre"))
+    optimizer = distribute(adam, model)
+    train(model, optimizer, cluster, steps=1)
+    handle.remove()
+    train(model, optimizer, cluster, steps=1)
+    assert calls == ["pre", "post", "post"]
 
 
 @on_ranks(2)
@@ -696,7 +786,10 @@ def test_impossible_options_are_refused_with_what_to_do(cluster):
         ({"compression": "int8"}, "compression is 'int8'; use one of none, fp16, bf16"),
         ({"op": "sum"}, "op is 'sum'; use one of average, adasum"),
         ({"accumulate": 0}, "accumulate is 0"),
-        ({"max_grad_norm": 0.0}, "max_grad_norm is 0.0; it must be > 0"),
+        ({"accumulate": "2"}, "accumulate is '2'; it must be a whole number"),
+        ({"accumulate": float("nan")}, "accumulate is nan"),
+        ({"max_grad_norm": "1"}, "max_grad_norm is '1'; it must be a number"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm is 0.0; it must be a number > 0"),
         ({"op": "adasum", "max_grad_norm": 1.0}, "adasum .* cannot clip"),
         ({"op": "adasum"}, "adasum needs MPI; start the ranks with mpirun"),
     ):
@@ -782,6 +875,19 @@ def test_adasum_has_no_averaged_gradient_to_wait_for(cluster):
     optimizer = distribute(Adam(model.parameters()), model, op="adasum")
     with pytest.raises(RuntimeError, match="adasum combines updates"):
         optimizer.synchronize()
+
+
+@on_ranks(2, "mpi")
+def test_adasum_refuses_a_parameter_unfrozen_afterwards(cluster):
+    model = small_model()
+    model[0].weight.requires_grad_(False)
+    optimizer = distribute(Adam(model.parameters()), model, op="adasum")
+    model[0].weight.requires_grad_(True)
+    model(torch.ones(2, 6, dtype=torch.float64)).sum().backward()
+    with pytest.raises(RuntimeError, match=r"0\.weight has a gradient but was frozen"):
+        optimizer.step()
+    model[0].weight.grad = None
+    optimizer.step()
 
 
 # One rank, no launcher.

@@ -132,7 +132,12 @@ def test_evaluate_reads_the_checkpoint_at_any_number_of_ranks_and_counts_each_im
     succeeded(train(*FAST, folder=folder))
     end = events(folder)[-1]
     latest = folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text().strip()
-    for ranks, path in ((0, folder), (0, latest), (3, folder / "checkpoints")):
+    for ranks, path in (
+        (0, folder),
+        (0, latest),
+        (0, folder / "checkpoints" / "latest"),
+        (3, folder / "checkpoints"),
+    ):
         done = succeeded(train("--checkpoint", path, "--json", ranks=ranks, module="hvd_adam.evaluate"))
         (line,) = [line for line in done.stdout.splitlines() if "test_loss" in line]
         scores = json.loads(line.partition(">:")[2] or line)
@@ -258,6 +263,61 @@ def test_a_run_folder_that_cannot_be_written_or_is_taken_is_refused(tmp_path):
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
 
 
+def test_paths_that_the_system_refuses_are_bad_input_too(tmp_path):
+    long = "x" * 300
+    assert "cannot write to the run folder" in one_line(train(folder=tmp_path / long))
+    assert "cannot look into" in one_line(
+        train("--dataset", "cifar10", "--data-dir", long, folder=tmp_path / "run")
+    )
+    assert "cannot be read" in one_line(train("--checkpoint", long, module="hvd_adam.evaluate"))
+
+
+FULL_DISK_MODEL = """
+import resource, signal
+from hvd_adam.models import ConvNet
+
+def build(**wanted):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, -1))
+    return ConvNet(**wanted)
+"""
+
+
+def test_a_full_disk_is_said_and_leaves_no_half_checkpoint(tmp_path):
+    # No file may grow past 500 kB, from the time when the model is built: a checkpoint has 5 MB.
+    (tmp_path / "full.py").write_text(FULL_DISK_MODEL)
+    done = train("--max-steps", 1, "--model", "full:build", "--output-dir", tmp_path / "run", cwd=tmp_path)
+    assert "cannot write the checkpoint" in one_line(done)
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+def test_a_run_that_diverges_says_so_and_stays_readable(tmp_path):
+    options = ["--lr", "1e30", "--model", "mlp", "--max-steps", "8", "--log-every", "1"]
+    done = succeeded(train(*options, folder=tmp_path / "run"))
+    assert "warning: loss is no longer finite (step" in done.stdout
+    assert events(tmp_path / "run", "step")[-1]["loss"] is None
+
+
+def test_updates_that_the_loss_scaler_skips_are_recorded(tmp_path):
+    # GradScaler begins with a scale of 65536, which float16 gradients of a large loss do not survive.
+    options = [
+        "--precision",
+        "fp16",
+        "--model",
+        "mlp",
+        "--max-steps",
+        "8",
+        "--lr",
+        "1e3",
+        "--lr-decay",
+        "constant",
+    ]
+    succeeded(train(*options, folder=tmp_path / "run"))
+    skips = events(tmp_path / "run", "skip")
+    assert skips
+    assert [event["skipped"] for event in skips] == list(range(1, len(skips) + 1))
+
+
 SCRIPTS = [["launch/horovodrun.sh", "--gloo"], ["launch/horovodrun.sh", "--mpi"], ["launch/mpirun.sh"]]
 
 
@@ -277,7 +337,7 @@ def test_ranks_started_with_different_arguments_are_refused(tmp_path):
     root = ["--allow-run-as-root", "-H", "localhost:2", "--quiet"]
     command = ["mpirun", *root, "-np", "1", *python, "1", ":", "-np", "1", *python, "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert "different arguments: seed is 1 on rank 0 and 2 on rank 1" in one_line(done)
+    assert "the ranks have different arguments: seed is 1 on rank 0 and 2 on rank 1" in one_line(done)
     assert not (tmp_path / "run").exists()
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from hvd_adam.data import cifar10, digits, synthetic
 from hvd_adam.data.images import ImageData, one_against_rest
 from hvd_adam.errors import UserError
-from hvd_adam.registry import is_reference, resolve, unknown
+from hvd_adam.registry import call, is_reference, unknown
 
 __all__ = ["DATASETS", "ImageData", "load"]
 
@@ -44,7 +44,7 @@ def load(
 
 
 def _load_reference(name: str, data_dir: Path) -> ImageData:
-    data = resolve(name, "data set")(data_dir)
+    data = call(name, "data set", data_dir=data_dir)
     if not isinstance(data, ImageData):
         raise UserError(f"data set {name!r} returned a {type(data).__name__}: return hvd_adam.data.ImageData")
     return data

@@ -27,10 +27,13 @@ def load(data_dir: Path, *, download: bool = True, archive: Archive = OFFICIAL) 
     for a file that is cut short, damaged or of another format.
     """
     folder = data_dir / FOLDER
-    if not folder.is_dir():
-        fetch(data_dir, download=download, archive=archive)
+    try:
+        if not folder.is_dir():
+            fetch(data_dir, download=download, archive=archive)
+        present = [folder / name for name in _TRAINING_FILES if (folder / name).exists()]
+    except OSError as error:
+        raise UserError(f"cannot look into {folder} ({error.strerror}): choose another data folder") from error
     classes = _read_classes(folder / _META_FILE)
-    present = [folder / name for name in _TRAINING_FILES if (folder / name).exists()]
     if not present:
         raise _unreadable(folder / _TRAINING_FILES[0], "is missing")
     batches = [_read_batch(path, len(classes)) for path in present]
