@@ -105,7 +105,8 @@ class DistributedAdam(Adam):
         self._micro_batches += 1
         if self._micro_batches < self._accumulate:
             return loss
-        self._refuse_strangers()
+        if self._hvd.size() > 1:
+            self._refuse_strangers()
         if self._op == "adasum" and self._hvd.size() > 1:
             self._wrapper.step()
         else:

@@ -917,3 +917,17 @@ def test_one_rank_accumulates_clips_scales_and_takes_a_closure():
 
     first, second = optimizer.step(closure).item(), optimizer.step(closure).item()
     assert second < first
+
+
+def test_one_rank_trains_what_is_added_or_unfrozen_later():
+    from hvd_adam import init
+
+    init()
+    model, head = small_model(), torch.nn.Linear(3, 1).double()
+    model[0].weight.requires_grad_(False)
+    optimizer = distribute(Adam(model.parameters()), model)
+    optimizer.add_param_group({"params": head.parameters()})
+    model[0].weight.requires_grad_(True)
+    head(model(torch.ones(2, 6, dtype=torch.float64))).sum().backward()
+    optimizer.step()
+    assert [optimizer.state[p]["step"].item() for p in (model[0].weight, head.weight)] == [1, 1]
