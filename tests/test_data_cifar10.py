@@ -148,6 +148,21 @@ def test_a_missing_file_is_named(folder):
     assert f"{folder / 'batches.meta'} is missing" in refusal_of(folder.parent)
 
 
+def test_a_gap_in_the_training_files_and_an_incomplete_official_set_are_refused_by_name(folder, tmp_path):
+    (folder / "data_batch_3").unlink()
+    with pytest.raises(UserError, match="data_batch_3 is missing"):
+        load("cifar10", data_dir=folder.parent)
+    large = write_cifar10(tmp_path / "large", samples_per_batch=10_000, batches=1)
+    with pytest.raises(UserError, match="data_batch_2 is missing"):
+        load("cifar10", data_dir=large.parent)
+
+
+def test_the_folder_itself_may_be_named(folder):
+    assert len(load("cifar10", data_dir=folder).train_images) == len(
+        load("cifar10", data_dir=folder.parent).train_images
+    )
+
+
 def test_a_set_with_fewer_training_files_is_read(tmp_path):
     write_cifar10(tmp_path, batches=1)
     assert len(cifar10.load(tmp_path).train_images) == 40

@@ -1,7 +1,7 @@
 """CIFAR-10 (Krizhevsky 2009): 60,000 colour images of 32×32 in ten classes, from the files of its home page.
 
 The files are those that ``torchvision.datasets.CIFAR10`` uses and lie in the same place, so either finds
-what the other has fetched. A smaller set in the same format works as well: one to five training batches.
+what the other has fetched. A smaller set in the same format works as well, with as few as one training batch.
 """
 
 from pathlib import Path
@@ -17,10 +17,11 @@ _TRAINING_FILES = tuple(f"data_batch_{number}" for number in range(1, 6))
 _TEST_FILE = "test_batch"
 _META_FILE = "batches.meta"
 _SHAPE = (3, 32, 32)
+_OFFICIAL_BATCH = 10_000  # images in each of the five training files
 
 
 def load(data_dir: Path, *, download: bool = True, archive: Archive = OFFICIAL) -> ImageData:
-    """Return the images under ``data_dir/cifar-10-batches-py``.
+    """Return the images under ``data_dir/cifar-10-batches-py``, or in ``data_dir`` where that is this folder.
 
     Where that folder is missing, ``archive`` is unpacked there, and downloaded if need be. The pickles are
     read without running their code. Raises UserError where the files are missing and cannot be fetched, and
@@ -28,15 +29,20 @@ def load(data_dir: Path, *, download: bool = True, archive: Archive = OFFICIAL) 
     """
     folder = data_dir / FOLDER
     try:
-        if not folder.is_dir():
+        if (data_dir / _META_FILE).is_file():
+            folder = data_dir
+        elif not folder.is_dir():
             fetch(data_dir, download=download, archive=archive)
-        present = [folder / name for name in _TRAINING_FILES if (folder / name).exists()]
+        present = [name for name in _TRAINING_FILES if (folder / name).exists()]
     except OSError as error:
         raise UserError(f"cannot look into {folder} ({error.strerror}): choose another data folder") from error
     classes = _read_classes(folder / _META_FILE)
-    if not present:
-        raise _unreadable(folder / _TRAINING_FILES[0], "is missing")
-    batches = [_read_batch(path, len(classes)) for path in present]
+    batches = [_read_batch(folder / name, len(classes)) for name in present]
+    small = all(len(images) < _OFFICIAL_BATCH for images, _ in batches)  # such a set may end earlier
+    expected = _TRAINING_FILES[: max(1, len(present))] if small else _TRAINING_FILES
+    for name in expected:
+        if name not in present:
+            raise _unreadable(folder / name, "is missing")
     test_images, test_labels = _read_batch(folder / _TEST_FILE, len(classes))
     return ImageData(
         name="cifar10",
