@@ -5,13 +5,13 @@ rank 0 of 1; a Horovod that is missing, built against another PyTorch, or does n
 on arguments or fail one by one; ranks that share a GPU or take all cores.
 """
 
+import importlib.util
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 from dataclasses import replace
 from pathlib import Path
 
@@ -93,11 +93,13 @@ def packages(tmp_path):
     """A folder like site-packages, of links, without Horovod; on a path of its own."""
     folder = tmp_path / "packages"
     folder.mkdir()
-    for entry in Path(sysconfig.get_paths()["purelib"]).iterdir():
-        if not entry.name.startswith(
-            ("horovod", "hvd_adam", "__editable__", "_virtualenv", "distutils-precedence")
-        ):
-            (folder / entry.name).symlink_to(entry)
+    without = ("horovod", "hvd_adam", "__editable__", "distutils-precedence")
+    # A virtual environment may add to the packages of the system; its own come first.
+    for packages in map(Path, sys.path):
+        if packages.name in ("site-packages", "dist-packages"):
+            for entry in packages.iterdir():
+                if not entry.name.startswith(without) and not (folder / entry.name).exists():
+                    (folder / entry.name).symlink_to(entry)
     return folder
 
 
@@ -124,7 +126,7 @@ def test_adam_works_without_horovod_and_init_and_distribute_say_how_to_build_it(
 @pytest.fixture
 def horovod_copy(packages):
     """A Horovod of our own to spoil."""
-    original = Path(sysconfig.get_paths()["platlib"]) / "horovod"
+    original = Path(importlib.util.find_spec("horovod").origin).parent
     return Path(shutil.copytree(original, packages / "horovod"))
 
 
