@@ -25,7 +25,11 @@ _bodies: dict[Key, list[Callable]] = defaultdict(list)
 
 
 def on_ranks(ranks: int, controller: str = "gloo") -> Callable[[Callable], Callable]:
-    """Makes a test of a body that takes a `Cluster`, run on so many ranks under `horovodrun --controller`."""
+    """Makes a test of a body that takes a `Cluster`, run on so many ranks under `horovodrun --controller`.
+
+    0 ranks: one process without a launcher. Never the process of the tests itself: once MPI has started there,
+    no mpirun starts from it any more.
+    """
 
     def decorate(body: Callable) -> Callable:
         key = (body.__module__, ranks, controller)
@@ -43,8 +47,9 @@ def on_ranks(ranks: int, controller: str = "gloo") -> Callable[[Callable], Calla
 
 
 def launch(arguments: list[str], ranks: int, controller: str, **options: object) -> subprocess.CompletedProcess:
-    """Runs `python ARGUMENTS` on so many ranks of this machine; stdout and stderr come back as text."""
+    """Runs `python ARGUMENTS` on so many ranks of this machine, without a launcher for 0; output as text."""
     launcher = [str(Path(sys.executable).with_name("horovodrun")), "-np", str(ranks), f"--{controller}"]
+    launcher = launcher if ranks else []
     environ = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     environ.update(options.pop("env", {}))
     return subprocess.run(
@@ -65,7 +70,7 @@ def _outcomes(key: Key) -> dict[str, list[str]]:
     while remaining := [body.__name__ for body in _bodies[key] if body.__name__ not in outcomes]:
         with tempfile.TemporaryDirectory() as folder:
             done = launch([__file__, module, folder, *remaining], ranks, controller)
-            reports = [_read(Path(folder, f"{rank}.jsonl")) for rank in range(ranks)]
+            reports = [_read(Path(folder, f"{rank}.jsonl")) for rank in range(max(1, ranks))]
         for name in remaining:
             failed = {rank: report[name] for rank, report in enumerate(reports) if report.get(name)}
             failures = [f"on rank {rank}:\n{failure}" for rank, failure in failed.items()]

@@ -893,10 +893,8 @@ def test_adasum_refuses_a_parameter_unfrozen_afterwards(cluster):
 # One rank, no launcher.
 
 
-def test_one_rank_accumulates_clips_scales_and_takes_a_closure():
-    from hvd_adam import init
-
-    cluster = init()
+@on_ranks(0)
+def test_one_rank_accumulates_clips_scales_and_takes_a_closure(cluster):
     model, oracle = small_model(), small_model()
     scaler = torch.amp.GradScaler("cpu")
     optimizer = distribute(
@@ -919,10 +917,8 @@ def test_one_rank_accumulates_clips_scales_and_takes_a_closure():
     assert second < first
 
 
-def test_one_rank_trains_what_is_added_or_unfrozen_later():
-    from hvd_adam import init
-
-    init()
+@on_ranks(0)
+def test_one_rank_trains_what_is_added_or_unfrozen_later(cluster):
     model, head = small_model(), torch.nn.Linear(3, 1).double()
     model[0].weight.requires_grad_(False)
     optimizer = distribute(Adam(model.parameters()), model)

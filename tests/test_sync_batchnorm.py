@@ -69,10 +69,8 @@ def test_bfloat16_images_are_normalised_in_float32(cluster):
     assert output.float().mean().abs() < 0.05
 
 
-def test_on_one_rank_it_is_pytorchs_own():
-    from hvd_adam import init
-
-    init()
+@on_ranks(0)
+def test_on_one_rank_it_is_pytorchs_own(cluster):
     model = small_model()
     converted = convert(copy.deepcopy(model))
     (batch, *_) = whole_batches(4)
