@@ -1,112 +1,41 @@
 """Adam and AdamW as a ``torch.optim.Optimizer`` written from the papers' formulas."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence, Set
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hvd_adam.adam_reference import adam_update
+from hvd_adam import kernels
+from hvd_adam.flat import Flat, Layout, check_gradient
+from hvd_adam.updates import (
+    Batch,
+    Group,
+    moment_dtype,
+    rounding,
+    seed,
+    state_dtypes,
+    update_foreach,
+    update_reference,
+)
 
-Group = dict[str, Any]
 Params = Iterable[Tensor] | Iterable[Group] | Iterable[tuple[str, Tensor]]
 
+IMPLEMENTATIONS = ("reference", "foreach", "fused", "auto")
 _ALWAYS_KEPT = ("step", "exp_avg", "exp_avg_sq")
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+# "auto" takes the fused kernel from this size on. Below, a step takes a millisecond or two either way, and
+# compiling takes seconds.
+_FUSED_ELEMENTS = 1 << 20
 
 # On a CPU a batch that stays in cache makes a step of 11 M parameters take 20 ms instead of 42 ms, and no
 # whole-model temporary is paged in. A GPU wants few launches, so there a batch may be as large as it likes.
 _CPU_BATCH_ELEMENTS = 1 << 18
 
-
-@dataclass
-class _Batch:
-    """Tensors of one parameter group that share device and dtype, one entry a parameter in each list."""
-
-    params: list[Tensor] = field(default_factory=list)
-    grads: list[Tensor] = field(default_factory=list)
-    exp_avgs: list[Tensor] = field(default_factory=list)
-    exp_avg_sqs: list[Tensor] = field(default_factory=list)
-    max_exp_avg_sqs: list[Tensor] = field(default_factory=list)  # stays empty without AMSGrad
-    steps: list[Tensor] = field(default_factory=list)
-    elements: int = 0
-
-    def has_room_for(self, p: Tensor) -> bool:
-        return not p.is_cpu or self.elements + p.numel() <= _CPU_BATCH_ELEMENTS
-
-    def append(self, p: Tensor, state: dict[str, Tensor], amsgrad: bool) -> None:
-        self.params.append(p)
-        self.grads.append(p.grad)
-        self.exp_avgs.append(state["exp_avg"])
-        self.exp_avg_sqs.append(state["exp_avg_sq"])
-        if amsgrad:
-            self.max_exp_avg_sqs.append(state["max_exp_avg_sq"])
-        self.steps.append(state["step"])
-        self.elements += p.numel()
-
-
-def _update_reference(batch: _Batch, group: Group) -> None:
-    """Update one tensor after the other by the oracle, in float64."""
-    beta1, beta2 = group["betas"]
-    maxima = batch.max_exp_avg_sqs or [None] * len(batch.params)
-    columns = (batch.params, batch.grads, batch.exp_avgs, batch.exp_avg_sqs, maxima, batch.steps)
-    for theta, g, m, v, v_max, step in zip(*columns, strict=True):
-        adam_update(
-            theta,
-            g,
-            m,
-            v,
-            v_max,
-            t=step.item(),
-            alpha=float(group["lr"]),
-            beta1=beta1,
-            beta2=beta2,
-            epsilon=group["eps"],
-            lambda_=group["weight_decay"],
-            decoupled=group["decoupled_weight_decay"],
-            maximize=group["maximize"],
-        )
-
-
-def _update_foreach(batch: _Batch, group: Group) -> None:
-    """Update all tensors together, in their own dtype.
-
-    The order of operations is the usual one of the plain formulas in PyTorch, so that results agree with
-    ``torch.optim.Adam`` to the last bit wherever the same kernels run. Temporaries: one copy of the
-    batch's parameters for the denominator, and one more each for ``maximize`` and coupled weight decay.
-    """
-    lr, weight_decay = float(group["lr"]), group["weight_decay"]
-    beta1, beta2 = group["betas"]
-    steps = [step.item() for step in batch.steps]
-
-    grads = torch._foreach_neg(batch.grads) if group["maximize"] else batch.grads
-    if weight_decay != 0:
-        if group["decoupled_weight_decay"]:
-            torch._foreach_mul_(batch.params, 1 - lr * weight_decay)
-        else:
-            grads = torch._foreach_add(grads, batch.params, alpha=weight_decay)
-
-    torch._foreach_lerp_(batch.exp_avgs, grads, 1 - beta1)
-    torch._foreach_mul_(batch.exp_avg_sqs, beta2)
-    torch._foreach_addcmul_(batch.exp_avg_sqs, grads, grads, 1 - beta2)
-    second_moments = batch.exp_avg_sqs
-    if group["amsgrad"]:
-        torch._foreach_maximum_(batch.max_exp_avg_sqs, batch.exp_avg_sqs)
-        second_moments = batch.max_exp_avg_sqs
-
-    denominators = torch._foreach_sqrt(second_moments)
-    torch._foreach_div_(denominators, [(1 - beta2**t) ** 0.5 for t in steps])
-    torch._foreach_add_(denominators, group["eps"])
-    step_sizes = [-(lr / (1 - beta1**t)) for t in steps]
-    torch._foreach_addcdiv_(batch.params, batch.exp_avgs, denominators, step_sizes)
-
-
-_UPDATES: dict[str, Callable[[_Batch, Group], None]] = {
-    "reference": _update_reference,
-    "foreach": _update_foreach,
-    "auto": _update_foreach,
-}
+_UPDATES = {"reference": update_reference, "foreach": update_foreach}
 
 
 class Adam(torch.optim.Optimizer):
@@ -133,12 +62,30 @@ class Adam(torch.optim.Optimizer):
         decoupled_weight_decay: shrink the parameters by lr · weight_decay instead of adding
             weight_decay · parameter to the gradient.
         maximize: ascend instead of descending.
+        master_weights: keep a float32 copy of float16 and bfloat16 parameters (``master_param`` in the state),
+            update that, and round it into the parameter. Their moments are float32 then.
+        stochastic_rounding: round bfloat16 parameters up or down with the probabilities that make the
+            expectation exact, instead of to nearest, where small updates vanish. Their moments are float32 then.
+            The random bits follow from step and position: runs repeat, and ranks agree.
         implementation: "reference" is the paper line by line in float64, "foreach" the multi-tensor form in
-            the parameters' dtype, "auto" the fastest of this version, which is "foreach".
+            the parameters' dtype, "fused" one compiled pass over flat buffers (``hvd_adam.flat``: parameters,
+            gradients and state become views of them), "auto" picks: fused from 2**20 elements on, where a
+            compiler is at hand. Without one "fused" warns and does what foreach does.
 
     Raises:
-        ValueError: a hyper-parameter out of range, a complex or sparse parameter, an unknown implementation.
+        ValueError: a hyper-parameter out of range, a complex or sparse parameter, an unknown implementation,
+            both ``master_weights`` and ``stochastic_rounding``.
     """
+
+    # Whether parameters move into flat buffers for other implementations than "fused", too.
+    _always_flat = False
+
+    # What the last step's layout was made for, and what it made. Not part of the state: made anew when it is gone.
+    _signature: object = None
+    _implementations: Sequence[str] = ()
+    _outside_implementations: Sequence[str] = ()  # what cannot be flat has no fused form
+    _flats: Sequence[Flat] = ()
+    _outside: Set[Tensor] = frozenset()
 
     def __init__(
         self,
@@ -152,6 +99,8 @@ class Adam(torch.optim.Optimizer):
         decoupled_weight_decay: bool = False,
         maximize: bool = False,
         implementation: str = "auto",
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -161,6 +110,8 @@ class Adam(torch.optim.Optimizer):
             "amsgrad": amsgrad,
             "decoupled_weight_decay": decoupled_weight_decay,
             "maximize": maximize,
+            "master_weights": master_weights,
+            "stochastic_rounding": stochastic_rounding,
             "implementation": implementation,
         }
         _check_hyper_parameters(defaults)
@@ -195,10 +146,7 @@ class Adam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        batches = [(batch, group) for group in self.param_groups for batch in self._batches(group)]
-        for batch, group in batches:
-            torch._foreach_add_(batch.steps, 1)
-            _UPDATES[group["implementation"]](batch, group)
+        self._update()
         return loss
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -225,39 +173,136 @@ class Adam(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if self.state.get(p):
-                    self.state[p] = _copied_state(p, self.state[p])
+                    self.state[p] = _copied_state(p, self.state[p], group)
             self._make_missing_state(group)
 
     def _make_missing_state(self, group: Group) -> None:
         for p in group["params"]:
             if p.requires_grad:
-                self._whole_state(p, group["amsgrad"])
+                self._whole_state(p, group)
 
-    def _whole_state(self, p: Tensor, amsgrad: bool) -> dict[str, Tensor]:
+    def _whole_state(self, p: Tensor, group: Group) -> dict[str, Tensor]:
         """Return the state of ``p``, with zeros for what is not there yet."""
         state = self.state[p]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
-            state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        if amsgrad and "max_exp_avg_sq" not in state:
-            state["max_exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        for name, dtype in state_dtypes(group, p.dtype).items():
+            if name not in state:
+                initial = p.detach() if name == "master_param" else torch.zeros_like(p, dtype=dtype)
+                state[name] = initial.to(dtype)
+            elif state[name].dtype != dtype:  # an option has been changed since
+                state[name] = state[name].to(dtype)
         return state
 
-    def _batches(self, group: Group) -> list[_Batch]:
-        """Sort the group's parameters that have gradients by device and dtype."""
-        batches: list[_Batch] = []
-        newest: dict[tuple[torch.device, torch.dtype], _Batch] = {}
+    # How a step is made.
+
+    def _update(self, factor: Tensor | None = None) -> None:
+        """Makes one step with the gradients times `factor`, one 0-dimensional tensor on their device."""
+        self._settle()
+        present = [flat.collect() for flat in self._flats]
+        groups = range(len(self.param_groups)) if self._outside else ()
+        batches = [(batch, i) for i in groups for batch in self._batches(i)]
+        for flat, has_grad in zip(self._flats, present, strict=True):
+            if any(has_grad):
+                self._update_flat(flat, has_grad, factor)
+        for batch, i in batches:
+            torch._foreach_add_(batch.counts, 1)
+            _UPDATES[self._outside_implementations[i]](batch, self.param_groups[i], factor)
+
+    def _update_flat(self, flat: Flat, present: list[bool], factor: Tensor | None) -> None:
+        factor = flat.param.new_ones((), dtype=_compute_dtype(flat.dtype)) if factor is None else factor
+        for run in flat.runs(present):
+            group, implementation = self.param_groups[run.group], self._implementations[run.group]
+            for position, buffers in flat.buffers(run, state_dtypes(group, flat.dtype)):
+                if implementation == "fused":
+                    variant = _variant(group, flat.device, flat.dtype)
+                    numbers = kernels.scalars(group, run.step, variant.compute_dtype)
+                    sign = -factor if group["maximize"] else factor
+                    sign = sign.to(flat.device, variant.compute_dtype)
+                    kernels.update(variant, buffers, sign, numbers, seed(run.step, position))
+                    continue
+                size = _CPU_BATCH_ELEMENTS if flat.device.type == "cpu" else buffers.param.numel()
+                for number, piece in enumerate(buffers.split(size)):
+                    batch = Batch.of(piece, run.step, position + number * size)
+                    _UPDATES[implementation](batch, group, factor)
+
+    def _settle(self) -> None:
+        """Lays the storage out where that has not been done, or no longer fits."""
+        options = ("implementation", "amsgrad", "master_weights", "stochastic_rounding")
+        signature = [(*map(group.get, options), *map(id, group["params"])) for group in self.param_groups]
+        thawed = any(p.grad is not None and p.requires_grad for p in self._outside if _can_be_flat(p))
+        if thawed or signature != self._signature or not all(flat.fits(self.state) for flat in self._flats):
+            self._lay_out()
+            self._signature = signature
+
+    def _lay_out(self) -> None:
+        """Decides what is fused, and moves that into flat buffers."""
+        for group in self.param_groups:
+            self._make_missing_state(group)
+        self._implementations = self._resolved()
+        flat = {
+            p: i
+            for i, group in enumerate(self.param_groups)
+            if self._always_flat or self._implementations[i] == "fused"
+            for p in group["params"]
+            if self.state.get(p) and _can_be_flat(p)
+        }
+        for p in _overlapping(list(flat)):
+            del flat[p]
+        kinds: dict[tuple, list[Tensor]] = defaultdict(list)
+        for p, i in flat.items():
+            kinds[p.device, p.dtype, moment_dtype(self.param_groups[i], p.dtype)].append(p)
+        self._flats = [self._flat(params, [flat[p] for p in params]) for params in kinds.values()]
+        self._outside = {p for group in self.param_groups for p in group["params"] if p not in flat}
+        self._outside_implementations = ["foreach" if i == "fused" else i for i in self._implementations]
+
+    def _flat(self, params: list[Tensor], groups: list[int]) -> Flat:
+        return Flat(params, groups, self.state, Layout.of(params))
+
+    def _resolved(self) -> list[str]:
+        """The implementation of each group: "auto" decided, and "fused" only where it can be had."""
+        elements = sum(p.numel() for group in self.param_groups for p in group["params"])
+        resolved = []
+        for group in self.param_groups:
+            implementation = group["implementation"]
+            if implementation == "auto":
+                implementation = "fused" if elements >= _FUSED_ELEMENTS else "foreach"
+            resolved.append(implementation)
+        if "fused" in resolved and (problem := self._problem(resolved)):
+            self._warn_unfused(problem)
+            resolved = ["foreach" if implementation == "fused" else implementation for implementation in resolved]
+        return resolved
+
+    def _warn_unfused(self, problem: str) -> None:
+        warnings.warn(f"hvd_adam: no fused update here, using foreach ({problem})", RuntimeWarning, stacklevel=2)
+
+    def _problem(self, resolved: list[str]) -> str | None:
+        """Compiles what is to be fused: None, or why that cannot be."""
+        variants = {
+            _variant(group, p.device, p.dtype): None
+            for group, implementation in zip(self.param_groups, resolved, strict=True)
+            if implementation == "fused"
+            for p in group["params"]
+        }
+        return next((problem for variant in variants if (problem := kernels.why_not(variant))), None)
+
+    def _batches(self, i: int) -> list[Batch]:
+        """Sorts what group `i` has outside the flat buffers, and with gradients, by device and dtype."""
+        group, position = self.param_groups[i], 0
+        batches: dict[tuple[torch.device, torch.dtype], list[Batch]] = defaultdict(lambda: [Batch()])
         for p in group["params"]:
-            if p.grad is None:
+            position += p.numel()
+            if p.grad is None or p not in self._outside:
                 continue
-            _check_gradient(p)
-            batch = newest.get((p.device, p.dtype))
-            if batch is None or not batch.has_room_for(p):
-                batch = newest[p.device, p.dtype] = _Batch()
-                batches.append(batch)
-            batch.append(p, self._whole_state(p, group["amsgrad"]), group["amsgrad"])
-        return batches
+            check_gradient(p)
+            same_kind = batches[p.device, p.dtype]
+            filled = sum(t.numel() for t in same_kind[-1].params)
+            if p.is_cpu and filled and filled + p.numel() > _CPU_BATCH_ELEMENTS:
+                same_kind.append(Batch())
+            state = self._whole_state(p, group)
+            wanted = {name: state[name] for name in ("step", *state_dtypes(group, p.dtype))}
+            same_kind[-1].append(p, wanted, position - p.numel())
+        return [batch for same_kind in batches.values() for batch in same_kind]
 
 
 def _check_hyper_parameters(group: Group) -> None:
@@ -276,15 +321,15 @@ def _check_hyper_parameters(group: Group) -> None:
             raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
     if not group["weight_decay"] >= 0.0:
         raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
+    if group["master_weights"] and group["stochastic_rounding"]:
+        raise ValueError("master_weights and stochastic_rounding exclude each other: give one")
     _check_implementation(group["implementation"])
 
 
 def _check_implementation(implementation: object) -> None:
-    if implementation not in _UPDATES:
-        choices = ", ".join(repr(name) for name in _UPDATES)
-        raise ValueError(
-            f"implementation={implementation!r} is not available in this version, choose one of {choices}"
-        )
+    if implementation not in IMPLEMENTATIONS:
+        choices = ", ".join(map(repr, IMPLEMENTATIONS))
+        raise ValueError(f"implementation={implementation!r} is unknown, choose one of {choices}")
 
 
 def _check_parameters(params: list[Tensor]) -> None:
@@ -295,13 +340,34 @@ def _check_parameters(params: list[Tensor]) -> None:
             raise ValueError(f"Adam does not support complex parameters, but parameter {i} is {p.dtype}")
 
 
-def _check_gradient(p: Tensor) -> None:
-    if p.grad.layout != torch.strided:
-        raise RuntimeError(
-            "Adam does not support sparse gradients, please consider torch.optim.SparseAdam instead"
-        )
-    if p.grad.dtype != p.dtype:
-        raise RuntimeError(f"Adam needs gradients of the parameter's {p.dtype}, but got {p.grad.dtype}")
+def _variant(group: Group, device: torch.device, dtype: torch.dtype) -> kernels.Variant:
+    coupling = "decoupled" if group["decoupled_weight_decay"] else "coupled"
+    decay = coupling if group["weight_decay"] != 0 else "none"
+    kind = rounding(group, dtype)
+    return kernels.Variant(device.type, dtype, moment_dtype(group, dtype), group["amsgrad"], decay, kind)
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _can_be_flat(p: Tensor) -> bool:
+    """Whether one buffer can hold it: an ordinary tensor, no element of which is several elements at once."""
+    folded = any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True))
+    return type(p) in (torch.nn.Parameter, Tensor) and p.device.type in ("cpu", "cuda") and not folded
+
+
+def _overlapping(params: list[Tensor]) -> set[Tensor]:
+    """Those that share memory with another: apart from each other they would no longer be the same numbers."""
+    shared: set[Tensor] = set()
+    reach, owner = 0, None
+    for p in sorted((p for p in params if p.numel()), key=lambda p: p.data_ptr()):
+        if p.data_ptr() < reach:
+            shared |= {owner, p}
+        extent = sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True)) + 1
+        if p.data_ptr() + extent * p.element_size() > reach:
+            reach, owner = p.data_ptr() + extent * p.element_size(), p
+    return shared
 
 
 def _check_loaded_state(state: dict[str, Any]) -> None:
@@ -325,10 +391,11 @@ def _check_loaded_state(state: dict[str, Any]) -> None:
             raise ValueError(f"loaded step of parameter {i} must be one count of at least 0, but is {step}")
 
 
-def _copied_state(p: Tensor, loaded: dict[str, Any]) -> dict[str, Tensor]:
+def _copied_state(p: Tensor, loaded: dict[str, Any], group: Group) -> dict[str, Tensor]:
     """Copy a loaded state into tensors laid out like ``p``, its step count to the CPU wherever it lay."""
     state = {"step": torch.tensor(float(loaded["step"]), dtype=torch.float32, device="cpu")}
-    for key in _MOMENTS:
+    dtypes = state_dtypes({**group, "amsgrad": "max_exp_avg_sq" in loaded}, p.dtype)
+    for key, dtype in dtypes.items():
         if key in loaded:
-            state[key] = torch.empty_like(p, memory_format=torch.preserve_format).copy_(loaded[key])
+            state[key] = torch.empty_like(p, dtype=dtype).copy_(loaded[key])
     return state

@@ -80,9 +80,7 @@ def distribute(
     options = {"accumulate": accumulate, "compression": compression, "op": op, "max_grad_norm": max_grad_norm}
     require_same(init(), "options of distribute", {**options, "loss_scaler": loss_scaler is not None})
     require_same_layout(model, optimizer)
-    distributed = DistributedAdam(optimizer, model, loss_scaler=loss_scaler, **options)
-    distributed.broadcast()
-    return distributed
+    return DistributedAdam(optimizer, model, loss_scaler=loss_scaler, **options)
 
 
 def _require_choice(what: str, value: object, choices: tuple[str, ...]) -> None:

@@ -1,8 +1,8 @@
 """`DistributedAdam`: drives `hvd.DistributedOptimizer`, with what that wrapper gets wrong put right.
 
 The wrapper makes the optimizer anew (losing its state), sums over accumulated micro-batches, cannot clip or
-unscale before it averages, steps parameters that no rank has a gradient for, fires step hooks twice, and lets
-sums depend on timing. None of this reaches the user.
+unscale before it averages, steps parameters that no rank has a gradient for, fires step hooks twice, copies every
+gradient into and out of a buffer, and lets sums depend on timing. None of this reaches the user.
 """
 
 from __future__ import annotations
@@ -16,22 +16,23 @@ import torch
 from hvd_adam.adam import Adam
 from hvd_adam.broadcast import broadcast_training
 from hvd_adam.cluster import horovod
-from hvd_adam.wire import Bfloat16Mean, Wire
+from hvd_adam.errors import UserError
+from hvd_adam.flat import Flat, Layout
+from hvd_adam.reducer import BUCKET_BYTES, Reducer
+from hvd_adam.wire import AdasumWire
 
-# Gradients are reduced in buckets fixed in advance, so that sums do not depend on timing. Large enough to
-# use the network's bandwidth, small enough that the first leaves while backward still runs: of 1 to 64 MiB, 4
-# and 8 were the fastest for a 10.5 M parameter MLP and for ResNet-18 on two ranks of a two-core CPU.
-BUCKET_BYTES = 8 * 2**20
-
-# Keeps the collectives of several distributed optimizers apart; counted alike on all ranks.
+# Keeps the collectives of several distributed optimizers, and of several layouts of one, apart; counted alike on
+# all ranks.
 _numbers = itertools.count()
+
+_NORM_ELEMENTS = 1 << 18  # a norm is summed in pieces of this size, for float32's sake
 
 
 class DistributedAdam(Adam):
     """What `distribute` returns: an `Adam` whose `step` first averages the gradients over all ranks.
 
-    It owns parameter groups and state; `hvd.DistributedOptimizer`, inside, shares them, reduces the gradients
-    from its backward hooks and makes the update.
+    It owns parameter groups and state. `hvd.DistributedOptimizer`, inside, shares them, and says from its backward
+    hooks which buckets are ready; they are reduced where they lie.
 
     Attributes:
         grad_norm: global 2-norm of the last averaged gradient before clipping, a 0-dim tensor; None without
@@ -59,21 +60,21 @@ class DistributedAdam(Adam):
             if name.startswith("_optimizer_") and name.endswith("_hooks"):
                 setattr(self, name, hooks)  # what was registered before is called from now on by this one
         self._hvd = horovod()
-        self._number = next(_numbers)
         self._model = model
-        self._accumulate = accumulate
-        self._op = op
-        self._max_grad_norm = max_grad_norm
-        self._loss_scaler = loss_scaler
+        self._accumulate, self._compression, self._max_grad_norm = accumulate, compression, max_grad_norm
+        self._loss_scaler = loss_scaler if loss_scaler is not None and loss_scaler.is_enabled() else None
+        self._alone = self._hvd.size() == 1
+        self._adasum = op == "adasum" and not self._alone
+        self._always_flat = not self._alone and not self._adasum
+        self._reducer: Reducer | None = None
         self._micro_batches = 0
-        self._synchronized = False
-        self._bf16 = compression == "bf16"
-        self._pending: list[Bfloat16Mean] = []
+        self._factor: torch.Tensor | None = None  # of the update under way
+        self._pending_factor: float | None = None  # what the gradients lack to be the mean, once they are reduced
         self.grad_norm: torch.Tensor | None = None
         self.skipped_updates = 0
-        # fp16 gradients are divided before they travel, for the sum to stay in range; the others afterwards.
-        self._divided_on_the_way = compression == "fp16" and self._hvd.size() > 1
-        self._wrap(optimizer, compression)
+        broadcast_training(model, self, loss_scaler)
+        self._settle()
+        self._wrap(optimizer)
 
     # What a training loop calls.
 
@@ -85,13 +86,17 @@ class DistributedAdam(Adam):
         """
         if self._micro_batches:
             return
-        if self._wrapper._handles:
+        if self._in_flight():
             raise RuntimeError("zero_grad() between backward() and step() would clear gradients in flight")
+        self._pending_factor = None
         super().zero_grad(set_to_none)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
         """Counts a micro-batch; on every `accumulate`-th averages, unscales, clips and updates.
+
+        The mean, the loss scale and clipping are one factor inside the update: `p.grad` is what the
+        reduction left, unless `synchronize` was called.
 
         Args:
             closure: recomputes the loss and its gradients; on one rank only.
@@ -105,36 +110,30 @@ class DistributedAdam(Adam):
         self._micro_batches += 1
         if self._micro_batches < self._accumulate:
             return loss
-        if self._hvd.size() > 1:
+        if self._adasum:
             self._refuse_strangers()
-        if self._op == "adasum" and self._hvd.size() > 1:
             self._wrapper.step()
         else:
-            self.synchronize()
-            self._clip()
-            self._update()
-        self._micro_batches, self._synchronized = 0, False
+            self._reduce()
+            self._update_scaled()
+        self._micro_batches, self._pending_factor = 0, None
         return loss
 
     @torch.no_grad()
     def synchronize(self) -> None:
-        """Waits for the reductions: `p.grad` is then the unscaled mean over ranks and micro-batches.
+        """Waits for the reductions and makes `p.grad` the unscaled mean over ranks and micro-batches.
 
-        `step` calls it; call it yourself, after the last backward() of an update, to look at the averaged
+        `step` needs no such call; make it, after the last backward() of an update, to look at the averaged
         gradient or to change it before `step`. Parameters that no rank has a gradient for keep None.
         """
-        if self._synchronized:
-            return
-        if self._op == "adasum" and self._hvd.size() > 1:
+        if self._adasum:
             raise RuntimeError("adasum combines updates, not gradients: there is no averaged gradient to wait for")
-        if self._hvd.size() > 1:
-            self._reduce()
-        gradients = [p.grad for p in self._parameters() if p.grad is not None]
-        if self._accumulate > 1 and gradients and not self._divided_on_the_way:
-            torch._foreach_mul_(gradients, 1.0 / self._accumulate)
-        if self._loss_scaler is not None and gradients:  # it cannot do without any
-            self._loss_scaler.unscale_(self._wrapper)
-        self._synchronized = True
+        self._reduce()
+        if self._pending_factor != 1.0:
+            gradients = [p.grad for p in self._parameters() if p.grad is not None]
+            if gradients:
+                torch._foreach_mul_(gradients, self._pending_factor)
+            self._pending_factor = 1.0
 
     def broadcast(self) -> None:
         """Gives every rank rank 0's parameters, buffers, state and hyper-parameters; all ranks call it.
@@ -147,7 +146,7 @@ class DistributedAdam(Adam):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As `Adam.load_state_dict`, on this rank; `broadcast` gives it to the others."""
-        if self._wrapper._handles:
+        if self._in_flight():
             raise RuntimeError("load_state_dict() between backward() and step() would mix two states")
         super().load_state_dict(state_dict)
         self._share()
@@ -159,9 +158,10 @@ class DistributedAdam(Adam):
             return
         super().add_param_group(param_group)
         self._share()
-        if self._hvd.size() > 1:
-            self._hook([p for p in self.param_groups[-1]["params"] if p.requires_grad])
         self.broadcast()
+        if not self._alone:
+            self._hook([p for p in self.param_groups[-1]["params"] if p.requires_grad])
+            self._settle()
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("a distributed optimizer is tied to its process; copy or save its state_dict() instead")
@@ -169,30 +169,68 @@ class DistributedAdam(Adam):
     # GradScaler.step would unscale gradients in flight; it leaves that to an optimizer with this attribute.
     _step_supports_amp_scaling = True
 
-    # How Horovod's wrapper is driven.
+    # One update.
 
-    def _wrap(self, optimizer: Adam, compression: str) -> None:
-        hvd, adasum = self._hvd, self._op == "adasum"
-        self._hooked = {p: None for p in self._parameters() if p.requires_grad}  # an ordered set
-        names = self._names()
-        self._wrapper = hvd.DistributedOptimizer(
-            optimizer,
-            named_parameters=[(f"hvd_adam.{self._number}.{names[p]}", p) for p in self._parameters()],
-            compression=Wire(compression, divisor=1 if adasum else hvd.size() * self._accumulate),
-            backward_passes_per_step=self._accumulate,
-            op=hvd.Adasum if adasum else hvd.Sum if compression == "fp16" else hvd.Average,
-            groups=None if adasum or self._bf16 else _buckets(self._hooked),
-        )
-        self._share()
-        if adasum and hvd.size() > 1:
-            self._take_over_adasum()
-        elif self._bf16:
-            self._wrapper._allreduce_grad_async = self._start_bf16
+    def _reduce(self) -> None:
+        """Completes and awaits the sum of every gradient over the ranks, unless that has been done."""
+        if self._pending_factor is not None:
+            return
+        if self._alone:
+            factor = 1 / self._accumulate
+        else:
+            self._refuse_strangers()
+            self._settle()
+            self._reducer.finish()
+            factor = self._reducer.mean_factor
+            self._rearm()
+        if self._loss_scaler is not None:
+            factor /= self._loss_scaler.get_scale()
+        self._pending_factor = factor
 
-    def _share(self) -> None:
-        """One set of groups and state: the wrapper's constructor and loading have made copies."""
-        self._wrapper.param_groups, self._wrapper.state = self.param_groups, self.state
-        self._wrapper.defaults = self.defaults
+    def _update_scaled(self) -> None:
+        """Folds the mean, the loss scale and clipping into one factor, and updates unless the scaler skips."""
+        if all(p.grad is None for p in self._parameters()):
+            return
+        factor = self._pending_factor
+        if self._max_grad_norm is not None or self._loss_scaler is not None:
+            norm = self._norm() * factor
+            if self._loss_scaler is not None and self._skips(norm):
+                return
+            if self._max_grad_norm is not None:
+                self.grad_norm = norm
+                # As torch.nn.utils.clip_grad_norm_ has it, 1e-6 included.
+                factor = factor * (self._max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        if isinstance(factor, float):
+            factor = None if factor == 1 else torch.tensor(factor, dtype=torch.float64)
+        self._factor = factor
+        with self._wrapper.skip_synchronize():
+            self._wrapper.step()  # comes back to _update, below whatever a subclass of Adam does in its step
+
+    def _norm(self) -> torch.Tensor:
+        """The 2-norm of all gradients as they are."""
+        pieces = [piece for p in self._parameters() if p.grad is not None for piece in _pieces(p.grad)]
+        norms = torch._foreach_norm(pieces)
+        return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+
+    def _skips(self, norm: torch.Tensor) -> bool:
+        """Tells the loss scaler whether the gradients were finite; it sets its scale, alike on all ranks."""
+        scaler = self._loss_scaler
+        # What GradScaler.unscale_ would note down after a pass over the gradients that the norm makes needless.
+        scaler._per_optimizer_states[id(self)]["found_inf_per_device"] = {norm.device: (~norm.isfinite()).float()}
+        skips = not norm.isfinite()
+        scaler.update()
+        self.skipped_updates += skips
+        return skips
+
+    def _evaluate(self, closure: Callable[[], torch.Tensor] | None) -> torch.Tensor | None:
+        if hasattr(self, "found_inf"):
+            raise RuntimeError("give the GradScaler to distribute(loss_scaler=…) and call optimizer.step() itself")
+        if closure is None:
+            return None
+        if not self._alone or self._accumulate > 1:
+            raise RuntimeError("step(closure) works on one rank without accumulation only; call step() instead")
+        with torch.enable_grad():
+            return closure()
 
     def _refuse_strangers(self) -> None:
         for parameter in self._parameters():
@@ -202,33 +240,80 @@ class DistributedAdam(Adam):
                     "it would not be averaged; freeze it again, or call distribute() after unfreezing"
                 )
 
-    def _reduce(self) -> None:
-        """Completes and awaits the mean of every gradient over the ranks."""
-        used = torch.tensor([p.grad is not None for p in self._hooked], dtype=torch.int32)
-        handle = self._hvd.allreduce_async_(used, op=self._hvd.Sum, name=f"hvd_adam.{self._number}.used")
-        self._complete_hooks()
-        for pending in self._pending:
-            pending.share()
-        self._wrapper.synchronize()
-        self._pending.clear()
-        for parameter, ranks in zip(self._hooked, self._hvd.synchronize(handle).tolist(), strict=True):
-            if ranks == 0:  # torch skips a parameter without a gradient: so does the average of none
-                parameter.grad = None
+    # Storage.
 
-    def _start_bf16(self, parameter: torch.nn.Parameter) -> tuple[Bfloat16Mean, tuple]:
-        wire, context = self._wrapper._compression.compress(parameter.grad)
-        self._pending.append(Bfloat16Mean(wire, self._wrapper._parameter_names[parameter]))
-        return self._pending[-1], context
+    def _flat(self, params: list[torch.Tensor], groups: list[int]) -> Flat:
+        layout = Layout.of(params, BUCKET_BYTES if self._always_flat else None)
+        return Flat(params, groups, self.state, layout)
 
-    def _complete_hooks(self) -> None:
-        """Submits what this rank's backward left out: the other ranks may have it, and all must take part."""
+    def _lay_out(self) -> None:
+        super()._lay_out()
+        if not self._always_flat:
+            return
+        for p in self._outside:
+            if p.requires_grad:
+                raise UserError(
+                    f"{self._names()[p]} shares memory with another parameter, or is no ordinary tensor, and "
+                    "cannot be averaged: tie parameters by using one and the same"
+                )
+        self._reducer = Reducer(self._flats, f"hvd_adam.{next(_numbers)}", self._compression, self._accumulate)
+        if self._wrapper is not None:
+            self._wrapper._p_to_group = {p: group for group in self._reducer.groups for p in group}
+            self._wrapper._group_counts = dict.fromkeys(self._reducer.groups, 0)
+
+    def _problem(self, resolved: list[str]) -> str | None:
+        """The same on all ranks: if one cannot compile, none must, or the ranks would drift apart."""
+        problems = [super()._problem(resolved)]
+        if not self._alone:
+            problems = self._hvd.allgather_object(problems[0], name="hvd_adam.kernels")
+        return next((f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem), None)
+
+    def _warn_unfused(self, problem: str) -> None:
+        if self._hvd.rank() == 0:
+            super()._warn_unfused(problem)
+
+    # How Horovod's wrapper is driven.
+
+    def _wrap(self, optimizer: Adam) -> None:
+        self._hooked = {p: None for p in self._parameters() if p.requires_grad}  # an ordered set
+        names, prefix = self._names(), f"hvd_adam.{next(_numbers)}"
+        self._wrapper = self._hvd.DistributedOptimizer(
+            optimizer,
+            named_parameters=[(f"{prefix}.{names[p]}", p) for p in self._parameters()],
+            compression=AdasumWire(self._compression),
+            backward_passes_per_step=self._accumulate,
+            op=self._hvd.Adasum if self._adasum else self._hvd.Sum,
+            groups=[list(group) for group in self._reducer.groups] if self._reducer else None,
+        )
+        self._share()
+        if self._adasum:
+            self._take_over_adasum()
+        else:
+            self._wrapper._grouped_allreduce_grad_async = self._send
+            self._wrapper._update = lambda: self._update(self._factor)
+
+    def _share(self) -> None:
+        """One set of groups and state: the wrapper's constructor and loading have made copies."""
+        self._wrapper.param_groups, self._wrapper.state = self.param_groups, self.state
+        self._wrapper.defaults = self.defaults
+
+    @torch.no_grad()
+    def _send(self, group: tuple[torch.Tensor, ...]) -> tuple[None, None]:
+        """Called by the wrapper's hooks when a bucket's gradients are there."""
+        if not self._reducer.under_way:
+            self._settle()
+        self._reducer.send(group[0])
+        return None, None
+
+    def _in_flight(self) -> bool:
+        return bool(self._wrapper._handles) or (self._reducer is not None and self._reducer.under_way)
+
+    def _rearm(self) -> None:
+        """Makes the wrapper's hooks ready for the next update."""
         wrapper = self._wrapper
-        for parameter in self._hooked:
-            if wrapper._allreduce_delay[parameter] > 0:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                wrapper._allreduce_delay[parameter] = 1
-                wrapper._make_hook(parameter)()
+        wrapper._handles.clear()
+        wrapper._group_counts = dict.fromkeys(wrapper._group_counts, 0)
+        wrapper._allreduce_delay = dict.fromkeys(wrapper._allreduce_delay, self._accumulate)
 
     def _take_over_adasum(self) -> None:
         """The wrapper steps each parameter by itself, on the sum over micro-batches: make it the mean."""
@@ -240,51 +325,25 @@ class DistributedAdam(Adam):
             return combine(parameter)
 
         self._wrapper._allreduce_grad_async = step_and_combine
+        # It steps one parameter at a time: moving each into a flat buffer of its own would gain nothing.
+        self._wrapper._resolved = lambda: ["foreach"] * len(self.param_groups)
         # Its constructor fills in zero gradients, on which parameters that are not used would be stepped.
         super().zero_grad()
 
     @torch.enable_grad()
     def _hook(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Does for parameters that came later what the wrapper's constructor did for the first."""
-        wrapper, names = self._wrapper, self._names()
+        wrapper, names, prefix = self._wrapper, self._names(), f"hvd_adam.{next(_numbers)}"
         for parameter in parameters:
             self._hooked[parameter] = None
-            wrapper._parameter_names[parameter] = f"hvd_adam.{self._number}.{names[parameter]}"
+            wrapper._parameter_names[parameter] = f"{prefix}.{names[parameter]}"
             wrapper._allreduce_delay[parameter] = self._accumulate
             wrapper._requires_update.add(parameter)
-            if self._op == "adasum":
+            if self._adasum:
                 wrapper._starting_models[parameter] = torch.zeros_like(parameter, requires_grad=False)
-            elif wrapper._groups is not None:
-                wrapper._p_to_group[parameter] = (parameter,)
-                wrapper._group_counts[(parameter,)] = 0
             accumulator = parameter.expand_as(parameter).grad_fn.next_functions[0][0]
             accumulator.register_hook(wrapper._make_hook(parameter))
             wrapper._grad_accs.append(accumulator)
-
-    def _evaluate(self, closure: Callable[[], torch.Tensor] | None) -> torch.Tensor | None:
-        if hasattr(self, "found_inf"):
-            raise RuntimeError("give the GradScaler to distribute(loss_scaler=…) and call optimizer.step() itself")
-        if closure is None:
-            return None
-        if self._hvd.size() > 1 or self._accumulate > 1:
-            raise RuntimeError("step(closure) works on one rank without accumulation only; call step() instead")
-        with torch.enable_grad():
-            return closure()
-
-    def _clip(self) -> None:
-        if self._max_grad_norm is not None:
-            gradients = [p for p in self._parameters() if p.grad is not None]
-            self.grad_norm = torch.nn.utils.clip_grad_norm_(gradients, self._max_grad_norm)
-
-    def _update(self) -> None:
-        with self._wrapper.skip_synchronize():
-            if self._loss_scaler is None or all(p.grad is None for p in self._parameters()):
-                self._wrapper.step()
-                return
-            scale = self._loss_scaler.get_scale()
-            self._loss_scaler.step(self._wrapper)
-            self._loss_scaler.update()
-            self.skipped_updates += self._loss_scaler.get_scale() < scale
 
     def _parameters(self) -> list[torch.nn.Parameter]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -299,15 +358,6 @@ class DistributedAdam(Adam):
         return names | {p: name for name, p in self._model.named_parameters() if p in names}
 
 
-def _buckets(parameters: Iterable[torch.nn.Parameter]) -> list[list[torch.nn.Parameter]]:
-    """Neighbours of one dtype, last layers first (the order in which backward yields gradients)."""
-    buckets: list[list[torch.nn.Parameter]] = []
-    filled = 0
-    for parameter in reversed(list(parameters)):
-        size = parameter.numel() * parameter.element_size()
-        if not buckets or filled + size > BUCKET_BYTES or parameter.dtype != buckets[-1][0].dtype:
-            buckets.append([])
-            filled = 0
-        buckets[-1].append(parameter)
-        filled += size
-    return buckets
+def _pieces(gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    flat = gradient.view(-1) if gradient.is_contiguous() else gradient.reshape(-1)
+    return flat.split(_NORM_ELEMENTS)

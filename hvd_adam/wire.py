@@ -1,10 +1,12 @@
-"""How a gradient travels: what Horovod's collectives cannot carry, or would spoil, is made fit for them here.
+"""How gradients travel: what Horovod's collectives cannot carry, or would spoil, is made fit for them here.
 
-Horovod takes row-major tensors only, knows no bfloat16, and adds float16 in float16, where a sum of ranks
-overflows although their mean does not. `Wire` has the interface of `horovod.torch.Compression`.
+Horovod knows no bfloat16, and adds float16 in float16, where a sum of ranks overflows although their mean does
+not.
 """
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 
@@ -14,21 +16,97 @@ COMPRESSIONS = ("none", "fp16", "bf16")
 _HALF = (torch.float16, torch.bfloat16)
 
 
-class Wire:
-    """Turns a tensor into one that Horovod can reduce, and back.
+class Reduction(Protocol):
+    """The sum of one contiguous bucket over the ranks, under way from construction on."""
 
-    "none": float32 and float64 travel as they are, half-precision gradients as float32, so that nothing is
-    lost in the sum. "fp16": everything travels as float16, divided beforehand, so that the sum over any number of
-    ranks and micro-batches stays in float16's range (6e-8 to 65504); the reduction must then be a sum.
+    def share(self) -> None:
+        """Does what remains to be started before `wait`; call it on all reductions first."""
+
+    def wait(self) -> None:
+        """Returns when the bucket holds the result."""
+
+
+def reduce(bucket: torch.Tensor, name: str, compression: str, divisor: int) -> Reduction:
+    """Starts to reduce a contiguous, 1-dimensional bucket of gradients in place, over all ranks.
 
     Args:
-        compression: "none" or "fp16" ("bf16" is `Bfloat16Mean`'s).
-        divisor: world size × micro-batches where fp16 is to yield the mean, 1 where it is not (Adasum).
+        bucket: must not be touched until `wait` has returned.
+        name: alike on all ranks, and of no other reduction under way.
+        compression: "none", "fp16" or "bf16".
+        divisor: world size × micro-batches, by which fp16 divides before it adds.
+    """
+    return Bfloat16Mean(bucket, name) if compression == "bf16" else Sum(bucket, name, compression, divisor)
+
+
+def divided(compression: str, ranks: int, divisor: int) -> int:
+    """By how much of `divisor` = ranks × micro-batches the result of `reduce` is divided already."""
+    return {"none": 1, "fp16": divisor, "bf16": ranks}[compression]
+
+
+class Sum:
+    """The sum over the ranks, in place wherever the dtype allows.
+
+    "none": float32 and float64 travel as they are, half-precision gradients as float32, so that nothing is lost
+    in the sum. "fp16": everything travels as float16, divided by `divisor` beforehand, so that the sum over any
+    number of ranks and micro-batches stays in float16's range (6e-8 to 65504).
     """
 
-    def __init__(self, compression: str, divisor: int) -> None:
+    def __init__(self, bucket: torch.Tensor, name: str, compression: str, divisor: int) -> None:
+        self._hvd = horovod()
+        self._bucket = self._wire = bucket
+        if compression == "fp16":
+            self._wire = (bucket / divisor).half()
+        elif bucket.dtype in _HALF:
+            self._wire = bucket.float()
+        # A group of one: Horovod fuses it with nothing, and reduces it where it lies.
+        self._handle = self._hvd.grouped_allreduce_async_([self._wire], op=self._hvd.Sum, name=name)
+
+    def share(self) -> None:
+        """Nothing: the sum comes back by itself."""
+
+    def wait(self) -> None:
+        """Waits for the sum."""
+        self._hvd.synchronize(self._handle)
+        if self._wire is not self._bucket:
+            self._bucket.copy_(self._wire)
+
+
+class Bfloat16Mean:
+    """The mean of one bucket over the ranks with bfloat16 on the wire, added in float32.
+
+    Every rank sends the r-th part of its bucket to rank r, which adds the parts in rank order, and gets
+    everyone's sums back: 2·(N−1)/N·n elements of 2 bytes, as many as a ring all-reduce moves. Each gradient
+    is rounded once on its way out and its mean once on its way back (relative error ≤ 2⁻⁸ each), nothing in
+    between; range is float32's. The bits travel as bytes, which every transport of Horovod can carry.
+    """
+
+    def __init__(self, bucket: torch.Tensor, name: str) -> None:
+        self._hvd = horovod()
+        self._bucket, self._name = bucket, name
+        ranks = self._hvd.size()
+        part = -(-bucket.numel() // ranks)
+        parts = torch.zeros(ranks * part, dtype=torch.bfloat16, device=bucket.device)
+        parts[: bucket.numel()] = bucket
+        self._sent = self._hvd.alltoall_async(parts.view(torch.uint8), name=f"{name}.parts")
+
+    def share(self) -> None:
+        """Waits for the parts of all ranks, adds them, and starts to send the sums back."""
+        received, _ = self._hvd.synchronize(self._sent)
+        parts = received.view(torch.bfloat16).view(self._hvd.size(), -1)
+        mean = parts.float().sum(dim=0) / self._hvd.size()
+        self._shared = self._hvd.allgather_async(mean.bfloat16().view(torch.uint8), name=f"{self._name}.mean")
+
+    def wait(self) -> None:
+        """Waits for the mean."""
+        mean = self._hvd.synchronize(self._shared).view(torch.bfloat16)
+        self._bucket.copy_(mean[: self._bucket.numel()])
+
+
+class AdasumWire:
+    """The interface of `horovod.torch.Compression`, for the wrapper's Adasum: "none" or "fp16", row-major."""
+
+    def __init__(self, compression: str) -> None:
         self.compression = compression
-        self.divisor = divisor
 
     @torch.no_grad()
     def compress(self, tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.dtype, list[int] | None]]:
@@ -38,7 +116,7 @@ class Wire:
         order = _row_major_order(tensor)
         wire = tensor.contiguous() if order is None else tensor.permute(order)
         if self.compression == "fp16":
-            wire = (wire / self.divisor).half()
+            wire = wire.half()
         elif wire.dtype in _HALF:
             wire = wire.float()
         return wire, (tensor.dtype, order)
@@ -52,50 +130,8 @@ class Wire:
 
 
 def _row_major_order(tensor: torch.Tensor) -> list[int] | None:
-    """The order of dimensions in which a dense tensor (channels-last, say) is row-major; None if it is already.
-
-    Ranks whose layouts differ then submit different shapes, which Horovod refuses, instead of adding
-    elements that do not belong together.
-    """
+    """The order of dimensions in which a dense tensor (channels-last, say) is row-major; None if it is already."""
     if tensor.is_contiguous():
         return None
     order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
     return order if tensor.permute(order).is_contiguous() else None
-
-
-class Bfloat16Mean:
-    """The mean of one gradient over the ranks with bfloat16 on the wire, added in float32.
-
-    Every rank sends the r-th part of its gradient to rank r, which adds the parts in rank order, and gets
-    everyone's sums back: 2·(N−1)/N·n elements of 2 bytes, as many as a ring all-reduce moves. Each gradient
-    is rounded once on its way out and its mean once on its way back (relative error ≤ 2⁻⁸ each), nothing in
-    between; range is float32's. The bits travel as bytes, which every transport of Horovod can carry.
-
-    Created inside the backward hook, it starts sending; `share` adds and starts the way back; calling it
-    waits for the result, which has the gradient's shape and float32 (float64 for a float64 gradient).
-    """
-
-    def __init__(self, gradient: torch.Tensor, name: str) -> None:
-        self._hvd = horovod()
-        self._name = name
-        self._shape, self._numel = gradient.shape, gradient.numel()
-        self._shared: int | None = None
-        ranks = self._hvd.size()
-        part = -(-self._numel // ranks)
-        parts = torch.zeros(ranks * part, dtype=torch.bfloat16, device=gradient.device)
-        parts[: self._numel] = gradient.reshape(-1)
-        self._sent = self._hvd.alltoall_async(parts.view(torch.uint8), name=f"{name}.parts")
-
-    def share(self) -> None:
-        """Waits for the parts of all ranks, adds them, and starts to send the sums back."""
-        received, _ = self._hvd.synchronize(self._sent)
-        parts = received.view(torch.bfloat16).view(self._hvd.size(), -1)
-        mean = parts.float().sum(dim=0) / self._hvd.size()
-        self._shared = self._hvd.allgather_async(mean.bfloat16().view(torch.uint8), name=f"{self._name}.mean")
-
-    def __call__(self) -> torch.Tensor:
-        """Waits for the mean."""
-        if self._shared is None:
-            self.share()
-        mean = self._hvd.synchronize(self._shared).view(torch.bfloat16)
-        return mean[: self._numel].float().view(self._shape)

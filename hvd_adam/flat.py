@@ -1,0 +1,285 @@
+"""Contiguous storage: parameters, gradients and optimizer state of one device and dtype, as views of flat buffers.
+
+What a user's code sees are ordinary tensors; a step sees one buffer of each kind. The views are checked on every
+step: what has come between (`p.grad = …`, `load_state_dict`, `p.data = …`) is copied into its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from hvd_adam.kernels import Buffers
+
+ALIGNMENT = 16  # elements: 64 bytes of float32, a cache line and the widest vector register
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Neighbouring parameters whose gradients travel together.
+
+    Attributes:
+        first, last: parameters [first, last) of the storage.
+        start, end: elements [start, end) of the buffers; what is not parameters is padding.
+        flags: where `last - first` elements begin in which ranks say what they have used.
+    """
+
+    first: int
+    last: int
+    start: int
+    end: int
+    flags: int
+
+    def part(self, rank: int, ranks: int) -> tuple[int, int]:
+        """The elements of the bucket that are this rank's own where it is shared out evenly."""
+        size = (self.end - self.start) // ranks
+        return self.start + rank * size, self.start + (rank + 1) * size
+
+
+@dataclass
+class Run:
+    """Neighbouring parameters with gradients that take the same step with the same options.
+
+    Attributes:
+        group: index of the parameter group.
+        step: number of the step to take, from 1.
+        start, end: elements [start, end) of the buffers.
+    """
+
+    group: int
+    step: float
+    start: int
+    end: int
+
+
+@dataclass
+class Layout:
+    """Where parameters lie in a buffer, and in which bucket: every parameter begins at a multiple of ALIGNMENT."""
+
+    offsets: list[int] = field(default_factory=list)
+    buckets: list[Bucket] = field(default_factory=list)
+    total: int = 0
+
+    @classmethod
+    def of(cls, params: list[Tensor], bucket_bytes: int | None = None, ranks: int = 1) -> Layout:
+        """Lays out parameters in order; without `bucket_bytes` in one bucket, otherwise in as many as are needed.
+
+        Buckets are filled from the last parameter on, the first whose gradient backward has ready; a
+        parameter larger than a bucket is one by itself. Each is padded for `ranks` equal parts.
+        """
+        layout = cls()
+        for first, last in pairwise(_bounds(params, bucket_bytes)):
+            start = layout.total
+            for p in params[first:last]:
+                layout.offsets.append(layout.total)
+                layout.total += _aligned(p.numel())
+            flags = layout.total
+            layout.total = start + _aligned(flags + last - first - start, ALIGNMENT * ranks)
+            layout.buckets.append(Bucket(first, last, start, layout.total, flags))
+        return layout
+
+
+def _bounds(params: list[Tensor], bucket_bytes: int | None) -> list[int]:
+    bounds, filled = [len(params)], 0
+    for i in reversed(range(len(params))):
+        size = params[i].numel() * params[i].element_size()
+        if bucket_bytes is not None and filled and filled + size > bucket_bytes:
+            bounds.append(i + 1)
+            filled = 0
+        filled += size
+    return [0, *reversed(bounds)] if params else [0]
+
+
+def _aligned(elements: int, multiple: int = ALIGNMENT) -> int:
+    return -(-elements // multiple) * multiple
+
+
+class Flat:
+    """Parameters and everything of theirs, moved into flat buffers.
+
+    Args:
+        params: strided, dense, of one device and dtype, with no memory in common.
+        groups: index of each one's parameter group.
+        state: of the optimizer, whole for these parameters; its tensors become views of the buffers.
+        layout: of `params`.
+        part: (rank, ranks): keep the state of this rank's part of each bucket only; its views are 1-dimensional
+            then, in the order of memory. (0, 1) keeps all.
+
+    Attributes:
+        param, grad: the buffers, of layout.total elements.
+        state: state buffers by name, of `owned` elements; "step" has one float32 a parameter, on the CPU.
+        owned: (start, end, where that begins in the state buffers) of what this rank keeps state for.
+    """
+
+    def __init__(
+        self,
+        params: list[Tensor],
+        groups: list[int],
+        state: dict[Tensor, dict[str, Tensor]],
+        layout: Layout,
+        part: tuple[int, int] = (0, 1),
+    ) -> None:
+        self.params, self.groups, self.layout = params, groups, layout
+        self._state_of = state
+        self.device, self.dtype = params[0].device, params[0].dtype
+        self._strides = [torch.empty_like(p, device="meta").stride() for p in params]
+        self.param = torch.zeros(layout.total, dtype=self.dtype, device=self.device)
+        self.grad = torch.zeros_like(self.param)
+        self._param_views = [self.view(self.param, i) for i in range(len(params))]
+        self._grad_views = [self.view(self.grad, i) for i in range(len(params))]
+        self._pointers = [view.data_ptr() for view in self._param_views]
+        self.owned = self._own(*part)
+        self._whole = part[1] == 1
+        self.state: dict[str, Tensor] = {}
+        self._state_views: list[dict[str, Tensor]] = [{} for _ in params]
+        self._state_ids: list[list[int]] = [[] for _ in params]
+        self._make_state()
+        for i in range(len(params)):
+            self._take_param(i)
+            self._take_state(i)
+
+    # Keeping the views in place.
+
+    def fits(self, state: dict[Tensor, dict[str, Tensor]]) -> bool:
+        """Whether parameters and state can still live here; puts back what was replaced by its like."""
+        self._state_of = state
+        for i, p in enumerate(self.params):
+            if p.data_ptr() != self._pointers[i] or p.stride() != self._strides[i]:
+                if (p.device, p.dtype) != (self.device, self.dtype) or p.shape != self._param_views[i].shape:
+                    return False
+                self._take_param(i)
+            found = state[p]
+            if [*map(id, found.values())] != self._state_ids[i]:
+                if self._state_views[i].keys() != found.keys():
+                    return False
+                self._take_state(i)
+        return True
+
+    def collect(self, first: int = 0, last: int | None = None) -> list[bool]:
+        """Moves the gradients of parameters [first, last) into the buffer; says which of them have one.
+
+        What lies in the buffer for the others is whatever was there before.
+
+        Raises:
+            RuntimeError: a gradient is sparse or of another dtype than its parameter.
+        """
+        params, views = self.params[first:last], self._grad_views[first:last]
+        present = [p.grad is not None for p in params]
+        strangers = [i for i, p in enumerate(params) if present[i] and p.grad is not views[i]]
+        for i in strangers:
+            check_gradient(params[i])
+        if strangers:
+            torch._foreach_copy_([views[i] for i in strangers], [params[i].grad for i in strangers])
+        for i in strangers:
+            params[i].grad = views[i]
+        return present
+
+    def clear(self, i: int) -> None:
+        """Gives parameter `i` a gradient of zeros."""
+        self.params[i].grad = self._grad_views[i].zero_()
+
+    def _take_param(self, i: int) -> None:
+        self.params[i].data = self._param_views[i].copy_(self.params[i].data)
+
+    def _take_state(self, i: int) -> None:
+        state = self._state_of[self.params[i]]
+        for name, view in self._state_views[i].items():
+            found = state[name]
+            if found is view:
+                continue
+            if found.shape != view.shape and found.shape == self.params[i].shape:
+                found = self._own_piece(found, i)
+            if found.shape != view.shape:
+                raise RuntimeError(
+                    f"{name} of parameter {i} has shape {tuple(found.shape)}, but the parameter has shape "
+                    f"{tuple(self.params[i].shape)}"
+                )
+            state[name] = view.copy_(found)
+        self._state_ids[i] = [*map(id, state.values())]
+
+    # Where things are.
+
+    def view(self, buffer: Tensor, i: int) -> Tensor:
+        """Parameter `i`'s elements of a buffer of the whole length, in its shape and order of memory."""
+        return buffer.as_strided(self.params[i].shape, self._strides[i], self.layout.offsets[i])
+
+    def runs(self, present: list[bool]) -> list[Run]:
+        """Counts the step of the parameters that have gradients, and joins those that go together."""
+        steps = self.state["step"]
+        steps.add_(1 if all(present) else torch.tensor(present, dtype=steps.dtype))
+        runs: list[Run] = []
+        follows = False
+        for i, step in enumerate(steps.tolist()):
+            if present[i]:
+                end = self.layout.offsets[i] + self.params[i].numel()
+                if follows and (runs[-1].group, runs[-1].step) == (self.groups[i], step):
+                    runs[-1].end = end
+                else:
+                    runs.append(Run(self.groups[i], step, self.layout.offsets[i], end))
+            follows = present[i]
+        return runs
+
+    def buffers(self, run: Run, names: Iterable[str]) -> Iterator[tuple[int, Buffers]]:
+        """What of a run this rank updates: where it begins, and its parts of the buffers and of these states."""
+        for start, end, place in self.owned:
+            a, b = max(run.start, start), min(run.end, end)
+            if a < b:
+                state = {name: self.state[name][a - start + place : b - start + place] for name in names}
+                yield a, Buffers(self.param[a:b], self.grad[a:b], **state)
+
+    def _own(self, rank: int, ranks: int) -> list[tuple[int, int, int]]:
+        if ranks == 1:
+            return [(0, self.layout.total, 0)]
+        owned, place = [], 0
+        for bucket in self.layout.buckets:
+            start, end = bucket.part(rank, ranks)
+            owned.append((start, end, place))
+            place += end - start
+        return owned
+
+    def _make_state(self) -> None:
+        length = sum(end - start for start, end, _ in self.owned)
+        names = {name: t for p in self.params for name, t in self._state_of[p].items()}
+        for name, like in names.items():
+            self.state[name] = torch.zeros(length, dtype=like.dtype, device=self.device)
+        self.state["step"] = torch.zeros(len(self.params), dtype=torch.float32)
+        for i, p in enumerate(self.params):
+            for name in self._state_of[p]:
+                self._state_views[i][name] = self._state_view(name, i)
+
+    def _state_view(self, name: str, i: int) -> Tensor:
+        if name == "step":
+            return self.state[name][i]
+        if self._whole:
+            return self.view(self.state[name], i)
+        _, count, place = self._piece(i)
+        return self.state[name][place : place + count]
+
+    def _piece(self, i: int) -> tuple[int, int, int]:
+        """(skip, count, place): of parameter `i`'s memory, `count` elements from `skip` on are at `place` here."""
+        begin, stop = self.layout.offsets[i], self.layout.offsets[i] + self.params[i].numel()
+        for start, end, place in self.owned:
+            a, b = max(begin, start), min(stop, end)
+            if a < b:
+                return a - begin, b - a, a - start + place
+        return 0, 0, 0
+
+    def _own_piece(self, whole: Tensor, i: int) -> Tensor:
+        """This rank's elements of a whole state tensor, in the order of the parameter's memory."""
+        skip, count, _ = self._piece(i)
+        in_memory = torch.empty_like(self._param_views[i], dtype=whole.dtype).copy_(whole)
+        return in_memory.as_strided((in_memory.numel(),), (1,))[skip : skip + count]
+
+
+def check_gradient(p: Tensor) -> None:
+    """Refuses gradients that Adam cannot use."""
+    if p.grad.layout != torch.strided:
+        raise RuntimeError(
+            "Adam does not support sparse gradients: use Embedding(…, sparse=False), or torch.optim.SparseAdam"
+        )
+    if p.grad.dtype != p.dtype:
+        raise RuntimeError(f"Adam needs gradients of the parameter's {p.dtype}, but got {p.grad.dtype}")

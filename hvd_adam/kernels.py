@@ -1,0 +1,240 @@
+"""The Adam update as one expression, compiled by PyTorch for CPUs (OpenMP C++) and GPUs (Triton).
+
+Reading p, g, m, v and writing p, m, v once each is the least that Adam can do: everything else of a step
+(averaging, unscaling, clipping, weight decay, rounding) happens in registers on the way.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from hvd_adam.kernel_cache import compiling, discard
+
+# Large enough that the compiler divides the loop among threads.
+_EXAMPLE_ELEMENTS = 1 << 20
+
+
+class NoKernel(RuntimeError):
+    """The update cannot be compiled on this machine; says why in one line."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is compiled in. Everything else (length, learning rate, step, factor) is data.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        dtype: of parameters and gradients.
+        moment_dtype: of the moments.
+        amsgrad: keep and use the largest second moment.
+        decay: "none", "coupled" (into the gradient) or "decoupled" (beside the update).
+        rounding: how half-precision parameters are stored: "nearest", "master" (float32 copies are what is
+            updated) or "stochastic".
+    """
+
+    device: str
+    dtype: torch.dtype
+    moment_dtype: torch.dtype
+    amsgrad: bool
+    decay: str
+    rounding: str
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """float64 for float64 parameters, float32 for all others."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    @property
+    def name(self) -> str:
+        """Fit for a file name."""
+        return "adam-" + "-".join(str(value).removeprefix("torch.") for value in astuple(self))
+
+
+@dataclass
+class Buffers:
+    """1-dimensional, contiguous, of one length and device; those that a variant does without are None."""
+
+    param: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    max_exp_avg_sq: Tensor | None = None
+    master_param: Tensor | None = None
+
+    def split(self, elements: int) -> list[Buffers]:
+        """Pieces of at most so many elements, as views."""
+        columns = [[None] if t is None else t.split(elements) for t in vars(self).values()]
+        count = len(columns[0])
+        return [Buffers(*row) for row in zip(*(c * count if c == [None] else c for c in columns), strict=True)]
+
+
+def scalars(group: dict, step: float, dtype: torch.dtype) -> Tensor:
+    """What the update of step `step` ≥ 1 takes from the hyper-parameters, as one small tensor on the CPU.
+
+    With c₁ = 1−β₁ᵗ and c₂ = 1−β₂ᵗ the update α·(m/c₁) / (√(v/c₂) + ε) is (α·√c₂/c₁)·m / (√v + ε·√c₂), the
+    form at the end of section 2 of Kingma & Ba, arXiv 1412.6980, with their ε̂ = ε·√c₂.
+    """
+    beta1, beta2 = group["betas"]
+    lr, weight_decay = float(group["lr"]), group["weight_decay"]
+    root = (1 - beta2**step) ** 0.5
+    values = (
+        -weight_decay * lr if group["decoupled_weight_decay"] else weight_decay,
+        1 - beta1,
+        beta2,
+        1 - beta2,
+        lr * root / (1 - beta1**step),
+        group["eps"] * root,
+    )
+    return torch.tensor(values, dtype=dtype)
+
+
+def adam_expression(
+    theta: Tensor,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    v_max: Tensor | None,
+    factor: Tensor,
+    scalars: Tensor,
+    decay: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """θ, m, v and the largest v after a step, all in one dtype; `factor` multiplies the gradient first."""
+    weight_decay, one_minus_beta1, beta2, one_minus_beta2, step_size, eps = scalars.unbind()
+    g = g * factor
+    if decay == "coupled":
+        g = g + weight_decay * theta
+    elif decay == "decoupled":
+        theta = theta + weight_decay * theta
+    m = m + one_minus_beta1 * (g - m)
+    v = beta2 * v + one_minus_beta2 * (g * g)
+    if v_max is not None:
+        v_max = torch.maximum(v_max, v)
+    theta = theta - step_size * (m / ((v if v_max is None else v_max).sqrt() + eps))
+    return theta, m, v, v_max
+
+
+def round_stochastically(x: Tensor, seed: Tensor) -> Tensor:
+    """float32 to bfloat16, up or down with the probabilities that make the expectation `x`.
+
+    The random bits are a hash of (seed, index), so that all ranks, and a resumed run, round alike. Infinities and
+    NaN stay what they are.
+
+    Args:
+        x: 1-dimensional, float32.
+        seed: one int64 in [0, 2³¹).
+    """
+    # The finaliser "lowbias32" of Wellons, https://nullprogram.com/blog/2018/07/31/, in int64 without overflow.
+    h = torch.arange(x.numel(), dtype=torch.int64, device=x.device) + seed
+    h = ((h ^ (h >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    h = ((h ^ (h >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    noise = ((h ^ (h >> 16)) & 0xFFFF).to(torch.int32)
+    rounded = ((x.view(torch.int32) + noise) & -0x10000).view(torch.float32)
+    return torch.where(torch.isfinite(x), rounded, x).to(torch.bfloat16)
+
+
+def _update(variant: Variant, p, g, m, v, v_max, master, factor, scalars, seed) -> None:  # noqa: ANN001
+    """What is compiled: one pass over the buffers."""
+    dtype = variant.compute_dtype
+    moments = [None if t is None else t.to(dtype) for t in (m, v, v_max)]
+    theta = (p if master is None else master).to(dtype)
+    theta, *moments = adam_expression(theta, g.to(dtype), *moments, factor, scalars, variant.decay)
+    for old, new in zip((m, v, v_max), moments, strict=True):
+        if old is not None:
+            old.copy_(new)
+    if master is not None:
+        master.copy_(theta)
+    p.copy_(round_stochastically(theta, seed) if variant.rounding == "stochastic" else theta)
+
+
+def update(variant: Variant, buffers: Buffers, factor: Tensor, scalars: Tensor, seed: int) -> None:
+    """One step of Adam over whole buffers, in place.
+
+    Args:
+        variant: fits the buffers.
+        buffers: on one device.
+        factor: multiplies the gradient: 0-dimensional, of the compute dtype, on the buffers' device.
+        scalars: what `scalars` returns, in the compute dtype.
+        seed: of stochastic rounding, in [0, 2³¹).
+
+    Raises:
+        NoKernel: it cannot be compiled here; nothing has been changed.
+    """
+    kernel = _kernel(variant)
+    if variant.device == "cuda":  # pinned, so that the host need not wait for the device
+        scalars = scalars.pin_memory().to(factor.device, non_blocking=True)
+    number = torch.tensor(seed) if variant.rounding == "stochastic" else None
+    kernel(*vars(buffers).values(), factor, scalars, number)
+
+
+def why_not(variant: Variant) -> str | None:
+    """Compiles the variant, or takes it from the cache: None, or in one line why that cannot be."""
+    try:
+        _kernel(variant)
+    except NoKernel as error:
+        return str(error)
+    return None
+
+
+_failed: dict[Variant, str] = {}
+
+
+@cache
+def _kernel(variant: Variant) -> Callable[..., None]:
+    if variant not in _failed:
+        try:
+            with compiling(variant.name):
+                return _compiled(variant)
+        except Exception:
+            # A damaged cache is the one cause that can be put right: without it, once more.
+            discard()
+        try:
+            return _compiled(variant)
+        except Exception as error:
+            _failed[variant] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    raise NoKernel(_failed[variant])
+
+
+def _compiled(variant: Variant) -> Callable[..., None]:
+    """Compiles by way of example, and compares the example with the same expression uncompiled."""
+
+    def one_pass(*arguments: Tensor | None) -> None:
+        _update(variant, *arguments)
+
+    # PyTorch limits the compilations of one code object: each variant gets its own.
+    one_pass.__code__ = one_pass.__code__.replace(co_name=variant.name)
+    # The number of threads is that of the time of the call, not of the compilation.
+    options = {"cpp.dynamic_threads": True} if variant.device == "cpu" else {}
+    kernel = torch.compile(one_pass, fullgraph=True, dynamic=True, options=options)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made, expected = _example(variant), _example(variant)
+        kernel(*made)
+        _update(variant, *expected)
+        for ours, theirs in zip(made, expected, strict=True):
+            if ours is not None and not torch.allclose(ours, theirs, rtol=2**-6, atol=1e-6):
+                raise RuntimeError("the compiled kernel computes something else than its source")
+    return kernel
+
+
+def _example(variant: Variant) -> list[Tensor | None]:
+    device, n = variant.device, _EXAMPLE_ELEMENTS
+    wave = torch.linspace(-3, 3, n, device=device)
+    hyper = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "decoupled_weight_decay": False}
+    zeros = [torch.zeros(n, dtype=variant.moment_dtype, device=device) for _ in range(3)]
+    return [
+        wave.to(variant.dtype),
+        wave.cos().to(variant.dtype),
+        zeros[0],
+        zeros[1],
+        zeros[2] if variant.amsgrad else None,
+        wave.clone() if variant.rounding == "master" else None,
+        torch.ones((), dtype=variant.compute_dtype, device=device),
+        scalars(hyper, 1, variant.compute_dtype).to(device),
+        torch.tensor(7) if variant.rounding == "stochastic" else None,
+    ]

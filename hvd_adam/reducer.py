@@ -1,0 +1,90 @@
+"""Averages flat gradients over the ranks, bucket by bucket, while backward still runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from hvd_adam import wire
+from hvd_adam.cluster import horovod
+from hvd_adam.flat import Bucket, Flat
+
+# Gradients are reduced in buckets fixed in advance, so that sums do not depend on timing. Large enough to
+# use the network's bandwidth, small enough that the first leaves while backward still runs.
+BUCKET_BYTES = 8 * 2**20
+
+
+class Reducer:
+    """The buckets of some flat storage, and which of them are under way.
+
+    Beside its gradients every bucket carries one flag a parameter, 1 where this rank has a gradient: their
+    sum tells all ranks which parameters no rank has used, without a message of its own.
+
+    Args:
+        flats: alike on all ranks.
+        prefix: of the names of the collectives; alike on all ranks, and of no other reducer.
+        compression: as in `wire.reduce`.
+        accumulate: micro-batches to one update.
+    """
+
+    def __init__(self, flats: Sequence[Flat], prefix: str, compression: str, accumulate: int) -> None:
+        self._buckets = [(flat, bucket) for flat in flats for bucket in flat.layout.buckets]
+        self._number = {
+            p: number
+            for number, (flat, bucket) in enumerate(self._buckets)
+            for p in flat.params[bucket.first : bucket.last]
+        }
+        self._prefix, self._compression = prefix, compression
+        self._divisor = horovod().size() * accumulate
+        self._under_way: dict[int, wire.Reduction] = {}
+
+    @property
+    def groups(self) -> list[tuple[torch.Tensor, ...]]:
+        """The parameters of each bucket."""
+        return [tuple(flat.params[bucket.first : bucket.last]) for flat, bucket in self._buckets]
+
+    @property
+    def under_way(self) -> bool:
+        """Whether buckets have been sent and not yet been waited for."""
+        return bool(self._under_way)
+
+    @property
+    def mean_factor(self) -> float:
+        """What makes the mean over ranks and micro-batches of the result of `finish`."""
+        divided = wire.divided(self._compression, horovod().size(), self._divisor)
+        return divided / self._divisor
+
+    def send(self, p: torch.Tensor) -> None:
+        """Starts to reduce the bucket that `p` is in; where the others have no gradient, zeros are sent."""
+        number = self._number[p]
+        flat, bucket = self._buckets[number]
+        present = flat.collect(bucket.first, bucket.last)
+        for i, there in enumerate(present, start=bucket.first):
+            if not there:
+                flat.clear(i)
+        _flags(flat, bucket).copy_(torch.tensor(present))
+        self._under_way[number] = wire.reduce(
+            flat.grad[bucket.start : bucket.end], f"{self._prefix}.{number}", self._compression, self._divisor
+        )
+
+    def finish(self) -> None:
+        """Sends the rest and waits for all; a parameter that no rank has used then has no gradient."""
+        for number, (flat, bucket) in enumerate(self._buckets):
+            if number not in self._under_way:
+                self.send(flat.params[bucket.first])
+        for reduction in self._under_way.values():
+            reduction.share()
+        for reduction in self._under_way.values():
+            reduction.wait()
+        self._under_way.clear()
+        for flat, bucket in self._buckets:
+            flags = _flags(flat, bucket)
+            for p, ranks in zip(flat.params[bucket.first : bucket.last], flags.tolist(), strict=True):
+                if ranks == 0:
+                    p.grad = None
+            flags.zero_()
+
+
+def _flags(flat: Flat, bucket: Bucket) -> torch.Tensor:
+    return flat.grad[bucket.flags : bucket.flags + bucket.last - bucket.first]
