@@ -35,9 +35,15 @@ def broadcast_tensors(tensors: Iterable[torch.Tensor], name: str) -> None:
 
 
 def broadcast_training(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss_scaler: Any | None = None
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss_scaler: Any | None = None,
+    *,
+    with_state: bool = True,
 ) -> None:
     """Gives every rank the parameters, buffers, optimizer state and hyper-parameters (and loss scale) of rank 0.
+
+    Without `with_state` each rank keeps the optimizer state that it has.
 
     Raises:
         UserError: as `require_same_layout`; nothing has been changed then.
@@ -48,8 +54,10 @@ def broadcast_training(
     require_same_layout(model, optimizer)
     roots = horovod().broadcast_object(_small_values(optimizer, loss_scaler), ROOT, name="hvd_adam.values")
     if cluster.rank != ROOT:
-        _adopt(optimizer, loss_scaler, roots)
-    broadcast_tensors(_tensors(model, optimizer), "hvd_adam.broadcast")
+        _adopt_values(optimizer, loss_scaler, roots)
+        if with_state:
+            _adopt_state(optimizer, roots["state"])
+    broadcast_tensors(_tensors(model, optimizer, with_state), "hvd_adam.broadcast")
 
 
 def require_same_layout(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -99,12 +107,12 @@ def _from_bytes(received: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return received.clone().view(like.dtype).view(like.shape)
 
 
-def _tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+def _tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer, with_state: bool) -> list[torch.Tensor]:
     """All tensors of the training, each once, in an order that all ranks share."""
     parameters = _trained(optimizer)
     state = [
         value
-        for parameter in parameters
+        for parameter in (parameters if with_state else ())
         for _, value in sorted(optimizer.state.get(parameter, {}).items())
         if isinstance(value, torch.Tensor)
     ]
@@ -116,12 +124,19 @@ def _layout(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict:
     """What must be alike on all ranks."""
 
     def kind(tensor: torch.Tensor) -> str:
-        return f"{tuple(tensor.shape)} {tensor.dtype}{' to train' if tensor.requires_grad else ''}"
+        # Gradients are added in the order in which they lie in memory: channels-last on one rank would mix them up.
+        order = torch.empty_like(tensor, device="meta").stride() if tensor.requires_grad else ()
+        strides = f" with strides {order}" if order != _row_major(tensor.shape) and tensor.requires_grad else ""
+        return f"{tuple(tensor.shape)} {tensor.dtype}{strides}{' to train' if tensor.requires_grad else ''}"
 
     return {
         "model": {name: kind(t) for name, t in [*model.named_parameters(), *model.named_buffers()]},
         "groups": [[kind(p) for p in group["params"]] for group in optimizer.param_groups],
     }
+
+
+def _row_major(shape: torch.Size) -> tuple[int, ...]:
+    return torch.empty(shape, device="meta").stride()
 
 
 def _compare(mine: dict, roots: dict) -> None:
@@ -187,8 +202,8 @@ def _state_layout(value: object) -> tuple:
     return ("value", value)
 
 
-def _adopt(optimizer: torch.optim.Optimizer, loss_scaler: Any | None, roots: dict) -> None:
-    """Takes over rank 0's hyper-parameters and makes room for its state, in its order, so that hashes agree."""
+def _adopt_values(optimizer: torch.optim.Optimizer, loss_scaler: Any | None, roots: dict) -> None:
+    """Takes over rank 0's hyper-parameters and loss scale."""
     for group, hyper in zip(optimizer.param_groups, roots["hyper"], strict=True):
         own = dict(group)
         group.clear()
@@ -199,14 +214,18 @@ def _adopt(optimizer: torch.optim.Optimizer, loss_scaler: Any | None, roots: dic
                 group[key] = value.unpacked(own.get(key), own["params"])
             else:
                 group[key] = value
+    if loss_scaler is not None and roots["loss_scaler"]:
+        loss_scaler.load_state_dict(roots["loss_scaler"])
+
+
+def _adopt_state(optimizer: torch.optim.Optimizer, layouts: dict) -> None:
+    """Makes room for rank 0's state, in its order, so that hashes agree."""
     own_state = dict(optimizer.state)
     optimizer.state.clear()
     parameters = _trained(optimizer)
-    for number, layout in roots["state"].items():
+    for number, layout in layouts.items():
         parameter = parameters[number]
         optimizer.state[parameter] = _adopted_state(own_state.get(parameter, {}), layout, parameter)
-    if loss_scaler is not None and roots["loss_scaler"]:
-        loss_scaler.load_state_dict(roots["loss_scaler"])
 
 
 def _adopted_state(state: dict, layout: dict, parameter: torch.Tensor) -> dict:

@@ -66,6 +66,9 @@ class TrainConfig(DataConfig):
     weight_decay: float = _option(0.0, "weight decay, ≥ 0")
     decoupled_weight_decay: bool = _option(False, "decay the weights apart from the gradient, as AdamW does")
     amsgrad: bool = _option(False, "divide by the largest second moment so far")
+    implementation: Literal["auto", "fused", "foreach", "reference"] = _option(
+        "auto", "how Adam computes: auto takes the compiled kernel for 2^20 parameters and more"
+    )
     max_grad_norm: float | None = _option(None, "clip the averaged gradient to this norm")
 
     lr_scaling: Literal["linear", "sqrt", "none"] = _option(
@@ -76,7 +79,9 @@ class TrainConfig(DataConfig):
     lr_decay_epochs: str = _option("", "epochs of the step decay, as in 30,60,80")
     lr_decay_factor: float = _option(0.1, "multiplier at each epoch of the step decay")
 
-    strategy: Literal["allreduce"] = _option("allreduce", "how gradients are shared")
+    strategy: Literal["allreduce", "sharded"] = _option(
+        "allreduce", "sharded: each rank keeps one N-th of the optimizer state (ZeRO stage 1)"
+    )
     op: Literal["average", "adasum"] = _option("average", "how gradients are combined")
     compression: Literal["none", "fp16", "bf16"] = _option("none", "what gradients travel as")
     precision: Literal["fp32", "bf16", "fp16", "fp64", "float32", "bfloat16", "float16", "float64"] = _option(
@@ -123,6 +128,8 @@ class TrainConfig(DataConfig):
         if (self.lr_decay == "step") != bool(self.milestones()):
             raise UserError("--lr-decay step and --lr-decay-epochs go together, as in --lr-decay-epochs 30,60,80")
         if self.op == "adasum":
+            if self.strategy == "sharded":
+                raise UserError("--op adasum combines updates of whole tensors: use --strategy allreduce")
             if self.max_grad_norm is not None or self.precision == "fp16":
                 raise UserError(
                     "--op adasum combines the ranks' own steps: no --max-grad-norm, no --precision fp16"

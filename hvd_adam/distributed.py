@@ -9,6 +9,7 @@ for images, labels in batches:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Any
 
@@ -19,9 +20,10 @@ from hvd_adam.broadcast import require_same_layout
 from hvd_adam.cluster import horovod, init, require_same
 from hvd_adam.distributed_adam import DistributedAdam
 from hvd_adam.errors import UserError
+from hvd_adam.sharded import ShardedAdam
 from hvd_adam.wire import COMPRESSIONS
 
-STRATEGIES = ("allreduce",)
+STRATEGIES = {"allreduce": DistributedAdam, "sharded": ShardedAdam}
 OPS = ("average", "adasum")
 
 
@@ -45,7 +47,9 @@ def distribute(
     Args:
         optimizer: the `Adam` of this process, fresh or with state (on rank 0 alone is enough).
         model: the model whose parameters it updates, on its final device.
-        strategy: "allreduce" (`hvd.DistributedOptimizer`).
+        strategy: "allreduce" (`hvd.DistributedOptimizer`: every rank keeps the whole optimizer state), or
+            "sharded" (ZeRO stage 1: each rank keeps, and updates, one N-th). Every rank must then call
+            `state_dict()`, which is whole and in the same format.
         accumulate: micro-batches to one update, ≥ 1. Call `step()` after each: it acts on every k-th, with
             the mean of the k gradients; `zero_grad()` in between keeps what has been accumulated.
         compression: what the gradients travel as: "none" (as they are), "fp16", "bf16".
@@ -75,15 +79,19 @@ def distribute(
     if max_grad_norm is not None and not (isinstance(max_grad_norm, Real) and max_grad_norm > 0):
         raise UserError(f"max_grad_norm is {max_grad_norm!r}; it must be a number > 0")
     if op == "adasum":
+        if strategy == "sharded":
+            raise UserError("adasum combines updates of whole tensors: use strategy=allreduce, or op=average")
         _require_adasum(compression, max_grad_norm, loss_scaler)
     _require_one_device(model, optimizer)
     options = {"accumulate": accumulate, "compression": compression, "op": op, "max_grad_norm": max_grad_norm}
-    require_same(init(), "options of distribute", {**options, "loss_scaler": loss_scaler is not None})
+    require_same(
+        init(), "options of distribute", {"strategy": strategy, "scaler": loss_scaler is not None, **options}
+    )
     require_same_layout(model, optimizer)
-    return DistributedAdam(optimizer, model, loss_scaler=loss_scaler, **options)
+    return STRATEGIES[strategy](optimizer, model, loss_scaler=loss_scaler, **options)
 
 
-def _require_choice(what: str, value: object, choices: tuple[str, ...]) -> None:
+def _require_choice(what: str, value: object, choices: Iterable[str]) -> None:
     if value not in choices:
         raise UserError(f"{what} is {value!r}; use one of {', '.join(choices)}")
 

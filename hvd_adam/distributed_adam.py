@@ -60,6 +60,7 @@ class DistributedAdam(Adam):
             if name.startswith("_optimizer_") and name.endswith("_hooks"):
                 setattr(self, name, hooks)  # what was registered before is called from now on by this one
         self._hvd = horovod()
+        self._prefix = f"hvd_adam.{next(_numbers)}"  # of the names of its collectives
         self._model = model
         self._accumulate, self._compression, self._max_grad_norm = accumulate, compression, max_grad_norm
         self._loss_scaler = loss_scaler if loss_scaler is not None and loss_scaler.is_enabled() else None
@@ -166,6 +167,9 @@ class DistributedAdam(Adam):
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("a distributed optimizer is tied to its process; copy or save its state_dict() instead")
 
+    # Whether each gradient is reduced to its owner only.
+    scatters = False
+
     # GradScaler.step would unscale gradients in flight; it leaves that to an optimizer with this attribute.
     _step_supports_amp_scaling = True
 
@@ -208,8 +212,7 @@ class DistributedAdam(Adam):
 
     def _norm(self) -> torch.Tensor:
         """The 2-norm of all gradients as they are."""
-        pieces = [piece for p in self._parameters() if p.grad is not None for piece in _pieces(p.grad)]
-        norms = torch._foreach_norm(pieces)
+        norms = torch._foreach_norm([x for p in self._parameters() if p.grad is not None for x in pieces(p.grad)])
         return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
 
     def _skips(self, norm: torch.Tensor) -> bool:
@@ -256,7 +259,8 @@ class DistributedAdam(Adam):
                     f"{self._names()[p]} shares memory with another parameter, or is no ordinary tensor, and "
                     "cannot be averaged: tie parameters by using one and the same"
                 )
-        self._reducer = Reducer(self._flats, f"hvd_adam.{next(_numbers)}", self._compression, self._accumulate)
+        prefix = f"hvd_adam.{next(_numbers)}"
+        self._reducer = Reducer(self._flats, prefix, self._compression, self._accumulate, self.scatters)
         if self._wrapper is not None:
             self._wrapper._p_to_group = {p: group for group in self._reducer.groups for p in group}
             self._wrapper._group_counts = dict.fromkeys(self._reducer.groups, 0)
@@ -276,7 +280,7 @@ class DistributedAdam(Adam):
 
     def _wrap(self, optimizer: Adam) -> None:
         self._hooked = {p: None for p in self._parameters() if p.requires_grad}  # an ordered set
-        names, prefix = self._names(), f"hvd_adam.{next(_numbers)}"
+        names, prefix = self._names(), self._prefix
         self._wrapper = self._hvd.DistributedOptimizer(
             optimizer,
             named_parameters=[(f"{prefix}.{names[p]}", p) for p in self._parameters()],
@@ -358,6 +362,6 @@ class DistributedAdam(Adam):
         return names | {p: name for name, p in self._model.named_parameters() if p in names}
 
 
-def _pieces(gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    flat = gradient.view(-1) if gradient.is_contiguous() else gradient.reshape(-1)
-    return flat.split(_NORM_ELEMENTS)
+def pieces(gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The elements of a tensor, in pieces whose norms do not lose precision."""
+    return gradient.reshape(-1).split(_NORM_ELEMENTS)

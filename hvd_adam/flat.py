@@ -132,6 +132,7 @@ class Flat:
         self._param_views = [self.view(self.param, i) for i in range(len(params))]
         self._grad_views = [self.view(self.grad, i) for i in range(len(params))]
         self._pointers = [view.data_ptr() for view in self._param_views]
+        self._grad_pointers = [view.data_ptr() for view in self._grad_views]
         self.owned = self._own(*part)
         self._whole = part[1] == 1
         self.state: dict[str, Tensor] = {}
@@ -159,6 +160,12 @@ class Flat:
                 self._take_state(i)
         return True
 
+    def reclaim(self, state: dict[Tensor, dict[str, Tensor]]) -> None:
+        """Throws away what has been put in place of the views of the state."""
+        for p, views, ids in zip(self.params, self._state_views, self._state_ids, strict=True):
+            state[p] = dict(views)
+            ids[:] = map(id, views.values())
+
     def collect(self, first: int = 0, last: int | None = None) -> list[bool]:
         """Moves the gradients of parameters [first, last) into the buffer; says which of them have one.
 
@@ -168,10 +175,19 @@ class Flat:
             RuntimeError: a gradient is sparse or of another dtype than its parameter.
         """
         params, views = self.params[first:last], self._grad_views[first:last]
+        places = self._grad_pointers[first:last]
         present = [p.grad is not None for p in params]
-        strangers = [i for i, p in enumerate(params) if present[i] and p.grad is not views[i]]
+        # `p.grad.data = …`, as Module.to does it, leaves the object and changes where it lies.
+        strangers = [
+            i
+            for i, p in enumerate(params)
+            if present[i] and (p.grad is not views[i] or p.grad.data_ptr() != places[i])
+        ]
         for i in strangers:
             check_gradient(params[i])
+        for i in strangers:
+            if params[i].grad is views[i]:
+                views[i] = self._grad_views[first + i] = self.view(self.grad, first + i)
         if strangers:
             torch._foreach_copy_([views[i] for i in strangers], [params[i].grad for i in strangers])
         for i in strangers:
@@ -180,6 +196,7 @@ class Flat:
 
     def clear(self, i: int) -> None:
         """Gives parameter `i` a gradient of zeros."""
+        self._grad_views[i] = self.view(self.grad, i)
         self.params[i].grad = self._grad_views[i].zero_()
 
     def _take_param(self, i: int) -> None:
@@ -208,7 +225,12 @@ class Flat:
         return buffer.as_strided(self.params[i].shape, self._strides[i], self.layout.offsets[i])
 
     def runs(self, present: list[bool]) -> list[Run]:
-        """Counts the step of the parameters that have gradients, and joins those that go together."""
+        """Counts the step of the parameters that have gradients, and joins those that go together.
+
+        Autograd is told that they change: it sees no write to a buffer, and a later backward pass through a graph
+        that has kept the old values must fail, as it does after any optimizer's step.
+        """
+        _mark_changed([p for p, has_grad in zip(self.params, present, strict=True) if has_grad])
         steps = self.state["step"]
         steps.add_(1 if all(present) else torch.tensor(present, dtype=steps.dtype))
         runs: list[Run] = []
@@ -222,6 +244,25 @@ class Flat:
                     runs.append(Run(self.groups[i], step, self.layout.offsets[i], end))
             follows = present[i]
         return runs
+
+    def spans(self, present: list[bool]) -> list[tuple[int, int]]:
+        """(start, end) of the elements that this rank owns of parameters that are present, neighbours joined."""
+        spans: list[tuple[int, int]] = []
+        for i, there in enumerate(present):
+            if there:
+                start, end = self.layout.offsets[i], self.layout.offsets[i] + self.params[i].numel()
+                if i and present[i - 1]:
+                    start = spans.pop()[0]
+                spans.append((start, end))
+        cut = [(max(a, start), min(b, end)) for a, b in spans for start, end, _ in self.owned]
+        return [(a, b) for a, b in cut if a < b]
+
+    def spread(self, name: str) -> Tensor:
+        """A state buffer at the whole length: what this rank owns in its place, zeros elsewhere."""
+        whole = torch.zeros(self.layout.total, dtype=self.state[name].dtype, device=self.device)
+        for start, end, place in self.owned:
+            whole[start:end] = self.state[name][place : place + end - start]
+        return whole
 
     def buffers(self, run: Run, names: Iterable[str]) -> Iterator[tuple[int, Buffers]]:
         """What of a run this rank updates: where it begins, and its parts of the buffers and of these states."""
@@ -273,6 +314,15 @@ class Flat:
         skip, count, _ = self._piece(i)
         in_memory = torch.empty_like(self._param_views[i], dtype=whole.dtype).copy_(whole)
         return in_memory.as_strided((in_memory.numel(),), (1,))[skip : skip + count]
+
+
+def _mark_changed(params: list[Tensor]) -> None:
+    if hasattr(torch.autograd.graph, "increment_version"):
+        for p in params:  # a list of them needs a newer PyTorch
+            torch.autograd.graph.increment_version(p)
+        return
+    for p in params:
+        p.detach().as_strided((0,), (1,)).zero_()
 
 
 def check_gradient(p: Tensor) -> None:

@@ -59,14 +59,14 @@ def discard() -> None:
 @cache
 def _folder() -> Path:
     """One folder for each kind of host: machine code for one processor may not run on another."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hvd_adam" / "kernels"
-    folder = root / f"torch{torch.__version__}-{platform.python_version()}-{_processor()}"
     try:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hvd_adam" / "kernels"
+        folder = root / f"torch{torch.__version__}-{platform.python_version()}-{_processor()}"
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o700)
         with tempfile.TemporaryFile(dir=folder):
             return folder
-    except OSError:  # no home, or none that can be written to: this process compiles for itself
+    except (OSError, RuntimeError):  # no home, or none that can be written to: this process compiles for itself
         return Path(tempfile.mkdtemp(prefix="hvd_adam-kernels-"))
 
 

@@ -130,7 +130,8 @@ def round_stochastically(x: Tensor, seed: Tensor) -> Tensor:
         seed: one int64 in [0, 2³¹).
     """
     # The finaliser "lowbias32" of Wellons, https://nullprogram.com/blog/2018/07/31/, in int64 without overflow.
-    h = torch.arange(x.numel(), dtype=torch.int64, device=x.device) + seed
+    # Modulo 2³¹ like the seed: an element's bits must not depend on where the piece that holds it begins.
+    h = (torch.arange(x.numel(), dtype=torch.int64, device=x.device) + seed) & 0x7FFFFFFF
     h = ((h ^ (h >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
     h = ((h ^ (h >> 15)) * 0x846CA68B) & 0xFFFFFFFF
     noise = ((h ^ (h >> 16)) & 0xFFFF).to(torch.int32)
@@ -138,11 +139,16 @@ def round_stochastically(x: Tensor, seed: Tensor) -> Tensor:
     return torch.where(torch.isfinite(x), rounded, x).to(torch.bfloat16)
 
 
+def current_master(p: Tensor, master: Tensor) -> Tensor:
+    """`master`, but `p` wherever somebody has changed it since it was rounded from there (`load_state_dict`, …)."""
+    return torch.where(p == master.to(p.dtype), master, p.to(master.dtype))
+
+
 def _update(variant: Variant, p, g, m, v, v_max, master, factor, scalars, seed) -> None:  # noqa: ANN001
     """What is compiled: one pass over the buffers."""
     dtype = variant.compute_dtype
     moments = [None if t is None else t.to(dtype) for t in (m, v, v_max)]
-    theta = (p if master is None else master).to(dtype)
+    theta = p.to(dtype) if master is None else current_master(p, master)
     theta, *moments = adam_expression(theta, g.to(dtype), *moments, factor, scalars, variant.decay)
     for old, new in zip((m, v, v_max), moments, strict=True):
         if old is not None:
@@ -209,7 +215,11 @@ def _compiled(variant: Variant) -> Callable[..., None]:
     # PyTorch limits the compilations of one code object: each variant gets its own.
     one_pass.__code__ = one_pass.__code__.replace(co_name=variant.name)
     # The number of threads is that of the time of the call, not of the compilation.
-    options = {"cpp.dynamic_threads": True} if variant.device == "cpu" else {}
+    options: dict[str, object] = {"cpp.dynamic_threads": True} if variant.device == "cpu" else {}
+    if hasattr(torch.compiler, "skip_all_guards_unsafe"):
+        # PyTorch would compile anew for another number of threads, default dtype, autocast …, and fail at the ninth.
+        # Nothing of the kind matters here: what does is in the variant, and lengths are data.
+        options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
     kernel = torch.compile(one_pass, fullgraph=True, dynamic=True, options=options)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -26,16 +26,19 @@ class Reducer:
         prefix: of the names of the collectives; alike on all ranks, and of no other reducer.
         compression: as in `wire.reduce`.
         accumulate: micro-batches to one update.
+        scatter: reduce each bucket's parts to their owners only; the flags then travel by themselves.
     """
 
-    def __init__(self, flats: Sequence[Flat], prefix: str, compression: str, accumulate: int) -> None:
+    def __init__(
+        self, flats: Sequence[Flat], prefix: str, compression: str, accumulate: int, scatter: bool = False
+    ) -> None:
         self._buckets = [(flat, bucket) for flat in flats for bucket in flat.layout.buckets]
         self._number = {
             p: number
             for number, (flat, bucket) in enumerate(self._buckets)
             for p in flat.params[bucket.first : bucket.last]
         }
-        self._prefix, self._compression = prefix, compression
+        self._prefix, self._compression, self._scatter = prefix, compression, scatter
         self._divisor = horovod().size() * accumulate
         self._under_way: dict[int, wire.Reduction] = {}
 
@@ -65,7 +68,11 @@ class Reducer:
                 flat.clear(i)
         _flags(flat, bucket).copy_(torch.tensor(present))
         self._under_way[number] = wire.reduce(
-            flat.grad[bucket.start : bucket.end], f"{self._prefix}.{number}", self._compression, self._divisor
+            flat.grad[bucket.start : bucket.end],
+            f"{self._prefix}.{number}",
+            self._compression,
+            self._divisor,
+            self._scatter,
         )
 
     def finish(self) -> None:
@@ -78,12 +85,18 @@ class Reducer:
         for reduction in self._under_way.values():
             reduction.wait()
         self._under_way.clear()
-        for flat, bucket in self._buckets:
-            flags = _flags(flat, bucket)
-            for p, ranks in zip(flat.params[bucket.first : bucket.last], flags.tolist(), strict=True):
+        for (flat, bucket), counts in zip(self._buckets, self._used(), strict=True):
+            for p, ranks in zip(flat.params[bucket.first : bucket.last], counts, strict=True):
                 if ranks == 0:
                     p.grad = None
-            flags.zero_()
+            _flags(flat, bucket).zero_()
+
+    def _used(self) -> list[list[float]]:
+        """For each bucket how many ranks have used each of its parameters (or a multiple of it)."""
+        flags = torch.cat([_flags(flat, bucket).float() for flat, bucket in self._buckets]).cpu()
+        if self._scatter:
+            flags = horovod().allreduce(flags, op=horovod().Sum, name=f"{self._prefix}.used")
+        return [part.tolist() for part in flags.split([bucket.last - bucket.first for _, bucket in self._buckets])]
 
 
 def _flags(flat: Flat, bucket: Bucket) -> torch.Tensor:

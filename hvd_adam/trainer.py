@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -145,9 +146,10 @@ class Trainer:
 
     def _finish(self, epoch: int, scores: Scores) -> None:
         rate = self.watch.total()
+        optimizer = self.optimizer.state_dict()  # on every rank: a sharded one is gathered
         with together(self.cluster):
             if self.folder is not None:
-                path = _save(self, epoch)
+                path = _save(self, epoch, optimizer)
                 self.log.event("checkpoint", self.step, epoch, path=str(path.relative_to(self.folder)))
         result = {"test_accuracy": scores.test_accuracy, "test_loss": scores.test_loss}
         if self.config.positive_class is not None:
@@ -225,6 +227,7 @@ def _adam(config: TrainConfig, model: torch.nn.Module, scaled: Scaled) -> Adam:
         weight_decay=config.weight_decay,
         amsgrad=config.amsgrad,
         decoupled_weight_decay=config.decoupled_weight_decay,
+        implementation=config.implementation,
     )
 
 
@@ -245,11 +248,11 @@ def _make_folder(config: TrainConfig) -> Path:
     return folder
 
 
-def _save(trainer: Trainer, epoch: int) -> Path:
+def _save(trainer: Trainer, epoch: int, optimizer: dict[str, Any]) -> Path:
     loader = trainer.loader
     state = {
         "model": trainer.model.state_dict(),
-        "optimizer": trainer.optimizer.state_dict(),
+        "optimizer": optimizer,
         "progress": {"step": trainer.step, "epoch": epoch},
         "config": asdict(trainer.config),
         "data": {"classes": list(loader.data.classes), "mean": list(loader.mean), "std": list(loader.std)},

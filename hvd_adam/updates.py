@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hvd_adam.adam_reference import adam_update
-from hvd_adam.kernels import Buffers, round_stochastically
+from hvd_adam.kernels import Buffers, current_master, round_stochastically
 
 Group = dict[str, Any]
 
@@ -150,6 +150,8 @@ def _thetas(batch: Batch, group: Group, dtype: torch.dtype) -> list[Tensor]:
     """What is updated: the parameters, their masters, or wider copies of them."""
     if rounding(group, batch.params[0].dtype) == "stochastic":
         return [p.to(dtype) for p in batch.params]
+    for p, master in zip(batch.params if batch.masters else (), batch.masters, strict=True):
+        master.copy_(current_master(p, master))
     return batch.masters or batch.params
 
 

@@ -26,7 +26,7 @@ class Reduction(Protocol):
         """Returns when the bucket holds the result."""
 
 
-def reduce(bucket: torch.Tensor, name: str, compression: str, divisor: int) -> Reduction:
+def reduce(bucket: torch.Tensor, name: str, compression: str, divisor: int, scatter: bool = False) -> Reduction:
     """Starts to reduce a contiguous, 1-dimensional bucket of gradients in place, over all ranks.
 
     Args:
@@ -34,8 +34,12 @@ def reduce(bucket: torch.Tensor, name: str, compression: str, divisor: int) -> R
         name: alike on all ranks, and of no other reduction under way.
         compression: "none", "fp16" or "bf16".
         divisor: world size × micro-batches, by which fp16 divides before it adds.
+        scatter: leave the result in this rank's part of the bucket only, the rank-th of N equal parts; half the
+            traffic. The length of the bucket must then be a multiple of N.
     """
-    return Bfloat16Mean(bucket, name) if compression == "bf16" else Sum(bucket, name, compression, divisor)
+    if compression == "bf16":
+        return Bfloat16Mean(bucket, name, scatter)
+    return Sum(bucket, name, compression, divisor, scatter)
 
 
 def divided(compression: str, ranks: int, divisor: int) -> int:
@@ -51,23 +55,30 @@ class Sum:
     number of ranks and micro-batches stays in float16's range (6e-8 to 65504).
     """
 
-    def __init__(self, bucket: torch.Tensor, name: str, compression: str, divisor: int) -> None:
-        self._hvd = horovod()
+    def __init__(
+        self, bucket: torch.Tensor, name: str, compression: str, divisor: int, scatter: bool = False
+    ) -> None:
+        self._hvd = hvd = horovod()
         self._bucket = self._wire = bucket
+        self._scatter = scatter
         if compression == "fp16":
             self._wire = (bucket / divisor).half()
         elif bucket.dtype in _HALF:
             self._wire = bucket.float()
-        # A group of one: Horovod fuses it with nothing, and reduces it where it lies.
-        self._handle = self._hvd.grouped_allreduce_async_([self._wire], op=self._hvd.Sum, name=name)
+        if scatter:
+            self._handle = hvd.reducescatter_async(self._wire, op=hvd.Sum, name=name)
+        else:  # a group of one: Horovod fuses it with nothing, and reduces it where it lies
+            self._handle = hvd.grouped_allreduce_async_([self._wire], op=hvd.Sum, name=name)
 
     def share(self) -> None:
         """Nothing: the sum comes back by itself."""
 
     def wait(self) -> None:
         """Waits for the sum."""
-        self._hvd.synchronize(self._handle)
-        if self._wire is not self._bucket:
+        received = self._hvd.synchronize(self._handle)
+        if self._scatter:
+            _own_part(self._bucket).copy_(received)
+        elif self._wire is not self._bucket:
             self._bucket.copy_(self._wire)
 
 
@@ -80,9 +91,9 @@ class Bfloat16Mean:
     between; range is float32's. The bits travel as bytes, which every transport of Horovod can carry.
     """
 
-    def __init__(self, bucket: torch.Tensor, name: str) -> None:
+    def __init__(self, bucket: torch.Tensor, name: str, scatter: bool = False) -> None:
         self._hvd = horovod()
-        self._bucket, self._name = bucket, name
+        self._bucket, self._name, self._scatter = bucket, name, scatter
         ranks = self._hvd.size()
         part = -(-bucket.numel() // ranks)
         parts = torch.zeros(ranks * part, dtype=torch.bfloat16, device=bucket.device)
@@ -90,16 +101,25 @@ class Bfloat16Mean:
         self._sent = self._hvd.alltoall_async(parts.view(torch.uint8), name=f"{name}.parts")
 
     def share(self) -> None:
-        """Waits for the parts of all ranks, adds them, and starts to send the sums back."""
+        """Waits for the parts of all ranks, adds them, and starts to send the sums back where they are wanted."""
         received, _ = self._hvd.synchronize(self._sent)
         parts = received.view(torch.bfloat16).view(self._hvd.size(), -1)
-        mean = parts.float().sum(dim=0) / self._hvd.size()
-        self._shared = self._hvd.allgather_async(mean.bfloat16().view(torch.uint8), name=f"{self._name}.mean")
+        self._mean = parts.float().sum(dim=0) / self._hvd.size()
+        if not self._scatter:
+            mean = self._mean.bfloat16().view(torch.uint8)
+            self._shared = self._hvd.allgather_async(mean, name=f"{self._name}.mean")
 
     def wait(self) -> None:
         """Waits for the mean."""
-        mean = self._hvd.synchronize(self._shared).view(torch.bfloat16)
-        self._bucket.copy_(mean[: self._bucket.numel()])
+        if self._scatter:
+            _own_part(self._bucket).copy_(self._mean)
+        else:
+            mean = self._hvd.synchronize(self._shared).view(torch.bfloat16)
+            self._bucket.copy_(mean[: self._bucket.numel()])
+
+
+def _own_part(bucket: torch.Tensor) -> torch.Tensor:
+    return bucket.view(horovod().size(), -1)[horovod().rank()]
 
 
 class AdasumWire:

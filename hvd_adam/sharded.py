@@ -1,0 +1,163 @@
+"""`ShardedAdam`: each rank keeps the optimizer state of, and updates, one N-th of every bucket (ZeRO stage 1).
+
+Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", arXiv 1910.02054,
+section 5.1. Gradients are reduced while backward runs, as in the default strategy; after the update every rank
+gives its part of the parameters to the others.
+
+On CPUs a bucket is summed in place on all ranks and parts are broadcast in place: Horovod's reduce-scatter and
+all-gather return new memory, and paging it in costs more than it saves. On GPUs the pair moves half as much each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from hvd_adam.broadcast import ROOT, broadcast_training
+from hvd_adam.cluster import horovod
+from hvd_adam.distributed_adam import DistributedAdam, pieces
+from hvd_adam.flat import Flat, Layout
+from hvd_adam.reducer import BUCKET_BYTES
+
+# 16-bit floats carry the bits of those that Horovod does not know.
+_CARRIER = {torch.bfloat16: torch.float16}
+
+
+class ShardedAdam(DistributedAdam):
+    """What `distribute(strategy="sharded")` returns.
+
+    `state[p]` holds this rank's part of each tensor, 1-dimensional, in the order of the parameter's memory, and
+    may be empty. `state_dict` is whole, and in the common format.
+
+    Attributes:
+        scatters: whether gradients are reduced to their owners only (GPUs); `p.grad` is then a mean in this
+            rank's parts alone, until `synchronize` is called.
+    """
+
+    @property
+    def scatters(self) -> bool:
+        """See the class."""
+        return self._parameters()[0].device.type == "cuda"
+
+    def state_dict(self) -> dict[str, Any]:
+        """The whole state, as plain Adam's; every rank must call it, since each gives its part."""
+        parts = self.state
+        self.state = self._whole_state_of_all()
+        try:
+            return super().state_dict()
+        finally:
+            self.state = parts
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes a whole state on this rank; the next step, or `broadcast`, keeps this rank's part of it."""
+        super().load_state_dict(state_dict)
+        self._loaded = True
+
+    def broadcast(self) -> None:
+        """Gives every rank rank 0's parameters, buffers and hyper-parameters, and its part of rank 0's state."""
+        whole = horovod().broadcast_object(self._loaded, ROOT, name="hvd_adam.loaded")
+        if whole and not self._loaded:
+            self.state.clear()
+            for group in self.param_groups:
+                self._make_missing_state(group)
+        elif self._loaded and not whole:
+            for flat in self._flats:
+                flat.reclaim(self.state)
+        broadcast_training(self._model, self, self._loss_scaler, with_state=whole)
+        self._loaded = False
+        self._settle()
+
+    @torch.no_grad()
+    def synchronize(self) -> None:
+        """As in the default strategy; where gradients are scattered, every rank then gets all of them."""
+        super().synchronize()
+        if self.scatters:
+            for number, flat in enumerate(self._flats):
+                self._exchange(flat, flat.grad, f"gradients.{number}")
+
+    # Which part is whose.
+
+    _loaded = False  # whether `state` is whole, after load_state_dict
+
+    def _flat(self, params: list[torch.Tensor], groups: list[int]) -> Flat:
+        ranks = self._hvd.size()
+        layout = Layout.of(params, BUCKET_BYTES, ranks)
+        return Flat(params, groups, self.state, layout, part=(self._hvd.rank(), ranks))
+
+    def _lay_out(self) -> None:
+        if self._flats and not self._loaded:
+            for p, whole in self._whole_state_of_all().items():
+                self.state[p] = whole
+        super()._lay_out()
+        self._loaded = False
+
+    def _gradient_pieces(self) -> list[torch.Tensor]:
+        return [
+            piece
+            for flat in self._flats
+            for start, end in flat.spans([p.grad is not None for p in flat.params])
+            for piece in pieces(flat.grad[start:end])
+        ]
+
+    def _norm(self) -> torch.Tensor:
+        """From the squares of all parts, added in the order of ranks: the same bits everywhere."""
+        own = self._gradient_pieces()
+        device = self._parameters()[0].device
+        norms = [norm.double() for norm in torch._foreach_norm(own)] if own else [torch.zeros((), device=device)]
+        square = torch.stack(norms).double().square().sum().reshape(1)
+        squares = self._hvd.allgather(square, name=f"{self._prefix}.norm")
+        return squares.sum().sqrt().to(torch.promote_types(self._flats[0].dtype, torch.float32))
+
+    # Giving parts to the others.
+
+    def _update(self, factor: torch.Tensor | None = None) -> None:
+        super()._update(factor)
+        self._loaded = False
+        for number, flat in enumerate(self._flats):
+            self._exchange(flat, flat.param, f"parameters.{number}")
+
+    def _exchange(self, flat: Flat, buffer: torch.Tensor, name: str) -> None:
+        """Makes a buffer of the whole length, of which every rank has its own part right, right everywhere."""
+        buffer = buffer.view(_CARRIER.get(buffer.dtype, buffer.dtype))
+        gathers = self._gather(flat, buffer, name) if self.scatters else self._broadcast_parts(flat, buffer, name)
+        for handle, place in list(gathers):
+            received = self._hvd.synchronize(handle)
+            if place is not None:
+                place.copy_(received)
+
+    def _gather(self, flat: Flat, buffer: torch.Tensor, name: str) -> Iterator[tuple[int, torch.Tensor | None]]:
+        for number, bucket in enumerate(flat.layout.buckets):
+            start, end = bucket.part(self._hvd.rank(), self._hvd.size())
+            handle = self._hvd.allgather_async(buffer[start:end], name=f"{self._prefix}.{name}.{number}")
+            yield handle, buffer[bucket.start : bucket.end]
+
+    def _broadcast_parts(
+        self, flat: Flat, buffer: torch.Tensor, name: str
+    ) -> Iterator[tuple[int, torch.Tensor | None]]:
+        for number, bucket in enumerate(flat.layout.buckets):
+            for rank in range(self._hvd.size()):
+                start, end = bucket.part(rank, self._hvd.size())
+                part = buffer[start:end]
+                yield self._hvd.broadcast_async_(part, rank, name=f"{self._prefix}.{name}.{number}.{rank}"), None
+
+    def _whole_state_of_all(self) -> dict[torch.Tensor, dict[str, torch.Tensor]]:
+        """The state of every parameter, whole, in new tensors; one buffer after the other is gathered."""
+        self._absorb()
+        whole = {p: dict(state) for p, state in self.state.items()}
+        for number, flat in enumerate(self._flats):
+            for name in flat.state:
+                if name == "step":
+                    continue
+                buffer = flat.spread(name)
+                self._exchange(flat, buffer, f"{name}.{number}")
+                for i, p in enumerate(flat.params):
+                    whole[p][name] = flat.view(buffer, i)
+        return whole
+
+    def _absorb(self) -> None:
+        """Puts what has been loaded into the parts."""
+        for flat in self._flats:
+            flat.fits(self.state)
+        self._loaded = False
