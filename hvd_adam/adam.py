@@ -9,6 +9,12 @@ import torch
 from torch import Tensor
 
 from hvd_adam import kernels
+from hvd_adam.adam_checks import (
+    check_hyper_parameters,
+    check_implementation,
+    check_loaded_state,
+    check_parameters,
+)
 from hvd_adam.flat import Flat, Layout, check_gradient
 from hvd_adam.updates import (
     Batch,
@@ -23,9 +29,6 @@ from hvd_adam.updates import (
 
 Params = Iterable[Tensor] | Iterable[Group] | Iterable[tuple[str, Tensor]]
 
-IMPLEMENTATIONS = ("reference", "foreach", "fused", "auto")
-_ALWAYS_KEPT = ("step", "exp_avg", "exp_avg_sq")
-_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 # "auto" takes the fused kernel from this size on. Below, a step takes a millisecond or two either way, and
 # compiling takes seconds.
@@ -114,7 +117,7 @@ class Adam(torch.optim.Optimizer):
             "stochastic_rounding": stochastic_rounding,
             "implementation": implementation,
         }
-        _check_hyper_parameters(defaults)
+        check_hyper_parameters(defaults)
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: Group) -> None:
@@ -126,8 +129,8 @@ class Adam(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _check_hyper_parameters(group)
-            _check_parameters(group["params"])
+            check_hyper_parameters(group)
+            check_parameters(group["params"])
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -167,8 +170,8 @@ class Adam(torch.optim.Optimizer):
             for option in self.defaults.keys() & own.keys():
                 loaded.setdefault(option, own[option])
             loaded["betas"] = tuple(map(float, loaded["betas"]))  # PyTorch's may be tensors
-            _check_implementation(loaded["implementation"])
-        _check_loaded_state(state)
+            check_implementation(loaded["implementation"])
+        check_loaded_state(state)
         super().__setstate__(state)
         for group in self.param_groups:
             for p in group["params"]:
@@ -305,41 +308,6 @@ class Adam(torch.optim.Optimizer):
         return [batch for same_kind in batches.values() for batch in same_kind]
 
 
-def _check_hyper_parameters(group: Group) -> None:
-    """Refuse what ``torch.optim.Adam`` refuses."""
-    lr, betas = group["lr"], group["betas"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"Tensor lr must be 1-element, but has {lr.numel()} elements")
-    if not lr >= 0.0:
-        raise ValueError(f"Invalid learning rate: {lr}")
-    if not group["eps"] >= 0.0:
-        raise ValueError(f"Invalid epsilon value: {group['eps']}")
-    if len(betas) != 2 or not all(isinstance(beta, float) for beta in betas):
-        raise ValueError(f"betas must be two floats, but got {betas}")
-    for i, beta in enumerate(betas):
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
-    if not group["weight_decay"] >= 0.0:
-        raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
-    if group["master_weights"] and group["stochastic_rounding"]:
-        raise ValueError("master_weights and stochastic_rounding exclude each other: give one")
-    _check_implementation(group["implementation"])
-
-
-def _check_implementation(implementation: object) -> None:
-    if implementation not in IMPLEMENTATIONS:
-        choices = ", ".join(map(repr, IMPLEMENTATIONS))
-        raise ValueError(f"implementation={implementation!r} is unknown, choose one of {choices}")
-
-
-def _check_parameters(params: list[Tensor]) -> None:
-    for i, p in enumerate(params):
-        if p.layout != torch.strided:
-            raise ValueError(f"Adam does not support sparse parameters, but parameter {i} is {p.layout}")
-        if p.is_complex():
-            raise ValueError(f"Adam does not support complex parameters, but parameter {i} is {p.dtype}")
-
-
 def _variant(group: Group, device: torch.device, dtype: torch.dtype) -> kernels.Variant:
     coupling = "decoupled" if group["decoupled_weight_decay"] else "coupled"
     decay = coupling if group["weight_decay"] != 0 else "none"
@@ -368,27 +336,6 @@ def _overlapping(params: list[Tensor]) -> set[Tensor]:
         if p.data_ptr() + extent * p.element_size() > reach:
             reach, owner = p.data_ptr() + extent * p.element_size(), p
     return shared
-
-
-def _check_loaded_state(state: dict[str, Any]) -> None:
-    """Refuse state that is not Adam's or does not fit; PyTorch itself would take it and fail later."""
-    params = [p for group in state["param_groups"] for p in group["params"]]
-    for i, p in enumerate(params):
-        loaded = state["state"].get(p)
-        if not loaded:
-            continue
-        missing = [key for key in _ALWAYS_KEPT if key not in loaded]
-        if missing:
-            raise ValueError(f"loaded state of parameter {i} is not Adam's: {missing[0]} is missing")
-        for key in _MOMENTS:
-            if key in loaded and loaded[key].shape != p.shape:
-                raise ValueError(
-                    f"loaded {key} of parameter {i} has shape {tuple(loaded[key].shape)}, "
-                    f"but the parameter has shape {tuple(p.shape)}"
-                )
-        step = torch.as_tensor(loaded["step"])
-        if step.numel() != 1 or not step.item() >= 0:
-            raise ValueError(f"loaded step of parameter {i} must be one count of at least 0, but is {step}")
 
 
 def _copied_state(p: Tensor, loaded: dict[str, Any], group: Group) -> dict[str, Tensor]:

@@ -124,7 +124,7 @@ def _layout(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict:
     """What must be alike on all ranks."""
 
     def kind(tensor: torch.Tensor) -> str:
-        # Gradients are added in the order in which they lie in memory: channels-last on one rank would mix them up.
+        # Gradients are added as they lie in memory: channels-last on one rank alone would mix them up.
         order = torch.empty_like(tensor, device="meta").stride() if tensor.requires_grad else ()
         strides = f" with strides {order}" if order != _row_major(tensor.shape) and tensor.requires_grad else ""
         return f"{tuple(tensor.shape)} {tensor.dtype}{strides}{' to train' if tensor.requires_grad else ''}"

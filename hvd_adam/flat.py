@@ -186,7 +186,7 @@ class Flat:
         for i in strangers:
             check_gradient(params[i])
         for i in strangers:
-            if params[i].grad is views[i]:
+            if views[i].data_ptr() != places[i]:
                 views[i] = self._grad_views[first + i] = self.view(self.grad, first + i)
         if strangers:
             torch._foreach_copy_([views[i] for i in strangers], [params[i].grad for i in strangers])

@@ -140,8 +140,15 @@ def round_stochastically(x: Tensor, seed: Tensor) -> Tensor:
 
 
 def current_master(p: Tensor, master: Tensor) -> Tensor:
-    """`master`, but `p` wherever somebody has changed it since it was rounded from there (`load_state_dict`, …)."""
-    return torch.where(p == master.to(p.dtype), master, p.to(master.dtype))
+    """`master`, but `p` wherever somebody has changed it since (`load_state_dict`, `clamp_`, …).
+
+    What is farther from its master than rounding puts it has been changed; an infinity may be an overflow.
+    """
+    # Not `p == master.to(p.dtype)`: the compiler leaves conversions there and back away.
+    info, wide = torch.finfo(p.dtype), p.to(master.dtype)
+    rounding = info.eps / 2 * master.abs() + info.smallest_normal * info.eps
+    kept = ((wide - master).abs() <= rounding) & master.isfinite() | wide.isinf()
+    return torch.where(kept, master, wide)
 
 
 def _update(variant: Variant, p, g, m, v, v_max, master, factor, scalars, seed) -> None:  # noqa: ANN001
@@ -217,7 +224,7 @@ def _compiled(variant: Variant) -> Callable[..., None]:
     # The number of threads is that of the time of the call, not of the compilation.
     options: dict[str, object] = {"cpp.dynamic_threads": True} if variant.device == "cpu" else {}
     if hasattr(torch.compiler, "skip_all_guards_unsafe"):
-        # PyTorch would compile anew for another number of threads, default dtype, autocast …, and fail at the ninth.
+        # PyTorch would compile anew for another number of threads, default dtype, autocast …, up to eight times.
         # Nothing of the kind matters here: what does is in the variant, and lengths are data.
         options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
     kernel = torch.compile(one_pass, fullgraph=True, dynamic=True, options=options)
