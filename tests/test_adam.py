@@ -1,4 +1,4 @@
-"""The numbers of Adam: both implementations against the papers, PyTorch, and a float64 oracle.
+"""The numbers of Adam: all implementations against the papers, PyTorch, and a float64 oracle.
 
 Hazards covered:
 - the oracle itself is wrong (hand-computed numbers, the formulas in plain Python floats, known properties);
@@ -7,12 +7,16 @@ Hazards covered:
 - a parameter without a gradient is decayed, or its step count advances;
 - an update writes into the gradient;
 - a formula loses accuracy: every element is held to a running error bound;
+- half precision is rounded more often than when it is stored;
+- master weights drift from the parameters, or overwrite what was loaded into them;
+- stochastic rounding is biased, does not repeat, or spoils infinities;
 - the work is secretly done by torch.optim.
 """
 
 import math
 from dataclasses import dataclass, field
 from importlib import import_module
+from itertools import pairwise
 
 import pytest
 import torch
@@ -23,7 +27,7 @@ import hvd_adam.adam as adam_module
 from hvd_adam.adam import Adam
 from hvd_adam.adam_reference import adam_update
 
-IMPLEMENTATIONS = ("reference", "foreach")
+IMPLEMENTATIONS = ("reference", "foreach", "fused")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -366,7 +370,8 @@ class Oracle:
     The bound is Wilkinson's running error analysis, to first order: ``e_x`` bounds the error of x element by
     element, each floating-point operation of dtype's arithmetic adds u times its result's magnitude (u: unit
     roundoff; a stored constant such as 1 - beta1 counts as an operation), plus the smallest subnormal number
-    where results may underflow, and errors travel through each formula by its derivatives.
+    where results may underflow, and errors travel through each formula by its derivatives. Where the arithmetic
+    is done in a wider dtype, ``stored`` is the unit roundoff of the one in which results are kept.
     """
 
     group: dict
@@ -374,6 +379,7 @@ class Oracle:
     theta: torch.Tensor
     u: float
     tiny: float
+    stored: float = 0.0
     t: int = 0
     valid: bool = True
     moments: dict = field(default_factory=dict)
@@ -387,7 +393,7 @@ class Oracle:
     def step(self, gradient):
         self.t += 1
         s, group, u, tiny = self.moments, self.group, self.u, self.tiny
-        lr, (beta1, beta2) = float(group["lr"]), group["betas"]
+        lr, (beta1, beta2), stored = float(group["lr"]), group["betas"], self.stored
         decay = 0.0 if self.decoupled else group["weight_decay"]
         shrink = lr * group["weight_decay"] if self.decoupled else 0.0
         g = -gradient if group["maximize"] else gradient
@@ -404,7 +410,8 @@ class Oracle:
         )
         # lerp: difference, constant, product, sum. Second moment: two constants, three products, one sum.
         s["e_m"] = beta1 * s["e_m"] + (1 - beta1) * e_g + 4 * u * (old_m.abs() + total.abs()) + 2 * tiny
-        s["e_v"] = beta2 * s["e_v"] + (1 - beta2) * 2 * total.abs() * e_g + 6 * u * s["v"] + 3 * tiny
+        s["e_m"] += stored * s["m"].abs()
+        s["e_v"] = beta2 * s["e_v"] + (1 - beta2) * 2 * total.abs() * e_g + (6 * u + stored) * s["v"] + 3 * tiny
         s["e_v_max"] = torch.maximum(s["e_v_max"], s["e_v"])
         v, e_v = (s["v_max"], s["e_v_max"]) if group["amsgrad"] else (s["v"], s["e_v"])
 
@@ -418,24 +425,26 @@ class Oracle:
         move = size * s["m"].abs() / denominator
         # Constant, quotient, product, sum, and the rounding of theta itself.
         e_move = size * s["e_m"] / denominator + move * e_denominator / denominator + 4 * u * move
-        self.e_theta += e_move + u * (before.abs() + 2 * move) + 2 * tiny
+        self.e_theta += e_move + (u + stored) * (before.abs() + 2 * move) + 2 * tiny
         self.largest = torch.maximum(self.largest, self.theta.abs())
 
 
-def oracles(case, dtype):
+def oracles(case, dtype, arithmetic=None):
     """One float64 oracle for each parameter of the case, in order."""
     params = case.parameters(dtype)
     info = torch.finfo(dtype)
+    roundoffs = dict(u=unit_roundoff(arithmetic or dtype), tiny=info.smallest_normal * info.eps)
+    roundoffs["stored"] = 0.0 if arithmetic is None else unit_roundoff(dtype)
     return [
-        Oracle(group, case.decoupled, p.detach().double(), unit_roundoff(dtype), info.smallest_normal * info.eps)
+        Oracle(group, case.decoupled, p.detach().double(), **roundoffs)
         for group in case.ours(params, "reference").param_groups
         for p in group["params"]
     ]
 
 
-def run_all(case, dtype, steps):
-    """Run both implementations, torch's loop, torch's foreach (without a tensor lr) and the oracles."""
-    makers = {name: lambda p, name=name: case.ours(p, name) for name in IMPLEMENTATIONS}
+def run_all(case, dtype, steps, implementations=IMPLEMENTATIONS):
+    """Run the implementations, torch's loop, torch's foreach (without a tensor lr) and the oracles."""
+    makers = {name: lambda p, name=name: case.ours(p, name) for name in implementations}
     makers["torch"] = lambda p: case.theirs(p, foreach=False)
     if not case.lr_is_tensor:
         makers["torch foreach"] = lambda p: case.theirs(p, foreach=True)
@@ -509,7 +518,7 @@ def test_100_steps_in_float32_stay_within_the_running_error_bound(case):
 def test_100_steps_in_half_precision_are_torch_foreach_to_the_bit(dtype, case):
     if dtype == torch.float16 and not half_works_on_cpu():
         pytest.skip("this PyTorch has no float16 arithmetic on the CPU")
-    runs, optimizers, _ = run_all(case, dtype, 100)
+    runs, optimizers, _ = run_all(case, dtype, 100, ["foreach"])
     assert_foreach_is_torch_foreach(runs, optimizers)
 
 
@@ -522,7 +531,129 @@ def test_half_precision_stays_within_the_running_error_bound(dtype, case):
     # To first order the bound holds while v's error, 6u a step, is small: 4 steps of bfloat16 (u = 2^-8). In
     # float16 small second moments are subnormal; parameters for which that spoils the bound are left out.
     runs, _, exact = run_all(case, dtype, 4)
-    for i, oracle in enumerate(exact):
-        for name in IMPLEMENTATIONS if oracle.valid else ():
-            # The second order adds less than as much again, since all relative errors are below 1/4.
-            assert ((runs[name][i].detach().double() - oracle.theta).abs() <= 2 * oracle.e_theta).all()
+    # "fused" computes in float32, "reference" in float64, and both round once, when a result is stored.
+    rounded_once = oracles(case, dtype, arithmetic=torch.float32)
+    for gradients in case.gradients(dtype, 4):
+        for oracle, g in zip(rounded_once, gradients, strict=True):
+            if g is not None:
+                oracle.step(g.double())
+    for name in IMPLEMENTATIONS:
+        for p, oracle in zip(runs[name], exact if name == "foreach" else rounded_once, strict=True):
+            if oracle.valid:
+                # The second order adds less than as much again, since all relative errors are below 1/4.
+                assert ((p.detach().double() - oracle.theta).abs() <= 2 * oracle.e_theta).all()
+
+
+# --- half precision that loses nothing ----------------------------------------------------------------------
+
+HALF = (torch.bfloat16, torch.float16)
+CAREFUL = ("master_weights", "stochastic_rounding")
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_master_weights_stay_within_the_bound_of_float32_and_are_what_the_parameters_are_rounded_from(
+    implementation, dtype, decoupled
+):
+    generator = torch.Generator().manual_seed(7)
+    p = parameter(torch.randn(40, generator=generator), dtype)
+    options = dict(lr=1e-3, weight_decay=0.1, amsgrad=True, decoupled_weight_decay=decoupled, master_weights=True)
+    optimizer = Adam([p], implementation=implementation, **options)
+    info = torch.finfo(torch.float32)
+    oracle = Oracle(
+        *(optimizer.param_groups[0], decoupled, p.detach().double()),
+        *(unit_roundoff(torch.float32), info.smallest_normal * info.eps),
+    )
+    for _ in range(100):
+        gradient = torch.randn(40, generator=generator).to(dtype)
+        run(optimizer, [p], [[gradient]])
+        oracle.step(gradient.double())
+    state = optimizer.state[p]
+    assert oracle.valid
+    assert ((state["master_param"].double() - oracle.theta).abs() <= oracle.e_theta).all()
+    assert torch.equal(p.detach(), state["master_param"].to(dtype))
+    assert {name: t.dtype for name, t in state.items()} == dict.fromkeys(state, torch.float32)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_what_is_loaded_into_a_parameter_is_not_overwritten_by_its_master(implementation):
+    p = parameter([1.0, 2.0, 3.0], torch.bfloat16)
+    optimizer = Adam([p], lr=2**-12, master_weights=True, implementation=implementation)
+    run(optimizer, [p], [[torch.ones(3)]])
+    with torch.no_grad():
+        p[0] = 7.0  # as load_state_dict, clamping or copying from another model do
+    run(optimizer, [p], [[torch.ones(3)]])
+    assert p[0].item() == 7.0
+    # Constant gradients move every element by the rate (1 / (1 + eps) is 1): once from 7, twice from 2 and 3.
+    moved = torch.tensor([1, 2, 2]) * 2**-12
+    master = optimizer.state[p]["master_param"]
+    torch.testing.assert_close(master, torch.tensor([7.0, 2.0, 3.0]) - moved, rtol=2**-23, atol=0)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_stochastic_rounding_takes_a_neighbour_and_is_unbiased(implementation):
+    n = 1 << 16
+    p = parameter(torch.full((n,), 1.5), torch.bfloat16)
+    optimizer = Adam([p], lr=0.3 * 2**-7, stochastic_rounding=True, implementation=implementation)
+    run(optimizer, [p], [[torch.ones(n)]])
+    exact, ulp = 1.5 - 0.3 * 2**-7, 2**-7
+    assert set(p.tolist()) == {1.5 - ulp, 1.5}
+    # Standard deviation of the mean of n draws with probability 0.3; arithmetic in float32 is off by a few 2^-24.
+    sigma = ulp * math.sqrt(0.3 * 0.7 / n)
+    assert abs(p.detach().double().mean().item() - exact) <= 6 * sigma + 10 * 2**-24
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_updates_too_small_for_nearest_rounding_are_kept_on_average(implementation):
+    n, steps, lr = 4096, 100, 1e-4
+    kept, lost = (parameter(torch.ones(n), torch.bfloat16) for _ in range(2))
+    gradients = [[torch.ones(n)]] * steps
+    run(Adam([kept], lr=lr, stochastic_rounding=True, implementation=implementation), [kept], gradients)
+    run(Adam([lost], lr=lr, implementation=implementation), [lost], gradients)
+    assert (lost == 1).all()
+    # A move of lr between neighbours 2^-8 apart has a variance of at most lr * 2^-8; elements and steps are
+    # independent. The moves themselves are lr but for roundings of the moments, some hundred 2^-24.
+    sigma = math.sqrt(steps * lr * 2**-8 / n)
+    assert abs(kept.detach().double().mean().item() - (1 - steps * lr)) <= 6 * sigma + steps * lr * 1e-4
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("option", CAREFUL)
+def test_infinities_and_nan_stay_and_spread_no_further(implementation, option):
+    p = parameter([math.inf, -math.inf, math.nan, 1.0], torch.bfloat16)
+    optimizer = Adam([p], implementation=implementation, **{option: True})
+    run(optimizer, [p], [[torch.zeros(4)]] * 3)
+    assert p[:2].tolist() == [math.inf, -math.inf]
+    assert p[2].isnan()
+    assert p[3].item() == 1.0
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_stochastic_rounding_repeats_and_draws_anew_for_each_step_and_element(implementation):
+    n, ways = 1000, []
+    gradients = [[torch.ones(n)]] * 4
+    for _ in range(2):
+        p = parameter(torch.ones(n), torch.bfloat16)
+        optimizer = Adam([p], lr=2**-9, stochastic_rounding=True, implementation=implementation)
+        ways.append([])
+        for gradient in gradients:
+            run(optimizer, [p], [gradient])
+            ways[-1].append(p.detach().clone())
+    assert all(torch.equal(p, q) for p, q in zip(*ways, strict=True))
+    moved = [(a != b).tolist() for a, b in pairwise(ways[0])]
+    assert all(0 < sum(step) < n for step in moved)
+    assert moved[0] != moved[1] != moved[2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("option", CAREFUL)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_options_for_half_precision_change_nothing_for_others(implementation, option, dtype):
+    plain, marked = (parameter([1.0, -2.0], dtype) for _ in range(2))
+    gradients = [[torch.tensor([0.5, 3.0])]] * 3
+    run(Adam([plain], implementation=implementation), [plain], gradients)
+    optimizer = Adam([marked], implementation=implementation, **{option: True})
+    run(optimizer, [marked], gradients)
+    assert torch.equal(plain, marked)
+    assert set(optimizer.state[marked]) == {"step", "exp_avg", "exp_avg_sq"}
