@@ -15,7 +15,8 @@ from hvd_adam.adam_checks import (
     check_loaded_state,
     check_parameters,
 )
-from hvd_adam.flat import Flat, Layout, check_gradient
+from hvd_adam.flat import Flat, check_gradient
+from hvd_adam.layout import Layout, can_be_flat, overlapping
 from hvd_adam.updates import (
     Batch,
     Group,
@@ -37,6 +38,9 @@ _FUSED_ELEMENTS = 1 << 20
 # On a CPU a batch that stays in cache makes a step of 11 M parameters take 20 ms instead of 42 ms, and no
 # whole-model temporary is paged in. A GPU wants few launches, so there a batch may be as large as it likes.
 _CPU_BATCH_ELEMENTS = 1 << 18
+
+# The options that decide about layout and kernels.
+_LAID_OUT_FOR = ("implementation", "amsgrad", "decoupled_weight_decay", "master_weights", "stochastic_rounding")
 
 _UPDATES = {"reference": update_reference, "foreach": update_foreach}
 
@@ -89,6 +93,9 @@ class Adam(torch.optim.Optimizer):
     _outside_implementations: Sequence[str] = ()  # what cannot be flat has no fused form
     _flats: Sequence[Flat] = ()
     _outside: Set[Tensor] = frozenset()
+    _frozen: Sequence[Tensor] = ()  # would be flat if they were trained
+
+    _source: dict[str, Any] | None = None  # what load_state_dict is loading
 
     def __init__(
         self,
@@ -152,6 +159,25 @@ class Adam(torch.optim.Optimizer):
         self._update()
         return loss
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over a state dictionary of this class, or of ``torch.optim.Adam`` or ``AdamW``.
+
+        Raises:
+            ValueError: it is not Adam's or does not fit the parameters; nothing has then been changed.
+        """
+
+        def remember(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+            self._source = state_dict
+
+        # After all hooks of the user's. PyTorch casts what it hands on to each parameter's dtype, which would
+        # round float32 moments and masters of half-precision parameters.
+        handle = self.register_load_state_dict_pre_hook(remember)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            self._source = None
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over the state of a pickle, or what ``load_state_dict`` has made of a state dictionary.
 
@@ -172,12 +198,22 @@ class Adam(torch.optim.Optimizer):
             loaded["betas"] = tuple(map(float, loaded["betas"]))  # PyTorch's may be tensors
             check_implementation(loaded["implementation"])
         check_loaded_state(state)
+        exact = self._exact_state()
         super().__setstate__(state)
         for group in self.param_groups:
             for p in group["params"]:
                 if self.state.get(p):
-                    self.state[p] = _copied_state(p, self.state[p], group)
+                    self.state[p] = _copied_state(p, exact.get(p, self.state[p]), group)
             self._make_missing_state(group)
+
+    def _exact_state(self) -> dict[Tensor, dict[str, Any]]:
+        """What is being loaded, as it was saved."""
+        if self._source is None:
+            return {}
+        numbers = [number for group in self._source["param_groups"] for number in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        saved = self._source["state"]
+        return {p: saved[number] for number, p in zip(numbers, params, strict=True) if number in saved}
 
     def _make_missing_state(self, group: Group) -> None:
         for p in group["params"]:
@@ -231,9 +267,11 @@ class Adam(torch.optim.Optimizer):
 
     def _settle(self) -> None:
         """Lays the storage out where that has not been done, or no longer fits."""
-        options = ("implementation", "amsgrad", "master_weights", "stochastic_rounding")
-        signature = [(*map(group.get, options), *map(id, group["params"])) for group in self.param_groups]
-        thawed = any(p.grad is not None and p.requires_grad for p in self._outside if _can_be_flat(p))
+        signature = [
+            (*map(group.get, _LAID_OUT_FOR), group["weight_decay"] != 0, *map(id, group["params"]))
+            for group in self.param_groups
+        ]
+        thawed = any(p.grad is not None for p in self._frozen)
         if thawed or signature != self._signature or not all(flat.fits(self.state) for flat in self._flats):
             self._lay_out()
             self._signature = signature
@@ -241,22 +279,25 @@ class Adam(torch.optim.Optimizer):
     def _lay_out(self) -> None:
         """Decides what is fused, and moves that into flat buffers."""
         for group in self.param_groups:
-            self._make_missing_state(group)
+            for p in group["params"]:
+                if p.requires_grad or p.grad is not None:
+                    self._whole_state(p, group)
         self._implementations = self._resolved()
+        params = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
+        shared = overlapping(list(params))
         flat = {
             p: i
-            for i, group in enumerate(self.param_groups)
-            if self._always_flat or self._implementations[i] == "fused"
-            for p in group["params"]
-            if self.state.get(p) and _can_be_flat(p)
+            for p, i in params.items()
+            if (self._always_flat or self._implementations[i] == "fused") and can_be_flat(p) and p not in shared
         }
-        for p in _overlapping(list(flat)):
+        self._frozen = [p for p in flat if not self.state.get(p)]
+        for p in self._frozen:
             del flat[p]
         kinds: dict[tuple, list[Tensor]] = defaultdict(list)
         for p, i in flat.items():
             kinds[p.device, p.dtype, moment_dtype(self.param_groups[i], p.dtype)].append(p)
         self._flats = [self._flat(params, [flat[p] for p in params]) for params in kinds.values()]
-        self._outside = {p for group in self.param_groups for p in group["params"] if p not in flat}
+        self._outside = params.keys() - flat.keys()
         self._outside_implementations = ["foreach" if i == "fused" else i for i in self._implementations]
 
     def _flat(self, params: list[Tensor], groups: list[int]) -> Flat:
@@ -317,25 +358,6 @@ def _variant(group: Group, device: torch.device, dtype: torch.dtype) -> kernels.
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
-
-
-def _can_be_flat(p: Tensor) -> bool:
-    """Whether one buffer can hold it: an ordinary tensor, no element of which is several elements at once."""
-    folded = any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True))
-    return type(p) in (torch.nn.Parameter, Tensor) and p.device.type in ("cpu", "cuda") and not folded
-
-
-def _overlapping(params: list[Tensor]) -> set[Tensor]:
-    """Those that share memory with another: apart from each other they would no longer be the same numbers."""
-    shared: set[Tensor] = set()
-    reach, owner = 0, None
-    for p in sorted((p for p in params if p.numel()), key=lambda p: p.data_ptr()):
-        if p.data_ptr() < reach:
-            shared |= {owner, p}
-        extent = sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True)) + 1
-        if p.data_ptr() + extent * p.element_size() > reach:
-            reach, owner = p.data_ptr() + extent * p.element_size(), p
-    return shared
 
 
 def _copied_state(p: Tensor, loaded: dict[str, Any], group: Group) -> dict[str, Tensor]:

@@ -17,7 +17,8 @@ from hvd_adam.adam import Adam
 from hvd_adam.broadcast import broadcast_training
 from hvd_adam.cluster import horovod
 from hvd_adam.errors import UserError
-from hvd_adam.flat import Flat, Layout
+from hvd_adam.flat import Flat
+from hvd_adam.layout import Layout
 from hvd_adam.reducer import BUCKET_BYTES, Reducer
 from hvd_adam.wire import AdasumWire
 

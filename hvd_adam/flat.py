@@ -7,37 +7,13 @@ step: what has come between (`p.grad = …`, `load_state_dict`, `p.data = …`) 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hvd_adam.kernels import Buffers
-
-ALIGNMENT = 16  # elements: 64 bytes of float32, a cache line and the widest vector register
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """Neighbouring parameters whose gradients travel together.
-
-    Attributes:
-        first, last: parameters [first, last) of the storage.
-        start, end: elements [start, end) of the buffers; what is not parameters is padding.
-        flags: where `last - first` elements begin in which ranks say what they have used.
-    """
-
-    first: int
-    last: int
-    start: int
-    end: int
-    flags: int
-
-    def part(self, rank: int, ranks: int) -> tuple[int, int]:
-        """The elements of the bucket that are this rank's own where it is shared out evenly."""
-        size = (self.end - self.start) // ranks
-        return self.start + rank * size, self.start + (rank + 1) * size
+from hvd_adam.layout import Layout
 
 
 @dataclass
@@ -54,48 +30,6 @@ class Run:
     step: float
     start: int
     end: int
-
-
-@dataclass
-class Layout:
-    """Where parameters lie in a buffer, and in which bucket: every parameter begins at a multiple of ALIGNMENT."""
-
-    offsets: list[int] = field(default_factory=list)
-    buckets: list[Bucket] = field(default_factory=list)
-    total: int = 0
-
-    @classmethod
-    def of(cls, params: list[Tensor], bucket_bytes: int | None = None, ranks: int = 1) -> Layout:
-        """Lays out parameters in order; without `bucket_bytes` in one bucket, otherwise in as many as are needed.
-
-        Buckets are filled from the last parameter on, the first whose gradient backward has ready; a
-        parameter larger than a bucket is one by itself. Each is padded for `ranks` equal parts.
-        """
-        layout = cls()
-        for first, last in pairwise(_bounds(params, bucket_bytes)):
-            start = layout.total
-            for p in params[first:last]:
-                layout.offsets.append(layout.total)
-                layout.total += _aligned(p.numel())
-            flags = layout.total
-            layout.total = start + _aligned(flags + last - first - start, ALIGNMENT * ranks)
-            layout.buckets.append(Bucket(first, last, start, layout.total, flags))
-        return layout
-
-
-def _bounds(params: list[Tensor], bucket_bytes: int | None) -> list[int]:
-    bounds, filled = [len(params)], 0
-    for i in reversed(range(len(params))):
-        size = params[i].numel() * params[i].element_size()
-        if bucket_bytes is not None and filled and filled + size > bucket_bytes:
-            bounds.append(i + 1)
-            filled = 0
-        filled += size
-    return [0, *reversed(bounds)] if params else [0]
-
-
-def _aligned(elements: int, multiple: int = ALIGNMENT) -> int:
-    return -(-elements // multiple) * multiple
 
 
 class Flat:

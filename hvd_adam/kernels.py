@@ -223,9 +223,10 @@ def _compiled(variant: Variant) -> Callable[..., None]:
     one_pass.__code__ = one_pass.__code__.replace(co_name=variant.name)
     # The number of threads is that of the time of the call, not of the compilation.
     options: dict[str, object] = {"cpp.dynamic_threads": True} if variant.device == "cpu" else {}
-    if hasattr(torch.compiler, "skip_all_guards_unsafe"):
+    if variant.device == "cpu" and hasattr(torch.compiler, "skip_all_guards_unsafe"):
         # PyTorch would compile anew for another number of threads, default dtype, autocast …, up to eight times.
-        # Nothing of the kind matters here: what does is in the variant, and lengths are data.
+        # Nothing of the kind matters here: what does is in the variant, and lengths are data. (On a GPU they are
+        # not beyond 2³¹ elements, where indices need 64 bits: that guard must stay.)
         options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
     kernel = torch.compile(one_pass, fullgraph=True, dynamic=True, options=options)
     with torch.no_grad(), warnings.catch_warnings():

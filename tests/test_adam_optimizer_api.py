@@ -384,7 +384,6 @@ def test_a_run_goes_on_in_the_other_library_as_if_nothing_had_happened(
     assert all(s["step"].item() == 10 for s in back.state.values())
 
 
-@pytest.mark.xfail(strict=True, reason="PyTorch's load_state_dict rounds float32 state to the parameter's dtype")
 @pytest.mark.parametrize("option", ["master_weights", "stochastic_rounding"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_run_in_half_precision_resumes_to_the_bit_and_loads_into_torch(implementation, option):

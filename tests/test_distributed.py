@@ -5,10 +5,12 @@ Hazards: state and hyper-parameters lost in wrapping; a broadcast that fakes a s
 Horovod does not know, channels-last gradients that it refuses; parameters used on some ranks or on none;
 closures and late parameters that diverge silently; hooks that fire twice; sums that depend on timing.
 
-Where stock Horovod goes wrong, the test shows that too, so that it stands for something.
+Where stock Horovod goes wrong, the test shows that too, so that it stands for something. Every promise is tested
+with every strategy; what is the sharded one's own is in `test_sharded.py`.
 """
 
 import copy
+import functools
 import hashlib
 import pickle
 import time
@@ -21,8 +23,23 @@ import torch.nn.functional as F
 from on_ranks import on_ranks
 
 from hvd_adam import Adam, distribute
-from hvd_adam.distributed_adam import DistributedAdam
+from hvd_adam.distributed import STRATEGIES
 from hvd_adam.errors import UserError
+
+
+def with_each_strategy(body):
+    """Runs the body of a test, which takes a cluster and a strategy, once with each strategy."""
+
+    @functools.wraps(body)
+    def run(cluster):
+        for strategy in STRATEGIES:
+            torch.manual_seed(0)
+            try:
+                body(cluster, strategy)
+            except BaseException as error:
+                raise AssertionError(f"failed with strategy {strategy!r}") from error
+
+    return run
 
 
 def small_model(dtype=torch.float64, seed=0):
@@ -92,7 +109,15 @@ def digest(*objects):
     return sha.hexdigest()
 
 
+def whole_state(optimizer, parameter):
+    """The state of one parameter, which a rank of the sharded strategy holds a part of; all ranks call it."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    (number,) = [i for i, p in enumerate(parameters) if p is parameter]
+    return optimizer.state_dict()["state"][number]
+
+
 def everything(model, optimizer):
+    """A hash of parameters, buffers, hyper-parameters and the whole state; all ranks call it."""
     return digest(model.state_dict(), optimizer.state_dict())
 
 
@@ -103,50 +128,59 @@ def same_everywhere(value):
 # N ranks are one.
 
 
+def assert_the_update_of_one_rank(cluster, strategy, implementation, clip=None, micro_batches=1):
+    """All ranks together make the run of one process with whole batches, whatever computes the update."""
+    model, oracle = small_model(), small_model()
+    adam = {"lr": 1e-2, "weight_decay": 0.1, "amsgrad": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)  # "no fused update here": then nothing would be shown
+        optimizer = distribute(
+            Adam(model.parameters(), **adam, implementation=implementation),
+            model,
+            strategy=strategy,
+            max_grad_norm=clip,
+            accumulate=micro_batches,
+        )
+        train(model, optimizer, cluster, micro_batches=micro_batches)
+    train_alone(oracle, clip=clip, **adam)
+    # Sums in another order: some ulps of float64 per step, times lr / √v.
+    difference = largest_difference(model, oracle)
+    assert difference < 1e-12, (implementation, clip, micro_batches, difference)
+    assert same_everywhere(everything(model, optimizer))
+
+
 @on_ranks(2)
-def test_two_ranks_make_the_update_of_one_with_the_whole_batch(cluster):
-    for options, alone in (
-        ({}, {}),
-        ({"accumulate": 2}, {}),
-        ({"max_grad_norm": 0.1}, {"clip": 0.1}),
-        ({"accumulate": 4, "max_grad_norm": 0.1}, {"clip": 0.1}),
-    ):
-        model, oracle = small_model(), small_model()
-        adam = {"lr": 1e-2, "weight_decay": 0.1, "amsgrad": True}
-        optimizer = distribute(Adam(model.parameters(), **adam), model, **options)
-        train(model, optimizer, cluster, micro_batches=options.get("accumulate", 1))
-        train_alone(oracle, **alone, **adam)
-        # Sums in another order: some ulps of float64 per step, times lr / √v.
-        assert largest_difference(model, oracle) < 1e-12, options
+@with_each_strategy
+def test_two_ranks_make_the_update_of_one_with_the_whole_batch(cluster, strategy):
+    for implementation in ("reference", "foreach", "fused"):
+        for options in ({}, {"micro_batches": 2}, {"clip": 0.1}, {"clip": 0.1, "micro_batches": 4}):
+            assert_the_update_of_one_rank(cluster, strategy, implementation, **options)
 
 
 @on_ranks(4)
-def test_four_ranks_make_the_update_of_one_with_the_whole_batch(cluster):
-    model, oracle = small_model(), small_model()
-    optimizer = distribute(Adam(model.parameters(), lr=1e-2), model, accumulate=2, max_grad_norm=0.1)
-    train(model, optimizer, cluster, micro_batches=2)
-    train_alone(oracle, lr=1e-2, clip=0.1)
-    assert largest_difference(model, oracle) < 1e-12
+@with_each_strategy
+def test_four_ranks_make_the_update_of_one_with_the_whole_batch(cluster, strategy):
+    for implementation in ("reference", "foreach", "fused"):
+        assert_the_update_of_one_rank(cluster, strategy, implementation, clip=0.1, micro_batches=2)
 
 
 @on_ranks(2, "mpi")
-def test_mpi_and_gloo_make_the_same_update(cluster):
-    model, oracle = small_model(), small_model()
-    optimizer = distribute(Adam(model.parameters(), lr=1e-2), model, accumulate=2, max_grad_norm=0.1)
-    train(model, optimizer, cluster, micro_batches=2)
-    train_alone(oracle, lr=1e-2, clip=0.1)
-    assert largest_difference(model, oracle) < 1e-12
+@with_each_strategy
+def test_mpi_and_gloo_make_the_same_update(cluster, strategy):
+    for implementation in ("reference", "foreach", "fused"):
+        assert_the_update_of_one_rank(cluster, strategy, implementation, clip=0.1, micro_batches=2)
 
 
 @on_ranks(2)
-def test_accumulation_yields_the_mean_where_the_stock_wrapper_yields_the_sum(cluster):
+@with_each_strategy
+def test_accumulation_yields_the_mean_where_the_stock_wrapper_yields_the_sum(cluster, strategy):
     def averaged_gradient(stock):
         model = small_model()
         adam = Adam(model.parameters())
         if stock:
             optimizer = hvd.DistributedOptimizer(adam, model.named_parameters(), backward_passes_per_step=2)
         else:
-            optimizer = distribute(adam, model, accumulate=2)
+            optimizer = distribute(adam, model, accumulate=2, strategy=strategy)
         (batch,) = batches(1, 16)
         for inputs, targets in share(batch, cluster, 2):
             F.mse_loss(model(inputs), targets).backward()
@@ -162,9 +196,10 @@ def test_accumulation_yields_the_mean_where_the_stock_wrapper_yields_the_sum(clu
 
 
 @on_ranks(2)
-def test_zero_grad_between_micro_batches_keeps_what_has_been_accumulated(cluster):
+@with_each_strategy
+def test_zero_grad_between_micro_batches_keeps_what_has_been_accumulated(cluster, strategy):
     model = small_model()
-    optimizer = distribute(Adam(model.parameters()), model, accumulate=2)
+    optimizer = distribute(Adam(model.parameters()), model, accumulate=2, strategy=strategy)
     (batch,) = batches(1, 16)
     first, second = share(batch, cluster, 2)
     F.mse_loss(model(first[0]), first[1]).backward()
@@ -182,7 +217,8 @@ def test_zero_grad_between_micro_batches_keeps_what_has_been_accumulated(cluster
 
 
 @on_ranks(2)
-def test_after_distribute_every_rank_has_what_rank_0_had(cluster):
+@with_each_strategy
+def test_after_distribute_every_rank_has_what_rank_0_had(cluster, strategy):
     for trained_on in ("nobody", "rank 0", "every rank"):
         model = torch.nn.Sequential(small_model(seed=cluster.rank), torch.nn.BatchNorm1d(3).double())
         model[1].running_mean += cluster.rank
@@ -193,14 +229,15 @@ def test_after_distribute_every_rank_has_what_rank_0_had(cluster):
                 model(torch.randn(4, 6, dtype=torch.float64)).square().sum().backward()
                 optimizer.step()
         before = everything(model, optimizer)
-        optimizer = distribute(optimizer, model)
+        optimizer = distribute(optimizer, model, strategy=strategy)
         after = everything(model, optimizer)
         assert same_everywhere(after), trained_on
         assert cluster.rank != 0 or before == after, trained_on
 
 
 @on_ranks(2)
-def test_the_stock_broadcast_fakes_a_step_and_ours_does_not(cluster):
+@with_each_strategy
+def test_the_stock_broadcast_fakes_a_step_and_ours_does_not(cluster, strategy):
     def steps_and_weights(stock):
         model = small_model()
         # Stock Horovod meets the optimizer it was written for: one whose state comes with the first step.
@@ -209,7 +246,7 @@ def test_the_stock_broadcast_fakes_a_step_and_ours_does_not(cluster):
             hvd.broadcast_parameters(model.state_dict(), root_rank=0)
             hvd.broadcast_optimizer_state(optimizer, root_rank=0)
         else:
-            optimizer = distribute(Adam(model.parameters(), weight_decay=0.1), model)
+            optimizer = distribute(Adam(model.parameters(), weight_decay=0.1), model, strategy=strategy)
         return optimizer.state[model[0].weight]["step"].item(), digest(model.state_dict())
 
     untouched = digest(small_model().state_dict())
@@ -220,7 +257,8 @@ def test_the_stock_broadcast_fakes_a_step_and_ours_does_not(cluster):
 
 
 @on_ranks(2)
-def test_state_on_rank_0_alone_reaches_all_ranks_and_training_goes_on_in_step(cluster):
+@with_each_strategy
+def test_state_on_rank_0_alone_reaches_all_ranks_and_training_goes_on_in_step(cluster, strategy):
     model = small_model(seed=cluster.rank)
     optimizer = Adam(model.parameters(), weight_decay=0.1)
     if cluster.rank == 0:
@@ -229,26 +267,28 @@ def test_state_on_rank_0_alone_reaches_all_ranks_and_training_goes_on_in_step(cl
             state["step"] += 5
             state["exp_avg"].normal_()
             state["exp_avg_sq"].uniform_()
-    optimizer = distribute(optimizer, model)
+    optimizer = distribute(optimizer, model, strategy=strategy)
     train(model, optimizer, cluster)
     assert optimizer.state[model[0].weight]["step"].item() == 10
     assert same_everywhere(everything(model, optimizer))
 
 
 @on_ranks(2)
-def test_state_of_frozen_parameters_on_one_rank_alone_is_settled_by_rank_0(cluster):
+@with_each_strategy
+def test_state_of_frozen_parameters_on_one_rank_alone_is_settled_by_rank_0(cluster, strategy):
     model = small_model()
     model[0].weight.requires_grad_(cluster.rank == 0)  # so that only rank 0 has state for it
     optimizer = Adam(model.parameters())
     model[0].weight.requires_grad_(True)
-    optimizer = distribute(optimizer, model)
+    optimizer = distribute(optimizer, model, strategy=strategy)
     assert same_everywhere(everything(model, optimizer))
     train(model, optimizer, cluster)
     assert same_everywhere(everything(model, optimizer))
 
 
 @on_ranks(2)
-def test_bfloat16_half_bool_and_channels_last_tensors_are_broadcast_bit_for_bit(cluster):
+@with_each_strategy
+def test_bfloat16_half_bool_and_channels_last_tensors_are_broadcast_bit_for_bit(cluster, strategy):
     class Odd(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -266,18 +306,19 @@ def test_bfloat16_half_bool_and_channels_last_tensors_are_broadcast_bit_for_bit(
     model = Odd()
     model.not_a_number = model.not_a_number.view(torch.float32)
     before = digest(model.state_dict())
-    optimizer = distribute(Adam(model.parameters()), model)
+    optimizer = distribute(Adam(model.parameters()), model, strategy=strategy)
     assert same_everywhere(everything(model, optimizer))
     assert cluster.rank != 0 or digest(model.state_dict()) == before
     assert model.convolution.is_contiguous(memory_format=torch.channels_last)
 
 
 @on_ranks(2)
-def test_hyper_parameters_that_differ_become_rank_0s_also_as_tensors(cluster):
+@with_each_strategy
+def test_hyper_parameters_that_differ_become_rank_0s_also_as_tensors(cluster, strategy):
     model = small_model()
     lr = torch.tensor(0.1 * (1 + cluster.rank))
     groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "betas": (0.5, 0.6)}]
-    optimizer = distribute(Adam(groups, lr=lr, eps=1e-8 * (1 + cluster.rank)), model)
+    optimizer = distribute(Adam(groups, lr=lr, eps=1e-8 * (1 + cluster.rank)), model, strategy=strategy)
     assert optimizer.param_groups[0]["lr"] is lr
     assert lr.item() == torch.tensor(0.1).item()
     assert [group["betas"] for group in optimizer.param_groups] == [(0.9, 0.999), (0.5, 0.6)]
@@ -285,21 +326,22 @@ def test_hyper_parameters_that_differ_become_rank_0s_also_as_tensors(cluster):
     for root_is_tensor in (True, False):
         is_tensor = root_is_tensor == (cluster.rank == 0)
         lr = torch.tensor(0.1) if is_tensor else 0.1
-        optimizer = distribute(Adam(model.parameters(), lr=lr), model)
+        optimizer = distribute(Adam(model.parameters(), lr=lr), model, strategy=strategy)
         assert isinstance(optimizer.param_groups[0]["lr"], torch.Tensor) == root_is_tensor
         assert same_everywhere(everything(model, optimizer))
 
 
 @on_ranks(2)
-def test_every_hyper_parameter_and_the_state_survive_the_wrapping(cluster):
+@with_each_strategy
+def test_every_hyper_parameter_and_the_state_survive_the_wrapping(cluster, strategy):
     model = small_model()
     adam = {"lr": 3e-2, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.1, "amsgrad": True}
     options = {"decoupled_weight_decay": True, "maximize": True, "implementation": "reference"}
     original = Adam(model.parameters(), **adam, **options)
     original.state[model[0].weight]["exp_avg"].fill_(0.25)
-    optimizer = distribute(original, model)
+    optimizer = distribute(original, model, strategy=strategy)
     assert {key: optimizer.param_groups[0][key] for key in adam | options} == adam | options
-    assert torch.all(optimizer.state[model[0].weight]["exp_avg"] == 0.25)
+    assert torch.all(whole_state(optimizer, model[0].weight)["exp_avg"] == 0.25)
     # Stock: the object is made anew, and its state with it.
     original = Adam(model.parameters(), **adam)
     original.state[model[0].weight]["exp_avg"].fill_(0.25)
@@ -308,18 +350,20 @@ def test_every_hyper_parameter_and_the_state_survive_the_wrapping(cluster):
 
 
 @on_ranks(2)
-def test_a_model_that_differs_on_one_rank_is_refused_on_all(cluster):
+@with_each_strategy
+def test_a_model_that_differs_on_one_rank_is_refused_on_all(cluster, strategy):
     model = torch.nn.Linear(3, 2 + cluster.rank)
     before = digest(model.state_dict())
     with pytest.raises(
         UserError, match=r"rank 1 on .*: the model differs from rank 0's: weight is .*3, 3.* here and .*2, 3"
     ):
-        distribute(Adam(model.parameters()), model)
+        distribute(Adam(model.parameters()), model, strategy=strategy)
     assert digest(model.state_dict()) == before
 
 
 @on_ranks(2)
-def test_a_model_built_or_frozen_otherwise_on_one_rank_is_refused_on_all(cluster):
+@with_each_strategy
+def test_a_model_built_or_frozen_otherwise_on_one_rank_is_refused_on_all(cluster, strategy):
     def extra_layer_on(rank):
         model = small_model()
         if cluster.rank == rank:
@@ -338,32 +382,38 @@ def test_a_model_built_or_frozen_otherwise_on_one_rank_is_refused_on_all(cluster
         for rank in range(2):
             model = build(rank)
             with pytest.raises(UserError, match=rf"rank 1 on \S+: the model differs from rank 0's: {difference}"):
-                distribute(Adam(model.parameters()), model)
+                distribute(Adam(model.parameters()), model, strategy=strategy)
     model = small_model()
     groups = [{"params": list(model[layer].parameters())} for layer in (0, 2)]
     with pytest.raises(UserError, match="parameter groups differ"):
-        distribute(Adam(groups if cluster.rank else groups[::-1]), model)
+        distribute(Adam(groups if cluster.rank else groups[::-1]), model, strategy=strategy)
 
 
 @on_ranks(2)
-def test_options_that_differ_on_one_rank_are_refused_on_all(cluster):
+@with_each_strategy
+def test_options_that_differ_on_one_rank_are_refused_on_all(cluster, strategy):
     model = small_model()
     for options, message in (
+        (
+            {"strategy": list(STRATEGIES)[cluster.rank]},
+            "strategy is 'allreduce' on rank 0 and 'sharded' on rank 1",
+        ),
         ({"max_grad_norm": 1.0 + cluster.rank}, "max_grad_norm is 1.0 on rank 0 and 2.0 on rank 1"),
         ({"accumulate": 1 + cluster.rank}, "accumulate is 1 on rank 0 and 2 on rank 1"),
         ({"compression": ("none", "bf16")[cluster.rank]}, "compression is 'none' on rank 0 and 'bf16' on rank 1"),
     ):
         with pytest.raises(UserError, match=message):
-            distribute(Adam(model.parameters()), model, **options)
+            distribute(Adam(model.parameters()), model, **{"strategy": strategy, **options})
 
 
 # What the wire can carry.
 
 
 @on_ranks(2)
-def test_bfloat16_gradients_are_averaged_which_stock_horovod_refuses(cluster):
+@with_each_strategy
+def test_bfloat16_gradients_are_averaged_which_stock_horovod_refuses(cluster, strategy):
     model = torch.nn.Linear(3, 1, bias=False).bfloat16()
-    optimizer = distribute(Adam(model.parameters()), model)
+    optimizer = distribute(Adam(model.parameters()), model, strategy=strategy)
     model.weight.grad = None
     (model.weight * (1.0 + cluster.rank)).sum().backward()
     optimizer.synchronize()
@@ -374,7 +424,8 @@ def test_bfloat16_gradients_are_averaged_which_stock_horovod_refuses(cluster):
 
 
 @on_ranks(2)
-def test_a_float16_sum_that_overflows_in_stock_horovod_averages_here(cluster):
+@with_each_strategy
+def test_a_float16_sum_that_overflows_in_stock_horovod_averages_here(cluster, strategy):
     def mean(stock):
         model = torch.nn.Linear(3, 1, bias=False)
         adam = Adam(model.parameters())
@@ -382,7 +433,7 @@ def test_a_float16_sum_that_overflows_in_stock_horovod_averages_here(cluster):
             compression = hvd.Compression.fp16
             optimizer = hvd.DistributedOptimizer(adam, model.named_parameters(), compression)
         else:
-            optimizer = distribute(adam, model, compression="fp16")
+            optimizer = distribute(adam, model, compression="fp16", strategy=strategy)
         (model.weight * 4e4).sum().backward()
         optimizer.synchronize()
         return model.weight.grad[0, 0].item()
@@ -392,9 +443,10 @@ def test_a_float16_sum_that_overflows_in_stock_horovod_averages_here(cluster):
 
 
 @on_ranks(2)
-def test_a_float16_sum_over_micro_batches_does_not_overflow_either(cluster):
+@with_each_strategy
+def test_a_float16_sum_over_micro_batches_does_not_overflow_either(cluster, strategy):
     model = torch.nn.Linear(3, 1, bias=False)
-    optimizer = distribute(Adam(model.parameters()), model, compression="fp16", accumulate=8)
+    optimizer = distribute(Adam(model.parameters()), model, compression="fp16", accumulate=8, strategy=strategy)
     for _ in range(8):
         (model.weight * 2e4).sum().backward()
         if optimizer._micro_batches < 7:
@@ -404,11 +456,14 @@ def test_a_float16_sum_over_micro_batches_does_not_overflow_either(cluster):
 
 
 @on_ranks(2)
-def test_compression_costs_its_rounding_and_nothing_else(cluster):
+@with_each_strategy
+def test_compression_costs_its_rounding_and_nothing_else(cluster, strategy):
     for compression, unit in (("fp16", 2.0**-11), ("bf16", 2.0**-8)):  # unit roundoff: 11 and 8 significant bits
         for dtype in (torch.float32, torch.float64):
             model = torch.nn.Linear(1, 1001, bias=False).to(dtype)  # does not divide by the ranks
-            optimizer = distribute(Adam(model.parameters()), model, compression=compression, accumulate=2)
+            optimizer = distribute(
+                Adam(model.parameters()), model, compression=compression, accumulate=2, strategy=strategy
+            )
             generator = torch.Generator().manual_seed(1)
             gradients = torch.randn(2, 2, 1001, generator=generator, dtype=torch.float64)
             for micro_batch in range(2):
@@ -424,21 +479,23 @@ def test_compression_costs_its_rounding_and_nothing_else(cluster):
 
 
 @on_ranks(2)
-def test_gradients_beyond_float16s_range_travel_as_bf16(cluster):
+@with_each_strategy
+def test_gradients_beyond_float16s_range_travel_as_bf16(cluster, strategy):
     model = torch.nn.Linear(3, 1, bias=False)
-    optimizer = distribute(Adam(model.parameters()), model, compression="bf16")
+    optimizer = distribute(Adam(model.parameters()), model, compression="bf16", strategy=strategy)
     (model.weight * 2.0**100).sum().backward()
     optimizer.synchronize()
     assert model.weight.grad[0].tolist() == [2.0**100] * 3
 
 
 @on_ranks(2)
-def test_channels_last_weights_train_and_stay_channels_last(cluster):
+@with_each_strategy
+def test_channels_last_weights_train_and_stay_channels_last(cluster, strategy):
     for compression in ("none", "fp16", "bf16"):
         torch.manual_seed(0)
         model = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
         oracle = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
-        optimizer = distribute(Adam(model.parameters()), model, compression=compression)
+        optimizer = distribute(Adam(model.parameters()), model, compression=compression, strategy=strategy)
         inputs = torch.randn(4, 3, 8, 8)
         model(inputs.chunk(2)[cluster.rank].to(memory_format=torch.channels_last)).square().mean().backward()
         oracle(inputs).square().mean().backward()
@@ -454,22 +511,29 @@ def test_channels_last_weights_train_and_stay_channels_last(cluster):
 
 
 @on_ranks(2)
-def test_clipping_uses_the_norm_of_the_averaged_gradient(cluster):
+@with_each_strategy
+def test_clipping_uses_the_norm_of_the_averaged_gradient(cluster, strategy):
     model = torch.nn.Linear(1, 1, bias=False).double()
-    optimizer = distribute(Adam(model.parameters()), model, max_grad_norm=1.0)
+    optimizer = distribute(Adam(model.parameters()), model, max_grad_norm=1.0, strategy=strategy)
     (model.weight * (8.0 if cluster.rank else -4.0)).sum().backward()
     optimizer.step()
     assert optimizer.grad_norm.item() == 2.0
-    first_moment = optimizer.state[model.weight]["exp_avg"].item()  # 0.1 of the clipped gradient
+    first_moment = whole_state(optimizer, model.weight)["exp_avg"].item()  # 0.1 of the clipped gradient
     assert abs(first_moment - 0.1) < 1e-6  # clip_grad_norm_ divides by norm + 1e-6
 
 
 @on_ranks(2)
-def test_loss_scaling_changes_nothing_but_the_range_and_skips_on_all_ranks_together(cluster):
+@with_each_strategy
+def test_loss_scaling_changes_nothing_but_the_range_and_skips_on_all_ranks_together(cluster, strategy):
     model, oracle = small_model(), small_model()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10 * (1 + cluster.rank))
     optimizer = distribute(
-        Adam(model.parameters(), lr=1e-2), model, max_grad_norm=0.1, accumulate=2, loss_scaler=scaler
+        Adam(model.parameters(), lr=1e-2),
+        model,
+        max_grad_norm=0.1,
+        accumulate=2,
+        loss_scaler=scaler,
+        strategy=strategy,
     )
     assert scaler.get_scale() == 2.0**10  # rank 0's
     train(model, optimizer, cluster, micro_batches=2, scaler=scaler)
@@ -496,10 +560,11 @@ def test_loss_scaling_changes_nothing_but_the_range_and_skips_on_all_ranks_toget
 
 
 @on_ranks(2)
-def test_a_gradscaler_that_steps_by_itself_is_refused(cluster):
+@with_each_strategy
+def test_a_gradscaler_that_steps_by_itself_is_refused(cluster, strategy):
     model = small_model()
     scaler = torch.amp.GradScaler("cpu")
-    optimizer = distribute(Adam(model.parameters()), model)
+    optimizer = distribute(Adam(model.parameters()), model, strategy=strategy)
     scaler.scale(model(torch.ones(1, 6, dtype=torch.float64)).sum()).backward()
     with pytest.raises(RuntimeError, match="give the GradScaler to distribute"):
         scaler.step(optimizer)
@@ -520,10 +585,11 @@ class Branches(torch.nn.Module):
 
 
 @on_ranks(2)
-def test_a_parameter_used_on_one_rank_is_averaged_and_one_used_on_none_is_left_alone(cluster):
+@with_each_strategy
+def test_a_parameter_used_on_one_rank_is_averaged_and_one_used_on_none_is_left_alone(cluster, strategy):
     for options in ({}, {"compression": "bf16"}, {"accumulate": 2}):
         model, oracle = Branches(), Branches()
-        optimizer = distribute(Adam(model.parameters(), weight_decay=0.1), model, **options)
+        optimizer = distribute(Adam(model.parameters(), weight_decay=0.1), model, strategy=strategy, **options)
         reference = torch.optim.Adam(oracle.parameters(), weight_decay=0.1)
         tolerance = 1e-2 if options.get("compression") else 1e-12
         for inputs, _ in batches(3, 8):
@@ -552,9 +618,10 @@ def test_stock_horovod_steps_what_no_rank_has_used(cluster):
 
 
 @on_ranks(2)
-def test_a_rank_without_a_batch_still_takes_part(cluster):
+@with_each_strategy
+def test_a_rank_without_a_batch_still_takes_part(cluster, strategy):
     model = small_model()
-    optimizer = distribute(Adam(model.parameters()), model)
+    optimizer = distribute(Adam(model.parameters()), model, strategy=strategy)
     if cluster.rank == 0:
         model(torch.ones(2, 6, dtype=torch.float64)).sum().backward()
     optimizer.step()
@@ -562,10 +629,11 @@ def test_a_rank_without_a_batch_still_takes_part(cluster):
 
 
 @on_ranks(2)
-def test_a_parameter_unfrozen_afterwards_is_refused_and_not_left_to_diverge(cluster):
+@with_each_strategy
+def test_a_parameter_unfrozen_afterwards_is_refused_and_not_left_to_diverge(cluster, strategy):
     model = small_model()
     model[0].weight.requires_grad_(False)
-    optimizer = distribute(Adam(model.parameters()), model)
+    optimizer = distribute(Adam(model.parameters()), model, strategy=strategy)
     train(model, optimizer, cluster)
     model[0].weight.requires_grad_(True)
     optimizer.zero_grad()
@@ -576,10 +644,11 @@ def test_a_parameter_unfrozen_afterwards_is_refused_and_not_left_to_diverge(clus
 
 
 @on_ranks(2)
-def test_an_added_group_becomes_rank_0s_and_is_averaged(cluster):
+@with_each_strategy
+def test_an_added_group_becomes_rank_0s_and_is_averaged(cluster, strategy):
     for options in ({}, {"compression": "bf16"}):
         model, head = small_model(), torch.nn.Linear(3, 2).double()
-        optimizer = distribute(Adam(model.parameters()), model, **options)
+        optimizer = distribute(Adam(model.parameters()), model, strategy=strategy, **options)
         with torch.no_grad():
             head.weight.fill_(1.0 + cluster.rank)
             head.bias.zero_()
@@ -593,7 +662,8 @@ def test_an_added_group_becomes_rank_0s_and_is_averaged(cluster):
 
 
 @on_ranks(2)
-def test_tied_weights_train(cluster):
+@with_each_strategy
+def test_tied_weights_train(cluster, strategy):
     class Tied(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -605,7 +675,7 @@ def test_tied_weights_train(cluster):
             return self.decoder(self.encoder(inputs))
 
     model, oracle = Tied(), Tied()
-    optimizer = distribute(Adam(model.parameters()), model)
+    optimizer = distribute(Adam(model.parameters()), model, strategy=strategy)
     reference = torch.optim.Adam(oracle.parameters())
     for inputs, _ in batches(3, 8):
         inputs = inputs[:, :4]
@@ -619,10 +689,11 @@ def test_tied_weights_train(cluster):
 
 
 @on_ranks(2)
-def test_two_distributed_optimizers_in_one_process_keep_apart(cluster):
+@with_each_strategy
+def test_two_distributed_optimizers_in_one_process_keep_apart(cluster, strategy):
     generator, critic = small_model(), small_model(seed=1)
-    generators = distribute(Adam(generator.parameters()), generator)
-    critics = distribute(Adam(critic.parameters()), critic)
+    generators = distribute(Adam(generator.parameters()), generator, strategy=strategy)
+    critics = distribute(Adam(critic.parameters()), critic, strategy=strategy)
     for model in (generator, critic):
         model(torch.ones(2, 6, dtype=torch.float64) * (1 + cluster.rank)).square().sum().backward()
     generators.step()
@@ -634,9 +705,10 @@ def test_two_distributed_optimizers_in_one_process_keep_apart(cluster):
 
 
 @on_ranks(2)
-def test_it_is_an_optimizer_for_schedulers_hooks_and_state_dicts(cluster):
+@with_each_strategy
+def test_it_is_an_optimizer_for_schedulers_hooks_and_state_dicts(cluster, strategy):
     model = small_model()
-    optimizer = distribute(Adam(model.parameters(), lr=1.0), model)
+    optimizer = distribute(Adam(model.parameters(), lr=1.0), model, strategy=strategy)
     assert isinstance(optimizer, torch.optim.Optimizer)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
     calls = []
@@ -654,12 +726,13 @@ def test_it_is_an_optimizer_for_schedulers_hooks_and_state_dicts(cluster):
 
 
 @on_ranks(2)
-def test_hooks_registered_before_distribute_still_fire(cluster):
+@with_each_strategy
+def test_hooks_registered_before_distribute_still_fire(cluster, strategy):
     model, calls = small_model(), []
     adam = Adam(model.parameters())
     adam.register_step_post_hook(lambda *_: calls.append("post"))
     handle = adam.register_step_pre_hook(lambda *_: calls.append("pre"))
-    optimizer = distribute(adam, model)
+    optimizer = distribute(adam, model, strategy=strategy)
     train(model, optimizer, cluster, steps=1)
     handle.remove()
     train(model, optimizer, cluster, steps=1)
@@ -677,16 +750,17 @@ def test_stock_step_hooks_fire_twice(cluster):
 
 
 @on_ranks(2)
-def test_loading_on_rank_0_and_broadcasting_resumes_all_ranks(cluster):
+@with_each_strategy
+def test_loading_on_rank_0_and_broadcasting_resumes_all_ranks(cluster, strategy):
     model = small_model()
-    optimizer = distribute(Adam(model.parameters(), lr=1e-2), model)
+    optimizer = distribute(Adam(model.parameters(), lr=1e-2), model, strategy=strategy)
     train(model, optimizer, cluster)
     saved = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(model.state_dict())
     train(model, optimizer, cluster)
     expected = everything(model, optimizer)
 
     other = small_model(seed=1 + cluster.rank)
-    resumed = distribute(Adam(other.parameters()), other)
+    resumed = distribute(Adam(other.parameters()), other, strategy=strategy)
     if cluster.rank == 0:
         resumed.load_state_dict(saved[0])
         other.load_state_dict(saved[1])
@@ -696,9 +770,10 @@ def test_loading_on_rank_0_and_broadcasting_resumes_all_ranks(cluster):
 
 
 @on_ranks(2)
-def test_zero_grad_takes_set_to_none_and_refuses_gradients_in_flight(cluster):
+@with_each_strategy
+def test_zero_grad_takes_set_to_none_and_refuses_gradients_in_flight(cluster, strategy):
     model = small_model()
-    optimizer = distribute(Adam(model.parameters()), model)
+    optimizer = distribute(Adam(model.parameters()), model, strategy=strategy)
     model(torch.ones(2, 6, dtype=torch.float64)).sum().backward()
     with pytest.raises(RuntimeError, match="in flight"):
         optimizer.zero_grad()
@@ -712,7 +787,8 @@ def test_zero_grad_takes_set_to_none_and_refuses_gradients_in_flight(cluster):
 
 
 @on_ranks(2)
-def test_a_closure_on_several_ranks_is_refused_where_stock_ranks_diverge(cluster):
+@with_each_strategy
+def test_a_closure_on_several_ranks_is_refused_where_stock_ranks_diverge(cluster, strategy):
     def closure_step(optimizer, model):
         def closure():
             optimizer.zero_grad()
@@ -723,7 +799,7 @@ def test_a_closure_on_several_ranks_is_refused_where_stock_ranks_diverge(cluster
         optimizer.step(closure)
 
     model = small_model()
-    optimizer = distribute(Adam(model.parameters()), model)
+    optimizer = distribute(Adam(model.parameters()), model, strategy=strategy)
     with pytest.raises(RuntimeError, match=r"step\(closure\) works on one rank"):
         closure_step(optimizer, model)
 
@@ -741,7 +817,8 @@ def test_a_closure_on_several_ranks_is_refused_where_stock_ranks_diverge(cluster
 
 
 @on_ranks(2)
-def test_subclasses_work_below_and_above_the_wrapping(cluster):
+@with_each_strategy
+def test_subclasses_work_below_and_above_the_wrapping(cluster, strategy):
     class Counting(Adam):
         steps = 0
 
@@ -751,11 +828,11 @@ def test_subclasses_work_below_and_above_the_wrapping(cluster):
             return super().step(closure)
 
     model = small_model()
-    optimizer = distribute(Counting(model.parameters()), model)
+    optimizer = distribute(Counting(model.parameters()), model, strategy=strategy)
     train(model, optimizer, cluster, steps=2)
     assert Counting.steps == 2
 
-    class Above(DistributedAdam):
+    class Above(type(optimizer)):
         def step(self, closure=None):
             return super().step(closure)
 
@@ -769,9 +846,10 @@ def test_subclasses_work_below_and_above_the_wrapping(cluster):
 
 
 @on_ranks(2)
-def test_copying_and_pickling_are_refused_with_the_reason(cluster):
+@with_each_strategy
+def test_copying_and_pickling_are_refused_with_the_reason(cluster, strategy):
     model = small_model()
-    optimizer = distribute(Adam(model.parameters()), model)
+    optimizer = distribute(Adam(model.parameters()), model, strategy=strategy)
     with pytest.raises(TypeError, match="state_dict"):
         pickle.dumps(optimizer)
     with pytest.raises(TypeError, match="state_dict"):
@@ -793,6 +871,7 @@ def test_impossible_options_are_refused_with_what_to_do(cluster):
         ({"max_grad_norm": 0.0}, "max_grad_norm is 0.0; it must be a number > 0"),
         ({"op": "adasum", "max_grad_norm": 1.0}, "adasum .* cannot clip"),
         ({"op": "adasum"}, "adasum needs MPI; start the ranks with mpirun"),
+        ({"op": "adasum", "strategy": "sharded"}, "adasum .* use strategy=allreduce, or op=average"),
     ):
         with pytest.raises(UserError, match=message):
             distribute(adam, model, **options)
@@ -804,9 +883,10 @@ def test_impossible_options_are_refused_with_what_to_do(cluster):
 
 
 @on_ranks(2)
-def test_sparse_gradients_are_refused_with_the_remedy(cluster):
+@with_each_strategy
+def test_sparse_gradients_are_refused_with_the_remedy(cluster, strategy):
     model = torch.nn.Embedding(4, 2, sparse=True)
-    distribute(Adam(model.parameters()), model)
+    distribute(Adam(model.parameters()), model, strategy=strategy)
     with pytest.raises(RuntimeError, match="sparse=False"):
         model(torch.tensor([1])).sum().backward()
 
@@ -815,11 +895,12 @@ def test_sparse_gradients_are_refused_with_the_remedy(cluster):
 
 
 @on_ranks(4)
-def test_sums_over_four_ranks_do_not_depend_on_timing(cluster):
+@with_each_strategy
+def test_sums_over_four_ranks_do_not_depend_on_timing(cluster, strategy):
     def sums(repeat):
         torch.manual_seed(0)
         model = torch.nn.Sequential(*(torch.nn.Linear(200, 200) for _ in range(12)))
-        optimizer = distribute(Adam(model.parameters()), model)
+        optimizer = distribute(Adam(model.parameters()), model, strategy=strategy)
         torch.manual_seed(cluster.rank)
         gradients = [torch.randn_like(p) * 10 ** torch.randn_like(p) for p in model.parameters()]
         order = torch.randperm(12, generator=torch.Generator().manual_seed(repeat)).tolist()
@@ -895,18 +976,24 @@ def test_adasum_refuses_a_parameter_unfrozen_afterwards(cluster):
 
 
 @on_ranks(0)
-def test_one_rank_accumulates_clips_scales_and_takes_a_closure(cluster):
+@with_each_strategy
+def test_one_rank_accumulates_clips_scales_and_takes_a_closure(cluster, strategy):
     model, oracle = small_model(), small_model()
     scaler = torch.amp.GradScaler("cpu")
     optimizer = distribute(
-        Adam(model.parameters(), lr=1e-2), model, accumulate=4, max_grad_norm=0.1, loss_scaler=scaler
+        Adam(model.parameters(), lr=1e-2),
+        model,
+        accumulate=4,
+        max_grad_norm=0.1,
+        loss_scaler=scaler,
+        strategy=strategy,
     )
     train(model, optimizer, cluster, micro_batches=4, scaler=scaler)
     train_alone(oracle, lr=1e-2, clip=0.1)
     assert largest_difference(model, oracle) < 1e-12
 
     model = small_model()
-    optimizer = distribute(Adam(model.parameters()), model)
+    optimizer = distribute(Adam(model.parameters()), model, strategy=strategy)
 
     def closure():
         optimizer.zero_grad()
@@ -919,10 +1006,11 @@ def test_one_rank_accumulates_clips_scales_and_takes_a_closure(cluster):
 
 
 @on_ranks(0)
-def test_one_rank_trains_what_is_added_or_unfrozen_later(cluster):
+@with_each_strategy
+def test_one_rank_trains_what_is_added_or_unfrozen_later(cluster, strategy):
     model, head = small_model(), torch.nn.Linear(3, 1).double()
     model[0].weight.requires_grad_(False)
-    optimizer = distribute(Adam(model.parameters()), model)
+    optimizer = distribute(Adam(model.parameters()), model, strategy=strategy)
     optimizer.add_param_group({"params": head.parameters()})
     model[0].weight.requires_grad_(True)
     head(model(torch.ones(2, 6, dtype=torch.float64))).sum().backward()

@@ -1,0 +1,118 @@
+"""`bench allreduce`: sums over the ranks by message size, beside what a ring could do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hvd_adam.bench import launching
+from hvd_adam.bench.clock import DROPPED
+from hvd_adam.bench.config import AllreduceConfig
+from hvd_adam.bench.groups import Outcome, Plan, take_turns
+from hvd_adam.bench.report import TIMES, Column, Result, say
+from hvd_adam.bench.summary import Row, add_ratio, bus_bytes, ratio, timing
+from hvd_adam.cluster import HOROVOD_DEFAULTS
+from hvd_adam.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLUMNS = (
+    Column("MB", "megabytes", "g"),
+    Column("variant", "variant"),
+    *TIMES,
+    Column("bus GB/s", "bus_gb_per_s", ".3g"),
+    Column("/ horovod", "to_horovod", ".2f"),
+    Column("/ mpi", "to_mpi", ".2f"),
+    Column("bound ms", "bound_ms", ".3f"),
+    Column("/ bound", "to_bound", ".2f"),
+)
+
+
+def measure(config: AllreduceConfig) -> Result:
+    """Times every variant at every size.
+
+    Raises:
+        UserError: fewer GPUs than ranks, or no Horovod.
+    """
+    device = launching.device(config, config.np)
+    plans, missing = _plans(config, device)
+    outcomes = take_turns(plans, ranks=config.np, rounds=config.repeats, timeout=config.timeout, say=say)
+    rows = [row for size in config.elements() for row in summarize(size, outcomes, config.np)]
+    ranks = config.np
+    notes = [
+        f"{ranks} ranks on {device}, horovodrun --{config.launcher} (mpi: mpirun), "
+        f"threads of a rank: {launching.threads(ranks)}; float32, summed in place",
+        f"medians and quartiles of {config.repeats} interleaved turns × {config.calls} calls, of each the slowest "
+        f"rank's time; one turn of warm-up and the first {DROPPED} calls of each size in a turn are left out",
+        "bus GB/s: 2(N−1)/N·S/time, what each of N ranks sends to sum S bytes in a ring",
+        "bound: 2(N−1)/N·S/B. B is what `copy` of this size shows under bus GB/s: S over the time in which one "
+        "rank copies S bytes (torch.Tensor.copy_, each byte counted once) while all others copy too",
+        "hvd_adam step: optimizer.synchronize() for gradients of S bytes in all, after a backward pass that "
+        "computes nothing, but in which the first reductions start; with backward: from the start of that pass",
+        *missing,
+    ]
+
+    def draw(figure: Figure) -> None:
+        axis = figure.subplots()
+        for variant in dict.fromkeys(row["variant"] for row in rows):
+            points = [row for row in rows if row["variant"] == variant and "error" not in row]
+            bandwidths = [row["bus_gb_per_s"] for row in points]
+            style = "k--" if variant == "copy" else "o-"
+            axis.plot([row["megabytes"] for row in points], bandwidths, style, label=variant, markersize=3)
+        axis.set(xlabel="MB", ylabel="bus GB/s", xscale="log", yscale="log")
+        axis.legend()
+
+    return Result(rows, COLUMNS, notes, draw)
+
+
+def summarize(elements: int, outcomes: dict[str, Outcome], ranks: int) -> list[Row]:
+    """Makes a row of each variant's outcome at one size.
+
+    Args:
+        elements: float32s of a message.
+        outcomes: by variant; that of "copy" gives the bound.
+        ranks: how many took part.
+    """
+    size = 4 * elements
+    rows: list[Row] = []
+    for variant, outcome in outcomes.items():
+        row: Row = {"megabytes": size / 1e6, "variant": variant}
+        if outcome.error is not None:
+            rows.append({**row, "error": outcome.error})
+            continue
+        sent = size if variant == "copy" else bus_bytes(ranks, size)
+        keys = {str(elements): variant, f"{elements} backward": f"{variant} with backward"}
+        for key, name in keys.items():
+            if key in outcome.times:
+                rows.append({**row, "variant": name, **timing(outcome.times[key])})
+                rows[-1]["bus_gb_per_s"] = sent / rows[-1]["median_ms"] / 1e6
+    by_variant = {row["variant"]: row for row in rows}
+    sums = [row for row in rows if row["variant"] != "copy"]
+    add_ratio(sums, "to_horovod", by_variant.get("horovod"))
+    add_ratio(sums, "to_mpi", by_variant.get("mpi"))
+    copied = by_variant.get("copy", {}).get("median_ms")
+    for row in sums:
+        if copied is not None:
+            row["bound_ms"] = bus_bytes(ranks, size) / size * copied
+            row["to_bound"] = ratio(row.get("median_ms"), row["bound_ms"])
+    return rows
+
+
+def _plans(config: AllreduceConfig, device: str) -> tuple[list[Plan], list[str]]:
+    """The variants that can be had, and why others cannot."""
+    task = {"kind": "allreduce", "elements": config.elements(), "calls": config.calls, "device": device}
+    plans = [
+        launching.horovodrun(name, {**task, "variant": name}, config.np, config.launcher)
+        for name in ("copy", "hvd_adam step", "hvd_adam", "horovod", "torch")
+    ]
+    if device == "cuda":
+        return plans, ["mpi: not measured on GPUs, whose memory not every MPI can read"]
+    settings = {name: value for name, value in HOROVOD_DEFAULTS.items() if name.startswith("OMPI_MCA_")}
+    missing = [] if settings else ["mpi-tuned: hvd_adam.init leaves Open MPI as it is"]
+    try:
+        plans.append(launching.mpirun("mpi", {**task, "variant": "mpi"}, config.np, {}))
+        if settings:
+            plans.append(launching.mpirun("mpi-tuned", {**task, "variant": "mpi-tuned"}, config.np, settings))
+    except UserError as error:
+        missing.append(f"mpi: {error}")
+    return plans, missing

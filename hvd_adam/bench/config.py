@@ -1,0 +1,187 @@
+"""What a benchmark is told: one typed configuration for each subcommand. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from hvd_adam.config import _option, _require
+from hvd_adam.errors import UserError
+
+Number = TypeVar("Number", int, float)
+
+# "hvd_adam-STRATEGY" names come from hvd_adam.distributed, which only the benchmark itself may import.
+OURS = "hvd_adam-"
+PEERS = ("horovod", "horovod-fused", "ddp-fused", "ddp-zero", "compute")
+
+
+def cores() -> int:
+    """How many cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What all benchmarks are told."""
+
+    json: bool = _option(False, "print one JSON object instead of a table")
+    plot: str | None = _option(None, "also draw the result into this PNG file")
+    device: Literal["auto", "cpu", "cuda"] = _option("auto", "auto takes a GPU where there is one")
+
+    def __post_init__(self) -> None:
+        if self.plot is not None:
+            path = Path(self.plot)
+            _require(path.suffix == ".png", "plot", self.plot, "a file name that ends in .png")
+            _require(path.absolute().parent.is_dir(), "plot", self.plot, "in a folder that exists")
+
+
+@dataclass(frozen=True)
+class AdamConfig(BenchConfig):
+    """Times one optimizer step without communication: ours, PyTorch's, apex's and DeepSpeed's, beside a copy."""
+
+    parameters: int | None = _option(None, "number of parameters (default: ResNet-18's 62 tensors, 11.7 M)")
+    tensors: int | None = _option(None, "number of tensors that --parameters are divided among (default: 62)")
+    threads: str = _option("auto", "numbers of threads to compare, as in 1,2; auto: 1, 2, 4, … up to the cores")
+    dtype: Literal["float32", "float64", "bfloat16", "float16"] = _option("float32", "dtype of the parameters")
+    reference: bool = _option(False, "time the slow reference too, above a million parameters")
+    repeats: int = _option(20, "rounds in which every optimizer makes a step in turn")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.repeats >= 1, "repeats", self.repeats, "at least 1")
+        _require(self.parameters is None or self.parameters >= 1, "parameters", self.parameters, "at least 1")
+        if self.tensors is not None:
+            if self.parameters is None:
+                raise UserError("--tensors goes with --parameters: ResNet-18 has tensors of its own")
+            _require(1 <= self.tensors <= self.parameters, "tensors", self.tensors, "from 1 to --parameters")
+        self.thread_counts()
+
+    def thread_counts(self) -> tuple[int, ...]:
+        """The numbers of threads to compare."""
+        if self.threads == "auto":
+            return tuple(sorted({*(2**power for power in range(cores().bit_length())), cores()}))
+        wanted = f"numbers from 1 to the {cores()} cores, as in 1,{max(2, cores())}"
+        return _numbers("threads", self.threads, int, lambda count: 1 <= count <= cores(), wanted)
+
+    def tensor_sizes(self) -> tuple[int, ...] | None:
+        """Elements of each tensor; None for ResNet-18's."""
+        if self.parameters is None:
+            return None
+        tensors = self.tensors or min(62, self.parameters)
+        size, larger = divmod(self.parameters, tensors)
+        return (size + 1,) * larger + (size,) * (tensors - larger)
+
+
+@dataclass(frozen=True)
+class RanksConfig(BenchConfig):
+    """What all benchmarks on several ranks are told."""
+
+    launcher: Literal["mpi", "gloo"] = _option("mpi", "what horovodrun uses: --mpi or --gloo")
+    timeout: float = _option(120.0, "seconds that a variant may take to start and warm up, and for each turn")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.timeout > 0, "timeout", self.timeout, "above 0")
+
+
+@dataclass(frozen=True)
+class StepConfig(RanksConfig):
+    """Times whole training steps: every strategy of ours, stock Horovod, DDP, ZeRO, and computing only."""
+
+    np: int = _option(2, "number of ranks")
+    models: str = _option(
+        "mlp,cnn,resnet18", "models to train: mlp (10.5 M parameters) or as --model of hvd_adam.train"
+    )
+    batch_size: int = _option(32, "images per rank")
+    repeats: int = _option(5, "rounds in which every variant has a turn")
+    steps: int = _option(10, "steps to a turn that count")
+    variants: str = _option("all", f"which to compare, as in {OURS}allreduce,{','.join(PEERS)}")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.np >= 1, "np", self.np, "at least 1")
+        for name in ("batch_size", "repeats", "steps"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _require(bool(self.model_names()), "models", repr(self.models), "names of models, as in mlp,cnn")
+        _require(bool(_words(self.variants)), "variants", repr(self.variants), "all, or names of variants")
+        for name in _words(self.variants):
+            known = name in ("all", *PEERS) or name.startswith(OURS)
+            _require(known, "variants", name, f"some of {OURS}STRATEGY, {', '.join(PEERS)}")
+
+    def model_names(self) -> tuple[str, ...]:
+        """The models to train."""
+        return _words(self.models)
+
+    def variant_names(self, strategies: Iterable[str]) -> tuple[str, ...]:
+        """The variants to compare.
+
+        Args:
+            strategies: those that `hvd_adam.distribute` has.
+
+        Raises:
+            UserError: a variant is none of ours and no peer.
+        """
+        known = (*(OURS + strategy for strategy in strategies), *PEERS)
+        names = known if self.variants == "all" else _words(self.variants)
+        for name in names:
+            _require(name in known, "variants", name, f"some of {', '.join(known)}")
+        return names
+
+
+@dataclass(frozen=True)
+class AllreduceConfig(RanksConfig):
+    """Times sums over the ranks by message size: Horovod, MPI, torch.distributed, beside the ring's bound."""
+
+    np: int = _option(2, "number of ranks, at least 2")
+    sizes: str = _option("0.004,0.06,0.25,1,4,8,16,40", "message sizes in MB (a million bytes)")
+    repeats: int = _option(5, "rounds in which every variant has a turn")
+    calls: int = _option(10, "sums of each size to a turn that count")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.np >= 2, "np", self.np, "at least 2")
+        _require(self.repeats >= 1, "repeats", self.repeats, "at least 1")
+        _require(self.calls >= 1, "calls", self.calls, "at least 1")
+        self.elements()
+
+    def elements(self) -> tuple[int, ...]:
+        """The message sizes as numbers of float32, ascending."""
+        valid, wanted = (lambda size: 4e-6 <= size < math.inf), "sizes in MB, at least 0.000004, as in 0.25,1,40"
+        return tuple(
+            sorted({round(size * 1e6 / 4) for size in _numbers("sizes", self.sizes, float, valid, wanted)})
+        )
+
+
+@dataclass(frozen=True)
+class MemoryConfig(RanksConfig):
+    """Measures bytes per parameter on a rank by strategy and number of ranks, beside what is predicted."""
+
+    model: str = _option("mlp", "mlp (10.5 M parameters) or as --model of hvd_adam.train")
+    np: str = _option("1,2,4", "numbers of ranks to compare")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.rank_counts()
+
+    def rank_counts(self) -> tuple[int, ...]:
+        """The numbers of ranks to compare."""
+        return _numbers("np", self.np, int, lambda count: count >= 1, "numbers of ranks, as in 1,2,4")
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def _numbers(
+    name: str, text: str, kind: Callable[[str], Number], valid: Callable[[Number], bool], wanted: str
+) -> tuple[Number, ...]:
+    try:
+        values = tuple(kind(word) for word in _words(text))
+    except ValueError:
+        values = ()
+    _require(bool(values) and all(map(valid, values)), name, text, wanted)
+    return values

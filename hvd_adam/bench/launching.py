@@ -1,0 +1,75 @@
+"""How the ranks of a variant are started, alike for all variants. Imports no torch."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hvd_adam.bench.config import RanksConfig, cores
+from hvd_adam.bench.groups import Plan
+from hvd_adam.cluster import BUILD_COMMAND
+from hvd_adam.errors import UserError
+
+WORKER = (sys.executable, "-m", "hvd_adam.bench.worker")
+
+# A rank that is stopped between two turns must not be taken for dead by its peer when they wake up.
+PATIENCE_SECONDS = 86_400
+
+
+def threads(ranks: int) -> int:
+    """How many threads each rank computes with."""
+    return max(1, cores() // ranks)
+
+
+def device(config: RanksConfig, ranks: int) -> str:
+    """The kind of device that ranks compute on: "cpu" or "cuda".
+
+    Raises:
+        UserError: there are GPUs, but fewer than ranks.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count() if config.device != "cpu" and torch.cuda.is_available() else 0
+    if not gpus and config.device != "cuda":
+        return "cpu"
+    if gpus < ranks:
+        raise UserError(f"--np {ranks} is more than the {gpus} GPUs here; use fewer ranks, or --device cpu")
+    return "cuda"
+
+
+def horovodrun(name: str, task: Mapping[str, Any], ranks: int, launcher: str) -> Plan:
+    """Plans a variant that horovodrun starts; those that do not use Horovod get only rank and size from it.
+
+    Raises:
+        UserError: Horovod is not installed beside this Python.
+    """
+    script = Path(sys.executable).with_name("horovodrun")
+    if not script.exists():
+        raise UserError(f"{script} does not exist; build Horovod with `{BUILD_COMMAND}`")
+    return Plan(name, task, (str(script), "-np", str(ranks), f"--{launcher}", *WORKER), _environ(ranks))
+
+
+def mpirun(name: str, task: Mapping[str, Any], ranks: int, settings: Mapping[str, str]) -> Plan:
+    """Plans a variant that Open MPI's mpirun starts, with processes bound to nothing as horovodrun has it.
+
+    Args:
+        name: the variant's.
+        task: what its ranks are to do.
+        ranks: how many.
+        settings: environment variables besides.
+
+    Raises:
+        UserError: there is no mpirun.
+    """
+    script = shutil.which("mpirun")
+    if script is None:
+        raise UserError("there is no mpirun on PATH; use --launcher gloo")
+    options = ("--allow-run-as-root", "-np", str(ranks), "-H", f"localhost:{ranks}", "--bind-to", "none")
+    return Plan(name, task, (script, *options, "--map-by", "slot", *WORKER), {**_environ(ranks), **settings})
+
+
+def _environ(ranks: int) -> dict[str, str]:
+    return {"OMP_NUM_THREADS": str(threads(ranks)), "HOROVOD_GLOO_TIMEOUT_SECONDS": str(PATIENCE_SECONDS)}

@@ -1,0 +1,90 @@
+"""`bench memory`: bytes per parameter on a rank, by strategy and number of ranks, beside what is predicted."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from hvd_adam.bench import launching
+from hvd_adam.bench.config import MemoryConfig
+from hvd_adam.bench.footprint import STEPS
+from hvd_adam.bench.groups import Outcome, Plan, take_turns
+from hvd_adam.bench.report import Column, Result, say
+from hvd_adam.bench.summary import Row, ratio
+from hvd_adam.bench.training import build_model
+from hvd_adam.distributed import STRATEGIES
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PARTS = ("parameters", "gradients", "state")
+
+COLUMNS = (
+    Column("strategy", "strategy"),
+    Column("ranks", "np", "d"),
+    *(Column(name, name, ".3f") for name in (*PARTS, "total")),
+    Column("predicted", "predicted_total", ".3f"),
+    Column("/ predicted", "to_predicted", ".3f"),
+)
+
+
+def measure(config: MemoryConfig) -> Result:
+    """Trains a few steps with every strategy on every number of ranks, and counts.
+
+    Raises:
+        UserError: an unknown model, fewer GPUs than ranks, or no Horovod.
+    """
+    count = sum(p.numel() for p in build_model(config.model).parameters())
+    rows: list[Row] = []
+    for ranks in config.rank_counts():
+        task = {"kind": "memory", "model": config.model, "device": launching.device(config, ranks)}
+        plans: list[Plan] = [
+            launching.horovodrun(strategy, {**task, "strategy": strategy}, ranks, config.launcher)
+            for strategy in STRATEGIES
+        ]
+        say(f"{ranks} rank{'s' * (ranks > 1)}")
+        outcomes = take_turns(plans, ranks=ranks, rounds=1, timeout=config.timeout, say=say)
+        rows += [summarize(strategy, ranks, outcome, count) for strategy, outcome in outcomes.items()]
+    threads = ", ".join(str(launching.threads(ranks)) for ranks in config.rank_counts())
+    notes = [
+        f"horovodrun --{config.launcher}; threads of a rank: {threads}",
+        f"{config.model}, {count:,} float32 parameters; bytes per parameter on the rank that keeps most, after "
+        f"{2 * STEPS} steps; whole buffers are counted, each once",
+        "predicted: 4 for the parameter, 4 for its gradient, 8 for Adam's moments (8/N where they are sharded)",
+    ]
+    return Result(rows, COLUMNS, notes, partial(_draw, rows))
+
+
+def predicted(strategy: str, ranks: int) -> dict[str, float] | None:
+    """Bytes per float32 parameter on a rank, by part; None for a strategy that nothing is known of."""
+    state = {"allreduce": 8.0, "sharded": 8.0 / ranks}.get(strategy)
+    return None if state is None else {"parameters": 4.0, "gradients": 4.0, "state": state}
+
+
+def summarize(strategy: str, ranks: int, outcome: Outcome, count: int) -> Row:
+    """Makes a row of what `count` parameters take."""
+    row: Row = {"strategy": strategy, "np": ranks}
+    if outcome.error is not None:
+        return {**row, "error": outcome.error}
+    row |= {name: max(outcome.times[name]) / count for name in (*PARTS, "total")}
+    prediction = predicted(strategy, ranks)
+    row |= {f"predicted_{name}": prediction[name] if prediction else None for name in PARTS}
+    row["predicted_total"] = sum(prediction.values()) if prediction else None
+    row["to_predicted"] = ratio(row["total"], row["predicted_total"])
+    return row
+
+
+def _draw(rows: list[Row], figure: Figure) -> None:
+    axis = figure.subplots()
+    measured = [row for row in rows if "error" not in row]
+    labels = [f"{row['strategy']}, {row['np']}" for row in measured]
+    bottom = [0.0] * len(measured)
+    for part in PARTS:
+        sizes = [row[part] for row in measured]
+        axis.bar(labels, sizes, bottom=bottom, label=part)
+        bottom = [below + size for below, size in zip(bottom, sizes, strict=True)]
+    predictions = [(label, row["predicted_total"]) for label, row in zip(labels, measured, strict=True)]
+    known = [prediction for prediction in predictions if prediction[1] is not None]
+    axis.plot([label for label, _ in known], [total for _, total in known], "k_", markersize=30, label="predicted")
+    axis.set(xlabel="strategy, ranks", ylabel="bytes per parameter")
+    axis.legend()

@@ -1,0 +1,197 @@
+"""What a benchmark shows: the machine, a fixed-width table or one JSON object, and a plot."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hvd_adam.bench.config import BenchConfig, cores
+from hvd_adam.bench.summary import Row
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """One column of the table.
+
+    Attributes:
+        head: what stands above it.
+        key: which of a row's values it shows.
+        format: how a number is written; texts are written as they are.
+    """
+
+    head: str
+    key: str
+    format: str = ""
+
+    def text(self, row: Row) -> str:
+        """This column's cell: "-" where the row has no such value."""
+        value = row.get(self.key)
+        return "-" if value is None else value if isinstance(value, str) else format(value, self.format)
+
+
+TIMES = (
+    Column("median ms", "median_ms", ".3f"),
+    Column("25 %", "low_ms", ".3f"),
+    Column("75 %", "high_ms", ".3f"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a benchmark has measured.
+
+    Attributes:
+        rows: one a measurement, in the order to show; a row with an "error" has not been measured.
+        columns: what of the rows the table shows, from left to right.
+        notes: what a reader must know to read the numbers, one line each.
+        draw: draws the rows into a figure.
+    """
+
+    rows: list[Row]
+    columns: Sequence[Column]
+    notes: list[str]
+    draw: Callable[[Figure], None]
+
+
+def machine(load: float) -> dict[str, Any]:
+    """Where the numbers come from.
+
+    Args:
+        load: the load average of the last minute before the benchmark began.
+    """
+    import torch
+
+    return {
+        "cpu": _cpu_model(),
+        "cores": cores(),
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "gpus": torch.cuda.device_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "horovod": _version("horovod"),
+        "mpi": _mpi_version(),
+        "load_average": round(load, 2),
+    }
+
+
+def describe(machine: dict[str, Any]) -> str:
+    """The machine in three lines."""
+    gpu = f"{machine['gpus']} × {machine['gpu']}" if machine["gpu"] else "none"
+    return (
+        f"CPU      {machine['cpu']}, {machine['cores']} cores, "
+        f"load average {machine['load_average']} at the start\n"
+        f"GPU      {gpu}\n"
+        f"versions Python {machine['python']}, torch {machine['torch']}, Horovod {machine['horovod'] or 'none'}, "
+        f"{machine['mpi'] or 'no MPI'}"
+    )
+
+
+def show(command: str, config: BenchConfig, machine: dict[str, Any], result: Result) -> None:
+    """Prints a result as the configuration wants it, and draws it where a plot is wanted."""
+    if config.plot:
+        plot(Path(config.plot), f"hvd_adam.bench {command}: {machine['gpu'] or machine['cpu']}", result)
+    if config.json:
+        settings = dataclasses.asdict(config)
+        shown = {"command": command, "machine": machine, "config": settings, "rows": result.rows}
+        print(json.dumps({**shown, "notes": result.notes}))
+        return
+    print(f"\n{table(result.columns, result.rows)}\n")
+    for row in result.rows:
+        if "error" in row:
+            print(f"failed: {row['error']}")
+    for note in result.notes:
+        print(note)
+    if config.plot:
+        print(f"plot {config.plot}")
+
+
+def table(columns: Sequence[Column], rows: Sequence[Row]) -> str:
+    """Rows in columns of fixed width: texts to the left, numbers to the right."""
+    cells = [[column.head for column in columns], *([column.text(row) for column in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for line in cells:
+        padded = (
+            f"{cell:>{width}}" if column.format else f"{cell:<{width}}"
+            for cell, width, column in zip(line, widths, columns, strict=True)
+        )
+        lines.append("  ".join(padded).rstrip())
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def plot(path: Path, title: str, result: Result) -> None:
+    """Draws a result into a PNG file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure = pyplot.figure(figsize=(10, 5), layout="constrained")
+    figure.suptitle(title)
+    result.draw(figure)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def bars(figure: Figure, panels: dict[str, list[Row]], name: str) -> None:
+    """One panel a title, with one bar a row: its median, and its quartiles as a line.
+
+    Args:
+        figure: what to draw into.
+        panels: rows by title; rows without a median are left out.
+        name: which of a row's values its bar is labelled with.
+    """
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (title, rows) in zip(axes, panels.items(), strict=True):
+        rows = [row for row in rows if row.get("median_ms") is not None]
+        medians = [row["median_ms"] for row in rows]
+        spread = [
+            [row["median_ms"] - row["low_ms"] for row in rows],
+            [row["high_ms"] - row["median_ms"] for row in rows],
+        ]
+        colors = ["tab:orange" if str(row[name]).startswith("hvd_adam") else "tab:blue" for row in rows]
+        axis.barh([row[name] for row in rows], medians, xerr=spread, color=colors)
+        axis.invert_yaxis()  # the first row on top, as in the table
+        axis.set(title=title, xlabel="ms")
+
+
+def say(text: str) -> None:
+    """Reports progress where it does not mix with the result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _mpi_version() -> str | None:
+    # Not through mpi4py: once MPI has started in this process, no mpirun starts from it any more.
+    mpirun = shutil.which("mpirun")
+    if mpirun is None:
+        return None
+    said = subprocess.run([mpirun, "--version"], capture_output=True, text=True, check=False).stdout
+    return said.splitlines()[0].replace("mpirun (", "").replace(")", "") if said else None

@@ -1,0 +1,87 @@
+"""`bench step`: whole training steps of every variant, in turns."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hvd_adam.bench import launching
+from hvd_adam.bench.clock import DROPPED
+from hvd_adam.bench.config import StepConfig
+from hvd_adam.bench.groups import Outcome, take_turns
+from hvd_adam.bench.report import TIMES, Column, Result, bars, say
+from hvd_adam.bench.summary import Row, add_ratio, timing
+from hvd_adam.bench.training import build_model
+from hvd_adam.distributed import STRATEGIES
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLUMNS = (
+    Column("model", "model"),
+    Column("variant", "variant"),
+    *TIMES,
+    Column("images/s", "images_per_s", ".1f"),
+    Column("/ ddp-fused", "to_ddp_fused", ".2f"),
+    Column("/ horovod", "to_horovod", ".2f"),
+    Column("/ compute", "to_compute", ".2f"),
+)
+
+
+def measure(config: StepConfig) -> Result:
+    """Trains every model with every variant.
+
+    Raises:
+        UserError: an unknown model or variant, fewer GPUs than ranks, or no Horovod.
+    """
+    variants = config.variant_names(STRATEGIES)
+    device = launching.device(config, config.np)
+    sizes = {name: sum(p.numel() for p in build_model(name).parameters()) for name in config.model_names()}
+    rows: list[Row] = []
+    for model in sizes:
+        task = {"kind": "step", "model": model, "batch_size": config.batch_size, "steps": config.steps}
+        plans = [
+            launching.horovodrun(
+                variant, {**task, "device": device, "variant": variant}, config.np, config.launcher
+            )
+            for variant in variants
+        ]
+        say(f"model {model}")
+        outcomes = take_turns(plans, ranks=config.np, rounds=config.repeats, timeout=config.timeout, say=say)
+        rows += summarize(model, outcomes, config.np * config.batch_size)
+    counts = ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in sizes.items())
+    notes = [
+        f"{config.np} ranks on {device}, horovodrun --{config.launcher}, threads of a rank: "
+        f"{launching.threads(config.np)}, batch {config.batch_size} a rank of 3x32x32; parameters: {counts}",
+        f"medians and quartiles of {config.repeats} interleaved turns × {config.steps} steps, of each the slowest "
+        f"rank's time; one turn of warm-up and the first {DROPPED} steps of a turn are left out",
+        "ratios of times (below 1: faster). horovod: hvd.DistributedOptimizer around torch.optim.Adam's default; "
+        "compute: no distribution and no optimizer, the floor",
+    ]
+
+    def draw(figure: Figure) -> None:
+        bars(figure, {model: [row for row in rows if row["model"] == model] for model in sizes}, "variant")
+
+    return Result(rows, COLUMNS, notes, draw)
+
+
+def summarize(model: str, outcomes: dict[str, Outcome], images: int) -> list[Row]:
+    """Makes a row of each variant's outcome.
+
+    Args:
+        model: its name.
+        outcomes: by variant.
+        images: of one step, over all ranks.
+    """
+    rows: list[Row] = []
+    for variant, outcome in outcomes.items():
+        row: Row = {"model": model, "variant": variant}
+        if outcome.error is None:
+            row |= timing(outcome.times["step"])
+            row["images_per_s"] = images / row["median_ms"] * 1e3
+        else:
+            row["error"] = outcome.error
+        rows.append(row)
+    by_variant = {row["variant"]: row for row in rows}
+    for peer in ("ddp-fused", "horovod", "compute"):
+        add_ratio(rows, f"to_{peer.replace('-', '_')}", by_variant.get(peer))
+    return rows

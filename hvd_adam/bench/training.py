@@ -1,0 +1,130 @@
+"""A rank of `bench step`: whole training steps of ours and of the peers, each as its own manual has it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from hvd_adam import models
+from hvd_adam.adam import Adam
+from hvd_adam.bench.clock import finisher, seconds
+from hvd_adam.bench.config import OURS
+from hvd_adam.bench.groups import Measure
+from hvd_adam.bench.launching import PATIENCE_SECONDS
+from hvd_adam.cluster import Launched, horovod, init
+from hvd_adam.distributed import distribute
+
+IMAGE = (3, 32, 32)
+CLASSES = 10
+
+# So small that the weights stay where they are: a batch learned by heart has gradients, and moments, so small
+# that the processor is slow on them.
+LEARNING_RATE = 1e-6
+
+Wrapped = tuple[nn.Module, Any]
+
+
+def build_model(name: str) -> nn.Module:
+    """Builds the model to train: "mlp" is large and quick, so bound by communication; others as `hvd_adam.models`.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    if name == "mlp":
+        layers = (nn.Linear(3072, 2048), nn.ReLU(), nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, CLASSES))
+        return nn.Sequential(nn.Flatten(), *layers)
+    return models.build(name, in_channels=IMAGE[0], num_classes=CLASSES, image_size=IMAGE[1:])
+
+
+def prepare(task: dict[str, Any], launch: Launched, folder: Path) -> Measure:
+    """Makes this rank one of the task's variant.
+
+    Args:
+        task: "variant", "model", "batch_size", "device" ("cpu" or "cuda") and "steps" of a turn.
+        launch: what the launcher says of this rank.
+        folder: shared by the ranks.
+    """
+    wrap = connect(task["variant"], task["device"], launch, folder)
+    device = torch.device("cpu") if task["device"] == "cpu" else torch.device("cuda", torch.cuda.current_device())
+    torch.manual_seed(0)
+    model, optimizer = wrap(build_model(task["model"]).to(device))
+    step = training_step(model, optimizer, task["batch_size"], device, launch.rank)
+    finish = finisher(task["device"])
+    return lambda: {"step": seconds(step, task["steps"], finish)}
+
+
+def connect(variant: str, device: str, launch: Launched, folder: Path) -> Callable[[nn.Module], Wrapped]:
+    """Connects this rank with the others as the variant does; returns what distributes a model.
+
+    Stock Horovod is never told what `hvd_adam.init` would tell it.
+    """
+    if variant.startswith(OURS):
+        init(device)
+        strategy = variant.removeprefix(OURS)
+        return lambda model: (model, distribute(Adam(model.parameters(), LEARNING_RATE), model, strategy=strategy))
+    if device == "cuda":
+        torch.cuda.set_device(launch.rank)
+    if variant == "compute":
+        return lambda model: (model, None)
+    if variant.startswith("horovod"):
+        horovod().init()
+        return lambda model: _stock(model, fused=variant == "horovod-fused")
+    start_process_group(device, launch, folder)
+    return _ddp_zero if variant == "ddp-zero" else _ddp_fused
+
+
+def start_process_group(device: str, launch: Launched, folder: Path) -> None:
+    """Starts torch.distributed, the ranks meeting through a file of the group's folder."""
+    torch.distributed.init_process_group(
+        "nccl" if device == "cuda" else "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=launch.rank,
+        world_size=launch.size,
+        timeout=timedelta(seconds=PATIENCE_SECONDS),
+    )
+
+
+def training_step(
+    model: nn.Module, optimizer: Any, batch_size: int, device: torch.device, rank: int
+) -> Callable[[], None]:
+    """A step on fixed random images of this rank, which lie on the device already; without optimizer no update."""
+    generator = torch.Generator().manual_seed(rank)
+    images = torch.randn(batch_size, *IMAGE, generator=generator).to(device)
+    labels = torch.randint(CLASSES, (batch_size,), generator=generator).to(device)
+
+    def step() -> None:
+        (optimizer or model).zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        if optimizer is not None:
+            optimizer.step()
+
+    return step
+
+
+def _stock(model: nn.Module, fused: bool) -> Wrapped:
+    """As in Horovod's examples, with torch.optim.Adam as it is by default or fused."""
+    hvd = horovod()
+    options = {"fused": True} if fused else {}
+    optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE, **options)
+    hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+    hvd.broadcast_optimizer_state(optimizer, root_rank=0)
+    return model, hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters())
+
+
+def _ddp_fused(model: nn.Module) -> Wrapped:
+    model = nn.parallel.DistributedDataParallel(model)
+    return model, torch.optim.Adam(model.parameters(), LEARNING_RATE, fused=True)
+
+
+def _ddp_zero(model: nn.Module) -> Wrapped:
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # optional: a torch without distributed has none
+
+    model = nn.parallel.DistributedDataParallel(model)
+    options = {"lr": LEARNING_RATE, "fused": True}
+    return model, ZeroRedundancyOptimizer(model.parameters(), torch.optim.Adam, **options)

@@ -1,0 +1,28 @@
+"""What every rank of a benchmark runs: ``python -m hvd_adam.bench.worker FOLDER``, started by `groups`."""
+
+import json
+import sys
+from importlib import import_module
+from pathlib import Path
+
+from hvd_adam.bench.groups import serve
+from hvd_adam.cluster import launched
+
+# By the task's kind. Imported one at a time: a rank that measures bare MPI must not load Horovod.
+MODULES = {
+    "allreduce": "hvd_adam.bench.collectives",
+    "memory": "hvd_adam.bench.footprint",
+    "step": "hvd_adam.bench.training",
+}
+
+
+def main(folder: Path) -> None:
+    """Prepares this rank for the group's task, and measures whenever it is the group's turn."""
+    task = json.loads((folder / "task.json").read_text())
+    launch = launched()
+    module = import_module(MODULES[task["kind"]])
+    serve(folder, launch.rank, lambda: module.prepare(task, launch, folder))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,412 @@
+"""The benchmarks: that what they print is what was measured, of everything, and that they leave nothing behind.
+
+Hazards: a ratio that is not that of the medians beside it; a variant that is missing without a word; a
+variant that dies or hangs and takes the others, or the benchmark, with it; groups that compute while it is
+another's turn; stopped processes that outlive the benchmark; a slow import before the arguments are known to
+be good.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import uuid
+
+import pytest
+import torch
+
+from hvd_adam.adam import Adam
+from hvd_adam.bench import adam, allreduce, footprint, memory, step
+from hvd_adam.bench.__main__ import COMMANDS, measure
+from hvd_adam.bench.config import AdamConfig, AllreduceConfig, MemoryConfig, StepConfig
+from hvd_adam.bench.groups import Outcome, Plan, take_turns
+from hvd_adam.bench.processes import marked
+from hvd_adam.bench.report import Column, table
+from hvd_adam.bench.summary import add_ratio, bus_bytes, quartiles, ratio, slowest, timing
+from hvd_adam.command import parse
+from hvd_adam.distributed import STRATEGIES
+from hvd_adam.errors import UserError
+
+OURS = [f"hvd_adam-{strategy}" for strategy in STRATEGIES]
+
+
+def bench(*argv, **environ):
+    command = [sys.executable, "-m", "hvd_adam.bench", *map(str, argv)]
+    environ = {**os.environ, **environ}
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, env=environ, check=False)
+
+
+def bench_json(*argv):
+    done = bench(*argv, "--json")
+    assert done.returncode == 0, done.stderr
+    shown = json.loads(done.stdout)  # nothing else is on stdout
+    assert shown["command"] == argv[0]
+    assert shown["machine"]["torch"] == torch.__version__
+    assert [row["error"] for row in shown["rows"] if "error" in row] == []
+    return shown
+
+
+# Arithmetic.
+
+
+def test_quartiles_are_interpolated_and_one_value_is_its_own():
+    assert quartiles([4.0, 1.0, 3.0, 2.0, 5.0]) == (2.0, 3.0, 4.0)
+    assert quartiles([7.0]) == (7.0, 7.0, 7.0)
+
+
+def test_timing_is_in_milliseconds():
+    expected = {"median_ms": 2000, "low_ms": 1500, "high_ms": 2500, "samples": 3}
+    assert timing([1.0, 3.0, 2.0]) == pytest.approx(expected)
+
+
+def test_a_step_takes_as_long_as_its_slowest_rank():
+    assert slowest([[1.0, 5.0], [3.0, 2.0]]) == [3.0, 5.0]
+    with pytest.raises(ValueError, match="shorter"):
+        slowest([[1.0, 5.0], [3.0]])
+
+
+def test_ratios_are_over_the_peers_median_and_missing_where_either_is():
+    rows = [{"median_ms": 6.0}, {"error": "died"}]
+    add_ratio(rows, "to_peer", {"median_ms": 4.0})
+    assert [row["to_peer"] for row in rows] == [1.5, None]
+    add_ratio(rows, "to_peer", None)
+    assert [row["to_peer"] for row in rows] == [None, None]
+    assert ratio(1.0, 0.0) is None
+
+
+def test_a_ring_sends_nearly_twice_the_message():
+    assert [bus_bytes(ranks, 100) for ranks in (1, 2, 4)] == [0, 100, 150]
+
+
+def test_allreduce_rows_hold_bandwidth_and_bound():
+    times = {"copy": 0.001, "horovod": 0.004, "mpi": 0.002}
+    outcomes = {name: Outcome({"1000": [seconds]}) for name, seconds in times.items()}
+    outcomes["hvd_adam step"] = Outcome({"1000": [0.003], "1000 backward": [0.005]})
+    outcomes["torch"] = Outcome(error="torch died")
+    rows = {row["variant"]: row for row in allreduce.summarize(1000, outcomes, ranks=4)}
+    assert list(rows) == ["copy", "horovod", "mpi", "hvd_adam step", "hvd_adam step with backward", "torch"]
+    assert rows["copy"]["bus_gb_per_s"] == pytest.approx(4000 / 0.001 / 1e9)
+    assert rows["mpi"]["bus_gb_per_s"] == pytest.approx(1.5 * 4000 / 0.002 / 1e9)
+    assert rows["mpi"]["bound_ms"] == pytest.approx(1.5)
+    assert rows["horovod"]["to_bound"] == pytest.approx(4 / 1.5)
+    assert rows["hvd_adam step"]["to_horovod"] == pytest.approx(0.75)
+    assert rows["hvd_adam step with backward"]["to_mpi"] == pytest.approx(2.5)
+    assert rows["torch"]["error"] == "torch died"
+
+
+def test_sharding_is_predicted_to_divide_the_state():
+    assert memory.predicted("allreduce", 4)["state"] == 8
+    assert memory.predicted("sharded", 4)["state"] == 2
+    assert memory.predicted("another", 4) is None
+
+
+def test_memory_counts_a_shared_buffer_once_and_whole():
+    buffer = torch.zeros(10)
+    model = torch.nn.Linear(2, 2)
+    model.weight.data, model.bias.data = buffer[:4].view(2, 2), buffer[4:6]
+    optimizer = Adam(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    kept = footprint.kept(model, optimizer)
+    assert (kept["parameters"], kept["gradients"]) == (40, 24)
+    assert kept["state"] >= 2 * 24
+    assert kept["total"] <= kept["parameters"] + kept["gradients"] + kept["state"]
+
+
+def test_the_table_has_columns_of_fixed_width():
+    columns = (Column("name", "name"), Column("ms", "ms", ".1f"))
+    lines = table(columns, [{"name": "a", "ms": 12.34}, {"name": "long"}]).splitlines()
+    assert lines == ["name    ms", "----  ----", "a     12.3", "long     -"]
+
+
+# Arguments.
+
+
+@pytest.mark.parametrize(
+    ("config", "argv", "message"),
+    [
+        (AdamConfig, "--threads 0", "--threads is 0: it must be numbers from 1 to the"),
+        (AdamConfig, "--threads x", "--threads is x: it must be numbers from 1 to the"),
+        (AdamConfig, "--parameters 0", "--parameters is 0: it must be at least 1"),
+        (AdamConfig, "--tensors 3", "--tensors goes with --parameters"),
+        (AdamConfig, "--parameters 2 --tensors 3", "--tensors is 3: it must be from 1 to --parameters"),
+        (AdamConfig, "--repeats 0", "--repeats is 0: it must be at least 1"),
+        (AdamConfig, "--dtype int8", "--dtype is int8: it must be one of float32"),
+        (AdamConfig, "--plot x.pdf", "--plot is x.pdf: it must be a file name that ends in .png"),
+        (AdamConfig, "--plot nowhere/x.png", "--plot is nowhere/x.png: it must be in a folder that exists"),
+        (StepConfig, "--np 0", "--np is 0: it must be at least 1"),
+        (StepConfig, "--models ,", "--models is ',': it must be names of models"),
+        (StepConfig, "--variants horovd", "--variants is horovd: it must be some of hvd_adam-STRATEGY, horovod"),
+        (StepConfig, "--variants ,", "--variants is ',': it must be"),
+        (StepConfig, "--launcher slurm", "--launcher is slurm: it must be one of mpi, gloo"),
+        (StepConfig, "--timeout 0", "--timeout is 0.0: it must be above 0"),
+        (AllreduceConfig, "--np 1", "--np is 1: it must be at least 2"),
+        (AllreduceConfig, "--sizes 1,-1", "--sizes is 1,-1: it must be sizes in MB"),
+        (AllreduceConfig, "--sizes inf", "--sizes is inf: it must be sizes in MB"),
+        (MemoryConfig, "--np 1,two", "--np is 1,two: it must be numbers of ranks"),
+    ],
+)
+def test_bad_arguments_are_named_in_one_line(config, argv, message):
+    with pytest.raises(UserError, match=message) as error:
+        parse(config, "hvd_adam.bench", argv.split())
+    assert "\n" not in str(error.value)
+
+
+def test_lists_in_arguments_are_understood():
+    assert parse(AdamConfig, "bench", ["--threads", "1"]).thread_counts() == (1,)
+    assert AdamConfig(parameters=10, tensors=4).tensor_sizes() == (3, 3, 2, 2)
+    assert AllreduceConfig(sizes="40,0.004").elements() == (1000, 10_000_000)
+    assert MemoryConfig(np="1,2").rank_counts() == (1, 2)
+    assert StepConfig(variants="compute, ddp-zero").variant_names(("x",)) == ("compute", "ddp-zero")
+    assert StepConfig().variant_names(("x",))[:2] == ("hvd_adam-x", "horovod")
+    with pytest.raises(UserError, match="--variants is hvd_adam-y: it must be some of hvd_adam-x, horovod"):
+        StepConfig(variants="hvd_adam-y").variant_names(("x",))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "hvd_adam.bench: error: which benchmark?: use one of adam, allreduce, step, memory"),
+        (["all"], "hvd_adam.bench: error: 'all' is no benchmark: use one of adam, allreduce, step, memory"),
+    ],
+)
+def test_a_missing_or_unknown_benchmark_gets_one_line_and_code_2(argv, message):
+    done = bench(*argv)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", message + "\n")
+
+
+def test_under_a_launcher_it_is_refused_in_one_line():
+    done = bench("adam", "--json", HOROVOD_RANK="0", HOROVOD_SIZE="2")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "hvd_adam.bench adam: error: it was started by horovodrun: start it without a launcher, it starts ranks "
+        "itself\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "said"),
+    [
+        (["--help"], 0, "memory     Measures bytes per parameter"),
+        (["step", "--help"], 0, "--batch-size"),
+        (["adam", "--threads", "999"], 2, ""),
+        (["allreduce", "--foo"], 2, ""),
+    ],
+)
+def test_pytorch_is_not_loaded_for_help_or_a_wrong_argument(argv, code, said):
+    script = (
+        "import atexit, os, runpy, sys; os._exit = sys.exit; heavy = {'torch', 'horovod', 'numpy'}; "
+        "atexit.register(lambda: print('heavy:', sorted(heavy & set(sys.modules)))); "
+        f"sys.argv = ['bench', *{argv!r}]; runpy.run_module('hvd_adam.bench', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == code
+    assert "heavy: []" in done.stdout
+    assert said in done.stdout
+    assert done.stderr.count("\n") == (code != 0)
+
+
+def test_help_lists_every_benchmark():
+    done = bench("--help")
+    assert done.returncode == 0
+    assert all(f"  {command} " in done.stdout for command in COMMANDS)
+
+
+# Turns.
+
+# Two ranks, without torch; the first is what a launcher is to real ones.
+RANKS = """
+import os, sys, time
+from pathlib import Path
+from hvd_adam.bench.groups import serve
+
+kind, folder = sys.argv[1], Path(sys.argv[2])
+rank = 0 if os.fork() else 1
+if rank:
+    os.setsid()  # as the ranks of a real launcher, beyond the reach of a signal to its process group
+turns = 0
+
+
+def is_awake(process):
+    stat = Path(f"/proc/{process}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] not in "TZ"  # stopped, or ended
+
+
+def measure():
+    global turns
+    turns += 1
+    if kind == "late" and turns == 3 and rank == 0:
+        sys.exit("fell over")
+    others = [file.read_text() for file in folder.parent.glob("*/pid.*") if file.parent != folder]
+    return {"awake": [float(sum(map(is_awake, others)))], "rank": [rank, turns]}
+
+
+def prepare():
+    if kind == "early":
+        sys.exit("never stood") if rank == 0 else time.sleep(1000)
+    if kind == "hanging":
+        time.sleep(1000)
+    return measure
+
+
+serve(folder, rank, prepare)
+"""
+
+
+def plans(*kinds):
+    return [Plan(kind, {}, (sys.executable, "-c", RANKS, kind)) for kind in kinds]
+
+
+@pytest.fixture
+def mark(monkeypatch):
+    """A mark in the environment of everything that this test starts."""
+    name, value = "HVD_ADAM_TEST", uuid.uuid4().hex
+    monkeypatch.setenv(name, value)
+    return f"{name}={value}"
+
+
+def test_groups_take_turns_while_all_others_are_stopped(mark):
+    outcomes = take_turns(plans("a", "b", "c"), ranks=2, rounds=2, timeout=60, say=print)
+    assert {name: outcome.error for name, outcome in outcomes.items()} == dict.fromkeys("abc")
+    for outcome in outcomes.values():
+        assert outcome.times["awake"] == [0.0, 0.0]
+        assert outcome.times["rank"] == [1, 2, 1, 3]  # the slowest rank's; the first turn was the warm-up
+    assert marked(mark) == []
+
+
+def test_a_variant_that_dies_or_hangs_is_reported_and_the_others_go_on(mark):
+    kinds = ("early", "good", "late", "hanging")
+    outcomes = take_turns(plans(*kinds), ranks=2, rounds=3, timeout=5, say=print)
+    assert outcomes["early"].error == "early ended with code 1:\n    never stood"
+    assert outcomes["late"].error == "late ended with code 1:\n    fell over"
+    assert outcomes["hanging"].error == "hanging did not answer within 5 seconds:\n    (no output)"
+    assert outcomes["good"].error is None
+    assert len(outcomes["good"].times["awake"]) == 3
+    assert marked(mark) == []
+
+
+def test_a_command_that_does_not_exist_is_reported():
+    outcomes = take_turns([Plan("none", {}, ("/no/such",))], ranks=1, rounds=1, timeout=5, say=print)
+    assert "none cannot be started: " in outcomes["none"].error
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_benchmark_leaves_no_process_behind(number, mark):
+    script = (
+        "import functools, sys; from hvd_adam.bench.groups import Plan, take_turns; ranks = sys.argv[1]; "
+        "plans = [Plan(kind, {}, (sys.executable, '-c', ranks, kind)) for kind in ('good', 'hanging')]; "
+        "take_turns(plans, ranks=2, rounds=1, timeout=60, say=functools.partial(print, flush=True))"
+    )
+    command = [sys.executable, "-c", script, RANKS]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        while running.stdout.readline() != "starting hanging\n":
+            assert running.poll() is None, running.stderr.read()
+        running.send_signal(number)
+        assert "KeyboardInterrupt" in running.communicate(timeout=60)[1]
+    assert marked(mark) == []
+
+
+def test_a_variant_that_fails_gets_a_row_and_no_ratio():
+    outcomes = {"ddp-fused": Outcome({"step": [0.5]}), "compute": Outcome(error="compute died")}
+    rows = step.summarize("cnn", outcomes, images=64)
+    assert rows[0]["images_per_s"] == pytest.approx(128)
+    assert (rows[0]["to_ddp_fused"], rows[0]["to_compute"], rows[0]["to_horovod"]) == (1.0, None, None)
+    assert rows[1]["error"] == "compute died"
+    assert table(step.COLUMNS, rows).splitlines()[3].split() == ["cnn", "compute", *"-" * 7]
+
+
+def test_where_every_variant_fails_so_does_the_benchmark(mark):
+    argv = ("--variants", "compute", "--models", "cnn", "--launcher", "gloo", "--timeout", "0.01")
+    done = bench("step", *argv)
+    assert done.returncode == 1
+    assert "failed: compute did not answer within 0.01 seconds:" in done.stdout
+    assert marked(mark) == []
+
+
+# Real runs, as small as they can be.
+
+
+def test_adam_times_every_optimizer_beside_a_copy(tmp_path):
+    plot = tmp_path / "adam.png"
+    argv = ("--parameters", 5000, "--tensors", 3, "--threads", "1", "--repeats", 3, "--device", "cpu")
+    shown = bench_json("adam", *argv, "--plot", plot)
+    rows = {row["name"]: row for row in shown["rows"]}
+    assert {
+        "hvd_adam foreach",
+        "hvd_adam reference",
+        "torch for-loop",
+        "torch foreach",
+        "copy",
+        "in place",
+    } <= set(rows)
+    for row in rows.values():
+        assert row["low_ms"] <= row["median_ms"] <= row["high_ms"]
+        assert row["samples"] == 3
+        assert row["gb_per_s"] == pytest.approx(28 * 5000 / row["median_ms"] / 1e6)
+        assert row["to_torch_foreach"] == pytest.approx(row["median_ms"] / rows["torch foreach"]["median_ms"])
+        assert row["to_copy"] == pytest.approx(row["gb_per_s"] / rows["copy"]["gb_per_s"])
+    everything = {*rows, *(note.partition(":")[0] for note in shown["notes"])}
+    assert {"torch fused", "apex FusedAdam", "deepspeed CPUAdam", "hvd_adam fused"} <= everything
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_adam_prints_the_machine_and_a_table(capsys):
+    measure("adam", AdamConfig(parameters=100, threads="1", repeats=1, device="cpu"))
+    shown = capsys.readouterr().out
+    assert "load average" in shown
+    assert f"torch {torch.__version__}" in shown
+    assert "threads  optimizer" in shown
+    assert "3 rounds of warm-up that are left out" in shown
+
+
+def test_the_default_tensors_are_resnet18s():
+    shapes = adam._shapes(AdamConfig())
+    assert (len(shapes), sum(map(torch.Size.numel, shapes))) == (62, 11_689_512)
+
+
+def test_step_trains_every_variant(tmp_path, mark):
+    plot = tmp_path / "step.png"
+    argv = ("--models", "cnn", "--batch-size", 2, "--repeats", 2, "--steps", 2, "--device", "cpu")
+    shown = bench_json("step", *argv, "--launcher", "gloo", "--plot", plot)
+    rows = {row["variant"]: row for row in shown["rows"]}
+    assert list(rows) == [*OURS, "horovod", "horovod-fused", "ddp-fused", "ddp-zero", "compute"]
+    for row in rows.values():
+        assert row["samples"] == 4
+        assert row["images_per_s"] == pytest.approx(4 / row["median_ms"] * 1e3)
+        for peer in ("ddp-fused", "horovod", "compute"):
+            expected = row["median_ms"] / rows[peer]["median_ms"]
+            assert row[f"to_{peer.replace('-', '_')}"] == pytest.approx(expected)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert marked(mark) == []
+
+
+def test_allreduce_times_every_variant_at_every_size(tmp_path, mark):
+    plot = tmp_path / "allreduce.png"
+    argv = ("--sizes", "0.004,0.02", "--repeats", 1, "--calls", 3, "--device", "cpu", "--plot", plot)
+    shown = bench_json("allreduce", *argv)
+    assert {row["megabytes"] for row in shown["rows"]} == {0.004, 0.02}
+    for size in (0.004, 0.02):
+        rows = {row["variant"]: row for row in shown["rows"] if row["megabytes"] == size}
+        ours = ["hvd_adam step", "hvd_adam step with backward", "hvd_adam"]
+        assert list(rows)[:7] == ["copy", *ours, "horovod", "torch", "mpi"]
+        assert "mpi-tuned" in rows or any(note.startswith("mpi-tuned: ") for note in shown["notes"])
+        for name in set(rows) - {"copy"}:
+            row = rows[name]
+            assert row["bound_ms"] == pytest.approx(rows["copy"]["median_ms"])  # 2(N−1)/N is 1 for two ranks
+            assert row["to_bound"] == pytest.approx(row["median_ms"] / row["bound_ms"])
+            assert row["to_horovod"] == pytest.approx(row["median_ms"] / rows["horovod"]["median_ms"])
+            assert row["bus_gb_per_s"] == pytest.approx(size / row["median_ms"])
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert marked(mark) == []
+
+
+def test_memory_of_every_strategy_is_as_predicted(tmp_path):
+    plot = tmp_path / "memory.png"
+    shown = bench_json("memory", "--model", "cnn", "--np", "2", "--device", "cpu", "--plot", plot)
+    assert [(row["strategy"], row["np"]) for row in shown["rows"]] == [(name, 2) for name in STRATEGIES]
+    for row in shown["rows"]:
+        assert row["total"] == pytest.approx(row["parameters"] + row["gradients"] + row["state"], rel=0.01)
+        assert row["total"] == pytest.approx(row["predicted_total"], rel=0.05)
+        assert row["to_predicted"] == pytest.approx(row["total"] / row["predicted_total"])
+    assert plot.read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,679 @@
+"""Flat storage: what a user sees are ordinary parameters, and every run is torch.optim.Adam's.
+
+Hazards covered:
+- a view loses its buffer (zero_grad, load_state_dict, p.data, p.grad.data, Module.to) and stale numbers are used;
+- a parameter changes that no step should change: frozen, without gradient, refused;
+- parameters that were one piece of memory come apart;
+- strides, empty and 0-dim tensors, mixed dtypes are laid out wrongly, or a view is not aligned;
+- a copy (deepcopy, pickle, torch.save) stays tied to its original, or does not train on like it;
+- autograd no longer notices that a saved value has been overwritten;
+- the ranks' parts overlap, leave a gap, or give other bits than the whole.
+"""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hvd_adam import kernels
+from hvd_adam.adam import Adam
+from hvd_adam.flat import Flat
+from hvd_adam.layout import ALIGNMENT, Layout
+from hvd_adam.updates import seed, state_dtypes
+
+SHAPES = ((3, 5), (), (7,), (0,), (2, 3, 4, 4), (1,), (33,))
+OPTIONS = dict(lr=0.01, betas=(0.8, 0.95), weight_decay=0.1)
+STATES = ("exp_avg", "exp_avg_sq")
+
+
+def parameters(dtype=torch.float64, shapes=SHAPES):
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype))
+        for shape in shapes
+    ]
+
+
+def clones(params):
+    """Parameters with the same values, strides and requires_grad, in memory of their own."""
+    return [torch.nn.Parameter(p.detach().clone(), p.requires_grad) for p in params]
+
+
+def fused(params, **options):
+    return Adam(params, implementation="fused", **{**OPTIONS, **options})
+
+
+def stock(params, **options):
+    return torch.optim.Adam(params, foreach=False, **{**OPTIONS, **options})
+
+
+def params_of(optimizer):
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def give_gradients(optimizer, step, absent=()):
+    """The same for each optimizer at the same step, so that errors do not feed back."""
+    generator = torch.Generator().manual_seed(step)
+    for i, p in enumerate(params_of(optimizer)):
+        gradient = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
+        if p.requires_grad:
+            p.grad = None if i in absent else gradient
+
+
+def train(first, last, *optimizers, absent=()):
+    for step in range(first, last):
+        for optimizer in optimizers:
+            give_gradients(optimizer, step, absent)
+            optimizer.step()
+
+
+def assert_alike(ours, theirs):
+    """In at most 20 steps of float64, some 30 roundings each, of numbers of size 1: below 1e-12."""
+    for p, q in zip(ours, theirs, strict=True):
+        assert p.shape == q.shape
+        torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-12, atol=1e-12)
+
+
+def assert_same_run(ours, theirs):
+    """Parameters, moments and step counts."""
+    assert_alike(params_of(ours), params_of(theirs))
+    for p, q in zip(params_of(ours), params_of(theirs), strict=True):
+        found = theirs.state.get(q) or {"step": torch.tensor(0.0)}
+        assert ours.state[p]["step"].item() == found["step"].item()
+        for name in found.keys() - {"step"}:
+            assert_alike([ours.state[p][name]], [found[name]])
+
+
+def storage(tensor):
+    return tensor.untyped_storage().data_ptr()
+
+
+def assert_flat(optimizer):
+    """All parameters lie in one buffer, their gradients in another, and each kind of state in one."""
+    params = [p for p in params_of(optimizer) if p.numel()]
+    assert len({storage(p) for p in params}) == 1
+    assert len({storage(p.grad) for p in params if p.grad is not None}) <= 1
+    for name in STATES:
+        assert len({storage(optimizer.state[p][name]) for p in params}) == 1
+
+
+def pair(dtype=torch.float64, shapes=SHAPES, **options):
+    params = parameters(dtype, shapes)
+    return fused(clones(params), **options), stock(params, **options)
+
+
+# --- views ------------------------------------------------------------------------------------------------
+
+
+def test_after_a_step_everything_is_a_view_of_common_buffers_and_the_numbers_are_torchs():
+    ours, theirs = pair()
+    train(0, 3, ours, theirs)
+    assert_flat(ours)
+    assert_same_run(ours, theirs)
+
+
+def test_every_view_begins_at_a_multiple_of_64_bytes():
+    params = parameters(torch.float32)
+    optimizer = fused(params)
+    train(0, 1, optimizer)
+    for p in params:
+        if p.numel():
+            views = [p, p.grad, *(optimizer.state[p][name] for name in STATES)]
+            assert [view.data_ptr() % 64 for view in views] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zero_grad_empties_the_gradients_and_nothing_of_them_comes_back(set_to_none):
+    ours, theirs = pair()
+    for step in range(4):
+        for optimizer in (ours, theirs):
+            optimizer.zero_grad(set_to_none=set_to_none)
+            for i, p in enumerate(params_of(optimizer)):
+                if (i + step) % 3:  # accumulated as backward does it; the others are left empty
+                    (p * (step + 1.0)).sum().backward()
+            optimizer.step()
+        assert_same_run(ours, theirs)
+    ours.zero_grad(set_to_none=set_to_none)
+    assert all(p.grad is None if set_to_none else not p.grad.any() for p in params_of(ours))
+
+
+def test_a_backward_pass_through_overwritten_values_fails_as_with_torch():
+    for make in (stock, fused):
+        p = torch.nn.Parameter(torch.ones(3))
+        optimizer = make([p])
+        loss = (p * p).sum()
+        for _ in range(2):  # the second time the storage is there already
+            loss = (p * p).sum()
+            loss.backward(retain_graph=True)
+            optimizer.step()
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss.backward()
+
+
+# --- which parameters -------------------------------------------------------------------------------------
+
+
+def test_parameters_without_gradient_are_skipped_as_torch_skips_them():
+    ours, theirs = pair()
+    for step, absent in enumerate([(1, 4), (), (0, 1, 2, 3, 4, 5, 6), (0, 6), (2,)]):
+        before = [p.detach().clone() for p in params_of(ours)]
+        train(step, step + 1, ours, theirs, absent=absent)
+        assert all(torch.equal(params_of(ours)[i], before[i]) for i in absent)
+    assert_same_run(ours, theirs)
+
+
+def test_frozen_parameters_are_left_where_they_are_and_join_when_thawed():
+    ours, theirs = pair()
+    for optimizer in (ours, theirs):
+        params_of(optimizer)[4].requires_grad_(False)
+    ours, theirs = fused(params_of(ours)), stock(params_of(theirs))
+    frozen = params_of(ours)[4]
+    place, values = frozen.data_ptr(), frozen.detach().clone()
+    train(0, 3, ours, theirs)
+    assert frozen.data_ptr() == place
+    assert torch.equal(frozen, values)
+    for optimizer in (ours, theirs):
+        params_of(optimizer)[4].requires_grad_(True)
+    train(3, 6, ours, theirs)
+    assert_flat(ours)
+    assert_same_run(ours, theirs)
+    for optimizer in (ours, theirs):
+        params_of(optimizer)[0].requires_grad_(False)
+        params_of(optimizer)[0].grad = None
+    train(6, 8, ours, theirs)
+    assert_same_run(ours, theirs)
+
+
+def test_a_group_added_after_steps_joins_the_storage():
+    (*first, last), theirs_params = parameters(), parameters()
+    ours, theirs = fused(first), stock(theirs_params[:-1])
+    train(0, 3, ours, theirs)
+    ours.add_param_group({"params": [last], "lr": 0.5})
+    theirs.add_param_group({"params": theirs_params[-1:], "lr": 0.5})
+    train(3, 6, ours, theirs)
+    assert_flat(ours)
+    assert_same_run(ours, theirs)
+
+
+def test_options_and_members_of_groups_may_be_edited_by_hand():
+    params = parameters()
+    ours_params = clones(params)
+    ours, theirs = (
+        make([{"params": some[:3]}, {"params": some[3:], "lr": 0.1}])
+        for make, some in ((fused, ours_params), (stock, params))
+    )
+    train(0, 2, ours, theirs)
+    for optimizer in (ours, theirs):
+        optimizer.param_groups[0].update(lr=0.2, betas=(0.5, 0.6), weight_decay=0.0, maximize=True)
+        optimizer.param_groups[1].update(eps=1e-3, weight_decay=0.3)
+    train(2, 4, ours, theirs)
+    for optimizer in (ours, theirs):
+        first, second = (group["params"] for group in optimizer.param_groups)
+        second.append(first.pop(1))
+        dropped = first.pop(0)
+        dropped.grad = None
+    train(4, 6, ours, theirs)
+    assert_same_run(ours, theirs)
+    assert_alike(ours_params, params)  # those dropped, too
+
+
+def test_a_weight_used_twice_is_updated_once():
+    models = []
+    for make in (fused, stock):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 4)).double()
+        model[2].weight = model[0].weight
+        optimizer = make(model.parameters())
+        for step in range(5):
+            optimizer.zero_grad()
+            model(torch.full((2, 4), step + 1.0, dtype=torch.float64)).square().sum().backward()
+            optimizer.step()
+        assert model[2].weight is model[0].weight
+        models.append(model)
+    ours, theirs = models
+    # Gradients follow the parameters here: errors of 1e-15 may grow by some factor each step.
+    torch.testing.assert_close(list(ours.parameters()), list(theirs.parameters()), rtol=1e-10, atol=1e-10)
+
+
+def shared(kind):
+    whole = torch.arange(12, dtype=torch.float64) / 7
+    slices = {
+        "the same": (slice(0, 12), slice(0, 12)),
+        "overlapping": (slice(0, 8), slice(4, 12)),
+        "contained": (slice(0, 12), slice(3, 5)),
+    }[kind]
+    return [torch.nn.Parameter(whole[piece]) for piece in slices] + [torch.nn.Parameter(torch.ones(3).double())]
+
+
+@pytest.mark.parametrize("kind", ["the same", "overlapping", "contained"])
+def test_parameters_that_share_memory_go_on_sharing_it(kind):
+    # Without decay: whether the second parameter's is of the value before or after the first's is anybody's guess.
+    ours, theirs = fused(shared(kind), weight_decay=0.0), stock(shared(kind), weight_decay=0.0)
+    train(0, 5, ours, theirs)
+    assert_same_run(ours, theirs)
+    assert storage(params_of(ours)[0]) == storage(params_of(ours)[1]) != storage(params_of(ours)[2])
+
+
+def test_a_frozen_parameter_that_shares_memory_with_a_trained_one_goes_on_sharing_it():
+    p = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+    tied = torch.nn.Parameter(p.detach(), requires_grad=False)
+    train(0, 1, fused([p, tied]))
+    assert torch.equal(p, tied)
+
+
+def test_parameters_in_the_shared_memory_of_processes_stay_there():
+    p = torch.nn.Parameter(torch.ones(3).share_memory_())
+    train(0, 1, fused([p]))
+    assert p.is_shared()
+
+
+def test_two_optimizers_take_turns_with_the_same_parameters():
+    params = parameters()
+    ours_params = clones(params)
+    ours = [fused(ours_params), fused(ours_params[2:], lr=0.1)]
+    theirs = [stock(params), stock(params[2:], lr=0.1)]
+    for step in range(3):
+        train(step, step + 1, *ours)
+        train(step, step + 1, *theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert_same_run(a, b)
+
+
+# --- kinds of tensors -------------------------------------------------------------------------------------
+
+
+def test_strides_of_every_kind_give_torchs_numbers_and_dense_ones_are_kept():
+    views = {
+        "channels last": lambda base: base.to(memory_format=torch.channels_last),
+        "transposed": lambda base: base.transpose(0, 3),
+        "strided slice": lambda base: base[..., ::2],
+        "one of a large tensor": lambda base: base[1],
+        "one column": lambda base: base[:, :1],
+    }
+    generator = torch.Generator().manual_seed(1)
+    tensors = [view(torch.randn(2, 3, 4, 5, generator=generator).double()) for view in views.values()]
+    ours = fused([torch.nn.Parameter(t) for t in tensors])
+    strides = [p.stride() for p in params_of(ours)]
+    theirs = stock([torch.nn.Parameter(t.clone(memory_format=torch.contiguous_format)) for t in tensors])
+    train(0, 4, ours, theirs)
+    assert_same_run(ours, theirs)
+    for p, before in list(zip(params_of(ours), strides, strict=True))[:2]:
+        assert p.stride() == p.grad.stride() == ours.state[p]["exp_avg"].stride() == before
+
+
+def test_an_expanded_parameter_is_kept_out_and_still_updated():
+    """One number that is three elements: torch's own in-place operations refuse it, so nothing else is asked."""
+    expanded = torch.nn.Parameter(torch.ones(1).expand(3))
+    plain = torch.nn.Parameter(torch.ones(3))
+    optimizer = fused([plain, expanded])
+    place = expanded.data_ptr()
+    plain.grad = torch.ones(3)
+    optimizer.step()
+    assert expanded.data_ptr() == place
+    assert (plain < 1).all()
+
+
+def test_dtypes_may_be_mixed_in_a_group_and_each_has_buffers_of_its_own():
+    dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float32, torch.float64)
+    together = [torch.nn.Parameter(torch.linspace(-1, 1, 20 + i).to(dtype)) for i, dtype in enumerate(dtypes)]
+    alone = clones(together)
+    optimizer = fused(together)
+    train(0, 3, optimizer)
+    for step in range(3):
+        give_gradients(optimizer, step)  # read only, to give each one alone the same
+        for p, q in zip(alone, together, strict=True):
+            p.grad = q.grad.clone()
+        for p in alone:
+            if step == 0:
+                p.optimizer = fused([p])
+            p.optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(alone, together, strict=True))
+    assert storage(together[0]) == storage(together[4]) != storage(together[1]) == storage(together[3])
+
+
+def test_a_model_of_empty_parameters_only_counts_its_steps():
+    ours, theirs = pair(shapes=((0,), (3, 0)))
+    train(0, 2, ours, theirs)
+    assert_same_run(ours, theirs)
+    assert ours.state[params_of(ours)[0]]["step"].item() == 2
+
+
+def test_an_lstm_trains_as_with_torch():
+    runs = []
+    for make in (fused, stock):
+        torch.manual_seed(0)
+        model = torch.nn.LSTM(3, 4, num_layers=2).double()
+        optimizer = make(model.parameters())
+        for _ in range(5):
+            optimizer.zero_grad()
+            model(torch.linspace(-1, 1, 30, dtype=torch.float64).view(5, 2, 3))[0].square().sum().backward()
+            optimizer.step()
+        runs.append(list(model.parameters()))
+    # Gradients follow the parameters here: errors of 1e-15 may grow by some factor each step.
+    torch.testing.assert_close(*runs, rtol=1e-10, atol=1e-10)
+
+
+# --- replaced from outside --------------------------------------------------------------------------------
+
+
+def replace_gradient_data(optimizer):
+    for p in params_of(optimizer):
+        p.grad.data = p.grad.detach() * 2
+
+
+def replace_data(optimizer):
+    for p in params_of(optimizer):
+        p.data = p.detach() * 0.5
+
+
+def change_in_place(optimizer):
+    with torch.no_grad():
+        for p in params_of(optimizer):
+            p.mul_(0.5)
+            p.grad.add_(1)
+            optimizer.state[p]["exp_avg"].mul_(3)
+
+
+def replace_state(optimizer):
+    for p in params_of(optimizer):
+        optimizer.state[p]["exp_avg"] = optimizer.state[p]["exp_avg"] * 2
+        optimizer.state[p]["step"] = torch.tensor(7.0)
+
+
+def reset_state(optimizer):
+    optimizer.state.clear()
+
+
+def load_own_state(optimizer):
+    state_dict = copy.deepcopy(optimizer.state_dict())
+    for state in state_dict["state"].values():
+        state["exp_avg"] += 1
+    optimizer.load_state_dict(state_dict)
+
+
+def load_another_state(optimizer):
+    other = stock(parameters())
+    train(10, 13, other)
+    state_dict = {**optimizer.state_dict(), "state": copy.deepcopy(other.state_dict()["state"])}
+    optimizer.load_state_dict(state_dict)
+
+
+def use_one_vector(optimizer):
+    vector = torch.nn.utils.parameters_to_vector(params_of(optimizer)).detach() + 1
+    torch.nn.utils.vector_to_parameters(vector, params_of(optimizer))
+
+
+INTERVENTIONS = (
+    *(replace_gradient_data, replace_data, change_in_place, replace_state, reset_state),
+    *(load_own_state, load_another_state, use_one_vector),
+)
+
+
+@pytest.mark.parametrize("intervene", INTERVENTIONS, ids=lambda f: f.__name__)
+def test_what_is_replaced_between_steps_is_what_the_next_step_uses(intervene):
+    ours, theirs = pair()
+    train(0, 3, ours, theirs)
+    for optimizer in (ours, theirs):
+        give_gradients(optimizer, 3)
+        intervene(optimizer)
+        optimizer.step()  # with what is there now
+    assert_same_run(ours, theirs)
+    train(4, 7, ours, theirs)
+    assert_flat(ours)
+    assert_same_run(ours, theirs)
+
+
+def test_gradients_that_lie_elsewhere_and_are_accumulated_into_are_used():
+    """`p.grad.data = …` leaves the object that the storage knows, and zero_grad and backward go on using it."""
+    ours, theirs = pair()
+    train(0, 2, ours, theirs)
+    for optimizer in (ours, theirs):
+        replace_gradient_data(optimizer)
+    for step in range(3):
+        for optimizer in (ours, theirs):
+            optimizer.zero_grad(set_to_none=False)
+            sum((p * (step + 1.0)).sum() for p in params_of(optimizer)).backward()
+            optimizer.step()
+    assert_same_run(ours, theirs)
+
+
+MODULE_CHANGES = {
+    "to(float64)": lambda model: model.to(torch.float64),
+    "float().double()": lambda model: model.float().double(),
+    "to(channels_last)": lambda model: model.to(memory_format=torch.channels_last),
+    "share_memory()": lambda model: model.share_memory(),
+}
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("change", MODULE_CHANGES)
+def test_a_model_may_be_converted_between_steps(change, set_to_none):
+    runs = []
+    for make in (fused, stock):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(36, 2))
+        model = model if change == "to(float64)" else model.double()
+        optimizer = make(model.parameters())
+        for step in range(6):
+            if step == 3:
+                MODULE_CHANGES[change](model)
+                if change == "to(float64)":
+                    # torch's own moments stay float32 and its next step fails: start both anew.
+                    optimizer.state.clear()
+            optimizer.zero_grad(set_to_none=set_to_none)
+            weight = model[0].weight
+            images = torch.linspace(-1, 1, 150, dtype=weight.dtype).view(2, 3, 5, 5)
+            model(images).square().sum().backward()
+            optimizer.step()
+        runs.append([p.detach() for p in model.parameters()])
+    # Gradients follow the parameters: 1e-10 where all is float64, else three steps of float32, 1e-7 each, grown.
+    tolerance = 1e-4 if change == "to(float64)" else 1e-10
+    torch.testing.assert_close(*runs, rtol=tolerance, atol=tolerance)
+    assert runs[0][0].dtype == torch.float64
+
+
+def test_a_model_made_half_goes_on_with_state_in_the_new_dtype():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(5, 3)
+    optimizer = fused(model.parameters())
+    train(0, 2, optimizer)
+    before = [p.detach().clone() for p in model.parameters()]
+    model.half()
+    model.zero_grad()
+    train(2, 4, optimizer)
+    for p, q in zip(model.parameters(), before, strict=True):
+        assert p.dtype == optimizer.state[p]["exp_avg"].dtype == torch.float16
+        assert optimizer.state[p]["step"].item() == 4
+        # Two steps that Cauchy and Schwarz allow at most 3 lr each, and roundings of 2^-11.
+        assert ((p.float() - q).abs() <= 6 * 0.01 + 4 * 2**-11 * q.abs() + 2**-14).all()
+
+
+@pytest.mark.parametrize("bad", ["sparse", "dtype"])
+def test_a_refused_gradient_changes_nothing(bad):
+    if bad == "dtype" and not hasattr(torch.Tensor, "grad_dtype"):
+        pytest.skip("this PyTorch enforces the dtype itself")
+    params = [*parameters(torch.float32), *parameters(torch.float64)]
+    optimizer = fused(params)
+    train(0, 2, optimizer)
+    give_gradients(optimizer, 2)
+    if bad == "sparse":
+        params[-1].grad = torch.ones(params[-1].shape, dtype=torch.float64).to_sparse()
+    else:
+        params[-1].grad = None
+        params[-1].grad_dtype = None
+        params[-1].grad = torch.ones(params[-1].shape)
+    grads = [p.grad.clone() for p in params[:-1]]
+    values, state = [p.detach().clone() for p in params], copy.deepcopy(optimizer.state_dict()["state"])
+    with pytest.raises(RuntimeError, match=r"sparse gradients|parameter's torch\.float64"):
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, values, strict=True))
+    assert all(torch.equal(p.grad, g) for p, g in zip(params, grads, strict=False))
+    for old, new in zip(state.values(), optimizer.state_dict()["state"].values(), strict=True):
+        assert all(torch.equal(old[name], new[name]) for name in old)
+
+
+# --- copies -----------------------------------------------------------------------------------------------
+
+
+def through_a_file(thing):
+    file = io.BytesIO()
+    torch.save(thing, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda t: pickle.loads(pickle.dumps(t)), "file": through_a_file}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_a_copy_of_model_and_optimizer_trains_on_like_the_original_and_apart_from_it(name):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(5, 3)
+    optimizer = fused(model.parameters(), amsgrad=True)
+    train(0, 3, optimizer)
+    model_copy, optimizer_copy = COPIES[name]((model, optimizer))
+    assert all(p is q for p, q in zip(params_of(optimizer_copy), model_copy.parameters(), strict=True))
+    copied = [p.detach().clone() for p in model_copy.parameters()]
+    train(3, 6, optimizer)
+    assert all(torch.equal(p, q) for p, q in zip(model_copy.parameters(), copied, strict=True))
+    train(3, 6, optimizer_copy)
+    assert all(torch.equal(p, q) for p, q in zip(model_copy.parameters(), model.parameters(), strict=True))
+    ours, theirs = optimizer_copy.state_dict()["state"], optimizer.state_dict()["state"]
+    for i in theirs:
+        assert all(torch.equal(ours[i][key], theirs[i][key]) for key in theirs[i])
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_a_model_alone_is_copied_apart_from_its_buffers(name):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(5, 3)
+    optimizer = fused(model.parameters())
+    train(0, 1, optimizer)
+    duplicate = COPIES[name](model)
+    before = [p.detach().clone() for p in duplicate.parameters()]
+    train(1, 3, optimizer)
+    assert all(torch.equal(p, q) for p, q in zip(duplicate.parameters(), before, strict=True))
+    model.load_state_dict(duplicate.state_dict())
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    assert_flat(optimizer)
+
+
+# --- layouts ----------------------------------------------------------------------------------------------
+
+
+@st.composite
+def tensors(draw):
+    shape = draw(st.lists(st.integers(0, 5), max_size=4))
+    t = torch.empty(shape)
+    order = draw(st.permutations(range(len(shape))))
+    return t.permute(order)[..., :: draw(st.integers(1, 2))] if shape else t
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    params=st.lists(tensors(), max_size=8),
+    ranks=st.integers(1, 7),
+    bucket_bytes=st.one_of(st.none(), st.integers(1, 600)),
+)
+def test_a_layout_neither_overlaps_nor_leaves_its_buckets_and_divides_evenly(params, ranks, bucket_bytes):
+    layout = Layout.of(params, bucket_bytes, ranks)
+    assert len(layout.offsets) == len(params)
+    end_of_bucket = last = 0
+    for bucket in layout.buckets:
+        assert (bucket.start, bucket.first) == (end_of_bucket, last)  # one after the other, without gap
+        end_of_bucket, last = bucket.end, bucket.last
+        reach = bucket.start
+        for offset, p in zip(layout.offsets[bucket.first : last], params[bucket.first : last], strict=True):
+            assert offset >= reach
+            assert offset % ALIGNMENT == 0
+            reach = offset + p.numel()
+        assert reach <= bucket.flags
+        assert bucket.flags + last - bucket.first <= bucket.end
+        parts = [bucket.part(rank, ranks) for rank in range(ranks)]
+        assert len({end - start for start, end in parts}) == 1
+        assert all(start % ALIGNMENT == 0 for start, _ in parts)
+        assert [parts[0][0], *(end for _, end in parts)] == [*(start for start, _ in parts), bucket.end]
+        size = sum(p.numel() * p.element_size() for p in params[bucket.first : last])
+        assert (
+            bucket_bytes is None
+            or size <= bucket_bytes
+            or sum(p.numel() > 0 for p in params[bucket.first : last]) == 1
+        )
+    assert (end_of_bucket, last) == (layout.total, len(params))
+
+
+# --- parts ------------------------------------------------------------------------------------------------
+
+
+def flat_of(params, layout, part, option):
+    """Flat storage of copies of the parameters, with gradients, ready to take step number `STEP`."""
+    params = clones(params)
+    optimizer = Adam(params, implementation="fused", weight_decay=0.1, **option)
+    generator = torch.Generator().manual_seed(5)
+    for i, p in enumerate(params):
+        for name in STATES:
+            optimizer.state[p][name] += torch.rand(p.shape, generator=generator)
+        optimizer.state[p]["step"].fill_(STEP - 1)
+        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype) if i != 2 else None
+    flat = Flat(params, [0] * len(params), optimizer.state, layout, part)
+    return flat, optimizer.param_groups[0], optimizer.state
+
+
+def take_step(flat, group, kind):
+    moments = group_dtype = state_dtypes(group, flat.dtype)["exp_avg"]
+    variant = kernels.Variant("cpu", flat.dtype, group_dtype, False, "coupled", kind)
+    for run in flat.runs(flat.collect()):
+        for position, buffers in flat.buffers(run, state_dtypes(group, flat.dtype)):
+            assert buffers.exp_avg.dtype == moments
+            numbers = kernels.scalars(group, run.step, variant.compute_dtype)
+            kernels.update(variant, buffers, torch.ones(()), numbers, seed(run.step, position))
+
+
+def wrapping_step():
+    """A step whose seeds pass 2**31 within the parameters of the test."""
+    return next(step for step in range(1, 1 << 24) if seed(step, 0) >= 2**31 - 150)
+
+
+STEP = wrapping_step()
+
+
+@pytest.mark.parametrize("ranks", range(1, 8))
+@pytest.mark.parametrize("bucket_bytes", [None, 300])
+@pytest.mark.parametrize(
+    ("dtype", "kind", "option"),
+    [
+        (torch.float32, "nearest", {}),
+        (torch.bfloat16, "stochastic", {"stochastic_rounding": True}),
+        (torch.bfloat16, "master", {"master_weights": True}),
+    ],
+    ids=["float32", "stochastic", "master"],
+)
+def test_the_parts_of_all_ranks_tile_the_state_and_update_like_the_whole(ranks, bucket_bytes, dtype, kind, option):
+    params = parameters(dtype)
+    params[4].data = params[4].to(memory_format=torch.channels_last)
+    layout = Layout.of(params, bucket_bytes, ranks)
+    whole, group, whole_state = flat_of(params, layout, (0, 1), option)
+    flats = [flat_of(params, layout, (rank, ranks), option) for rank in range(ranks)]
+
+    owned = sorted((start, end) for flat, _, _ in flats for start, end, _ in flat.owned)
+    assert [0, *(end for _, end in owned)] == [*(start for start, _ in owned), layout.total]
+
+    take_step(whole, group, kind)
+    for flat, group, _ in flats:
+        take_step(flat, group, kind)
+    for flat, _, _ in flats:
+        for start, end, place in flat.owned:
+            assert torch.equal(flat.param[start:end], whole.param[start:end])
+            for name in flat.state.keys() - {"step"}:
+                assert torch.equal(flat.state[name][place : place + end - start], whole.state[name][start:end])
+    for i, p in enumerate(whole.params):
+        for name in STATES if ranks > 1 else ():
+            pieces = [state[flat.params[i]][name].reshape(-1) for flat, _, state in flats]
+            in_memory = whole_state[p][name].as_strided((p.numel(),), (1,))
+            assert torch.equal(torch.cat(pieces), in_memory)
+        steps = {state[flat.params[i]]["step"].item() for flat, _, state in flats}
+        assert steps == {whole_state[p]["step"].item()} == {STEP - (i == 2)}

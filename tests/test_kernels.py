@@ -1,0 +1,318 @@
+"""The compiled update and the cache it is kept in, mostly in processes of their own.
+
+Hazards covered:
+- something that changes from step to step, or that a user may change, compiles the kernel anew;
+- two processes of a host compile the same kernel, or wait for each other without end;
+- a cache that is damaged, or was left by a killed process, spoils results or stops a run;
+- without compiler, home or writable folder the optimizer fails instead of doing what it can;
+- the user's own compiler cache is changed;
+- the scalars lose accuracy; stochastic rounding depends on where a buffer begins.
+"""
+
+import json
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+from hvd_adam import kernel_cache, kernels
+
+ROOT = Path(__file__).parents[1]
+
+RUN = """
+import json, os, warnings
+import torch
+from torch._dynamo.utils import counters
+from hvd_adam.adam import Adam
+
+def train(implementation):
+    p = torch.nn.Parameter(torch.linspace(-1, 1, 50))
+    optimizer = Adam([p], implementation=implementation)
+    for step in range(100):
+        optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
+        p.grad = torch.cos(p.detach() * (step + 1))
+        optimizer.step()
+    return p.tolist()
+
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    fused = train("fused")
+print(json.dumps({
+    "fused": fused,
+    "foreach": train("foreach"),
+    "graphs": counters["stats"]["unique_graphs"],
+    "warnings": [f"{w.category.__name__}: {w.message}" for w in caught if "hvd_adam" in str(w.message)],
+    "inductor": os.environ.get("TORCHINDUCTOR_CACHE_DIR"),
+}))
+"""
+
+
+def start(cache, code=RUN, **environment):
+    """Start a process that keeps its kernels below `cache`; a value of None takes a variable away."""
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={key: value for key, value in environment.items() if value is not None},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process):
+    output, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    return json.loads(output.splitlines()[-1])
+
+
+def assert_right(result):
+    """100 steps of float32 with a bounded rate: what two orders of the same operations may differ by."""
+    assert result["warnings"] == []
+    # Each step adds some ten roundings of numbers below 2 and moves by at most the rate; gradients follow the
+    # parameter and may enlarge an error (cos(t x) has the slope t, the rate falls with 1/t): 1e-3 leaves room.
+    torch.testing.assert_close(torch.tensor(result["fused"]), torch.tensor(result["foreach"]), rtol=0, atol=1e-3)
+
+
+def kernels_folder(cache):
+    (folder,) = (Path(cache) / "hvd_adam" / "kernels").iterdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory):
+    """A cache that has the kernel of RUN in it, and what the run that made it has said."""
+    cache = tmp_path_factory.mktemp("cache")
+    return cache, finish(start(cache, TORCHINDUCTOR_CACHE_DIR=str(cache / "of-the-user")))
+
+
+# --- compilations -----------------------------------------------------------------------------------------
+
+
+def test_100_steps_with_a_changing_rate_take_one_compilation(warm):
+    assert_right(warm[1])
+    assert warm[1]["graphs"] == 1
+
+
+def test_the_users_compiler_cache_is_neither_used_nor_redirected(warm):
+    cache, result = warm
+    assert result["inductor"] == str(cache / "of-the-user")
+    assert not [path for path in (cache / "of-the-user").rglob("*") if path.is_file()]
+    assert list((kernels_folder(cache) / "inductor").rglob("*.so"))
+
+
+def logging_compiler(folder, before=""):
+    """A C++ compiler that says in folder/log for whom it compiles."""
+    script = folder / "c++"
+    compiler = shutil.which("g++") or shutil.which("c++")
+    # Each process also lets it print and preprocess things, to know what to look for in the cache.
+    log = f'case " $* " in *" -E "*) ;; *" -o "*) echo "$WHO" >> "{folder}/log"; {before} ;; esac'
+    script.write_text(f'#!/bin/sh\n{log}\nexec "{compiler}" "$@"\n')
+    script.chmod(0o755)
+    return str(script)
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="needs a C++ compiler")
+def test_of_two_processes_that_start_at_once_one_compiles_and_both_are_right(tmp_path):
+    compiler = logging_compiler(tmp_path)
+    processes = [start(tmp_path / "cache", CXX=compiler, WHO=who) for who in ("first", "second")]
+    results = [finish(process) for process in processes]
+    for result in results:
+        assert_right(result)
+    assert results[0]["fused"] == results[1]["fused"]
+    assert len(set((tmp_path / "log").read_text().split())) == 1
+
+
+MANY = """
+import json, warnings
+from itertools import product
+import torch
+from hvd_adam.adam import Adam
+
+warnings.simplefilter("error", RuntimeWarning)
+p = torch.nn.Parameter(torch.ones(100))
+optimizer = Adam([p], implementation="fused")
+
+def step():
+    p.grad = torch.ones(100, dtype=torch.float32)
+    optimizer.step()
+
+for threads in range(1, 13):
+    torch.set_num_threads(threads)
+    step()
+torch.set_default_dtype(torch.float64)
+step()
+torch.use_deterministic_algorithms(True)
+step()
+with torch.autocast("cpu", dtype=torch.bfloat16):
+    step()
+for elements in (1, 2, 6, 15, 16, 17):
+    q = torch.nn.Parameter(torch.ones(elements, dtype=torch.float32))
+    small = Adam([q], implementation="fused")
+    q.grad = torch.ones(elements, dtype=torch.float32)
+    small.step()
+variants = 0
+for dtype, amsgrad, decay in product((torch.float32, torch.float64), (False, True), (0.0, 0.1)):
+    for decoupled in (False, True):
+        q = torch.nn.Parameter(torch.ones(9, dtype=dtype))
+        each = Adam([q], weight_decay=decay, amsgrad=amsgrad, decoupled_weight_decay=decoupled,
+                    implementation="fused")
+        q.grad = torch.ones(9, dtype=dtype)
+        each.step()
+        variants += 1
+        assert abs(q[0].item() - (0.999 - 1e-4 * decoupled * (decay > 0))) < 1e-6, (dtype, amsgrad, decay)
+print(json.dumps({"last": p[0].item(), "variants": variants}))
+"""
+
+
+def test_threads_modes_lengths_and_many_variants_may_change_in_one_process(warm):
+    result = finish(start(warm[0], MANY))
+    # 15 steps of constant gradient, each of the rate 1e-3, and some roundings of 2^-24 each.
+    assert result["last"] == pytest.approx(1 - 15e-3, abs=15 * 8 * 2**-24)
+    assert result["variants"] == 16
+
+
+# --- a cache in every state ---------------------------------------------------------------------------------
+
+
+def truncated(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def emptied(path):
+    os.truncate(path, 0)
+
+
+def garbage(path):
+    path.write_bytes(bytes(range(1, 256)) * (path.stat().st_size // 255 + 1))
+
+
+@pytest.mark.parametrize("damage", [truncated, emptied, garbage], ids=lambda f: f.__name__)
+def test_a_cache_that_is_damaged_in_every_file_does_no_harm(warm, tmp_path, damage):
+    shutil.copytree(warm[0], tmp_path / "cache")
+    files = [p for p in kernels_folder(tmp_path / "cache").rglob("*") if p.is_file() and p.name != "lock"]
+    assert any(path.suffix == ".so" for path in files)
+    for path in files:
+        damage(path)
+    assert_right(finish(start(tmp_path / "cache")))
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="needs a C++ compiler")
+def test_a_process_that_is_killed_while_it_compiles_does_no_harm_to_the_next(tmp_path):
+    for name in ("begun", "never"):
+        os.mkfifo(tmp_path / name)
+    compiler = logging_compiler(tmp_path, before=f'echo > "{tmp_path}/begun"; read _ < "{tmp_path}/never"')
+    killed = start(tmp_path / "cache", CXX=compiler, WHO="killed")
+    (tmp_path / "begun").read_text()  # returns when the compiler runs
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    folder = kernels_folder(tmp_path / "cache")
+    assert (folder / "begun").exists()
+    assert not list(folder.glob("*.made"))
+    assert_right(finish(start(tmp_path / "cache")))
+    assert not (folder / "begun").exists()
+    assert len(list(folder.glob("*.made"))) == 1
+
+
+def test_without_a_compiler_it_warns_once_and_does_what_foreach_does(tmp_path):
+    (tmp_path / "bin").mkdir()
+    result = finish(start(tmp_path, CXX="/nonexistent/c++", PATH=str(tmp_path / "bin")))
+    assert result["fused"] == result["foreach"]
+    (warning,) = result["warnings"]
+    assert warning.startswith("RuntimeWarning: hvd_adam: no fused update here, using foreach (")
+    assert "\n" not in warning
+    assert "compiler" in warning.lower()
+
+
+def test_a_folder_that_cannot_be_written_does_no_harm(tmp_path):
+    (tmp_path / "file").touch()
+    below = str(tmp_path / "file" / "below")
+    assert_right(finish(start(below, HOME=below)))
+
+
+def test_a_user_without_home_gets_a_folder(tmp_path, monkeypatch):
+    def unknown(uid):
+        raise KeyError(uid)
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    folder = kernel_cache._folder.__wrapped__()
+    assert folder.parent == tmp_path
+
+
+# --- numbers ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_the_scalars_make_the_papers_update(dtype, decoupled):
+    for step, betas in product((1, 2, 10, 1000, 2**24), ((0.9, 0.999), (0.0, 0.0), (0.5, 0.0), (0.99, 0.9999))):
+        group = dict(lr=0.01, betas=betas, eps=1e-8, weight_decay=0.1, decoupled_weight_decay=decoupled)
+        decay, one_minus_beta1, beta2, one_minus_beta2, size, eps = (
+            kernels.scalars(group, step, dtype).double().tolist()
+        )
+        # Rounded once to `dtype` after some operations in float64; 1 - beta**step cancels to at least 1e-4.
+        exactly = dict(rel=torch.finfo(dtype).eps + 1e-11, abs=0)
+        assert decay == pytest.approx(-0.001 if decoupled else 0.1, **exactly)
+        assert (one_minus_beta1, one_minus_beta2) == pytest.approx((1 - betas[0], 1 - betas[1]), **exactly)
+        assert beta2 == pytest.approx(betas[1], **exactly)
+        for m, v in ((0.3, 0.2), (-1e-6, 1e-20)):
+            m_hat, v_hat = m / (1 - betas[0] ** step), v / (1 - betas[1] ** step)
+            papers = 0.01 * m_hat / (v_hat**0.5 + 1e-8)
+            ours = size * m / (v**0.5 + eps)
+            assert ours == pytest.approx(papers, rel=2 * torch.finfo(dtype).eps + 1e-11, abs=0)
+
+
+def test_stochastic_rounding_keeps_what_is_not_finite_and_what_is_exact():
+    x = torch.tensor([float("inf"), -float("inf"), float("nan"), 0.0, -0.0, 1.5, -3.0e38])
+    for number in range(100):
+        rounded = kernels.round_stochastically(x, torch.tensor(number * 9973))
+        assert rounded[:2].tolist() == [float("inf"), -float("inf")]
+        assert rounded[2].isnan()
+        assert rounded[3:6].tolist() == [0.0, 0.0, 1.5]
+        assert rounded[4].signbit()
+
+
+def test_stochastic_rounding_is_unbiased_for_every_sign_and_fraction():
+    n = 1 << 16
+    for sign, fraction in product((1, -1), (1 / 65536, 0.1, 0.5, 0.9, 65535 / 65536)):
+        x = torch.full((n,), sign * (1 + fraction * 2**-7))
+        rounded = kernels.round_stochastically(x, torch.tensor(12345)).double()
+        assert set(rounded.tolist()) <= {sign * 1.0, sign * (1 + 2**-7)}
+        exact = (abs(x[0].double().item()) - 1) * 2**7
+        # Of n draws with this probability; the smallest probabilities give about one hit.
+        sigma = (exact * (1 - exact) / n) ** 0.5
+        assert abs((rounded.abs() - 1).mean().item() * 2**7 - exact) <= 6 * sigma + 1 / n
+
+
+def test_stochastic_rounding_draws_the_same_bits_wherever_a_buffer_is_cut():
+    x = torch.linspace(-3, 3, 1000)
+    for first in (0, 12345, 2**31 - 500):  # the last one passes the end of the seeds on its way
+        whole = kernels.round_stochastically(x, torch.tensor(first))
+        for cut in (16, 496, 512, 800):
+            rest = kernels.round_stochastically(x[cut:], torch.tensor((first + cut) % 2**31))
+            assert torch.equal(whole[cut:], rest)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_master_gives_way_only_where_its_parameter_was_changed(dtype):
+    generator = torch.Generator().manual_seed(0)
+    master = torch.randn(10000, generator=generator) * torch.logspace(-12, 4, 10000)
+    master = torch.cat([master, torch.tensor([0.0, 3e38, float("inf"), float("nan")])])
+    p = master.to(dtype)
+    assert torch.equal(kernels.current_master(p, master).nan_to_num(), master.nan_to_num())
+    changed = torch.where(torch.arange(len(p)) % 2 == 0, torch.tensor(0.25, dtype=dtype), p)
+    found = kernels.current_master(changed, master)
+    assert torch.equal(found[1::2].nan_to_num(), master[1::2].nan_to_num())
+    # A master that rounds to 0.25 itself is as good.
+    assert torch.equal(found[::2].to(dtype), changed[::2])
