@@ -193,8 +193,9 @@ class Adam(torch.optim.Optimizer):
             super().__setstate__(state)
             return
         for own, loaded in zip(own_groups, state["param_groups"], strict=True):
-            for option in self.defaults.keys() & own.keys():
-                loaded.setdefault(option, own[option])
+            for option in self.defaults:  # in one order on all ranks
+                if option in own:
+                    loaded.setdefault(option, own[option])
             loaded["betas"] = tuple(map(float, loaded["betas"]))  # PyTorch's may be tensors
             check_implementation(loaded["implementation"])
         check_loaded_state(state)

@@ -88,7 +88,8 @@ def distribute(
         init(), "options of distribute", {"strategy": strategy, "scaler": loss_scaler is not None, **options}
     )
     require_same_layout(model, optimizer)
-    return STRATEGIES[strategy](optimizer, model, loss_scaler=loss_scaler, **options)
+    kind = STRATEGIES[strategy] if hvd.size() > 1 else DistributedAdam  # one rank's part is the whole
+    return kind(optimizer, model, loss_scaler=loss_scaler, **options)
 
 
 def _require_choice(what: str, value: object, choices: Iterable[str]) -> None:

@@ -305,9 +305,12 @@ class DistributedAdam(Adam):
     @torch.no_grad()
     def _send(self, group: tuple[torch.Tensor, ...]) -> tuple[None, None]:
         """Called by the wrapper's hooks when a bucket's gradients are there."""
-        if not self._reducer.under_way:
+        reducer = self._reducer
+        if not reducer.under_way:
             self._settle()
-        self._reducer.send(group[0])
+        if self._reducer is reducer:
+            self._reducer.send(group[0])
+        # else the buckets are others now, and this one's may not be complete: finish() sends what is left.
         return None, None
 
     def _in_flight(self) -> bool:

@@ -94,6 +94,11 @@ class Flat:
                 self._take_state(i)
         return True
 
+    def has(self, state: dict[Tensor, dict[str, Tensor]], i: int, name: str) -> bool:
+        """Whether in `state` parameter `i` still has the view of the buffer of this name."""
+        view = self._state_views[i].get(name)
+        return view is not None and state.get(self.params[i], {}).get(name) is view
+
     def reclaim(self, state: dict[Tensor, dict[str, Tensor]]) -> None:
         """Throws away what has been put in place of the views of the state."""
         for p, views, ids in zip(self.params, self._state_views, self._state_ids, strict=True):

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from hvd_adam.broadcast import ROOT, broadcast_training
-from hvd_adam.cluster import horovod
 from hvd_adam.distributed_adam import DistributedAdam, pieces
 from hvd_adam.flat import Flat
 from hvd_adam.layout import Layout
@@ -40,7 +39,8 @@ class ShardedAdam(DistributedAdam):
     @property
     def scatters(self) -> bool:
         """See the class."""
-        return self._parameters()[0].device.type == "cuda"
+        # Not over Gloo: after a reduce-scatter of Horovod 0.28.1 the next large broadcast never ends there.
+        return self._parameters()[0].device.type == "cuda" and bool(self._hvd.nccl_built())
 
     def state_dict(self) -> dict[str, Any]:
         """The whole state, as plain Adam's; every rank must call it, since each gives its part."""
@@ -58,7 +58,7 @@ class ShardedAdam(DistributedAdam):
 
     def broadcast(self) -> None:
         """Gives every rank rank 0's parameters, buffers and hyper-parameters, and its part of rank 0's state."""
-        whole = horovod().broadcast_object(self._loaded, ROOT, name="hvd_adam.loaded")
+        whole = self._hvd.broadcast_object(self._loaded, ROOT, name="hvd_adam.loaded")
         if whole and not self._loaded:
             self.state.clear()
             for group in self.param_groups:
@@ -87,24 +87,19 @@ class ShardedAdam(DistributedAdam):
         layout = Layout.of(params, BUCKET_BYTES, ranks)
         return Flat(params, groups, self.state, layout, part=(self._hvd.rank(), ranks))
 
-    def _lay_out(self) -> None:
-        if self._flats and not self._loaded:
-            for p, whole in self._whole_state_of_all().items():
-                self.state[p] = whole
-        super()._lay_out()
+    def _settle(self) -> None:
+        super()._settle()
         self._loaded = False
 
-    def _gradient_pieces(self) -> list[torch.Tensor]:
-        return [
-            piece
-            for flat in self._flats
-            for start, end in flat.spans([p.grad is not None for p in flat.params])
-            for piece in pieces(flat.grad[start:end])
-        ]
+    def _lay_out(self) -> None:
+        if self._flats:
+            self.state.update(self._whole_state_of_all())
+        super()._lay_out()
 
     def _norm(self) -> torch.Tensor:
         """From the squares of all parts, added in the order of ranks: the same bits everywhere."""
-        own = self._gradient_pieces()
+        spans = [(flat, span) for flat in self._flats for span in flat.spans(flat.collect())]
+        own = [piece for flat, (start, end) in spans for piece in pieces(flat.grad[start:end])]
         device = self._parameters()[0].device
         norms = [norm.double() for norm in torch._foreach_norm(own)] if own else [torch.zeros((), device=device)]
         square = torch.stack(norms).double().square().sum().reshape(1)
@@ -115,7 +110,6 @@ class ShardedAdam(DistributedAdam):
 
     def _update(self, factor: torch.Tensor | None = None) -> None:
         super()._update(factor)
-        self._loaded = False
         for number, flat in enumerate(self._flats):
             self._exchange(flat, flat.param, f"parameters.{number}")
 
@@ -144,21 +138,25 @@ class ShardedAdam(DistributedAdam):
                 yield self._hvd.broadcast_async_(part, rank, name=f"{self._prefix}.{name}.{number}.{rank}"), None
 
     def _whole_state_of_all(self) -> dict[torch.Tensor, dict[str, torch.Tensor]]:
-        """The state of every parameter, whole, in new tensors; one buffer after the other is gathered."""
-        self._absorb()
+        """The state of every parameter, whole; one buffer after the other is gathered.
+
+        Raises:
+            RuntimeError: a state has been loaded on some ranks, and not yet been given to the others.
+        """
+        loaded = self._hvd.allgather_object(self._loaded, name=f"{self._prefix}.loaded")
+        if len(set(loaded)) > 1:
+            ranks = ", ".join(str(rank) for rank, there in enumerate(loaded) if there)
+            raise RuntimeError(f"a state was loaded on rank {ranks} only: call broadcast() on all ranks first")
         whole = {p: dict(state) for p, state in self.state.items()}
         for number, flat in enumerate(self._flats):
             for name in flat.state:
+                parts = [i for i in range(len(flat.params)) if flat.has(self.state, i, name)]
                 if name == "step":
-                    continue
-                buffer = flat.spread(name)
-                self._exchange(flat, buffer, f"{name}.{number}")
-                for i, p in enumerate(flat.params):
-                    whole[p][name] = flat.view(buffer, i)
+                    for i in parts:
+                        whole[flat.params[i]][name] = flat.state[name][i].clone()
+                elif parts:
+                    buffer = flat.spread(name)
+                    self._exchange(flat, buffer, f"{name}.{number}")
+                    for i in parts:
+                        whole[flat.params[i]][name] = flat.view(buffer, i)
         return whole
-
-    def _absorb(self) -> None:
-        """Puts what has been loaded into the parts."""
-        for flat in self._flats:
-            flat.fits(self.state)
-        self._loaded = False
