@@ -58,6 +58,7 @@ class Flat:
         part: tuple[int, int] = (0, 1),
     ) -> None:
         self.params, self.groups, self.layout = params, groups, layout
+        self._one_group = len(set(groups)) == 1
         self._state_of = state
         self.device, self.dtype = params[0].device, params[0].dtype
         self._strides = [torch.empty_like(p, device="meta").stride() for p in params]
@@ -82,13 +83,14 @@ class Flat:
     def fits(self, state: dict[Tensor, dict[str, Tensor]]) -> bool:
         """Whether parameters and state can still live here; puts back what was replaced by its like."""
         self._state_of = state
-        for i, p in enumerate(self.params):
-            if p.data_ptr() != self._pointers[i] or p.stride() != self._strides[i]:
+        checked = zip(self.params, self._pointers, self._strides, self._state_ids, strict=True)
+        for i, (p, pointer, stride, ids) in enumerate(checked):
+            if p.data_ptr() != pointer or p.stride() != stride:
                 if (p.device, p.dtype) != (self.device, self.dtype) or p.shape != self._param_views[i].shape:
                     return False
                 self._take_param(i)
             found = state[p]
-            if [*map(id, found.values())] != self._state_ids[i]:
+            if [*map(id, found.values())] != ids:
                 if self._state_views[i].keys() != found.keys():
                     return False
                 self._take_state(i)
@@ -114,13 +116,12 @@ class Flat:
             RuntimeError: a gradient is sparse or of another dtype than its parameter.
         """
         params, views = self.params[first:last], self._grad_views[first:last]
-        places = self._grad_pointers[first:last]
-        present = [p.grad is not None for p in params]
+        grads, places = [p.grad for p in params], self._grad_pointers[first:last]
         # `p.grad.data = …`, as Module.to does it, leaves the object and changes where it lies.
         strangers = [
             i
-            for i, p in enumerate(params)
-            if present[i] and (p.grad is not views[i] or p.grad.data_ptr() != places[i])
+            for i, (grad, view, place) in enumerate(zip(grads, views, places, strict=True))
+            if grad is not None and (grad is not view or grad.data_ptr() != place)
         ]
         for i in strangers:
             check_gradient(params[i])
@@ -128,10 +129,10 @@ class Flat:
             if views[i].data_ptr() != places[i]:
                 views[i] = self._grad_views[first + i] = self.view(self.grad, first + i)
         if strangers:
-            torch._foreach_copy_([views[i] for i in strangers], [params[i].grad for i in strangers])
+            torch._foreach_copy_([views[i] for i in strangers], [grads[i] for i in strangers])
         for i in strangers:
             params[i].grad = views[i]
-        return present
+        return [grad is not None for grad in grads]
 
     def clear(self, i: int) -> None:
         """Gives parameter `i` a gradient of zeros."""
@@ -172,6 +173,9 @@ class Flat:
         _mark_changed([p for p, has_grad in zip(self.params, present, strict=True) if has_grad])
         steps = self.state["step"]
         steps.add_(1 if all(present) else torch.tensor(present, dtype=steps.dtype))
+        if all(present) and self._one_group and bool((steps == steps[0]).all()):
+            end = self.layout.offsets[-1] + self.params[-1].numel()
+            return [Run(self.groups[0], steps[0].item(), 0, end)]
         runs: list[Run] = []
         follows = False
         for i, step in enumerate(steps.tolist()):
@@ -256,12 +260,15 @@ class Flat:
 
 
 def _mark_changed(params: list[Tensor]) -> None:
-    if hasattr(torch.autograd.graph, "increment_version"):
-        for p in params:  # a list of them needs a newer PyTorch
-            torch.autograd.graph.increment_version(p)
+    if not hasattr(torch.autograd.graph, "increment_version"):
+        for p in params:
+            p.detach().as_strided((0,), (1,)).zero_()
         return
-    for p in params:
-        p.detach().as_strided((0,), (1,)).zero_()
+    try:
+        torch.autograd.graph.increment_version(params)
+    except TypeError:  # an older PyTorch takes one at a time
+        for p in params:
+            torch.autograd.graph.increment_version(p)
 
 
 def check_gradient(p: Tensor) -> None:
