@@ -79,8 +79,9 @@ def test_every_kind_of_block_is_known():
 
 def test_every_option_named_is_one_that_exists():
     helps = ""
-    for module in ("hvd_adam.train", "hvd_adam.evaluate"):
-        helps += subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True).stdout
+    for module in ("hvd_adam.train", "hvd_adam.evaluate", "hvd_adam.bench step"):
+        command = [sys.executable, "-m", *module.split(), "--help"]
+        helps += subprocess.run(command, capture_output=True, text=True).stdout
     scripts = "".join(path.read_text() for path in (ROOT / "launch").glob("*.sh"))
     prose = re.sub(r"^```.*?^```$", "", README, flags=re.DOTALL | re.MULTILINE)
     for option in re.findall(r"`(--[a-z-]+)", prose):
