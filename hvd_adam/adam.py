@@ -30,7 +30,6 @@ from hvd_adam.updates import (
 
 Params = Iterable[Tensor] | Iterable[Group] | Iterable[tuple[str, Tensor]]
 
-
 # "auto" takes the fused kernel from this size on. Below, a step takes a millisecond or two either way, and
 # compiling takes seconds.
 _FUSED_ELEMENTS = 1 << 20
@@ -250,16 +249,16 @@ class Adam(torch.optim.Optimizer):
             _UPDATES[self._outside_implementations[i]](batch, self.param_groups[i], factor)
 
     def _update_flat(self, flat: Flat, present: list[bool], factor: Tensor | None) -> None:
-        factor = flat.param.new_ones((), dtype=_compute_dtype(flat.dtype)) if factor is None else factor
         for run in flat.runs(present):
             group, implementation = self.param_groups[run.group], self._implementations[run.group]
             for position, buffers in flat.buffers(run, state_dtypes(group, flat.dtype)):
                 if implementation == "fused":
                     variant = _variant(group, flat.device, flat.dtype)
                     numbers = kernels.scalars(group, run.step, variant.compute_dtype)
-                    sign = -factor if group["maximize"] else factor
-                    sign = sign.to(flat.device, variant.compute_dtype)
-                    kernels.update(variant, buffers, sign, numbers, seed(run.step, position))
+                    multiplier = flat.param.new_ones(()) if factor is None else factor
+                    multiplier = multiplier.to(flat.device, variant.compute_dtype)
+                    multiplier = -multiplier if group["maximize"] else multiplier
+                    kernels.update(variant, buffers, multiplier, numbers, seed(run.step, position))
                     continue
                 size = _CPU_BATCH_ELEMENTS if flat.device.type == "cpu" else buffers.param.numel()
                 for number, piece in enumerate(buffers.split(size)):
@@ -355,10 +354,6 @@ def _variant(group: Group, device: torch.device, dtype: torch.dtype) -> kernels.
     decay = coupling if group["weight_decay"] != 0 else "none"
     kind = rounding(group, dtype)
     return kernels.Variant(device.type, dtype, moment_dtype(group, dtype), group["amsgrad"], decay, kind)
-
-
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _copied_state(p: Tensor, loaded: dict[str, Any], group: Group) -> dict[str, Tensor]:

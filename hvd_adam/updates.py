@@ -43,7 +43,7 @@ class Batch:
         return cls(*columns, [step], [position])
 
     def append(self, p: Tensor, state: dict[str, Tensor], position: int) -> None:
-        """Adds a parameter and those of its states that are `wanted`."""
+        """Adds a parameter by itself, with its state: all that is there is used."""
         self.params.append(p)
         self.grads.append(p.grad)
         self.exp_avgs.append(state["exp_avg"])

@@ -1,8 +1,8 @@
 """The README's commands run as they are written, and its links and names exist.
 
 Fenced blocks of `sh` are run, in order, in a copy of the repository; `sh cluster` needs several hosts, Slurm or
-Docker and is checked for its syntax and its scripts only; `sh self` is this test run. The first `python` block is
-saved as mine.py.
+Docker and is checked for its syntax and its scripts only; `sh self` is this test run, or takes minutes. The
+first `python` block is saved as mine.py.
 """
 
 import os
