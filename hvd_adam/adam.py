@@ -2,7 +2,8 @@
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from itertools import chain
 from typing import Any
 
 import torch
@@ -88,9 +89,11 @@ class Adam(torch.optim.Optimizer):
 
     # What the last step's layout was made for, and what it made. Not part of the state: made anew when it is gone.
     _signature: object = None
+    _state_ids: Sequence[int] = ()
     _implementations: Sequence[str] = ()
     _outside_implementations: Sequence[str] = ()  # what cannot be flat has no fused form
     _flats: Sequence[Flat] = ()
+    _variants: Mapping[tuple[int, torch.device, torch.dtype], kernels.Variant]  # by group, device, dtype
     _outside: Set[Tensor] = frozenset()
     _frozen: Sequence[Tensor] = ()  # would be flat if they were trained
 
@@ -253,12 +256,9 @@ class Adam(torch.optim.Optimizer):
             group, implementation = self.param_groups[run.group], self._implementations[run.group]
             for position, buffers in flat.buffers(run, state_dtypes(group, flat.dtype)):
                 if implementation == "fused":
-                    variant = _variant(group, flat.device, flat.dtype)
+                    variant = self._variants[run.group, flat.device, flat.dtype]
                     numbers = kernels.scalars(group, run.step, variant.compute_dtype)
-                    multiplier = flat.param.new_ones(()) if factor is None else factor
-                    multiplier = multiplier.to(flat.device, variant.compute_dtype)
-                    multiplier = -multiplier if group["maximize"] else multiplier
-                    kernels.update(variant, buffers, multiplier, numbers, seed(run.step, position))
+                    kernels.update(variant, buffers, _descending(group, factor), numbers, seed(run.step, position))
                     continue
                 size = _CPU_BATCH_ELEMENTS if flat.device.type == "cpu" else buffers.param.numel()
                 for number, piece in enumerate(buffers.split(size)):
@@ -272,9 +272,17 @@ class Adam(torch.optim.Optimizer):
             for group in self.param_groups
         ]
         thawed = any(p.grad is not None for p in self._frozen)
-        if thawed or signature != self._signature or not all(flat.fits(self.state) for flat in self._flats):
+        kept = self._state_ids == self._ids_of_state()
+        fit = all((kept and flat.holds_params()) or flat.fits(self.state) for flat in self._flats)
+        if thawed or signature != self._signature or not fit:
             self._lay_out()
-            self._signature = signature
+            self._signature, kept = signature, False
+        if not kept:
+            self._state_ids = self._ids_of_state()
+
+    def _ids_of_state(self) -> list[int]:
+        """Which tensors the state consists of. (The flat buffers keep theirs, so no other takes over an id.)"""
+        return list(map(id, chain.from_iterable(map(dict.values, self.state.values()))))
 
     def _lay_out(self) -> None:
         """Decides what is fused, and moves that into flat buffers."""
@@ -297,6 +305,11 @@ class Adam(torch.optim.Optimizer):
         for p, i in flat.items():
             kinds[p.device, p.dtype, moment_dtype(self.param_groups[i], p.dtype)].append(p)
         self._flats = [self._flat(params, [flat[p] for p in params]) for params in kinds.values()]
+        self._variants = {
+            (i, flat.device, flat.dtype): _variant(self.param_groups[i], flat.device, flat.dtype)
+            for flat in self._flats
+            for i in set(flat.groups)
+        }
         self._outside = params.keys() - flat.keys()
         self._outside_implementations = ["foreach" if i == "fused" else i for i in self._implementations]
 
@@ -354,6 +367,13 @@ def _variant(group: Group, device: torch.device, dtype: torch.dtype) -> kernels.
     decay = coupling if group["weight_decay"] != 0 else "none"
     kind = rounding(group, dtype)
     return kernels.Variant(device.type, dtype, moment_dtype(group, dtype), group["amsgrad"], decay, kind)
+
+
+def _descending(group: Group, factor: Tensor | None) -> Tensor | None:
+    """What the gradients are multiplied with: to ascend is to descend against them."""
+    if not group["maximize"]:
+        return factor
+    return torch.tensor(-1.0) if factor is None else -factor
 
 
 def _copied_state(p: Tensor, loaded: dict[str, Any], group: Group) -> dict[str, Tensor]:

@@ -6,14 +6,19 @@ step: what has come between (`p.grad = …`, `load_state_dict`, `p.data = …`) 
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from hvd_adam.huge_pages import zeros
 from hvd_adam.kernels import Buffers
 from hvd_adam.layout import Layout
+
+_grad = operator.attrgetter("grad")
 
 
 @dataclass
@@ -62,14 +67,15 @@ class Flat:
         self._state_of = state
         self.device, self.dtype = params[0].device, params[0].dtype
         self._strides = [torch.empty_like(p, device="meta").stride() for p in params]
-        self.param = torch.zeros(layout.total, dtype=self.dtype, device=self.device)
-        self.grad = torch.zeros_like(self.param)
+        self.param = zeros(layout.total, self.dtype, self.device)
+        self.grad = zeros(layout.total, self.dtype, self.device)
         self._param_views = [self.view(self.param, i) for i in range(len(params))]
         self._grad_views = [self.view(self.grad, i) for i in range(len(params))]
         self._pointers = [view.data_ptr() for view in self._param_views]
         self._grad_pointers = [view.data_ptr() for view in self._grad_views]
         self.owned = self._own(*part)
         self._whole = part[1] == 1
+        self._last_key: tuple | None = None
         self.state: dict[str, Tensor] = {}
         self._state_views: list[dict[str, Tensor]] = [{} for _ in params]
         self._state_ids: list[list[int]] = [[] for _ in params]
@@ -83,18 +89,25 @@ class Flat:
     def fits(self, state: dict[Tensor, dict[str, Tensor]]) -> bool:
         """Whether parameters and state can still live here; puts back what was replaced by its like."""
         self._state_of = state
-        checked = zip(self.params, self._pointers, self._strides, self._state_ids, strict=True)
-        for i, (p, pointer, stride, ids) in enumerate(checked):
-            if p.data_ptr() != pointer or p.stride() != stride:
-                if (p.device, p.dtype) != (self.device, self.dtype) or p.shape != self._param_views[i].shape:
-                    return False
-                self._take_param(i)
-            found = state[p]
-            if [*map(id, found.values())] != ids:
-                if self._state_views[i].keys() != found.keys():
+        if not self.holds_params():
+            for i, (p, view) in enumerate(zip(self.params, self._param_views, strict=True)):
+                if p.data_ptr() != self._pointers[i] or p.stride() != self._strides[i]:
+                    if (p.device, p.dtype) != (self.device, self.dtype) or p.shape != view.shape:
+                        return False
+                    self._take_param(i)
+        for i, p in enumerate(self.params):
+            if [*map(id, state[p].values())] != self._state_ids[i]:
+                if self._state_views[i].keys() != state[p].keys():
                     return False
                 self._take_state(i)
         return True
+
+    def holds_params(self) -> bool:
+        """Whether every parameter is still where it was put. Asked on each step: no Python for each parameter."""
+        return (
+            list(map(Tensor.data_ptr, self.params)) == self._pointers
+            and list(map(Tensor.stride, self.params)) == self._strides
+        )
 
     def has(self, state: dict[Tensor, dict[str, Tensor]], i: int, name: str) -> bool:
         """Whether in `state` parameter `i` still has the view of the buffer of this name."""
@@ -116,7 +129,9 @@ class Flat:
             RuntimeError: a gradient is sparse or of another dtype than its parameter.
         """
         params, views = self.params[first:last], self._grad_views[first:last]
-        grads, places = [p.grad for p in params], self._grad_pointers[first:last]
+        grads, places = list(map(_grad, params)), self._grad_pointers[first:last]
+        if all(map(operator.is_, grads, views)) and list(map(Tensor.data_ptr, grads)) == places:
+            return [True] * len(grads)
         # `p.grad.data = …`, as Module.to does it, leaves the object and changes where it lies.
         strangers = [
             i
@@ -170,15 +185,15 @@ class Flat:
         Autograd is told that they change: it sees no write to a buffer, and a later backward pass through a graph
         that has kept the old values must fail, as it does after any optimizer's step.
         """
-        _mark_changed([p for p, has_grad in zip(self.params, present, strict=True) if has_grad])
-        steps = self.state["step"]
-        steps.add_(1 if all(present) else torch.tensor(present, dtype=steps.dtype))
-        if all(present) and self._one_group and bool((steps == steps[0]).all()):
+        _mark_changed([*itertools.compress(self.params, present)])
+        self._steps += 1 if all(present) else present
+        counts = self._steps.tolist()
+        if all(present) and self._one_group and counts.count(counts[0]) == len(counts):
             end = self.layout.offsets[-1] + self.params[-1].numel()
-            return [Run(self.groups[0], steps[0].item(), 0, end)]
+            return [Run(self.groups[0], counts[0], 0, end)]
         runs: list[Run] = []
         follows = False
-        for i, step in enumerate(steps.tolist()):
+        for i, step in enumerate(counts):
             if present[i]:
                 end = self.layout.offsets[i] + self.params[i].numel()
                 if follows and (runs[-1].group, runs[-1].step) == (self.groups[i], step):
@@ -207,8 +222,14 @@ class Flat:
             whole[start:end] = self.state[name][place : place + end - start]
         return whole
 
-    def buffers(self, run: Run, names: Iterable[str]) -> Iterator[tuple[int, Buffers]]:
+    def buffers(self, run: Run, names: Iterable[str]) -> list[tuple[int, Buffers]]:
         """What of a run this rank updates: where it begins, and its parts of the buffers and of these states."""
+        key = (run.start, run.end, *names)
+        if key != self._last_key:  # most steps ask for the same as the one before
+            self._last_key, self._last_buffers = key, [*self._cut(run, names)]
+        return self._last_buffers
+
+    def _cut(self, run: Run, names: Iterable[str]) -> Iterator[tuple[int, Buffers]]:
         for start, end, place in self.owned:
             a, b = max(run.start, start), min(run.end, end)
             if a < b:
@@ -229,8 +250,9 @@ class Flat:
         length = sum(end - start for start, end, _ in self.owned)
         names = {name: t for p in self.params for name, t in self._state_of[p].items()}
         for name, like in names.items():
-            self.state[name] = torch.zeros(length, dtype=like.dtype, device=self.device)
+            self.state[name] = zeros(length, like.dtype, self.device)
         self.state["step"] = torch.zeros(len(self.params), dtype=torch.float32)
+        self._steps = self.state["step"].numpy()  # the same memory; for so few numbers NumPy is the quicker one
         for i, p in enumerate(self.params):
             for name in self._state_of[p]:
                 self._state_views[i][name] = self._state_view(name, i)

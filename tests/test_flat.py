@@ -7,12 +7,15 @@ Hazards covered:
 - strides, empty and 0-dim tensors, mixed dtypes are laid out wrongly, or a view is not aligned;
 - a copy (deepcopy, pickle, torch.save) stays tied to its original, or does not train on like it;
 - autograd no longer notices that a saved value has been overwritten;
-- the ranks' parts overlap, leave a gap, or give other bits than the whole.
+- the ranks' parts overlap, leave a gap, or give other bits than the whole;
+- large buffers are not zero where nothing was written, not in huge pages, or stay when nobody uses them.
 """
 
 import copy
 import io
+import mmap
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +25,7 @@ from hypothesis import strategies as st
 from hvd_adam import kernels
 from hvd_adam.adam import Adam
 from hvd_adam.flat import Flat
+from hvd_adam.huge_pages import zeros
 from hvd_adam.layout import ALIGNMENT, Layout
 from hvd_adam.updates import seed, state_dtypes
 
@@ -604,6 +608,48 @@ def test_a_layout_neither_overlaps_nor_leaves_its_buckets_and_divides_evenly(par
             or sum(p.numel() > 0 for p in params[bucket.first : last]) == 1
         )
     assert (end_of_bucket, last) == (layout.total, len(params))
+
+
+# --- memory -----------------------------------------------------------------------------------------------
+
+
+def kilobytes(kind):
+    """What /proc/self/smaps_rollup says of this process's memory of this kind."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{kind}:"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("elements", [0, 1, 1000, (3 << 20) + 7])
+def test_zeros_are_zeros_of_every_size_and_dtype_and_can_be_written(dtype, elements):
+    made = zeros(elements, dtype, torch.device("cpu"))
+    assert (made.dtype, made.shape, made.device.type) == (dtype, (elements,), "cpu")
+    assert not made.any()
+    assert made.untyped_storage().nbytes() == elements * dtype.itemsize
+    assert made.fill_(1).sum(dtype=torch.float64) == elements
+
+
+def test_memory_of_large_buffers_goes_with_their_last_view():
+    before = kilobytes("Rss")
+    view = zeros(64 << 20, torch.float32, torch.device("cpu")).fill_(1)[5:6]
+    assert kilobytes("Rss") - before > 200 << 10
+    assert view == 1
+    del view
+    assert kilobytes("Rss") - before < 100 << 10
+
+
+THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(
+    not hasattr(mmap, "MADV_HUGEPAGE") or not THP.exists() or "[never]" in THP.read_text(),
+    reason="this system gives nobody huge pages",
+)
+def test_large_buffers_are_in_huge_pages():
+    before = kilobytes("AnonHugePages")
+    made = zeros(16 << 20, torch.float32, torch.device("cpu")).fill_(1)
+    assert made.data_ptr() % (2 << 20) == 0
+    assert kilobytes("AnonHugePages") - before > 32 << 10
 
 
 # --- parts ------------------------------------------------------------------------------------------------
