@@ -1,5 +1,6 @@
 """Adam and AdamW as a ``torch.optim.Optimizer`` written from the papers' formulas."""
 
+import functools
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import optimizer as torch_optimizer
 
 from hvd_adam import kernels
 from hvd_adam.adam_checks import (
@@ -237,6 +239,25 @@ class Adam(torch.optim.Optimizer):
         return state
 
     # How a step is made.
+
+    @staticmethod
+    def profile_hook_step(step: Callable[..., Any]) -> Callable[..., Any]:
+        """What PyTorch wraps `step` in, for hooks and profilers; where there are none it is left out.
+
+        It takes 0.1 ms where caches are cold, as they are after a step over many parameters.
+        """
+        wrapped = torch.optim.Optimizer.profile_hook_step(step)
+
+        @functools.wraps(step)
+        def stepping(self: "Adam", *args: Any, **kwargs: Any) -> Any:
+            return (wrapped if self._is_watched() else step)(self, *args, **kwargs)
+
+        return stepping
+
+    def _is_watched(self) -> bool:
+        own = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
+        of_all = torch_optimizer._global_optimizer_pre_hooks or torch_optimizer._global_optimizer_post_hooks
+        return bool(own or of_all or torch.autograd._profiler_enabled())
 
     def _update(self, factor: Tensor | None = None) -> None:
         """Makes one step with the gradients times `factor`, one 0-dimensional tensor on their device."""

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from hvd_adam.adam import Adam
 
@@ -280,6 +281,28 @@ def test_hooks_run_once_a_step():
     optimizer.register_step_post_hook(lambda *_: calls.append("post"))
     train(optimizer, 0, 2)
     assert calls == ["pre", "post"] * 2
+
+
+def test_hooks_for_all_optimizers_run_and_end():
+    optimizer, calls = Adam(parameters()), []
+    handles = [
+        register_optimizer_step_pre_hook(lambda *_: calls.append("pre")),
+        register_optimizer_step_post_hook(lambda *_: calls.append("post")),
+    ]
+    train(optimizer, 0, 1)
+    for handle in handles:
+        handle.remove()
+    train(optimizer, 1, 2)
+    assert calls == ["pre", "post"]
+
+
+def test_a_profiler_sees_each_step_by_its_usual_name():
+    optimizer = Adam(parameters())
+    train(optimizer, 0, 1)
+    with torch.profiler.profile() as profile:
+        train(optimizer, 1, 3)
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert counts["Optimizer.step#Adam.step"] == 2
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -357,7 +357,7 @@ def test_adam_prints_the_machine_and_a_table(capsys):
     assert "load average" in shown
     assert f"torch {torch.__version__}" in shown
     assert "threads  optimizer" in shown
-    assert "3 rounds of warm-up that are left out" in shown
+    assert "after 3 rounds that do not count" in shown
 
 
 def test_the_default_tensors_are_resnet18s():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -66,8 +67,8 @@ def measure(config: AdamConfig) -> Result:
         f"{', '.join(map(str, thread_counts))}; GB/s: {moved / count:.0f} bytes a parameter (4 reads, 3 writes)",
         f"copy: torch.Tensor.copy_ that reads and writes {moved / 1e6:.1f} MB in all, in the same rounds; in "
         "place: torch.Tensor.mul_, as many (most CPUs fetch what a copy overwrites too: it is no upper limit)",
-        f"medians and quartiles of {config.repeats} interleaved rounds after {WARM_UP} rounds of warm-up that are "
-        f"left out; ratios of times (below 1: faster), the last one of bandwidths",
+        f"medians and quartiles of {config.repeats} rounds, each in another order, after {WARM_UP} rounds that "
+        f"do not count; ratios of times (below 1: faster), the last one of bandwidths",
         *notes,
     ]
     panels = {f"{n} thread{'s' * (n > 1)}": [row for row in rows if row["threads"] == n] for n in thread_counts}
@@ -175,11 +176,16 @@ def _limits(moved: int, device: torch.device, dtype: torch.dtype) -> dict[str, C
 
 
 def _interleaved(calls: dict[str, Call], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of every call in each of so many rounds, A B C A B C …, after a warm-up."""
+    """Seconds of every call in each of so many rounds, after a warm-up.
+
+    Each round has an order of its own: what a call leaves in the caches favours some successors over others, by up
+    to a tenth.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
+    shuffled = random.Random(0)
     for turn in range(-WARM_UP, repeats):
-        for name, call in calls.items():
-            seconds = _seconds(call, device)
+        for name in shuffled.sample([*calls], len(calls)):
+            seconds = _seconds(calls[name], device)
             if turn >= 0:
                 times[name].append(seconds)
     return times
