@@ -4,8 +4,11 @@ Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Paramet
 section 5.1. Gradients are reduced while backward runs, as in the default strategy; after the update every rank
 gives its part of the parameters to the others.
 
-On CPUs a bucket is summed in place on all ranks and parts are broadcast in place: Horovod's reduce-scatter and
-all-gather return new memory, and paging it in costs more than it saves. On GPUs the pair moves half as much each.
+On GPUs, and under MPI on several hosts, a bucket is reduced to the owners of its parts, and the parts are
+gathered: together that moves what one all-reduce moves. Within a host, and under Gloo, the bucket is summed on all
+ranks and the parts are broadcast, half as much again, but in place: Horovod's reduce-scatter and all-gather return
+new memory. An MLP of 10.5 M parameters on two ranks takes 65 ms a step in place, as with the default strategy;
+over a link of 1 Gbit/s it takes 828 ms in place, 458 ms scattered, 537 ms with the default strategy.
 """
 
 from __future__ import annotations
@@ -32,15 +35,17 @@ class ShardedAdam(DistributedAdam):
     may be empty. `state_dict` is whole, and in the common format.
 
     Attributes:
-        scatters: whether gradients are reduced to their owners only (GPUs); `p.grad` is then a mean in this
-            rank's parts alone, until `synchronize` is called.
+        scatters: whether gradients are reduced to their owners only; `p.grad` is then a mean in this rank's parts
+            alone, until `synchronize` is called.
     """
 
     @property
     def scatters(self) -> bool:
         """See the class."""
         # Not over Gloo: after a reduce-scatter of Horovod 0.28.1 the next large broadcast never ends there.
-        return self._parameters()[0].device.type == "cuda" and bool(self._hvd.nccl_built())
+        if self._parameters()[0].device.type == "cuda":
+            return bool(self._hvd.nccl_built())
+        return bool(self._hvd.mpi_enabled()) and self._hvd.size() != self._hvd.local_size()  # alike on all ranks
 
     def state_dict(self) -> dict[str, Any]:
         """The whole state, as plain Adam's; every rank must call it, since each gives its part."""
