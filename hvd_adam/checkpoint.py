@@ -2,7 +2,8 @@
 
 A checkpoint is a folder `checkpoints/step-00000123/` with `state.pt`, a dictionary that
 `torch.load(..., weights_only=True)` reads, and `manifest.json` with its size and checksum. It is written
-under another name, flushed to disk and renamed; `checkpoints/latest` holds the name of the newest.
+under another name, flushed to disk and renamed; `checkpoints/latest` holds the name of the newest, and
+`checkpoints/best` that of the one that scored best.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,86 @@ from hvd_adam.errors import UserError
 STATE = "state.pt"
 MANIFEST = "manifest.json"
 LATEST = "latest"
+BEST = "best"
+
+
+class Writer:
+    """Writes checkpoints beside the training, one at a time, and removes the oldest.
+
+    Args:
+        checkpoints: the folder of all checkpoints of a run. What a killed process left unfinished in it is
+            removed.
+        keep: how many of the newest stay, besides the best.
+    """
+
+    def __init__(self, checkpoints: Path, keep: int) -> None:
+        self._checkpoints, self._keep = checkpoints, keep
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[Path] | None = None
+        for draft in checkpoints.glob(".*"):
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.unlink(missing_ok=True)
+
+    def write(self, step: int, state: dict[str, Any], *, best: bool = False) -> None:
+        """Begins to write; `take` what came of the one before first. `state` must not change meanwhile.
+
+        Args:
+            step: as of `save`.
+            state: as of `save`.
+            best: whether it is the best so far.
+        """
+        self._writing = self._thread.submit(self._save, step, state, best)
+
+    def take(self, *, wait: bool) -> Path | None:
+        """What has been written since this was last asked; None if nothing has, or is still being written.
+
+        Args:
+            wait: until it has been written.
+
+        Raises:
+            UserError: as `save`.
+        """
+        if self._writing is None or not (wait or self._writing.done()):
+            return None
+        writing, self._writing = self._writing, None
+        return writing.result()
+
+    def _save(self, step: int, state: dict[str, Any], best: bool) -> Path:
+        path = save(self._checkpoints, step, state)
+        try:
+            if best:
+                _write_whole(self._checkpoints / BEST, path.name + "\n")
+            self._remove_old()
+        except OSError as error:
+            raise UserError(f"cannot tidy up {self._checkpoints}: {error}") from None
+        return path
+
+    def _remove_old(self) -> None:
+        best = self._checkpoints / BEST
+        spared = best.read_text().strip() if best.exists() else None
+        for old in _by_age(self._checkpoints)[self._keep :]:
+            if old.name != spared:
+                shutil.rmtree(old, ignore_errors=True)
+
+
+def newest(checkpoints: Path) -> tuple[Path | None, dict[str, Any], list[str]]:
+    """Reads the newest checkpoint of a run that is whole.
+
+    Returns:
+        Its folder (None if there is none), its state, and what is wrong with each newer one.
+    """
+    damaged = []
+    for folder in _by_age(checkpoints):
+        try:
+            return folder, load(folder), damaged
+        except UserError as error:
+            damaged.append(str(error))
+    return None, {}, damaged
+
+
+def _by_age(checkpoints: Path) -> list[Path]:
+    """The folders of checkpoints, the newest first. (A pointer may be older than the newest.)"""
+    return sorted(checkpoints.glob("step-*"), key=lambda folder: (len(folder.name), folder.name), reverse=True)
 
 
 def save(checkpoints: Path, step: int, state: dict[str, Any]) -> Path:
@@ -84,7 +167,7 @@ def load(path: str | Path) -> dict[str, Any]:
         folder = _find(Path(path))
         _verify(folder)
         return torch.load(folder / STATE, map_location="cpu", weights_only=True)
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, RuntimeError, pickle.UnpicklingError) as error:
         raise UserError(f"checkpoint {path} cannot be read: {error}; use another checkpoint") from None
 
 

@@ -1,6 +1,7 @@
 """A command's frame: arguments in, one line and an exit code out, on every rank. Imports no torch.
 
-Exit codes: 0 done, 2 bad arguments or input (one line on stderr, no traceback), 1 anything else.
+Exit codes: 0 done, 2 bad arguments or input (one line on stderr, no traceback), 75 stopped early after a
+checkpoint (EX_TEMPFAIL of sysexits.h: try again), 1 anything else.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_ty
 import jsonargparse
 
 from hvd_adam.cluster import launched
-from hvd_adam.errors import AgreedError, UserError
+from hvd_adam.errors import AgreedError, Preempted, UserError
+from hvd_adam.preemption import asked_to_stop
 
 Config = TypeVar("Config")
 
@@ -42,6 +44,8 @@ def run(
         main(parse(config, name, argv))
     except UserError as error:
         _exit_with(error, f"{name}: error: {error}", 2)
+    except Preempted:
+        _leave(75)
     except KeyboardInterrupt:
         _leave(130)
     except Exception as error:
@@ -134,7 +138,8 @@ def _fail(error: Exception, name: str) -> NoReturn:
     rank, host = launched().rank, socket.gethostname()
     if type(error).__name__ == "HorovodInternalError":
         time.sleep(GRACE_SECONDS)
-        print(f"{name}: rank {rank} on {host} lost the others: {error}", file=sys.stderr, flush=True)
+        if not asked_to_stop():  # by the launcher, that is: the rank that failed has spoken
+            print(f"{name}: rank {rank} on {host} lost the others: {error}", file=sys.stderr, flush=True)
     else:
         traceback.print_exception(error)
         print(f"{name}: rank {rank} on {host} failed: {error!r}", file=sys.stderr, flush=True)

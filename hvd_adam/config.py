@@ -93,6 +93,13 @@ class TrainConfig(DataConfig):
 
     seed: int = _option(0, "decides weights, sample order and augmentation, ≥ 0")
     output_dir: str | None = _option(None, "run folder (default: runs/<date>-<dataset>-<model>)")
+    resume: str = _option(
+        "auto", "auto: go on with the run in --output-dir, if there is one; never; or a checkpoint to start from"
+    )
+    checkpoint_every: int | None = _option(None, "updates between two checkpoints (default: an epoch's)")
+    keep: int = _option(2, "how many of the newest checkpoints to keep, besides the best")
+    max_time: float | None = _option(None, "seconds after which to save and stop, with exit code 75")
+    deterministic: bool = _option(False, "refuse operations whose result may differ from run to run")
     log_every: int = _option(10, "updates between two lines of metrics")
     eval_every: int = _option(1, "epochs between two evaluations; the last epoch is always evaluated")
 
@@ -107,8 +114,11 @@ class TrainConfig(DataConfig):
             _require(
                 getattr(self, name) is None or getattr(self, name) >= 1, name, getattr(self, name), "at least 1"
             )
-        for name in ("log_every", "eval_every"):
+        for name in ("log_every", "eval_every", "keep"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        every, seconds = self.checkpoint_every, self.max_time
+        _require(every is None or every >= 1, "checkpoint-every", every, "at least 1")
+        _require(seconds is None or seconds > 0, "max-time", seconds, "above 0")
         for name in ("lr", "eps", "weight_decay", "warmup_epochs"):
             value = getattr(self, name)
             _require(math.isfinite(value) and value >= 0, name, value, "0 or above")

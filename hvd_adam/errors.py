@@ -7,3 +7,7 @@ class UserError(ValueError):
 
 class AgreedError(UserError):
     """A `UserError` that every rank raises at the same point, so that rank 0 alone needs to print it."""
+
+
+class Preempted(Exception):
+    """The run has saved itself and ends before its time, on every rank; the same command goes on with it."""

@@ -18,6 +18,7 @@ from hvd_adam.data.loader import DeviceLoader
 from hvd_adam.errors import UserError
 from hvd_adam.metrics import sum_over_ranks
 from hvd_adam.precision import autocast, parameter_dtype
+from hvd_adam.state import require_same_tensors
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
@@ -97,7 +98,8 @@ def restore(config: EvaluateConfig, cluster: Cluster) -> tuple[Forward, DeviceLo
         image_size=images.image_size,
         dropout=trained["dropout"],
     )
-    _load_weights(model, weights, config)
+    require_same_tensors(model.state_dict(), weights, config.checkpoint)
+    model.load_state_dict(weights)
     dtype = parameter_dtype(trained["precision"])
     model.to(cluster.device, dtype).eval()
 
@@ -119,15 +121,6 @@ def _load_data(config: EvaluateConfig, trained: dict[str, Any]) -> data.ImageDat
         synthetic_classes=trained["synthetic_classes"],
         synthetic_samples=trained["synthetic_samples"],
     )
-
-
-def _load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], config: EvaluateConfig) -> None:
-    own = model.state_dict()
-    for name in sorted({*own, *weights}):
-        here, there = (tuple(w[name].shape) if name in w else "absent" for w in (own, weights))
-        if here != there:
-            _refuse(config, f"{name} is {there} in it and {here} in the model")
-    model.load_state_dict(weights)
 
 
 def _refuse(config: EvaluateConfig, difference: str) -> None:

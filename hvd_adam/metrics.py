@@ -37,6 +37,15 @@ class RunningMean:
         self._sums[0] += mean.detach().double() * samples
         self._sums[1] += samples
 
+    def part(self) -> tuple[float, float]:
+        """This rank's sum of losses and number of samples since `read`."""
+        total, samples = self._sums.tolist()
+        return total, samples
+
+    def restore(self, total: float, samples: float) -> None:
+        """Goes on from what `part` returned."""
+        self._sums.copy_(torch.tensor([total, samples], dtype=torch.float64))
+
     def read(self) -> float:
         """Returns the mean and starts anew; every rank calls it."""
         total, samples = sum_over_ranks(self._sums, self._cluster, "loss")
@@ -91,17 +100,30 @@ class RunLog:
 
     Each event is one line of `metrics.jsonl`, written at once; its numbers go to TensorBoard too. On a
     terminal there is a progress bar; in a pipe or a log file, plain lines.
+
+    Args:
+        folder: the run's.
+        total_steps: updates in the whole run.
+        first_step: updates made before, None in a new run; what was recorded after them is taken back, for it will
+            be done again.
     """
 
-    def __init__(self, folder: Path | None, total_steps: int) -> None:
+    def __init__(self, folder: Path | None, total_steps: int, first_step: int | None = None) -> None:
         self._folder = folder
         if folder is None:
             return
         from torch.utils.tensorboard import SummaryWriter  # a second to import; rank 0 alone needs it
 
+        _take_back(folder / METRICS_FILE, first_step)
         self._lines = (folder / METRICS_FILE).open("a", buffering=1)
-        self._board = SummaryWriter(str(folder))
-        self._bar = tqdm(total=total_steps, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        self._board = SummaryWriter(str(folder), purge_step=(first_step or 0) + 1)
+        self._bar = tqdm(
+            total=total_steps,
+            initial=first_step or 0,
+            unit="step",
+            disable=not sys.stderr.isatty(),
+            dynamic_ncols=True,
+        )
         self._total_steps = total_steps
         self._warned = False
 
@@ -109,7 +131,7 @@ class RunLog:
         """Records what happened after `step` updates.
 
         Args:
-            event: "start", "step", "skip", "eval", "checkpoint" or "end".
+            event: "start", "resume", "step", "skip", "eval", "checkpoint" or "end".
             step: updates made so far.
             epoch: epochs begun so far.
             values: numbers by name, in the units of the README's table of metrics.
@@ -163,6 +185,23 @@ class RunLog:
                 if name.startswith("test_")
             )
             self.say(f"epoch {epoch}  step {step}/{self._total_steps}  {scores}")
+
+
+def _take_back(path: Path, step: int | None) -> None:
+    """Removes the events after `step` updates, and the end of the run; a line that a killed process began, too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if step is not None and event["step"] <= step and event["event"] != "end":
+            kept.append(line + "\n")
+    draft = path.with_name(f".{path.name}")
+    draft.write_text("".join(kept))
+    draft.replace(path)
 
 
 def _is_finite(value: Any) -> bool:

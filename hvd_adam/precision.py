@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -37,3 +38,10 @@ def loss_scaler(precision: str, device: torch.device) -> Any | None:
     if device.type == "cuda":
         return torch.cuda.amp.GradScaler()
     raise UserError(f"--precision fp16 on the CPU needs torch ≥ 2.3, not {torch.__version__}: use bf16")
+
+
+def make_deterministic() -> None:
+    """Lets PyTorch refuse operations whose result may differ from run to run. Before CUDA is first used."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what PyTorch asks for on GPUs
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False

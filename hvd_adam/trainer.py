@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,16 +13,24 @@ import yaml
 import hvd_adam
 from hvd_adam import checkpoint, data, models
 from hvd_adam.adam import Adam
-from hvd_adam.broadcast import broadcast_buffers
+from hvd_adam.broadcast import ROOT, broadcast_buffers
 from hvd_adam.cluster import Cluster, horovod, init, require_same, together
 from hvd_adam.config import TrainConfig
 from hvd_adam.data.loader import Batch, DeviceLoader
 from hvd_adam.distributed import distribute
-from hvd_adam.errors import UserError
+from hvd_adam.errors import Preempted, UserError
 from hvd_adam.evaluation import Scores, score
 from hvd_adam.metrics import METRICS_FILE, RunLog, RunningMean, Stopwatch, plot
-from hvd_adam.precision import autocast, loss_scaler, parameter_dtype
+from hvd_adam.precision import autocast, loss_scaler, make_deterministic, parameter_dtype
+from hvd_adam.preemption import Preemption
 from hvd_adam.schedule import LearningRateSchedule, Scaled, learning_rate, scale
+from hvd_adam.state import (
+    TrainingState,
+    of_all_ranks,
+    of_this_rank,
+    require_same_tensors,
+    restore_generators,
+)
 from hvd_adam.sync_batchnorm import convert
 
 
@@ -36,7 +43,10 @@ class Trainer:
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
+        if config.deterministic:
+            make_deterministic()
         self.cluster = cluster = init(config.device)
+        self.preemption = Preemption(cluster, config.max_time)
         require_same(cluster, "arguments", asdict(config))
         with together(cluster):
             self.loader = _load(config, cluster)
@@ -49,10 +59,19 @@ class Trainer:
             self.schedule = _schedule(config, scaled.lr, self.steps_per_epoch, self.total_steps)
             self.model = _build(config, self.loader)
             self.scaler = loss_scaler(config.precision, cluster.device)
+        adam = _adam(config, self.model, scaled)
         with together(cluster):
-            self.folder = _make_folder(config) if cluster.rank == 0 else None
+            self.folder, start = _open_folder(config, self.global_batch) if cluster.rank == 0 else (None, None)
+            if start is not None:
+                require_same_tensors(self.model.state_dict(), start.state.model, str(start.path))
+                self.model.load_state_dict(start.state.model)
+                adam.load_state_dict(start.state.optimizer)
+                for group in adam.param_groups:  # how it computes is this run's to say
+                    group["implementation"] = config.implementation
+                if self.scaler is not None:
+                    self.scaler.load_state_dict(start.state.loss_scaler)
         self.optimizer = distribute(
-            _adam(config, self.model, scaled),
+            adam,
             self.model,
             strategy=config.strategy,
             accumulate=config.accumulate,
@@ -61,31 +80,66 @@ class Trainer:
             max_grad_norm=config.max_grad_norm,
             loss_scaler=self.scaler,
         )
-        torch.manual_seed(config.seed + 1 + cluster.rank)  # dropout differs between ranks; weights did not
         self.forward = torch.compile(self.model) if config.compile else self.model
-        self.step = 0
-        self.skipped = 0  # updates that the loss scaler left out
-        self.log = RunLog(self.folder, self.total_steps)
+        torch.manual_seed(config.seed + 1 + cluster.rank)  # dropout differs between ranks; weights did not
         self.loss = RunningMean(cluster)
         self.watch = Stopwatch()
+        self.step, self.epoch, self.epoch_done = 0, 1, False
+        self.skipped = 0  # updates that the loss scaler left out
+        self.best_accuracy: float | None = None
+        self.scores: Scores | None = None
+        self._go_on(start)
+        if self.folder is not None:
+            self.writer = checkpoint.Writer(self.folder / "checkpoints", config.keep)
+        self.log = RunLog(self.folder, self.total_steps, None if start is None else self.step)
+        self.resumed = None if start is None else replace(start, state=None)
+
+    def _go_on(self, start: Start | None) -> None:
+        """Takes up rank 0's checkpoint on all ranks; model and optimizer have it already."""
+        state = None if start is None else start.state
+        small = None if state is None else (state.progress, state.schedule, state.ranks)
+        if self.cluster.size > 1:
+            small = horovod().broadcast_object(small, ROOT, name="hvd_adam.start")
+        if small is None:
+            return
+        progress, schedule, ranks = small
+        self.schedule = replace(self.schedule, **schedule)
+        self.step, self.epoch, self.epoch_done = (progress[name] for name in ("step", "epoch", "epoch_done"))
+        self.optimizer.skipped_updates = self.skipped = progress["skipped"]
+        self.best_accuracy = progress["best_accuracy"]
+        self.scores = None if progress["scores"] is None else Scores(**progress["scores"])
+        if len(ranks) == self.cluster.size:
+            restore_generators(ranks[self.cluster.rank], self.cluster)
+            self.loss.restore(*ranks[self.cluster.rank]["loss"])
+        elif self.cluster.rank == ROOT:
+            self.loss.restore(*map(sum, zip(*(rank["loss"] for rank in ranks), strict=True)))
 
     def run(self) -> None:
         """Trains, evaluates, and leaves a checkpoint and a plot in the run folder."""
         config, cluster = self.config, self.cluster
-        self.log.event("start", 0, 0, world_size=cluster.size, launcher=cluster.launcher, **self._facts())
+        facts = {"world_size": cluster.size, "launcher": cluster.launcher, **self._facts()}
+        if self.resumed is None:
+            self.log.event("start", 0, 0, **facts)
+        else:
+            self.log.event("resume", self.step, self.epoch, path=str(self.resumed.path), **facts)
         self.log.say(
             f"hvd_adam {hvd_adam.__version__}: {config.model} on {config.dataset}, {cluster.size} rank(s) on "
             f"{cluster.device.type}, {self.global_batch} images per update, {self.total_steps} updates"
         )
-        scores = None
-        for epoch in range(1, config.epochs + 1):
-            self._train(epoch)
+        if self.resumed is not None:
+            for warning in self.resumed.damaged:
+                self.log.say(f"warning: {warning}")
+            self.log.say(f"goes on after {self.step} updates from {self.resumed.path}")
+        while not (self.epoch_done and self.step >= self.total_steps):
+            if self.epoch_done:
+                self.epoch, self.epoch_done = self.epoch + 1, False
+            self._train(self.epoch)
             last = self.step >= self.total_steps
-            if last or epoch % config.eval_every == 0:
-                scores = self._evaluate(epoch)
-            if last:
-                break
-        self._finish(epoch, scores)
+            best = (last or self.epoch % config.eval_every == 0) and self._evaluate(self.epoch)
+            self.epoch_done = True
+            if best or last or self._is_due(config.checkpoint_every or self.step):
+                self._checkpoint(best=best)
+        self._finish()
 
     def _train(self, epoch: int) -> None:
         """One epoch, or what `max_steps` leaves of it."""
@@ -99,11 +153,19 @@ class Trainer:
             rank=cluster.rank,
             size=cluster.size,
             accumulate=config.accumulate,
+            first_step=self.step - (epoch - 1) * self.steps_per_epoch,
         )
-        for _ in range(min(self.steps_per_epoch, self.total_steps - self.step)):
+        end = min(epoch * self.steps_per_epoch, self.total_steps)
+        while self.step < end:
+            self.preemption.ask()
             self._update([next(batches) for _ in range(config.accumulate)], epoch)
             if self.step % config.log_every == 0 or self.step == self.total_steps:
                 self._log_step(epoch)
+            if self.preemption.agreed():
+                self._stop()
+            if self.step < end and self._is_due(config.checkpoint_every):
+                self._checkpoint()
+            self._report()
         self.watch.pause()
 
     def _update(self, micro_batches: list[Batch], epoch: int) -> None:
@@ -130,33 +192,104 @@ class Trainer:
         rate = self.optimizer.param_groups[0]["lr"]
         self.log.event("step", self.step, epoch, loss=loss, lr=rate, images_per_second=self.watch.lap())
 
-    def _evaluate(self, epoch: int) -> Scores:
+    def _evaluate(self, epoch: int) -> bool:
+        """Scores the model; says whether it is the best so far."""
         broadcast_buffers(self.model, self.cluster)
         self.model.eval()
-        scores = score(self._predict, self.loader, self.cluster)
+        scores = self.scores = score(self._predict, self.loader, self.cluster)
         values = asdict(scores)
         if self.config.positive_class is None:
             del values["test_balanced_accuracy"]
         self.log.event("eval", self.step, epoch, world_size=self.cluster.size, **values)
-        return scores
+        best = self.best_accuracy is None or scores.test_accuracy > self.best_accuracy
+        if best:
+            self.best_accuracy = scores.test_accuracy
+        return best
 
     def _predict(self, images: torch.Tensor) -> torch.Tensor:
         with autocast(self.config.precision, self.cluster.device):
             return self.model(images)
 
-    def _finish(self, epoch: int, scores: Scores) -> None:
-        rate = self.watch.total()
-        optimizer = self.optimizer.state_dict()  # on every rank: a sharded one is gathered
+    # Checkpoints.
+
+    def _is_due(self, every: int | None) -> bool:
+        return every is not None and self.step % every == 0
+
+    def _checkpoint(self, *, best: bool = False) -> None:
+        """Begins to write; every rank calls it. Waits for the one before: a slow disk slows training down."""
+        self.watch.pause()
+        state = self._state()
+        if self.folder is not None:
+            self._report(wait=True)
+            self.writer.write(self.step, state.snapshot(), best=best)
+        self.watch.start()
+
+    def _report(self, *, wait: bool = False) -> None:
+        """Records what has been written; without a disk training goes on as long as the run lasts."""
+        if self.folder is None:
+            return
+        try:
+            self._record(wait=wait)
+        except UserError as error:
+            self.log.event("checkpoint_failed", self.step, self.epoch, reason=str(error))
+            self.log.say(f"warning: {error}; training goes on")
+
+    def _record(self, *, wait: bool) -> Path | None:
+        path = self.writer.take(wait=wait)
+        if path is not None:
+            self.log.event("checkpoint", self.step, self.epoch, path=str(path.relative_to(self.folder)))
+        return path
+
+    def _stop(self) -> None:
+        """Saves and leaves; no rank before rank 0 has written, for the launcher would end it."""
+        self._checkpoint()
         with together(self.cluster):
             if self.folder is not None:
-                path = _save(self, epoch, optimizer)
-                self.log.event("checkpoint", self.step, epoch, path=str(path.relative_to(self.folder)))
+                path = self._record(wait=True)
+                self.log.say(f"stopped after {self.step} updates, {path}: the same command goes on")
+        self.log.close()
+        raise Preempted
+
+    def _state(self) -> TrainingState:
+        """All that a resume needs; every rank calls it."""
+        own = of_this_rank(self.cluster, self.loss.part())
+        progress = {
+            "step": self.step,
+            "epoch": self.epoch,
+            "epoch_done": self.epoch_done,
+            "skipped": self.skipped,
+            "best_accuracy": self.best_accuracy,
+            "scores": None if self.scores is None else asdict(self.scores),
+            "global_batch_size": self.global_batch,
+        }
+        return TrainingState(
+            model=self.model.state_dict(),
+            optimizer=self.optimizer.state_dict(),  # on every rank: a sharded one is gathered
+            loss_scaler=None if self.scaler is None else self.scaler.state_dict(),
+            progress=progress,
+            schedule={"initial": self.schedule.initial, "peak": self.schedule.peak},
+            ranks=of_all_ranks(self.cluster, own),
+            config=asdict(self.config),
+            data={
+                "classes": list(self.loader.data.classes),
+                "mean": list(self.loader.mean),
+                "std": list(self.loader.std),
+            },
+        )
+
+    def _finish(self) -> None:
+        scores, rate = self.scores, self.watch.total()
+        with together(self.cluster):
+            if self.folder is not None:
+                self._record(wait=True)
         result = {"test_accuracy": scores.test_accuracy, "test_loss": scores.test_loss}
         if self.config.positive_class is not None:
             result["test_balanced_accuracy"] = scores.test_balanced_accuracy
-        self.log.event("end", self.step, epoch, **result, images_per_second=rate, world_size=self.cluster.size)
+        size = self.cluster.size
+        self.log.event("end", self.step, self.epoch, **result, images_per_second=rate, world_size=size)
         self.log.close()
         if self.folder is not None:
+            path = self.folder / "checkpoints" / f"step-{self.step:08d}"
             for name, value in result.items():
                 self.log.say(f"{name.replace('_', ' ')} {value:.4f}")
             self.log.say(f"throughput {rate:.0f} images/s over {self.cluster.size} rank(s)")
@@ -231,13 +364,29 @@ def _adam(config: TrainConfig, model: torch.nn.Module, scaled: Scaled) -> Adam:
     )
 
 
-def _make_folder(config: TrainConfig) -> Path:
-    """Makes the run folder and writes the configuration into it, so that an unwritable one shows now."""
+@dataclass(frozen=True)
+class Start:
+    """Where a run goes on.
+
+    Attributes:
+        path: the checkpoint's folder.
+        state: what is in it; None once it has been taken up.
+        damaged: what is wrong with newer ones.
+    """
+
+    path: Path
+    state: TrainingState | None
+    damaged: list[str]
+
+
+def _open_folder(config: TrainConfig, global_batch_size: int) -> tuple[Path, Start | None]:
+    """The run folder, with the configuration in it, so that an unwritable one shows now; and where to go on."""
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{config.dataset}-{config.model}".replace(":", ".")
     folder = Path(config.output_dir or Path("runs") / name)
     try:
-        if (folder / METRICS_FILE).exists():
-            raise UserError(f"{folder} holds a run already: choose another --output-dir, or remove it")
+        start = _start(config, folder)
+        if start is not None:
+            start.state.require_same_run(asdict(config), global_batch_size, str(start.path))
         folder.mkdir(parents=True, exist_ok=True)
         values = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(config).items()}
         (folder / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
@@ -245,16 +394,22 @@ def _make_folder(config: TrainConfig) -> Path:
         raise UserError(
             f"cannot write to the run folder {folder} ({error.strerror}): choose another --output-dir"
         ) from None
-    return folder
+    return folder, start
 
 
-def _save(trainer: Trainer, epoch: int, optimizer: dict[str, Any]) -> Path:
-    loader = trainer.loader
-    state = {
-        "model": trainer.model.state_dict(),
-        "optimizer": optimizer,
-        "progress": {"step": trainer.step, "epoch": epoch},
-        "config": asdict(trainer.config),
-        "data": {"classes": list(loader.data.classes), "mean": list(loader.mean), "std": list(loader.std)},
-    }
-    return checkpoint.save(trainer.folder / "checkpoints", trainer.step, state)
+def _start(config: TrainConfig, folder: Path) -> Start | None:
+    """What `--resume` finds; None for a new run."""
+    taken = (folder / METRICS_FILE).exists()
+    if taken and config.resume != "auto":
+        raise UserError(f"{folder} holds a run already: choose another --output-dir, or remove it")
+    if config.resume not in ("auto", "never"):
+        path, saved, damaged = Path(config.resume), checkpoint.load(config.resume), []
+    elif taken:
+        path, saved, damaged = checkpoint.newest(folder / "checkpoints")
+    else:
+        return None
+    if path is None:
+        if damaged:
+            raise UserError(f"no checkpoint of {folder} is whole: {damaged[0]}")
+        return None  # it was killed before it wrote one
+    return Start(path, TrainingState.of(saved, str(path)), damaged)

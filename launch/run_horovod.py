@@ -7,6 +7,7 @@ stays as it is.
 
 import os
 import re
+import signal
 import sys
 import threading
 
@@ -30,6 +31,9 @@ def execute_without_shell(path: str, arguments: list[str], environment: dict[str
 def main() -> None:
     """Runs horovodrun's command line; ends with a rank's code (128 + n for signal n), 1 without ssh to a host."""
     os.execve = execute_without_shell
+    # horovodrun hands on SIGTERM only, and would die of these; to the ranks all three say the same: save and stop.
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     try:
         run_commandline()
     except RuntimeError as error:

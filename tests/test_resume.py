@@ -1,0 +1,314 @@
+"""A run that is stopped anywhere and started again by the same command ends where the undisturbed one ends.
+
+Hazards: a resumed run that differs in a bit (generators, sample order, half an epoch, accumulation, loss scale,
+schedule); ranks that leave before rank 0 has written; a checkpoint that is damaged and loaded, or whole and lost;
+one of another run that is taken up; metrics that say the same twice; a write that fails and ends the run, or is
+not said.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from cifar_files import write_cifar10
+from test_train import ROOT, checkpoint, events, one_line, succeeded, train
+
+from hvd_adam import checkpoint as checkpoints
+from hvd_adam.errors import UserError
+
+# A model that sends its process a signal in a forward pass of training: STOP is SIGNAL:RANK:PASS.
+MODEL = """
+import os, signal
+import torch, horovod.torch as hvd
+
+class Model(torch.nn.Sequential):
+    passes = 0
+
+    def forward(self, images):
+        name, rank, number = os.environ.get("STOP", ":-1:0").split(":")
+        self.passes += self.training
+        if int(rank) == hvd.rank() and self.passes == int(number):
+            os.kill(os.getpid(), getattr(signal, name))
+        return super().forward(images)
+
+def build(in_channels, num_classes, image_size, dropout=0.0):
+    inputs = in_channels * image_size[0] * image_size[1]
+    drop = torch.nn.Dropout(float(os.environ.get("DROPOUT", "0.5")))
+    layers = (torch.nn.Linear(inputs, 32), torch.nn.GELU(), drop, torch.nn.Linear(32, num_classes))
+    return Model(torch.nn.Flatten(), *layers)
+"""
+
+# 200 images: 6 updates an epoch, 24 in all; a pass is a micro-batch.
+OPTIONS = (
+    "--dataset cifar10 --model mine:build --epochs 4 --accumulate 2 --log-every 4 --checkpoint-every 5".split()
+)
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with data and model in it."""
+    folder = tmp_path_factory.mktemp("resume")
+    write_cifar10(folder / "data")
+    (folder / "mine.py").write_text(MODEL)
+    return folder
+
+
+def start(place, name, *argv, ranks=2, stop="", dropout="0.5", **options):
+    fixed = [*OPTIONS, "--global-batch-size", 32, "--data-dir", place / "data"]
+    environ = {"PYTHONPATH": str(place), "DROPOUT": dropout, **({"STOP": stop} if stop else {})}
+    if not ranks:
+        environ = {**os.environ, **environ}
+    return train(*fixed, *argv, ranks=ranks, folder=place / name, env=environ, **options)
+
+
+def assert_same_end(place, one, other):
+    a, b = checkpoint(place / one), checkpoint(place / other)
+    for name, weight in a["model"].items():
+        assert torch.equal(weight, b["model"][name]), name
+    assert a["optimizer"]["state"].keys() == b["optimizer"]["state"].keys()
+    for number, state in a["optimizer"]["state"].items():
+        for name, value in state.items():
+            assert torch.equal(value, b["optimizer"]["state"][number][name]), (number, name)
+    for part in ("progress", "loss_scaler", "schedule"):
+        assert a[part] == b[part]
+    for kind in ("step", "eval"):
+        lines = [
+            [
+                {k: v for k, v in line.items() if k not in ("time", "images_per_second")}
+                for line in events(path, kind)
+            ]
+            for path in (place / one, place / other)
+        ]
+        assert lines[0] == lines[1]
+    assert events(place / other)[-1]["event"] == "end"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "controller", "options"),
+    [
+        (2, "mpi", "--precision bf16"),
+        (2, "gloo", "--strategy sharded --max-grad-norm 0.5 --precision fp16"),
+        (4, "gloo", "--deterministic"),
+    ],
+)
+def test_stopped_by_a_signal_and_killed_it_ends_bit_for_bit_as_undisturbed(place, ranks, controller, options):
+    case = f"{ranks}-{controller}-{options.replace(' ', '')}"
+    common = {"ranks": ranks, "controller": controller}
+    argv = options.split()
+    succeeded(start(place, f"{case}-a", *argv, **common))
+    # In the second micro-batch of update 9, on the last rank: all ranks stop after that update.
+    stopped = start(place, f"{case}-b", *argv, stop=f"SIGUSR1:{ranks - 1}:18", **common)
+    assert stopped.returncode != 0
+    assert "stopped after 9 updates" in stopped.stdout or "stopped after 10 updates" in stopped.stdout
+    saved = checkpoint(place / f"{case}-b")["progress"]["step"]
+    assert saved in (9, 10)
+    # The next part is killed in the pass after its update 7, past the checkpoint of update 15.
+    killed = start(place, f"{case}-b", *argv, stop=f"SIGKILL:{ranks - 1}:15", **common)
+    assert killed.returncode != 0
+    done = succeeded(start(place, f"{case}-b", *argv, **common))
+    assert "goes on after 15 updates" in done.stdout
+    assert_same_end(place, f"{case}-a", f"{case}-b")
+
+
+def test_with_other_numbers_of_ranks_it_ends_at_the_same_weights_up_to_rounding(place):
+    fixed = {"dropout": "0"}  # whose masks are drawn by rank
+    argv = ["--precision", "float64", "--max-grad-norm", 1]
+    succeeded(start(place, "same", *argv, **fixed))
+    for ranks, stop in ((2, "SIGUSR2:1:14"), (0, "SIGTERM:0:12"), (4, "")):
+        done = start(place, "changing", *argv, ranks=ranks, stop=stop, **fixed)
+        assert (done.returncode == 0) == (not stop), done.stderr
+    assert [event["world_size"] for event in events(place / "changing", "resume")] == [1, 4]
+    one, other = (checkpoint(place / name) for name in ("same", "changing"))
+    # 24 updates of float64: the sums of 32 images, in another order.
+    for name, weight in one["model"].items():
+        assert (weight - other["model"][name]).abs().max() < 1e-9, name
+
+
+def test_a_preempted_run_ends_with_75_and_metrics_go_on_as_if_nothing_had_happened(place):
+    done = start(place, "75", ranks=0, stop="SIGTERM:0:15")
+    assert (done.returncode, done.stderr) == (75, "")
+    assert "stopped after 8 updates" in done.stdout
+    with (place / "75" / "metrics.jsonl").open("a") as lines:
+        lines.write('{"event": "step", "st')  # as a killed process leaves it
+    done = start(place, "75", "--max-time", "0.001", ranks=0)
+    assert done.returncode == 75
+    assert "stopped after 9 updates" in done.stdout
+    succeeded(start(place, "75", ranks=0))
+    assert [event["event"] for event in events(place / "75")].count("start") == 1
+    assert [event["step"] for event in events(place / "75", "resume")] == [8, 9]
+    assert [event["step"] for event in events(place / "75", "step")] == list(range(4, STEPS + 1, 4))
+    before = (place / "75" / "checkpoints" / "latest").read_text()
+    again = succeeded(start(place, "75", ranks=0))  # there is nothing left to do
+    assert "goes on after 24 updates" in again.stdout
+    assert (place / "75" / "checkpoints" / "latest").read_text() == before
+    assert len(events(place / "75", "eval")) == 4
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(place):
+    assert start(place, "young", ranks=0, stop="SIGKILL:0:5").returncode == -signal.SIGKILL
+    succeeded(start(place, "young", ranks=0))
+    assert [event["event"] for event in events(place / "young")].count("start") == 1
+    assert events(place / "young")[-1]["event"] == "end"
+
+
+@pytest.mark.parametrize("script", ["mpirun.sh", "horovodrun.sh --mpi", "horovodrun.sh --gloo"])
+def test_a_signal_to_the_launcher_reaches_the_ranks_and_75_comes_back(script, place):
+    folder = place / script
+    name, *options = script.split()
+    command = ["bash", str(ROOT / "launch" / name), *options, "-np", "2", "--", "--epochs", "500"]
+    with subprocess.Popen([*command, "--output-dir", str(folder)], stdout=subprocess.PIPE, text=True) as running:
+        while "step 10/" not in running.stdout.readline():
+            assert running.poll() is None
+        running.send_signal(signal.SIGUSR1)
+        output = running.communicate(timeout=60)[0]
+    assert running.returncode == 75, output
+    assert checkpoint(folder)["progress"]["step"] >= 10
+    assert "the same command goes on" in output
+
+
+def test_a_second_signal_ends_it_at_once(tmp_path):
+    code = (
+        "import os, signal, time; from hvd_adam import preemption; from hvd_adam.cluster import Cluster; "
+        "one = Cluster(0, 1, 0, 1, 0, 1, None, 'none'); stop = preemption.Preemption(one, None); "
+        "assert not stop.agreed(); os.kill(os.getpid(), signal.SIGUSR1); os.kill(os.getpid(), signal.SIGTERM); "
+        "assert stop.agreed(); print('ready', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout.readline() == "ready\n"
+        time.sleep(0.5)
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(timeout=20) == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--lr", "0.01"], "--lr is 0.01, but 0.001 in checkpoint"),
+        (["--precision", "bf16"], "--precision is bf16, but fp32 in checkpoint"),
+        (["--model", "mlp"], "--model is mlp, but mine:build in checkpoint"),
+        (["--global-batch-size", "64"], "an update has 64 images, but 32 in checkpoint"),
+        (["--resume", "never"], "holds a run already"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_by_the_first_difference(argv, message, place):
+    folder = place / "refusing"
+    if not folder.exists():
+        assert start(place, "refusing", ranks=0, stop="SIGTERM:0:3").returncode == 75
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert message in one_line(start(place, "refusing", *argv, ranks=0))
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_damaged_checkpoint_is_said_and_the_one_before_taken(place):
+    assert start(place, "damaged", ranks=0, stop="SIGTERM:0:27").returncode == 75
+    newest = sorted((place / "damaged" / "checkpoints").glob("step-*"))[-1]
+    assert newest.name == "step-00000014"
+    (newest / "state.pt").write_bytes((newest / "state.pt").read_bytes()[:-1])
+    done = succeeded(start(place, "damaged", ranks=0))
+    assert f"warning: checkpoint {newest} is damaged: state.pt does not match its checksum" in done.stdout
+    assert "goes on after 12 updates" in done.stdout or "goes on after 10 updates" in done.stdout
+
+
+# Checkpoints by themselves.
+
+
+def states(folder, *steps):
+    for step in steps:
+        checkpoints.save(folder, step, {"model": {"weight": torch.full((1000,), float(step))}})
+
+
+@pytest.mark.parametrize("part", ["state.pt", "manifest.json"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "missing"])
+def test_every_damage_is_detected_and_the_newest_whole_one_found(part, damage, tmp_path):
+    states(tmp_path / "whole", 1, 20)
+    size = (tmp_path / "whole" / "step-00000020" / part).stat().st_size
+    for place in range(0, size, max(1, size // 7)) if damage in ("truncated", "flipped") else (0,):
+        folder = tmp_path / f"{place}"
+        shutil.copytree(tmp_path / "whole", folder)
+        path = folder / "step-00000020" / part
+        whole = bytearray(path.read_bytes())
+        if damage == "missing":
+            path.unlink()
+        elif damage == "flipped":
+            whole[place] ^= 64
+            path.write_bytes(whole)
+        else:
+            path.write_bytes(b"" if damage == "empty" else whole[:place])
+        found, state, damaged = checkpoints.newest(folder)
+        if part == "manifest.json" and damage == "flipped" and found.name == "step-00000020":
+            # Of what the manifest says beside sizes and checksums, nothing is needed to load.
+            assert torch.equal(state["model"]["weight"], torch.full((1000,), 20.0))
+            continue
+        assert found.name == "step-00000001"
+        assert torch.equal(state["model"]["weight"], torch.ones(1000))
+        assert len(damaged) == 1
+        assert str(path.parent) in damaged[0]
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    (tmp_path / ".step-00000007.123").mkdir()  # of a killed process
+    writer = checkpoints.Writer(tmp_path, keep=2)
+    for step in range(1, 7):
+        writer.write(step, {"model": step}, best=step == 2)
+        assert writer.take(wait=True).name == f"step-{step:08d}"
+        assert writer.take(wait=True) is None
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "step-00000002",
+        "step-00000005",
+        "step-00000006",
+        "latest",
+        "best",
+    }
+    assert (tmp_path / "best").read_text() == "step-00000002\n"
+    assert checkpoints.newest(tmp_path)[0].name == "step-00000006"
+
+
+def test_a_write_that_fails_is_said_and_the_next_one_works(tmp_path):
+    writer = checkpoints.Writer(tmp_path / "run", keep=2)
+    (tmp_path / "run").write_text("")
+    writer.write(1, {"model": 1})
+    with pytest.raises(UserError, match="cannot write the checkpoint"):
+        writer.take(wait=True)
+    (tmp_path / "run").unlink()
+    writer.write(2, {"model": 2})
+    assert writer.take(wait=True).name == "step-00000002"
+
+
+# A file may not grow past the limit from the first epoch's end until the third's.
+FULL_DISK = """
+import resource, signal
+import torch
+
+class Filling(torch.nn.Sequential):
+    passes = 0
+
+    def forward(self, images):
+        self.passes += self.training
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        full = 8 <= self.passes < 15
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000 if full else -1, -1))
+        return super().forward(images)
+
+def build(in_channels, num_classes, image_size, dropout=0.0):
+    inputs = in_channels * image_size[0] * image_size[1]
+    return Filling(torch.nn.Flatten(), torch.nn.Linear(inputs, num_classes))
+"""
+
+
+def test_a_disk_that_is_full_for_a_while_costs_the_checkpoints_of_that_while_only(place):
+    (place / "filling.py").write_text(FULL_DISK)
+    argv = ["--model", "filling:build", "--accumulate", 1, "--checkpoint-every", 3, "--keep", 9]
+    done = succeeded(start(place, "full", *argv, ranks=0))
+    failed = [event["reason"] for event in events(place / "full", "checkpoint_failed")]
+    assert failed
+    assert all("cannot write the checkpoint" in reason for reason in failed)
+    assert done.stdout.count("; training goes on") == len(failed)
+    names = {path.name for path in (place / "full" / "checkpoints").glob("step-*")}
+    assert {"step-00000003", "step-00000018", "step-00000024"} <= names
+    assert not names & {"step-00000009", "step-00000012"}
