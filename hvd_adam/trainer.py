@@ -63,13 +63,7 @@ class Trainer:
         with together(cluster):
             self.folder, start = _open_folder(config, self.global_batch) if cluster.rank == 0 else (None, None)
             if start is not None:
-                require_same_tensors(self.model.state_dict(), start.state.model, str(start.path))
-                self.model.load_state_dict(start.state.model)
-                adam.load_state_dict(start.state.optimizer)
-                for group in adam.param_groups:  # how it computes is this run's to say
-                    group["implementation"] = config.implementation
-                if self.scaler is not None:
-                    self.scaler.load_state_dict(start.state.loss_scaler)
+                self._load(start, adam)
         self.optimizer = distribute(
             adam,
             self.model,
@@ -94,8 +88,18 @@ class Trainer:
         self.log = RunLog(self.folder, self.total_steps, None if start is None else self.step)
         self.resumed = None if start is None else replace(start, state=None)
 
+    def _load(self, start: Start, adam: Adam) -> None:
+        """Takes up a checkpoint on rank 0, before `distribute` gives it to the others."""
+        require_same_tensors(self.model.state_dict(), start.state.model, str(start.path))
+        self.model.load_state_dict(start.state.model)
+        adam.load_state_dict(start.state.optimizer)
+        for group in adam.param_groups:  # how it computes is this run's to say
+            group["implementation"] = self.config.implementation
+        if self.scaler is not None:
+            self.scaler.load_state_dict(start.state.loss_scaler)
+
     def _go_on(self, start: Start | None) -> None:
-        """Takes up rank 0's checkpoint on all ranks; model and optimizer have it already."""
+        """Goes on from rank 0's checkpoint on all ranks; model and optimizer have it already."""
         state = None if start is None else start.state
         small = None if state is None else (state.progress, state.schedule, state.ranks)
         if self.cluster.size > 1:
@@ -104,7 +108,10 @@ class Trainer:
             return
         progress, schedule, ranks = small
         self.schedule = replace(self.schedule, **schedule)
-        self.step, self.epoch, self.epoch_done = (progress[name] for name in ("step", "epoch", "epoch_done"))
+        self.step, self.epoch = progress["step"], progress["epoch"]
+        # --max-steps may have ended that run within an epoch, and now allow more.
+        whole = self.step in (self.epoch * self.steps_per_epoch, self.total_steps)
+        self.epoch_done = progress["epoch_done"] and whole
         self.optimizer.skipped_updates = self.skipped = progress["skipped"]
         self.best_accuracy = progress["best_accuracy"]
         self.scores = None if progress["scores"] is None else Scores(**progress["scores"])
@@ -217,12 +224,10 @@ class Trainer:
 
     def _checkpoint(self, *, best: bool = False) -> None:
         """Begins to write; every rank calls it. Waits for the one before: a slow disk slows training down."""
-        self.watch.pause()
         state = self._state()
         if self.folder is not None:
             self._report(wait=True)
             self.writer.write(self.step, state.snapshot(), best=best)
-        self.watch.start()
 
     def _report(self, *, wait: bool = False) -> None:
         """Records what has been written; without a disk training goes on as long as the run lasts."""

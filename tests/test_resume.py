@@ -150,6 +150,16 @@ def test_a_preempted_run_ends_with_75_and_metrics_go_on_as_if_nothing_had_happen
     assert len(events(place / "75", "eval")) == 4
 
 
+def test_a_run_that_max_steps_has_ended_goes_on_within_the_epoch_when_allowed_more(place):
+    argv = ["--lr-decay", "constant"]  # which no other number of updates changes
+    succeeded(start(place, "long", *argv, ranks=0))
+    for steps in (3, 9, 9):
+        succeeded(start(place, "longer", *argv, "--max-steps", steps, ranks=0))
+    succeeded(start(place, "longer", *argv, ranks=0))
+    one, other = (checkpoint(place / name)["model"] for name in ("long", "longer"))
+    assert all(torch.equal(weight, other[name]) for name, weight in one.items())
+
+
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(place):
     assert start(place, "young", ranks=0, stop="SIGKILL:0:5").returncode == -signal.SIGKILL
     succeeded(start(place, "young", ranks=0))
