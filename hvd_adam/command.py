@@ -20,7 +20,7 @@ from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_ty
 import jsonargparse
 
 from hvd_adam.cluster import launched
-from hvd_adam.errors import AgreedError, Preempted, UserError
+from hvd_adam.errors import AgreedError, JobError, Preempted, UserError
 from hvd_adam.preemption import asked_to_stop
 
 Config = TypeVar("Config")
@@ -44,6 +44,8 @@ def run(
         main(parse(config, name, argv))
     except UserError as error:
         _exit_with(error, f"{name}: error: {error}", 2)
+    except JobError as error:
+        _exit_with(error, f"{name}: error: {error}", 1)
     except Preempted:
         _leave(75)
     except KeyboardInterrupt:
@@ -123,11 +125,11 @@ def _wanted(kind: Any) -> str:
     return "a text (in quotes where it looks like a number)"
 
 
-def _exit_with(error: UserError, line: str, code: int) -> NoReturn:
+def _exit_with(error: UserError | JobError, line: str, code: int) -> NoReturn:
     rank = launched().rank
     if rank == 0:
         print(line, file=sys.stderr, flush=True)
-    elif not isinstance(error, AgreedError):
+    elif not isinstance(error, AgreedError | JobError):
         time.sleep(GRACE_SECONDS)
         print(f"{line} [rank {rank} on {socket.gethostname()}]", file=sys.stderr, flush=True)
     _leave(code)

@@ -100,6 +100,9 @@ class TrainConfig(DataConfig):
     keep: int = _option(2, "how many of the newest checkpoints to keep, besides the best")
     max_time: float | None = _option(None, "seconds after which to save and stop, with exit code 75")
     deterministic: bool = _option(False, "refuse operations whose result may differ from run to run")
+    check_consistency_every: int | None = _option(
+        None, "updates between two checks that all ranks have the same weights and optimizer state"
+    )
     log_every: int = _option(10, "updates between two lines of metrics")
     eval_every: int = _option(1, "epochs between two evaluations; the last epoch is always evaluated")
 
@@ -116,8 +119,10 @@ class TrainConfig(DataConfig):
             )
         for name in ("log_every", "eval_every", "keep"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        every, seconds = self.checkpoint_every, self.max_time
-        _require(every is None or every >= 1, "checkpoint-every", every, "at least 1")
+        for name in ("checkpoint_every", "check_consistency_every"):
+            every = getattr(self, name)
+            _require(every is None or every >= 1, name, every, "at least 1")
+        seconds = self.max_time
         _require(seconds is None or seconds > 0, "max-time", seconds, "above 0")
         for name in ("lr", "eps", "weight_decay", "warmup_epochs"):
             value = getattr(self, name)

@@ -9,5 +9,9 @@ class AgreedError(UserError):
     """A `UserError` that every rank raises at the same point, so that rank 0 alone needs to print it."""
 
 
+class JobError(Exception):
+    """What ends the job on every rank at the same point and is no bad input: one line by rank 0, exit code 1."""
+
+
 class Preempted(Exception):
     """The run has saved itself and ends before its time, on every rank; the same command goes on with it."""

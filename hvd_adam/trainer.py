@@ -16,6 +16,7 @@ from hvd_adam.adam import Adam
 from hvd_adam.broadcast import ROOT, broadcast_buffers
 from hvd_adam.cluster import Cluster, horovod, init, require_same, together
 from hvd_adam.config import TrainConfig
+from hvd_adam.consistency import require_consistent
 from hvd_adam.data.loader import Batch, DeviceLoader
 from hvd_adam.distributed import distribute
 from hvd_adam.errors import Preempted, UserError
@@ -168,6 +169,8 @@ class Trainer:
             self._update([next(batches) for _ in range(config.accumulate)], epoch)
             if self.step % config.log_every == 0 or self.step == self.total_steps:
                 self._log_step(epoch)
+            if self._is_due(config.check_consistency_every):
+                require_consistent(cluster, self.model, self.optimizer, sharded=config.strategy == "sharded")
             if self.preemption.agreed():
                 self._stop()
             if self.step < end and self._is_due(config.checkpoint_every):
