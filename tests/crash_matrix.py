@@ -48,7 +48,7 @@ def build(in_channels, num_classes, image_size, dropout=0.0):
     return torch.nn.Sequential(torch.nn.Flatten(), first, torch.nn.GELU(), torch.nn.Dropout(0.5), last)
 """
 
-OPTIONS = "--dataset cifar10 --model slow:build --epochs 10 --batch-size 10 --checkpoint-every 2 --eval-every 5"
+OPTIONS = "--dataset cifar10 --model slow:build --epochs 8 --batch-size 10 --checkpoint-every 2 --eval-every 4"
 
 
 @dataclass

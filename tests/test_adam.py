@@ -488,7 +488,7 @@ def sweep(examples):
     )
 
 
-@sweep(80)
+@sweep(50)
 @given(case=cases())
 def test_100_steps_in_float64_agree_with_torch_and_the_oracle_to_1e_12(case):
     runs, optimizers, exact = run_all(case, torch.float64, 100, implementations(case))
@@ -503,7 +503,7 @@ def test_100_steps_in_float64_agree_with_torch_and_the_oracle_to_1e_12(case):
     assert_foreach_is_torch_foreach(runs, optimizers)
 
 
-@sweep(80)
+@sweep(50)
 @given(case=cases())
 def test_100_steps_in_float32_stay_within_the_running_error_bound(case):
     runs, optimizers, exact = run_all(case, torch.float32, 100, implementations(case))
@@ -518,7 +518,7 @@ def test_100_steps_in_float32_stay_within_the_running_error_bound(case):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@sweep(40)
+@sweep(25)
 @given(case=cases())
 def test_100_steps_in_half_precision_are_torch_foreach_to_the_bit(dtype, case):
     if dtype == torch.float16 and not half_works_on_cpu():
@@ -528,7 +528,7 @@ def test_100_steps_in_half_precision_are_torch_foreach_to_the_bit(dtype, case):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@sweep(60)
+@sweep(40)
 @given(case=cases())
 def test_half_precision_stays_within_the_running_error_bound(dtype, case):
     if dtype == torch.float16 and not half_works_on_cpu():
