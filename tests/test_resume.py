@@ -224,13 +224,6 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_taken(place):
     assert "goes on after 12 updates" in done.stdout or "goes on after 10 updates" in done.stdout
 
 
-def test_a_run_killed_at_random_moments_loses_nothing():
-    command = [sys.executable, str(ROOT / "tests" / "crash_matrix.py"), "--trials", "1", "--seed", "4"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "trial 1 of 1" in done.stdout
-
-
 # Checkpoints by themselves.
 
 
