@@ -87,6 +87,11 @@ class Writer:
                 shutil.rmtree(old, ignore_errors=True)
 
 
+def folder_of(checkpoints: Path, step: int) -> Path:
+    """Where the checkpoint after `step` updates is, or would be."""
+    return checkpoints / f"step-{step:08d}"
+
+
 def newest(checkpoints: Path) -> tuple[Path | None, dict[str, Any], list[str]]:
     """Reads the newest checkpoint of a run that is whole.
 
@@ -117,7 +122,7 @@ def save(checkpoints: Path, step: int, state: dict[str, Any]) -> Path:
     Raises:
         UserError: it cannot be written (a full disk, say); earlier checkpoints are as they were.
     """
-    final = checkpoints / f"step-{step:08d}"
+    final = folder_of(checkpoints, step)
     draft = checkpoints / f".{final.name}.{os.getpid()}"
     try:
         shutil.rmtree(draft, ignore_errors=True)

@@ -70,7 +70,7 @@ class TrainingState:
         remedy = "use the same, or --resume never and another --output-dir"
         for name, value in config.items():
             theirs = self.config.get(name, value)
-            if name not in FREE and _plain(theirs) != _plain(value):
+            if name not in FREE and theirs != value:
                 option = f"--{name.replace('_', '-')}"
                 raise UserError(f"{option} is {value}, but {theirs} in checkpoint {where}: {remedy}")
         theirs = self.progress["global_batch_size"]
@@ -124,7 +124,3 @@ def _copied(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(map(_copied, value))
     return value
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

@@ -145,7 +145,7 @@ class Trainer:
             last = self.step >= self.total_steps
             best = (last or self.epoch % config.eval_every == 0) and self._evaluate(self.epoch)
             self.epoch_done = True
-            if best or last or self._is_due(config.checkpoint_every or self.step):
+            if best or last or config.checkpoint_every is None or self._is_due(config.checkpoint_every):
                 self._checkpoint(best=best)
         self._finish()
 
@@ -297,7 +297,7 @@ class Trainer:
         self.log.event("end", self.step, self.epoch, **result, images_per_second=rate, world_size=size)
         self.log.close()
         if self.folder is not None:
-            path = self.folder / "checkpoints" / f"step-{self.step:08d}"
+            path = checkpoint.folder_of(self.folder / "checkpoints", self.step)
             for name, value in result.items():
                 self.log.say(f"{name.replace('_', ' ')} {value:.4f}")
             self.log.say(f"throughput {rate:.0f} images/s over {self.cluster.size} rank(s)")
