@@ -70,6 +70,7 @@ class TrainConfig(DataConfig):
         "auto", "how Adam computes: auto takes the compiled kernel for 2^20 parameters and more"
     )
     max_grad_norm: float | None = _option(None, "clip the averaged gradient to this norm")
+    max_skipped: int = _option(20, "end the job after more updates in a row that were skipped as not finite")
 
     lr_scaling: Literal["linear", "sqrt", "none"] = _option(
         "linear", "how the learning rate (sqrt: betas and eps too) follows ranks × accumulate"
@@ -117,7 +118,7 @@ class TrainConfig(DataConfig):
             _require(
                 getattr(self, name) is None or getattr(self, name) >= 1, name, getattr(self, name), "at least 1"
             )
-        for name in ("log_every", "eval_every", "keep"):
+        for name in ("log_every", "eval_every", "keep", "max_skipped"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("checkpoint_every", "check_consistency_every"):
             every = getattr(self, name)

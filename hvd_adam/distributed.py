@@ -37,6 +37,7 @@ def distribute(
     op: str = "average",
     max_grad_norm: float | None = None,
     loss_scaler: Any | None = None,
+    skip_nonfinite: bool = True,
 ) -> DistributedAdam:
     """Makes N ranks train as one: every rank calls it once with its own copy of the same model.
 
@@ -58,6 +59,9 @@ def distribute(
         max_grad_norm: clips the averaged, unscaled gradient to this global 2-norm, > 0.
         loss_scaler: a `torch.amp.GradScaler`. Call `loss_scaler.scale(loss).backward()` and `step()`, nothing
             else: unscaling, skipping and updating the scale happen inside, alike on all ranks.
+        skip_nonfinite: leave an update out, on all ranks alike, if an element of the averaged gradient is infinite
+            or NaN (`skipped_updates` counts): it would spoil weights and moments for ever. With a `loss_scaler` it
+            is always left out; with adasum, which has no averaged gradient, never.
 
     Raises:
         UserError: an impossible option or combination; a model or options that differ from rank 0's; `init` not
@@ -84,6 +88,7 @@ def distribute(
         _require_adasum(compression, max_grad_norm, loss_scaler)
     _require_one_device(model, optimizer)
     options = {"accumulate": accumulate, "compression": compression, "op": op, "max_grad_norm": max_grad_norm}
+    options["skip_nonfinite"] = bool(skip_nonfinite)
     require_same(
         init(), "options of distribute", {"strategy": strategy, "scaler": loss_scaler is not None, **options}
     )

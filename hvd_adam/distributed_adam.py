@@ -19,7 +19,7 @@ from hvd_adam.cluster import horovod
 from hvd_adam.errors import UserError
 from hvd_adam.flat import Flat
 from hvd_adam.layout import Layout
-from hvd_adam.reducer import BUCKET_BYTES, Reducer
+from hvd_adam.reducer import BUCKET_BYTES, Reducer, sum_of
 from hvd_adam.wire import AdasumWire
 
 # Keeps the collectives of several distributed optimizers, and of several layouts of one, apart; counted alike on
@@ -38,7 +38,7 @@ class DistributedAdam(Adam):
     Attributes:
         grad_norm: global 2-norm of the last averaged gradient before clipping, a 0-dim tensor; None without
             `max_grad_norm`.
-        skipped_updates: how many updates the loss scaler has skipped, on all ranks alike, because a gradient was
+        skipped_updates: how many updates have been skipped, on all ranks alike, because the averaged gradient was
             not finite.
     """
 
@@ -52,6 +52,7 @@ class DistributedAdam(Adam):
         op: str,
         max_grad_norm: float | None,
         loss_scaler: Any | None,
+        skip_nonfinite: bool,
     ) -> None:
         self._wrapper: Any = None
         # Not Adam's constructor: parameters, state and hyper-parameters are those of the optimizer given.
@@ -65,6 +66,9 @@ class DistributedAdam(Adam):
         self._model = model
         self._accumulate, self._compression, self._max_grad_norm = accumulate, compression, max_grad_norm
         self._loss_scaler = loss_scaler if loss_scaler is not None and loss_scaler.is_enabled() else None
+        # Where there is a norm of the gradient anyway, it tells whether all elements are finite.
+        self._skip_nonfinite = skip_nonfinite
+        self._sums = skip_nonfinite and max_grad_norm is None and self._loss_scaler is None
         self._alone = self._hvd.size() == 1
         self._adasum = op == "adasum" and not self._alone
         self._always_flat = not self._alone and not self._adasum
@@ -72,6 +76,7 @@ class DistributedAdam(Adam):
         self._micro_batches = 0
         self._factor: torch.Tensor | None = None  # of the update under way
         self._pending_factor: float | None = None  # what the gradients lack to be the mean, once they are reduced
+        self._sum: torch.Tensor | None = None  # of all elements, if asked for: finite if they are
         self.grad_norm: torch.Tensor | None = None
         self.skipped_updates = 0
         broadcast_training(model, self, loss_scaler)
@@ -182,10 +187,13 @@ class DistributedAdam(Adam):
             return
         if self._alone:
             factor = 1 / self._accumulate
+            if self._sums:
+                sums = [sum_of(p.grad) for p in self._parameters() if p.grad is not None]
+                self._sum = torch.stack(sums).sum() if sums else None
         else:
             self._refuse_strangers()
             self._settle()
-            self._reducer.finish()
+            self._sum = self._reducer.finish(add=self._sums)
             factor = self._reducer.mean_factor
             self._rearm()
         if self._loss_scaler is not None:
@@ -193,18 +201,18 @@ class DistributedAdam(Adam):
         self._pending_factor = factor
 
     def _update_scaled(self) -> None:
-        """Folds the mean, the loss scale and clipping into one factor, and updates unless the scaler skips."""
+        """Folds mean, loss scale and clipping into one factor, and updates, unless a gradient is not finite."""
         if all(p.grad is None for p in self._parameters()):
             return
-        factor = self._pending_factor
+        factor, measure = self._pending_factor, self._sum
         if self._max_grad_norm is not None or self._loss_scaler is not None:
-            norm = self._norm() * factor
-            if self._loss_scaler is not None and self._skips(norm):
-                return
-            if self._max_grad_norm is not None:
-                self.grad_norm = norm
-                # As torch.nn.utils.clip_grad_norm_ has it, 1e-6 included.
-                factor = factor * (self._max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+            measure = self._norm() * factor
+        if self._skips(measure):
+            return
+        if self._max_grad_norm is not None:
+            self.grad_norm = measure
+            # As torch.nn.utils.clip_grad_norm_ has it, 1e-6 included.
+            factor = factor * (self._max_grad_norm / (measure + 1e-6)).clamp(max=1.0)
         if isinstance(factor, float):
             factor = None if factor == 1 else torch.tensor(factor, dtype=torch.float64)
         self._factor = factor
@@ -216,13 +224,16 @@ class DistributedAdam(Adam):
         norms = torch._foreach_norm([x for p in self._parameters() if p.grad is not None for x in pieces(p.grad)])
         return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
 
-    def _skips(self, norm: torch.Tensor) -> bool:
-        """Tells the loss scaler whether the gradients were finite; it sets its scale, alike on all ranks."""
-        scaler = self._loss_scaler
-        # What GradScaler.unscale_ would note down after a pass over the gradients that the norm makes needless.
-        scaler._per_optimizer_states[id(self)]["found_inf_per_device"] = {norm.device: (~norm.isfinite()).float()}
-        skips = not norm.isfinite()
-        scaler.update()
+    def _skips(self, measure: torch.Tensor | None) -> bool:
+        """Whether to leave the update out, alike on all ranks: norm or sum of the gradients is not finite."""
+        if self._loss_scaler is None and not self._skip_nonfinite:
+            return False
+        skips = not measure.isfinite()
+        if self._loss_scaler is not None:
+            # What GradScaler.unscale_ would note after a pass over the gradients that the norm makes needless.
+            found = {measure.device: torch.tensor(float(skips), device=measure.device)}
+            self._loss_scaler._per_optimizer_states[id(self)]["found_inf_per_device"] = found
+            self._loss_scaler.update()
         self.skipped_updates += skips
         return skips
 

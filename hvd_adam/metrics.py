@@ -26,7 +26,10 @@ def sum_over_ranks(values: torch.Tensor, cluster: Cluster, name: str) -> list[fl
 
 
 class RunningMean:
-    """The mean loss over all samples of all ranks since it was last read, kept on the device until then."""
+    """The mean loss over all samples of all ranks since it was last read, kept on the device until then.
+
+    Micro-batches whose loss is not finite are left out, as their updates are.
+    """
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
@@ -34,8 +37,10 @@ class RunningMean:
 
     def add(self, mean: torch.Tensor, samples: int) -> None:
         """Takes in the mean over a micro-batch of so many samples; neither waits for the device nor for ranks."""
-        self._sums[0] += mean.detach().double() * samples
-        self._sums[1] += samples
+        mean = mean.detach().double()
+        finite = mean.isfinite()
+        self._sums[0] += torch.where(finite, mean * samples, 0.0)
+        self._sums[1] += finite * samples
 
     def part(self) -> tuple[float, float]:
         """This rank's sum of losses and number of samples since `read`."""
@@ -50,7 +55,7 @@ class RunningMean:
         """Returns the mean and starts anew; every rank calls it."""
         total, samples = sum_over_ranks(self._sums, self._cluster, "loss")
         self._sums.zero_()
-        return total / samples
+        return total / samples if samples else math.nan
 
 
 class Stopwatch:

@@ -76,28 +76,55 @@ class Reducer:
             self._scatter,
         )
 
-    def finish(self) -> None:
-        """Sends the rest and waits for all; a parameter that no rank has used then has no gradient."""
+    def finish(self, *, add: bool = False) -> torch.Tensor | None:
+        """Sends the rest and waits for all; a parameter that no rank has used then has no gradient.
+
+        Args:
+            add: also return the sum of all elements, each bucket's taken as it arrives, while it is in cache and
+                others are on their way. It is finite on all ranks, or on none: one infinite or NaN element shows.
+        """
         for number, (flat, bucket) in enumerate(self._buckets):
             if number not in self._under_way:
                 self.send(flat.params[bucket.first])
         for reduction in self._under_way.values():
             reduction.share()
-        for reduction in self._under_way.values():
+        sums = []
+        for number, reduction in self._under_way.items():
             reduction.wait()
+            if add:
+                flat, bucket = self._buckets[number]
+                sums.append(sum_of(self._own(flat.grad, bucket)))
         self._under_way.clear()
-        for (flat, bucket), counts in zip(self._buckets, self._used(), strict=True):
+        everything, used = self._used(torch.stack(sums).sum() if add else None)
+        for (flat, bucket), counts in zip(self._buckets, used, strict=True):
             for p, ranks in zip(flat.params[bucket.first : bucket.last], counts, strict=True):
                 if ranks == 0:
                     p.grad = None
             _flags(flat, bucket).zero_()
+        return everything
 
-    def _used(self) -> list[list[float]]:
-        """For each bucket how many ranks have used each of its parameters (or a multiple of it)."""
+    def _own(self, gradients: torch.Tensor, bucket: Bucket) -> torch.Tensor:
+        """Of a bucket's gradients those that this rank has the sum of."""
+        start, end = (
+            bucket.part(horovod().rank(), horovod().size()) if self._scatter else (bucket.start, bucket.end)
+        )
+        return gradients[start:end]
+
+    def _used(self, own_sum: torch.Tensor | None) -> tuple[torch.Tensor | None, list[list[float]]]:
+        """The sum of all elements, and for each bucket how many ranks have used each parameter (or a multiple)."""
         flags = torch.cat([_flags(flat, bucket).float() for flat, bucket in self._buckets]).cpu()
         if self._scatter:
-            flags = horovod().allreduce(flags, op=horovod().Sum, name=f"{self._prefix}.used")
-        return [part.tolist() for part in flags.split([bucket.last - bucket.first for _, bucket in self._buckets])]
+            rest = [] if own_sum is None else [own_sum.float().cpu().reshape(1)]
+            flags = horovod().allreduce(torch.cat([flags, *rest]), op=horovod().Sum, name=f"{self._prefix}.used")
+            if own_sum is not None:
+                own_sum, flags = flags[-1], flags[:-1]
+        parts = flags.split([bucket.last - bucket.first for _, bucket in self._buckets])
+        return own_sum, [part.tolist() for part in parts]
+
+
+def sum_of(gradients: torch.Tensor) -> torch.Tensor:
+    """The sum of all elements, added in float32 at least: not finite if one of them is not. 0-dim, float64."""
+    return gradients.sum(dtype=torch.promote_types(gradients.dtype, torch.float32)).double()
 
 
 def _flags(flat: Flat, bucket: Bucket) -> torch.Tensor:

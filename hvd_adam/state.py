@@ -19,7 +19,7 @@ from hvd_adam.errors import UserError
 FREE = frozenset(
     "epochs max_steps batch_size global_batch_size accumulate implementation strategy compression channels_last "
     "compile deterministic device data_dir download output_dir resume checkpoint_every keep max_time log_every "
-    "eval_every check_consistency_every".split()
+    "eval_every check_consistency_every max_skipped".split()
 )
 
 
@@ -31,8 +31,8 @@ class TrainingState:
         model: its state dictionary.
         optimizer: its state dictionary, in `torch.optim.Adam`'s format.
         loss_scaler: its state dictionary, or None.
-        progress: "step", "epoch" and "epoch_done", "skipped" updates, the "best_accuracy" and last "scores" so
-            far (or None) and the "global_batch_size" that steps are counted in.
+        progress: "step", "epoch" and "epoch_done", updates "skipped" in all and "skipped_in_a_row", the
+            "best_accuracy" and last "scores" so far (or None) and the "global_batch_size" that steps count.
         schedule: "initial" and "peak" learning rate.
         ranks: of each rank "cpu" and "cuda" (or None), the states of its random generators, and "loss", its part
             of the running mean.

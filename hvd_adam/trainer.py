@@ -14,12 +14,13 @@ import hvd_adam
 from hvd_adam import checkpoint, data, models
 from hvd_adam.adam import Adam
 from hvd_adam.broadcast import ROOT, broadcast_buffers
+from hvd_adam.buffers import BufferGuard
 from hvd_adam.cluster import Cluster, horovod, init, require_same, together
 from hvd_adam.config import TrainConfig
 from hvd_adam.consistency import require_consistent
 from hvd_adam.data.loader import Batch, DeviceLoader
 from hvd_adam.distributed import distribute
-from hvd_adam.errors import Preempted, UserError
+from hvd_adam.errors import JobError, Preempted, UserError
 from hvd_adam.evaluation import Scores, score
 from hvd_adam.metrics import METRICS_FILE, RunLog, RunningMean, Stopwatch, plot
 from hvd_adam.precision import autocast, loss_scaler, make_deterministic, parameter_dtype
@@ -80,7 +81,8 @@ class Trainer:
         self.loss = RunningMean(cluster)
         self.watch = Stopwatch()
         self.step, self.epoch, self.epoch_done = 0, 1, False
-        self.skipped = 0  # updates that the loss scaler left out
+        self.skipped, self.skipped_in_a_row = 0, 0  # updates left out because a gradient was not finite
+        self.guard = BufferGuard(self.model)
         self.best_accuracy: float | None = None
         self.scores: Scores | None = None
         self._go_on(start)
@@ -114,6 +116,7 @@ class Trainer:
         whole = self.step in (self.epoch * self.steps_per_epoch, self.total_steps)
         self.epoch_done = progress["epoch_done"] and whole
         self.optimizer.skipped_updates = self.skipped = progress["skipped"]
+        self.skipped_in_a_row = progress["skipped_in_a_row"]
         self.best_accuracy = progress["best_accuracy"]
         self.scores = None if progress["scores"] is None else Scores(**progress["scores"])
         if len(ranks) == self.cluster.size:
@@ -184,18 +187,42 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad()
+        self.guard.remember()
+        bad = torch.zeros(1, dtype=torch.int32, device=self.cluster.device)  # whether a loss was not finite
         for images, labels in micro_batches:
             with autocast(self.config.precision, self.cluster.device):
                 logits = self.forward(images)
             loss = F.cross_entropy(logits.to(self.loader.dtype), labels)
-            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+            # An infinite loss may have finite gradients: 0 · ∞ is NaN, and makes every one of them NaN.
+            seed = loss.detach() * 0 + 1
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward(seed)
             self.optimizer.step()
             self.loss.add(loss, len(images))
+            bad |= ~loss.detach().isfinite()
         self.step += 1
         self.watch.add(self.global_batch)
-        if self.optimizer.skipped_updates > self.skipped:
-            self.skipped = self.optimizer.skipped_updates
-            self.log.event("skip", self.step, epoch, reason="non-finite gradient", skipped=self.skipped)
+        if self.optimizer.skipped_updates == self.skipped:
+            self.skipped_in_a_row = 0
+        else:
+            self._skip(epoch, bad)
+
+    def _skip(self, epoch: int, bad: torch.Tensor) -> None:
+        """Notes that the optimizer has left an update out; ends the job if that were too many in a row."""
+        self.guard.restore()
+        self.skipped, self.skipped_in_a_row = self.optimizer.skipped_updates, self.skipped_in_a_row + 1
+        if self.cluster.size > 1:
+            bad = horovod().allgather(bad, name="hvd_adam.bad")
+        ranks = bad.nonzero().flatten().tolist()
+        reason = f"loss of rank {', '.join(map(str, ranks))} not finite" if ranks else "gradient not finite"
+        self.log.event("skip", self.step, epoch, reason=reason, skipped=self.skipped)
+        if self.skipped_in_a_row <= self.config.max_skipped:
+            return
+        with together(self.cluster):
+            self._report(wait=True)
+        raise JobError(
+            f"{self.skipped_in_a_row} updates in a row were skipped, the last one, update {self.step}, with the "
+            f"{reason}; weights and checkpoints are good: look at the data, lower --lr, or raise --max-skipped"
+        )
 
     def _log_step(self, epoch: int) -> None:
         loss = self.loss.read()  # waits for the device, so that the lap counts finished work
@@ -266,6 +293,7 @@ class Trainer:
             "epoch": self.epoch,
             "epoch_done": self.epoch_done,
             "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
             "best_accuracy": self.best_accuracy,
             "scores": None if self.scores is None else asdict(self.scores),
             "global_batch_size": self.global_batch,

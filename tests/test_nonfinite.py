@@ -1,0 +1,166 @@
+"""An update with a gradient that is not finite, on whichever rank, is left out by all ranks together.
+
+Hazards: ranks that disagree and drift apart; a NaN that survives in weights, moments, step counts or batch-norm
+statistics; one that compression, accumulation, clipping or a shard hides; finite gradients taken for others (large
+ones, half-precision sums); a job that skips for ever, or loses its checkpoint when it ends.
+"""
+
+import itertools
+import math
+
+import pytest
+import torch
+from on_ranks import on_ranks
+from test_sharded import scattering
+from test_train import checkpoint, events, succeeded, train
+
+from hvd_adam import Adam, distribute
+
+OPTIONS = [
+    {},
+    {"strategy": "sharded"},
+    {"compression": "fp16"},
+    {"compression": "bf16", "strategy": "sharded"},
+    {"accumulate": 2, "max_grad_norm": 1.0},
+]
+
+
+def made(**options):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+    return model, distribute(Adam(model.parameters(), lr=0.1), model, **options)
+
+
+def update(model, optimizer, factor=1.0, accumulate=1):
+    optimizer.zero_grad()
+    for _ in range(accumulate):
+        (model(torch.ones(2, 6)).square().sum() * factor).backward()
+        optimizer.step()
+
+
+def snapshot(model, optimizer):
+    state = optimizer.state_dict()["state"]
+    tensors = [*model.state_dict().values(), *(value for entry in state.values() for value in entry.values())]
+    return [tensor.clone() for tensor in tensors]
+
+
+def check_skipping(cluster, options):
+    accumulate = options.get("accumulate", 1)
+    model, optimizer = made(**options)
+    update(model, optimizer, accumulate=accumulate)
+    before = snapshot(model, optimizer)
+    for skipped, (value, rank) in enumerate(
+        itertools.product((math.nan, math.inf), (0, cluster.size - 1)), start=1
+    ):
+        update(model, optimizer, value if cluster.rank == rank else 1.0, accumulate)
+        assert optimizer.skipped_updates == skipped
+        assert all(map(torch.equal, before, snapshot(model, optimizer)))
+    update(model, optimizer, accumulate=accumulate)
+    assert optimizer.skipped_updates == skipped
+    assert not any(map(torch.equal, before, snapshot(model, optimizer)))
+    return snapshot(model, optimizer)
+
+
+@on_ranks(2)
+def test_one_bad_element_on_one_rank_is_skipped_by_all(cluster):
+    for options in OPTIONS:
+        check_skipping(cluster, options)
+
+
+@on_ranks(2, "mpi")
+def test_so_it_is_where_gradients_are_scattered(cluster):
+    with scattering():
+        check_skipping(cluster, {"strategy": "sharded"})
+        check_skipping(cluster, {"strategy": "sharded", "max_grad_norm": 1.0})
+
+
+@on_ranks(0)
+def test_so_it_is_on_one_rank(cluster):
+    check_skipping(cluster, {})
+
+
+@on_ranks(2)
+def test_a_single_bad_element_shows_and_large_or_half_precision_ones_are_none(cluster):
+    for dtype, largest in ((torch.float32, 1e30), (torch.float16, 6e4), (torch.bfloat16, 1e30)):
+        model = torch.nn.Linear(40, 40, bias=False).to(dtype)
+        optimizer = distribute(Adam(model.parameters()), model)
+        for place, value in ((None, largest), (777, math.inf), (1599, math.nan)):
+            optimizer.zero_grad()
+            model(torch.zeros(1, 40, dtype=dtype)).sum().backward()
+            optimizer.synchronize()
+            optimizer.zero_grad()
+            gradient = torch.full((40, 40), largest / 2, dtype=dtype)
+            if place is not None and cluster.rank == 1:
+                gradient.view(-1)[place] = value
+            (model.weight * gradient).sum().backward()
+            optimizer.step()
+        assert optimizer.skipped_updates == 2, dtype
+        assert model.weight.isfinite().all()
+
+
+@on_ranks(2)
+def test_it_can_be_turned_off(cluster):
+    model, optimizer = made(skip_nonfinite=False)
+    update(model, optimizer, math.nan if cluster.rank else 1.0)
+    assert model[0].weight.isnan().all()
+    assert optimizer.skipped_updates == 0
+
+
+# A loss of BAD rank 1 that is not finite in some passes of training.
+MODEL = """
+import os
+import torch, horovod.torch as hvd
+
+class Model(torch.nn.Sequential):
+    passes = 0
+
+    def forward(self, images):
+        self.passes += self.training
+        value, first, last = os.environ["BAD"].split(":")
+        if self.training and hvd.rank() == 1 and int(first) <= self.passes <= int(last):
+            images = images * float(value)
+        return super().forward(images)
+
+def build(in_channels, num_classes, image_size, dropout=0.0):
+    inputs = in_channels * image_size[0] * image_size[1]
+    layers = (torch.nn.Linear(inputs, 16), torch.nn.BatchNorm1d(16), torch.nn.Linear(16, num_classes))
+    return Model(torch.nn.Flatten(), *layers)
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    (tmp_path / "bad.py").write_text(MODEL)
+
+    def run(bad, *argv):
+        environ = {"PYTHONPATH": str(tmp_path), "BAD": bad}
+        fixed = ["--epochs", 1, "--model", "bad:build", "--log-every", 1, "--checkpoint-every", 5]
+        return train(*fixed, *argv, ranks=2, controller="mpi", folder=tmp_path / "run", env=environ)
+
+    return run
+
+
+def test_training_goes_on_after_a_bad_loss_and_says_whose_it_was(run, tmp_path):
+    succeeded(run("nan:4:5"))
+    skips = events(tmp_path / "run", "skip")
+    assert [(event["step"], event["skipped"], event["reason"]) for event in skips] == [
+        (4, 1, "loss of rank 1 not finite"),
+        (5, 2, "loss of rank 1 not finite"),
+    ]
+    saved = checkpoint(tmp_path / "run")
+    assert all(value.isfinite().all() for value in saved["model"].values())
+    assert all(entry["step"] == 20 for entry in saved["optimizer"]["state"].values())  # of 22
+    assert all(event["loss"] is not None for event in events(tmp_path / "run", "step"))
+    assert all(event["test_loss"] is not None for event in events(tmp_path / "run", "eval"))
+
+
+def test_too_many_in_a_row_end_the_job_and_the_last_checkpoint_is_good(run, tmp_path):
+    done = run("inf:7:99", "--max-skipped", 4)
+    assert done.returncode == 1
+    assert done.stderr.count("5 updates in a row were skipped, the last one, update 11") == 1
+    assert "loss of rank 1 not finite" in done.stderr
+    assert "Traceback" not in done.stderr
+    saved = checkpoint(tmp_path / "run")
+    assert saved["progress"]["step"] in (5, 10)
+    assert all(value.isfinite().all() for value in saved["model"].values())
+    assert all(entry["step"] <= 6 for entry in saved["optimizer"]["state"].values())
