@@ -45,6 +45,10 @@ class Writer:
             shutil.rmtree(draft, ignore_errors=True)
             draft.unlink(missing_ok=True)
 
+    def close(self) -> None:
+        """Waits for what is being written; what became of it nobody asks any more."""
+        self._thread.shutdown()
+
     def write(self, step: int, state: dict[str, Any], *, best: bool = False) -> None:
         """Begins to write; `take` what came of the one before first. `state` must not change meanwhile.
 

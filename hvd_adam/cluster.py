@@ -10,6 +10,7 @@ PyTorch and Horovod are imported inside the functions that need them, so that th
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import socket
@@ -88,6 +89,7 @@ class Cluster:
 
 
 _cluster: Cluster | None = None  # what `init` returned
+_numbers = itertools.count()  # of names of collectives, since `init`
 
 # In order of precedence: what runs inside an allocation or under a wrapper carries the outer variables too.
 _LAUNCHERS = (
@@ -116,6 +118,16 @@ def launched(environ: Mapping[str, str] = os.environ) -> Launched:
         if rank in environ and size in environ:
             return Launched(launcher, int(environ[rank]), int(environ[size]))
     return Launched("none", 0, 1)
+
+
+def is_elastic() -> bool:
+    """Whether the launcher lets ranks come and go (horovodrun with --min-np or --host-discovery-script)."""
+    return os.environ.get("HOROVOD_ELASTIC") == "1"
+
+
+def own_rank() -> int:
+    """This process's rank: Horovod's, for ranks may have been renumbered; before it has started the launcher's."""
+    return launched().rank if _cluster is None else _cluster.rank
 
 
 @cache
@@ -175,7 +187,7 @@ def init(device: str = "auto") -> Cluster:
     for name, value in HOROVOD_DEFAULTS.items():
         os.environ.setdefault(name, value)
     hvd.init()
-    if hvd.size() != launch.size:
+    if hvd.size() != launch.size and not is_elastic():  # whose variables are those of the first start
         raise _size_mismatch(launch, hvd.size())
 
     here = _Place.of_this_rank(device, hvd.local_rank())
@@ -193,6 +205,24 @@ def init(device: str = "auto") -> Cluster:
         launcher=launch.launcher,
     )
     return _cluster
+
+
+def restart(device: str = "auto") -> Cluster:
+    """Starts Horovod anew among the ranks that are there now; every rank that is left calls it, new ones `init`.
+
+    Raises:
+        HorovodInternalError: another rank was lost meanwhile.
+        UserError: as `init`.
+    """
+    global _cluster, _numbers
+    horovod().shutdown()
+    _cluster, _numbers = None, itertools.count()
+    return init(device)
+
+
+def collective_prefix() -> str:
+    """A prefix for names of collectives that nobody else uses; alike on all ranks if all ask in the same order."""
+    return f"hvd_adam.{next(_numbers)}"
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_ty
 
 import jsonargparse
 
-from hvd_adam.cluster import launched
+from hvd_adam.cluster import own_rank
 from hvd_adam.errors import AgreedError, JobError, Preempted, UserError
 from hvd_adam.preemption import asked_to_stop
 
@@ -126,7 +126,7 @@ def _wanted(kind: Any) -> str:
 
 
 def _exit_with(error: UserError | JobError, line: str, code: int) -> NoReturn:
-    rank = launched().rank
+    rank = own_rank()
     if rank == 0:
         print(line, file=sys.stderr, flush=True)
     elif not isinstance(error, AgreedError | JobError):
@@ -137,7 +137,7 @@ def _exit_with(error: UserError | JobError, line: str, code: int) -> NoReturn:
 
 def _fail(error: Exception, name: str) -> NoReturn:
     """Shows the first cause once: a rank that only lost its peer waits for the launcher to end it."""
-    rank, host = launched().rank, socket.gethostname()
+    rank, host = own_rank(), socket.gethostname()
     if type(error).__name__ == "HorovodInternalError":
         time.sleep(GRACE_SECONDS)
         if not asked_to_stop():  # by the launcher, that is: the rank that failed has spoken

@@ -100,6 +100,8 @@ class TrainConfig(DataConfig):
     checkpoint_every: int | None = _option(None, "updates between two checkpoints (default: an epoch's)")
     keep: int = _option(2, "how many of the newest checkpoints to keep, besides the best")
     max_time: float | None = _option(None, "seconds after which to save and stop, with exit code 75")
+    elastic: bool = _option(False, "go on when ranks are lost or added, under launch/elastic.sh")
+    commit_every: int = _option(10, "elastic: updates between two copies in memory; so many are repeated at most")
     deterministic: bool = _option(False, "refuse operations whose result may differ from run to run")
     check_consistency_every: int | None = _option(
         None, "updates between two checks that all ranks have the same weights and optimizer state"
@@ -118,7 +120,7 @@ class TrainConfig(DataConfig):
             _require(
                 getattr(self, name) is None or getattr(self, name) >= 1, name, getattr(self, name), "at least 1"
             )
-        for name in ("log_every", "eval_every", "keep", "max_skipped"):
+        for name in ("log_every", "eval_every", "keep", "max_skipped", "commit_every"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("checkpoint_every", "check_consistency_every"):
             every = getattr(self, name)
@@ -164,15 +166,15 @@ class TrainConfig(DataConfig):
         return epochs
 
     def global_batch(self, size: int) -> int:
-        """Images per update over `size` ranks.
+        """Images per update over `size` ranks, at the start of a run.
 
         Raises:
-            UserError: --global-batch-size does not divide among the ranks and micro-batches.
+            UserError: --global-batch-size does not divide among the ranks and micro-batches, and is not --elastic.
         """
         parts = size * self.accumulate
         if self.global_batch_size is None:
             return (self.batch_size or 32) * parts
-        if self.global_batch_size % parts:
+        if self.global_batch_size % parts and not self.elastic:
             raise UserError(
                 f"--global-batch-size {self.global_batch_size} does not divide by {size} ranks × "
                 f"{self.accumulate} micro-batches: use a multiple of {parts}"

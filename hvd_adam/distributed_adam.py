@@ -7,7 +7,6 @@ gradient into and out of a buffer, and lets sums depend on timing. None of this 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,16 +14,12 @@ import torch
 
 from hvd_adam.adam import Adam
 from hvd_adam.broadcast import broadcast_training
-from hvd_adam.cluster import horovod
+from hvd_adam.cluster import collective_prefix, horovod
 from hvd_adam.errors import UserError
 from hvd_adam.flat import Flat
 from hvd_adam.layout import Layout
 from hvd_adam.reducer import BUCKET_BYTES, Reducer, sum_of
 from hvd_adam.wire import AdasumWire
-
-# Keeps the collectives of several distributed optimizers, and of several layouts of one, apart; counted alike on
-# all ranks.
-_numbers = itertools.count()
 
 _NORM_ELEMENTS = 1 << 18  # a norm is summed in pieces of this size, for float32's sake
 
@@ -62,7 +57,7 @@ class DistributedAdam(Adam):
             if name.startswith("_optimizer_") and name.endswith("_hooks"):
                 setattr(self, name, hooks)  # what was registered before is called from now on by this one
         self._hvd = horovod()
-        self._prefix = f"hvd_adam.{next(_numbers)}"  # of the names of its collectives
+        self._prefix = collective_prefix()  # of the names of its collectives
         self._model = model
         self._accumulate, self._compression, self._max_grad_norm = accumulate, compression, max_grad_norm
         self._loss_scaler = loss_scaler if loss_scaler is not None and loss_scaler.is_enabled() else None
@@ -271,7 +266,7 @@ class DistributedAdam(Adam):
                     f"{self._names()[p]} shares memory with another parameter, or is no ordinary tensor, and "
                     "cannot be averaged: tie parameters by using one and the same"
                 )
-        prefix = f"hvd_adam.{next(_numbers)}"
+        prefix = collective_prefix()
         self._reducer = Reducer(self._flats, prefix, self._compression, self._accumulate, self.scatters)
         if self._wrapper is not None:
             self._wrapper._p_to_group = {p: group for group in self._reducer.groups for p in group}
@@ -352,7 +347,7 @@ class DistributedAdam(Adam):
     @torch.enable_grad()
     def _hook(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Does for parameters that came later what the wrapper's constructor did for the first."""
-        wrapper, names, prefix = self._wrapper, self._names(), f"hvd_adam.{next(_numbers)}"
+        wrapper, names, prefix = self._wrapper, self._names(), collective_prefix()
         for parameter in parameters:
             self._hooked[parameter] = None
             wrapper._parameter_names[parameter] = f"{prefix}.{names[parameter]}"

@@ -15,3 +15,7 @@ class JobError(Exception):
 
 class Preempted(Exception):
     """The run has saved itself and ends before its time, on every rank; the same command goes on with it."""
+
+
+class RanksChanged(Exception):
+    """Hosts have come or left: every rank leaves the run at the same point, to go on among the ranks of now."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -19,6 +20,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 # Launchers hand on what their ranks have been sent already: that is no second request.
 ECHO_SECONDS = 0.2
 
+_started = time.monotonic()
 _first: float | None = None  # when the first signal came
 
 
@@ -36,17 +38,25 @@ def _note(number: int, _: FrameType | None) -> None:
 
 
 class Preemption:
-    """Answers after each update whether to stop, the same on every rank.
+    """Answers after each update whether to stop, or to regroup, the same on every rank.
 
     Args:
         cluster: this process.
-        max_time: seconds from now after which to stop without a signal; None for never.
+        max_time: seconds since this process began after which to stop without a signal; None for never.
+        hosts_changed: whether this rank has heard of hosts that came or left; None where none can.
+
+    Attributes:
+        regroup: after `agreed`, whether a rank has heard of hosts that came or left.
     """
 
-    def __init__(self, cluster: Cluster, max_time: float | None) -> None:
+    def __init__(
+        self, cluster: Cluster, max_time: float | None, hosts_changed: Callable[[], bool] | None = None
+    ) -> None:
         self._cluster = cluster
-        self._deadline = None if max_time is None else time.monotonic() + max_time
+        self._deadline = None if max_time is None else _started + max_time
+        self._hosts_changed = hosts_changed or (lambda: False)
         self._request: Any = None
+        self.regroup = False
         for number in SIGNALS:
             signal.signal(number, _note)
 
@@ -55,14 +65,16 @@ class Preemption:
         if self._cluster.size > 1:
             import torch
 
-            flag = torch.tensor([self._wants_to_stop()], dtype=torch.int32)
-            self._request = horovod().allreduce_async(flag, op=horovod().Sum, name="hvd_adam.stop")
+            flags = torch.tensor([self._wants_to_stop(), self._hosts_changed()], dtype=torch.int32)
+            self._request = horovod().allreduce_async(flags, op=horovod().Sum, name="hvd_adam.stop")
 
     def agreed(self) -> bool:
         """Whether to stop after this update; every rank calls it after `ask`."""
         if self._cluster.size == 1:
+            self.regroup = self._hosts_changed()
             return self._wants_to_stop()
-        return bool(horovod().synchronize(self._request).item())
+        stop, self.regroup = map(bool, horovod().synchronize(self._request).tolist())
+        return stop
 
     def _wants_to_stop(self) -> bool:
         late = self._deadline is not None and time.monotonic() > self._deadline

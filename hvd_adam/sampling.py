@@ -59,18 +59,17 @@ def steps_per_epoch(num_samples: int, global_batch_size: int) -> int:
 def share(global_batch_size: int, *, rank: int, size: int, micro_batch: int = 0, accumulate: int = 1) -> slice:
     """Return the contiguous part of a global batch that one rank takes in one micro-batch.
 
-    Over all ranks in [0, size) and micro-batches in [0, accumulate) the slices cover the batch exactly once,
-    each with ``global_batch_size / (size * accumulate)`` samples. Raises UserError where that is not whole.
+    Over all ranks in [0, size) and micro-batches in [0, accumulate) the slices cover the batch exactly once.
+    Where it does not divide, their lengths differ by at most one. Raises UserError where one would be empty.
     """
     parts = size * accumulate
-    if parts < 1 or global_batch_size % parts:
+    if not 1 <= parts <= global_batch_size:
         raise UserError(
-            f"the global batch size {global_batch_size} is not divisible by {size} ranks x {accumulate} "
-            f"accumulated micro-batches: use a multiple of {parts}"
+            f"a global batch of {global_batch_size} images is too small for {size} ranks x {accumulate} "
+            "accumulated micro-batches: raise --global-batch-size, or use fewer of either"
         )
-    length = global_batch_size // parts
-    start = (rank * accumulate + micro_batch) * length
-    return slice(start, start + length)
+    part = rank * accumulate + micro_batch
+    return slice(global_batch_size * part // parts, global_batch_size * (part + 1) // parts)
 
 
 def batch_share(

@@ -19,7 +19,7 @@ from hvd_adam.errors import UserError
 FREE = frozenset(
     "epochs max_steps batch_size global_batch_size accumulate implementation strategy compression channels_last "
     "compile deterministic device data_dir download output_dir resume checkpoint_every keep max_time log_every "
-    "eval_every check_consistency_every max_skipped".split()
+    "eval_every check_consistency_every max_skipped elastic commit_every".split()
 )
 
 
@@ -32,7 +32,8 @@ class TrainingState:
         optimizer: its state dictionary, in `torch.optim.Adam`'s format.
         loss_scaler: its state dictionary, or None.
         progress: "step", "epoch" and "epoch_done", updates "skipped" in all and "skipped_in_a_row", the
-            "best_accuracy" and last "scores" so far (or None) and the "global_batch_size" that steps count.
+            "best_accuracy" and last "scores" so far (or None), the "global_batch_size" that steps count and the
+            "micro_batch_size", the most images of a rank's micro-batch.
         schedule: "initial" and "peak" learning rate.
         ranks: of each rank "cpu" and "cuda" (or None), the states of its random generators, and "loss", its part
             of the running mean.
@@ -49,9 +50,14 @@ class TrainingState:
     config: dict[str, Any]
     data: dict[str, Any]
 
-    def snapshot(self) -> dict[str, Any]:
-        """A dictionary of its own copies on the CPU, which training goes on beside."""
-        return {item.name: _copied(getattr(self, item.name)) for item in fields(self)}
+    def copy(self, over: TrainingState | None = None) -> TrainingState:
+        """A copy on the CPU, which training goes on beside; in the memory of an older one, if it may be had."""
+        parts = [item.name for item in fields(self)]
+        return TrainingState(**{name: _copied(getattr(self, name), getattr(over, name, None)) for name in parts})
+
+    def as_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds; `of` takes it."""
+        return {item.name: getattr(self, item.name) for item in fields(self)}
 
     @classmethod
     def of(cls, saved: Mapping[str, Any], where: str) -> TrainingState:
@@ -65,8 +71,11 @@ class TrainingState:
                 raise UserError(f"checkpoint {where} cannot be resumed: it has no {item.name}")
         return cls(**{item.name: saved[item.name] for item in fields(cls)})
 
-    def require_same_run(self, config: Mapping[str, Any], global_batch_size: int, where: str) -> None:
-        """Refuses a run that is another one than the checkpoint's, by the first difference."""
+    def require_same_run(self, config: Mapping[str, Any], global_batch_size: int | None, where: str) -> None:
+        """Refuses a run that is another one than the checkpoint's, by the first difference.
+
+        Without a `global_batch_size` the run takes over the checkpoint's.
+        """
         remedy = "use the same, or --resume never and another --output-dir"
         for name, value in config.items():
             theirs = self.config.get(name, value)
@@ -74,7 +83,7 @@ class TrainingState:
                 option = f"--{name.replace('_', '-')}"
                 raise UserError(f"{option} is {value}, but {theirs} in checkpoint {where}: {remedy}")
         theirs = self.progress["global_batch_size"]
-        if theirs != global_batch_size:
+        if global_batch_size not in (None, theirs):
             raise UserError(
                 f"an update has {global_batch_size} images, but {theirs} in checkpoint {where}: use "
                 f"--global-batch-size {theirs}, or --resume never and another --output-dir"
@@ -116,11 +125,15 @@ def restore_generators(entry: Mapping[str, Any], cluster: Cluster) -> None:
         torch.cuda.set_rng_state(entry["cuda"], cluster.device)
 
 
-def _copied(value: Any) -> Any:
+def _copied(value: Any, over: Any = None) -> Any:
+    """A copy on the CPU; tensors of the same kind in `over` are overwritten, since fresh memory takes longer."""
     if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
+        fits = isinstance(over, torch.Tensor) and (over.shape, over.dtype) == (value.shape, value.dtype)
+        return over.copy_(value.detach()) if fits else value.detach().to("cpu", copy=True)
     if isinstance(value, Mapping):
-        return {key: _copied(item) for key, item in value.items()}
+        older = over if isinstance(over, Mapping) else {}
+        return {key: _copied(item, older.get(key)) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(map(_copied, value))
+        older = over if isinstance(over, list | tuple) and len(over) == len(value) else [None] * len(value)
+        return type(value)(map(_copied, value, older))
     return value

@@ -11,9 +11,13 @@ from hvd_adam.config import TrainConfig
 
 def main(config: TrainConfig) -> None:
     """The command; runs on every rank."""
+    from hvd_adam import elastic
     from hvd_adam.trainer import Trainer  # here: --help and a bad value answer before PyTorch is loaded
 
-    Trainer(config).run()
+    if config.elastic:
+        elastic.run(lambda memory: Trainer(config, memory).run(), config.device)
+    else:
+        Trainer(config).run()
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,8 @@ from hvd_adam.config import TrainConfig
 from hvd_adam.consistency import require_consistent
 from hvd_adam.data.loader import Batch, DeviceLoader
 from hvd_adam.distributed import distribute
-from hvd_adam.errors import JobError, Preempted, UserError
+from hvd_adam.elastic import Memory
+from hvd_adam.errors import JobError, Preempted, RanksChanged, UserError
 from hvd_adam.evaluation import Scores, score
 from hvd_adam.metrics import METRICS_FILE, RunLog, RunningMean, Stopwatch, plot
 from hvd_adam.precision import autocast, loss_scaler, make_deterministic, parameter_dtype
@@ -39,38 +41,41 @@ from hvd_adam.sync_batchnorm import convert
 class Trainer:
     """A run from its configuration; every rank makes one and calls `run`.
 
+    Args:
+        config: of the run; the same on all ranks.
+        memory: what the ranks keep where they may come and go (`hvd_adam.elastic`); None where they do not.
+
     Raises:
         UserError: the configuration does not fit the data, the machine or the ranks; the same on every rank.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
-        self.config = config
+    def __init__(self, config: TrainConfig, memory: Memory | None = None) -> None:
+        self.config, self.memory = config, memory
         if config.deterministic:
             make_deterministic()
         self.cluster = cluster = init(config.device)
-        self.preemption = Preemption(cluster, config.max_time)
+        self.preemption = Preemption(cluster, config.max_time, memory and memory.hosts_changed)
         require_same(cluster, "arguments", asdict(config))
         with together(cluster):
             self.loader = _load(config, cluster)
-            self.global_batch = config.global_batch(cluster.size)
-            self.steps_per_epoch = self.loader.steps_per_epoch(self.global_batch)
-            self.total_steps = config.epochs * self.steps_per_epoch
-            if config.max_steps is not None:
-                self.total_steps = min(self.total_steps, config.max_steps)
+            self.loader.steps_per_epoch(config.global_batch(cluster.size))  # refused before anything is written
             scaled = _scale(config, cluster)
-            self.schedule = _schedule(config, scaled.lr, self.steps_per_epoch, self.total_steps)
             self.model = _build(config, self.loader)
             self.scaler = loss_scaler(config.precision, cluster.device)
         adam = _adam(config, self.model, scaled)
+        known = None if memory is None else memory.newest(cluster)
         with together(cluster):
-            self.folder, start = _open_folder(config, self.global_batch) if cluster.rank == 0 else (None, None)
+            self.folder, start = _open_folder(config, cluster.size, known) if cluster.rank == 0 else (None, None)
             if start is not None:
                 self._load(start, adam)
+        began = _shared(start, cluster)
+        self._divide(began)
+        self.schedule = _schedule(config, scaled.lr, self.steps_per_epoch, self.total_steps)
         self.optimizer = distribute(
             adam,
             self.model,
             strategy=config.strategy,
-            accumulate=config.accumulate,
+            accumulate=self.accumulate,
             compression=config.compression,
             op=config.op,
             max_grad_norm=config.max_grad_norm,
@@ -85,11 +90,32 @@ class Trainer:
         self.guard = BufferGuard(self.model)
         self.best_accuracy: float | None = None
         self.scores: Scores | None = None
-        self._go_on(start)
+        if began is not None:
+            self._go_on(began)
+        self.saved: TrainingState | None = None  # what is being, or was last, written
         if self.folder is not None:
             self.writer = checkpoint.Writer(self.folder / "checkpoints", config.keep)
         self.log = RunLog(self.folder, self.total_steps, None if start is None else self.step)
         self.resumed = None if start is None else replace(start, state=None)
+
+    def _divide(self, began: Began | None) -> None:
+        """Into updates, and each update's global batch into micro-batches.
+
+        Where ranks come and go, an update keeps the images it had at the start of the run. Ranks that are missing
+        are made up for by more micro-batches, none of them larger than they were.
+        """
+        config, size = self.config, self.cluster.size
+        if began is None or not config.elastic:
+            self.global_batch, self.accumulate = config.global_batch(size), config.accumulate
+            self.micro_batch = -(-self.global_batch // (size * self.accumulate))
+        else:
+            self.global_batch = began.progress["global_batch_size"]
+            self.micro_batch = began.progress["micro_batch_size"]
+            self.accumulate = -(-self.global_batch // (size * self.micro_batch))
+        self.steps_per_epoch = self.loader.steps_per_epoch(self.global_batch)
+        self.total_steps = config.epochs * self.steps_per_epoch
+        if config.max_steps is not None:
+            self.total_steps = min(self.total_steps, config.max_steps)
 
     def _load(self, start: Start, adam: Adam) -> None:
         """Takes up a checkpoint on rank 0, before `distribute` gives it to the others."""
@@ -101,16 +127,10 @@ class Trainer:
         if self.scaler is not None:
             self.scaler.load_state_dict(start.state.loss_scaler)
 
-    def _go_on(self, start: Start | None) -> None:
+    def _go_on(self, began: Began) -> None:
         """Goes on from rank 0's checkpoint on all ranks; model and optimizer have it already."""
-        state = None if start is None else start.state
-        small = None if state is None else (state.progress, state.schedule, state.ranks)
-        if self.cluster.size > 1:
-            small = horovod().broadcast_object(small, ROOT, name="hvd_adam.start")
-        if small is None:
-            return
-        progress, schedule, ranks = small
-        self.schedule = replace(self.schedule, **schedule)
+        progress, ranks = began.progress, began.ranks
+        self.schedule = replace(self.schedule, **began.schedule)
         self.step, self.epoch = progress["step"], progress["epoch"]
         # --max-steps may have ended that run within an epoch, and now allow more.
         whole = self.step in (self.epoch * self.steps_per_epoch, self.total_steps)
@@ -122,11 +142,26 @@ class Trainer:
         if len(ranks) == self.cluster.size:
             restore_generators(ranks[self.cluster.rank], self.cluster)
             self.loss.restore(*ranks[self.cluster.rank]["loss"])
-        elif self.cluster.rank == ROOT:
+            return
+        torch.manual_seed((self.config.seed + 1 + self.cluster.rank + self.step * 2**20) % 2**63)
+        if self.cluster.rank == ROOT:
             self.loss.restore(*map(sum, zip(*(rank["loss"] for rank in ranks), strict=True)))
 
     def run(self) -> None:
         """Trains, evaluates, and leaves a checkpoint and a plot in the run folder."""
+        try:
+            self._announce()
+            if self.memory is not None:
+                self.memory.commit(self._state(of_all=False))
+            while not (self.epoch_done and self.step >= self.total_steps):
+                self._run_epoch()
+            self._finish()
+        finally:
+            self.log.close()
+            if self.folder is not None:
+                self.writer.close()
+
+    def _announce(self) -> None:
         config, cluster = self.config, self.cluster
         facts = {"world_size": cluster.size, "launcher": cluster.launcher, **self._facts()}
         if self.resumed is None:
@@ -141,16 +176,18 @@ class Trainer:
             for warning in self.resumed.damaged:
                 self.log.say(f"warning: {warning}")
             self.log.say(f"goes on after {self.step} updates from {self.resumed.path}")
-        while not (self.epoch_done and self.step >= self.total_steps):
-            if self.epoch_done:
-                self.epoch, self.epoch_done = self.epoch + 1, False
-            self._train(self.epoch)
-            last = self.step >= self.total_steps
-            best = (last or self.epoch % config.eval_every == 0) and self._evaluate(self.epoch)
-            self.epoch_done = True
-            if best or last or config.checkpoint_every is None or self._is_due(config.checkpoint_every):
-                self._checkpoint(best=best)
-        self._finish()
+
+    def _run_epoch(self) -> None:
+        """An epoch, or what is left of it, with its evaluation and checkpoint."""
+        config = self.config
+        if self.epoch_done:
+            self.epoch, self.epoch_done = self.epoch + 1, False
+        self._train(self.epoch)
+        last = self.step >= self.total_steps
+        best = (last or self.epoch % config.eval_every == 0) and self._evaluate(self.epoch)
+        self.epoch_done = True
+        if best or last or config.checkpoint_every is None or self._is_due(config.checkpoint_every):
+            self._checkpoint(best=best)
 
     def _train(self, epoch: int) -> None:
         """One epoch, or what `max_steps` leaves of it."""
@@ -163,19 +200,21 @@ class Trainer:
             global_batch_size=self.global_batch,
             rank=cluster.rank,
             size=cluster.size,
-            accumulate=config.accumulate,
+            accumulate=self.accumulate,
             first_step=self.step - (epoch - 1) * self.steps_per_epoch,
         )
         end = min(epoch * self.steps_per_epoch, self.total_steps)
         while self.step < end:
             self.preemption.ask()
-            self._update([next(batches) for _ in range(config.accumulate)], epoch)
+            self._update([next(batches) for _ in range(self.accumulate)], epoch)
             if self.step % config.log_every == 0 or self.step == self.total_steps:
                 self._log_step(epoch)
             if self._is_due(config.check_consistency_every):
                 require_consistent(cluster, self.model, self.optimizer, sharded=config.strategy == "sharded")
             if self.preemption.agreed():
                 self._stop()
+            if self.memory is not None:
+                self._commit()
             if self.step < end and self._is_due(config.checkpoint_every):
                 self._checkpoint()
             self._report()
@@ -193,8 +232,10 @@ class Trainer:
             with autocast(self.config.precision, self.cluster.device):
                 logits = self.forward(images)
             loss = F.cross_entropy(logits.to(self.loader.dtype), labels)
-            # An infinite loss may have finite gradients: 0 · ∞ is NaN, and makes every one of them NaN.
-            seed = loss.detach() * 0 + 1
+            # An infinite loss may have finite gradients: 0 · ∞ is NaN, and makes every one of them NaN. The weight
+            # is 1, but for ranks that share a batch unevenly: so that each image counts as much as any other.
+            weight = len(images) * self.cluster.size * self.accumulate / self.global_batch
+            seed = loss.detach() * 0 + weight
             (loss if self.scaler is None else self.scaler.scale(loss)).backward(seed)
             self.optimizer.step()
             self.loss.add(loss, len(images))
@@ -249,6 +290,13 @@ class Trainer:
 
     # Checkpoints.
 
+    def _commit(self) -> None:
+        """Copies the state to memory at its intervals; leaves the run, on every rank, when hosts have changed."""
+        if self.preemption.regroup or self._is_due(self.config.commit_every):
+            self.memory.commit(self._state(of_all=False))
+        if self.preemption.regroup:
+            raise RanksChanged
+
     def _is_due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
 
@@ -257,7 +305,8 @@ class Trainer:
         state = self._state()
         if self.folder is not None:
             self._report(wait=True)
-            self.writer.write(self.step, state.snapshot(), best=best)
+            self.saved = state.copy(over=self.saved)
+            self.writer.write(self.step, self.saved.as_dict(), best=best)
 
     def _report(self, *, wait: bool = False) -> None:
         """Records what has been written; without a disk training goes on as long as the run lasts."""
@@ -282,11 +331,10 @@ class Trainer:
             if self.folder is not None:
                 path = self._record(wait=True)
                 self.log.say(f"stopped after {self.step} updates, {path}: the same command goes on")
-        self.log.close()
         raise Preempted
 
-    def _state(self) -> TrainingState:
-        """All that a resume needs; every rank calls it."""
+    def _state(self, *, of_all: bool = True) -> TrainingState:
+        """All that a resume needs; every rank calls it. Without `of_all`, `ranks` has this rank's entry alone."""
         own = of_this_rank(self.cluster, self.loss.part())
         progress = {
             "step": self.step,
@@ -297,6 +345,7 @@ class Trainer:
             "best_accuracy": self.best_accuracy,
             "scores": None if self.scores is None else asdict(self.scores),
             "global_batch_size": self.global_batch,
+            "micro_batch_size": self.micro_batch,
         }
         return TrainingState(
             model=self.model.state_dict(),
@@ -304,7 +353,7 @@ class Trainer:
             loss_scaler=None if self.scaler is None else self.scaler.state_dict(),
             progress=progress,
             schedule={"initial": self.schedule.initial, "peak": self.schedule.peak},
-            ranks=of_all_ranks(self.cluster, own),
+            ranks=of_all_ranks(self.cluster, own) if of_all else [own],
             config=asdict(self.config),
             data={
                 "classes": list(self.loader.data.classes),
@@ -323,7 +372,6 @@ class Trainer:
             result["test_balanced_accuracy"] = scores.test_balanced_accuracy
         size = self.cluster.size
         self.log.event("end", self.step, self.epoch, **result, images_per_second=rate, world_size=size)
-        self.log.close()
         if self.folder is not None:
             path = checkpoint.folder_of(self.folder / "checkpoints", self.step)
             for name, value in result.items():
@@ -401,27 +449,50 @@ def _adam(config: TrainConfig, model: torch.nn.Module, scaled: Scaled) -> Adam:
 
 
 @dataclass(frozen=True)
+class Began:
+    """What all ranks need to know of the state that rank 0 goes on from, beside model and optimizer."""
+
+    progress: dict[str, Any]
+    schedule: dict[str, float]
+    ranks: list[dict[str, Any]]
+
+
+def _shared(start: Start | None, cluster: Cluster) -> Began | None:
+    """What rank 0 goes on from, on every rank."""
+    state = None if start is None else start.state
+    began = None if state is None else Began(state.progress, state.schedule, state.ranks)
+    return horovod().broadcast_object(began, ROOT, name="hvd_adam.start") if cluster.size > 1 else began
+
+
+@dataclass(frozen=True)
 class Start:
     """Where a run goes on.
 
     Attributes:
-        path: the checkpoint's folder.
+        path: the checkpoint's folder, or "memory".
         state: what is in it; None once it has been taken up.
         damaged: what is wrong with newer ones.
     """
 
-    path: Path
+    path: Path | str
     state: TrainingState | None
     damaged: list[str]
 
 
-def _open_folder(config: TrainConfig, global_batch_size: int) -> tuple[Path, Start | None]:
-    """The run folder, with the configuration in it, so that an unwritable one shows now; and where to go on."""
+def _open_folder(config: TrainConfig, size: int, known: TrainingState | None) -> tuple[Path, Start | None]:
+    """The run folder, with the configuration in it, so that an unwritable one shows now; and where to go on.
+
+    Args:
+        config: of the run.
+        size: number of ranks.
+        known: the state in memory from which to go on, instead of a checkpoint.
+    """
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{config.dataset}-{config.model}".replace(":", ".")
     folder = Path(config.output_dir or Path("runs") / name)
     try:
-        start = _start(config, folder)
+        start = _start(config, folder) if known is None else Start("memory", known, [])
         if start is not None:
+            global_batch_size = None if config.elastic else config.global_batch(size)
             start.state.require_same_run(asdict(config), global_batch_size, str(start.path))
         folder.mkdir(parents=True, exist_ok=True)
         values = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(config).items()}

@@ -12,9 +12,13 @@ import sys
 import threading
 
 from horovod.runner.launch import run_commandline
+from horovod.runner.util import remote
 
 RANK_FAILED = re.compile(r"one or more processes exited with non-zero status.*Exit code: (-?\d+)", re.DOTALL)
 UNREACHABLE = "could not connect to some hosts via ssh"
+
+# A host that is cut off must be noticed: ssh, by itself, would wait for it for ever.
+KEEP_ALIVE = " -o ServerAliveInterval=5 -o ServerAliveCountMax=3 -o ConnectTimeout=10"
 
 execute = os.execve
 
@@ -31,6 +35,7 @@ def execute_without_shell(path: str, arguments: list[str], environment: dict[str
 def main() -> None:
     """Runs horovodrun's command line; ends with a rank's code (128 + n for signal n), 1 without ssh to a host."""
     os.execve = execute_without_shell
+    remote.SSH_COMMAND_PREFIX += KEEP_ALIVE
     # horovodrun hands on SIGTERM only, and would die of these; to the ranks all three say the same: save and stop.
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, lambda *_: os.kill(os.getpid(), signal.SIGTERM))

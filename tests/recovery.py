@@ -1,0 +1,207 @@
+"""What an elastic training does when ranks, hosts and links are lost, and hosts are added: how long until it goes on.
+
+    python tests/recovery.py [--slots 2] [SCENARIO ...]
+
+Every scenario is one job on hosts out of namespaces (`cluster/hosts.py`). It must end, and with the accuracy of a job that
+nothing happens to. Prints a line for each; the seconds are from the fault to the first update after it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cluster.hosts import HEAD, Hosts
+
+ROOT = Path(__file__).parents[1]
+RANK = f"^{sys.executable} -m hvd_adam.train"
+PATIENCE = 120.0  # seconds for whatever is waited for
+
+# Without dropout, so that the number of ranks makes no difference; a pass takes a while, so that there is time for faults.
+MODEL = """
+import os, time
+import torch
+
+class Paced(torch.nn.Sequential):
+    def forward(self, images):
+        time.sleep(self.training * float(os.environ.get("PAUSE", "0.05")))
+        return super().forward(images)
+
+def build(in_channels, num_classes, image_size, dropout=0.0):
+    inputs = in_channels * image_size[0] * image_size[1]
+    first, last = torch.nn.Linear(inputs, 64), torch.nn.Linear(64, num_classes)
+    return Paced(torch.nn.Flatten(), first, torch.nn.GELU(), last)
+"""
+
+OPTIONS = "--model paced:build --precision fp64 --global-batch-size 64 --log-every 1 --lr 3e-3"
+
+
+@dataclass
+class Job:
+    """A running training.
+
+    Attributes:
+        hosts: where.
+        folder: its own.
+        slots: ranks a host.
+        recovered: seconds that each fault took.
+    """
+
+    hosts: Hosts
+    folder: Path
+    slots: int
+    recovered: list[float] = field(default_factory=list)
+
+    def use(self, *names: str) -> None:
+        """Makes these the hosts of the job, as its discovery sees them."""
+        draft = self.folder / "hosts.draft"
+        draft.write_text("".join(f"{name} slots={self.slots}\n" for name in names))
+        draft.replace(self.folder / "hosts")
+
+    def start(self, *argv: object) -> None:
+        """Starts it on the hosts in use."""
+        launcher = ["bash", ROOT / "launch" / "elastic.sh", "--hostfile", self.folder / "hosts", "-i", "eth0"]
+        environ = {**os.environ, "PYTHONPATH": f"{self.folder}:{ROOT}", "HVD_ADAM_PYTHON": sys.executable}
+        with (self.folder / "log").open("w") as log:
+            self._process = self.hosts.popen(
+                HEAD,
+                [*launcher, "--", *OPTIONS.split(), "--output-dir", self.folder / "run", *argv],
+                env=environ,
+                stdout=log,
+                stderr=log,
+            )
+
+    def events(self, kind: str) -> list[dict]:
+        """What the run has recorded so far."""
+        path = self.folder / "run" / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        events = [json.loads(line) for line in lines if line.endswith("\n")]
+        return [event for event in events if event["event"] == kind]
+
+    def until(self, what: str, condition: Callable[[], bool]) -> None:
+        """Waits.
+
+        Raises:
+            AssertionError: the job has ended, or it takes too long.
+        """
+        deadline = time.monotonic() + PATIENCE
+        while not condition():
+            ended = self._process.poll() is not None
+            assert not ended and time.monotonic() < deadline, f"no {what}: see {self.folder / 'log'}"
+            time.sleep(0.05)
+
+    def fault(self, what: Callable[[], object], ranks: int) -> None:
+        """Lets something happen once training is under way; waits until it goes on with so many ranks."""
+        before = len(self.events("step"))
+        self.until("updates", lambda: len(self.events("step")) >= before + 15)
+        resumed, began = len(self.events("resume")), time.time()
+        what()
+        self.until("new start", lambda: self._goes_on(resumed, ranks))
+        last = self.events("resume")[-1]
+        after = [event["time"] for event in self.events("step") if event["step"] > last["step"]]
+        self.recovered.append(min(after) - began)
+
+    def _goes_on(self, resumed: int, ranks: int) -> bool:
+        starts = self.events("resume")[resumed:]
+        there = bool(starts) and starts[-1]["world_size"] == ranks
+        return there and self.events("step")[-1]["step"] > starts[-1]["step"]
+
+    def end(self) -> dict:
+        """Waits for its end, which must be a good one; its last event."""
+        assert self._process.wait(timeout=600) == 0, f"see {self.folder / 'log'}"
+        return self.events("end")[-1]
+
+    def stop(self) -> None:
+        """Ends it, if it has not."""
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+
+    def kill_rank(self, host: str) -> None:
+        """SIGKILL to the newest rank of a host."""
+        self.hosts.run(host, ["pkill", "-KILL", "-n", "-f", RANK], check=True)
+
+    def add(self, host: str) -> None:
+        """A host that comes while the job runs."""
+        self.hosts.start(host)
+        self.use("node1", "node2", host)
+
+
+def rank_killed(job: Job) -> None:
+    """A rank is killed: its host is left alone for a while, then comes back."""
+    job.fault(lambda: job.kill_rank("node2"), job.slots)
+
+
+def host_killed(job: Job) -> None:
+    """A host loses power."""
+    job.fault(lambda: job.hosts.kill("node2"), job.slots)
+
+
+def link_cut(job: Job) -> None:
+    """A host is cut off; its ranks live on, and must end by themselves."""
+    job.fault(lambda: job.hosts.cut("node2"), job.slots)
+
+
+def host_added(job: Job) -> None:
+    """A third host comes."""
+    job.fault(lambda: job.add("node3"), 3 * job.slots)
+
+
+def two_in_a_row(job: Job) -> None:
+    """A host comes, and loses power; another does while the ranks that are left start anew."""
+    job.fault(lambda: job.add("node3"), 3 * job.slots)
+
+    def both() -> None:
+        job.hosts.kill("node3")
+        time.sleep(2)
+        job.hosts.kill("node2")
+
+    job.fault(both, job.slots)
+
+
+SCENARIOS = {
+    function.__name__: function for function in (rank_killed, host_killed, link_cut, host_added, two_in_a_row)
+}
+
+
+def run(scenario: Callable[[Job], None] | None, folder: Path, slots: int, *argv: object) -> tuple[Job, dict]:
+    """A job on two hosts to which the scenario happens, to its end; the job and its last event."""
+    folder.mkdir(parents=True)
+    (folder / "paced.py").write_text(MODEL)
+    with Hosts(folder / "namespaces", ["node1", "node2"], spare=["node3"]) as hosts:
+        job = Job(hosts, folder, slots)
+        job.use("node1", "node2")
+        job.start(*argv)
+        try:
+            if scenario is not None:
+                scenario(job)
+            return job, job.end()
+        finally:
+            job.stop()
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("scenarios", nargs="*", choices=[[], *SCENARIOS], help="all by default")
+    parser.add_argument("--slots", type=int, default=2, help="ranks a host")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="hvd_adam-recovery-") as name:
+        expected = run(None, Path(name, "undisturbed"), given.slots)[1]["test_accuracy"]
+        for scenario in given.scenarios or SCENARIOS:
+            job, end = run(SCENARIOS[scenario], Path(name, scenario), given.slots)
+            times = ", ".join(f"{seconds:.1f} s" for seconds in job.recovered)
+            print(
+                f"{scenario}: goes on after {times}; accuracy {end['test_accuracy']:.4f}, undisturbed {expected:.4f}"
+            )
+
+
+if __name__ == "__main__":
+    main()
