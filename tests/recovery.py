@@ -1,9 +1,9 @@
-"""What an elastic training does when ranks, hosts and links are lost, and hosts are added: how long until it goes on.
+"""What an elastic training does when ranks, hosts and links are lost, and hosts come: how long until it goes on.
 
     python tests/recovery.py [--slots 2] [SCENARIO ...]
 
-Every scenario is one job on hosts out of namespaces (`cluster/hosts.py`). It must end, and with the accuracy of a job that
-nothing happens to. Prints a line for each; the seconds are from the fault to the first update after it.
+Every scenario is one job on hosts out of namespaces (`cluster/hosts.py`). Prints for each the seconds from the fault
+to the first update after it, and the accuracy at the end, beside that of a job that nothing happens to.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 RANK = f"^{sys.executable} -m hvd_adam.train"
 PATIENCE = 120.0  # seconds for whatever is waited for
 
-# Without dropout, so that the number of ranks makes no difference; a pass takes a while, so that there is time for faults.
+# Without dropout, so that the number of ranks makes no difference; slow, so that there is time for faults.
 MODEL = """
 import os, time
 import torch
@@ -166,9 +166,8 @@ def two_in_a_row(job: Job) -> None:
     job.fault(both, job.slots)
 
 
-SCENARIOS = {
-    function.__name__: function for function in (rank_killed, host_killed, link_cut, host_added, two_in_a_row)
-}
+_ALL = (rank_killed, host_killed, link_cut, host_added, two_in_a_row)
+SCENARIOS = {scenario.__name__: scenario for scenario in _ALL}
 
 
 def run(scenario: Callable[[Job], None] | None, folder: Path, slots: int, *argv: object) -> tuple[Job, dict]:
@@ -199,7 +198,7 @@ def main() -> None:
             job, end = run(SCENARIOS[scenario], Path(name, scenario), given.slots)
             times = ", ".join(f"{seconds:.1f} s" for seconds in job.recovered)
             print(
-                f"{scenario}: goes on after {times}; accuracy {end['test_accuracy']:.4f}, undisturbed {expected:.4f}"
+                f"{scenario}: goes on after {times}; accuracy {end['test_accuracy']:.4f}, {expected:.4f} undisturbed"
             )
 
 

@@ -3,8 +3,8 @@
     with Hosts(folder, ["node1", "node2"]) as hosts:
         hosts.run("head", ["ssh", "node1", "hostname"])
 
-"head" is there beside those asked for, without sshd: where launchers run. All are on one bridge, 10.77.0.0/24, inside
-head's network; nothing outside of the namespaces changes, and everything ends with this process, even if it is killed.
+"head" is there beside those asked for, without sshd: where launchers run. All are on one bridge, 10.77.0.0/24, in
+head's network. Nothing outside of the namespaces changes, and all ends with this process, even if that is killed.
 Files, users and the installed Python are those of this machine. Needs root, unshare, nsenter, ip and sshd.
 """
 
