@@ -79,11 +79,8 @@ class Connections:
         """Ends them for both sides."""
         there = set(_sockets())
         for descriptor, _ in there.intersection(self._own):
-            with (
-                suppress(OSError),
-                socket.socket(fileno=os.dup(descriptor)) as connection,
-            ):  # unless closed meanwhile
-                connection.shutdown(socket.SHUT_RDWR)
+            with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
+                connection.shutdown(socket.SHUT_RDWR)  # unless it has been closed meanwhile
 
 
 def _sockets() -> list[tuple[int, str]]:

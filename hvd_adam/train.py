@@ -5,8 +5,10 @@ horovodrun -np 2 python -m hvd_adam.train
 horovodrun -np 8 -H host1:4,host2:4 python -m hvd_adam.train --dataset cifar10 --model resnet18
 """
 
+from hvd_adam.cluster import is_elastic
 from hvd_adam.command import run
 from hvd_adam.config import TrainConfig
+from hvd_adam.errors import UserError
 
 
 def main(config: TrainConfig) -> None:
@@ -16,6 +18,8 @@ def main(config: TrainConfig) -> None:
 
     if config.elastic:
         elastic.run(lambda memory: Trainer(config, memory).run(), config.device)
+    elif is_elastic():
+        raise UserError("the launcher may start ranks anew, which this run would not survive: add --elastic")
     else:
         Trainer(config).run()
 

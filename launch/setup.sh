@@ -6,7 +6,7 @@
 #
 #   --cpu | --cuda   Horovod without or with NCCL. Default: with, where torch is a CUDA build and a GPU or a matching
 #                    CUDA toolkit is here
-#   --dev            also the tools for the tests (pytest, ruff, shellcheck)
+#   --dev            also the tools for the tests (pytest, ruff, shellcheck; as root sshd, ip and pkill too)
 #
 # System packages come from apt where this runs as root; otherwise it lists what is missing and ends with 2. An MPI
 # that is already on PATH (a cluster's module) is kept.
@@ -45,6 +45,15 @@ parse_arguments() {
 
 # --- system packages ----------------------------------------------------------------------------------------
 
+# missing_for_tests: the same for the tests alone; those on several hosts, out of namespaces, need root.
+missing_for_tests() {
+  have shellcheck || echo shellcheck
+  ((EUID == 0)) || return 0
+  [[ -x /usr/sbin/sshd ]] || echo openssh-server
+  have ip || echo iproute2
+  have pkill || echo procps
+}
+
 # missing_packages: Debian's names of what is not here, one a line.
 missing_packages() {
   have mpicxx || printf '%s\n' libopenmpi-dev openmpi-bin
@@ -52,7 +61,7 @@ missing_packages() {
   have g++ || echo g++
   have make || echo make
   have ssh || echo openssh-client
-  if [[ $dev == true ]] && ! have shellcheck; then echo shellcheck; fi
+  if [[ $dev == true ]]; then missing_for_tests; fi
   if ! have "$base"; then
     printf '%s\n' python3 python3-venv python3-dev
   else

@@ -2,8 +2,8 @@
 
     python tests/recovery.py [--slots 2] [SCENARIO ...]
 
-Every scenario is one job on hosts out of namespaces (`cluster/hosts.py`). Prints for each the seconds from the fault
-to the first update after it, and the accuracy at the end, beside that of a job that nothing happens to.
+Every scenario is one job on hosts out of namespaces (`cluster/hosts.py`). Prints for each the seconds from the
+fault to the first update after it, and the accuracy at the end, beside that of a job that nothing happens to.
 """
 
 from __future__ import annotations
@@ -197,9 +197,8 @@ def main() -> None:
         for scenario in given.scenarios or SCENARIOS:
             job, end = run(SCENARIOS[scenario], Path(name, scenario), given.slots)
             times = ", ".join(f"{seconds:.1f} s" for seconds in job.recovered)
-            print(
-                f"{scenario}: goes on after {times}; accuracy {end['test_accuracy']:.4f}, {expected:.4f} undisturbed"
-            )
+            accuracy = f"accuracy {end['test_accuracy']:.4f}, {expected:.4f} undisturbed"
+            print(f"{scenario}: goes on after {times}; {accuracy}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The order of samples and each rank's share of it.
 
 Hazards: a sample twice or never, an order that depends on the number of ranks or on numpy's version, streams of
-random numbers that coincide, a share that is empty or uneven, a batch that cannot be divided.
+random numbers that coincide, a share that is empty, or larger than another by more than one sample.
 """
 
 import hashlib
@@ -49,7 +49,7 @@ def test_each_place_gets_each_sample_equally_often():
 @st.composite
 def divided_batches(draw):
     size, accumulate = draw(st.integers(1, 8)), draw(st.integers(1, 4))
-    batch = size * accumulate * draw(st.integers(1, 5))
+    batch = draw(st.integers(size * accumulate, 5 * size * accumulate))
     return size, accumulate, batch, draw(st.integers(batch, 4 * batch))
 
 
@@ -71,7 +71,8 @@ def test_all_shares_together_are_the_global_batch_at_any_number_of_ranks(divided
             for rank in range(size)
             for micro_batch in range(accumulate)
         ]
-        assert {len(part) for part in shares} == {batch // (size * accumulate)}
+        lengths = {len(part) for part in shares}
+        assert lengths <= {batch // (size * accumulate), -(-batch // (size * accumulate))}
         one_rank = sampling.batch_share(order, step, global_batch_size=batch, rank=0, size=1)
         assert np.array_equal(np.concatenate(shares), one_rank)
 
@@ -96,9 +97,9 @@ def test_a_batch_larger_than_the_data_is_refused_with_both_numbers():
         sampling.steps_per_epoch(100, 128)
 
 
-def test_a_batch_that_cannot_be_divided_is_refused_with_what_can():
-    with pytest.raises(UserError, match=r"10 is not divisible by 3 ranks x 2 .*multiple of 6"):
-        sampling.share(10, rank=0, size=3, accumulate=2)
+def test_a_batch_of_which_a_rank_would_get_nothing_is_refused():
+    with pytest.raises(UserError, match=r"batch of 5 images is too small for 3 ranks x 2 .*raise"):
+        sampling.share(5, rank=0, size=3, accumulate=2)
 
 
 def test_a_step_past_the_epoch_is_an_error_not_an_empty_batch():

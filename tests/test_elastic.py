@@ -1,0 +1,116 @@
+"""Ranks, hosts and links that are lost, and hosts that come: training goes on, and ends where it would have ended.
+
+Hazards: images that are seen twice or not at all, or weigh more than others; a learning rate that jumps; ranks
+that disagree about what they go on from; collectives that are named otherwise on new ranks; a rank that waits for
+ever for one that is gone; a job that is called well although it was not.
+"""
+
+import os
+
+import pytest
+import torch
+from cluster.hosts import why_not
+from on_ranks import on_ranks
+from recovery import SCENARIOS, run
+from test_train import ROOT, checkpoint, events, one_line, train
+
+from hvd_adam import cluster as clusters
+from hvd_adam.cluster import horovod, restart
+from hvd_adam.config import TrainConfig
+from hvd_adam.elastic import Connections, Memory, _sockets
+from hvd_adam.state import TrainingState
+
+needs_hosts = pytest.mark.skipif(why_not() is not None, reason=f"no hosts out of namespaces: {why_not()}")
+
+
+@needs_hosts
+def test_a_host_comes_and_another_dies_and_the_weights_end_as_if_nothing_had_happened(tmp_path):
+    argv = ["--epochs", 9]
+    job, end = run(SCENARIOS["two_in_a_row"], tmp_path / "job", 1, *argv)
+    sizes = [event["world_size"] for event in events(job.folder / "run", "resume")]
+    assert sizes[0] == 3  # shares of 64 images: 21, 21 and 22
+    assert sizes[-1] == end["world_size"] == 1
+    steps = [event["step"] for event in events(job.folder / "run", "step")]
+    assert steps == list(range(1, end["step"] + 1))
+    fixed = "--model paced:build --precision fp64 --global-batch-size 64 --log-every 1 --lr 3e-3".split()
+    environ = {"PYTHONPATH": f"{job.folder}:{ROOT}", "PAUSE": "0"}
+    assert train(*fixed, *argv, ranks=2, folder=tmp_path / "alone", env=environ).returncode == 0
+    one, other = checkpoint(job.folder / "run")["model"], checkpoint(tmp_path / "alone")["model"]
+    # Some 200 updates of float64 with sums in another order.
+    for name, weight in one.items():
+        assert (weight - other[name]).abs().max() < 1e-8, name
+    lr = [[event["lr"] for event in events(folder, "step")] for folder in (job.folder / "run", tmp_path / "alone")]
+    assert lr[0] == lr[1]
+
+
+def state(step):
+    progress = {"step": step}
+    return TrainingState({"w": torch.full((3,), float(step))}, {}, None, progress, {}, [], {}, {})
+
+
+@on_ranks(3)
+def test_rank_0_gets_the_newest_copy_whoever_has_it(cluster):
+    memory = Memory()
+    assert memory.newest(cluster) is None
+    if cluster.rank:
+        memory.commit(state(10))
+    if cluster.rank == 2:
+        memory.commit(state(20))
+    newest = memory.newest(cluster)
+    assert (newest is None) == (cluster.rank > 0)
+    if newest is not None:
+        assert newest.progress == {"step": 20}
+        assert torch.equal(newest.model["w"], torch.full((3,), 20.0))
+
+
+def test_a_copy_is_apart_from_what_was_copied_and_in_the_memory_of_the_one_before():
+    memory, first = Memory(), state(1)
+    memory.commit(first)
+    first.model["w"].fill_(-1)
+    assert torch.equal(memory._state.model["w"], torch.ones(3))
+    place = memory._state.model["w"].data_ptr()
+    memory.commit(state(2))
+    assert memory._state.model["w"].data_ptr() == place
+    assert torch.equal(memory._state.model["w"], torch.full((3,), 2.0))
+    larger = state(3)
+    larger.model = {"w": torch.zeros(5), "v": torch.ones(2)}
+    memory.commit(larger)
+    assert {name: tuple(value.shape) for name, value in memory._state.model.items()} == {"w": (5,), "v": (2,)}
+
+
+@on_ranks(2)
+def test_horovod_starts_anew_with_names_that_new_ranks_have_too(cluster):
+    for _ in range(cluster.rank + 1):  # as many as one rank has used before, and another not
+        clusters.collective_prefix()
+    again = restart()
+    assert (again.rank, again.size) == (cluster.rank, cluster.size)
+    assert clusters.own_rank() == cluster.rank
+    assert clusters.collective_prefix() == "hvd_adam.0"
+    assert horovod().allreduce(torch.ones(1), op=horovod().Sum, name="again").item() == 2
+
+
+@on_ranks(2)
+def test_connections_that_are_cut_end_for_the_other_rank(cluster):
+    connections = Connections()
+    with connections.noted():
+        restart()
+    assert connections._own
+    horovod().barrier()
+    if cluster.rank == 0:
+        connections.cut()
+    with pytest.raises(Exception, match=r"shut down|closed"):
+        for _ in range(1000):
+            horovod().allreduce(torch.ones(1), name="after")
+    assert not set(connections._own) & set(_sockets()) or cluster.rank
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 7])
+def test_an_elastic_run_takes_any_number_of_ranks(size):
+    assert TrainConfig(elastic=True, global_batch_size=64).global_batch(size) == 64
+
+
+def test_without_an_elastic_launcher_it_is_refused_and_so_is_the_other_way_round(tmp_path):
+    assert "use launch/elastic.sh" in one_line(train("--elastic", ranks=0, folder=tmp_path, env=dict(os.environ)))
+    environ = {**os.environ, "HOROVOD_ELASTIC": "1"}
+    assert "add --elastic" in one_line(train(ranks=0, folder=tmp_path, env=environ))
+    assert not list(tmp_path.iterdir())
