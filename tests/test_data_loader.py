@@ -189,8 +189,8 @@ def test_batches_that_do_not_fit_are_refused():
     loader = DeviceLoader(numbered(), torch.device("cpu"))
     with pytest.raises(UserError, match="larger than the 48"):
         next(loader.train_batches(0, 0, global_batch_size=64))
-    with pytest.raises(UserError, match="multiple of 3"):
-        next(loader.train_batches(0, 0, global_batch_size=16, size=3))
+    with pytest.raises(UserError, match="too small for 3 ranks"):
+        next(loader.train_batches(0, 0, global_batch_size=2, size=3))
 
 
 def test_batches_do_not_alias_the_data():

@@ -74,7 +74,7 @@ class DeviceLoader:
 
         Together the ranks' micro-batches of an update are one global batch, the same at any ``size`` and
         ``accumulate``, augmentation included. Starting late costs nothing. Raises UserError where the
-        global batch is larger than the data, or not divisible by ``size * accumulate``.
+        global batch is larger than the data, or smaller than ``size * accumulate``.
         """
         order = sampling.epoch_order(len(self.data.train_images), seed, epoch)
         for step in range(first_step, self.steps_per_epoch(global_batch_size)):
