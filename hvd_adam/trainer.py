@@ -34,6 +34,7 @@ from hvd_adam.state import (
     restore_generators,
 )
 from hvd_adam.sync_batchnorm import convert
+from hvd_adam.watchdog import Watchdog, come_first
 
 
 class Trainer:
@@ -47,7 +48,9 @@ class Trainer:
         self.config = config
         if config.deterministic:
             make_deterministic()
+        come_first(config.stall_timeout)
         self.cluster = cluster = init(config.device)
+        self.watchdog = Watchdog(cluster, config.stall_timeout)
         self.preemption = Preemption(cluster, config.max_time)
         require_same(cluster, "arguments", asdict(config))
         with together(cluster):
@@ -183,6 +186,7 @@ class Trainer:
 
     def _update(self, micro_batches: list[Batch], epoch: int) -> None:
         """One update from this rank's micro-batches."""
+        self.watchdog.beat(f"update {self.step + 1}")
         rate = learning_rate(self.step, self.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -244,6 +248,7 @@ class Trainer:
         return best
 
     def _predict(self, images: torch.Tensor) -> torch.Tensor:
+        self.watchdog.beat(f"the evaluation after update {self.step}")
         with autocast(self.config.precision, self.cluster.device):
             return self.model(images)
 
@@ -254,6 +259,7 @@ class Trainer:
 
     def _checkpoint(self, *, best: bool = False) -> None:
         """Begins to write; every rank calls it. Waits for the one before: a slow disk slows training down."""
+        self.watchdog.beat(f"the checkpoint after update {self.step}")
         state = self._state()
         if self.folder is not None:
             self._report(wait=True)
@@ -315,6 +321,7 @@ class Trainer:
 
     def _finish(self) -> None:
         scores, rate = self.scores, self.watch.total()
+        self.watchdog.beat("the end of the training")
         with together(self.cluster):
             if self.folder is not None:
                 self._record(wait=True)
@@ -322,6 +329,7 @@ class Trainer:
         if self.config.positive_class is not None:
             result["test_balanced_accuracy"] = scores.test_balanced_accuracy
         size = self.cluster.size
+        self.watchdog.close()
         self.log.event("end", self.step, self.epoch, **result, images_per_second=rate, world_size=size)
         self.log.close()
         if self.folder is not None:
