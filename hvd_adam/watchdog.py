@@ -42,7 +42,8 @@ State = Mapping[str, Any]  # of one rank: "doing", "beats", "idle" seconds, "wai
 
 def come_first(timeout: float) -> None:
     """Lets Horovod's stall shutdown come after the watchdog, unless the user has set it; call it before `init`."""
-    os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", str(round(timeout + 2 * LONGEST_REPORT)))
+    longest = max(timeout, SETUP_SECONDS) + 2 * LONGEST_REPORT
+    os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", str(round(longest)))
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class Watchdog:
     """Watches this rank from its construction, which is collective, until `close`.
 
     Progress of any rank is progress of the job. Time in which this process was stopped as a whole (a scheduler's
-    suspension) does not count.
+    suspension) does not count. Each rank listens at a port of its own, on loopback if all are on one host, and
+    hears only who knows its token, which it has given to the other ranks.
 
     Args:
         cluster: this process.
