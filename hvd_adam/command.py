@@ -19,7 +19,7 @@ from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_ty
 
 import jsonargparse
 
-from hvd_adam.cluster import own_rank
+from hvd_adam.cluster import launched, own_rank
 from hvd_adam.errors import AgreedError, JobError, Preempted, UserError
 from hvd_adam.preemption import asked_to_stop
 
@@ -136,15 +136,21 @@ def _exit_with(error: UserError | JobError, line: str, code: int) -> NoReturn:
 
 
 def _fail(error: Exception, name: str) -> NoReturn:
-    """Shows the first cause once: a rank that only lost its peer waits for the launcher to end it."""
-    rank, host = own_rank(), socket.gethostname()
-    if type(error).__name__ == "HorovodInternalError":
-        time.sleep(GRACE_SECONDS)
-        if not asked_to_stop():  # by the launcher, that is: the rank that failed has spoken
-            print(f"{name}: rank {rank} on {host} lost the others: {error}", file=sys.stderr, flush=True)
+    """Shows the first cause once: of ranks that fail together one speaks, and the launcher ends the others."""
+    rank = own_rank()
+    where = f"{name}: rank {rank} on {socket.gethostname()}"
+    grace = GRACE_SECONDS * (1 + rank / max(launched().size, rank + 1))
+    if type(error).__name__ == "HorovodInternalError":  # for another has ended, most likely
+        text = f"{where} lost the others: {error}\n"
     else:
-        traceback.print_exception(error)
-        print(f"{name}: rank {rank} on {host} failed: {error!r}", file=sys.stderr, flush=True)
+        text = f"{''.join(traceback.format_exception(error))}{where} failed: {error!r}\n"
+        grace *= rank > 0
+    before, end = asked_to_stop(), time.monotonic() + grace
+    while time.monotonic() < end:
+        if asked_to_stop() and not before:  # by the launcher, that is: a rank that failed has spoken
+            _leave(1)
+        time.sleep(0.05)
+    sys.stderr.write(text)
     _leave(1)
 
 

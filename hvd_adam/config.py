@@ -102,6 +102,7 @@ class TrainConfig(DataConfig):
     max_time: float | None = _option(None, "seconds after which to save and stop, with exit code 75")
     elastic: bool = _option(False, "go on when ranks are lost or added, under launch/elastic.sh")
     commit_every: int = _option(10, "elastic: updates between two copies in memory; so many are repeated at most")
+    stall_timeout: float = _option(600.0, "seconds without progress after which the job ends with a report")
     deterministic: bool = _option(False, "refuse operations whose result may differ from run to run")
     check_consistency_every: int | None = _option(
         None, "updates between two checks that all ranks have the same weights and optimizer state"
@@ -127,6 +128,8 @@ class TrainConfig(DataConfig):
             _require(every is None or every >= 1, name, every, "at least 1")
         seconds = self.max_time
         _require(seconds is None or seconds > 0, "max-time", seconds, "above 0")
+        patience = self.stall_timeout
+        _require(patience > 0 and math.isfinite(patience), "stall-timeout", patience, "above 0")
         for name in ("lr", "eps", "weight_decay", "warmup_epochs"):
             value = getattr(self, name)
             _require(math.isfinite(value) and value >= 0, name, value, "0 or above")

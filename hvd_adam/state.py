@@ -19,7 +19,7 @@ from hvd_adam.errors import UserError
 FREE = frozenset(
     "epochs max_steps batch_size global_batch_size accumulate implementation strategy compression channels_last "
     "compile deterministic device data_dir download output_dir resume checkpoint_every keep max_time log_every "
-    "eval_every check_consistency_every max_skipped elastic commit_every".split()
+    "eval_every check_consistency_every max_skipped elastic commit_every stall_timeout".split()
 )
 
 

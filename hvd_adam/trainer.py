@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from hvd_adam.state import (
     restore_generators,
 )
 from hvd_adam.sync_batchnorm import convert
+from hvd_adam.watchdog import Watchdog, come_first
 
 
 class Trainer:
@@ -51,9 +53,18 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, memory: Memory | None = None) -> None:
         self.config, self.memory = config, memory
+        with ExitStack() as opened:  # a start that fails, where ranks come and go, leaves nothing behind
+            self._set_up(opened)
+            self._opened = opened.pop_all()
+
+    def _set_up(self, opened: ExitStack) -> None:
+        config, memory = self.config, self.memory
         if config.deterministic:
             make_deterministic()
+        come_first(config.stall_timeout)
         self.cluster = cluster = init(config.device)
+        self.watchdog = Watchdog(cluster, config.stall_timeout)
+        opened.callback(self.watchdog.close)
         self.preemption = Preemption(cluster, config.max_time, memory and memory.hosts_changed)
         require_same(cluster, "arguments", asdict(config))
         with together(cluster):
@@ -95,7 +106,9 @@ class Trainer:
         self.saved: TrainingState | None = None  # what is being, or was last, written
         if self.folder is not None:
             self.writer = checkpoint.Writer(self.folder / "checkpoints", config.keep)
+            opened.callback(self.writer.close)
         self.log = RunLog(self.folder, self.total_steps, None if start is None else self.step)
+        opened.callback(self.log.close)
         self.resumed = None if start is None else replace(start, state=None)
 
     def _divide(self, began: Began | None) -> None:
@@ -149,17 +162,13 @@ class Trainer:
 
     def run(self) -> None:
         """Trains, evaluates, and leaves a checkpoint and a plot in the run folder."""
-        try:
+        with self._opened:
             self._announce()
             if self.memory is not None:
                 self.memory.commit(self._state(of_all=False))
             while not (self.epoch_done and self.step >= self.total_steps):
                 self._run_epoch()
             self._finish()
-        finally:
-            self.log.close()
-            if self.folder is not None:
-                self.writer.close()
 
     def _announce(self) -> None:
         config, cluster = self.config, self.cluster
@@ -222,6 +231,7 @@ class Trainer:
 
     def _update(self, micro_batches: list[Batch], epoch: int) -> None:
         """One update from this rank's micro-batches."""
+        self.watchdog.beat(f"update {self.step + 1}")
         rate = learning_rate(self.step, self.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -285,6 +295,7 @@ class Trainer:
         return best
 
     def _predict(self, images: torch.Tensor) -> torch.Tensor:
+        self.watchdog.beat(f"the evaluation after update {self.step}")
         with autocast(self.config.precision, self.cluster.device):
             return self.model(images)
 
@@ -302,6 +313,7 @@ class Trainer:
 
     def _checkpoint(self, *, best: bool = False) -> None:
         """Begins to write; every rank calls it. Waits for the one before: a slow disk slows training down."""
+        self.watchdog.beat(f"the checkpoint after update {self.step}")
         state = self._state()
         if self.folder is not None:
             self._report(wait=True)
@@ -364,6 +376,7 @@ class Trainer:
 
     def _finish(self) -> None:
         scores, rate = self.scores, self.watch.total()
+        self.watchdog.beat("the end of the training")
         with together(self.cluster):
             if self.folder is not None:
                 self._record(wait=True)
@@ -371,6 +384,7 @@ class Trainer:
         if self.config.positive_class is not None:
             result["test_balanced_accuracy"] = scores.test_balanced_accuracy
         size = self.cluster.size
+        self.watchdog.close()
         self.log.event("end", self.step, self.epoch, **result, images_per_second=rate, world_size=size)
         if self.folder is not None:
             path = checkpoint.folder_of(self.folder / "checkpoints", self.step)

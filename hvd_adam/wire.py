@@ -60,7 +60,7 @@ class Sum:
     ) -> None:
         self._hvd = hvd = horovod()
         self._bucket = self._wire = bucket
-        self._scatter = scatter
+        self._name, self._scatter = name, scatter
         if compression == "fp16":
             self._wire = (bucket / divisor).half()
         elif bucket.dtype in _HALF:

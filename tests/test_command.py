@@ -74,6 +74,7 @@ def test_a_printed_configuration_can_be_read_back(tmp_path):
         ("--accumulate 0", "--accumulate is 0: it must be at least 1"),
         ("--epochs 0", "--epochs is 0: it must be at least 1"),
         ("--max-grad-norm 0", "--max-grad-norm is 0.0: it must be above 0"),
+        ("--stall-timeout 0", "--stall-timeout is 0.0: it must be above 0"),
         ("--seed -1", "--seed is -1"),
         ("--dropout 1", "--dropout is 1.0"),
         ("--strategy ring", "--strategy is ring: it must be one of allreduce"),

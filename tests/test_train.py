@@ -351,36 +351,6 @@ def test_a_wrong_argument_on_another_rank_than_0_still_ends_the_job(tmp_path):
     assert "--lr is -1.0: it must be 0 or above [rank 1 on " in done.stderr
 
 
-BROKEN_MODEL = """
-import horovod.torch as hvd, torch
-
-class Broken(torch.nn.Module):
-    def __init__(self, in_channels, num_classes, image_size):
-        super().__init__()
-        self.linear = torch.nn.Linear(in_channels * image_size[0] * image_size[1], num_classes)
-        self.calls = 0
-
-    def forward(self, images):
-        self.calls += self.training
-        if self.calls == 4 and hvd.rank() == 1:
-            raise ArithmeticError("the first cause")
-        return self.linear(images.flatten(1))
-"""
-
-
-@pytest.mark.parametrize("controller", ["gloo", "mpi"])
-def test_an_exception_on_one_rank_ends_all_ranks_and_is_shown_with_its_rank(controller, tmp_path):
-    (tmp_path / "broken.py").write_text(BROKEN_MODEL)
-    model = ["--model", "broken:Broken"]
-    done = train(
-        *model, ranks=2, controller=controller, folder=tmp_path / "run", env={"PYTHONPATH": str(tmp_path)}
-    )
-    assert done.returncode != 0
-    assert done.stderr.count("the first cause") >= 1
-    assert "rank 1 on " in done.stderr
-    assert "lost the others" not in done.stderr
-
-
 def test_a_checkpoint_of_something_else_or_damaged_or_missing_is_refused(tmp_path):
     folder = tmp_path / "run"
     succeeded(train("--max-steps", 1, "--model", "mlp", folder=folder))

@@ -1,0 +1,276 @@
+"""One rank goes wrong, on real ranks: the job ends, and says once which rank on which host, why, and what to do.
+
+Hazards: ranks that wait for ever for one that hangs, or is frozen and cannot even say so (rank 0 too); a report
+that blames those who wait, or comes once a rank; a slow rank, a suspended job or the set-up taken for a stall; N
+tracebacks of one mistake, or of the ranks that only lost their peer; an exit code that gets lost on the way.
+"""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from on_ranks import on_ranks
+from test_train import ROOT
+
+from hvd_adam import watchdog
+from hvd_adam.cluster import Cluster
+from hvd_adam.watchdog import Watchdog, behind, report, waits_for
+
+HOST = socket.gethostname()
+
+# A model that goes wrong in a training pass of some ranks: FAULTS are KIND:RANKS:PASS.
+MODEL = """
+import os, signal, time
+import torch, horovod.torch as hvd
+
+def fail(*_):
+    raise ArithmeticError("the first cause")
+
+KINDS = {
+    "sleep": lambda: time.sleep(1000),
+    "freeze": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "exit": lambda: os._exit(7),
+    "raise": fail,
+}
+
+class Model(torch.nn.Linear):
+    passes = 0
+
+    def forward(self, images):
+        self.passes += self.training
+        logits = super().forward(images.flatten(1))
+        for fault in os.environ["FAULTS"].split():
+            kind, ranks, number = fault.split(":")
+            if str(hvd.rank()) in ranks and self.passes == int(number):
+                logits.register_hook(fail) if kind == "backward" else KINDS[kind]()
+        return logits
+
+def build(in_channels, num_classes, image_size, dropout=0.0):
+    return Model(in_channels * image_size[0] * image_size[1], num_classes)
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("failures")
+    (folder / "mine.py").write_text(MODEL)
+    return folder
+
+
+def start(place, launcher, ranks, faults, *argv):
+    """Trains under a script of launch/; returns exit code, stderr without the launcher's prefixes, and stdout."""
+    name, *controller = launcher.split()
+    command = ["bash", str(ROOT / "launch" / name), *controller, "-np", str(ranks), "--", "--model", "mine:build"]
+    folder = place / f"{name}{faults}".replace(":", ".")
+    path = f"{place}:{os.environ.get('PYTHONPATH', '')}"
+    done = subprocess.run(
+        [*command, "--output-dir", str(folder), *argv],
+        env={**os.environ, "PYTHONPATH": path, "FAULTS": faults, "HVD_ADAM_PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    prefix = re.compile(r"^\[(1,)?\d+\]<stderr>:", re.MULTILINE)
+    return done.returncode, prefix.sub("", done.stderr), done.stdout
+
+
+@pytest.mark.parametrize(("launcher", "frozen", "asleep"), [("horovodrun.sh --gloo", 0, 1), ("mpirun.sh", 1, 0)])
+def test_a_rank_that_hangs_and_one_that_is_frozen_end_the_job_with_one_report(launcher, frozen, asleep, place):
+    faults = f"freeze:{frozen}:3 sleep:{asleep}:3"
+    code, said, _ = start(place, launcher, 3, faults, "--stall-timeout", "3")
+    assert code == 1, said
+    assert said.count("no progress for") == 1
+    assert (
+        f"hvd_adam: error: no progress for 3 s: rank {frozen} on {HOST} not answering (frozen, dead or cut off); "
+        f"rank {asleep} on {HOST} behind; rank 2 on {HOST} waiting for hvd_adam."
+    ) in said
+    assert "goes on from the last checkpoint; if this was slow and not stuck, use a longer --stall-timeout" in said
+    since = "without progress since update 3:\n((?:  File .*\n)+)"
+    stuck = re.search(f"rank {asleep} on {HOST}, not waiting for Horovod, {since}", said)[1]
+    assert re.search(r'mine\.py", line \d+, in forward\n', stuck)
+    waits = re.search(rf"rank 2 on {HOST}, waiting for hvd_adam\.\S+, {since}", said)[1]
+    assert re.search(r'horovod/torch/mpi_ops\.py", line \d+, in synchronize\n$', waits)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "ranks", "fault", "speaker"),
+    [
+        ("horovodrun.sh --gloo", 3, "backward:12:3", "[12]"),  # while rank 0 waits for them
+        ("horovodrun.sh --mpi", 2, "raise:01:3", "0"),
+    ],
+)
+def test_an_exception_ends_all_ranks_and_is_shown_once(launcher, ranks, fault, speaker, place):
+    code, said, _ = start(place, launcher, ranks, fault)
+    assert code == 1, said
+    assert said.count("Traceback") == said.count("ArithmeticError: the first cause") == 1, said
+    assert re.search(
+        rf"hvd_adam\.train: rank {speaker} on {HOST} failed: ArithmeticError\('the first cause'\)", said
+    )
+    assert "lost the others" not in said
+    assert "no progress" not in said
+
+
+@pytest.mark.parametrize("launcher", ["horovodrun.sh --gloo", "mpirun.sh"])
+def test_a_rank_that_ends_is_named_with_its_exit_code_and_the_code_comes_back(launcher, place):
+    code, said, output = start(place, launcher, 2, "exit:1:3")
+    assert code == 7, said
+    if launcher == "mpirun.sh":
+        box = r"The first process to do so was:\s+Process name: \[\[\d+,1\],1\]\s+Exit code: +7\b"
+        assert re.search(box, said), said
+    else:
+        assert "Process 1 exit with status code 7.\n" in output
+    for needless in ("Traceback", "lost the others", "no progress"):
+        assert needless not in said
+
+
+# The watchdog by itself.
+
+ALONE = Cluster(0, 1, 0, 1, 0, 1, None, "none")
+
+
+@on_ranks(2)
+def test_a_rank_that_waits_for_one_that_works_is_left_alone(cluster):
+    import torch
+
+    from hvd_adam.cluster import horovod
+
+    dog = Watchdog(cluster, 2.0)
+    dog.beat("a first update")
+    dog.beat("the evaluation")
+    for _ in range(20 * cluster.rank):  # 4 s on rank 1, while rank 0 waits
+        dog.beat("the evaluation")
+        time.sleep(0.2)
+    horovod().allreduce(torch.zeros(1), name="scores")
+    dog.close()
+
+
+def test_time_in_which_the_process_was_suspended_does_not_count():
+    code = (
+        "import time; from hvd_adam.cluster import Cluster; from hvd_adam.watchdog import Watchdog; "
+        "dog = Watchdog(Cluster(0, 1, 0, 1, 0, 1, None, 'none'), 2.0); dog.beat('a'); dog.beat('b'); "
+        "print('ready', flush=True); time.sleep(1); dog.close()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout.readline() == "ready\n"
+        running.send_signal(signal.SIGSTOP)
+        time.sleep(3)
+        running.send_signal(signal.SIGCONT)
+        assert running.wait(timeout=60) == 0
+
+
+@pytest.fixture
+def ended(monkeypatch):
+    """Set when the watchdog ends the process."""
+    event = threading.Event()
+    monkeypatch.setattr(os, "_exit", lambda _: event.set())
+    return event
+
+
+def test_strangers_are_not_heard_and_the_set_up_may_take_longer(ended, capsys):
+    dog = Watchdog(ALONE, 0.4)
+    port = dog._listener.getsockname()[1]
+    for line in (b"GET / HTTP/1.0\n", b"[1]\n", b"\xff\n", b'{"token": "x", "what": "end"}\n', b"{}\n", b""):
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(line)
+            connection.shutdown(socket.SHUT_WR)
+            assert connection.recv(100) == b""
+    dog.beat("update 1")
+    assert not ended.wait(1.5)
+    assert capsys.readouterr().err == ""
+    dog.beat("update 2")
+    assert ended.wait(60)
+    dog.close()
+    assert "without progress since update 2:\n" in capsys.readouterr().err
+
+
+def test_a_watch_that_has_ended_ends_nothing(ended):
+    dog = Watchdog(ALONE, 0.2)
+    dog.beat("update 1")
+    dog.beat("update 2")
+    dog.close()
+    assert not ended.wait(1)
+
+
+def frame_in(package, source, **names):
+    """The innermost frame of a call into a module of that name."""
+    space = {"__name__": package, "sys": sys, **names}
+    exec(source, space)
+    return space
+
+
+def test_a_collective_is_named_by_horovod_by_the_caller_or_by_its_place():
+    horovods = frame_in(
+        "horovod.torch.mpi_ops",
+        "def synchronize(handle):\n return sys._getframe()\n"
+        "def allreduce(tensor, name=None):\n return synchronize(1)",
+    )
+    assert waits_for(horovods["allreduce"](None, "loss")) == "loss"
+
+    class Bucket:
+        def __init__(self):
+            self._name = "bucket.7"
+
+        def wait(self):
+            return horovods["synchronize"](1)
+
+    def told():
+        name = "parameters.3"  # noqa: F841  what the watchdog looks for
+        return horovods["synchronize"](1)
+
+    def untold():
+        name = 3  # noqa: F841  something else of that name
+        return horovods["allreduce"](None)
+
+    assert waits_for(Bucket().wait()) == "bucket.7"
+    assert waits_for(told()) == "parameters.3"
+    assert re.fullmatch(r"untold \(test_failures\.py:\d+\)", waits_for(untold()))
+    # Called by Horovod (its optimizer's step), but not in it.
+    assert waits_for(frame_in("mine", "frame = sys._getframe()")["frame"]) is None
+
+
+def state(waits_for, beats=5):
+    return {"waits_for": waits_for, "beats": beats, "doing": "update 5", "idle": 9.0, "stack": "  File x\n"}
+
+
+@pytest.mark.parametrize(
+    ("states", "expected"),
+    [
+        ([state("a"), state(None), state("a")], [1]),
+        ([None, state("a"), state("a")], [0]),
+        ([None, state("a"), state(None)], [0, 2]),
+        ([state("a", 4), state("a", 9), state("a", 9)], [0]),
+        ([state("a", 9), state(None, 9), state("a", 4)], [1]),  # it had more images to evaluate
+        ([state("a"), state("b"), state("a")], [1]),
+        ([state("a"), state("a")], []),
+    ],
+)
+def test_behind_is_who_keeps_the_others_waiting(states, expected):
+    assert behind(dict(enumerate(states))) == expected
+
+
+def test_ranks_are_named_by_host_and_those_that_do_the_same_share_a_stack():
+    states = {0: state("a"), 1: state("a"), 2: None, 3: state("a")}
+    lines = report(states, ["head", "head", "node1", "node1"], 600.0).splitlines()
+    assert lines[0].startswith(
+        "hvd_adam: error: no progress for 600 s: rank 2 on node1 not answering (frozen, dead or cut off); "
+        "ranks 0, 1 on head, rank 3 on node1 waiting for a. "
+    )
+    assert lines[1] == "ranks 0, 1 on head, rank 3 on node1, waiting for a, without progress since update 5:"
+    assert lines[2:] == ["  File x"]
+
+
+def test_horovods_own_limit_comes_later_unless_the_user_has_set_it(monkeypatch):
+    monkeypatch.setenv("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "")  # as it was, when the test has ended
+    for seconds, longest in ((1000.0, 1000), (4.0, watchdog.SETUP_SECONDS)):
+        os.environ.pop("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", None)
+        watchdog.come_first(seconds)
+        assert int(os.environ["HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"]) > longest + watchdog.LONGEST_REPORT
+    monkeypatch.setenv("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "7")
+    watchdog.come_first(1000.0)
+    assert os.environ["HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"] == "7"
