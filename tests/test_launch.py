@@ -9,6 +9,7 @@ ranks do not get; fewer cores than ranks; bad options answered by anything but o
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -328,3 +329,61 @@ def test_slurm_says_what_to_do_outside_a_job_and_outside_the_repository(environm
     home = {"SLURM_SUBMIT_DIR": str(LAUNCH.parent)}
     assert "sbatch launch/slurm.sh" in run("slurm.sh", env=environment | home).stderr
     assert "repository's root" in run("slurm.sh", env=slurm | {"SLURM_SUBMIT_DIR": str(tmp_path)}).stderr
+
+
+def test_elastic_sh_hands_on_what_horovodrun_needs_to_ask_for_hosts(environment, tmp_path):
+    (tmp_path / "hosts").write_text("a slots=2\nb slots=2\n")
+    shown = dry_run(
+        "elastic.sh",
+        "-np",
+        3,
+        "--min-np",
+        2,
+        "--hostfile",
+        tmp_path / "hosts",
+        "-i",
+        "eth0",
+        "--",
+        "--lr",
+        1,
+        env=environment,
+    )
+    for part in (
+        f"-np 3 --min-np 2 --host-discovery-script bash\\ LAUNCH/discover_hosts.sh\\ {tmp_path}/hosts\\ 22",
+        "--blacklist-cooldown-range 10 60 --gloo-timeout-seconds 30 --network-interfaces eth0",
+        "-m hvd_adam.train --elastic --lr 1",
+    ):
+        assert part in shown
+    shown = dry_run(
+        "elastic.sh", "--discovery", "echo a:2; echo b", "--cooldown", 5, 9, "--max-np", 8, env=environment
+    )
+    assert "-np 3 --min-np 1 --max-np 8 --host-discovery-script echo\\ a:2\\;\\ echo\\ b" in shown
+    assert "--blacklist-cooldown-range 5 9" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("-np 2", "which hosts?"),
+        ("-np 2 -H a:2", "use --hostfile"),
+        ("--min-np 0", "--min-np 0: a whole number"),
+        ("--cooldown 5", "--cooldown : a whole number"),
+        ("--discovery true", "no host answers"),
+        ("-np 2 --min-np 3 --discovery true", "--min-np 3 is more than the 2 ranks"),
+        ("--discovery true --hostfile /none", "no such readable file"),
+    ],
+)
+def test_elastic_sh_answers_bad_options_with_one_line(arguments, message, environment):
+    ended = run("elastic.sh", *arguments.split(), env=environment)
+    assert ended.returncode == 2
+    assert message in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
+def test_hosts_that_do_not_answer_are_not_discovered(environment, tmp_path):
+    with socket.create_server(("127.0.0.2", 0)) as server:
+        (tmp_path / "hosts").write_text("# ours\n127.0.0.2 slots=3\n127.0.0.3 slots=1\n\nlocalhost slots=2\n")
+        found = run("discover_hosts.sh", tmp_path / "hosts", server.getsockname()[1], env=environment)
+    assert sorted(found.stdout.splitlines()) == ["127.0.0.2:3", "localhost:2"]
+    (tmp_path / "hosts").write_text("a 2\n")
+    assert "not of the form" in run("discover_hosts.sh", tmp_path / "hosts", env=environment).stderr
