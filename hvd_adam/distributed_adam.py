@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from hvd_adam.adam import Adam
-from hvd_adam.broadcast import broadcast_training
+from hvd_adam.broadcast import ROOT, broadcast_training
 from hvd_adam.cluster import collective_prefix, horovod
 from hvd_adam.errors import UserError
 from hvd_adam.flat import Flat
@@ -145,6 +145,10 @@ class DistributedAdam(Adam):
         broadcast_training(self._model, self, self._loss_scaler)
 
     # What an optimizer has besides.
+
+    def state_dict_on_root(self) -> dict[str, Any] | None:
+        """`state_dict` on rank 0, None on the others; every rank must call it where the state is sharded."""
+        return self.state_dict() if self._hvd.rank() == ROOT else None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As `Adam.load_state_dict`, on this rank; `broadcast` gives it to the others."""

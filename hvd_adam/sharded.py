@@ -49,12 +49,12 @@ class ShardedAdam(DistributedAdam):
 
     def state_dict(self) -> dict[str, Any]:
         """The whole state, as plain Adam's; every rank must call it, since each gives its part."""
-        parts = self.state
-        self.state = self._whole_state_of_all()
-        try:
-            return super().state_dict()
-        finally:
-            self.state = parts
+        return self._state_dict_with(self._whole_state_of_all())
+
+    def state_dict_on_root(self) -> dict[str, Any] | None:
+        """The whole state on rank 0, in host memory; None on the others, which hold one buffer of it at a time."""
+        whole = self._whole_state_of_all(on_root_only=True)
+        return self._state_dict_with(whole) if self._hvd.rank() == ROOT else None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes a whole state on this rank; the next step, or `broadcast`, keeps this rank's part of it."""
@@ -142,8 +142,18 @@ class ShardedAdam(DistributedAdam):
                 part = buffer[start:end]
                 yield self._hvd.broadcast_async_(part, rank, name=f"{self._prefix}.{name}.{number}.{rank}"), None
 
-    def _whole_state_of_all(self) -> dict[torch.Tensor, dict[str, torch.Tensor]]:
+    def _state_dict_with(self, state: dict[torch.Tensor, dict[str, torch.Tensor]]) -> dict[str, Any]:
+        parts, self.state = self.state, state
+        try:
+            return super().state_dict()
+        finally:
+            self.state = parts
+
+    def _whole_state_of_all(self, *, on_root_only: bool = False) -> dict[torch.Tensor, dict[str, torch.Tensor]]:
         """The state of every parameter, whole; one buffer after the other is gathered.
+
+        Args:
+            on_root_only: keep it on rank 0 alone, and there in the host's memory.
 
         Raises:
             RuntimeError: a state has been loaded on some ranks, and not yet been given to the others.
@@ -152,6 +162,7 @@ class ShardedAdam(DistributedAdam):
         if len(set(loaded)) > 1:
             ranks = ", ".join(str(rank) for rank, there in enumerate(loaded) if there)
             raise RuntimeError(f"a state was loaded on rank {ranks} only: call broadcast() on all ranks first")
+        kept = not on_root_only or self._hvd.rank() == ROOT
         whole = {p: dict(state) for p, state in self.state.items()}
         for number, flat in enumerate(self._flats):
             for name in flat.state:
@@ -162,6 +173,8 @@ class ShardedAdam(DistributedAdam):
                 elif parts:
                     buffer = flat.spread(name)
                     self._exchange(flat, buffer, f"{name}.{number}")
-                    for i in parts:
+                    if on_root_only:
+                        buffer = buffer.cpu()
+                    for i in parts if kept else ():
                         whole[flat.params[i]][name] = flat.view(buffer, i)
         return whole

@@ -346,7 +346,11 @@ class Trainer:
         raise Preempted
 
     def _state(self, *, of_all: bool = True) -> TrainingState:
-        """All that a resume needs; every rank calls it. Without `of_all`, `ranks` has this rank's entry alone."""
+        """All that a resume needs; every rank calls it.
+
+        Args:
+            of_all: for rank 0 to save; otherwise for this rank to keep, whose entry alone `ranks` then has.
+        """
         own = of_this_rank(self.cluster, self.loss.part())
         progress = {
             "step": self.step,
@@ -361,7 +365,7 @@ class Trainer:
         }
         return TrainingState(
             model=self.model.state_dict(),
-            optimizer=self.optimizer.state_dict(),  # on every rank: a sharded one is gathered
+            optimizer=self.optimizer.state_dict_on_root() if of_all else self.optimizer.state_dict(),
             loss_scaler=None if self.scaler is None else self.scaler.state_dict(),
             progress=progress,
             schedule={"initial": self.schedule.initial, "peak": self.schedule.peak},

@@ -94,6 +94,30 @@ def stock(model, **options):
     return torch.optim.Adam(model.parameters(), foreach=False, **(options or OPTIONS))
 
 
+@on_ranks(3)
+def test_rank_0_alone_gets_the_whole_state_to_save(cluster):
+    optimizer = trained_sharded()
+    whole, on_root = optimizer.state_dict(), optimizer.state_dict_on_root()
+    assert (on_root is None) == (cluster.rank > 0)
+    if on_root is not None:
+        assert on_root["param_groups"] == whole["param_groups"]
+        for number, state in whole["state"].items():
+            assert all(torch.equal(value, on_root["state"][number][name]) for name, value in state.items())
+    with scattering():
+        assert (optimizer.state_dict_on_root() is None) == (cluster.rank > 0)
+
+
+def trained_sharded():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+    optimizer = distribute(Adam(model.parameters()), model, strategy="sharded")
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.ones(2, 7)).square().sum().backward()
+        optimizer.step()
+    return optimizer
+
+
 @contextmanager
 def scattering():
     """Exchanges by reduce-scatter and all-gather, as on GPUs."""
