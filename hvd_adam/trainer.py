@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import yaml
 
 import hvd_adam
-from hvd_adam import checkpoint, data, models
+from hvd_adam import checkpoint, data, models, run_folder
 from hvd_adam.adam import Adam
 from hvd_adam.broadcast import ROOT, broadcast_buffers
 from hvd_adam.buffers import BufferGuard
@@ -420,10 +420,13 @@ def _open_folder(config: TrainConfig, global_batch_size: int) -> tuple[Path, Sta
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{config.dataset}-{config.model}".replace(":", ".")
     folder = Path(config.output_dir or Path("runs") / name)
     try:
+        if not folder.exists():
+            _start(config, folder)  # so that a wrong --resume leaves no folder behind
+        folder.mkdir(parents=True, exist_ok=True)
+        run_folder.claim(folder)
         start = _start(config, folder)
         if start is not None:
             start.state.require_same_run(asdict(config), global_batch_size, str(start.path))
-        folder.mkdir(parents=True, exist_ok=True)
         values = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(config).items()}
         (folder / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     except OSError as error:
