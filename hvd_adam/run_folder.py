@@ -1,9 +1,10 @@
-"""The run folder: one job at a time writes to it."""
+"""The run folder: one job at a time writes to it, and where its run began."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import socket
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from hvd_adam.errors import Preempted, UserError
+from hvd_adam.metrics import METRICS_FILE
 from hvd_adam.preemption import asked_to_stop
 
 LOCK_FILE = ".lock"
@@ -75,3 +77,19 @@ def _lock(file: IO[str], folder: Path) -> bool:
 def _say(text: str) -> None:
     sys.stdout.write(text + "\n")  # in one write: launchers tag each write with the rank
     sys.stdout.flush()
+
+
+def is_taken(folder: Path) -> bool:
+    """Whether a run has begun in it."""
+    metrics = folder / METRICS_FILE
+    return metrics.exists() and metrics.stat().st_size > 0
+
+
+def origin(folder: Path) -> Path | None:
+    """The checkpoint from elsewhere that its run began from (`--resume PATH`); None if it began anew."""
+    with (folder / METRICS_FILE).open() as lines:
+        try:
+            first = json.loads(lines.readline())
+        except ValueError:
+            return None  # as a killed process leaves it
+    return Path(first["path"]) if first["event"] == "resume" else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from hvd_adam.data.loader import Batch, DeviceLoader
 from hvd_adam.distributed import distribute
 from hvd_adam.errors import JobError, Preempted, UserError
 from hvd_adam.evaluation import Scores, score
-from hvd_adam.metrics import METRICS_FILE, RunLog, RunningMean, Stopwatch, plot
+from hvd_adam.metrics import RunLog, RunningMean, Stopwatch, plot
 from hvd_adam.precision import autocast, loss_scaler, make_deterministic, parameter_dtype
 from hvd_adam.preemption import Preemption
 from hvd_adam.schedule import LearningRateSchedule, Scaled, learning_rate, scale
@@ -420,13 +421,11 @@ def _open_folder(config: TrainConfig, global_batch_size: int) -> tuple[Path, Sta
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{config.dataset}-{config.model}".replace(":", ".")
     folder = Path(config.output_dir or Path("runs") / name)
     try:
-        if not folder.exists():
-            _start(config, folder)  # so that a wrong --resume leaves no folder behind
+        start = None if folder.exists() else _start(config, folder, global_batch_size)  # one that fails makes none
         folder.mkdir(parents=True, exist_ok=True)
         run_folder.claim(folder)
-        start = _start(config, folder)
-        if start is not None:
-            start.state.require_same_run(asdict(config), global_batch_size, str(start.path))
+        if start is None or run_folder.is_taken(folder):
+            start = _start(config, folder, global_batch_size)
         values = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(config).items()}
         (folder / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     except OSError as error:
@@ -436,19 +435,27 @@ def _open_folder(config: TrainConfig, global_batch_size: int) -> tuple[Path, Sta
     return folder, start
 
 
-def _start(config: TrainConfig, folder: Path) -> Start | None:
+def _start(config: TrainConfig, folder: Path, global_batch_size: int) -> Start | None:
     """What `--resume` finds; None for a new run."""
-    taken = (folder / METRICS_FILE).exists()
-    if taken and config.resume != "auto":
-        raise UserError(f"{folder} holds a run already: choose another --output-dir, or remove it")
-    if config.resume not in ("auto", "never"):
-        path, saved, damaged = Path(config.resume), checkpoint.load(config.resume), []
-    elif taken:
+    given = None if config.resume in ("auto", "never") else Path(os.path.abspath(config.resume))
+    path, saved, damaged = None, {}, []
+    if run_folder.is_taken(folder):
+        origin = run_folder.origin(folder)
+        if config.resume == "never":
+            raise UserError(f"{folder} holds a run already: choose another --output-dir, or remove it")
+        if given not in (None, origin):
+            raise UserError(
+                f"{folder} holds a run that did not begin from {config.resume}: choose another --output-dir, or "
+                "--resume auto to go on with it"
+            )
         path, saved, damaged = checkpoint.newest(folder / "checkpoints")
-    else:
-        return None
-    if path is None:
-        if damaged:
+        if damaged and path is None:
             raise UserError(f"no checkpoint of {folder} is whole: {damaged[0]}")
-        return None  # it was killed before it wrote one
-    return Start(path, TrainingState.of(saved, str(path)), damaged)
+        given = origin
+    if path is None and given is not None:
+        path, saved = given, checkpoint.load(given)
+    if path is None:
+        return None  # new, or killed before it wrote one
+    state = TrainingState.of(saved, str(path))
+    state.require_same_run(asdict(config), global_batch_size, str(path))
+    return Start(path, state, damaged)

@@ -166,6 +166,24 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(place):
     assert events(place / "young")[-1]["event"] == "end"
 
 
+def test_a_run_begun_from_a_checkpoint_goes_on_by_the_same_command_and_needs_it_no_more(place):
+    source = place / "source"
+    assert start(place, "source", ranks=0, stop="SIGTERM:0:9").returncode == 75
+    argv = ["--resume", source]
+    # Killed before its first checkpoint it begins from there again.
+    assert start(place, "branch", *argv, ranks=0, stop="SIGKILL:0:2").returncode == -signal.SIGKILL
+    assert start(place, "branch", *argv, ranks=0, stop="SIGTERM:0:5").returncode == 75
+    source.rename(place / "moved")
+    succeeded(start(place, "branch", *argv, ranks=0))
+    paths = [event["path"] for event in events(place / "branch", "resume")]
+    assert paths == [str(source)] * 2 + [str(place / "branch" / "checkpoints" / "step-00000008")]
+    assert events(place / "branch", "start") == []
+    assert events(place / "branch")[-1]["event"] == "end"
+    missing = start(place, "new", *argv, ranks=0)
+    assert f"no checkpoint in {source}" in one_line(missing)
+    assert not (place / "new").exists()
+
+
 @pytest.mark.parametrize("script", ["mpirun.sh", "horovodrun.sh --mpi", "horovodrun.sh --gloo"])
 def test_a_signal_to_the_launcher_reaches_the_ranks_and_75_comes_back(script, place):
     folder = place / script
@@ -203,15 +221,21 @@ def test_a_second_signal_ends_it_at_once(tmp_path):
         (["--model", "mlp"], "--model is mlp, but mine:build in checkpoint"),
         (["--global-batch-size", "64"], "an update has 64 images, but 32 in checkpoint"),
         (["--resume", "never"], "holds a run already"),
+        (["--resume", "data"], "holds a run that did not begin from data"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused_by_the_first_difference(argv, message, place):
     folder = place / "refusing"
     if not folder.exists():
         assert start(place, "refusing", ranks=0, stop="SIGTERM:0:3").returncode == 75
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    before = contents(folder)
     assert message in one_line(start(place, "refusing", *argv, ranks=0))
-    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert contents(folder) == before
+
+
+def contents(folder):
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {path: path.read_bytes() for path in files}
 
 
 def test_a_damaged_checkpoint_is_said_and_the_one_before_taken(place):

@@ -15,7 +15,7 @@ import sys
 from contextlib import contextmanager
 
 import pytest
-from test_train import checkpoint, events, one_line, succeeded, train
+from test_train import checkpoint, events, one_line, train
 
 from hvd_adam import run_folder
 
