@@ -89,7 +89,8 @@ class Trainer:
         self._go_on(start)
         if self.folder is not None:
             self.writer = checkpoint.Writer(self.folder / "checkpoints", config.keep)
-        self.log = RunLog(self.folder, self.total_steps, None if start is None else self.step)
+        with together(cluster):
+            self.log = RunLog(self.folder, self.total_steps, None if start is None else self.step)
         self.resumed = None if start is None else replace(start, state=None)
 
     def _load(self, start: Start, adam: Adam) -> None:
@@ -330,7 +331,13 @@ class Trainer:
             for name, value in result.items():
                 self.log.say(f"{name.replace('_', ' ')} {value:.4f}")
             self.log.say(f"throughput {rate:.0f} images/s over {self.cluster.size} rank(s)")
-            self.log.say(f"checkpoint {path}\nplot {plot(self.folder)}\nrun folder {self.folder}")
+            self.log.say(f"checkpoint {path}\nplot {self._plot()}\nrun folder {self.folder}")
+
+    def _plot(self) -> Path | str:
+        try:
+            return plot(self.folder)
+        except OSError as error:  # on a full disk; all that it shows is in the metrics
+            return f"not drawn: {error.strerror}"
 
     def _facts(self) -> dict[str, object]:
         versions = {"hvd_adam": hvd_adam.__version__, "torch": torch.__version__}
@@ -427,7 +434,7 @@ def _open_folder(config: TrainConfig, global_batch_size: int) -> tuple[Path, Sta
         if start is None or run_folder.is_taken(folder):
             start = _start(config, folder, global_batch_size)
         values = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(config).items()}
-        (folder / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+        checkpoint.write_whole(folder / "config.yaml", yaml.safe_dump(values, sort_keys=False))
     except OSError as error:
         raise UserError(
             f"cannot write to the run folder {folder} ({error.strerror}): choose another --output-dir"
