@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +27,7 @@ STATE = "state.pt"
 MANIFEST = "manifest.json"
 LATEST = "latest"
 BEST = "best"
+NAME = re.compile(r"step-[0-9]{8,}")
 
 
 class Writer:
@@ -77,7 +79,7 @@ class Writer:
         path = save(self._checkpoints, step, state)
         try:
             if best:
-                _write_whole(self._checkpoints / BEST, path.name + "\n")
+                write_whole(self._checkpoints / BEST, path.name + "\n")
             self._remove_old()
         except OSError as error:
             raise UserError(f"cannot tidy up {self._checkpoints}: {error}") from None
@@ -85,7 +87,7 @@ class Writer:
 
     def _remove_old(self) -> None:
         best = self._checkpoints / BEST
-        spared = best.read_text().strip() if best.exists() else None
+        spared = best.read_text(errors="replace").strip() if best.exists() else None
         for old in _by_age(self._checkpoints)[self._keep :]:
             if old.name != spared:
                 shutil.rmtree(old, ignore_errors=True)
@@ -97,11 +99,15 @@ def folder_of(checkpoints: Path, step: int) -> Path:
 
 
 def newest(checkpoints: Path) -> tuple[Path | None, dict[str, Any], list[str]]:
-    """Reads the newest checkpoint of a run that is whole.
+    """Reads the newest checkpoint of a run that is whole. Nobody may write meanwhile.
 
     Returns:
         Its folder (None if there is none), its state, and what is wrong with each newer one.
     """
+    for aside in checkpoints.glob(".step-*.old"):  # of a process killed in the middle of `_replace`
+        final = checkpoints / aside.stem[1:]
+        if not final.exists():
+            aside.rename(final)
     damaged = []
     for folder in _by_age(checkpoints):
         try:
@@ -133,22 +139,24 @@ def save(checkpoints: Path, step: int, state: dict[str, Any]) -> Path:
         draft.mkdir(parents=True)
         _write(draft, step, state)
         _replace(draft, final)
-        _write_whole(checkpoints / LATEST, final.name + "\n")
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk by a RuntimeError
+        write_whole(checkpoints / LATEST, final.name + "\n")
+    except (OSError, RuntimeError) as error:  # torch.save answers an OSError by a RuntimeError
         shutil.rmtree(draft, ignore_errors=True)
-        reason = str(error).splitlines()[0]
-        raise UserError(f"cannot write the checkpoint {final}: {reason}; free some space") from None
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        reason = str(cause).splitlines()[0]
+        raise UserError(f"cannot write the checkpoint {final}: {reason}; look after the disk") from None
     return final
 
 
 def _write(folder: Path, step: int, state: dict[str, Any]) -> None:
-    torch.save(state, folder / STATE)
+    with (folder / STATE).open("wb") as file:
+        torch.save(state, file)
     manifest = {
         "files": {STATE: {"bytes": (folder / STATE).stat().st_size, "sha256": _sha256(folder / STATE)}},
         "step": step,
         "versions": {"hvd_adam": hvd_adam.__version__, "torch": torch.__version__},
     }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    (folder / MANIFEST).write_text(_sealed(manifest))
     for path in (folder / STATE, folder / MANIFEST, folder):
         _flush(path)
 
@@ -166,8 +174,8 @@ def load(path: str | Path) -> dict[str, Any]:
     """Reads and verifies a checkpoint; tensors come to the CPU.
 
     Args:
-        path: a checkpoint's folder or its `state.pt`; a run's `checkpoints` folder, its `latest`, or a run folder
-            (their latest checkpoint).
+        path: a checkpoint's folder or its `state.pt`; a pointer, `latest` or `best`; a run's `checkpoints` folder
+            or a run folder (their latest checkpoint).
 
     Raises:
         UserError: nothing there, or a file is unreadable, missing, truncated or altered; names the file.
@@ -181,22 +189,40 @@ def load(path: str | Path) -> dict[str, Any]:
 
 
 def _find(path: Path) -> Path:
-    if path.name in (LATEST, STATE) and path.is_file():
-        path = path.parent
-    for folder in (path, path / "checkpoints"):
-        if (folder / LATEST).is_file():
-            return folder / (folder / LATEST).read_text().strip()
-    if (path / MANIFEST).exists() or (path / STATE).exists():
-        return path
+    for pointer in (path, path / LATEST, path / "checkpoints" / LATEST):
+        if pointer.name in (LATEST, BEST) and pointer.is_file():
+            return _named_by(pointer)
+    folder = path.parent if path.name == STATE else path
+    if (folder / MANIFEST).exists() or (folder / STATE).exists():
+        return folder
     raise UserError(f"no checkpoint in {path}: give a run folder, its checkpoints folder or one checkpoint")
+
+
+def _named_by(pointer: Path) -> Path:
+    """The checkpoint beside the pointer that it names."""
+    name = pointer.read_text(errors="replace").strip()
+    if not NAME.fullmatch(name):
+        raise UserError(f"{pointer} is damaged: it names no checkpoint; give one of {pointer.parent} itself")
+    return pointer.with_name(name)
+
+
+def _sealed(manifest: dict[str, Any], seal: str = "") -> str:
+    """The manifest's text with its own checksum in it: of the text without."""
+    text = json.dumps({**manifest, "seal": seal}, indent=1) + "\n"
+    return text if seal else _sealed(manifest, hashlib.sha256(text.encode()).hexdigest())
 
 
 def _verify(folder: Path) -> None:
     try:
-        entry = json.loads((folder / MANIFEST).read_text())["files"][STATE]
+        text = (folder / MANIFEST).read_text()
+        manifest = json.loads(text)
+        entry = manifest["files"][STATE]
         expected = entry["bytes"], entry["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        manifest.pop("seal")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"checkpoint {folder} is damaged: {MANIFEST} is unreadable ({error!r})") from None
+    if text != _sealed(manifest):
+        raise UserError(f"checkpoint {folder} is damaged: {MANIFEST} does not match its checksum; use another one")
     state = folder / STATE
     if not state.is_file():
         raise UserError(f"checkpoint {folder} is damaged: {STATE} is missing; use another checkpoint")
@@ -204,8 +230,13 @@ def _verify(folder: Path) -> None:
         raise UserError(f"checkpoint {folder} is damaged: {STATE} does not match its checksum; use another one")
 
 
-def _write_whole(path: Path, text: str) -> None:
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file so that it has its old or its new content at any time, even after a crash.
+
+    Raises:
+        OSError: it cannot be written; the old content is there.
+    """
+    draft = path.with_name(f".{path.name}.new")
     draft.write_text(text)
     _flush(draft)
     draft.replace(path)

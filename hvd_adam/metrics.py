@@ -6,13 +6,18 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from hvd_adam import checkpoint
 from hvd_adam.cluster import Cluster, horovod
+from hvd_adam.errors import UserError
+from hvd_adam.records import Records, Scalars
 
 METRICS_FILE = "metrics.jsonl"
 PLOT_FILE = "curves.png"
@@ -103,25 +108,29 @@ class Stopwatch:
 class RunLog:
     """Rank 0's record of a run. On the other ranks (`folder` None) it does nothing.
 
-    Each event is one line of `metrics.jsonl`, written at once; its numbers go to TensorBoard too. On a
-    terminal there is a progress bar; in a pipe or a log file, plain lines.
+    Each event is one line of `metrics.jsonl`, written at once, or as soon as the disk takes it; its numbers go to
+    TensorBoard too. On a terminal there is a progress bar; in a pipe or a log file, plain lines.
 
     Args:
         folder: the run's.
         total_steps: updates in the whole run.
         first_step: updates made before, None in a new run; what was recorded after them is taken back, for it will
             be done again.
+
+    Raises:
+        UserError: the folder cannot be written to.
     """
 
     def __init__(self, folder: Path | None, total_steps: int, first_step: int | None = None) -> None:
         self._folder = folder
         if folder is None:
             return
-        from torch.utils.tensorboard import SummaryWriter  # a second to import; rank 0 alone needs it
-
-        _take_back(folder / METRICS_FILE, first_step)
-        self._lines = (folder / METRICS_FILE).open("a", buffering=1)
-        self._board = SummaryWriter(str(folder), purge_step=(first_step or 0) + 1)
+        try:
+            _take_back(folder / METRICS_FILE, first_step)
+            self._lines = Records(folder / METRICS_FILE)
+            self._board = Scalars(folder, (first_step or 0) + 1)
+        except OSError as error:
+            raise UserError(f"cannot write to the run folder {folder} ({error.strerror})") from None
         self._bar = tqdm(
             total=total_steps,
             initial=first_step or 0,
@@ -130,7 +139,7 @@ class RunLog:
             dynamic_ncols=True,
         )
         self._total_steps = total_steps
-        self._warned = False
+        self._warned = self._behind = False
 
     def event(self, event: str, step: int, epoch: int, **values: Any) -> None:
         """Records what happened after `step` updates.
@@ -145,7 +154,7 @@ class RunLog:
             return
         finite = {name: value if _is_finite(value) else None for name, value in values.items()}
         line = {"event": event, "step": step, "epoch": epoch, "time": time.time(), **finite}
-        self._lines.write(json.dumps(line, allow_nan=False) + "\n")
+        self._lines.write(json.dumps(line, allow_nan=False).encode() + b"\n")
         if finite != values and not self._warned:
             self._warned = True
             self.say(
@@ -153,7 +162,8 @@ class RunLog:
             )
         for name, value in values.items():
             if event in ("step", "eval") and isinstance(value, float):
-                self._board.add_scalar(name if "_" in name else f"train_{name}", value, step)
+                self._board.add(name if "_" in name else f"train_{name}", value, step)
+        self._look_behind()
         self._show(event, step, epoch, values)
 
     def say(self, text: str) -> None:
@@ -170,6 +180,13 @@ class RunLog:
             self._bar.close()
             self._board.close()
             self._lines.close()
+
+    def _look_behind(self) -> None:
+        """Says once, each time, that records wait for the disk."""
+        error = self._lines.error or self._board.error
+        if error and not self._behind:
+            self.say(f"warning: cannot write to {self._folder}: {error.strerror}; training goes on, metrics wait")
+        self._behind = error is not None
 
     def _show(self, event: str, step: int, epoch: int, values: dict[str, Any]) -> None:
         if event == "step":
@@ -196,17 +213,16 @@ def _take_back(path: Path, step: int | None) -> None:
     """Removes the events after `step` updates, and the end of the run; a line that a killed process began, too."""
     if not path.exists():
         return
-    kept = []
+    last = -1 if step is None else step
+    kept = [event for event in _events(path) if event["step"] <= last and event["event"] != "end"]
+    checkpoint.write_whole(path, "".join(json.dumps(event) + "\n" for event in kept))
+
+
+def _events(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of `metrics.jsonl`, but for one that was never completed."""
     for line in path.read_text().splitlines():
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if step is not None and event["step"] <= step and event["event"] != "end":
-            kept.append(line + "\n")
-    draft = path.with_name(f".{path.name}")
-    draft.write_text("".join(kept))
-    draft.replace(path)
+        with suppress(ValueError):
+            yield json.loads(line)
 
 
 def _is_finite(value: Any) -> bool:
@@ -224,7 +240,7 @@ def plot(folder: Path) -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
+    lines = list(_events(folder / METRICS_FILE))
     steps = [line for line in lines if line["event"] == "step"]
     tests = [line for line in lines if line["event"] == "eval"]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")

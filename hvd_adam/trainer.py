@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 import yaml
 
 import hvd_adam
-from hvd_adam import checkpoint, data, models
+from hvd_adam import checkpoint, data, models, run_folder
 from hvd_adam.adam import Adam
 from hvd_adam.broadcast import ROOT, broadcast_buffers
 from hvd_adam.buffers import BufferGuard
@@ -25,7 +26,7 @@ from hvd_adam.distributed import distribute
 from hvd_adam.elastic import Memory
 from hvd_adam.errors import JobError, Preempted, RanksChanged, UserError
 from hvd_adam.evaluation import Scores, score
-from hvd_adam.metrics import METRICS_FILE, RunLog, RunningMean, Stopwatch, plot
+from hvd_adam.metrics import RunLog, RunningMean, Stopwatch, plot
 from hvd_adam.precision import autocast, loss_scaler, make_deterministic, parameter_dtype
 from hvd_adam.preemption import Preemption
 from hvd_adam.schedule import LearningRateSchedule, Scaled, learning_rate, scale
@@ -107,7 +108,8 @@ class Trainer:
         if self.folder is not None:
             self.writer = checkpoint.Writer(self.folder / "checkpoints", config.keep)
             opened.callback(self.writer.close)
-        self.log = RunLog(self.folder, self.total_steps, None if start is None else self.step)
+        with together(cluster):
+            self.log = RunLog(self.folder, self.total_steps, None if start is None else self.step)
         opened.callback(self.log.close)
         self.resumed = None if start is None else replace(start, state=None)
 
@@ -395,7 +397,13 @@ class Trainer:
             for name, value in result.items():
                 self.log.say(f"{name.replace('_', ' ')} {value:.4f}")
             self.log.say(f"throughput {rate:.0f} images/s over {self.cluster.size} rank(s)")
-            self.log.say(f"checkpoint {path}\nplot {plot(self.folder)}\nrun folder {self.folder}")
+            self.log.say(f"checkpoint {path}\nplot {self._plot()}\nrun folder {self.folder}")
+
+    def _plot(self) -> Path | str:
+        try:
+            return plot(self.folder)
+        except OSError as error:  # on a full disk; all that it shows is in the metrics
+            return f"not drawn: {error.strerror}"
 
     def _facts(self) -> dict[str, object]:
         versions = {"hvd_adam": hvd_adam.__version__, "torch": torch.__version__}
@@ -508,13 +516,18 @@ def _open_folder(config: TrainConfig, size: int, known: TrainingState | None) ->
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{config.dataset}-{config.model}".replace(":", ".")
     folder = Path(config.output_dir or Path("runs") / name)
     try:
-        start = _start(config, folder) if known is None else Start("memory", known, [])
-        if start is not None:
-            global_batch_size = None if config.elastic else config.global_batch(size)
-            start.state.require_same_run(asdict(config), global_batch_size, str(start.path))
+        batch = None if config.elastic else config.global_batch(size)
+        start = None if known is None else Start("memory", known, [])
+        if start is None and not folder.exists():
+            start = _start(config, folder, batch)  # one that fails makes no folder
         folder.mkdir(parents=True, exist_ok=True)
+        run_folder.claim(
+            folder, wait=known is None
+        )  # who had it in this job may be cut off, and not yet have ended
+        if start is None or (known is None and run_folder.is_taken(folder)):
+            start = _start(config, folder, batch)
         values = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(config).items()}
-        (folder / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+        checkpoint.write_whole(folder / "config.yaml", yaml.safe_dump(values, sort_keys=False))
     except OSError as error:
         raise UserError(
             f"cannot write to the run folder {folder} ({error.strerror}): choose another --output-dir"
@@ -522,19 +535,27 @@ def _open_folder(config: TrainConfig, size: int, known: TrainingState | None) ->
     return folder, start
 
 
-def _start(config: TrainConfig, folder: Path) -> Start | None:
+def _start(config: TrainConfig, folder: Path, global_batch_size: int | None) -> Start | None:
     """What `--resume` finds; None for a new run."""
-    taken = (folder / METRICS_FILE).exists()
-    if taken and config.resume != "auto":
-        raise UserError(f"{folder} holds a run already: choose another --output-dir, or remove it")
-    if config.resume not in ("auto", "never"):
-        path, saved, damaged = Path(config.resume), checkpoint.load(config.resume), []
-    elif taken:
+    given = None if config.resume in ("auto", "never") else Path(os.path.abspath(config.resume))
+    path, saved, damaged = None, {}, []
+    if run_folder.is_taken(folder):
+        origin = run_folder.origin(folder)
+        if config.resume == "never":
+            raise UserError(f"{folder} holds a run already: choose another --output-dir, or remove it")
+        if given not in (None, origin):
+            raise UserError(
+                f"{folder} holds a run that did not begin from {config.resume}: choose another --output-dir, or "
+                "--resume auto to go on with it"
+            )
         path, saved, damaged = checkpoint.newest(folder / "checkpoints")
-    else:
-        return None
-    if path is None:
-        if damaged:
+        if damaged and path is None:
             raise UserError(f"no checkpoint of {folder} is whole: {damaged[0]}")
-        return None  # it was killed before it wrote one
-    return Start(path, TrainingState.of(saved, str(path)), damaged)
+        given = origin
+    if path is None and given is not None:
+        path, saved = given, checkpoint.load(given)
+    if path is None:
+        return None  # new, or killed before it wrote one
+    state = TrainingState.of(saved, str(path))
+    state.require_same_run(asdict(config), global_batch_size, str(path))
+    return Start(path, state, damaged)

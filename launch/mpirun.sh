@@ -47,7 +47,7 @@ fi
 
 # The flags are those of Horovod's documentation (docs/mpi.rst): no binding, because a rank has several threads;
 # by slot, for hosts of different shapes; TCP for MPI's own messages, because NCCL carries the heavy ones.
-command=(mpirun -np "$ranks")
+command=("$python" -I "$here/pass_signals.py" mpirun -np "$ranks")
 if [[ -n $hosts || -z ${SLURM_JOB_ID:-} ]]; then command+=(-H "${hosts:-localhost:$ranks}"); fi
 if ((EUID == 0)); then command+=(--allow-run-as-root); fi
 command+=(--bind-to none --map-by slot --mca pml ob1 --mca btl ^openib)

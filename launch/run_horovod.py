@@ -7,15 +7,19 @@ stays as it is.
 
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
+from pathlib import Path
 
 from horovod.runner.launch import run_commandline
 from horovod.runner.util import remote
 
 RANK_FAILED = re.compile(r"one or more processes exited with non-zero status.*Exit code: (-?\d+)", re.DOTALL)
 UNREACHABLE = "could not connect to some hosts via ssh"
+
+PASS_SIGNALS = (sys.executable, "-I", str(Path(__file__).with_name("pass_signals.py")))
 
 # A host that is cut off must be noticed: ssh, by itself, would wait for it for ever.
 KEEP_ALIVE = " -o ServerAliveInterval=5 -o ServerAliveCountMax=3 -o ConnectTimeout=10"
@@ -24,12 +28,13 @@ execute = os.execve
 
 
 def execute_without_shell(path: str, arguments: list[str], environment: dict[str, str]) -> None:
-    """Stands in for os.execve, with which horovodrun becomes ``sh -c mpirun...``: the shell then becomes mpirun.
+    """Stands in for os.execve, with which horovodrun becomes ``sh -c mpirun...``: the shell becomes mpirun.
 
     Otherwise a signal reaches the shell alone, which ends, or waits, and leaves mpirun and the ranks running.
+    pass_signals.py hands SIGTERM on to them, which mpirun does not.
     """
     *options, command = arguments
-    execute(path, [*options, f"exec {command}"], environment)
+    execute(path, [*options, f"exec {shlex.join(PASS_SIGNALS)} {command}"], environment)
 
 
 def main() -> None:

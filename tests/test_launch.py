@@ -3,7 +3,8 @@
 Hazards: a rank's exit code lost by a launcher (horovodrun with Gloo turns it into 1 and a traceback); a launcher's
 boxes and tracebacks around a one-line message; helpful reports hidden with them; progress bars held back until a
 line's end; signals that stop at the script and leave ranks behind; quoting of arguments; environment that remote
-ranks do not get; fewer cores than ranks; bad options answered by anything but one line and 2.
+ranks do not get; a SIGTERM that mpirun takes for an order to kill; fewer cores than ranks; bad options answered by
+anything but one line and 2.
 """
 
 import os
@@ -29,8 +30,9 @@ import os, signal, sys, time
 from pathlib import Path
 rank = int(os.environ.get("HOROVOD_RANK", os.environ.get("OMPI_COMM_WORLD_RANK", 0)))
 mode, folder = sys.argv[1], Path(sys.argv[2])
-if mode == "wait":
-    signal.signal(signal.SIGUSR1, lambda *_: ((folder / f"usr1.{rank}").touch(), sys.exit(75)))
+if mode in ("wait", "stubborn"):
+    stop = lambda *_: ((folder / f"usr1.{rank}").touch(), sys.exit(75))
+    signal.signal(signal.SIGUSR1, stop if mode == "wait" else signal.SIG_IGN)
     (folder / f"pid.{rank}.new").write_text(str(os.getpid()))
     (folder / f"pid.{rank}.new").rename(folder / f"pid.{rank}")
     while True:
@@ -98,9 +100,9 @@ def test_arguments_and_variables_reach_more_ranks_than_there_are_cores(launcher,
     assert shown == [repr((["it's", "a b", "$HOME"], "a b"))] * ranks
 
 
-def start_waiting_ranks(launcher, environment, folder):
+def start_waiting_ranks(launcher, environment, folder, mode="wait"):
     script, *options = launcher
-    command = ["bash", LAUNCH / script, "-np", "2", *options, "--module", "ranks", "--", "wait", folder]
+    command = ["bash", LAUNCH / script, "-np", "2", *options, "--module", "ranks", "--", mode, folder]
     process = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
     while not all((folder / f"pid.{rank}").exists() for rank in (0, 1)):
         assert process.poll() is None, "the launcher ended before its ranks started"
@@ -126,12 +128,33 @@ def test_a_signal_to_the_script_leaves_no_rank_behind(launcher, number, environm
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("launcher", LAUNCHERS[:2], ids=" ".join)
-def test_mpirun_hands_usr1_to_every_rank_and_their_75_comes_back(launcher, environment, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_mpirun_hands_usr1_to_every_rank_and_their_75_comes_back(launcher, number, environment, tmp_path):
     process, pids = start_waiting_ranks(launcher, environment, tmp_path)
-    process.send_signal(signal.SIGUSR1)
+    # To its group, as a scheduler or "timeout" does it, of which mpirun must hear nothing.
+    os.killpg(process.pid, number)
     assert process.wait() == 75
     wait_for_end(pids)
     assert any((tmp_path / f"usr1.{rank}").exists() for rank in (0, 1))
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("launcher", LAUNCHERS, ids=" ".join)
+def test_a_second_sigterm_ends_ranks_that_do_not_stop(launcher, environment, tmp_path):
+    process, pids = start_waiting_ranks(launcher, environment, tmp_path, "stubborn")
+    while process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+    assert process.returncode != 0
+    wait_for_end(pids)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("launcher", LAUNCHERS, ids=" ".join)
+def test_a_launcher_that_is_killed_takes_its_ranks_along(launcher, environment, tmp_path):
+    process, pids = start_waiting_ranks(launcher, environment, tmp_path)
+    process.kill()
+    wait_for_end(pids)
 
 
 def dry_run(script, *arguments, env):
@@ -182,7 +205,8 @@ def test_mpirun_shows_its_command(environment, tmp_path):
     shown = dry_run("mpirun.sh", *arguments, "--module", "hvd_adam.evaluate", env=environment)
     before, after = shown.split(" -x ", 1)
     assert before == (
-        f"mpirun -np 6 -H a:4\\,b:4 {root}--bind-to none --map-by slot --mca pml ob1 --mca btl \\^openib "
+        f"PYTHON -I LAUNCH/pass_signals.py mpirun -np 6 -H a:4\\,b:4 {root}--bind-to none --map-by slot "
+        "--mca pml ob1 --mca btl \\^openib "
         f"--mca btl_tcp_if_include eth0 --mca plm_rsh_args -p\\ 2222\\ -i\\ {tmp_path}/key"
     )
     *names, last = after.split(" -x ")

@@ -67,7 +67,7 @@ def test_every_launcher_trains_and_leaves_a_whole_run_folder(launcher, tmp_path)
     assert f"run folder {folder}" in done.stdout
     steps = 1442 // (32 * ranks)
     assert {path.name for path in folder.iterdir() if "tfevents" not in path.name} == {
-        *("config.yaml", "metrics.jsonl", "curves.png", "checkpoints"),
+        *(".lock", "config.yaml", "metrics.jsonl", "curves.png", "checkpoints"),
     }
     assert [event["event"] for event in events(folder) if event["event"] != "step"] == [
         *("start", "eval", "checkpoint", "end"),

@@ -1,0 +1,159 @@
+"""Checkpoints by themselves: whole or not at all, whatever happens to their files.
+
+Hazards: a damaged one that is loaded, or hides a whole one; a pointer that leads elsewhere; one that is lost while
+it is replaced; a write that fails and is not said, or spoils what was there; what killed processes leave piles up.
+"""
+
+import shutil
+
+import pytest
+import torch
+
+from hvd_adam import checkpoint as checkpoints
+from hvd_adam.errors import UserError
+
+
+def states(folder, *steps):
+    for step in steps:
+        checkpoints.save(folder, step, {"model": {"weight": torch.full((1000,), float(step))}})
+
+
+def cut(length):
+    return lambda path: path.write_bytes(path.read_bytes()[:length])
+
+
+def flip(place):
+    def damage(path):
+        whole = bytearray(path.read_bytes())
+        whole[place % len(whole)] ^= 1 << place % 8
+        path.write_bytes(whole)
+
+    return damage
+
+
+def replace_by_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def link_to_nothing(path):
+    path.unlink()
+    path.symlink_to("nothing")
+
+
+DAMAGES = {
+    "missing": lambda path: path.unlink(),
+    "empty": lambda path: path.write_bytes(b""),
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
+    "garbage": lambda path: path.write_bytes(b"\xff\xfe" * 100),
+    "the older one's": lambda path: shutil.copy(path.parents[1] / "step-00000001" / path.name, path),
+    "a folder": replace_by_folder,
+    "a link to nothing": link_to_nothing,
+    **{f"cut to {length}": cut(length) for length in (1, 100, 250, -1)},
+    **{f"bit flipped at {place}": flip(place) for place in [-1, *range(0, 5000, 293)]},
+}
+
+
+@pytest.mark.parametrize("part", ["state.pt", "manifest.json"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_every_damage_is_detected_and_the_newest_whole_one_found(part, damage, tmp_path):
+    states(tmp_path, 1, 20)
+    newest = tmp_path / "step-00000020"
+    DAMAGES[damage](newest / part)
+    if (part, damage) == ("manifest.json", "the older one's"):
+        assert "state.pt does not match its checksum" in refused(newest)
+    for place in (newest, newest / "state.pt", tmp_path, tmp_path / "latest"):
+        assert "step-00000020" in refused(place) or "no checkpoint in" in refused(place)
+    found, state, damaged = checkpoints.newest(tmp_path)
+    assert found.name == "step-00000001"
+    assert torch.equal(state["model"]["weight"], torch.ones(1000))
+    assert len(damaged) == 1
+    assert str(newest) in damaged[0]
+
+
+def refused(path):
+    with pytest.raises(UserError) as error:
+        checkpoints.load(path)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_every_byte_of_the_manifest_counts(tmp_path):
+    states(tmp_path, 3)
+    manifest = tmp_path / "step-00000003" / "manifest.json"
+    whole = manifest.read_bytes()
+    for place in range(len(whole)):
+        manifest.write_bytes(whole)
+        flip(place)(manifest)
+        refused(tmp_path)
+
+
+POINTERS = [
+    b"",
+    b"\n",
+    b"step-00000020x",
+    b"step-00000007",
+    b"\xff\0\xff",
+    b"../elsewhere/step-00000020",
+    b"..",
+    b"/",
+]
+
+
+@pytest.mark.parametrize("name", ["latest", "best"])
+@pytest.mark.parametrize("text", POINTERS)
+def test_a_pointer_leads_to_a_checkpoint_beside_it_or_is_refused_and_a_resume_needs_none(name, text, tmp_path):
+    states(tmp_path / "elsewhere", 20)
+    folder = tmp_path / "checkpoints"
+    states(folder, 1, 20)
+    (folder / "best").write_text("step-00000001\n")
+    assert checkpoints.load(folder / name)["model"]["weight"][0] == (20 if name == "latest" else 1)
+    (folder / name).write_bytes(text)
+    for place in [folder / name, *((folder, tmp_path) if name == "latest" else ())]:
+        assert str(folder) in refused(place)
+    assert checkpoints.newest(folder)[0].name == "step-00000020"
+    writer = checkpoints.Writer(folder, keep=2)
+    writer.write(21, {"model": 21})
+    assert writer.take(wait=True) == checkpoints.newest(folder)[0]
+    assert (folder / "latest").read_text() == "step-00000021\n"
+    (folder / name).unlink()
+    assert "no checkpoint in" in refused(folder / name)
+
+
+def test_one_that_was_being_replaced_is_not_lost(tmp_path):
+    states(tmp_path, 1, 20)
+    (tmp_path / "step-00000020").rename(tmp_path / ".step-00000020.old")
+    (tmp_path / ".step-00000020.123").mkdir()
+    assert checkpoints.newest(tmp_path)[0].name == "step-00000020"
+    checkpoints.Writer(tmp_path, keep=1)
+    assert {path.name for path in tmp_path.iterdir()} == {"step-00000001", "step-00000020", "latest"}
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    (tmp_path / ".step-00000007.123").mkdir()  # of a killed process
+    writer = checkpoints.Writer(tmp_path, keep=2)
+    for step in range(1, 7):
+        writer.write(step, {"model": step}, best=step == 2)
+        assert writer.take(wait=True).name == f"step-{step:08d}"
+        assert writer.take(wait=True) is None
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "step-00000002",
+        "step-00000005",
+        "step-00000006",
+        "latest",
+        "best",
+    }
+    assert (tmp_path / "best").read_text() == "step-00000002\n"
+    assert checkpoints.newest(tmp_path)[0].name == "step-00000006"
+
+
+def test_a_write_that_fails_is_said_and_the_next_one_works(tmp_path):
+    writer = checkpoints.Writer(tmp_path / "run", keep=2)
+    (tmp_path / "run").write_text("")
+    writer.write(1, {"model": 1})
+    with pytest.raises(UserError, match="cannot write the checkpoint"):
+        writer.take(wait=True)
+    (tmp_path / "run").unlink()
+    writer.write(2, {"model": 2})
+    assert writer.take(wait=True).name == "step-00000002"

@@ -1,0 +1,150 @@
+"""Disks that fill up or turn read-only before or during a run: real ones, mounted for the test, which needs root.
+
+Hazards: a traceback instead of one line; a run that ends because a line of metrics does not fit; metrics that are
+lost for good; a whole checkpoint that is spoilt by one that fails; a last checkpoint that fails and is not said; a
+folder that cannot be written, or has just been, and is not refused before the training.
+"""
+
+import json
+import os
+import subprocess
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from test_train import checkpoint, events, one_line, succeeded, train
+
+from hvd_adam import checkpoint as checkpoints
+from hvd_adam.records import Records
+
+# Runs what HOOKS, lines of "PASS CODE", says in a forward pass of training.
+MODEL = """
+import os, torch
+from pathlib import Path
+
+HOOKS = dict(line.split(" ", 1) for line in os.environ.get("HOOKS", "").splitlines())
+filler = Path(os.environ.get("FILLER", "filler"))
+
+def fill():
+    with filler.open("wb", buffering=0) as file:
+        for size in (65536, 1):
+            try:
+                while file.write(bytes(size)):
+                    pass
+            except OSError:
+                pass
+
+class Model(torch.nn.Linear):
+    passes = 0
+
+    def forward(self, images):
+        if self.training:
+            self.passes += 1
+            exec(HOOKS.get(str(self.passes), ""))
+        return super().forward(images.flatten(1))
+
+def build(in_channels, num_classes, image_size):
+    return Model(in_channels * image_size[0] * image_size[1], num_classes)
+"""
+STEPS = 120
+OPTIONS = f"--model mine:build --epochs 3 --max-steps {STEPS} --checkpoint-every 3 --log-every 1".split()
+
+
+@contextmanager
+def mounted(folder, *arguments):
+    """Something mounted on a new folder; skips the test where this is not allowed."""
+    folder.mkdir()
+    done = subprocess.run(["mount", *arguments, str(folder)], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"cannot mount: {done.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@contextmanager
+def small_disk(folder, size):
+    with mounted(folder, "-t", "tmpfs", "-o", f"size={size}", "none"):
+        yield folder
+
+
+def environment(tmp_path, hooks=""):
+    (tmp_path / "mine.py").write_text(MODEL)
+    paths = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
+    return {**os.environ, "PYTHONPATH": paths, "HOOKS": hooks, "FILLER": str(tmp_path / "disk" / "filler")}
+
+
+def test_a_disk_that_fills_up_costs_what_does_not_fit_and_nothing_else(tmp_path):
+    plain = environment(tmp_path)
+    with small_disk(tmp_path / "disk", "2m") as disk:
+        folder = disk / "run"
+        ended = train(
+            *OPTIONS, folder=folder, env=environment(tmp_path, "10 fill()\n60 filler.unlink()\n100 fill()")
+        )
+        last = folder / "checkpoints" / f"step-{STEPS:08d}"
+        line = one_line(ended)
+        assert f"cannot write the checkpoint {last}" in line
+        assert "No space left on device" in line
+        assert f"warning: cannot write to {folder}: No space left on device; training goes on" in ended.stdout
+        # What did not fit while the disk was full was written when it no longer was.
+        lines = (folder / "metrics.jsonl").read_bytes().splitlines()[:90]
+        steps = [event["step"] for event in map(json.loads, lines) if event["event"] == "step"]
+        assert steps == list(range(1, len(steps) + 1)) and len(steps) > 60
+        saved = checkpoints.newest(folder / "checkpoints")[1]["progress"]["step"]
+        assert 60 <= saved <= 102
+        assert checkpoint(folder)["progress"]["step"] == saved
+
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        line = one_line(train(*OPTIONS, folder=folder, env=plain))
+        assert f"cannot write to the run folder {folder} (Read-only file system)" in line
+        succeeded(train("--checkpoint", folder, module="hvd_adam.evaluate", env=plain))
+
+        subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+        line = one_line(train(*OPTIONS, folder=folder, env=plain))  # still full
+        assert f"cannot write to the run folder {folder} (No space left on device)" in line
+        (disk / "filler").unlink()
+        done = succeeded(train(*OPTIONS, folder=folder, env=plain))
+        assert f"goes on after {saved} updates" in done.stdout
+        assert [event["step"] for event in events(folder, "step")] == list(range(1, STEPS + 1))
+        assert events(folder)[-1]["event"] == "end"
+
+
+def test_a_disk_that_turns_read_only_is_said_and_the_run_goes_on_to_its_end(tmp_path):
+    image, disk = tmp_path / "image", tmp_path / "disk"
+    with image.open("wb") as file:
+        file.truncate(16 * 2**20)
+    subprocess.run(["mkfs.ext4", "-q", str(image)], check=True)
+    with mounted(disk, "-o", "loop,errors=remount-ro", str(image)):
+        listing = ["findmnt", "-no", "SOURCE", str(disk)]
+        device = Path(subprocess.run(listing, capture_output=True, text=True, check=True).stdout.strip()).name
+        trigger = Path(f"/sys/fs/ext4/{device}/trigger_fs_error")
+        if not trigger.exists():
+            pytest.skip("this kernel makes no errors of file systems")
+        folder = disk / "run"
+        hooks = f"40 Path('{trigger}').write_text('test')"
+        ended = train(*OPTIONS, folder=folder, env=environment(tmp_path, hooks))
+        line = one_line(ended)
+        assert f"cannot write the checkpoint {folder}/checkpoints/step-{STEPS:08d}" in line
+        assert "Read-only file system" in line
+        assert f"warning: cannot write to {folder}: Read-only file system; training goes on" in ended.stdout
+        assert f"step {STEPS}/{STEPS}" in ended.stdout
+    with mounted(tmp_path / "again", "-o", "loop", str(image)) as disk:
+        found, state, damaged = checkpoints.newest(disk / "run" / "checkpoints")
+        assert (found.name, damaged) == (f"step-{state['progress']['step']:08d}", [])
+        assert 36 <= state["progress"]["step"] <= 39
+
+
+def test_records_that_do_not_fit_are_written_whole_and_in_order_when_they_do(tmp_path):
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        records = Records(disk / "records")
+        lines = [b"%05d %s\n" % (number, b"x" * 100) for number in range(900)]
+        for line in lines:  # 96 kB
+            records.write(line)
+        assert records.error.strerror == "No space left on device"
+        assert (disk / "records").stat().st_size == 65536
+        subprocess.run(["mount", "-o", "remount,size=1m", str(disk)], check=True)
+        records.write(b"last\n")
+        assert records.error is None
+        assert (disk / "records").read_bytes() == b"".join(lines) + b"last\n"
+        records.close()

@@ -1,0 +1,149 @@
+"""Two jobs at once in one run folder: the second waits for the first, or is refused.
+
+Hazards: two jobs that write the same checkpoints; a lock that outlives its process, or is lost while it lives
+(another descriptor closed, a process forked); a job that waits for ever, or in silence, or cannot be stopped; a
+file system without locks.
+"""
+
+import errno
+import fcntl
+import os
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import pytest
+from test_train import checkpoint, events, one_line, train
+
+from hvd_adam import run_folder
+
+# Stops for good in its fifth forward pass of training, if told so; may shorten the wait for another job.
+MODEL = """
+import os, signal
+import torch
+from hvd_adam import run_folder
+
+run_folder.WAIT_SECONDS = float(os.environ.get("WAIT", "60"))
+
+class Model(torch.nn.Linear):
+    passes = 0
+
+    def forward(self, images):
+        self.passes += self.training
+        if self.passes == 5 and "STOP" in os.environ:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return super().forward(images.flatten(1))
+
+def build(in_channels, num_classes, image_size):
+    return Model(in_channels * image_size[0] * image_size[1], num_classes)
+"""
+OPTIONS = "--model mine:build --max-steps 6 --checkpoint-every 2 --log-every 1".split()
+
+
+@contextmanager
+def running(command, **options):
+    """A process whose lines can be read, and which the block's end kills."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_second_job_waits_for_the_first_and_goes_on_or_is_refused(tmp_path):
+    (tmp_path / "mine.py").write_text(MODEL)
+    folder = tmp_path / "run"
+    environ = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, "-m", "hvd_adam.train", *OPTIONS, "--output-dir", str(folder)]
+    with running(command, env={**environ, "STOP": "1"}) as first:
+        os.waitid(os.P_PID, first.pid, os.WSTOPPED | os.WNOWAIT)  # the checkpoint of update 2 is written
+        before = (folder / "metrics.jsonl").read_bytes()
+
+        refused = train(*OPTIONS, folder=folder, env={**environ, "WAIT": "0.5"})
+        owner = f"process {first.pid} on {socket.gethostname()}"
+        line = one_line(refused)
+        assert f"another job writes to {folder}, {owner}: end it, or choose another --output-dir" in line
+        assert (folder / "metrics.jsonl").read_bytes() == before
+
+        with running(command, env=environ) as second:
+            assert second.stdout.readline() == f"waits up to 60 s for another job in {folder}: {owner}\n"
+            first.kill()
+            output = second.communicate(timeout=100)[0]
+        assert second.returncode == 0, output
+    assert "goes on after 2 updates" in output or "goes on after 4 updates" in output
+    assert [event["step"] for event in events(folder, "step")] == [1, 2, 3, 4, 5, 6]
+    assert checkpoint(folder)["progress"]["step"] == 6
+
+
+CLAIM = """
+import os, sys, time
+from pathlib import Path
+from hvd_adam import preemption, run_folder
+from hvd_adam.cluster import Cluster
+from hvd_adam.errors import Preempted
+
+folder, run_folder.WAIT_SECONDS = Path(sys.argv[1]), float(sys.argv[2])
+preemption.Preemption(Cluster(0, 1, 0, 1, 0, 1, None, "none"), None)
+try:
+    run_folder.claim(folder)
+except Preempted:
+    sys.exit(75)
+print("claimed", flush=True)
+"""
+STAY = "time.sleep(99)"
+# What it forks outlives it; and it claims the folder anew, under another name of it.
+FORK_AND_CLAIM_ANEW = f"""
+if os.fork() == 0:
+    os.close(1), time.sleep(8), os._exit(0)
+run_folder.claim(folder.parent / "link")
+print("again", flush=True)
+{STAY}
+"""
+
+
+def claiming(folder, then="", seconds=0.2):
+    """A process that waits so long for the folder, says that it has it, and goes on."""
+    return running([sys.executable, "-c", CLAIM + then, str(folder), str(seconds)])
+
+
+def may_claim(folder):
+    """Whether another process may."""
+    with claiming(folder) as process:
+        words = process.communicate(timeout=60)[0]
+    assert words == "claimed\n" if process.returncode == 0 else words.startswith("waits up to 0.2 s")
+    return process.returncode == 0
+
+
+def test_a_claim_lasts_as_long_as_its_process_and_no_longer(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (tmp_path / "link").symlink_to("run")
+    with claiming(folder, FORK_AND_CLAIM_ANEW) as process:
+        assert [process.stdout.readline() for _ in range(2)] == ["claimed\n", "again\n"]
+        assert not may_claim(folder)
+    assert may_claim(folder)
+
+
+def test_a_job_that_waits_can_be_stopped(tmp_path):
+    with claiming(tmp_path, STAY) as first:
+        assert first.stdout.readline() == "claimed\n"
+        with claiming(tmp_path, seconds=60) as second:
+            assert second.stdout.readline().startswith("waits up to 60 s")
+            second.send_signal(signal.SIGTERM)
+            assert second.wait(timeout=30) == 75
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO])
+def test_without_locks_it_goes_on_and_says_so(number, tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    if number == errno.EIO:
+        with pytest.raises(OSError, match=os.strerror(number)):
+            run_folder.claim(tmp_path)
+    else:
+        run_folder.claim(tmp_path)
+        assert "cannot be locked: let no other job write to it" in capsys.readouterr().out
