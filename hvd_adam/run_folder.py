@@ -1,4 +1,4 @@
-"""The run folder: one job at a time writes to it, and where its run began."""
+"""The run folder: one job at a time writes to it; where its run began, and where it goes on."""
 
 from __future__ import annotations
 
@@ -9,12 +9,18 @@ import os
 import socket
 import sys
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
+import yaml
+
+from hvd_adam import checkpoint
+from hvd_adam.config import TrainConfig
 from hvd_adam.errors import Preempted, UserError
 from hvd_adam.metrics import METRICS_FILE
 from hvd_adam.preemption import asked_to_stop
+from hvd_adam.state import TrainingState
 
 LOCK_FILE = ".lock"
 
@@ -28,9 +34,9 @@ _claimed: dict[Path, IO[str]] = {}
 def claim(folder: Path, *, wait: bool = True) -> None:
     """Keeps other jobs out of a run folder until this process ends, in whatever way it ends; rank 0 calls it.
 
-    Waits for the job that is in it, and says so; or, without `wait`, leaves the folder to it. The lock is POSIX's, on
-    a file that stays: NFS has it too, and processes that this one forks do not. What the process has claimed it may
-    claim again.
+    Waits for the job that is in it, and says so; or, without `wait`, leaves the folder to it. The lock is POSIX's,
+    on a file that stays: NFS has it too, and processes that this one forks do not. What the process has claimed it
+    may claim again.
 
     Args:
         folder: it must exist.
@@ -97,3 +103,77 @@ def origin(folder: Path) -> Path | None:
         except ValueError:
             return None  # as a killed process leaves it
     return Path(first["path"]) if first["event"] == "resume" else None
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run goes on.
+
+    Attributes:
+        path: the checkpoint's folder, or "memory".
+        state: what is in it; None once it has been taken up.
+        damaged: what is wrong with newer ones.
+    """
+
+    path: Path | str
+    state: TrainingState | None
+    damaged: list[str]
+
+
+def open_for(config: TrainConfig, size: int, known: TrainingState | None) -> tuple[Path, Start | None]:
+    """A run's folder, claimed, with the configuration in it; and where the run goes on, None for a new one.
+
+    Args:
+        config: of the run.
+        size: number of ranks.
+        known: the state in memory from which to go on, instead of a checkpoint.
+
+    Raises:
+        UserError: the folder cannot be written to, or holds another run, or another job does; or the checkpoint to
+            go on from cannot be read, or is of another run.
+    """
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{config.dataset}-{config.model}".replace(":", ".")
+    folder = Path(config.output_dir or Path("runs") / name)
+    try:
+        batch = None if config.elastic else config.global_batch(size)
+        start = None if known is None else Start("memory", known, [])
+        if start is None and not folder.exists():
+            start = _start(config, folder, batch)  # one that fails makes no folder
+        folder.mkdir(parents=True, exist_ok=True)
+        # Of this job's ranks the one that had it may be cut off, and not yet have ended.
+        claim(folder, wait=known is None)
+        if start is None or (known is None and is_taken(folder)):
+            start = _start(config, folder, batch)
+        values = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(config).items()}
+        checkpoint.write_whole(folder / "config.yaml", yaml.safe_dump(values, sort_keys=False))
+    except OSError as error:
+        raise UserError(
+            f"cannot write to the run folder {folder} ({error.strerror}): choose another --output-dir"
+        ) from None
+    return folder, start
+
+
+def _start(config: TrainConfig, folder: Path, global_batch_size: int | None) -> Start | None:
+    """What `--resume` finds; None for a new run."""
+    given = None if config.resume in ("auto", "never") else Path(os.path.abspath(config.resume))
+    path, saved, damaged = None, {}, []
+    if is_taken(folder):
+        began_from = origin(folder)
+        if config.resume == "never":
+            raise UserError(f"{folder} holds a run already: choose another --output-dir, or remove it")
+        if given not in (None, began_from):
+            raise UserError(
+                f"{folder} holds a run that did not begin from {config.resume}: choose another --output-dir, or "
+                "--resume auto to go on with it"
+            )
+        path, saved, damaged = checkpoint.newest(folder / "checkpoints")
+        if damaged and path is None:
+            raise UserError(f"no checkpoint of {folder} is whole: {damaged[0]}")
+        given = began_from
+    if path is None and given is not None:
+        path, saved = given, checkpoint.load(given)
+    if path is None:
+        return None  # new, or killed before it wrote one
+    state = TrainingState.of(saved, str(path))
+    state.require_same_run(asdict(config), global_batch_size, str(path))
+    return Start(path, state, damaged)

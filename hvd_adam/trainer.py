@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import yaml
 
 import hvd_adam
 from hvd_adam import checkpoint, data, models, run_folder
@@ -29,6 +26,7 @@ from hvd_adam.evaluation import Scores, score
 from hvd_adam.metrics import RunLog, RunningMean, Stopwatch, plot
 from hvd_adam.precision import autocast, loss_scaler, make_deterministic, parameter_dtype
 from hvd_adam.preemption import Preemption
+from hvd_adam.run_folder import Start
 from hvd_adam.schedule import LearningRateSchedule, Scaled, learning_rate, scale
 from hvd_adam.state import (
     TrainingState,
@@ -77,7 +75,9 @@ class Trainer:
         adam = _adam(config, self.model, scaled)
         known = None if memory is None else memory.newest(cluster)
         with together(cluster):
-            self.folder, start = _open_folder(config, cluster.size, known) if cluster.rank == 0 else (None, None)
+            self.folder, start = (
+                run_folder.open_for(config, cluster.size, known) if cluster.rank == 0 else (None, None)
+            )
             if start is not None:
                 self._load(start, adam)
         began = _shared(start, cluster)
@@ -488,74 +488,3 @@ def _shared(start: Start | None, cluster: Cluster) -> Began | None:
     state = None if start is None else start.state
     began = None if state is None else Began(state.progress, state.schedule, state.ranks)
     return horovod().broadcast_object(began, ROOT, name="hvd_adam.start") if cluster.size > 1 else began
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where a run goes on.
-
-    Attributes:
-        path: the checkpoint's folder, or "memory".
-        state: what is in it; None once it has been taken up.
-        damaged: what is wrong with newer ones.
-    """
-
-    path: Path | str
-    state: TrainingState | None
-    damaged: list[str]
-
-
-def _open_folder(config: TrainConfig, size: int, known: TrainingState | None) -> tuple[Path, Start | None]:
-    """The run folder, with the configuration in it, so that an unwritable one shows now; and where to go on.
-
-    Args:
-        config: of the run.
-        size: number of ranks.
-        known: the state in memory from which to go on, instead of a checkpoint.
-    """
-    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{config.dataset}-{config.model}".replace(":", ".")
-    folder = Path(config.output_dir or Path("runs") / name)
-    try:
-        batch = None if config.elastic else config.global_batch(size)
-        start = None if known is None else Start("memory", known, [])
-        if start is None and not folder.exists():
-            start = _start(config, folder, batch)  # one that fails makes no folder
-        folder.mkdir(parents=True, exist_ok=True)
-        run_folder.claim(
-            folder, wait=known is None
-        )  # who had it in this job may be cut off, and not yet have ended
-        if start is None or (known is None and run_folder.is_taken(folder)):
-            start = _start(config, folder, batch)
-        values = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(config).items()}
-        checkpoint.write_whole(folder / "config.yaml", yaml.safe_dump(values, sort_keys=False))
-    except OSError as error:
-        raise UserError(
-            f"cannot write to the run folder {folder} ({error.strerror}): choose another --output-dir"
-        ) from None
-    return folder, start
-
-
-def _start(config: TrainConfig, folder: Path, global_batch_size: int | None) -> Start | None:
-    """What `--resume` finds; None for a new run."""
-    given = None if config.resume in ("auto", "never") else Path(os.path.abspath(config.resume))
-    path, saved, damaged = None, {}, []
-    if run_folder.is_taken(folder):
-        origin = run_folder.origin(folder)
-        if config.resume == "never":
-            raise UserError(f"{folder} holds a run already: choose another --output-dir, or remove it")
-        if given not in (None, origin):
-            raise UserError(
-                f"{folder} holds a run that did not begin from {config.resume}: choose another --output-dir, or "
-                "--resume auto to go on with it"
-            )
-        path, saved, damaged = checkpoint.newest(folder / "checkpoints")
-        if damaged and path is None:
-            raise UserError(f"no checkpoint of {folder} is whole: {damaged[0]}")
-        given = origin
-    if path is None and given is not None:
-        path, saved = given, checkpoint.load(given)
-    if path is None:
-        return None  # new, or killed before it wrote one
-    state = TrainingState.of(saved, str(path))
-    state.require_same_run(asdict(config), global_batch_size, str(path))
-    return Start(path, state, damaged)
