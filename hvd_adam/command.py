@@ -11,6 +11,7 @@ import os
 import re
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ Config = TypeVar("Config")
 
 # The launcher ends the other ranks once rank 0 has exited; only if it has not by then do they speak too.
 GRACE_SECONDS = 3.0
+END_SECONDS = 10.0  # for Horovod to end once all is done
 
 
 def run(
@@ -52,6 +54,11 @@ def run(
         _leave(130)
     except Exception as error:
         _fail(error, name)
+    # Horovod's end waits for the other ranks: of one that was killed meanwhile, half a minute and more.
+    sys.stdout.flush()
+    late = threading.Timer(END_SECONDS, os._exit, [0])
+    late.daemon = True
+    late.start()
     sys.exit(0)
 
 

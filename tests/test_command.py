@@ -140,3 +140,14 @@ def test_a_wrong_argument_gets_one_line_on_stderr_and_code_2():
     done = run("hvd_adam.train", "--lr", "-1")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "hvd_adam.train: error: --lr is -1.0: it must be 0 or above\n"
+
+
+def test_a_command_that_is_done_ends_though_horovod_cannot():
+    # As Horovod's own end does, which waits for a rank that was killed.
+    script = (
+        "import atexit, time; from hvd_adam import command; from hvd_adam.config import TrainConfig; "
+        "command.END_SECONDS = 0.5; atexit.register(time.sleep, 50); "
+        "command.run(lambda config: print('done'), TrainConfig, 'hvd_adam.train', [])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=40)
+    assert (done.returncode, done.stdout) == (0, "done\n")
