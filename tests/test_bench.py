@@ -34,7 +34,7 @@ OURS = [f"hvd_adam-{strategy}" for strategy in STRATEGIES]
 def bench(*argv, **environ):
     command = [sys.executable, "-m", "hvd_adam.bench", *map(str, argv)]
     environ = {**os.environ, **environ}
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, env=environ, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, env=environ, check=False)
 
 
 def bench_json(*argv):
