@@ -114,28 +114,36 @@ def start(case: Case, place: Path, folder: Path) -> subprocess.Popen:
 
 def kill_one(running: subprocess.Popen, folder: Path, rng: random.Random) -> str:
     """SIGKILL to the launcher or to one of the ranks; says to whom."""
-    ranks = [pid for pid in marked(f"{MARK}={folder}") if is_rank(pid)]
-    victim = rng.choice([running.pid, *ranks])
+    left = marked(f"{MARK}={folder}")
+    # horovodrun becomes a shell that waits for mpirun: without that shell the run simply goes on.
+    launcher = next((pid for pid in left if arguments(pid)[0] == b"mpirun"), running.pid)
+    victim = rng.choice([launcher, *filter(is_rank, left)])
     send(victim, signal.SIGKILL)
-    return "launcher" if victim == running.pid else "rank"
+    return "launcher" if victim == launcher else "rank"
 
 
 def is_rank(pid: int) -> bool:
     """Whether a process is one that trains."""
+    program, *rest = arguments(pid)
+    return b"python" in program.rpartition(b"/")[2] and b"hvd_adam.train" in rest[:2]
+
+
+def arguments(pid: int) -> list[bytes]:
+    """A process's program and arguments; an empty one if it has ended."""
     try:
-        command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
-        return False
-    return b"python" in Path(command[0].decode()).name.encode() and b"hvd_adam.train" in command[:3]
+        return [b""]
 
 
 def await_end(running: subprocess.Popen, folder: Path) -> None:
     """Until nothing of the run is left; a job that has lost a process must end by itself."""
     deadline = time.monotonic() + ORPHAN_SECONDS
-    while marked(f"{MARK}={folder}"):
+    while left := marked(f"{MARK}={folder}"):
         running.poll()
         if time.monotonic() > deadline:
-            raise AssertionError(f"processes of {folder} are left after {ORPHAN_SECONDS:g} s")
+            lines = [f"{pid} {b' '.join(arguments(pid)).decode()[:150]}" for pid in left]
+            raise AssertionError(f"left after {ORPHAN_SECONDS:g} s: {lines}")
         time.sleep(0.1)
     running.wait()
 
