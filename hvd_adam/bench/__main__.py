@@ -4,13 +4,21 @@ python -m hvd_adam.bench adam --threads 1,2
 python -m hvd_adam.bench allreduce --np 2 --sizes 0.25,4,40
 python -m hvd_adam.bench step --np 2 --models mlp,cnn --plot step.png
 python -m hvd_adam.bench memory --np 1,2,4 --json
+python -m hvd_adam.bench checkpoint --models cnn --every 10
 """
 
 import os
 import sys
 from importlib import import_module
 
-from hvd_adam.bench.config import AdamConfig, AllreduceConfig, BenchConfig, MemoryConfig, StepConfig
+from hvd_adam.bench.config import (
+    AdamConfig,
+    AllreduceConfig,
+    BenchConfig,
+    CheckpointConfig,
+    MemoryConfig,
+    StepConfig,
+)
 from hvd_adam.cluster import launched
 from hvd_adam.command import run
 from hvd_adam.errors import UserError
@@ -21,6 +29,7 @@ COMMANDS: dict[str, type[BenchConfig]] = {
     "allreduce": AllreduceConfig,
     "step": StepConfig,
     "memory": MemoryConfig,
+    "checkpoint": CheckpointConfig,
 }
 
 

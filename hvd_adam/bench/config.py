@@ -157,6 +157,32 @@ class AllreduceConfig(RanksConfig):
 
 
 @dataclass(frozen=True)
+class CheckpointConfig(RanksConfig):
+    """Times training with and without checkpoints: what writing them beside it costs."""
+
+    np: int = _option(2, "number of ranks")
+    models: str = _option("cnn,resnet18", "models to train, as --model of hvd_adam.train")
+    batch_size: int = _option(32, "images per rank")
+    every: int = _option(10, "updates between two checkpoints, at least 1")
+    steps: int = _option(60, "updates of a run, at least twice as many")
+    repeats: int = _option(5, "runs of each, taken in turns")
+    folder: str | None = _option(None, "an existing folder to write below (default: the system's temporary one)")
+    timeout: float = _option(300.0, "seconds that a run may take")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("np", "batch_size", "every", "repeats"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _require(self.steps >= 2 * self.every, "steps", self.steps, f"at least twice --every ({2 * self.every})")
+        _require(bool(self.model_names()), "models", repr(self.models), "names of models, as in cnn,resnet18")
+        _require(self.folder is None or Path(self.folder).is_dir(), "folder", self.folder, "a folder that exists")
+
+    def model_names(self) -> tuple[str, ...]:
+        """The models to train."""
+        return _words(self.models)
+
+
+@dataclass(frozen=True)
 class MemoryConfig(RanksConfig):
     """Measures bytes per parameter on a rank by strategy and number of ranks, beside what is predicted."""
 
