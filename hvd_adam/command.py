@@ -27,7 +27,7 @@ from hvd_adam.preemption import asked_to_stop
 Config = TypeVar("Config")
 
 # The launcher ends the other ranks once rank 0 has exited; only if it has not by then do they speak too.
-GRACE_SECONDS = 3.0
+GRACE_SECONDS = 8.0  # on a busy machine it takes horovodrun --gloo more than 3
 END_SECONDS = 10.0  # for Horovod to end once all is done
 
 
