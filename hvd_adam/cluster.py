@@ -1,4 +1,5 @@
-"""Who am I: launcher, rank, sizes and device of this process. The only module that reads launcher variables.
+"""Who am I: launcher, rank, sizes and device of this process. No other module reads launcher variables, but for
+`rendezvous`, which writes them where ranks come and go.
 
     cluster = init()
     model.to(cluster.device)
@@ -23,6 +24,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from hvd_adam import rendezvous
 from hvd_adam.errors import AgreedError, UserError
 
 if TYPE_CHECKING:
@@ -176,18 +178,23 @@ def init(device: str = "auto") -> Cluster:
         UserError: Horovod cannot be loaded; the launcher started more processes than Horovod sees; there are
             more ranks on a host than GPUs, or two ranks share one. Raised on every rank.
     """
+    return _start(device, anew=False) if _cluster is None else _cluster
+
+
+def _start(device: str, *, anew: bool) -> Cluster:
     global _cluster
-    if _cluster is not None:
-        return _cluster
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"device is {device!r}; use auto, cpu or cuda")
-    launch = launched()
-    _refuse_srun_without_pmix(launch)
+    _refuse_srun_without_pmix(launched())
     hvd = horovod()
     for name, value in HOROVOD_DEFAULTS.items():
         os.environ.setdefault(name, value)
-    hvd.init()
-    if hvd.size() != launch.size and not is_elastic():  # whose variables are those of the first start
+    if is_elastic():
+        rendezvous.join(anew=anew)
+    with _without("HOROVOD_ELASTIC" if anew else None):  # by which Horovod would ask for a place itself
+        hvd.init()
+    launch = launched()
+    if hvd.size() != launch.size:
         raise _size_mismatch(launch, hvd.size())
 
     here = _Place.of_this_rank(device, hvd.local_rank())
@@ -211,13 +218,14 @@ def restart(device: str = "auto") -> Cluster:
     """Starts Horovod anew among the ranks that are there now; every rank that is left calls it, new ones `init`.
 
     Raises:
+        RankError: this rank has no place among them, or the launcher is gone.
         HorovodInternalError: another rank was lost meanwhile.
         UserError: as `init`.
     """
     global _cluster, _numbers
     horovod().shutdown()
     _cluster, _numbers = None, itertools.count()
-    return init(device)
+    return _start(device, anew=is_elastic())
 
 
 def collective_prefix() -> str:
@@ -262,6 +270,17 @@ def require_same(cluster: Cluster, what: str, values: Mapping[str, object]) -> N
                         f"the ranks have different {what}: {name} is {everyones[0].get(name)!r} "
                         f"on rank 0 and {theirs.get(name)!r} on rank {rank}; start all ranks alike"
                     )
+
+
+@contextmanager
+def _without(name: str | None) -> Iterator[None]:
+    """Takes a variable out of the environment for the block."""
+    value = None if name is None else os.environ.pop(name)
+    try:
+        yield
+    finally:
+        if name is not None:
+            os.environ[name] = value
 
 
 def _refuse_srun_without_pmix(launch: Launched) -> None:

@@ -21,7 +21,7 @@ from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_ty
 import jsonargparse
 
 from hvd_adam.cluster import launched, own_rank
-from hvd_adam.errors import AgreedError, JobError, Preempted, UserError
+from hvd_adam.errors import AgreedError, JobError, Preempted, RankError, UserError
 from hvd_adam.preemption import asked_to_stop
 
 Config = TypeVar("Config")
@@ -134,7 +134,7 @@ def _wanted(kind: Any) -> str:
 
 def _exit_with(error: UserError | JobError, line: str, code: int) -> NoReturn:
     rank = own_rank()
-    if rank == 0:
+    if rank == 0 or isinstance(error, RankError):
         print(line, file=sys.stderr, flush=True)
     elif not isinstance(error, AgreedError | JobError):
         time.sleep(GRACE_SECONDS)

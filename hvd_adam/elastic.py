@@ -109,8 +109,7 @@ def run(train: Callable[[Memory], None], device: str) -> None:
     if not is_elastic():
         raise UserError("--elastic needs a launcher that starts ranks anew: use launch/elastic.sh")
     memory, connections = Memory(), Connections()
-    with connections.noted():
-        init(device)
+    _start(init, device, connections)
     notification_manager.init()
     notification_manager.register_listener(memory)
     while True:
@@ -123,22 +122,23 @@ def run(train: Callable[[Memory], None], device: str) -> None:
             connections.cut()
         # Out of the except clause: a traceback would keep the model and the optimizer of before alive.
         memory.begin_anew()
-        _regroup(device, connections)
+        _start(restart, device, connections)
 
 
-def _regroup(device: str, connections: Connections) -> None:
+def _start(begin: Callable[[str], Cluster], device: str, connections: Connections) -> None:
     """Starts Horovod among the ranks of now; another may be lost meanwhile."""
     from horovod.common.exceptions import HorovodInternalError
 
     for attempt in range(1, ATTEMPTS + 1):
         try:
             with connections.noted():
-                restart(device)
+                begin(device)
             return
         except HorovodInternalError as error:
             if attempt == ATTEMPTS:
                 raise
-            _say(f"starting anew failed ({_first_line(error)}); tries again")
+            _say(f"the start failed ({_first_line(error)}); tries again")
+            begin = restart
 
 
 def _first_line(error: Exception) -> str:

@@ -13,6 +13,10 @@ class JobError(Exception):
     """What ends the job on every rank at the same point and is no bad input: one line by rank 0, exit code 1."""
 
 
+class RankError(JobError):
+    """Ends this rank alone, which says so itself."""
+
+
 class Preempted(Exception):
     """The run has saved itself and ends before its time, on every rank; the same command goes on with it."""
 

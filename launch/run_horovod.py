@@ -13,6 +13,7 @@ import sys
 import threading
 from pathlib import Path
 
+from horovod.runner.elastic.registration import WorkerStateRegistry
 from horovod.runner.launch import run_commandline
 from horovod.runner.util import remote
 
@@ -37,9 +38,28 @@ def execute_without_shell(path: str, arguments: list[str], environment: dict[str
     execute(path, [*options, f"exec {shlex.join(PASS_SIGNALS)} {command}"], environment)
 
 
+def tell_of_losses() -> None:
+    """Puts into the ranks' key-value store that a rank has ended, for those that wait for it to connect.
+
+    See hvd_adam/rendezvous.py. The store is emptied when places are given out anew, for which Horovod then waits.
+    """
+    record_failure = WorkerStateRegistry.record_failure
+
+    def tell(registry: WorkerStateRegistry, host: str, slot: int) -> int:
+        registry._action_event.wait()  # what is given out at this moment does not know of it yet
+        server = registry._driver._rendezvous._httpd
+        with server.cache_lock:
+            server.cache.setdefault("hvd_adam_gone", {})["any"] = b"1"
+        return record_failure(registry, host, slot)
+
+    WorkerStateRegistry.record_failure = tell
+    os.environ["HVD_ADAM_TOLD_OF_LOSSES"] = "1"
+
+
 def main() -> None:
     """Runs horovodrun's command line; ends with a rank's code (128 + n for signal n), 1 without ssh to a host."""
     os.execve = execute_without_shell
+    tell_of_losses()
     remote.SSH_COMMAND_PREFIX += KEEP_ALIVE
     # horovodrun hands on SIGTERM only, and would die of these; to the ranks all three say the same: save and stop.
     for number in (signal.SIGUSR1, signal.SIGUSR2):
