@@ -17,7 +17,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -127,6 +127,17 @@ def is_elastic() -> bool:
     return os.environ.get("HOROVOD_ELASTIC") == "1"
 
 
+@contextmanager
+def not_elastic() -> Iterator[None]:
+    """Hides from Horovod, for the block, that the launcher is elastic."""
+    value = os.environ.pop("HOROVOD_ELASTIC", None)
+    try:
+        yield
+    finally:
+        if value is not None:
+            os.environ["HOROVOD_ELASTIC"] = value
+
+
 def own_rank() -> int:
     """This process's rank: Horovod's, for ranks may have been renumbered; before it has started the launcher's."""
     return launched().rank if _cluster is None else _cluster.rank
@@ -191,7 +202,7 @@ def _start(device: str, *, anew: bool) -> Cluster:
         os.environ.setdefault(name, value)
     if is_elastic():
         rendezvous.join(anew=anew)
-    with _without("HOROVOD_ELASTIC" if anew else None):  # by which Horovod would ask for a place itself
+    with not_elastic() if anew else nullcontext():  # else Horovod would ask for a place itself
         hvd.init()
     launch = launched()
     if hvd.size() != launch.size:
@@ -270,17 +281,6 @@ def require_same(cluster: Cluster, what: str, values: Mapping[str, object]) -> N
                         f"the ranks have different {what}: {name} is {everyones[0].get(name)!r} "
                         f"on rank 0 and {theirs.get(name)!r} on rank {rank}; start all ranks alike"
                     )
-
-
-@contextmanager
-def _without(name: str | None) -> Iterator[None]:
-    """Takes a variable out of the environment for the block."""
-    value = None if name is None else os.environ.pop(name)
-    try:
-        yield
-    finally:
-        if name is not None:
-            os.environ[name] = value
 
 
 def _refuse_srun_without_pmix(launch: Launched) -> None:

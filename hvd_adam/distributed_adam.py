@@ -14,7 +14,7 @@ import torch
 
 from hvd_adam.adam import Adam
 from hvd_adam.broadcast import ROOT, broadcast_training
-from hvd_adam.cluster import collective_prefix, horovod
+from hvd_adam.cluster import collective_prefix, horovod, not_elastic
 from hvd_adam.errors import UserError
 from hvd_adam.flat import Flat
 from hvd_adam.layout import Layout
@@ -292,14 +292,15 @@ class DistributedAdam(Adam):
     def _wrap(self, optimizer: Adam) -> None:
         self._hooked = {p: None for p in self._parameters() if p.requires_grad}  # an ordered set
         names, prefix = self._names(), self._prefix
-        self._wrapper = self._hvd.DistributedOptimizer(
-            optimizer,
-            named_parameters=[(f"{prefix}.{names[p]}", p) for p in self._parameters()],
-            compression=AdasumWire(self._compression),
-            backward_passes_per_step=self._accumulate,
-            op=self._hvd.Adasum if self._adasum else self._hvd.Sum,
-            groups=[list(group) for group in self._reducer.groups] if self._reducer else None,
-        )
+        with not_elastic():  # where Horovod would reduce on one rank too
+            self._wrapper = self._hvd.DistributedOptimizer(
+                optimizer,
+                named_parameters=[(f"{prefix}.{names[p]}", p) for p in self._parameters()],
+                compression=AdasumWire(self._compression),
+                backward_passes_per_step=self._accumulate,
+                op=self._hvd.Adasum if self._adasum else self._hvd.Sum,
+                groups=[list(group) for group in self._reducer.groups] if self._reducer else None,
+            )
         self._share()
         if self._adasum:
             self._take_over_adasum()
