@@ -2,7 +2,8 @@
 
 Hazards: images that are seen twice or not at all, or weigh more than others; a learning rate that jumps; ranks
 that disagree about what they go on from; collectives that are named otherwise on new ranks; a rank that waits for
-ever for one that is gone; a job that is called well although it was not.
+ever for one that is gone, or is lost while the others connect, and takes them with it; a job that is called well
+although it was not.
 """
 
 import os
@@ -10,14 +11,18 @@ import os
 import pytest
 import torch
 from cluster.hosts import why_not
+from horovod.runner.common.util.hosts import INVALID_SLOT_INFO
+from horovod.runner.http.http_server import RendezvousHandler, RendezvousServer
 from on_ranks import on_ranks
 from recovery import SCENARIOS, run
 from test_train import ROOT, checkpoint, events, one_line, train
 
 from hvd_adam import cluster as clusters
-from hvd_adam.cluster import horovod, restart
+from hvd_adam import rendezvous
+from hvd_adam.cluster import Launched, horovod, launched, restart
 from hvd_adam.config import TrainConfig
 from hvd_adam.elastic import Connections, Memory, _sockets
+from hvd_adam.errors import RankError
 from hvd_adam.state import TrainingState
 
 needs_hosts = pytest.mark.skipif(why_not() is not None, reason=f"no hosts out of namespaces: {why_not()}")
@@ -102,6 +107,57 @@ def test_connections_that_are_cut_end_for_the_other_rank(cluster):
         for _ in range(1000):
             horovod().allreduce(torch.ones(1), name="after")
     assert not set(connections._own) & set(_sockets()) or cluster.rank
+
+
+@pytest.fixture
+def store(monkeypatch):
+    """The key-value store of a real horovodrun, which gives out one place; this process is rank 0 of 2."""
+
+    class Places(RendezvousHandler):
+        def _get_value(self, scope, key):
+            place = {"node1:0": b"1,3,0,1,1,3"}.get(key, INVALID_SLOT_INFO.to_response_string().encode())
+            return place if scope == "rank_and_size" else super()._get_value(scope, key)
+
+    server = RendezvousServer()
+    port = server.start(Places)
+    place = {"RANK": 0, "SIZE": 2, "LOCAL_RANK": 0, "LOCAL_SIZE": 1, "CROSS_RANK": 0, "CROSS_SIZE": 2}
+    place |= {"HOSTNAME": "node1", "GLOO_RENDEZVOUS_ADDR": "127.0.0.1", "GLOO_RENDEZVOUS_PORT": port}
+    for name, value in place.items():
+        monkeypatch.setenv(f"HOROVOD_{name}", str(value))
+    monkeypatch.setenv("HVD_ADAM_TOLD_OF_LOSSES", "1")
+    yield server._httpd.cache
+    server.stop()
+
+
+def test_ranks_meet_when_rank_0_has_seen_all(store, monkeypatch):
+    store["hvd_adam_meeting"] = {"1": b"1"}
+    rendezvous.join(anew=False)
+    assert set(store["hvd_adam_meeting"]) == {"0", "1", "all"}
+    monkeypatch.setenv("HOROVOD_RANK", "1")
+    store["hvd_adam_gone"] = {"any": b"1"}  # later: all are connecting, and so must this one
+    assert rendezvous._meet()
+
+
+def test_a_rank_that_is_lost_before_all_have_met_has_the_others_ask_for_places_anew(store):
+    store["hvd_adam_gone"] = {"any": b"1"}
+    assert not rendezvous._meet()
+    rendezvous._ask()
+    assert launched() == Launched("horovodrun", 1, 3)
+
+
+def test_without_word_of_losses_a_meeting_ends_after_gloos_time_out(store, monkeypatch):
+    monkeypatch.delenv("HVD_ADAM_TOLD_OF_LOSSES")
+    monkeypatch.setenv("HOROVOD_GLOO_TIMEOUT_SECONDS", "1")
+    assert not rendezvous._meet()
+
+
+def test_a_rank_without_a_place_or_a_launcher_ends_by_itself(store, monkeypatch):
+    monkeypatch.setenv("HOROVOD_HOSTNAME", "node7")
+    with pytest.raises(RankError, match="node7 has been taken out of the job"):
+        rendezvous.join(anew=True)
+    monkeypatch.setenv("HOROVOD_GLOO_RENDEZVOUS_PORT", "1")
+    with pytest.raises(RankError, match=r"rank 0 on .* cannot reach the launcher: .*refused"):
+        rendezvous.join(anew=False)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 7])
