@@ -1,6 +1,7 @@
 """Adam and AdamW as a ``torch.optim.Optimizer`` written from the papers' formulas."""
 
 import functools
+import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
@@ -47,7 +48,30 @@ _LAID_OUT_FOR = ("implementation", "amsgrad", "decoupled_weight_decay", "master_
 _UPDATES = {"reference": update_reference, "foreach": update_foreach}
 
 
-class Adam(torch.optim.Optimizer):
+def _as_it_is(decorated: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of PyTorch's optimizer without what its decorator does where torch.compile is not in use.
+
+    That would be to import all of torch.compile: 1.4 s on every rank at its start.
+    """
+    plain = getattr(decorated, "__wrapped__", decorated)
+
+    @functools.wraps(plain)
+    def method(*args: Any, **options: Any) -> Any:
+        return (decorated if "torch._dynamo" in sys.modules else plain)(*args, **options)
+
+    return method
+
+
+class PlainOptimizer(torch.optim.Optimizer):
+    """PyTorch's, see `_as_it_is`."""
+
+    add_param_group = _as_it_is(torch.optim.Optimizer.add_param_group)
+    load_state_dict = _as_it_is(torch.optim.Optimizer.load_state_dict)
+    state_dict = _as_it_is(torch.optim.Optimizer.state_dict)
+    zero_grad = _as_it_is(torch.optim.Optimizer.zero_grad)
+
+
+class Adam(PlainOptimizer):
     """Adam (Kingma & Ba, arXiv 1412.6980, algorithm 1) that takes what ``torch.optim.Adam`` takes.
 
     With ``decoupled_weight_decay`` it is AdamW (Loshchilov & Hutter, arXiv 1711.05101, algorithm 2), with

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from hvd_adam.adam import Adam
+from hvd_adam.adam import Adam, PlainOptimizer
 from hvd_adam.broadcast import ROOT, broadcast_training
 from hvd_adam.cluster import collective_prefix, horovod, not_elastic
 from hvd_adam.errors import UserError
@@ -160,7 +160,7 @@ class DistributedAdam(Adam):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds parameters to train; all ranks call it. They become rank 0's and are reduced like the others."""
         if self._wrapper is None:  # the constructor of torch.optim.Optimizer: the state exists already
-            torch.optim.Optimizer.add_param_group(self, param_group)
+            PlainOptimizer.add_param_group(self, param_group)
             return
         super().add_param_group(param_group)
         self._share()

@@ -235,25 +235,22 @@ def _column(lines: list[dict[str, Any]], name: str) -> list[float]:
 
 def plot(folder: Path) -> Path:
     """Draws loss, learning rate and test accuracy of a run folder's `metrics.jsonl` into `curves.png`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # without pyplot, which takes half a second more
 
     lines = list(_events(folder / METRICS_FILE))
     steps = [line for line in lines if line["event"] == "step"]
     tests = [line for line in lines if line["event"] == "eval"]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4))
+    figure.subplots_adjust(left=0.07, right=0.98, top=0.92, bottom=0.12, wspace=0.35)
+    left, right = figure.subplots(1, 2)
     left.plot(_column(steps, "step"), _column(steps, "loss"), label="train loss")
     left.plot(_column(tests, "step"), _column(tests, "test_loss"), "o-", label="test loss", markersize=3)
-    left.set(xlabel="step", ylabel="cross-entropy", yscale="log")
+    left.set(xlabel="step", title="cross-entropy, and learning rate (dashed)", yscale="log")
     left.legend()
     rate = left.twinx()
     rate.plot(_column(steps, "step"), _column(steps, "lr"), color="grey", linewidth=0.8, linestyle="--")
-    rate.set_ylabel("learning rate (dashed)")
     right.plot(_column(tests, "step"), _column(tests, "test_accuracy"), "o-", markersize=3)
-    right.set(xlabel="step", ylabel="test accuracy")
+    right.set(xlabel="step", title="test accuracy")
     right.grid(alpha=0.3)
     figure.savefig(folder / PLOT_FILE, dpi=120)
-    pyplot.close(figure)
     return folder / PLOT_FILE

@@ -247,8 +247,8 @@ class Trainer:
             # An infinite loss may have finite gradients: 0 · ∞ is NaN, and makes every one of them NaN. The weight
             # is 1, but for ranks that share a batch unevenly: so that each image counts as much as any other.
             weight = len(images) * self.cluster.size * self.accumulate / self.global_batch
-            seed = loss.detach() * 0 + weight
-            (loss if self.scaler is None else self.scaler.scale(loss)).backward(seed)
+            share = loss * (loss.detach() * 0 + weight)  # given to backward() it would have that import sympy
+            (share if self.scaler is None else self.scaler.scale(share)).backward()
             self.optimizer.step()
             self.loss.add(loss, len(images))
             bad |= ~loss.detach().isfinite()

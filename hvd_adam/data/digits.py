@@ -1,5 +1,8 @@
 """The embedded data set: scikit-learn's ``load_digits``, 1,797 real 8×8 images of handwritten digits."""
 
+from importlib.util import find_spec
+from pathlib import Path
+
 import numpy as np
 
 from hvd_adam.data.images import ImageData
@@ -12,14 +15,9 @@ def load() -> ImageData:
     The grey values 0 to 16 become the nearest of 0 to 255. The split depends on nothing but the data's order:
     not on a seed, and not on the version of scikit-learn. Raises UserError where scikit-learn is missing.
     """
-    try:
-        from sklearn.datasets import load_digits  # here, because it takes a second that other data sets save
-    except ImportError as error:
-        raise UserError(f"data set digits needs scikit-learn ({error}): pip install scikit-learn") from error
-    digits = load_digits()
-    levels = digits.images.astype(np.int64)
+    table = _table()
+    levels, labels = table[:, :-1].reshape(-1, 8, 8), table[:, -1]
     images = ((levels * 255 + 8) // 16).astype(np.uint8)[:, np.newaxis]
-    labels = digits.target.astype(np.int64)
     is_test = _every_fifth_of_each_class(labels)
     return ImageData(
         name="digits",
@@ -29,6 +27,20 @@ def load() -> ImageData:
         test_images=images[is_test],
         test_labels=labels[is_test],
     )
+
+
+def _table() -> np.ndarray:
+    """64 grey values and the label of each image. Importing scikit-learn would take a second on every rank."""
+    package = find_spec("sklearn")
+    if package is None or package.origin is None:
+        raise UserError("data set digits needs scikit-learn, which is not installed: pip install scikit-learn")
+    file = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    if file.exists():
+        return np.loadtxt(file, delimiter=",", dtype=np.int64)
+    from sklearn.datasets import load_digits  # which knows where this release has it
+
+    digits = load_digits()
+    return np.column_stack([digits.data, digits.target]).astype(np.int64)
 
 
 def _every_fifth_of_each_class(labels: np.ndarray) -> np.ndarray:
