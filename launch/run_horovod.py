@@ -11,9 +11,11 @@ import shlex
 import signal
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 from horovod.runner.elastic.registration import WorkerStateRegistry
+from horovod.runner.elastic.worker import WorkerNotificationClient
 from horovod.runner.launch import run_commandline
 from horovod.runner.util import remote
 
@@ -56,10 +58,24 @@ def tell_of_losses() -> None:
     os.environ["HVD_ADAM_TOLD_OF_LOSSES"] = "1"
 
 
+def notify_beside() -> None:
+    """Tells ranks of other hosts in a thread: one on a host that has just died would keep all waiting for 80 s."""
+    notify_hosts_updated = WorkerNotificationClient.notify_hosts_updated
+
+    def attempt(*arguments: object) -> None:
+        with suppress(Exception):  # as Horovod's driver has it: the rank may be gone
+            notify_hosts_updated(*arguments)
+
+    WorkerNotificationClient.notify_hosts_updated = lambda *arguments: threading.Thread(
+        target=attempt, args=arguments, daemon=True
+    ).start()
+
+
 def main() -> None:
     """Runs horovodrun's command line; ends with a rank's code (128 + n for signal n), 1 without ssh to a host."""
     os.execve = execute_without_shell
     tell_of_losses()
+    notify_beside()
     remote.SSH_COMMAND_PREFIX += KEEP_ALIVE
     # horovodrun hands on SIGTERM only, and would die of these; to the ranks all three say the same: save and stop.
     for number in (signal.SIGUSR1, signal.SIGUSR2):
