@@ -22,7 +22,7 @@ import jsonargparse
 
 from hvd_adam.cluster import launched, own_rank
 from hvd_adam.errors import AgreedError, JobError, Preempted, RankError, UserError
-from hvd_adam.preemption import asked_to_stop
+from hvd_adam.preemption import asked_to_stop, no_longer
 
 Config = TypeVar("Config")
 
@@ -54,6 +54,7 @@ def run(
         _leave(130)
     except Exception as error:
         _fail(error, name)
+    no_longer()
     # Horovod's end waits for the other ranks: of one that was killed meanwhile, half a minute and more.
     sys.stdout.flush()
     late = threading.Timer(END_SECONDS, os._exit, [0])

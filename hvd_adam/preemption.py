@@ -29,6 +29,12 @@ def asked_to_stop() -> bool:
     return _first is not None
 
 
+def no_longer() -> None:
+    """All is done: what comes now must not make a failure of it, as it would once Python has begun to end."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _note(number: int, _: FrameType | None) -> None:
     global _first
     now = time.monotonic()

@@ -16,15 +16,15 @@ ECHO_SECONDS = 0.2  # "timeout", for one, signals its child, and then the child'
 
 
 def stand_apart() -> None:
-    """mpirun hears of signals to the group from this program alone, and ends with it."""
+    """The launcher hears of signals to the group from this program alone, and ends with it."""
     os.setpgid(0, 0)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def main(command: list[str]) -> int:
-    """Runs the command; returns its exit code."""
-    mpirun = subprocess.Popen(command, preexec_fn=stand_apart)
-    begun, ended = None, False  # when the first SIGTERM came; whether mpirun was told to kill
+def start(command: list[str], **options: int) -> subprocess.Popen:
+    """Starts the launcher, to which this program from now on passes its signals; `options` are Popen's."""
+    launcher = subprocess.Popen(command, preexec_fn=stand_apart, **options)
+    begun, ended = None, False  # when the first SIGTERM came; whether the launcher was told to kill
 
     def pass_on(number: int, _: object) -> None:
         nonlocal begun, ended
@@ -36,13 +36,18 @@ def main(command: list[str]) -> int:
                 return  # the next one would end mpirun before it has killed its ranks
             else:
                 ended = True
-        mpirun.send_signal(number)
+        launcher.send_signal(number)
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, pass_on)
-    code = mpirun.wait()
+    return launcher
+
+
+def end(launcher: subprocess.Popen) -> int:
+    """Waits for its end; its exit code, 128 + n after signal n."""
+    code = launcher.wait()
     return code if code >= 0 else 128 - code
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(end(start(sys.argv[1:])))

@@ -3,14 +3,29 @@
 #
 #   sbatch launch/slurm.sh
 #   sbatch --nodes=2 --ntasks-per-node=4 --gpus-per-node=4 --cpus-per-task=8 launch/slurm.sh -- --epochs 20
+#   sbatch --array=1-5 launch/slurm.sh                 five seeds, each with a run folder of its own
+#
+#   --launcher srun|mpirun|horovodrun   what starts the ranks (default: srun --mpi=pmix where Slurm has PMIx,
+#                         else mpirun, else horovodrun, which needs ssh between the nodes)
+#   -i, --network-interface NAME        for mpirun and horovodrun: the network interface to use
+#   --module NAME         Python module to run (default: hvd_adam.train)
+#   -- ARGUMENTS          go to the module
 #
 # What the command line of sbatch says goes before the lines below. GPUs are left to it, because a cluster without
-# them refuses a job that names any. Arguments after -- go to python -m hvd_adam.train. The job's exit code is the
-# training's. The Python is $HVD_ADAM_PYTHON, else the one that launch/setup.sh installed, else python3.
+# them refuses a job that names any. The Python is $HVD_ADAM_PYTHON, else the one that launch/setup.sh installed, else
+# python3.
+#
+# The run folder is runs/slurm-JOB, in an array runs/slurm-JOB/TASK; with --output-dir DIR it is DIR, or DIR/TASK. A
+# task of an array trains with its number as the seed. Two minutes before the time limit, on pre-emption, and on
+# `scontrol requeue` the training saves itself, and the job is queued anew; when a node dies, too. It then goes on
+# from its newest checkpoint, and its log with it. The job's exit code is the training's.
 #
 #SBATCH --job-name=hvd_adam
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 set -euo pipefail
 
@@ -23,27 +38,7 @@ fi
 cd "$home"
 # shellcheck source=launch/common.sh
 source launch/common.sh
+# shellcheck source=launch/slurm_job.sh
+source launch/slurm_job.sh
 
-if [[ ${1:-} == --help || ${1:-} == -h ]]; then print_usage; exit 0; fi
-if [[ ${1:-} == -- ]]; then shift; elif (($#)); then stop "unknown option $1; options of the training go after --"; fi
-[[ -n ${SLURM_JOB_ID:-} ]] || stop "this is no Slurm job; submit it: sbatch launch/slurm.sh"
-
-ranks=${SLURM_NTASKS:-1}
-per_node=${SLURM_NTASKS_PER_NODE:-1}
-gpus=${SLURM_GPUS_ON_NODE:-0}
-((gpus == 0 || gpus == per_node)) ||
-  stop "$gpus GPUs but $per_node tasks a node: give sbatch --ntasks-per-node=$gpus, for one rank a GPU"
-
-python=$(find_python)
-export PATH=${python%/*}:$PATH
-if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then
-  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}
-  export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # since Slurm 22.05 srun does not take it over from sbatch
-fi
-
-if srun --mpi=list 2>&1 | grep -qw pmix; then
-  echo "Starting $ranks ranks on ${SLURM_JOB_NODELIST:-this node} by srun --mpi=pmix"
-  exec srun --mpi=pmix --kill-on-bad-exit=1 "$python" -m hvd_adam.train "$@"
-fi
-echo "Starting $ranks ranks on ${SLURM_JOB_NODELIST:-this node} by mpirun: this Slurm has no PMIx"
-exec launch/mpirun.sh -np "$ranks" -- "$@"
+run_job "$@"

@@ -318,41 +318,50 @@ def test_the_filter_passes_half_lines_at_once():
         assert os.read(process.stdout.fileno(), 100) == b"\r20%|##\n"
 
 
-# Slurm is not part of the set-up. This stands in for srun: it lists what it can do, then shows how it is called.
+# Slurm has no GPUs here: these stand in for its commands, and say that it has.
 SRUN = """#!/bin/sh
-if [ "$1" = --mpi=list ]; then printf 'MPI plugin types are...\\n\\tnone\\n\\t%s\\n' "$FAKE_MPI"; exit; fi
-echo "srun $*"; exit 75
+if [ "$1" = --mpi=list ]; then printf 'MPI plugin types are...\\n\\tnone\\n'; exit; fi
+exit 1
+"""
+SINFO = """#!/bin/sh
+echo gpu:a100:4
 """
 
 
 @pytest.fixture
 def slurm(environment, tmp_path):
-    (tmp_path / "srun").write_text(SRUN)
-    (tmp_path / "srun").chmod(0o755)
-    job = {
-        "SLURM_SUBMIT_DIR": str(LAUNCH.parent),
-        "SLURM_JOB_ID": "1",
-        "SLURM_NTASKS": "2",
-        "SLURM_NTASKS_PER_NODE": "2",
-    }
-    return environment | job | {"PATH": f"{tmp_path}:{environment['PATH']}", "FAKE_MPI": "pmix"}
+    for name, text in (("srun", SRUN), ("sinfo", SINFO)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_SUBMIT_DIR": str(LAUNCH.parent), "SLURM_JOB_ID": "1", "SLURM_JOB_PARTITION": "p"}
+    job |= {"SLURM_NTASKS": "2", "SLURM_TASKS_PER_NODE": "2"}
+    return environment | job | {"PATH": f"{tmp_path}:{environment['PATH']}"}
 
 
-def test_slurm_starts_the_ranks_by_srun_and_ends_with_its_code(slurm):
-    ended = run("slurm.sh", "--", "--epochs", 2, env=slurm)
-    assert ended.returncode == 75
-    assert f"srun --mpi=pmix --kill-on-bad-exit=1 {sys.executable} -m hvd_adam.train --epochs 2\n" in ended.stdout
-
-
-def test_slurm_refuses_gpus_without_a_rank_each(slurm):
-    ended = run("slurm.sh", env=slurm | {"SLURM_GPUS_ON_NODE": "4"})
-    assert ended.returncode == 2 and "--ntasks-per-node=4" in ended.stderr and ended.stderr.count("\n") == 1
+@pytest.mark.parametrize(
+    ("arguments", "gpus", "message"),
+    [
+        ([], "4", "4 GPUs but 2 tasks a node: give sbatch --ntasks-per-node=4"),
+        ([], "0", "partition p has GPUs, but this job has none: give sbatch --gpus-per-node=N"),
+        (["--launcher", "srun"], "2", "--launcher srun: this Slurm has no PMIx"),
+        (["--launcher", "torchrun"], "2", "--launcher torchrun: srun, mpirun or horovodrun"),
+        (["--epochs", "2"], "2", "unknown option --epochs; options of the training go after --"),
+    ],
+)
+def test_slurm_refuses_what_would_not_train_as_meant(arguments, gpus, message, slurm):
+    ended = run("slurm.sh", *arguments, env=slurm | {"SLURM_GPUS_ON_NODE": gpus})
+    assert ended.returncode == 2 and message in ended.stderr and ended.stderr.count("\n") == 1
 
 
 def test_slurm_says_what_to_do_outside_a_job_and_outside_the_repository(environment, slurm, tmp_path):
     home = {"SLURM_SUBMIT_DIR": str(LAUNCH.parent)}
-    assert "sbatch launch/slurm.sh" in run("slurm.sh", env=environment | home).stderr
-    assert "repository's root" in run("slurm.sh", env=slurm | {"SLURM_SUBMIT_DIR": str(tmp_path)}).stderr
+    for script in ("slurm.sh", "slurm_container.sh image.sif"):
+        name, *image = script.split()
+        assert f"sbatch launch/{name}" in run(name, *image, env=environment | home).stderr
+        elsewhere = run(name, *image, env=slurm | {"SLURM_SUBMIT_DIR": str(tmp_path)})
+        assert "repository's root" in elsewhere.stderr
+    assert "neither pyxis" in run("slurm_container.sh", "image.sif", env=slurm).stderr
+    assert "which image?" in run("slurm_container.sh", env=slurm).stderr
 
 
 def test_elastic_sh_hands_on_what_horovodrun_needs_to_ask_for_hosts(environment, tmp_path):
