@@ -1,9 +1,9 @@
 """launch/slurm.sh and slurm_container.sh in jobs of a real Slurm, on two nodes out of namespaces.
 
 Hazards: ranks that do not find each other; a launcher that was asked for and another taken; a job that its time
-limit, somebody else's job, the administrator or a dead node ends for good, or that is queued anew twice, or goes
-on from the beginning; one that was cancelled and comes back; a rank's exit code that srun loses among those it kills;
-tasks of an array that write into one folder.
+limit, somebody else's job, the administrator or a dead node ends for good, or that is queued anew twice, or begins
+anew; one that was cancelled and comes back; a rank's exit code that srun loses among those it kills; tasks of an
+array that write into one folder.
 """
 
 import subprocess
