@@ -1,0 +1,252 @@
+"""What a rank sees of its software: torch, torchvision, Horovod, MPI, NCCL, driver, and a hash of our own code.
+
+It loads all of them, in the worker's process: any of them may crash it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from hvd_adam.cluster import BUILD_COMMAND, horovod
+from hvd_adam.doctor.checks import Check, Report, fail, look, ok, sentence, warn
+from hvd_adam.doctor.gather import mpi
+from hvd_adam.errors import UserError
+
+PACKAGE = Path(__file__).parents[1]
+BUILD = f"build it with `{BUILD_COMMAND}`"
+
+
+def examine(report: Report, controller: str) -> None:
+    """Adds to a report what the software shows.
+
+    Args:
+        report: of this rank.
+        controller: what starts the ranks, "mpi" or "gloo"; "" without a launcher.
+    """
+    report.versions |= {
+        "Python": platform.python_version(),
+        "numpy": _installed("numpy"),
+        "Horovod": _installed("horovod"),
+        "hvd_adam": _installed("hvd_adam"),
+        "code hash": code_hash(PACKAGE),
+    }
+    try:
+        import torch
+    except Exception as error:
+        report.versions["torch"] = _installed("torch")
+        report.checks.append(fail("torch", f"cannot be imported: {_brief(error)}", f"`{BUILD_COMMAND}`"))
+        report.checks.append(look("MPI", lambda: _mpi(report, controller)))
+        return
+    report.versions["torch"] = torch.__version__
+    report.checks += [
+        look("torch", lambda: torch_release(torch.__version__)),
+        look("torchvision", lambda: _torchvision(report)),
+        look("Horovod", lambda: _horovod(torch, controller)),
+        look("MPI", lambda: _mpi(report, controller)),
+        look("driver", lambda: _driver(torch)),
+        look("NCCL", lambda: _nccl(torch)),
+    ]
+    report.facts["gpus"] = gpu_identities(torch)
+
+
+def code_hash(folder: Path) -> str:
+    """A hash over all that is ours in the package; equal where the same code runs."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".rules")):
+        digest.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def torch_release(version: str) -> Check:
+    """Judges the version of torch."""
+    release = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    if release < (2, 1):
+        return fail("torch", f"{version} is too old", f"install torch 2.1 or newer, then `{BUILD_COMMAND}`")
+    return ok("torch", version)
+
+
+def _torchvision(report: Report) -> Check:
+    from hvd_adam.torchvision_compat import import_torchvision  # here: it needs a torch that can be imported
+
+    try:
+        version = import_torchvision().__version__
+    except UserError as error:
+        return warn("torchvision", *str(error).rsplit(": ", 1))  # only cifar10 and its models need it
+    report.versions["torchvision"] = version
+    wanted = f"0.{int(report.versions['torch'].split('.')[1]) + 15}"
+    if report.versions["torch"].startswith("2.") and not version.startswith(f"{wanted}."):
+        found = f"{version}, but {wanted} goes with torch {report.versions['torch']}"
+        return warn("torchvision", found, f"`pip install --no-deps torchvision=={wanted}.*`")
+    return ok("torchvision", version)
+
+
+def _horovod(torch: ModuleType, controller: str) -> Check:
+    spec = importlib.util.find_spec("horovod")
+    folder = Path(spec.origin).parent if spec and spec.origin else None
+    try:
+        hvd = horovod()
+    except UserError as error:
+        check = sentence("Horovod", str(error))
+        if folder and (other := other_abi(folder, torch._C._GLIBCXX_USE_CXX11_ABI)):
+            return fail(check.name, f"{check.found}; {other}", check.remedy)
+        return check
+    built = [name for name in ("mpi", "gloo", "nccl") if getattr(hvd, f"{name}_built")()]
+    found = f"{_installed('horovod')} for torch {torch.__version__}, with {', '.join(built) or 'nothing'}"
+    if controller and controller not in built:
+        return fail("Horovod", f"{found}, but the launcher uses {controller}", BUILD)
+    if "mpi" not in built:
+        return warn("Horovod", f"{found}: not for mpirun and srun", f"use horovodrun --gloo, or {BUILD}")
+    return ok("Horovod", f"{found}, C++11 ABI {'yes' if torch._C._GLIBCXX_USE_CXX11_ABI else 'no'}")
+
+
+def other_abi(horovod: Path, torch_has_new: bool) -> str:
+    """Says how the C++ ABI of a Horovod differs from torch's; "" where it does not, or there is no library.
+
+    Args:
+        horovod: its folder.
+        torch_has_new: whether torch has strings of the C++11 ABI in its interfaces.
+    """
+    for library in (horovod / "torch").glob("mpi_lib_v2*.so"):
+        # With the other ABI no symbol of the library names this type.
+        has_new = b"St7__cxx1112basic_string" in library.read_bytes()
+        if has_new != torch_has_new:
+            return f"it has the {'new' if has_new else 'old'} C++ ABI, torch the {'old' if has_new else 'new'} one"
+    return ""
+
+
+def _mpi(report: Report, controller: str) -> Check:
+    if controller == "gloo" and importlib.util.find_spec("mpi4py") is None:
+        return ok("MPI", "not used: the launcher uses Gloo")
+    try:
+        library = " ".join(mpi().Get_library_version().split(",")[0].split())
+    except Exception as error:
+        found = f"mpi4py cannot be imported: {_brief(error)}"
+        remedy = f"load the MPI that Horovod was built with, or {BUILD}"
+        return (fail if controller == "mpi" else warn)("MPI", found, remedy)
+    report.versions["MPI"] = library
+    loaded = loaded_libraries("libmpi.so", Path("/proc/self/maps").read_text())
+    if len(loaded) > 1:
+        return fail(
+            "MPI", f"Horovod and mpi4py use two MPIs: {', '.join(loaded)}", f"build both: `{BUILD_COMMAND}`"
+        )
+    return mpi_and_mpirun(library, _mpirun_version())
+
+
+def _mpirun_version() -> str:
+    if shutil.which("mpirun") is None:
+        return ""
+    done = subprocess.run(["mpirun", "--version"], capture_output=True, text=True, timeout=20, check=False)
+    return next(iter(done.stdout.splitlines()), "")
+
+
+def mpi_and_mpirun(library: str, mpirun: str) -> Check:
+    """Judges whether the mpirun on PATH belongs to the MPI library.
+
+    Args:
+        library: as in "Open MPI v4.1.4".
+        mpirun: the first line of its --version; "" if there is none.
+    """
+    if not mpirun:
+        return warn(
+            "MPI", f"{library}, but no mpirun on PATH", "load your cluster's MPI module, or use srun or Gloo"
+        )
+    found, numbers = re.search(r"\d+\.\d+(\.\d+)?", library), re.search(r"\d+\.\d+(\.\d+)?", mpirun)
+    if ("Open MPI" in library) != ("Open MPI" in mpirun) or (found and numbers and found[0] != numbers[0]):
+        remedy = f"put the mpirun of {library} first on PATH on all hosts, or rebuild: `{BUILD_COMMAND}`"
+        return warn("MPI", f"the library is {library}, but mpirun on PATH is {mpirun}", remedy)
+    return ok("MPI", f"{library}, and its mpirun")
+
+
+def loaded_libraries(name: str, maps: str) -> list[str]:
+    """Files of a shared library that a process has loaded, from its /proc/…/maps."""
+    paths = {line.split()[-1] for line in maps.splitlines() if "/" in line}
+    return sorted(path for path in paths if os.path.basename(path).startswith(name))
+
+
+def _driver(torch: ModuleType) -> Check:
+    version = Path("/proc/driver/nvidia/version")
+    text = version.read_text() if version.exists() else ""
+    number = re.search(r"\d+\.\d+(\.\d+)*", text)
+    usable, reason = torch.cuda.is_available(), ""
+    if torch.version.cuda and number and not usable:
+        try:
+            torch.cuda.init()
+        except Exception as error:
+            reason = _brief(error)
+    return driver(number[0] if number else "", torch.version.cuda, usable, reason)
+
+
+def driver(number: str, cuda: str | None, usable: bool, reason: str) -> Check:
+    """Judges the GPU driver.
+
+    Args:
+        number: its version; "" without one.
+        cuda: the CUDA that torch is built for, if it is.
+        usable: whether torch finds a GPU that it can use.
+        reason: why not.
+    """
+    if not number:
+        return ok("driver", "no NVIDIA driver: CPUs only" if not usable else "there, of unknown version")
+    if cuda is None:
+        remedy = f"install a CUDA build of torch, then `{BUILD_COMMAND} --cuda`; or train with --device cpu"
+        return warn("driver", f"NVIDIA {number}, but torch is a CPU build", remedy)
+    if not usable:
+        found = f"NVIDIA {number}, but torch (CUDA {cuda}) cannot use it: {reason or 'no GPU visible'}"
+        return fail(
+            "driver", found, "update the driver, install a torch for its CUDA, or see CUDA_VISIBLE_DEVICES"
+        )
+    return ok("driver", f"NVIDIA {number}, torch for CUDA {cuda}")
+
+
+def _nccl(torch: ModuleType) -> Check:
+    if torch.version.cuda is None:
+        return ok("NCCL", "not needed: torch is a CPU build")
+    try:
+        hvd = horovod()
+    except UserError:
+        return warn("NCCL", "not known: Horovod does not load", "see Horovod above")
+    if not hvd.nccl_built():
+        if not torch.cuda.is_available():
+            return ok("NCCL", "not built, and no GPU here")
+        return warn(
+            "NCCL", "Horovod is built without it: GPUs sum by way of the host", f"`{BUILD_COMMAND} --cuda`"
+        )
+    loaded = loaded_libraries("libnccl.so", Path("/proc/self/maps").read_text())
+    if len(loaded) > 1:
+        return warn("NCCL", f"two are loaded: {', '.join(loaded)}", f"rebuild: `{BUILD_COMMAND} --cuda`")
+    return ok("NCCL", f"built in, {', '.join(loaded) or 'linked statically'}")
+
+
+def gpu_identities(torch: Any) -> list[str]:
+    """An identity for each GPU that this rank sees, equal on ranks of a host that see the same."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+    properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return [str(getattr(item, "uuid", f"{index} of {visible}")) for index, item in enumerate(properties)]
+
+
+def stops_horovod(checks: Mapping[str, str]) -> bool:
+    """Whether Horovod cannot be started, by the statuses of a rank's checks by name."""
+    return any(checks.get(name) == "fail" for name in ("torch", "Horovod"))
+
+
+def _installed(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
