@@ -21,8 +21,8 @@ from hvd_adam.cluster import BUILD_COMMAND
 from hvd_adam.doctor.checks import Check, Report, fail
 from hvd_adam.doctor.worker import MARK
 
-SLACK = 10.0  # seconds after a stage's own end, for a busy machine
-END_SECONDS = 5.0  # for MPI to end
+SLACK = 5.0  # seconds after a stage's own end, for a busy machine
+END_SECONDS = 30.0  # for MPI to end, which waits for all ranks
 WORKER = (sys.executable, "-m", "hvd_adam.doctor.worker")
 
 # What a stage that did not come to its end was, and what to do.

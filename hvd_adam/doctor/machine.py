@@ -75,9 +75,11 @@ def shared_memory(usage: tuple[int, int, int]) -> Check:
     found = f"{total // MIB} MiB, {free // MIB} MiB free"
     remedy = "make it larger: docker run --shm-size=2g, or mount -o remount,size=2g /dev/shm"
     if free < SHM_LEAST:
-        return fail("/dev/shm", f"{found}, {SHM_LEAST // MIB} are needed", f"delete what lies there, or {remedy}")
+        return fail(
+            "/dev/shm", f"{found}, {SHM_LEAST // MIB} MiB are needed", f"delete what lies there, or {remedy}"
+        )
     if total < SHM_ENOUGH:
-        return warn("/dev/shm", f"{found}, {SHM_ENOUGH // MIB} are advised", remedy)
+        return warn("/dev/shm", f"{found}, {SHM_ENOUGH // MIB} MiB are advised", remedy)
     return ok("/dev/shm", found)
 
 
@@ -169,7 +171,7 @@ def _output_folder(folder: Path) -> Check:
     free = shutil.disk_usage(place).free
     if free < DISK_LEAST:
         return fail(
-            name, f"{folder}: {free // MIB} MiB free, {DISK_LEAST // MIB} needed", f"make room, or {other}"
+            name, f"{folder}: {free // MIB} MiB free, {DISK_LEAST // MIB} MiB needed", f"make room, or {other}"
         )
     try:
         speed = _write_speed(place, min(WRITE_BYTES, free // 2))

@@ -78,16 +78,25 @@ def torch_release(version: str) -> Check:
 
 
 def _torchvision(report: Report) -> Check:
-    from hvd_adam.torchvision_compat import import_torchvision  # here: it needs a torch that can be imported
+    version = report.versions["torchvision"] = _installed("torchvision")
+    if (
+        report.rank == 0
+    ):  # the others must have the same: `versions`; to import it everywhere takes as long as torch
+        from hvd_adam.torchvision_compat import import_torchvision  # here: it needs a torch that can be imported
 
-    try:
-        version = import_torchvision().__version__
-    except UserError as error:
-        return warn("torchvision", *str(error).rsplit(": ", 1))  # only cifar10 and its models need it
-    report.versions["torchvision"] = version
-    wanted = f"0.{int(report.versions['torch'].split('.')[1]) + 15}"
-    if report.versions["torch"].startswith("2.") and not version.startswith(f"{wanted}."):
-        found = f"{version}, but {wanted} goes with torch {report.versions['torch']}"
+        try:
+            import_torchvision()
+        except UserError as error:
+            return warn("torchvision", *str(error).rsplit(": ", 1))  # only its own models need it
+    return torchvision_release(version, report.versions["torch"])
+
+
+def torchvision_release(version: str, torch: str) -> Check:
+    """Judges whether a torchvision goes with a torch: 0.(N+15) does with 2.N."""
+    major, minor = (int(part) for part in re.findall(r"\d+", torch)[:2])
+    wanted = f"0.{minor + 15}"
+    if major == 2 and not version.startswith(f"{wanted}."):
+        found = f"{version}, but {wanted} goes with torch {torch}"
         return warn("torchvision", found, f"`pip install --no-deps torchvision=={wanted}.*`")
     return ok("torchvision", version)
 
