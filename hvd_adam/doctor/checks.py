@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 OK, WARN, FAIL = "ok", "warn", "fail"
@@ -56,13 +56,23 @@ def sentence(name: str, message: str) -> Check:
     return fail(name, message, "see the README")
 
 
+def brief(error: BaseException) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
+def shortened(texts: Iterable[str], most: int = 4) -> str:
+    """Different texts in a row, no more than some."""
+    texts = list(dict.fromkeys(texts))
+    return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")
+
+
 def look(name: str, check: Callable[[], Check]) -> Check:
-    """What a check finds; a failure that says so, where it cannot be made at all."""
+    """What a check finds; a warning that says so, where it cannot be made at all."""
     try:
         return check()
     except Exception as error:
-        text = " ".join(str(error).split())[:200]
-        return warn(name, f"cannot be looked at: {type(error).__name__}: {text}", "look at it by hand")
+        return warn(name, f"cannot be looked at: {brief(error)}", "look at it by hand")
 
 
 @dataclass
@@ -89,5 +99,6 @@ class Report:
 
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> Report:
-        """From what `plain` gave."""
-        return cls(**{**plain, "checks": [Check(**check) for check in plain["checks"]]})
+        """From what `plain` gave; what another version of this code has besides is left out."""
+        known = {item.name: plain[item.name] for item in fields(cls) if item.name in plain}
+        return cls(**{**known, "checks": [Check(**check) for check in known["checks"]]})

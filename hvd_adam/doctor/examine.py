@@ -10,14 +10,14 @@ from dataclasses import replace
 from typing import Any
 
 from hvd_adam.cluster import Launched, is_elastic, launched
-from hvd_adam.doctor import judge, remote, show
+from hvd_adam.doctor import judge, measured, remote, show
 from hvd_adam.doctor.checks import FAIL, Check, Report, fail, ok, warn, worst
 from hvd_adam.doctor.config import DoctorConfig
 from hvd_adam.doctor.follow import STAGES, WORKER, Findings, following
 from hvd_adam.errors import UserError
 
 NAME = "hvd_adam.doctor"
-LEAVE_SECONDS = 30.0  # in which the launcher ends a rank, once rank 0 has told what is wrong
+LEAVE_SECONDS = 30.0  # in which the launcher ends a rank, once rank 0 has waited for it and told what is wrong
 
 
 def examine(config: DoctorConfig) -> None:
@@ -36,10 +36,10 @@ def examine(config: DoctorConfig) -> None:
         return
     with following(WORKER, _task(config)) as findings:
         if launch.rank:
-            _leave_to_rank_0(launch, findings)
+            _leave_to_rank_0(launch, findings, config.timeout)
             return
         checks = job_checks(findings, launch, config)
-        if findings.gathered:
+        if findings.gathered and not findings.ended:
             checks.append(_ssh(findings.reports, launch, config))
         by = f"started by {launch.launcher}" if launch.size > 1 else "no launcher"
         hosts = len({report.host for report in findings.reports})
@@ -73,30 +73,34 @@ def job_checks(findings: Findings, launch: Launched, config: DoctorConfig) -> li
     who = judge.ranks_of(reports)
     checks = judge.merged(reports, who)
     if findings.gathered or launch.size == 1:
-        checks += [judge.cores(reports, together=True), judge.gpus(reports, config.device)]
-    if reports:
-        checks.append(judge.versions(reports, who))
+        checks.append(judge.cores(reports, together=True))
+    if all("gpus" in report.facts for report in reports):
+        checks.append(judge.gpus(reports, config.device))
+    checks.append(judge.versions(reports, who))
     if findings.gathered:
         checks.append(ok("launcher", f"{launch.launcher}: {launch.size} ranks, each sees all"))
-    if findings.missing:
-        names = ", ".join(map(str, findings.missing))
-        came = f"; here {'are' if len(reports) > 1 else 'is'} {who(range(len(reports)))}" if reports else ""
-        found = f"rank{'s' * (len(findings.missing) > 1)} {names} not here after {config.timeout:g} s{came}"
-        checks.append(fail("ranks", found, STAGES["arrival"][1]))
-    elif findings.missing is not None:
-        checks.append(
-            fail("ranks", f"a rank was lost on the way, within {config.timeout:g} s", STAGES["arrival"][1])
-        )
+    if findings.missing is not None:
+        checks.append(_missing(findings, who, config))
     if findings.links is not None:
-        checks += [judge.reachability(findings.links, reports), judge.pairs(findings.links, reports)]
-        checks.append(judge.clocks(judge.ahead(findings.links, reports), reports[0].host))
+        checks += [measured.reachability(findings.links, reports), measured.pairs(findings.links, reports)]
+        checks.append(measured.clocks(measured.ahead(findings.links, reports), reports[0].host))
     if findings.started:
         checks.append(ok("Horovod starts", f"{_number(findings.started, 'rank')} on {findings.device}"))
     if findings.speeds:
-        checks.append(judge.computing(findings.speeds, [report.host for report in reports]))
+        checks.append(measured.computing(findings.speeds, [report.host for report in reports]))
     if len(findings.speeds) > 1:
-        checks.append(judge.summing(findings.speeds))
+        checks.append(measured.summing(findings.speeds))
     return checks + findings.checks
+
+
+def _missing(findings: Findings, who: judge.Who, config: DoctorConfig) -> Check:
+    lost = findings.missing or []
+    here = [number for number, report in enumerate(findings.reports) if report.rank not in lost]
+    found = f"a rank was lost on the way, within {config.timeout:g} s"
+    if lost:
+        found = f"rank{'s' * (len(lost) > 1)} {', '.join(map(str, lost))} not here after {config.timeout:g} s"
+    found += f"; here {'are' if len(here) > 1 else 'is'} {who(here)}" if lost and here else ""
+    return fail("ranks", found, STAGES["arrival"][1])
 
 
 def _ssh(reports: Sequence[Report], launch: Launched, config: DoctorConfig) -> Check:
@@ -112,21 +116,28 @@ def _ssh(reports: Sequence[Report], launch: Launched, config: DoctorConfig) -> C
     return check
 
 
-def _leave_to_rank_0(launch: Launched, findings: Findings) -> None:
-    """Tells on stderr only what rank 0 cannot know, and lets it end the job.
+def _leave_to_rank_0(launch: Launched, findings: Findings, timeout: float) -> None:
+    """Tells on stderr what rank 0 cannot know, and nothing else, and lets it end the job.
 
     Raises:
         SystemExit: with 1, if the examination has not come to its end.
     """
-    if findings.done and not findings.missing:
+    if findings.done and findings.missing is None:
         return
-    checks = [] if findings.gathered else [check for report in findings.reports for check in report.checks]
-    waits = findings.done or (findings.stage == "arrival" and findings.overdue)
-    if not findings.ended:
-        _say_aside(launch, checks if waits else checks + findings.checks)
-        time.sleep(LEAVE_SECONDS)
-        if waits:  # still here: rank 0 has not spoken
-            _say_aside(launch, findings.checks or [fail("ranks", "rank 0 is not here", STAGES["arrival"][1])])
+    if findings.ended:
+        sys.exit(1)
+    unheard = [] if findings.gathered else [check for report in findings.reports for check in report.checks]
+    if findings.missing == [0]:
+        _say_aside(launch, [*unheard, fail("ranks", "rank 0 is not here", STAGES["arrival"][1])])
+        sys.exit(1)
+    if findings.overdue and findings.stage == "arrival":  # as on rank 0, if that is here
+        _say_aside(launch, unheard)
+        time.sleep(timeout + LEAVE_SECONDS)
+        _say_aside(launch, findings.checks)
+        sys.exit(1)
+    if findings.missing is None:
+        _say_aside(launch, unheard + findings.checks)
+    time.sleep(timeout + LEAVE_SECONDS)
     sys.exit(1)
 
 
@@ -151,11 +162,11 @@ def _examine_hosts(config: DoctorConfig) -> None:
             checks = judge.merged(findings.reports, who)
             checks.append(judge.cores(findings.reports, together=False))
             checks.append(judge.versions(findings.reports, who))
-            checks.append(judge.clocks(ahead, judge.this_host()))
+            checks.append(measured.clocks(ahead, judge.this_host()))
             if findings.started:
                 checks.append(ok("Horovod starts", f"here, on {findings.device}"))
             if speeds:
-                checks.append(judge.computing(speeds, [judge.this_host()]))
+                checks.append(measured.computing(speeds, [judge.this_host()]))
             checks += findings.checks
             checks += [check for check in troubles if check.name != "ssh"]
             checks.append(remote.summary(troubles, hosts))

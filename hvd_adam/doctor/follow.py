@@ -19,9 +19,10 @@ from typing import IO, Any
 
 from hvd_adam.cluster import BUILD_COMMAND
 from hvd_adam.doctor.checks import Check, Report, fail
-from hvd_adam.doctor.worker import MARK
+from hvd_adam.doctor.worker import LOAD_SECONDS, MARK
 
 SLACK = 5.0  # seconds after a stage's own end, for a busy machine
+KILL_SECONDS = 5.0
 END_SECONDS = 30.0  # for MPI to end, which waits for all ranks
 WORKER = (sys.executable, "-m", "hvd_adam.doctor.worker")
 
@@ -104,20 +105,17 @@ class Findings:
 
 
 @contextmanager
-def following(
-    command: Sequence[str], task: dict[str, Any], environment: dict[str, str] | None = None
-) -> Iterator[Findings]:
+def following(command: Sequence[str], task: dict[str, Any]) -> Iterator[Findings]:
     """Starts an examination, waits for its end, and gives what it has found; then ends the process.
 
     So what was found can be told while the process still stands: a launcher may end the job with it.
 
     Args:
         command: starts `hvd_adam.doctor.worker`, here or elsewhere.
-        task: what it is to do; its "timeout" is the time it has for its first word.
-        environment: of the process; this one's by default.
+        task: what it is to do.
     """
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(command, env=environment, text=True, errors="replace", **pipes)
+    process = subprocess.Popen(command, text=True, errors="replace", **pipes)
     findings, lines = Findings(), queue.Queue()
     threading.Thread(target=_read, args=[process.stdout, lines], daemon=True).start()
     threading.Thread(target=findings.said.extend, args=[process.stderr], daemon=True).start()
@@ -127,7 +125,7 @@ def following(
             process.stdin.flush()
         try:
             with _sigterm_raises():
-                _listen(process, lines, findings, task["timeout"])
+                _listen(process, lines, findings)
         except EndedError:
             findings.ended = True
             findings.checks.append(ended(findings))
@@ -137,11 +135,12 @@ def following(
                 process.wait(END_SECONDS)
     finally:
         process.kill()
-        process.wait()
+        with suppress(subprocess.TimeoutExpired):  # nothing kills a process that waits for a dead file system
+            process.wait(KILL_SECONDS)
 
 
-def _listen(process: subprocess.Popen, lines: queue.Queue, findings: Findings, timeout: float) -> None:
-    begin, allowed = time.monotonic(), timeout
+def _listen(process: subprocess.Popen, lines: queue.Queue, findings: Findings) -> None:
+    begin, allowed = time.monotonic(), LOAD_SECONDS
     while not findings.done:
         try:
             line = lines.get(timeout=max(0.0, begin + allowed + SLACK - time.monotonic()))
@@ -151,7 +150,7 @@ def _listen(process: subprocess.Popen, lines: queue.Queue, findings: Findings, t
             return
         if line is None:
             with suppress(subprocess.TimeoutExpired):
-                process.wait(END_SECONDS)
+                process.wait(KILL_SECONDS)
             time.sleep(0.2)  # for the rest of its stderr
             findings.code = process.returncode
             findings.checks.append(broken(findings, process.returncode))
@@ -210,8 +209,8 @@ def broken(findings: Findings, code: int | None) -> Check:
 
 def ended(findings: Findings) -> Check:
     """The check of a job that the launcher has ended meanwhile."""
-    name, _ = STAGES[findings.stage]
-    return fail(name, "the launcher ended the job before its end", "see what the other ranks and the launcher say")
+    found = f"the launcher ended the job while this rank was at: {STAGES[findings.stage][0]}"
+    return fail("ranks", found, "see what the other ranks and the launcher say")
 
 
 def telling(said: Sequence[str]) -> str:

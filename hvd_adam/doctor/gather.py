@@ -18,6 +18,7 @@ from typing import Any
 from hvd_adam.cluster import HOROVOD_DEFAULTS, Launched, _refuse_srun_without_pmix, _size_mismatch
 
 POLL_SECONDS = 0.05
+POLLS_A_SECOND = 500  # that the store of all ranks can answer, roughly
 REQUEST_SECONDS = 5.0
 SCOPE = "hvd_adam.doctor"
 
@@ -127,7 +128,7 @@ class _ByStore(Gathering):
             for name in names:
                 if name not in found and (text := self._get(name)) is not None:
                     found[name] = json.loads(text)
-            time.sleep(POLL_SECONDS)
+            time.sleep(max(POLL_SECONDS, self._launch.size / POLLS_A_SECOND))
         return found
 
     def _put(self, name: str, value: Any) -> None:

@@ -194,3 +194,15 @@ def _write_speed(folder: Path, most: int) -> float:
             file.flush()
             os.fsync(file.fileno())
     return written / 1e6 / (time.monotonic() - begin)
+
+
+def loaded_libraries(name: str, maps: str | None = None) -> list[str]:
+    """Files of a shared library that a process has loaded.
+
+    Args:
+        name: how the library's file name begins.
+        maps: of the process, as /proc/…/maps has them; this one's by default.
+    """
+    lines = (Path("/proc/self/maps").read_text() if maps is None else maps).splitlines()
+    paths = {line.split()[-1] for line in lines if "/" in line}
+    return sorted(path for path in paths if os.path.basename(path).startswith(name))

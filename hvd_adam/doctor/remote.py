@@ -66,7 +66,7 @@ def explain(host: str, code: int | None, said: Sequence[str]) -> Check:
                 "python": sys.executable,
             }
             return fail("ssh", f"{host}: {wrong.format(**values)}", remedy.format(**values))
-    how = f"no end within {LOGIN_SECONDS:.0f} s" if code is None else f"exit code {code}{telling(said)}"
+    how = "no answer in time" if code is None else f"exit code {code}{telling(said)}"
     return fail("ssh", f"{host}: {how}", f"see what `ssh -o BatchMode=yes {host} true` does")
 
 

@@ -1,4 +1,4 @@
-"""What a rank sees of its software: torch, torchvision, Horovod, MPI, NCCL, driver, and a hash of our own code.
+"""What a rank sees of its software: torch, torchvision, Horovod, MPI, and a hash of our own code.
 
 It loads all of them, in the worker's process: any of them may crash it.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import importlib.util
-import os
 import platform
 import re
 import shutil
@@ -16,10 +15,10 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from hvd_adam.cluster import BUILD_COMMAND, horovod
-from hvd_adam.doctor.checks import Check, Report, fail, look, ok, sentence, warn
+from hvd_adam.doctor import gpu, machine
+from hvd_adam.doctor.checks import Check, Report, brief, fail, look, ok, sentence, warn
 from hvd_adam.doctor.gather import mpi
 from hvd_adam.errors import UserError
 
@@ -45,7 +44,7 @@ def examine(report: Report, controller: str) -> None:
         import torch
     except Exception as error:
         report.versions["torch"] = _installed("torch")
-        report.checks.append(fail("torch", f"cannot be imported: {_brief(error)}", f"`{BUILD_COMMAND}`"))
+        report.checks.append(fail("torch", f"cannot be imported: {brief(error)}", f"`{BUILD_COMMAND}`"))
         report.checks.append(look("MPI", lambda: _mpi(report, controller)))
         return
     report.versions["torch"] = torch.__version__
@@ -54,10 +53,15 @@ def examine(report: Report, controller: str) -> None:
         look("torchvision", lambda: _torchvision(report)),
         look("Horovod", lambda: _horovod(torch, controller)),
         look("MPI", lambda: _mpi(report, controller)),
-        look("driver", lambda: _driver(torch)),
-        look("NCCL", lambda: _nccl(torch)),
+        look("driver", lambda: gpu.look_at_driver(torch)),
+        look("NCCL", lambda: gpu.look_at_nccl(torch)),
     ]
-    report.facts["gpus"] = gpu_identities(torch)
+    report.facts["gpus"] = gpu.identities(torch)
+
+
+def stops_horovod(checks: Mapping[str, str]) -> bool:
+    """Whether Horovod cannot be started, by the statuses of a rank's checks by name."""
+    return any(checks.get(name) == "fail" for name in ("torch", "Horovod"))
 
 
 def code_hash(folder: Path) -> str:
@@ -141,11 +145,11 @@ def _mpi(report: Report, controller: str) -> Check:
     try:
         library = " ".join(mpi().Get_library_version().split(",")[0].split())
     except Exception as error:
-        found = f"mpi4py cannot be imported: {_brief(error)}"
+        found = f"mpi4py cannot be imported: {brief(error)}"
         remedy = f"load the MPI that Horovod was built with, or {BUILD}"
         return (fail if controller == "mpi" else warn)("MPI", found, remedy)
     report.versions["MPI"] = library
-    loaded = loaded_libraries("libmpi.so", Path("/proc/self/maps").read_text())
+    loaded = machine.loaded_libraries("libmpi.so")
     if len(loaded) > 1:
         return fail(
             "MPI", f"Horovod and mpi4py use two MPIs: {', '.join(loaded)}", f"build both: `{BUILD_COMMAND}`"
@@ -178,84 +182,8 @@ def mpi_and_mpirun(library: str, mpirun: str) -> Check:
     return ok("MPI", f"{library}, and its mpirun")
 
 
-def loaded_libraries(name: str, maps: str) -> list[str]:
-    """Files of a shared library that a process has loaded, from its /proc/…/maps."""
-    paths = {line.split()[-1] for line in maps.splitlines() if "/" in line}
-    return sorted(path for path in paths if os.path.basename(path).startswith(name))
-
-
-def _driver(torch: ModuleType) -> Check:
-    version = Path("/proc/driver/nvidia/version")
-    text = version.read_text() if version.exists() else ""
-    number = re.search(r"\d+\.\d+(\.\d+)*", text)
-    usable, reason = torch.cuda.is_available(), ""
-    if torch.version.cuda and number and not usable:
-        try:
-            torch.cuda.init()
-        except Exception as error:
-            reason = _brief(error)
-    return driver(number[0] if number else "", torch.version.cuda, usable, reason)
-
-
-def driver(number: str, cuda: str | None, usable: bool, reason: str) -> Check:
-    """Judges the GPU driver.
-
-    Args:
-        number: its version; "" without one.
-        cuda: the CUDA that torch is built for, if it is.
-        usable: whether torch finds a GPU that it can use.
-        reason: why not.
-    """
-    if not number:
-        return ok("driver", "no NVIDIA driver: CPUs only" if not usable else "there, of unknown version")
-    if cuda is None:
-        remedy = f"install a CUDA build of torch, then `{BUILD_COMMAND} --cuda`; or train with --device cpu"
-        return warn("driver", f"NVIDIA {number}, but torch is a CPU build", remedy)
-    if not usable:
-        found = f"NVIDIA {number}, but torch (CUDA {cuda}) cannot use it: {reason or 'no GPU visible'}"
-        return fail(
-            "driver", found, "update the driver, install a torch for its CUDA, or see CUDA_VISIBLE_DEVICES"
-        )
-    return ok("driver", f"NVIDIA {number}, torch for CUDA {cuda}")
-
-
-def _nccl(torch: ModuleType) -> Check:
-    if torch.version.cuda is None:
-        return ok("NCCL", "not needed: torch is a CPU build")
-    try:
-        hvd = horovod()
-    except UserError:
-        return warn("NCCL", "not known: Horovod does not load", "see Horovod above")
-    if not hvd.nccl_built():
-        if not torch.cuda.is_available():
-            return ok("NCCL", "not built, and no GPU here")
-        return warn(
-            "NCCL", "Horovod is built without it: GPUs sum by way of the host", f"`{BUILD_COMMAND} --cuda`"
-        )
-    loaded = loaded_libraries("libnccl.so", Path("/proc/self/maps").read_text())
-    if len(loaded) > 1:
-        return warn("NCCL", f"two are loaded: {', '.join(loaded)}", f"rebuild: `{BUILD_COMMAND} --cuda`")
-    return ok("NCCL", f"built in, {', '.join(loaded) or 'linked statically'}")
-
-
-def gpu_identities(torch: Any) -> list[str]:
-    """An identity for each GPU that this rank sees, equal on ranks of a host that see the same."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
-    properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    return [str(getattr(item, "uuid", f"{index} of {visible}")) for index, item in enumerate(properties)]
-
-
-def stops_horovod(checks: Mapping[str, str]) -> bool:
-    """Whether Horovod cannot be started, by the statuses of a rank's checks by name."""
-    return any(checks.get(name) == "fail" for name in ("torch", "Horovod"))
-
-
 def _installed(name: str) -> str:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"

@@ -12,16 +12,18 @@ import socket
 import sys
 import threading
 import time
+from dataclasses import asdict
 from typing import Any
 
 from hvd_adam.cluster import Launched, gloo_store, init, launched
 from hvd_adam.doctor import gather, machine, software
-from hvd_adam.doctor.checks import Report, sentence
+from hvd_adam.doctor.checks import Report, brief, fail, sentence
 from hvd_adam.doctor.links import Point
 from hvd_adam.errors import UserError
 
 MARK = "hvd_adam.doctor "  # before each line of ours
 SLACK = 20.0  # seconds for what takes none by itself, on a busy machine
+LOAD_SECONDS = 60.0  # allowed at least for what a rank does by itself: torch may come from a slow file system
 
 
 def main() -> None:
@@ -42,26 +44,33 @@ def main() -> None:
         here = [plain for plain in error.values if plain is not None and "checks" in plain]
         _say(missing=error.ranks, **({"reports": here} if here else {}))
     except UserError as error:
-        _say(check=sentence("launcher", str(error)).__dict__)
+        _say(check=asdict(sentence("launcher", str(error))))
+    except OSError as error:
+        found = f"where the ranks meet, {gloo_store()}, does not answer: {brief(error)}"
+        remedy = "see that this host reaches the one where horovodrun runs, on any port; name the interface (-i)"
+        _say(check=asdict(fail("ranks", found, remedy)))
     _say(done=True)
 
 
 def _look_alone(task: dict[str, Any], launch: Launched) -> Report:
     report = Report(launch.rank, socket.gethostname())
-    _say(doing="machine", seconds=task["timeout"])
+    allowed = max(LOAD_SECONDS, task["timeout"])
+    _say(doing="machine", seconds=allowed)
     machine.examine(report, task["output_dir"])
-    _say(doing="software", seconds=task["timeout"], report=report.plain())
+    _say(doing="software", seconds=allowed, report=report.plain())
     software.examine(report, "" if launch.size == 1 else "gloo" if gloo_store() else "mpi")
     report.facts["time"] = time.time()
-    _say(doing="software", seconds=task["timeout"], report=report.plain())
+    _say(doing="software", seconds=allowed, report=report.plain())
     return report
 
 
 def _examine_job(task: dict[str, Any], launch: Launched, report: Report) -> None:
     point = Point(report.rank, report.host, _best_first(report))
     report.facts["peer"] = point.peer
-    _say(doing="arrival", seconds=task["timeout"])
-    ranks = gather.connect(launch, gloo_store(), task["timeout"])
+    store = gloo_store()
+    # There rank 0 waits for the others, who wait for it; MPI's start cannot be ended from within.
+    _say(doing="arrival", seconds=task["timeout"] if store is None else 2 * task["timeout"] + SLACK)
+    ranks = gather.connect(launch, store, task["timeout"])
     reports = [Report.of(plain) for plain in ranks.all(report.plain())]
     _say(doing="links", seconds=task["seconds"] + task["timeout"], reports=[one.plain() for one in reports])
     peers = [reports[rank].facts["peer"] for rank in points([one.host for one in reports])]
@@ -97,7 +106,7 @@ def _run(task: dict[str, Any], reports: list[Report], ranks: gather.Gathering | 
     try:
         cluster = init(task["device"])
     except UserError as error:
-        _say(check=sentence("Horovod starts", str(error)).__dict__)
+        _say(check=asdict(sentence("Horovod starts", str(error))))
         return
     _say(
         started=cluster.size,
