@@ -128,7 +128,7 @@ def job(hosts, place, script, where, *argv, **variables):
 
 @pytest.mark.parametrize("script", ["mpirun.sh", "horovodrun.sh --gloo"])
 def test_a_healthy_cluster_is_healthy(script, hosts, place):
-    healthy = job(hosts, place, script, "node1:2,node2:2", "--seconds", 3)
+    healthy = job(hosts, place, script, "node1:2,node2:2", "--seconds", 1.5)
     assert healthy.code == 0, healthy.result
     assert healthy.result["status"] != "fail"
     assert [(rank["rank"], rank["host"]) for rank in healthy.result["ranks"]] == [
@@ -182,7 +182,7 @@ def test_other_code_a_slow_link_and_a_slow_rank_are_named(hosts, place):
     try:
         with mounted(hosts, "node2", "--bind", copy.parent, place / "overlay"):
             variables = {"HVD_ADAM_PYTHON": str(python)}
-            ill = job(hosts, place, "horovodrun.sh --gloo", "node1:1,node2:1", "--seconds", 4, **variables)
+            ill = job(hosts, place, "horovodrun.sh --gloo", "node1:1,node2:1", "--seconds", 3, **variables)
     finally:
         hosts.run("node2", "tc qdisc del dev eth0 root".split(), check=True)
     assert ill.code == 1
@@ -203,7 +203,7 @@ def test_what_stops_one_rank_and_a_host_not_reached_are_named_though_horovod_can
         hosts.run("node2", ["ip", "route", "add", *route], check=True)
         stack.callback(hosts.run, "node2", ["ip", "route", "del", *route], check=True)
         where = "node1:1,node2:1"
-        ill = job(hosts, place, "horovodrun.sh --gloo", where, "--seconds", 2, OMP_NUM_THREADS="64")
+        ill = job(hosts, place, "horovodrun.sh --gloo", where, "--seconds", 1, OMP_NUM_THREADS="64")
     assert ill.code == 1
     ill.shows("Horovod", "fail", r"^rank 1 on node2: Horovod's library does not load \(", r"bash launch/setup\.sh")
     ill.shows("/dev/shm", "warn", r"^rank 1 on node2: 60 MiB", "--shm-size=2g")
@@ -456,6 +456,7 @@ def test_each_rank_needs_a_gpu_of_its_own(gpus, device, status, found):
         ("aa", 8, "", "ok", "a 8 cores for 2 ranks"),
         ("aa", 8, "4", "ok", "a 8 cores for 2 ranks"),
         ("aa", 8, "5", "warn", "10 threads for 8 cores"),
+        ("aa", 8, "5,1", "warn", "10 threads for 8 cores"),
         ("a", 8, "1", "warn", "OMP_NUM_THREADS is 1 on a, of 8 cores a rank"),
         ("aaa", 2, "1", "warn", "a has 2 cores for 3 ranks"),
         ("a", 2, "many", "warn", "OMP_NUM_THREADS is 'many' on a: no number"),

@@ -78,7 +78,7 @@ def versions(reports: Sequence[Report], who: Who) -> Check:
         remedy = (
             "copy the same code to all hosts, or use a shared folder"
             if code_only
-            else ("set up all hosts alike (bash launch/setup.sh on each, or one shared environment)")
+            else "set up all hosts alike (bash launch/setup.sh on each, or one shared environment)"
         )
         return fail("versions", "; ".join(differences), remedy)
     shown = ", ".join(f"{name} {version}" for report in reports[:1] for name, version in report.versions.items())
@@ -92,31 +92,36 @@ def cores(reports: Sequence[Report], together: bool) -> Check:
         reports: of all ranks, or of hosts.
         together: whether reports of the same host are of ranks that run at the same time.
     """
-    problems, summary = [], []
     hosts: dict[str, list[Report]] = defaultdict(list)
     for number, report in enumerate(reports):
         hosts[report.host if together else f"{report.host}\0{number}"].append(report)
+    problems, summary = [], []
     for mine in hosts.values():
         host, count = mine[0].host, len({core for report in mine for core in report.facts.get("cores", [])})
-        settings = {report.facts.get("threads", "") for report in mine}
-        summary.append(f"{host} {count} cores for {len(mine)} rank{'s' * (len(mine) > 1)}")
-        share = max(1, count // len(mine))
-        threads = [int(number) for text in settings for number in text.split(",")[:1] if number.isdecimal()]
-        remedy = f"unset OMP_NUM_THREADS, or set it to {share} on {host}"
-        if any(text and not text.split(",")[0].isdecimal() for text in settings):
-            problems.append((f"OMP_NUM_THREADS is {max(settings)!r} on {host}: no number", remedy))
-        elif threads and max(threads) * len(mine) > max(count, len(mine)):
-            total = max(threads) * len(mine)
-            text = f"OMP_NUM_THREADS is {max(threads)} on {host}: {total} threads for {count} cores"
-            problems.append((text, remedy))
-        elif threads and max(threads) * 2 < share:
-            problems.append((f"OMP_NUM_THREADS is {max(threads)} on {host}, of {share} cores a rank", remedy))
-        elif count < len(mine):
-            fewer = "start fewer ranks there, or let the launcher bind less (--bind-to none, --cpus-per-task)"
-            problems.append((f"{host} has {count} core{'s' * (count > 1)} for {len(mine)} ranks", fewer))
+        summary.append(f"{host} {count} core{'s' * (count != 1)} for {len(mine)} rank{'s' * (len(mine) > 1)}")
+        problem = _misfit(host, count, [report.facts.get("threads", "").split(",")[0] for report in mine])
+        problems += [problem] if problem else []
     if problems:
         return warn("cores", *("; ".join(dict.fromkeys(texts)) for texts in zip(*problems, strict=True)))
     return ok("cores", shortened(summary))
+
+
+def _misfit(host: str, cores: int, settings: list[str]) -> tuple[str, str] | None:
+    """What is wrong with the OMP_NUM_THREADS of a host's ranks ("" where it is not set), and what to do."""
+    ranks, share = len(settings), max(1, cores // len(settings))
+    remedy = f"unset OMP_NUM_THREADS, or set it to {share} on {host}"
+    for text in settings:
+        if text and not text.isdecimal():
+            return f"OMP_NUM_THREADS is {text!r} on {host}: no number", remedy
+    threads = [int(text) if text else share for text in settings]  # as `cluster.init` shares them out
+    if sum(threads) > max(cores, ranks):
+        return f"OMP_NUM_THREADS is {max(threads)} on {host}: {sum(threads)} threads for {cores} cores", remedy
+    if max(threads) * 2 < share:
+        return f"OMP_NUM_THREADS is {max(threads)} on {host}, of {share} cores a rank", remedy
+    if cores < ranks:
+        fewer = "start fewer ranks there, or let the launcher bind less (--bind-to none, --cpus-per-task)"
+        return f"{host} has {cores} core{'s' * (cores != 1)} for {ranks} ranks", fewer
+    return None
 
 
 def gpus(reports: Sequence[Report], device: str) -> Check:

@@ -101,7 +101,8 @@ class Point:
             for what, transfer in (("take", _send), ("give", _receive)):
                 # Points lock in the order of their ranks: none waits for one that waits for it.
                 with _request(peer, address, what=what, seconds=seconds) as stream:
-                    stream.readline()  # it is free
+                    if not stream.readline():  # it has been busy with another for too long
+                        return {}
                     rates.append(transfer(stream, seconds))
         fastest = times.index(min(times))
         return {"rtt": statistics.median(times), "rate": min(rates), "ahead": ahead[fastest]}

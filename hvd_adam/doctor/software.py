@@ -26,12 +26,13 @@ PACKAGE = Path(__file__).parents[1]
 BUILD = f"build it with `{BUILD_COMMAND}`"
 
 
-def examine(report: Report, controller: str) -> None:
+def examine(report: Report, controller: str, first: bool) -> None:
     """Adds to a report what the software shows.
 
     Args:
         report: of this rank.
         controller: what starts the ranks, "mpi" or "gloo"; "" without a launcher.
+        first: whether it is this report that others are compared with.
     """
     report.versions |= {
         "Python": platform.python_version(),
@@ -50,7 +51,7 @@ def examine(report: Report, controller: str) -> None:
     report.versions["torch"] = torch.__version__
     report.checks += [
         look("torch", lambda: torch_release(torch.__version__)),
-        look("torchvision", lambda: _torchvision(report)),
+        look("torchvision", lambda: _torchvision(report, first)),
         look("Horovod", lambda: _horovod(torch, controller)),
         look("MPI", lambda: _mpi(report, controller)),
         look("driver", lambda: gpu.look_at_driver(torch)),
@@ -81,7 +82,7 @@ def torch_release(version: str) -> Check:
     return ok("torch", version)
 
 
-def _torchvision(report: Report) -> Check:
+def _torchvision(report: Report, first: bool) -> Check:
     version = report.versions["torchvision"] = _installed("torchvision")
     if (
         report.rank == 0

@@ -58,7 +58,8 @@ def _look_alone(task: dict[str, Any], launch: Launched) -> Report:
     _say(doing="machine", seconds=allowed)
     machine.examine(report, task["output_dir"])
     _say(doing="software", seconds=allowed, report=report.plain())
-    software.examine(report, "" if launch.size == 1 else "gloo" if gloo_store() else "mpi")
+    controller = "" if launch.size == 1 else "gloo" if gloo_store() else "mpi"
+    software.examine(report, controller, first=report.rank == 0 and not task["local"])
     report.facts["time"] = time.time()
     _say(doing="software", seconds=allowed, report=report.plain())
     return report
