@@ -479,6 +479,8 @@ def test_the_host_that_all_slow_pairs_have_in_common_is_named():
     check = measured.pairs(slow, four)
     assert check.status == "warn" and check.found.endswith("every slow pair is with c")
     assert "slowest pair rank 0 on a and rank 2 on c: 300 MB/s" in check.found
+    assert "(6 of 6 pairs, median 650 MB/s)" in check.found
+    assert "(1 of 2 pairs" in measured.pairs([link(0, 1), {"a": 0, "b": 2, "address": "x"}], four).found
     late = measured.pairs([*fast[1:], link(0, 1, rtt=0.02)], four)
     assert late.status == "warn" and "rank 0 on a and rank 1 on b takes 20.00 ms" in late.found
     assert measured.pairs([link(0, 1, rate=1e6)], reports("a", "a")).status == "ok"  # no network between them
