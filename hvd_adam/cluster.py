@@ -359,3 +359,9 @@ def _use(place: _Place) -> torch.device:
         return torch.device("cpu")
     torch.cuda.set_device(place.gpu_index)
     return torch.device("cuda", place.gpu_index)
+
+
+def gloo_store() -> str | None:
+    """Where Gloo's ranks meet, as HOST:PORT of horovodrun's key-value store; None where MPI starts them."""
+    names = ("HOROVOD_GLOO_RENDEZVOUS_ADDR", "HOROVOD_GLOO_RENDEZVOUS_PORT")
+    return ":".join(os.environ[name] for name in names) if all(name in os.environ for name in names) else None
