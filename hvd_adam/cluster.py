@@ -273,13 +273,15 @@ def require_same(cluster: Cluster, what: str, values: Mapping[str, object]) -> N
         values: by name; compared by equality, so of plain types.
     """
     with together(cluster):
-        everyones = horovod().allgather_object(dict(values), name="hvd_adam.same") if cluster.size > 1 else []
-        for rank, theirs in enumerate(everyones):
-            for name in sorted({*theirs, *everyones[0]}):
-                if theirs.get(name) != everyones[0].get(name):
+        own = dict(values), socket.gethostname()
+        everyones = horovod().allgather_object(own, name="hvd_adam.same") if cluster.size > 1 else [own]
+        first = everyones[0][0]
+        for rank, (theirs, host) in enumerate(everyones):
+            for name in sorted({*theirs, *first}):
+                if theirs.get(name) != first.get(name):
                     raise UserError(
-                        f"the ranks have different {what}: {name} is {everyones[0].get(name)!r} "
-                        f"on rank 0 and {theirs.get(name)!r} on rank {rank}; start all ranks alike"
+                        f"the ranks have different {what}: {name} is {first.get(name)!r} on rank 0 and "
+                        f"{theirs.get(name)!r} on rank {rank} on {host}; start all ranks alike"
                     )
 
 

@@ -14,6 +14,7 @@
 #   --ssh-key FILE        ssh private key
 #   --gloo | --mpi        controller (default: MPI where Horovod was built with it)
 #   --module NAME         Python module to run (default: hvd_adam.train)
+#   --no-check            do not look first whether all hosts let us in and have the same software
 #   --dry-run             print the command instead of running it
 #   -- ARGUMENTS          go to the module
 #
@@ -36,4 +37,5 @@ if [[ -n $interface ]]; then command+=(--network-interfaces "$interface"); fi
 if [[ -n $ssh_port ]]; then command+=(--ssh-port "$ssh_port"); fi
 if [[ -n $ssh_key ]]; then command+=(--ssh-identity-file "$ssh_key"); fi
 if [[ -n $controller ]]; then command+=("$controller"); fi
+check_hosts "$python"
 launch "$python" "${command[@]}" "$python" -m "$module" "${module_arguments[@]}"

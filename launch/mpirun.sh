@@ -14,6 +14,7 @@
 #   --ssh-port PORT       ssh port of the hosts
 #   --ssh-key FILE        ssh private key
 #   --module NAME         Python module to run (default: hvd_adam.train)
+#   --no-check            do not look first whether all hosts let us in and have the same software
 #   --dry-run             print the command instead of running it
 #   -- ARGUMENTS          go to the module
 #
@@ -56,4 +57,5 @@ ssh_arguments=${ssh_port:+-p $ssh_port}${ssh_port:+${ssh_key:+ }}${ssh_key:+-i $
 if [[ -n $ssh_arguments ]]; then command+=(--mca plm_rsh_args "$ssh_arguments"); fi
 variables=$(handed_on_variables)
 while read -r variable; do command+=(-x "$variable"); done <<<"$variables"
+check_hosts "$python"
 launch "$python" "${command[@]}" "$python" -m "$module" "${module_arguments[@]}"

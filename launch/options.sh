@@ -4,7 +4,7 @@
 
 ranks='' hosts='' hostfile='' interface='' ssh_port='' ssh_key='' controller=''
 module=hvd_adam.train
-dry_run=false
+dry_run=false check=true
 pass_variables=() module_arguments=()
 
 # need_value OPTION ARGUMENTS...: checks that the option is followed by a value.
@@ -25,6 +25,7 @@ parse_options() {
       --ssh-key) need_value "$@"; ssh_key=$2; shift ;;
       --module) need_value "$@"; module=$2; shift ;;
       --dry-run) dry_run=true ;;
+      --no-check) check=false ;;
       -h | --help) print_usage; exit 0 ;;
       --) shift; module_arguments=("$@"); break ;;
       *) accept_controller "$controllers" "$1" ;;
@@ -90,6 +91,14 @@ settle_ranks() {
     ((ranks <= slots)) || stop "-np $ranks: the hosts offer $slots (${hosts})"
     ((ranks > 0)) || stop "-H $hosts offers no rank"
   fi
+}
+
+# check_hosts PYTHON: ends with one line where a host does not let us in, or has not the software that is here. A launcher
+# would say so in many words, or start ranks that fail.
+check_hosts() {
+  if [[ -z $hosts || $dry_run == true || $check == false || -n ${OMPI_MCA_plm_rsh_agent:-} ]]; then return; fi
+  "$1" -m hvd_adam.doctor.hosts --hosts "$hosts" ${ssh_port:+--ssh-port "$ssh_port"} ${ssh_key:+--ssh-key "$ssh_key"} ||
+    exit $?
 }
 
 # launch PYTHON COMMAND...: becomes the command, so that signals and the exit code are its own. Where they repeat

@@ -77,7 +77,7 @@ def log_in(hosts: Sequence[str], config: DoctorConfig) -> list[Check]:
 
 
 def _log_in(host: str, config: DoctorConfig) -> Check | None:
-    command = [*_ssh(host, config), "true"]
+    command = [*ssh(host, config), "true"]
     try:
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=LOGIN_SECONDS, check=False
@@ -106,7 +106,7 @@ def _examine(host: str, config: DoctorConfig, task: dict[str, Any]) -> tuple[Rep
     there = ["exec", "env", *variables, shlex.quote(sys.executable), "-m", "hvd_adam.doctor.worker"]
     command = f"cd {shlex.quote(os.getcwd())} && {' '.join(there)}"
     try:
-        with following([*_ssh(host, config), command], task) as findings:
+        with following([*ssh(host, config), command], task) as findings:
             arrived = time.time()
             if not findings.reports:
                 return None, explain(host, findings.code, tuple(findings.said))
@@ -119,7 +119,8 @@ def _examine(host: str, config: DoctorConfig, task: dict[str, Any]) -> tuple[Rep
         return None, fail("ssh", "there is no ssh here", "install openssh-client")
 
 
-def _ssh(host: str, config: DoctorConfig) -> list[str]:
+def ssh(host: str, config: DoctorConfig) -> list[str]:
+    """A command that logs in to a host, and never asks; the command for there is to be appended."""
     command = ["ssh", "-T", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}"]
     command += ["-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=2"]
     if config.ssh_port is not None:
