@@ -1,8 +1,8 @@
 """launch/mpirun.sh and horovodrun.sh over several hosts, with real ssh between them (hosts out of namespaces).
 
 Hazards: ranks that train alone; variables that do not travel; a port, a key or an interface that is not used;
-slots that are dealt out otherwise than asked for; a host that cannot be reached, or has other software or arguments,
-and is found out late, in many lines, without its name, or never.
+slots that are dealt out otherwise than asked for; a host that cannot be reached, or has other software or
+arguments, and is found out late, in many lines, without its name, or never.
 """
 
 import subprocess
