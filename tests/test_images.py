@@ -105,17 +105,10 @@ def test_nothing_but_what_the_image_holds_goes_to_the_builder():
     assert allowed == {"docker", "hvd_adam", "launch", "LICENSE", "README.md", "pyproject.toml", "setup.cfg"}
 
 
-def compose_command():
-    for command in (["docker", "compose"], ["docker-compose"]):
-        if shutil.which(command[0]) and subprocess.run([*command, "version"], capture_output=True).returncode == 0:
-            return command
-    return None
-
-
 @pytest.mark.parametrize("files", [["compose.yaml"], ["compose.yaml", "compose.gpu.yaml"]], ids=len)
 def test_docker_compose_accepts_its_files(files):
-    command = compose_command()
-    if command is None:
+    command = ["docker", "compose"]
+    if not shutil.which("docker") or subprocess.run([*command, "version"], capture_output=True).returncode != 0:
         pytest.skip("docker compose is not installed")
     options = [word for name in files for word in ("-f", str(DOCKER / name))]
     checked = subprocess.run([*command, *options, "config", "--quiet"], capture_output=True, text=True)
