@@ -24,6 +24,13 @@ SUITE = "bookworm"
 DEBOOTSTRAP = "/usr/sbin/debootstrap"
 TOOLS = ("buildah", DEBOOTSTRAP, "tar", "unshare", "chroot")
 
+# What makes Debian's own image for containers quick and slim: no waiting for the disk, no translations or manuals.
+SLIM = {
+    "etc/apt/apt.conf.d/slim": 'Acquire::Languages "none";\n',
+    "etc/dpkg/dpkg.cfg.d/slim": "force-unsafe-io\n"
+    + "".join(f"path-exclude /usr/share/{name}/*\n" for name in ("doc", "info", "locale", "man")),
+}
+
 
 def why_not() -> str | None:
     """Why no image can be built on this machine, in one line; None where it can."""
@@ -44,6 +51,8 @@ def base_system() -> Path:
             for litter in ("var/cache/apt", "var/lib/apt/lists"):
                 shutil.rmtree(system / litter)
                 (system / litter).mkdir()
+            for name, text in SLIM.items():
+                (system / name).write_text(text)
             run(["tar", "-C", system, "--numeric-owner", "-cf", f"{folder}/whole.tar", "."], timeout=300)
             os.replace(f"{folder}/whole.tar", tar)
     return tar

@@ -28,7 +28,7 @@ COMPOSE = yaml.safe_load((DOCKER / "compose.yaml").read_text())
 TRAINER = 10001
 
 # Building takes four minutes beside another test process, and three more where Horovod has to be compiled.
-pytestmark = pytest.mark.timeout(1500)
+pytestmark = pytest.mark.timeout(1800)
 no_image = cpu_image.why_not()
 needs_image = pytest.mark.skipif(no_image is not None, reason=f"no image can be built: {no_image}")
 no_hosts = namespaces.why_not()
@@ -43,9 +43,9 @@ def image(tmp_path_factory):
     built.remove()
 
 
-def docker_run(image, *arguments, timeout=200, **options):
+def docker_run(image, *arguments, **options):
     command = image.command(*arguments, **options)
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
 
 
 # --- the files ----------------------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ def test_it_holds_the_pinned_versions_and_nothing_else(image):
 def test_it_trains_on_two_ranks_and_evaluates(image):
     trained = docker_run(image, "quickstart", "--epochs", "2", "--output-dir", "runs/first")
     assert trained.returncode == 0, trained.stderr
-    accuracy = float(re.search(r"test accuracy ([\d.]+)$", trained.stdout, re.MULTILINE)[1])
+    accuracy = float(re.findall(r"test accuracy ([\d.]+)$", trained.stdout, re.MULTILINE)[-1])
     assert accuracy > 0.8 and "over 2 rank(s)" in trained.stdout
     checkpoints = image.rootfs / "workspace/runs/first/checkpoints"
     assert (checkpoints / "latest").stat().st_uid == TRAINER
@@ -178,11 +178,11 @@ def test_it_trains_for_any_other_user_too(image):
 
 
 @needs_image
-def test_bench_and_doctor_are_there(image):
-    for name in ("bench", "doctor"):
-        if importlib.util.find_spec(f"hvd_adam.{name}") is None:
-            pytest.skip(f"there is no hvd_adam.{name} yet")
-        assert docker_run(image, name, "--help").returncode == 0
+@pytest.mark.parametrize("name", ["bench", "doctor"])
+def test_the_packages_other_commands_are_there(name, image):
+    if importlib.util.find_spec(f"hvd_adam.{name}") is None:
+        pytest.skip(f"there is no hvd_adam.{name}")
+    assert docker_run(image, name, "--help").returncode == 0
 
 
 def healthcheck(image):
@@ -280,7 +280,7 @@ def containers(image, tmp_path):
             )
 
         def run_in(name, *command, **variables):
-            return hosts.run(name, image.chroot(*command, **variables), timeout=200)
+            return hosts.run(name, image.chroot(*command, **variables), timeout=400)
 
         def start_in(name, *command):
             return hosts.popen(name, image.chroot(*command), stderr=subprocess.DEVNULL)
@@ -304,7 +304,7 @@ def test_two_containers_train_together_as_compose_and_the_mpi_operator_start_the
     assert containers.run_in("host2", "timeout", "30", "bash", "-c", listening).returncode == 0
     assert containers.run_in("host2", *check).returncode == 0
 
-    trained = containers.run_in("host1", *services["host1"]["command"])
+    trained = containers.run_in("host1", *services["host1"]["command"], "--epochs", "1")
     assert trained.returncode == 0, trained.stdout + trained.stderr
     assert "over 2 rank(s)" in trained.stdout
     assert (tmp_path / "runs/compose/checkpoints/latest").stat().st_uid == TRAINER
