@@ -7,6 +7,7 @@ the cache beside it where it was built for the same distribution, else it is com
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import platform
@@ -74,7 +75,7 @@ def pip_settings() -> dict[str, str]:
     settings = {}
     for line in run(["python3", "-m", "pip", "config", "list"], timeout=60).splitlines():
         name, _, value = line.partition("=")
-        settings.setdefault(name.rpartition(".")[2], value.strip("'\""))
+        settings.setdefault(name.rpartition(".")[2], ast.literal_eval(value))
     return settings
 
 
