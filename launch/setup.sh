@@ -6,7 +6,8 @@
 #
 #   --cpu | --cuda   Horovod without or with NCCL. Default: with, where torch is a CUDA build and a GPU or a matching
 #                    CUDA toolkit is here
-#   --dev            also the tools for the tests (pytest, ruff, shellcheck; as root sshd, ip, pkill and Slurm too)
+#   --dev            also the tools for the tests (pytest, ruff, shellcheck; as root sshd, ip, pkill,
+#                    Slurm, buildah and debootstrap too)
 #
 # System packages come from apt where this runs as root; otherwise it lists what is missing and ends with 2. An MPI
 # that is already on PATH (a cluster's module) is kept.
@@ -53,6 +54,8 @@ missing_for_tests() {
   have ip || echo iproute2
   have pkill || echo procps
   have slurmctld || printf '%s\n' slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge
+  have buildah || echo buildah
+  [[ -x /usr/sbin/debootstrap ]] || echo debootstrap
 }
 
 # missing_packages: Debian's names of what is not here, one a line.

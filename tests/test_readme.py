@@ -82,7 +82,7 @@ def test_every_option_named_is_one_that_exists():
     for module in ("hvd_adam.train", "hvd_adam.evaluate", "hvd_adam.bench step"):
         command = [sys.executable, "-m", *module.split(), "--help"]
         helps += subprocess.run(command, capture_output=True, text=True).stdout
-    scripts = "".join(path.read_text() for path in (ROOT / "launch").glob("*.sh"))
+    scripts = "".join(path.read_text() for path in [*ROOT.glob("launch/*.sh"), *ROOT.glob("docker/*")])
     prose = re.sub(r"^```.*?^```$", "", README, flags=re.DOTALL | re.MULTILINE)
     for option in re.findall(r"`(--[a-z-]+)", prose):
         assert option in helps + scripts, option
