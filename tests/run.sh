@@ -10,4 +10,4 @@ ruff check
 ruff format --check
 find . -path ./.venv -prune -o -name '*.sh' -print0 | xargs -0 shellcheck -x .ci/run
 # Two at a time, by file: launches of ranks, which take most of the time, leave a third of two cores idle.
-python -m pytest -n 2 --dist loadfile "$@"
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
