@@ -6,7 +6,6 @@ command that the entry point swallows; sshd that runs unasked, or lets anybody i
 need; a health check that is always well; two containers that do not find each other.
 """
 
-import importlib.util
 import json
 import os
 import re
@@ -180,7 +179,7 @@ def test_it_trains_for_any_other_user_too(image):
 @needs_image
 @pytest.mark.parametrize("name", ["bench", "doctor"])
 def test_the_packages_other_commands_are_there(name, image):
-    if importlib.util.find_spec(f"hvd_adam.{name}") is None:
+    if not list((ROOT / "hvd_adam").glob(f"{name}*")):
         pytest.skip(f"there is no hvd_adam.{name}")
     assert docker_run(image, name, "--help").returncode == 0
 
