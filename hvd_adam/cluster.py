@@ -16,7 +16,7 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -208,9 +208,9 @@ def _start(device: str, *, anew: bool) -> Cluster:
     if hvd.size() != launch.size:
         raise _size_mismatch(launch, hvd.size())
 
-    here = _Place.of_this_rank(device, hvd.local_rank())
-    places: list[_Place] = hvd.allgather_object(here, name="hvd_adam.places")
-    _check_devices(places, device)
+    here = Place.of_this_rank(device)
+    places: list[Place] = hvd.allgather_object(here, name="hvd_adam.places")
+    gpus = assign_gpus(places, device)
     _share_cores(here, places)
     _cluster = Cluster(
         rank=hvd.rank(),
@@ -219,7 +219,7 @@ def _start(device: str, *, anew: bool) -> Cluster:
         local_size=hvd.local_size(),
         cross_rank=hvd.cross_rank(),
         cross_size=hvd.cross_size(),
-        device=_use(here),
+        device=_use(gpus[hvd.rank()]),
         launcher=launch.launcher,
     )
     return _cluster
@@ -299,52 +299,80 @@ def _size_mismatch(launch: Launched, seen: int) -> UserError:
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where a rank runs, for the others on its host to compare with."""
+class Place:
+    """Where a rank runs, for the others on its host to compare with.
+
+    Attributes:
+        host: its name.
+        cores: those that this rank may run on.
+        gpus: those that it sees, in its order; equal on ranks of a host that mean the same one.
+    """
 
     host: str
     cores: tuple[int, ...]
-    gpus: int  # visible to this rank
-    gpu_index: int | None
-    gpu_identity: str | None
+    gpus: tuple[str, ...]
 
     @classmethod
-    def of_this_rank(cls, device: str, local_rank: int) -> _Place:
-        import torch
-
-        gpus = torch.cuda.device_count() if device != "cpu" else 0
-        # One visible GPU: the launcher (Slurm's --gpus-per-task, say) has bound this rank to its own already.
-        index = None if gpus == 0 else 0 if gpus == 1 else local_rank
-        identity = None
-        if index is not None and index < gpus:
-            properties = torch.cuda.get_device_properties(index)
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
-            identity = str(getattr(properties, "uuid", f"{index} of {visible}"))
+    def of_this_rank(cls, device: str) -> Place:
+        """This process's; with device "cpu" it sees no GPU."""
         cores = tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else ()
-        return cls(socket.gethostname(), cores, gpus, index, identity)
+        return cls(socket.gethostname(), cores, visible_gpus() if device != "cpu" else ())
 
 
-def _check_devices(places: list[_Place], device: str) -> None:
-    """Every rank sees the same list and comes to the same verdict."""
+def visible_gpus() -> tuple[str, ...]:
+    """An identity for each GPU that this process sees."""
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+    properties = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return tuple(str(getattr(item, "uuid", f"{index} of {visible}")) for index, item in enumerate(properties))
+
+
+def assign_gpus(places: Sequence[Place], device: str) -> list[int | None]:
+    """Which of the GPUs that it sees each rank takes: one of its own, whatever the launcher has bound ranks to.
+
+    Args:
+        places: of all ranks, in order.
+        device: as in `init`.
+
+    Returns:
+        For each rank an index into its `gpus`; None for all where no rank sees any.
+
+    Raises:
+        AgreedError: there are not enough, or a rank sees none though it should.
+    """
+    if device != "cuda" and not any(place.gpus for place in places):
+        return [None] * len(places)
     owners: dict[tuple[str, str], int] = {}
+
+    def take(rank: int, asked: set[tuple[str, str]]) -> bool:
+        own = [(places[rank].host, gpu) for gpu in places[rank].gpus]
+        for gpu in [*(gpu for gpu in own if gpu not in owners), *own]:  # only then one whose owner sees another
+            if gpu not in asked:
+                asked.add(gpu)
+                if gpu not in owners or take(owners[gpu], asked):
+                    owners[gpu] = rank
+                    return True
+        return False
+
     for rank, place in enumerate(places):
-        if place.gpu_index is None:
-            if device == "cuda" or any(other.gpus for other in places):
-                raise AgreedError(
-                    f"rank {rank} on {place.host} sees no GPU; check its driver and CUDA_VISIBLE_DEVICES, "
-                    "or train on --device cpu"
-                )
-            continue
-        owner = owners.setdefault((place.host, place.gpu_identity or ""), rank)
-        if place.gpu_identity is None or owner != rank:
-            ranks_there = sum(other.host == place.host for other in places)
+        if not place.gpus:
             raise AgreedError(
-                f"{ranks_there} ranks on {place.host} for {place.gpus} GPU{'s' * (place.gpus > 1)}; start one "
-                "rank a GPU (-np, -H host:slots, --ntasks-per-node), or train on --device cpu"
+                f"rank {rank} on {place.host} sees no GPU; check its driver and CUDA_VISIBLE_DEVICES, "
+                "or train on --device cpu"
             )
+        if not take(rank, set()):
+            there = [other for other in places if other.host == place.host]
+            gpus = len({gpu for other in there for gpu in other.gpus})
+            raise AgreedError(
+                f"{len(there)} ranks on {place.host} for {gpus} GPU{'s' * (gpus > 1)}; start one rank a GPU "
+                "(-np, -H host:slots, --ntasks-per-node), or train on --device cpu"
+            )
+    taken = {rank: gpu for (_, gpu), rank in owners.items()}
+    return [place.gpus.index(taken[rank]) for rank, place in enumerate(places)]
 
 
-def _share_cores(here: _Place, places: list[_Place]) -> None:
+def _share_cores(here: Place, places: Sequence[Place]) -> None:
     """Divides the cores among the ranks that may run on them; PyTorch alone gives every rank all."""
     import torch
 
@@ -354,13 +382,13 @@ def _share_cores(here: _Place, places: list[_Place]) -> None:
     torch.set_num_threads(max(1, (len(here.cores) or os.cpu_count() or 1) // sharers))
 
 
-def _use(place: _Place) -> torch.device:
+def _use(gpu: int | None) -> torch.device:
     import torch
 
-    if place.gpu_index is None:
+    if gpu is None:
         return torch.device("cpu")
-    torch.cuda.set_device(place.gpu_index)
-    return torch.device("cuda", place.gpu_index)
+    torch.cuda.set_device(gpu)
+    return torch.device("cuda", gpu)
 
 
 def gloo_store() -> str | None:

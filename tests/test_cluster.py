@@ -21,7 +21,7 @@ from on_ranks import launch, on_ranks
 
 from hvd_adam import cluster as cluster_module
 from hvd_adam import init
-from hvd_adam.cluster import Launched, _check_devices, _Place, launched, require_same, together
+from hvd_adam.cluster import Launched, Place, assign_gpus, launched, require_same, together
 from hvd_adam.errors import AgreedError, UserError
 
 ROOT = Path(__file__).parent.parent
@@ -170,31 +170,39 @@ def test_cuda_without_a_gpu_is_refused():
     assert "--device cpu" in message
 
 
-def place(host="a", gpus=0, index=None, identity=None):
-    return _Place(host, (0, 1), gpus, index, identity)
+def place(host, gpus=""):
+    return Place(host, (0, 1), tuple(gpus))
 
 
-# No machine of ours has several GPUs: the places that ranks report are made up, the judgement is real.
+# No machine of ours has several GPUs: what ranks report is made up, the assignment is real.
+@pytest.mark.parametrize(
+    ("places", "indices"),
+    [
+        ([place("a", "xy"), place("a", "xy")], [0, 1]),
+        ([place("a", "x"), place("a", "y")], [0, 0]),  # bound by Slurm, say
+        ([place("a", "x"), place("b", "x")], [0, 0]),  # hosts may name their GPUs alike
+        ([place("a", "xy"), place("a", "xy"), place("a", "zw"), place("a", "zw")], [0, 1, 0, 1]),  # the closest
+        ([place("a", "xy"), place("a", "x")], [1, 0]),
+        ([place("a", "xyz"), place("a", "xz"), place("a", "x")], [1, 1, 0]),
+        ([place("a"), place("b")], [None, None]),
+    ],
+)
+def test_each_rank_gets_a_gpu_of_its_own_whatever_the_binding(places, indices):
+    assert assign_gpus(places, "auto") == indices
+
+
 @pytest.mark.parametrize(
     ("places", "message"),
     [
-        ([place(gpus=2, index=0, identity="x"), place(gpus=2, index=1, identity="y")], None),
-        ([place(gpus=1, index=0, identity="x"), place(gpus=1, index=0, identity="y")], None),  # bound by Slurm
-        ([place("a", 1, 0, "x"), place("b", 1, 0, "x")], None),  # hosts may name their GPUs alike
-        ([place(gpus=1, index=0, identity="x"), place(gpus=1, index=0, identity="x")], "2 ranks on a for 1 GPU;"),
-        (
-            [place(gpus=2, index=0, identity="x"), place(gpus=2, index=1, identity="y"), place(gpus=2, index=2)],
-            "3 ranks on a for 2 GPUs; start one rank a GPU",
-        ),
-        ([place("a", 1, 0, "x"), place("b")], "rank 1 on b sees no GPU"),
+        ([place("a", "x"), place("a", "x")], "2 ranks on a for 1 GPU;"),
+        ([place("a", "xy")] * 3, "3 ranks on a for 2 GPUs; start one rank a GPU"),
+        ([place("a", "xy"), place("a", "x"), place("a", "x")], "3 ranks on a for 2 GPUs"),
+        ([place("a", "x"), place("b")], "rank 1 on b sees no GPU"),
     ],
 )
-def test_one_rank_a_gpu_whatever_the_binding(places, message):
-    if message is None:
-        _check_devices(places, "auto")
-    else:
-        with pytest.raises(AgreedError, match=message):
-            _check_devices(places, "auto")
+def test_fewer_gpus_than_ranks_are_refused(places, message):
+    with pytest.raises(AgreedError, match=message):
+        assign_gpus(places, "auto")
 
 
 @on_ranks(2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from types import ModuleType
@@ -67,10 +66,3 @@ def look_at_nccl(torch: ModuleType) -> Check:
     if len(loaded) > 1:
         return warn("NCCL", f"two are loaded: {', '.join(loaded)}", f"rebuild: `{BUILD_COMMAND} --cuda`")
     return ok("NCCL", f"built in, {', '.join(loaded) or 'linked statically'}")
-
-
-def identities(torch: ModuleType) -> list[str]:
-    """An identity for each GPU that this rank sees, equal on ranks of a host that see the same."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
-    properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    return [str(getattr(item, "uuid", f"{index} of {visible}")) for index, item in enumerate(properties)]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import socket
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
-from hvd_adam.cluster import _check_devices, _Place
+from hvd_adam.cluster import Place, assign_gpus
 from hvd_adam.doctor.checks import OK, Check, Report, fail, ok, sentence, shortened, warn, worst
 from hvd_adam.errors import UserError
 from hvd_adam.watchdog import _ranks
@@ -131,18 +131,12 @@ def gpus(reports: Sequence[Report], device: str) -> Check:
         reports: of all ranks, in order.
         device: as `hvd_adam.cluster.init` takes it.
     """
-    places, before = [], Counter()
-    for report in reports:
-        own = report.facts.get("gpus", []) if device != "cpu" else []
-        local = before[report.host]
-        before[report.host] += 1
-        index = None if not own else 0 if len(own) == 1 else local
-        identity = own[index] if index is not None and index < len(own) else None
-        places.append(_Place(report.host, (), len(own), index, identity))
+    seen = [tuple(report.facts.get("gpus", ())) if device != "cpu" else () for report in reports]
+    places = [Place(report.host, (), gpus) for report, gpus in zip(reports, seen, strict=True)]
     try:
-        _check_devices(places, device)
+        assign_gpus(places, device)
     except UserError as error:
         return sentence("GPUs", str(error))
     if not any(place.gpus for place in places):
         return ok("GPUs", "none used")
-    return ok("GPUs", f"one a rank: {shortened([f'{place.host} {place.gpus} visible' for place in places])}")
+    return ok("GPUs", f"one a rank: {shortened([f'{place.host} {len(place.gpus)} visible' for place in places])}")

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
-from hvd_adam.cluster import BUILD_COMMAND, horovod
+from hvd_adam.cluster import BUILD_COMMAND, horovod, visible_gpus
 from hvd_adam.doctor import gpu, machine
 from hvd_adam.doctor.checks import Check, Report, brief, fail, look, ok, sentence, warn
 from hvd_adam.doctor.gather import mpi
@@ -57,7 +57,7 @@ def examine(report: Report, controller: str, first: bool) -> None:
         look("driver", lambda: gpu.look_at_driver(torch)),
         look("NCCL", lambda: gpu.look_at_nccl(torch)),
     ]
-    report.facts["gpus"] = gpu.identities(torch)
+    report.facts["gpus"] = visible_gpus()
 
 
 def stops_horovod(checks: Mapping[str, str]) -> bool:
