@@ -16,7 +16,7 @@ import re
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -150,15 +150,30 @@ def save(checkpoints: Path, step: int, state: dict[str, Any]) -> Path:
 
 def _write(folder: Path, step: int, state: dict[str, Any]) -> None:
     with (folder / STATE).open("wb") as file:
-        torch.save(state, file)
+        hashed = _Hashed(file)
+        torch.save(state, hashed)
     manifest = {
-        "files": {STATE: {"bytes": (folder / STATE).stat().st_size, "sha256": _sha256(folder / STATE)}},
+        "files": {STATE: {"bytes": (folder / STATE).stat().st_size, "sha256": hashed.digest.hexdigest()}},
         "step": step,
         "versions": {"hvd_adam": hvd_adam.__version__, "torch": torch.__version__},
     }
     (folder / MANIFEST).write_text(_sealed(manifest))
     for path in (folder / STATE, folder / MANIFEST, folder):
         _flush(path)
+
+
+class _Hashed:
+    """A file that is hashed as it is written: reading it again would take as long as writing it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.digest = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 def _replace(draft: Path, final: Path) -> None:
