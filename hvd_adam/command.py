@@ -137,8 +137,7 @@ def _exit_with(error: UserError | JobError, line: str, code: int) -> NoReturn:
     rank = own_rank()
     if rank == 0 or isinstance(error, RankError):
         print(line, file=sys.stderr, flush=True)
-    elif not isinstance(error, AgreedError | JobError):
-        time.sleep(GRACE_SECONDS)
+    elif not isinstance(error, AgreedError | JobError) and not _ended_meanwhile(GRACE_SECONDS):
         print(f"{line} [rank {rank} on {socket.gethostname()}]", file=sys.stderr, flush=True)
     _leave(code)
 
@@ -153,13 +152,19 @@ def _fail(error: Exception, name: str) -> NoReturn:
     else:
         text = f"{''.join(traceback.format_exception(error))}{where} failed: {error!r}\n"
         grace *= rank > 0
-    before, end = asked_to_stop(), time.monotonic() + grace
-    while time.monotonic() < end:
-        if asked_to_stop() and not before:  # by the launcher, that is: a rank that failed has spoken
-            _leave(1)
-        time.sleep(0.05)
-    sys.stderr.write(text)
+    if not _ended_meanwhile(grace):
+        sys.stderr.write(text)
     _leave(1)
+
+
+def _ended_meanwhile(seconds: float) -> bool:
+    """Waits; whether the launcher has told this rank to end, that is, another rank has spoken."""
+    before, end = asked_to_stop(), time.monotonic() + seconds
+    while time.monotonic() < end:
+        if asked_to_stop() and not before:
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def _leave(code: int) -> NoReturn:

@@ -29,6 +29,12 @@ def asked_to_stop() -> bool:
     return _first is not None
 
 
+def listen() -> None:
+    """From now on the signals are noted, where by themselves they would end this process."""
+    for number in SIGNALS:
+        signal.signal(number, _note)
+
+
 def no_longer() -> None:
     """All is done: what comes now must not make a failure of it, as it would once Python has begun to end."""
     for number in SIGNALS:
@@ -63,8 +69,7 @@ class Preemption:
         self._hosts_changed = hosts_changed or (lambda: False)
         self._request: Any = None
         self.regroup = False
-        for number in SIGNALS:
-            signal.signal(number, _note)
+        listen()
 
     def ask(self) -> None:
         """Begins to ask all ranks, at the start of an update, so that the answer costs no time at its end."""

@@ -9,6 +9,7 @@ from hvd_adam.cluster import is_elastic
 from hvd_adam.command import run
 from hvd_adam.config import TrainConfig
 from hvd_adam.errors import UserError
+from hvd_adam.preemption import listen
 
 
 def main(config: TrainConfig) -> None:
@@ -25,4 +26,5 @@ def main(config: TrainConfig) -> None:
 
 
 if __name__ == "__main__":
+    listen()  # at once: PyTorch takes seconds to load, in which a job may be told to stop
     run(main, TrainConfig, "hvd_adam.train")

@@ -4,6 +4,9 @@
 launcher='' interface='' module=hvd_adam.train arguments=()
 container_options=() container_command=() # srun's options, and what the ranks run in place of the Python of here
 
+# Seconds until the ranks have started Python.
+STARTED_SECONDS=10
+
 # Seconds until a node that does not answer is given up; Slurm itself notices after its SlurmdTimeout (300 s).
 NODE_ANSWERS_SECONDS=60
 SLURM_NOTICES_SECONDS=900
@@ -132,8 +135,8 @@ tasks_of_nodes() {
 
 # train: runs the command to its end, and hands on signals; `code` is its exit code.
 train() {
-  # Slurm's warnings: --signal, pre-emption, the end of the grace time. The ranks take it as: save and stop.
-  trap 'kill -USR1 "$training" 2>/dev/null || true' USR1 USR2 TERM
+  trap hand_on USR1 USR2 TERM
+  SECONDS=0
   "${command[@]}" &
   training=$!
   while kill -0 "$training" 2>/dev/null; do wait "$training" || true; done # a signal ends the wait, not the training
@@ -141,11 +144,19 @@ train() {
   wait "$training" || code=$?
 }
 
+# hand_on: Slurm's warnings (--signal, pre-emption, the end of the grace time) tell the ranks: save and stop. Before
+# they have started they could not hear it.
+hand_on() {
+  if ((SECONDS < STARTED_SECONDS)); then sleep $((STARTED_SECONDS - SECONDS)); fi
+  kill -USR1 "$training" 2>/dev/null || true
+}
+
 # end_job: after 75 the job is queued anew, unless Slurm is doing so, or somebody has cancelled it.
 end_job() {
   case $code in
     0 | 2) ;;
     75) queue_anew "the training has saved itself" ;;
+    138 | 140 | 143) queue_anew "it was told to stop before it could save itself" ;; # USR1, USR2, TERM
     *) if ! nodes_answer; then await_slurm; fi ;;
   esac
   exit "$code"
