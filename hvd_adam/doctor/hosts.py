@@ -89,7 +89,7 @@ def is_here(host: str) -> bool:
 def _look_at(host: str, here: Mapping[str, str], config: DoctorConfig) -> _Problem | None:
     variables = [f"{name}={shlex.quote(os.environ[name])}" for name in remote.PASSED_ON if os.environ.get(name)]
     there = ["exec", "env", *variables, shlex.quote(sys.executable), "-m", NAME, "--json"]
-    command = [*remote.ssh(host, config), f"cd {shlex.quote(os.getcwd())} && {' '.join(there)}"]
+    command = [*remote.ssh(host, config), f"cd {shlex.quote(os.getcwd())} 2>/dev/null; {' '.join(there)}"]
     try:
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=False
