@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from hvd_adam.adam import Adam
-from hvd_adam.bench import adam, allreduce, footprint, memory, step
+from hvd_adam.bench import adam, allreduce, checkpoint, footprint, memory, step
 from hvd_adam.bench.__main__ import COMMANDS, measure
-from hvd_adam.bench.config import AdamConfig, AllreduceConfig, MemoryConfig, StepConfig
+from hvd_adam.bench.config import AdamConfig, AllreduceConfig, CheckpointConfig, MemoryConfig, StepConfig
 from hvd_adam.bench.groups import Outcome, Plan, take_turns
 from hvd_adam.bench.processes import marked
 from hvd_adam.bench.report import Column, table
@@ -144,6 +144,9 @@ def test_the_table_has_columns_of_fixed_width():
         (AllreduceConfig, "--np 1", "--np is 1: it must be at least 2"),
         (AllreduceConfig, "--sizes 1,-1", "--sizes is 1,-1: it must be sizes in MB"),
         (AllreduceConfig, "--sizes inf", "--sizes is inf: it must be sizes in MB"),
+        (CheckpointConfig, "--steps 19", "--steps is 19: it must be at least twice --every"),
+        (CheckpointConfig, "--every 0", "--every is 0: it must be at least 1"),
+        (CheckpointConfig, "--folder nowhere", "--folder is nowhere: it must be a folder that exists"),
         (MemoryConfig, "--np 1,two", "--np is 1,two: it must be numbers of ranks"),
     ],
 )
@@ -167,8 +170,8 @@ def test_lists_in_arguments_are_understood():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "hvd_adam.bench: error: which benchmark?: use one of adam, allreduce, step, memory"),
-        (["all"], "hvd_adam.bench: error: 'all' is no benchmark: use one of adam, allreduce, step, memory"),
+        ([], f"hvd_adam.bench: error: which benchmark?: use one of {', '.join(COMMANDS)}"),
+        (["all"], f"hvd_adam.bench: error: 'all' is no benchmark: use one of {', '.join(COMMANDS)}"),
     ],
 )
 def test_a_missing_or_unknown_benchmark_gets_one_line_and_code_2(argv, message):
@@ -399,6 +402,26 @@ def test_allreduce_times_every_variant_at_every_size(tmp_path, mark):
             assert row["bus_gb_per_s"] == pytest.approx(size / row["median_ms"])
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert marked(mark) == []
+
+
+def test_checkpoint_times_runs_with_and_without(tmp_path, mark):
+    argv = ("--models", "mlp", "--np", 1, "--every", 2, "--steps", 6, "--repeats", 1, "--folder", tmp_path)
+    shown = bench_json("checkpoint", *argv, "--launcher", "gloo", "--device", "cpu")
+    without, with_them = shown["rows"]
+    assert (without["variant"], with_them["variant"]) == ("without", "with")
+    assert without["samples"] == with_them["samples"] == 2  # the first interval is left out
+    assert without["to_without"] == 1
+    assert with_them["to_without"] == pytest.approx(with_them["median_ms"] / without["median_ms"])
+    assert with_them["megabytes"] > 1
+    assert list(tmp_path.iterdir()) == []
+    assert marked(mark) == []
+
+
+def test_checkpoint_reports_the_run_that_failed():
+    runs = {"without": [{"seconds": [0.1, 0.3], "megabytes": 2.0}], "with": [{"error": "with: died"}]}
+    without, with_them = checkpoint.summarize("mlp", runs)
+    assert without["median_ms"] == pytest.approx(200)
+    assert with_them == {"model": "mlp", "variant": "with", "error": "with: died", "to_without": None}
 
 
 def test_memory_of_every_strategy_is_as_predicted(tmp_path):
