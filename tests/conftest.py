@@ -1,4 +1,4 @@
-"""The order of the test files: the longest first, so that both processes of a run end at about the same time."""
+"""The order of the test files: the longest first, so that all processes of a run end at about the same time."""
 
 LONGEST = (
     "test_images test_train test_slurm test_resume test_readme test_doctor test_kernels test_sharded test_bench "

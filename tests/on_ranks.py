@@ -5,6 +5,7 @@ takes seconds. A body gets this rank's `Cluster`; what it raises fails the test,
 ends its ranks: the bodies after it get new ones.
 """
 
+import faulthandler
 import importlib
 import json
 import os
@@ -95,6 +96,8 @@ def _work(module: str, folder: str, *names: str) -> None:
 
     from hvd_adam import init
 
+    # Where a body hangs: said, with every thread's stack, before the launch is given up.
+    faulthandler.dump_traceback_later(LAUNCH_SECONDS - 30, exit=True)
     cluster = init()
     importlib.import_module(module)
     bodies = {body.__name__: body for key in on_ranks._bodies for body in on_ranks._bodies[key]}

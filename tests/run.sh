@@ -9,5 +9,5 @@ PATH=${HVD_ADAM_VENV:-$root/.venv}/bin:$PATH
 ruff check
 ruff format --check
 find . -path ./.venv -prune -o -name '*.sh' -print0 | xargs -0 shellcheck -x .ci/run
-# Two at a time, by file: launches of ranks, which take most of the time, leave a third of two cores idle.
-python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+# Three at a time, by file: what takes most of the time (launches of ranks, Slurm, hosts that are lost) leaves cores idle.
+python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"
