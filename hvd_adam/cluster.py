@@ -228,6 +228,8 @@ def _start(device: str, *, anew: bool) -> Cluster:
 def restart(device: str = "auto") -> Cluster:
     """Starts Horovod anew among the ranks that are there now; every rank that is left calls it, new ones `init`.
 
+    Under an elastic launcher only: another keeps the addresses of before, at which nobody listens any more.
+
     Raises:
         RankError: this rank has no place among them, or the launcher is gone.
         HorovodInternalError: another rank was lost meanwhile.
@@ -236,7 +238,7 @@ def restart(device: str = "auto") -> Cluster:
     global _cluster, _numbers
     horovod().shutdown()
     _cluster, _numbers = None, itertools.count()
-    return _start(device, anew=is_elastic())
+    return _start(device, anew=True)
 
 
 def collective_prefix() -> str:

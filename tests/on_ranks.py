@@ -28,6 +28,8 @@ _bodies: dict[Key, list[Callable]] = defaultdict(list)
 def on_ranks(ranks: int, controller: str = "gloo") -> Callable[[Callable], Callable]:
     """Makes a test of a body that takes a `Cluster`, run on so many ranks under `horovodrun --controller`.
 
+    The controller "elastic" is Gloo with a launcher that lets ranks start anew, see `hvd_adam.cluster.restart`.
+
     0 ranks: one process without a launcher. Never the process of the tests itself: once MPI has started there,
     no mpirun starts from it any more.
     """
@@ -49,8 +51,14 @@ def on_ranks(ranks: int, controller: str = "gloo") -> Callable[[Callable], Calla
 
 def launch(arguments: list[str], ranks: int, controller: str, **options: object) -> subprocess.CompletedProcess:
     """Runs `python ARGUMENTS` on so many ranks of this machine, without a launcher for 0; output as text."""
-    launcher = [str(Path(sys.executable).with_name("horovodrun")), "-np", str(ranks), f"--{controller}"]
-    launcher = launcher if ranks else []
+    launcher = []
+    if ranks:
+        if controller == "elastic":
+            horovodrun = [sys.executable, str(TESTS.parent / "launch" / "run_horovod.py")]
+            how = ["--min-np", str(ranks), "--host-discovery-script", f"echo localhost:{ranks}"]
+        else:
+            horovodrun, how = [str(Path(sys.executable).with_name("horovodrun"))], [f"--{controller}"]
+        launcher = [*horovodrun, "-np", str(ranks), *how]
     environ = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     environ.update(options.pop("env", {}))
     return subprocess.run(

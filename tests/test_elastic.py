@@ -83,7 +83,7 @@ def test_a_copy_is_apart_from_what_was_copied_and_in_the_memory_of_the_one_befor
     assert {name: tuple(value.shape) for name, value in memory._state.model.items()} == {"w": (5,), "v": (2,)}
 
 
-@on_ranks(2)
+@on_ranks(2, "elastic")
 def test_horovod_starts_anew_with_names_that_new_ranks_have_too(cluster):
     for _ in range(cluster.rank + 1):  # as many as one rank has used before, and another not
         clusters.collective_prefix()
@@ -94,7 +94,7 @@ def test_horovod_starts_anew_with_names_that_new_ranks_have_too(cluster):
     assert horovod().allreduce(torch.ones(1), op=horovod().Sum, name="again").item() == 2
 
 
-@on_ranks(2)
+@on_ranks(2, "elastic")
 def test_connections_that_are_cut_end_for_the_other_rank(cluster):
     connections = Connections()
     with connections.noted():
