@@ -317,8 +317,14 @@ class Place:
     @classmethod
     def of_this_rank(cls, device: str) -> Place:
         """This process's; with device "cpu" it sees no GPU."""
-        cores = tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else ()
-        return cls(socket.gethostname(), cores, visible_gpus() if device != "cpu" else ())
+        return cls(socket.gethostname(), cores(), visible_gpus() if device != "cpu" else ())
+
+
+def cores() -> tuple[int, ...]:
+    """The cores that this process may run on, ascending; where the system does not tell, all of the host."""
+    if hasattr(os, "sched_getaffinity"):
+        return tuple(sorted(os.sched_getaffinity(0)))
+    return tuple(range(os.cpu_count() or 1))
 
 
 def visible_gpus() -> tuple[str, ...]:
@@ -381,7 +387,7 @@ def _share_cores(here: Place, places: Sequence[Place]) -> None:
     if "OMP_NUM_THREADS" in os.environ:
         return
     sharers = sum(other.host == here.host and other.cores == here.cores for other in places)
-    torch.set_num_threads(max(1, (len(here.cores) or os.cpu_count() or 1) // sharers))
+    torch.set_num_threads(max(1, len(here.cores) // sharers))
 
 
 def _use(gpu: int | None) -> torch.device:

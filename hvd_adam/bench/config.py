@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from hvd_adam.config import _option, _require
+from hvd_adam.cluster import cores
+from hvd_adam.config import option, require
 from hvd_adam.errors import UserError
 
 Number = TypeVar("Number", int, float)
@@ -19,53 +19,49 @@ OURS = "hvd_adam-"
 PEERS = ("horovod", "horovod-fused", "ddp-fused", "ddp-zero", "compute")
 
 
-def cores() -> int:
-    """How many cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 @dataclass(frozen=True)
 class BenchConfig:
     """What all benchmarks are told."""
 
-    json: bool = _option(False, "print one JSON object instead of a table")
-    plot: str | None = _option(None, "also draw the result into this PNG file")
-    device: Literal["auto", "cpu", "cuda"] = _option("auto", "auto takes a GPU where there is one")
+    json: bool = option(False, "print one JSON object instead of a table")
+    plot: str | None = option(None, "also draw the result into this PNG file")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes a GPU where there is one")
 
     def __post_init__(self) -> None:
         if self.plot is not None:
             path = Path(self.plot)
-            _require(path.suffix == ".png", "plot", self.plot, "a file name that ends in .png")
-            _require(path.absolute().parent.is_dir(), "plot", self.plot, "in a folder that exists")
+            require(path.suffix == ".png", "plot", self.plot, "a file name that ends in .png")
+            require(path.absolute().parent.is_dir(), "plot", self.plot, "in a folder that exists")
 
 
 @dataclass(frozen=True)
 class AdamConfig(BenchConfig):
     """Times one optimizer step without communication: ours, PyTorch's, apex's and DeepSpeed's, beside a copy."""
 
-    parameters: int | None = _option(None, "number of parameters (default: ResNet-18's 62 tensors, 11.7 M)")
-    tensors: int | None = _option(None, "number of tensors that --parameters are divided among (default: 62)")
-    threads: str = _option("auto", "numbers of threads to compare, as in 1,2; auto: 1, 2, 4, … up to the cores")
-    dtype: Literal["float32", "float64", "bfloat16", "float16"] = _option("float32", "dtype of the parameters")
-    reference: bool = _option(False, "time the slow reference too, above a million parameters")
-    repeats: int = _option(20, "rounds in which every optimizer makes a step in turn")
+    parameters: int | None = option(None, "number of parameters (default: ResNet-18's 62 tensors, 11.7 M)")
+    tensors: int | None = option(None, "number of tensors that --parameters are divided among (default: 62)")
+    threads: str = option("auto", "numbers of threads to compare, as in 1,2; auto: 1, 2, 4, … up to the cores")
+    dtype: Literal["float32", "float64", "bfloat16", "float16"] = option("float32", "dtype of the parameters")
+    reference: bool = option(False, "time the slow reference too, above a million parameters")
+    repeats: int = option(20, "rounds in which every optimizer makes a step in turn")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self.repeats >= 1, "repeats", self.repeats, "at least 1")
-        _require(self.parameters is None or self.parameters >= 1, "parameters", self.parameters, "at least 1")
+        require(self.repeats >= 1, "repeats", self.repeats, "at least 1")
+        require(self.parameters is None or self.parameters >= 1, "parameters", self.parameters, "at least 1")
         if self.tensors is not None:
             if self.parameters is None:
                 raise UserError("--tensors goes with --parameters: ResNet-18 has tensors of its own")
-            _require(1 <= self.tensors <= self.parameters, "tensors", self.tensors, "from 1 to --parameters")
+            require(1 <= self.tensors <= self.parameters, "tensors", self.tensors, "from 1 to --parameters")
         self.thread_counts()
 
     def thread_counts(self) -> tuple[int, ...]:
         """The numbers of threads to compare."""
+        most = len(cores())
         if self.threads == "auto":
-            return tuple(sorted({*(2**power for power in range(cores().bit_length())), cores()}))
-        wanted = f"numbers from 1 to the {cores()} cores, as in 1,{max(2, cores())}"
-        return _numbers("threads", self.threads, int, lambda count: 1 <= count <= cores(), wanted)
+            return tuple(sorted({*(2**power for power in range(most.bit_length())), most}))
+        wanted = f"numbers from 1 to the {most} cores, as in 1,{max(2, most)}"
+        return _numbers("threads", self.threads, int, lambda count: 1 <= count <= most, wanted)
 
     def tensor_sizes(self) -> tuple[int, ...] | None:
         """Elements of each tensor; None for ResNet-18's."""
@@ -80,37 +76,37 @@ class AdamConfig(BenchConfig):
 class RanksConfig(BenchConfig):
     """What all benchmarks on several ranks are told."""
 
-    launcher: Literal["mpi", "gloo"] = _option("mpi", "what horovodrun uses: --mpi or --gloo")
-    timeout: float = _option(120.0, "seconds that a variant may take to start and warm up, and for each turn")
+    launcher: Literal["mpi", "gloo"] = option("mpi", "what horovodrun uses: --mpi or --gloo")
+    timeout: float = option(120.0, "seconds that a variant may take to start and warm up, and for each turn")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self.timeout > 0, "timeout", self.timeout, "above 0")
+        require(self.timeout > 0, "timeout", self.timeout, "above 0")
 
 
 @dataclass(frozen=True)
 class StepConfig(RanksConfig):
     """Times whole training steps: every strategy of ours, stock Horovod, DDP, ZeRO, and computing only."""
 
-    np: int = _option(2, "number of ranks")
-    models: str = _option(
+    np: int = option(2, "number of ranks")
+    models: str = option(
         "mlp,cnn,resnet18", "models to train: mlp (10.5 M parameters) or as --model of hvd_adam.train"
     )
-    batch_size: int = _option(32, "images per rank")
-    repeats: int = _option(5, "rounds in which every variant has a turn")
-    steps: int = _option(10, "steps to a turn that count")
-    variants: str = _option("all", f"which to compare, as in {OURS}allreduce,{','.join(PEERS)}")
+    batch_size: int = option(32, "images per rank")
+    repeats: int = option(5, "rounds in which every variant has a turn")
+    steps: int = option(10, "steps to a turn that count")
+    variants: str = option("all", f"which to compare, as in {OURS}allreduce,{','.join(PEERS)}")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self.np >= 1, "np", self.np, "at least 1")
+        require(self.np >= 1, "np", self.np, "at least 1")
         for name in ("batch_size", "repeats", "steps"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _require(bool(self.model_names()), "models", repr(self.models), "names of models, as in mlp,cnn")
-        _require(bool(_words(self.variants)), "variants", repr(self.variants), "all, or names of variants")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require(bool(self.model_names()), "models", repr(self.models), "names of models, as in mlp,cnn")
+        require(bool(_words(self.variants)), "variants", repr(self.variants), "all, or names of variants")
         for name in _words(self.variants):
             known = name in ("all", *PEERS) or name.startswith(OURS)
-            _require(known, "variants", name, f"some of {OURS}STRATEGY, {', '.join(PEERS)}")
+            require(known, "variants", name, f"some of {OURS}STRATEGY, {', '.join(PEERS)}")
 
     def model_names(self) -> tuple[str, ...]:
         """The models to train."""
@@ -128,7 +124,7 @@ class StepConfig(RanksConfig):
         known = (*(OURS + strategy for strategy in strategies), *PEERS)
         names = known if self.variants == "all" else _words(self.variants)
         for name in names:
-            _require(name in known, "variants", name, f"some of {', '.join(known)}")
+            require(name in known, "variants", name, f"some of {', '.join(known)}")
         return names
 
 
@@ -136,16 +132,16 @@ class StepConfig(RanksConfig):
 class AllreduceConfig(RanksConfig):
     """Times sums over the ranks by message size: Horovod, MPI, torch.distributed, beside the ring's bound."""
 
-    np: int = _option(2, "number of ranks, at least 2")
-    sizes: str = _option("0.004,0.06,0.25,1,4,8,16,40", "message sizes in MB (a million bytes)")
-    repeats: int = _option(5, "rounds in which every variant has a turn")
-    calls: int = _option(10, "sums of each size to a turn that count")
+    np: int = option(2, "number of ranks, at least 2")
+    sizes: str = option("0.004,0.06,0.25,1,4,8,16,40", "message sizes in MB (a million bytes)")
+    repeats: int = option(5, "rounds in which every variant has a turn")
+    calls: int = option(10, "sums of each size to a turn that count")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self.np >= 2, "np", self.np, "at least 2")
-        _require(self.repeats >= 1, "repeats", self.repeats, "at least 1")
-        _require(self.calls >= 1, "calls", self.calls, "at least 1")
+        require(self.np >= 2, "np", self.np, "at least 2")
+        require(self.repeats >= 1, "repeats", self.repeats, "at least 1")
+        require(self.calls >= 1, "calls", self.calls, "at least 1")
         self.elements()
 
     def elements(self) -> tuple[int, ...]:
@@ -160,22 +156,22 @@ class AllreduceConfig(RanksConfig):
 class CheckpointConfig(RanksConfig):
     """Times training with and without checkpoints: what writing them beside it costs."""
 
-    np: int = _option(2, "number of ranks")
-    models: str = _option("cnn,resnet18", "models to train, as --model of hvd_adam.train")
-    batch_size: int = _option(32, "images per rank")
-    every: int = _option(10, "updates between two checkpoints, at least 1")
-    steps: int = _option(60, "updates of a run, at least twice as many")
-    repeats: int = _option(5, "runs of each, taken in turns")
-    folder: str | None = _option(None, "an existing folder to write below (default: the system's temporary one)")
-    timeout: float = _option(300.0, "seconds that a run may take")
+    np: int = option(2, "number of ranks")
+    models: str = option("cnn,resnet18", "models to train, as --model of hvd_adam.train")
+    batch_size: int = option(32, "images per rank")
+    every: int = option(10, "updates between two checkpoints, at least 1")
+    steps: int = option(60, "updates of a run, at least twice as many")
+    repeats: int = option(5, "runs of each, taken in turns")
+    folder: str | None = option(None, "an existing folder to write below (default: the system's temporary one)")
+    timeout: float = option(300.0, "seconds that a run may take")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("np", "batch_size", "every", "repeats"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _require(self.steps >= 2 * self.every, "steps", self.steps, f"at least twice --every ({2 * self.every})")
-        _require(bool(self.model_names()), "models", repr(self.models), "names of models, as in cnn,resnet18")
-        _require(self.folder is None or Path(self.folder).is_dir(), "folder", self.folder, "a folder that exists")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require(self.steps >= 2 * self.every, "steps", self.steps, f"at least twice --every ({2 * self.every})")
+        require(bool(self.model_names()), "models", repr(self.models), "names of models, as in cnn,resnet18")
+        require(self.folder is None or Path(self.folder).is_dir(), "folder", self.folder, "a folder that exists")
 
     def model_names(self) -> tuple[str, ...]:
         """The models to train."""
@@ -186,8 +182,8 @@ class CheckpointConfig(RanksConfig):
 class MemoryConfig(RanksConfig):
     """Measures bytes per parameter on a rank by strategy and number of ranks, beside what is predicted."""
 
-    model: str = _option("mlp", "mlp (10.5 M parameters) or as --model of hvd_adam.train")
-    np: str = _option("1,2,4", "numbers of ranks to compare")
+    model: str = option("mlp", "mlp (10.5 M parameters) or as --model of hvd_adam.train")
+    np: str = option("1,2,4", "numbers of ranks to compare")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -209,5 +205,5 @@ def _numbers(
         values = tuple(kind(word) for word in _words(text))
     except ValueError:
         values = ()
-    _require(bool(values) and all(map(valid, values)), name, text, wanted)
+    require(bool(values) and all(map(valid, values)), name, text, wanted)
     return values

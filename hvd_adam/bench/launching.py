@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hvd_adam.bench.config import RanksConfig, cores
+from hvd_adam.bench.config import RanksConfig
 from hvd_adam.bench.groups import Plan
-from hvd_adam.cluster import BUILD_COMMAND
+from hvd_adam.cluster import BUILD_COMMAND, cores
 from hvd_adam.errors import UserError
 
 WORKER = (sys.executable, "-m", "hvd_adam.bench.worker")
@@ -21,7 +21,7 @@ PATIENCE_SECONDS = 86_400
 
 def threads(ranks: int) -> int:
     """How many threads each rank computes with."""
-    return max(1, cores() // ranks)
+    return max(1, len(cores()) // ranks)
 
 
 def device(config: RanksConfig, ranks: int) -> str:

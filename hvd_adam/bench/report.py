@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hvd_adam.bench.config import BenchConfig, cores
+from hvd_adam.bench.config import BenchConfig
 from hvd_adam.bench.summary import Row
+from hvd_adam.cluster import cores
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -74,7 +75,7 @@ def machine(load: float) -> dict[str, Any]:
 
     return {
         "cpu": _cpu_model(),
-        "cores": cores(),
+        "cores": len(cores()),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         "gpus": torch.cuda.device_count(),
         "python": platform.python_version(),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from hvd_adam.config import _option, _require
+from hvd_adam.config import option, require
 
 # A leading dash would be an option of ssh.
 _HOST = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -17,25 +17,25 @@ _HOST = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9_][A-Za-z0-9_.-]*"
 class DoctorConfig:
     """Says what is wrong with this machine, with other hosts, or with the job that it is started in."""
 
-    json: bool = _option(False, "print one JSON object instead of a table")
-    seconds: float = _option(10.0, "seconds that the measurements may take together, at most 600")
-    timeout: float = _option(60.0, "seconds to wait for a rank or host that does not come, at most 3600")
-    output_dir: str = _option("runs", "the folder that runs will be written to")
-    device: Literal["auto", "cpu", "cuda"] = _option("auto", "auto takes a GPU where there is one")
-    hosts: str | None = _option(None, "also -H: look at these hosts too, by ssh, as in host1,host2")
-    ssh_port: int | None = _option(None, "ssh port of the hosts (default: as ssh is configured)")
-    ssh_key: str | None = _option(None, "ssh private key (default: as ssh is configured)")
+    json: bool = option(False, "print one JSON object instead of a table")
+    seconds: float = option(10.0, "seconds that the measurements may take together, at most 600")
+    timeout: float = option(60.0, "seconds to wait for a rank or host that does not come, at most 3600")
+    output_dir: str = option("runs", "the folder that runs will be written to")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes a GPU where there is one")
+    hosts: str | None = option(None, "also -H: look at these hosts too, by ssh, as in host1,host2")
+    ssh_port: int | None = option(None, "ssh port of the hosts (default: as ssh is configured)")
+    ssh_key: str | None = option(None, "ssh private key (default: as ssh is configured)")
 
     def __post_init__(self) -> None:
-        _require(0 < self.seconds <= 600, "seconds", self.seconds, "above 0 and at most 600")
-        _require(0 < self.timeout <= 3600, "timeout", self.timeout, "above 0 and at most 3600")
-        _require(bool(self.output_dir), "output-dir", "empty", "the name of a folder")
+        require(0 < self.seconds <= 600, "seconds", self.seconds, "above 0 and at most 600")
+        require(0 < self.timeout <= 3600, "timeout", self.timeout, "above 0 and at most 3600")
+        require(bool(self.output_dir), "output-dir", "empty", "the name of a folder")
         port = self.ssh_port
-        _require(port is None or 0 < port < 65536, "ssh-port", port, "from 1 to 65535")
-        _require(self.ssh_key is None or Path(self.ssh_key).is_file(), "ssh-key", self.ssh_key, "a file")
+        require(port is None or 0 < port < 65536, "ssh-port", port, "from 1 to 65535")
+        require(self.ssh_key is None or Path(self.ssh_key).is_file(), "ssh-key", self.ssh_key, "a file")
         if self.hosts is not None:
             for host in self.host_names() or ("",):
-                _require(bool(_HOST.fullmatch(host)), "hosts", repr(self.hosts), "names, as in host1,host2")
+                require(bool(_HOST.fullmatch(host)), "hosts", repr(self.hosts), "names, as in host1,host2")
 
     def host_names(self) -> tuple[str, ...]:
         """The hosts to look at, each once; a number of ranks after a colon is left out."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from hvd_adam.bench.config import cores
+from hvd_adam.cluster import cores
 from hvd_adam.doctor.checks import Check, Report, fail, look, ok, warn
 from hvd_adam.watchdog import _addresses
 
@@ -45,9 +45,8 @@ def examine(report: Report, output_dir: str) -> None:
     ]
     if report.rank == 0:
         report.checks.append(look("output folder", lambda: _output_folder(Path(output_dir))))
-    cores_here = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(cores()))
     report.facts |= {
-        "cores": cores_here,
+        "cores": cores(),
         "threads": os.environ.get("OMP_NUM_THREADS", ""),
         "addresses": list(_addresses()),
         "interface": chosen_interface(),
