@@ -7,6 +7,7 @@ be good.
 """
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -17,8 +18,9 @@ import pytest
 import torch
 
 from hvd_adam.adam import Adam
-from hvd_adam.bench import adam, allreduce, checkpoint, footprint, memory, step
+from hvd_adam.bench import adam, allreduce, checkpoint, footprint, memory, optimizers, step, workloads
 from hvd_adam.bench.__main__ import COMMANDS, measure
+from hvd_adam.bench.clock import mean_seconds
 from hvd_adam.bench.config import AdamConfig, AllreduceConfig, CheckpointConfig, MemoryConfig, StepConfig
 from hvd_adam.bench.groups import Outcome, Plan, take_turns
 from hvd_adam.bench.processes import marked
@@ -131,6 +133,15 @@ def test_the_table_has_columns_of_fixed_width():
         (AdamConfig, "--parameters 0", "--parameters is 0: it must be at least 1"),
         (AdamConfig, "--tensors 3", "--tensors goes with --parameters"),
         (AdamConfig, "--parameters 2 --tensors 3", "--tensors is 3: it must be from 1 to --parameters"),
+        (AdamConfig, "--parameters 2 --workloads 1M", "--parameters and --workloads exclude each other"),
+        (
+            AdamConfig,
+            "--workloads 1M,vgg",
+            "--workloads is 1M,vgg: it must be numbers of parameters, as in 16M,1G",
+        ),
+        (AdamConfig, "--workloads 0", "--workloads is 0: it must be numbers of parameters"),
+        (AdamConfig, "--workloads ,", "--workloads is ,: it must be numbers of parameters"),
+        (AdamConfig, "--dtype float32-master", "--dtype is float32-master: it must be one of float32"),
         (AdamConfig, "--repeats 0", "--repeats is 0: it must be at least 1"),
         (AdamConfig, "--dtype int8", "--dtype is int8: it must be one of float32"),
         (AdamConfig, "--plot x.pdf", "--plot is x.pdf: it must be a file name that ends in .png"),
@@ -349,6 +360,7 @@ def test_adam_times_every_optimizer_beside_a_copy(tmp_path):
         assert row["gb_per_s"] == pytest.approx(28 * 5000 / row["median_ms"] / 1e6)
         assert row["to_torch_foreach"] == pytest.approx(row["median_ms"] / rows["torch foreach"]["median_ms"])
         assert row["to_copy"] == pytest.approx(row["gb_per_s"] / rows["copy"]["gb_per_s"])
+        assert (row["workload"], row["dtype"], row["parameters"], row["tensors"]) == ("custom", "float32", 5000, 3)
     everything = {*rows, *(note.partition(":")[0] for note in shown["notes"])}
     assert {"torch fused", "apex FusedAdam", "deepspeed CPUAdam", "hvd_adam fused"} <= everything
     assert plot.read_bytes().startswith(b"\x89PNG")
@@ -363,9 +375,130 @@ def test_adam_prints_the_machine_and_a_table(capsys):
     assert "after 3 rounds that do not count" in shown
 
 
-def test_the_default_tensors_are_resnet18s():
-    shapes = adam._shapes(AdamConfig())
-    assert (len(shapes), sum(map(torch.Size.numel, shapes))) == (62, 11_689_512)
+def test_adam_takes_every_workload_in_every_dtype(monkeypatch):
+    makers = optimizers._makers
+
+    def quick(*args):  # compiles nothing
+        return {name: make for name, make in makers(*args).items() if name != "hvd_adam fused"}
+
+    monkeypatch.setattr(optimizers, "_makers", quick)
+    kinds = "bfloat16-master,float64"
+    shown = adam.measure(AdamConfig(workloads="30,2K", dtype=kinds, threads="1", repeats=1, device="cpu"))
+    by_kind = {}
+    for row in shown.rows:
+        by_kind.setdefault((row["parameters"], row["dtype"]), []).append(row)
+    assert [*by_kind] == [(n, kind) for n in (30, 2000) for kind in ("bfloat16-master", "float64")]
+    for (parameters, kind), rows in by_kind.items():
+        size = {"float64": 56, "bfloat16-master": 30}[kind]
+        assert {"hvd_adam foreach", "hvd_adam reference", "torch foreach", "copy"} <= {row["name"] for row in rows}
+        for row in rows:
+            assert row["gb_per_s"] == pytest.approx(size * parameters / row["median_ms"] / 1e6)
+    assert any("float64 56" in note and "bfloat16-master 30" in note for note in shown.notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "parameters"),
+    [
+        ("resnet18", 62, 11_689_512),
+        ("resnet50", 161, 25_557_032),
+        ("transformer", 292, 1_315_723_264),
+        ("16M", 1, 16_000_000),
+    ],
+)
+def test_workloads_have_the_tensors_of_their_models(name, tensors, parameters):
+    shapes = workloads.shapes(AdamConfig(), name)
+    assert (len(shapes), sum(map(math.prod, shapes))) == (tensors, parameters)
+
+
+def test_a_cpu_updates_resnet18_and_a_gpu_everything():
+    assert (AdamConfig().workload_names("cpu"), AdamConfig().dtype_names("cpu")) == (("resnet18",), ("float32",))
+    names = AdamConfig().workload_names("cuda")
+    assert names == ("1M", "16M", "100M", "1G", "resnet18", "resnet50", "transformer")
+    assert AdamConfig().dtype_names("cuda") == ("float32", "bfloat16-master")
+
+
+def workload(*sizes, kind="float32", device="cpu"):
+    return workloads.Workload("test", kind, tuple((size,) for size in sizes), torch.device(device))
+
+
+def test_a_peer_with_master_weights_makes_the_step_that_ours_makes():
+    ended = {}
+    for name, make in optimizers._makers(workload(300, 7, kind="bfloat16-master"), reference=False).items():
+        if name in ("hvd_adam reference", "torch for-loop", "torch foreach"):
+            tensors = optimizers.Tensors(workload(300, 7, kind="bfloat16-master"))
+            before = [parameter.detach().clone() for parameter in tensors.parameters]
+            step = make(tensors)
+            for _ in range(3):
+                step()
+            assert not any(map(torch.equal, before, tensors.parameters))
+            ended[name] = torch.cat([parameter.detach() for parameter in tensors.parameters])
+    assert len(ended) == 3
+    for parameters in ended.values():
+        assert parameters.dtype == torch.bfloat16
+        torch.testing.assert_close(parameters, ended["hvd_adam reference"])
+
+
+def test_a_large_copy_goes_through_small_buffers_until_it_has_moved_as_many_bytes(monkeypatch):
+    monkeypatch.setattr(optimizers, "COPY_BYTES", 400)
+    copied = []
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda goal, origin: copied.append((goal.nbytes, origin.nbytes)))
+    optimizers.limits(workload(64))["copy"]()
+    assert copied == [(400, 400), (400, 400), (96, 96)]  # half of 28 bytes for each of 64 parameters
+
+
+def test_on_a_gpu_only_what_matters_is_timed_where_there_is_much_to_update():
+    large, small = workload(10**9, device="cuda"), workload(10**6, device="cuda")
+    fast = ["hvd_adam fused", "torch foreach", "torch fused", "apex FusedAdam"]
+    assert list(optimizers._makers(large, reference=False)) == fast
+    assert {*fast, "hvd_adam foreach", "torch for-loop"} < {*optimizers._makers(small, reference=False)}
+
+
+def test_on_a_gpu_peers_share_parameters_and_one_without_room_is_said(monkeypatch):
+    given = {}
+
+    def maker(name, error=None):
+        def make(tensors):
+            given[name] = tensors
+            if error is not None:
+                raise error
+            return lambda: None
+
+        return make
+
+    full, odd = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried\nto"), RuntimeError("no kernel\nimage")
+    makers = {"hvd_adam fused": maker("ours"), "a": maker("a", full), "b": maker("b"), "c": maker("c", odd)}
+    monkeypatch.setattr(optimizers, "_makers", lambda *_: makers)
+    monkeypatch.setattr(optimizers, "Tensors", lambda _: object())
+    monkeypatch.setattr(optimizers, "release", lambda _: None)
+    found = optimizers.build(workload(1, device="cuda"), reference=False)
+    assert given["a"] is given["b"] is given["c"] is not given["ours"]
+    assert list(found.calls) == ["hvd_adam fused", "b"]
+    assert (found.errors, found.missing) == ({"a": "CUDA out of memory. Tried"}, ["c: no kernel"])
+
+
+def test_on_a_gpu_a_turn_is_a_block_of_calls_with_one_wait(monkeypatch):
+    waits, called = [], []
+    monkeypatch.setattr(adam, "finisher", lambda _: lambda: waits.append(len(called)))
+    monkeypatch.setattr(adam, "mean_seconds", lambda call, calls, finish: (finish(), call(calls))[1])
+
+    def full(calls):
+        raise torch.cuda.OutOfMemoryError("full")
+
+    takes = {"short": 1e-3, "long": 1.0, "nothing": 1e-9}
+    calls = {name: lambda calls, name=name: called.append((name, calls)) or takes[name] for name in takes}
+    times, errors = adam.interleaved(calls | {"full": full}, 2, torch.device("cuda"))
+    assert times == {name: [seconds] * 2 for name, seconds in takes.items()}
+    assert errors == {"full": "full"}
+    assert {*called[-3:]} == {("short", 10), ("long", 1), ("nothing", adam.MOST_CALLS)}
+    called.clear()
+    adam.interleaved(calls, 2, torch.device("cpu"))
+    assert {calls for _, calls in called} == {1}
+
+
+def test_a_block_is_waited_for_once_and_shared_out():
+    done = []
+    assert 0 <= mean_seconds(lambda: done.append("call"), 3, lambda: done.append("wait")) < 60
+    assert done == ["call", "call", "call", "wait"]
 
 
 def test_step_trains_every_variant(tmp_path, mark):

@@ -20,10 +20,13 @@ def finisher(device: str) -> Callable[[], None]:
 
 def seconds(call: Callable[[], object], calls: int, finish: Callable[[], None]) -> list[float]:
     """What each of so many calls takes, until it is finished, after the first few."""
-    times = []
-    for _ in range(DROPPED + calls):
-        start = time.perf_counter()
+    return [mean_seconds(call, 1, finish) for _ in range(DROPPED + calls)][DROPPED:]
+
+
+def mean_seconds(call: Callable[[], object], calls: int, finish: Callable[[], None]) -> float:
+    """What one of so many calls takes, from the start of the first until all are finished."""
+    start = time.perf_counter()
+    for _ in range(calls):
         call()
-        finish()
-        times.append(time.perf_counter() - start)
-    return times[DROPPED:]
+    finish()
+    return (time.perf_counter() - start) / calls

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,16 @@ Number = TypeVar("Number", int, float)
 # "hvd_adam-STRATEGY" names come from hvd_adam.distributed, which only the benchmark itself may import.
 OURS = "hvd_adam-"
 PEERS = ("horovod", "horovod-fused", "ddp-fused", "ddp-zero", "compute")
+
+
+# The tensors of models that `bench adam` updates, and what it takes on a GPU where it is told nothing.
+TENSOR_LISTS = ("resnet18", "resnet50", "transformer")
+GPU_WORKLOADS = ("1M", "16M", "100M", "1G", *TENSOR_LISTS)
+CUSTOM = "custom"  # as --parameters and --tensors have it
+
+# Behind a dtype: with float32 master weights.
+MASTER = "-master"
+DTYPES = ("float32", "float64", "bfloat16", "float16", f"bfloat16{MASTER}", f"float16{MASTER}")
 
 
 @dataclass(frozen=True)
@@ -38,10 +49,19 @@ class BenchConfig:
 class AdamConfig(BenchConfig):
     """Times one optimizer step without communication: ours, PyTorch's, apex's and DeepSpeed's, beside a copy."""
 
-    parameters: int | None = option(None, "number of parameters (default: ResNet-18's 62 tensors, 11.7 M)")
+    workloads: str = option(
+        "auto",
+        "parameters to update: so many in one tensor, as in 16M,1G, or as in resnet18 (11.7 M in 62 tensors), "
+        "resnet50 (25.6 M in 161), transformer (1.3 G in 292); auto: resnet18, on a GPU also the others",
+    )
+    parameters: int | None = option(None, "number of parameters, instead of --workloads")
     tensors: int | None = option(None, "number of tensors that --parameters are divided among (default: 62)")
     threads: str = option("auto", "numbers of threads to compare, as in 1,2; auto: 1, 2, 4, … up to the cores")
-    dtype: Literal["float32", "float64", "bfloat16", "float16"] = option("float32", "dtype of the parameters")
+    dtype: str = option(
+        "auto",
+        f"dtypes of the parameters to compare, as in float32,bfloat16; bfloat16{MASTER}, float16{MASTER}: with "
+        f"float32 master weights; auto: float32, on a GPU also bfloat16{MASTER}",
+    )
     reference: bool = option(False, "time the slow reference too, above a million parameters")
     repeats: int = option(20, "rounds in which every optimizer makes a step in turn")
 
@@ -51,9 +71,35 @@ class AdamConfig(BenchConfig):
         require(self.parameters is None or self.parameters >= 1, "parameters", self.parameters, "at least 1")
         if self.tensors is not None:
             if self.parameters is None:
-                raise UserError("--tensors goes with --parameters: ResNet-18 has tensors of its own")
+                raise UserError("--tensors goes with --parameters: --workloads have tensors of their own")
             require(1 <= self.tensors <= self.parameters, "tensors", self.tensors, "from 1 to --parameters")
+        if self.parameters is not None and self.workloads != "auto":
+            raise UserError("--parameters and --workloads exclude each other: give one")
         self.thread_counts()
+        self.workload_names("cpu")
+        self.dtype_names("cpu")
+
+    def workload_names(self, device: str) -> tuple[str, ...]:
+        """What to update on a device, "cpu" or "cuda": numbers of parameters, `TENSOR_LISTS`, or `CUSTOM`."""
+        if self.parameters is not None:
+            return (CUSTOM,)
+        if self.workloads == "auto":
+            return GPU_WORKLOADS if device == "cuda" else ("resnet18",)
+        names = _words(self.workloads)
+        valid = bool(names) and all(name in TENSOR_LISTS or flat_elements(name) is not None for name in names)
+        wanted = f"numbers of parameters, as in 16M,1G, or some of {', '.join(TENSOR_LISTS)}"
+        require(valid, "workloads", self.workloads, wanted)
+        return names
+
+    def dtype_names(self, device: str) -> tuple[str, ...]:
+        """Which of `DTYPES` to compare on a device, "cpu" or "cuda"."""
+        if self.dtype == "auto":
+            return ("float32", f"bfloat16{MASTER}") if device == "cuda" else ("float32",)
+        names = _words(self.dtype)
+        require(
+            bool(names) and set(names) <= {*DTYPES}, "dtype", self.dtype, f"one of {', '.join(DTYPES)}, or several"
+        )
+        return names
 
     def thread_counts(self) -> tuple[int, ...]:
         """The numbers of threads to compare."""
@@ -64,7 +110,7 @@ class AdamConfig(BenchConfig):
         return _numbers("threads", self.threads, int, lambda count: 1 <= count <= most, wanted)
 
     def tensor_sizes(self) -> tuple[int, ...] | None:
-        """Elements of each tensor; None for ResNet-18's."""
+        """Elements of each tensor where --parameters is given, else None."""
         if self.parameters is None:
             return None
         tensors = self.tensors or min(62, self.parameters)
@@ -192,6 +238,12 @@ class MemoryConfig(RanksConfig):
     def rank_counts(self) -> tuple[int, ...]:
         """The numbers of ranks to compare."""
         return _numbers("np", self.np, int, lambda count: count >= 1, "numbers of ranks, as in 1,2,4")
+
+
+def flat_elements(workload: str) -> int | None:
+    """How many parameters "16M" or "1G" are, in one tensor; None for other words."""
+    match = re.fullmatch("([1-9][0-9]*)([KMG]?)", workload)
+    return int(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[match[2]] if match else None
 
 
 def _words(text: str) -> tuple[str, ...]:

@@ -147,14 +147,16 @@ def plot(path: Path, title: str, result: Result) -> None:
 
 
 def bars(figure: Figure, panels: dict[str, list[Row]], name: str) -> None:
-    """One panel a title, with one bar a row: its median, and its quartiles as a line.
+    """One panel a title, three beside each other, with one bar a row: its median, and its quartiles as a line.
 
     Args:
         figure: what to draw into.
         panels: rows by title; rows without a median are left out.
         name: which of a row's values its bar is labelled with.
     """
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    lines = -(-len(panels) // 3)
+    figure.set_size_inches(10, 5 if lines == 1 else 3 * lines)
+    axes = [figure.add_subplot(lines, min(3, len(panels)), number + 1) for number in range(len(panels))]
     for axis, (title, rows) in zip(axes, panels.items(), strict=True):
         rows = [row for row in rows if row.get("median_ms") is not None]
         medians = [row["median_ms"] for row in rows]
