@@ -18,14 +18,27 @@ import pytest
 import torch
 
 from hvd_adam.adam import Adam
-from hvd_adam.bench import adam, allreduce, checkpoint, footprint, memory, optimizers, step, workloads
+from hvd_adam.bench import (
+    adam,
+    allreduce,
+    checkpoint,
+    footprint,
+    launching,
+    memory,
+    optimizers,
+    report,
+    step,
+    training,
+    workloads,
+)
 from hvd_adam.bench.__main__ import COMMANDS, measure
-from hvd_adam.bench.clock import mean_seconds
+from hvd_adam.bench.clock import DROPPED, mean_seconds, seconds
 from hvd_adam.bench.config import AdamConfig, AllreduceConfig, CheckpointConfig, MemoryConfig, StepConfig
 from hvd_adam.bench.groups import Outcome, Plan, take_turns
 from hvd_adam.bench.processes import marked
 from hvd_adam.bench.report import Column, table
 from hvd_adam.bench.summary import add_ratio, bus_bytes, quartiles, ratio, slowest, timing
+from hvd_adam.cluster import Launched
 from hvd_adam.command import parse
 from hvd_adam.distributed import STRATEGIES
 from hvd_adam.errors import UserError
@@ -150,6 +163,8 @@ def test_the_table_has_columns_of_fixed_width():
         (StepConfig, "--models ,", "--models is ',': it must be names of models"),
         (StepConfig, "--variants horovd", "--variants is horovd: it must be some of hvd_adam-STRATEGY, horovod"),
         (StepConfig, "--variants ,", "--variants is ',': it must be"),
+        (StepConfig, "--variants compute,plain", "--variants plain trains each rank by itself: use --np 1"),
+        (StepConfig, "--precision fp16", "--precision is fp16: it must be one of fp32, bf16"),
         (StepConfig, "--launcher slurm", "--launcher is slurm: it must be one of mpi, gloo"),
         (StepConfig, "--timeout 0", "--timeout is 0.0: it must be above 0"),
         (AllreduceConfig, "--np 1", "--np is 1: it must be at least 2"),
@@ -174,6 +189,7 @@ def test_lists_in_arguments_are_understood():
     assert MemoryConfig(np="1,2").rank_counts() == (1, 2)
     assert StepConfig(variants="compute, ddp-zero").variant_names(("x",)) == ("compute", "ddp-zero")
     assert StepConfig().variant_names(("x",))[:2] == ("hvd_adam-x", "horovod")
+    assert {*StepConfig(np=1).variant_names(())} - {*StepConfig(np=2).variant_names(())} == {"plain"}
     with pytest.raises(UserError, match="--variants is hvd_adam-y: it must be some of hvd_adam-x, horovod"):
         StepConfig(variants="hvd_adam-y").variant_names(("x",))
 
@@ -323,11 +339,13 @@ def test_an_interrupted_benchmark_leaves_no_process_behind(number, mark):
 
 def test_a_variant_that_fails_gets_a_row_and_no_ratio():
     outcomes = {"ddp-fused": Outcome({"step": [0.5]}), "compute": Outcome(error="compute died")}
+    outcomes["plain"] = Outcome({"step": [0.4]})
     rows = step.summarize("cnn", outcomes, images=64)
     assert rows[0]["images_per_s"] == pytest.approx(128)
     assert (rows[0]["to_ddp_fused"], rows[0]["to_compute"], rows[0]["to_horovod"]) == (1.0, None, None)
+    assert rows[0]["to_plain"] == pytest.approx(1.25)
     assert rows[1]["error"] == "compute died"
-    assert table(step.COLUMNS, rows).splitlines()[3].split() == ["cnn", "compute", *"-" * 7]
+    assert table(step.COLUMNS, rows).splitlines()[3].split() == ["cnn", "compute", *"-" * 8]
 
 
 def test_where_every_variant_fails_so_does_the_benchmark(mark):
@@ -509,12 +527,79 @@ def test_step_trains_every_variant(tmp_path, mark):
     assert list(rows) == [*OURS, "horovod", "horovod-fused", "ddp-fused", "ddp-zero", "compute"]
     for row in rows.values():
         assert row["samples"] == 2
+        assert row["to_plain"] is None
         assert row["images_per_s"] == pytest.approx(4 / row["median_ms"] * 1e3)
         for peer in ("ddp-fused", "horovod", "compute"):
             expected = row["median_ms"] / rows[peer]["median_ms"]
             assert row[f"to_{peer.replace('-', '_')}"] == pytest.approx(expected)
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert marked(mark) == []
+
+
+def test_plain_pytorch_is_timed_on_one_rank_without_a_launcher(mark):
+    argv = ("--np", 1, "--models", "mlp", "--variants", "plain", "--batch-size", 2, "--repeats", 2, "--steps", 3)
+    shown = bench_json("step", *argv, "--precision", "bf16", "--channels-last", "--device", "cpu")
+    (row,) = shown["rows"]
+    assert (row["variant"], row["samples"], row["to_plain"]) == ("plain", 6, 1.0)
+    assert shown["notes"][0].startswith("1 rank without a launcher, on cpu")
+    assert "bf16, channels-last; parameters: mlp 10.5 M" in shown["notes"][0]
+    assert marked(mark) == []
+
+
+def test_one_rank_needs_no_launcher_and_no_horovod(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))  # beside which there is no horovodrun
+    assert launching.horovodrun("x", {}, 1, "mpi").command == launching.WORKER
+    assert launching.horovodrun("x", {}, 1, "gloo").environ["HOROVOD_CONTROLLER"] == "gloo"
+    with pytest.raises(UserError, match="horovodrun does not exist"):
+        launching.horovodrun("x", {}, 2, "gloo")
+
+
+class Probe(torch.nn.Module):
+    """A model that notes how it was called."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Conv2d(3, 10, 3)
+        self.seen = []
+
+    def forward(self, images):
+        logits = self.layer(images)
+        order = [t.is_contiguous(memory_format=torch.channels_last) for t in (images, self.layer.weight)]
+        self.seen.append((*order, logits.dtype))
+        return logits.mean((2, 3))
+
+
+@pytest.mark.parametrize("variant", ["plain", "compute"])
+def test_precision_order_and_compiler_are_those_asked_for(variant, monkeypatch, tmp_path):
+    compiled, probes = [], []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
+    monkeypatch.setattr(training, "build_model", lambda _: probes.append(Probe()) or probes[-1])
+    task = {"variant": variant, "model": "probe", "batch_size": 2, "device": "cpu", "steps": 2}
+    for options in (
+        {"precision": "fp32", "channels_last": False, "compile": False},
+        {"precision": "bf16", "channels_last": True, "compile": True},
+    ):
+        before = len(compiled)
+        times = training.prepare(task | options, Launched("none", 0, 1), tmp_path)()
+        assert len(times["step"]) == 2
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options["precision"]]
+        assert {*probes[-1].seen} == {(options["channels_last"], options["channels_last"], dtype)}
+        assert (compiled[before:] == probes[-1:]) == options["compile"]
+
+
+def test_steps_in_a_row_are_waited_for_once(monkeypatch):
+    done = []
+    times = seconds(lambda: done.append("step"), 4, lambda: done.append("wait"), in_a_row=4)
+    assert (len(times), done) == (1, [*["step"] * DROPPED, "wait", *["step"] * 4, "wait"])
+
+
+def test_without_mpi_the_variants_that_need_it_are_said_to_be_missing(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    plans, missing = allreduce._plans(AllreduceConfig(launcher="gloo"), "cpu")
+    assert [plan.name for plan in plans] == ["copy", "hvd_adam step", "hvd_adam", "horovod", "torch"]
+    assert "mpi: there is no mpirun on PATH" in missing
+    described = report.describe(report.machine(0.0))
+    assert described.endswith(", no MPI")
 
 
 def test_allreduce_times_every_variant_at_every_size(tmp_path, mark):

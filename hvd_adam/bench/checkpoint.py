@@ -50,7 +50,7 @@ def measure(config: CheckpointConfig) -> Result:
                     )
             rows += summarize(model, runs)
     notes = [
-        f"{config.np} ranks on {device}, horovodrun --{config.launcher}, threads of a rank: "
+        f"{launching.description(config.np, config.launcher)}, on {device}, threads of a rank: "
         f"{launching.threads(config.np)}, batch {config.batch_size} a rank of {'x'.join(map(str, IMAGE))}",
         f"an update's time, as the mean of {config.every}: medians and quartiles of {config.repeats} runs of "
         f"{config.steps} updates each, taken in turns; the first {config.every} updates of a run are left out",

@@ -18,9 +18,18 @@ def finisher(device: str) -> Callable[[], None]:
     return torch.cuda.synchronize
 
 
-def seconds(call: Callable[[], object], calls: int, finish: Callable[[], None]) -> list[float]:
-    """What each of so many calls takes, until it is finished, after the first few."""
-    return [mean_seconds(call, 1, finish) for _ in range(DROPPED + calls)][DROPPED:]
+def seconds(call: Callable[[], object], calls: int, finish: Callable[[], None], in_a_row: int = 1) -> list[float]:
+    """What each of so many calls takes, until it is finished, after the first few.
+
+    Args:
+        call: what is timed.
+        calls: how many count.
+        finish: waits until a call has done its work.
+        in_a_row: calls to one wait; of those their mean. A host that waits for a GPU after each call can neither
+            run ahead of it, nor is it seen to be late.
+    """
+    mean_seconds(call, DROPPED, finish)
+    return [mean_seconds(call, in_a_row, finish) for _ in range(calls // in_a_row)]
 
 
 def mean_seconds(call: Callable[[], object], calls: int, finish: Callable[[], None]) -> float:

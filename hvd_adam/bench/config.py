@@ -17,7 +17,7 @@ Number = TypeVar("Number", int, float)
 
 # "hvd_adam-STRATEGY" names come from hvd_adam.distributed, which only the benchmark itself may import.
 OURS = "hvd_adam-"
-PEERS = ("horovod", "horovod-fused", "ddp-fused", "ddp-zero", "compute")
+PEERS = ("horovod", "horovod-fused", "ddp-fused", "ddp-zero", "plain", "compute")
 
 
 # The tensors of models that `bench adam` updates, and what it takes on a GPU where it is told nothing.
@@ -132,16 +132,23 @@ class RanksConfig(BenchConfig):
 
 @dataclass(frozen=True)
 class StepConfig(RanksConfig):
-    """Times whole training steps: every strategy of ours, stock Horovod, DDP, ZeRO, and computing only."""
+    """Times whole training steps: ours by strategy, stock Horovod, DDP, ZeRO, plain PyTorch, and no optimizer."""
 
-    np: int = option(2, "number of ranks")
+    np: int = option(2, "number of ranks; one is started without a launcher")
     models: str = option(
         "mlp,cnn,resnet18", "models to train: mlp (10.5 M parameters) or as --model of hvd_adam.train"
     )
     batch_size: int = option(32, "images per rank")
+    precision: Literal["fp32", "bf16"] = option("fp32", "arithmetic of the model; bf16 is autocast")
+    channels_last: bool = option(False, "keep images and weights in channels-last order")
+    compile: bool = option(False, "compile the model with torch.compile")
     repeats: int = option(5, "rounds in which every variant has a turn")
-    steps: int = option(10, "steps to a turn that count")
-    variants: str = option("all", f"which to compare, as in {OURS}allreduce,{','.join(PEERS)}")
+    steps: int = option(10, "steps to a turn that count; on a GPU they are timed together")
+    variants: str = option(
+        "all",
+        f"which to compare, as in {OURS}allreduce,{','.join(PEERS)}; plain, without distribution: --np 1 only",
+    )
+    timeout: float = option(300.0, "seconds that a variant may take to start and warm up, and for each turn")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -153,6 +160,8 @@ class StepConfig(RanksConfig):
         for name in _words(self.variants):
             known = name in ("all", *PEERS) or name.startswith(OURS)
             require(known, "variants", name, f"some of {OURS}STRATEGY, {', '.join(PEERS)}")
+        if "plain" in _words(self.variants) and self.np > 1:
+            raise UserError("--variants plain trains each rank by itself: use --np 1, or leave it out")
 
     def model_names(self) -> tuple[str, ...]:
         """The models to train."""
@@ -167,7 +176,8 @@ class StepConfig(RanksConfig):
         Raises:
             UserError: a variant is none of ours and no peer.
         """
-        known = (*(OURS + strategy for strategy in strategies), *PEERS)
+        peers = (peer for peer in PEERS if peer != "plain" or self.np == 1)
+        known = (*(OURS + strategy for strategy in strategies), *peers)
         names = known if self.variants == "all" else _words(self.variants)
         for name in names:
             require(name in known, "variants", name, f"some of {', '.join(known)}")

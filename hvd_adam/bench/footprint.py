@@ -10,7 +10,7 @@ import torch
 
 from hvd_adam.bench.config import OURS
 from hvd_adam.bench.groups import Measure
-from hvd_adam.bench.training import build_model, connect, training_step
+from hvd_adam.bench.training import build_model, connect, random_batch, training_step
 from hvd_adam.cluster import Launched, init
 
 STEPS = 3
@@ -22,7 +22,7 @@ def prepare(task: dict[str, Any], launch: Launched, folder: Path) -> Measure:
     wrap = connect(OURS + task["strategy"], task["device"], launch, folder)
     device = init().device
     model, optimizer = wrap(build_model(task["model"]).to(device))
-    step = training_step(model, optimizer, BATCH_SIZE, device, launch.rank)
+    step = training_step(model, optimizer, *random_batch(BATCH_SIZE, launch.rank, device))
 
     def measure() -> dict[str, list[float]]:
         for _ in range(STEPS):

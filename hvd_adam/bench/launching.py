@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import sys
 from collections.abc import Mapping
@@ -40,12 +41,23 @@ def device(config: RanksConfig, ranks: int) -> str:
     return "cuda"
 
 
+def description(ranks: int, launcher: str) -> str:
+    """How so many ranks are started, for a reader."""
+    return "1 rank without a launcher" if ranks == 1 else f"{ranks} ranks, horovodrun --{launcher}"
+
+
 def horovodrun(name: str, task: Mapping[str, Any], ranks: int, launcher: str) -> Plan:
     """Plans a variant that horovodrun starts; those that do not use Horovod get only rank and size from it.
+
+    One rank is started without it, so that it needs no Horovod, and none built for this launcher, if its variant
+    does not.
 
     Raises:
         UserError: Horovod is not installed beside this Python.
     """
+    if ranks == 1:
+        gloo = {"HOROVOD_CONTROLLER": "gloo", "HOROVOD_CPU_OPERATIONS": "gloo"}  # as horovodrun tells its ranks
+        return Plan(name, task, WORKER, {**_environ(ranks), **(gloo if launcher == "gloo" else {})})
     script = Path(sys.executable).with_name("horovodrun")
     if not script.exists():
         raise UserError(f"{script} does not exist; build Horovod with `{BUILD_COMMAND}`")
@@ -62,11 +74,13 @@ def mpirun(name: str, task: Mapping[str, Any], ranks: int, settings: Mapping[str
         settings: environment variables besides.
 
     Raises:
-        UserError: there is no mpirun.
+        UserError: there is no mpirun, or no mpi4py.
     """
     script = shutil.which("mpirun")
     if script is None:
-        raise UserError("there is no mpirun on PATH; use --launcher gloo")
+        raise UserError("there is no mpirun on PATH")
+    if importlib.util.find_spec("mpi4py") is None:
+        raise UserError("mpi4py is not installed")
     options = ("--allow-run-as-root", "-np", str(ranks), "-H", f"localhost:{ranks}", "--bind-to", "none")
     return Plan(name, task, (script, *options, "--map-by", "slot", *WORKER), {**_environ(ranks), **settings})
 

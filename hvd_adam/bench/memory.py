@@ -47,7 +47,7 @@ def measure(config: MemoryConfig) -> Result:
         rows += [summarize(strategy, ranks, outcome, count) for strategy, outcome in outcomes.items()]
     threads = ", ".join(str(launching.threads(ranks)) for ranks in config.rank_counts())
     notes = [
-        f"horovodrun --{config.launcher}; threads of a rank: {threads}",
+        f"horovodrun --{config.launcher}, but for 1 rank; threads of a rank: {threads}",
         f"{config.model}, {count:,} float32 parameters; bytes per parameter on the rank that keeps most, after "
         f"{2 * STEPS} steps; whole buffers are counted, each once",
         "predicted: 4 for the parameter, 4 for its gradient, 8 for Adam's moments (8/N where they are sharded)",

@@ -23,6 +23,7 @@ COLUMNS = (
     Column("images/s", "images_per_s", ".1f"),
     Column("/ ddp-fused", "to_ddp_fused", ".2f"),
     Column("/ horovod", "to_horovod", ".2f"),
+    Column("/ plain", "to_plain", ".3f"),
     Column("/ compute", "to_compute", ".2f"),
 )
 
@@ -38,30 +39,25 @@ def measure(config: StepConfig) -> Result:
     sizes = {name: sum(p.numel() for p in build_model(name).parameters()) for name in config.model_names()}
     rows: list[Row] = []
     for model in sizes:
-        task = {"kind": "step", "model": model, "batch_size": config.batch_size, "steps": config.steps}
+        options = ("batch_size", "steps", "precision", "channels_last", "compile")
+        task = {
+            "kind": "step",
+            "model": model,
+            "device": device,
+            **{name: getattr(config, name) for name in options},
+        }
         plans = [
-            launching.horovodrun(
-                variant, {**task, "device": device, "variant": variant}, config.np, config.launcher
-            )
+            launching.horovodrun(variant, {**task, "variant": variant}, config.np, config.launcher)
             for variant in variants
         ]
         say(f"model {model}")
         outcomes = take_turns(plans, ranks=config.np, rounds=config.repeats, timeout=config.timeout, say=say)
         rows += summarize(model, outcomes, config.np * config.batch_size)
-    counts = ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in sizes.items())
-    notes = [
-        f"{config.np} ranks on {device}, horovodrun --{config.launcher}, threads of a rank: "
-        f"{launching.threads(config.np)}, batch {config.batch_size} a rank of 3x32x32; parameters: {counts}",
-        f"medians and quartiles of {config.repeats} interleaved turns × {config.steps} steps, of each the slowest "
-        f"rank's time; one turn of warm-up and the first {DROPPED} steps of a turn are left out",
-        "ratios of times (below 1: faster). horovod: hvd.DistributedOptimizer around torch.optim.Adam's default; "
-        "compute: no distribution and no optimizer, the floor",
-    ]
 
     def draw(figure: Figure) -> None:
         bars(figure, {model: [row for row in rows if row["model"] == model] for model in sizes}, "variant")
 
-    return Result(rows, COLUMNS, notes, draw)
+    return Result(rows, COLUMNS, _notes(config, device, sizes), draw)
 
 
 def summarize(model: str, outcomes: dict[str, Outcome], images: int) -> list[Row]:
@@ -82,6 +78,27 @@ def summarize(model: str, outcomes: dict[str, Outcome], images: int) -> list[Row
             row["error"] = outcome.error
         rows.append(row)
     by_variant = {row["variant"]: row for row in rows}
-    for peer in ("ddp-fused", "horovod", "compute"):
+    for peer in ("ddp-fused", "horovod", "plain", "compute"):
         add_ratio(rows, f"to_{peer.replace('-', '_')}", by_variant.get(peer))
     return rows
+
+
+def _notes(config: StepConfig, device: str, sizes: dict[str, int]) -> list[str]:
+    counts = ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in sizes.items())
+    applied = [config.precision, *(["channels-last"] if config.channels_last else [])]
+    applied += ["torch.compile"] if config.compile else []
+    counted = "steps, of each the" if device == "cpu" else "steps, of their mean the"
+    notes = [
+        f"{launching.description(config.np, config.launcher)}, on {device}, threads of a rank: "
+        f"{launching.threads(config.np)}, batch {config.batch_size} a rank of 3x32x32; {', '.join(applied)}; "
+        f"parameters: {counts}",
+        f"medians and quartiles of {config.repeats} interleaved turns × {config.steps} {counted} slowest "
+        f"rank's time; one turn of warm-up and the first {DROPPED} steps of a turn are left out",
+        "ratios of times (below 1: faster). horovod: hvd.DistributedOptimizer around torch.optim.Adam's default; "
+        "plain: torch.optim.Adam fused, no distribution; compute: no distribution and no optimizer, the floor",
+    ]
+    if device == "cuda":
+        notes.append(
+            "the steps of a turn follow each other without a wait; one at its end, until the GPU is finished"
+        )
+    return notes

@@ -19,6 +19,7 @@ from hvd_adam.bench.groups import Measure
 from hvd_adam.bench.launching import PATIENCE_SECONDS
 from hvd_adam.cluster import Launched, horovod, init
 from hvd_adam.distributed import distribute
+from hvd_adam.precision import autocast
 
 IMAGE = (3, 32, 32)
 CLASSES = 10
@@ -45,18 +46,26 @@ def build_model(name: str) -> nn.Module:
 def prepare(task: dict[str, Any], launch: Launched, folder: Path) -> Measure:
     """Makes this rank one of the task's variant.
 
+    On a GPU the steps of a turn are made one after the other, and waited for once, at the end: a wait after each
+    would keep the host from running ahead of the device, as it does in a training.
+
     Args:
-        task: "variant", "model", "batch_size", "device" ("cpu" or "cuda") and "steps" of a turn.
+        task: "variant", "model", "batch_size", "precision", "channels_last", "compile", "device" ("cpu" or "cuda")
+            and "steps" of a turn.
         launch: what the launcher says of this rank.
         folder: shared by the ranks.
     """
     wrap = connect(task["variant"], task["device"], launch, folder)
     device = torch.device("cpu") if task["device"] == "cpu" else torch.device("cuda", torch.cuda.current_device())
+    memory_format = torch.channels_last if task["channels_last"] else torch.preserve_format
     torch.manual_seed(0)
-    model, optimizer = wrap(build_model(task["model"]).to(device))
-    step = training_step(model, optimizer, task["batch_size"], device, launch.rank)
-    finish = finisher(task["device"])
-    return lambda: {"step": seconds(step, task["steps"], finish)}
+    model, optimizer = wrap(build_model(task["model"]).to(device, memory_format=memory_format))
+    images, labels = random_batch(task["batch_size"], launch.rank, device)
+    images = images.to(memory_format=memory_format)
+    forward = torch.compile(model) if task["compile"] else model
+    step = training_step(forward, optimizer, images, labels, task["precision"])
+    finish, steps = finisher(task["device"]), task["steps"]
+    return lambda: {"step": seconds(step, steps, finish, in_a_row=1 if task["device"] == "cpu" else steps)}
 
 
 def connect(variant: str, device: str, launch: Launched, folder: Path) -> Callable[[nn.Module], Wrapped]:
@@ -72,6 +81,8 @@ def connect(variant: str, device: str, launch: Launched, folder: Path) -> Callab
         torch.cuda.set_device(launch.rank)
     if variant == "compute":
         return lambda model: (model, None)
+    if variant == "plain":
+        return lambda model: (model, torch.optim.Adam(model.parameters(), LEARNING_RATE, fused=True))
     if variant.startswith("horovod"):
         horovod().init()
         return lambda model: _stock(model, fused=variant == "horovod-fused")
@@ -90,17 +101,31 @@ def start_process_group(device: str, launch: Launched, folder: Path) -> None:
     )
 
 
-def training_step(
-    model: nn.Module, optimizer: Any, batch_size: int, device: torch.device, rank: int
-) -> Callable[[], None]:
-    """A step on fixed random images of this rank, which lie on the device already; without optimizer no update."""
+def random_batch(size: int, rank: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """This rank's images, always the same, and their labels, on the device."""
     generator = torch.Generator().manual_seed(rank)
-    images = torch.randn(batch_size, *IMAGE, generator=generator).to(device)
-    labels = torch.randint(CLASSES, (batch_size,), generator=generator).to(device)
+    images = torch.randn(size, *IMAGE, generator=generator).to(device)
+    return images, torch.randint(CLASSES, (size,), generator=generator).to(device)
+
+
+def training_step(
+    model: nn.Module, optimizer: Any, images: torch.Tensor, labels: torch.Tensor, precision: str = "fp32"
+) -> Callable[[], None]:
+    """A step on one batch, which lies on the device already; without optimizer no update.
+
+    Args:
+        model: it, distributed, and compiled where that is wanted.
+        optimizer: what distributes its gradients and updates it, or None.
+        images: of the batch.
+        labels: of the batch.
+        precision: as of `hvd_adam.precision.autocast`.
+    """
 
     def step() -> None:
         (optimizer or model).zero_grad()
-        F.cross_entropy(model(images), labels).backward()
+        with autocast(precision, images.device):
+            logits = model(images)
+        F.cross_entropy(logits.float(), labels).backward()
         if optimizer is not None:
             optimizer.step()
 
