@@ -79,7 +79,13 @@ def test_every_kind_of_block_is_known():
 
 def test_every_option_named_is_one_that_exists():
     helps = ""
-    for module in ("hvd_adam.train", "hvd_adam.evaluate", "hvd_adam.bench step", "hvd_adam.doctor"):
+    for module in (
+        "hvd_adam.train",
+        "hvd_adam.evaluate",
+        "hvd_adam.bench adam",
+        "hvd_adam.bench step",
+        "hvd_adam.doctor",
+    ):
         command = [sys.executable, "-m", *module.split(), "--help"]
         helps += subprocess.run(command, capture_output=True, text=True).stdout
     scripts = "".join(path.read_text() for path in [*ROOT.glob("launch/*.sh"), *ROOT.glob("docker/*")])
