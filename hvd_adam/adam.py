@@ -34,8 +34,8 @@ from hvd_adam.updates import (
 
 Params = Iterable[Tensor] | Iterable[Group] | Iterable[tuple[str, Tensor]]
 
-# "auto" takes the fused kernel from this size on. Below, a step takes a millisecond or two either way, and
-# compiling takes seconds.
+# On a CPU "auto" takes the fused kernel from this size on. Below, a step takes a millisecond or two either way,
+# and compiling takes seconds. On a GPU it always does: what counts for small models is the number of launches.
 _FUSED_ELEMENTS = 1 << 20
 
 # On a CPU a batch that stays in cache makes a step of 11 M parameters take 20 ms instead of 42 ms, and no
@@ -102,8 +102,8 @@ class Adam(PlainOptimizer):
             The random bits follow from step and position: runs repeat, and ranks agree.
         implementation: "reference" is the paper line by line in float64, "foreach" the multi-tensor form in
             the parameters' dtype, "fused" one compiled pass over flat buffers (``hvd_adam.flat``: parameters,
-            gradients and state become views of them), "auto" picks: fused from 2**20 elements on, where a
-            compiler is at hand. Without one "fused" warns and does what foreach does.
+            gradients and state become views of them), "auto" picks: fused on a GPU, and from 2**20 elements on
+            elsewhere. Without a compiler (Triton on a GPU) it warns and does what foreach does.
 
     Raises:
         ValueError: a hyper-parameter out of range, a complex or sparse parameter, an unknown implementation,
@@ -284,14 +284,22 @@ class Adam(PlainOptimizer):
         return bool(own or of_all or torch.autograd._profiler_enabled())
 
     def _update(self, factor: Tensor | None = None) -> None:
-        """Makes one step with the gradients times `factor`, one 0-dimensional tensor on their device."""
+        """Makes one step with the gradients times `factor`, 0-dimensional, on their device or the CPU.
+
+        Where everything is fused on a GPU, one that lies there and is NaN makes a step that changes nothing but
+        the counts, which `Flat.take_back` puts right.
+        """
         self._settle()
+        if any(flat.device.type == "cuda" for flat in self._flats) and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "Adam's step cannot be captured in a CUDA graph: learning rate and step count are numbers of the "
+                "host, and would stay what they are now; capture forward and backward, and call step() outside"
+            )
         present = [flat.collect() for flat in self._flats]
         groups = range(len(self.param_groups)) if self._outside else ()
         batches = [(batch, i) for i in groups for batch in self._batches(i)]
         for flat, has_grad in zip(self._flats, present, strict=True):
-            if any(has_grad):
-                self._update_flat(flat, has_grad, factor)
+            self._update_flat(flat, has_grad, factor)
         for batch, i in batches:
             torch._foreach_add_(batch.counts, 1)
             _UPDATES[self._outside_implementations[i]](batch, self.param_groups[i], factor)
@@ -302,7 +310,7 @@ class Adam(PlainOptimizer):
             for position, buffers in flat.buffers(run, state_dtypes(group, flat.dtype)):
                 if implementation == "fused":
                     variant = self._variants[run.group, flat.device, flat.dtype]
-                    numbers = kernels.scalars(group, run.step, variant.compute_dtype)
+                    numbers = kernels.scalars(group, run.step)
                     kernels.update(variant, buffers, _descending(group, factor), numbers, seed(run.step, position))
                     continue
                 size = _CPU_BATCH_ELEMENTS if flat.device.type == "cpu" else buffers.param.numel()
@@ -368,7 +376,8 @@ class Adam(PlainOptimizer):
         for group in self.param_groups:
             implementation = group["implementation"]
             if implementation == "auto":
-                implementation = "fused" if elements >= _FUSED_ELEMENTS else "foreach"
+                large = elements >= _FUSED_ELEMENTS or any(p.is_cuda for p in group["params"])
+                implementation = "fused" if large else "foreach"
             resolved.append(implementation)
         if "fused" in resolved and (problem := self._problem(resolved)):
             self._warn_unfused(problem)

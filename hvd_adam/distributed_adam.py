@@ -17,6 +17,7 @@ from hvd_adam.broadcast import ROOT, broadcast_training
 from hvd_adam.cluster import collective_prefix, horovod, not_elastic
 from hvd_adam.errors import UserError
 from hvd_adam.flat import Flat
+from hvd_adam.late import Late
 from hvd_adam.layout import Layout
 from hvd_adam.reducer import BUCKET_BYTES, Reducer, sum_of
 from hvd_adam.wire import AdasumWire
@@ -33,8 +34,8 @@ class DistributedAdam(Adam):
     Attributes:
         grad_norm: global 2-norm of the last averaged gradient before clipping, a 0-dim tensor; None without
             `max_grad_norm`.
-        skipped_updates: how many updates have been skipped, on all ranks alike, because the averaged gradient was
-            not finite.
+        skipped: whether the last update was left out, on all ranks alike, because the averaged gradient was not
+            finite: a 0-dim bool tensor on the gradients' device; None where nobody looks.
     """
 
     def __init__(
@@ -70,13 +71,27 @@ class DistributedAdam(Adam):
         self._reducer: Reducer | None = None
         self._micro_batches = 0
         self._factor: torch.Tensor | None = None  # of the update under way
-        self._pending_factor: float | None = None  # what the gradients lack to be the mean, once they are reduced
+        # What the gradients lack to be the mean, once they are reduced.
+        self._pending_factor: float | torch.Tensor | None = None
         self._sum: torch.Tensor | None = None  # of all elements, if asked for: finite if they are
         self.grad_norm: torch.Tensor | None = None
-        self.skipped_updates = 0
+        self.skipped: torch.Tensor | None = None
+        self._skipped_updates = 0
+        self._not_known: Late | None = None  # whether the last update was skipped, if only the device knows
         broadcast_training(model, self, loss_scaler)
         self._settle()
         self._wrap(optimizer)
+
+    @property
+    def skipped_updates(self) -> int:
+        """How many updates have been skipped; of one on a GPU that is not finished this waits for it."""
+        self._learn()
+        return self._skipped_updates
+
+    @skipped_updates.setter
+    def skipped_updates(self, count: int) -> None:
+        self._learn()
+        self._skipped_updates = count
 
     # What a training loop calls.
 
@@ -131,7 +146,7 @@ class DistributedAdam(Adam):
         if self._adasum:
             raise RuntimeError("adasum combines updates, not gradients: there is no averaged gradient to wait for")
         self._reduce()
-        if self._pending_factor != 1.0:
+        if isinstance(self._pending_factor, torch.Tensor) or self._pending_factor != 1.0:
             gradients = [p.grad for p in self._parameters() if p.grad is not None]
             if gradients:
                 torch._foreach_mul_(gradients, self._pending_factor)
@@ -142,9 +157,15 @@ class DistributedAdam(Adam):
 
         `distribute` has done so; call it again after a `load_state_dict` on rank 0 alone.
         """
+        self._learn()
         broadcast_training(self._model, self, self._loss_scaler)
 
     # What an optimizer has besides.
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `Adam.state_dict`."""
+        self._learn()
+        return super().state_dict()
 
     def state_dict_on_root(self) -> dict[str, Any] | None:
         """`state_dict` on rank 0, None on the others; every rank must call it where the state is sharded."""
@@ -154,6 +175,7 @@ class DistributedAdam(Adam):
         """As `Adam.load_state_dict`, on this rank; `broadcast` gives it to the others."""
         if self._in_flight():
             raise RuntimeError("load_state_dict() between backward() and step() would mix two states")
+        self._learn()  # of the state of before
         super().load_state_dict(state_dict)
         self._share()
 
@@ -184,20 +206,28 @@ class DistributedAdam(Adam):
         """Completes and awaits the sum of every gradient over the ranks, unless that has been done."""
         if self._pending_factor is not None:
             return
+        self._learn()  # by now the device has more to do than what is asked for
+        self._settle()
         if self._alone:
             factor = 1 / self._accumulate
             if self._sums:
-                sums = [sum_of(p.grad) for p in self._parameters() if p.grad is not None]
-                self._sum = torch.stack(sums).sum() if sums else None
+                self._sum = self._sum_of_all()
         else:
             self._refuse_strangers()
-            self._settle()
             self._sum = self._reducer.finish(add=self._sums)
             factor = self._reducer.mean_factor
             self._rearm()
         if self._loss_scaler is not None:
-            factor /= self._loss_scaler.get_scale()
+            scale = self._loss_scaler._get_scale_async()  # get_scale() would wait for the device
+            factor = factor / (self._loss_scaler.get_scale() if scale is None else scale)
         self._pending_factor = factor
+
+    def _sum_of_all(self) -> torch.Tensor | None:
+        """The sum of all elements of the gradients of one rank: finite if they are."""
+        spans = [(flat, span) for flat in self._flats for span in flat.spans(flat.collect())]
+        sums = [sum_of(flat.grad[start:end]) for flat, (start, end) in spans]
+        sums += [sum_of(p.grad) for p in self._outside if p.grad is not None]
+        return torch.stack([value.to(sums[0].device) for value in sums]).sum() if sums else None
 
     def _update_scaled(self) -> None:
         """Folds mean, loss scale and clipping into one factor, and updates, unless a gradient is not finite."""
@@ -206,35 +236,51 @@ class DistributedAdam(Adam):
         factor, measure = self._pending_factor, self._sum
         if self._max_grad_norm is not None or self._loss_scaler is not None:
             measure = self._norm() * factor
-        if self._skips(measure):
+        looks = self._loss_scaler is not None or self._skip_nonfinite
+        self.skipped = ~measure.isfinite() if looks else None
+        if self._loss_scaler is not None:
+            self._update_scale(self.skipped)
+        late = looks and self._only_the_device_knows()
+        if looks and not late and self.skipped:
+            self._skipped_updates += 1
             return
         if self._max_grad_norm is not None:
             self.grad_norm = measure
             # As torch.nn.utils.clip_grad_norm_ has it, 1e-6 included.
             factor = factor * (self._max_grad_norm / (measure + 1e-6)).clamp(max=1.0)
+        if late:
+            factor = factor + measure * 0  # NaN if the measure is infinite or NaN: the kernel then changes nothing
         if isinstance(factor, float):
             factor = None if factor == 1 else torch.tensor(factor, dtype=torch.float64)
         self._factor = factor
         with self._wrapper.skip_synchronize():
             self._wrapper.step()  # comes back to _update, below whatever a subclass of Adam does in its step
+        if late:
+            self._not_known = Late(self.skipped)
+
+    def _only_the_device_knows(self) -> bool:
+        """Whether to leave it to the kernel to skip the update, so that the host need not wait to be told."""
+        fused = all(implementation == "fused" for implementation in self._implementations)
+        return self.skipped.is_cuda and fused and not self._outside
+
+    def _learn(self) -> None:
+        """Takes note of a skipped update that only the device has known of."""
+        late, self._not_known = self._not_known, None
+        if late is not None and late.read():
+            self._skipped_updates += 1
+            for flat in self._flats:
+                flat.take_back()
+
+    def _update_scale(self, skips: torch.Tensor) -> None:
+        """Tells the scaler what `unscale_` would note, after a pass over the gradients that the norm has made."""
+        found = {skips.device: skips.float()}
+        self._loss_scaler._per_optimizer_states[id(self)]["found_inf_per_device"] = found
+        self._loss_scaler.update()
 
     def _norm(self) -> torch.Tensor:
         """The 2-norm of all gradients as they are."""
         norms = torch._foreach_norm([x for p in self._parameters() if p.grad is not None for x in pieces(p.grad)])
         return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
-
-    def _skips(self, measure: torch.Tensor | None) -> bool:
-        """Whether to leave the update out, alike on all ranks: norm or sum of the gradients is not finite."""
-        if self._loss_scaler is None and not self._skip_nonfinite:
-            return False
-        skips = not measure.isfinite()
-        if self._loss_scaler is not None:
-            # What GradScaler.unscale_ would note after a pass over the gradients that the norm makes needless.
-            found = {measure.device: torch.tensor(float(skips), device=measure.device)}
-            self._loss_scaler._per_optimizer_states[id(self)]["found_inf_per_device"] = found
-            self._loss_scaler.update()
-        self.skipped_updates += skips
-        return skips
 
     def _evaluate(self, closure: Callable[[], torch.Tensor] | None) -> torch.Tensor | None:
         if hasattr(self, "found_inf"):
@@ -261,6 +307,7 @@ class DistributedAdam(Adam):
         return Flat(params, groups, self.state, layout)
 
     def _lay_out(self) -> None:
+        self._learn()  # while the buffers are those of the last step
         super()._lay_out()
         if not self._always_flat:
             return

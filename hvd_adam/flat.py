@@ -186,7 +186,8 @@ class Flat:
         that has kept the old values must fail, as it does after any optimizer's step.
         """
         _mark_changed([*itertools.compress(self.params, present)])
-        self._steps += 1 if all(present) else present
+        self._counted = 1 if all(present) else present
+        self._steps += self._counted
         counts = self._steps.tolist()
         if all(present) and self._one_group and counts.count(counts[0]) == len(counts):
             end = self.layout.offsets[-1] + self.params[-1].numel()
@@ -202,6 +203,10 @@ class Flat:
                     runs.append(Run(self.groups[i], step, self.layout.offsets[i], end))
             follows = present[i]
         return runs
+
+    def take_back(self) -> None:
+        """Counts the last step less: it has changed nothing."""
+        self._steps -= self._counted
 
     def spans(self, present: list[bool]) -> list[tuple[int, int]]:
         """(start, end) of the elements that this rank owns of parameters that are present, neighbours joined."""

@@ -1,5 +1,6 @@
-"""The Adam update as one expression, compiled by PyTorch for CPUs (OpenMP C++) and GPUs (Triton).
+"""The Adam update as one pass over flat buffers: one expression, compiled by PyTorch to C++ with OpenMP for CPUs.
 
+For GPUs it is written in Triton's terms (triton_kernel.py), and compared with the expression before it is used.
 Reading p, g, m, v and writing p, m, v once each is the least that Adam can do: everything else of a step
 (averaging, unscaling, clipping, weight decay, rounding) happens in registers on the way.
 """
@@ -8,21 +9,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import astuple, dataclass
 from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hvd_adam.inductor import innermost
 from hvd_adam.kernel_cache import compiling, discard
 
 # Large enough that the compiler divides the loop among threads.
 _EXAMPLE_ELEMENTS = 1 << 20
 
-Kernel = Callable[..., None]
+Scalars = tuple[float, ...]
 
 
 class NoKernel(RuntimeError):
@@ -79,8 +79,12 @@ class Buffers:
         return [Buffers(*row) for row in zip(*(c * count if c == [None] else c for c in columns), strict=True)]
 
 
-def scalars(group: dict, step: float, dtype: torch.dtype) -> Tensor:
-    """What the update of step `step` ≥ 1 takes from the hyper-parameters, as one small tensor on the CPU.
+# An update of whole buffers, in place, from a factor (or None), scalars and a seed.
+Kernel = Callable[[Buffers, "Tensor | None", Scalars, int], None]
+
+
+def scalars(group: dict, step: float) -> Scalars:
+    """What the update of step `step` ≥ 1 takes from the hyper-parameters.
 
     With c₁ = 1−β₁ᵗ and c₂ = 1−β₂ᵗ the update α·(m/c₁) / (√(v/c₂) + ε) is (α·√c₂/c₁)·m / (√v + ε·√c₂), the
     form at the end of section 2 of Kingma & Ba, arXiv 1412.6980, with their ε̂ = ε·√c₂.
@@ -88,7 +92,7 @@ def scalars(group: dict, step: float, dtype: torch.dtype) -> Tensor:
     beta1, beta2 = group["betas"]
     lr, weight_decay = float(group["lr"]), group["weight_decay"]
     root = (1 - beta2**step) ** 0.5
-    values = (
+    return (
         -weight_decay * lr if group["decoupled_weight_decay"] else weight_decay,
         1 - beta1,
         beta2,
@@ -96,8 +100,6 @@ def scalars(group: dict, step: float, dtype: torch.dtype) -> Tensor:
         lr * root / (1 - beta1**step),
         group["eps"] * root,
     )
-    # By way of NumPy, which is the quicker one for so few numbers.
-    return torch.from_numpy(np.array(values, dtype=np.float64 if dtype == torch.float64 else np.float32))
 
 
 def adam_expression(
@@ -176,26 +178,21 @@ def _one(device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.ones((), dtype=dtype, device=device)
 
 
-def update(variant: Variant, buffers: Buffers, factor: Tensor | None, scalars: Tensor, seed: int) -> None:
+def update(variant: Variant, buffers: Buffers, factor: Tensor | None, numbers: Scalars, seed: int) -> None:
     """One step of Adam over whole buffers, in place.
 
     Args:
         variant: fits the buffers.
         buffers: on one device.
-        factor: multiplies the gradient: 0-dimensional. None: 1.
-        scalars: what `scalars` returns, in the compute dtype.
+        factor: multiplies the gradient: 0-dimensional. None: 1. One that lies on a GPU, and is NaN, makes the
+            update change nothing.
+        numbers: what `scalars` returns.
         seed: of stochastic rounding, in [0, 2³¹).
 
     Raises:
         NoKernel: it cannot be compiled here; nothing has been changed.
     """
-    kernel = _kernel(variant)
-    device, dtype = buffers.param.device, variant.compute_dtype
-    factor = _one(device, dtype) if factor is None else factor.to(device, dtype)
-    if variant.device == "cuda":  # pinned, so that the host need not wait for the device
-        scalars = scalars.pin_memory().to(factor.device, non_blocking=True)
-    number = torch.tensor(seed) if variant.rounding == "stochastic" else None
-    kernel(*vars(buffers).values(), factor, scalars, number)
+    _kernel(variant)(buffers, factor, numbers, seed)
 
 
 def why_not(variant: Variant) -> str | None:
@@ -214,100 +211,92 @@ _failed: dict[Variant, str] = {}
 def _kernel(variant: Variant) -> Kernel:
     if variant not in _failed:
         try:
-            with compiling(variant.name):
-                return _compiled(variant)
-        except Exception:
-            # A damaged cache is the one cause that can be put right: without it, once more.
-            discard()
-        try:
-            return _compiled(variant)
+            return _compared(variant) if variant.device == "cuda" else _cached(variant)
         except Exception as error:
             _failed[variant] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     raise NoKernel(_failed[variant])
 
 
-def _compiled(variant: Variant) -> Kernel:
-    """Compiles by way of example, and compares examples with the same expression uncompiled."""
+def _cached(variant: Variant) -> Kernel:
+    """Takes the kernel from this host's cache, or leaves it there. (Triton has a cache of its own.)"""
+    try:
+        with compiling(variant.name):
+            return _compared(variant)
+    except Exception:
+        # A damaged cache is the one cause that can be put right: without it, once more.
+        discard()
+        return _compared(variant)
+
+
+def _compared(variant: Variant) -> Kernel:
+    """Compiles, and compares examples with the expression uncompiled."""
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        kernel = _COMPILERS[variant.device](variant)
+        for elements in (_EXAMPLE_ELEMENTS, 1001):
+            made, expected = _example(variant, elements), _example(variant, elements)
+            kernel(*made)
+            _update(variant, *_tensors(variant, *expected))
+            for ours, theirs in zip(vars(made[0]).values(), vars(expected[0]).values(), strict=True):
+                if ours is not None and not torch.allclose(ours, theirs, rtol=2**-6, atol=1e-6):
+                    raise RuntimeError("the compiled kernel computes something else than its source")
+    return kernel
+
+
+def _compile_for_gpu(variant: Variant) -> Kernel:
+    from hvd_adam import triton_kernel  # here: PyTorch has Triton only where it is built for GPUs
+
+    def kernel(buffers: Buffers, factor: Tensor | None, numbers: Scalars, seed: int) -> None:
+        triton_kernel.update(variant.rounding, variant.decay, vars(buffers), factor, numbers, seed)
+
+    return kernel
+
+
+def _compile_for_cpu(variant: Variant) -> Kernel:
+    """Compiles by way of example."""
 
     def one_pass(*arguments: Tensor | None) -> None:
         _update(variant, *arguments)
 
     # PyTorch limits the compilations of one code object: each variant gets its own.
     one_pass.__code__ = one_pass.__code__.replace(co_name=variant.name)
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if variant.device == "cpu":
-            kernel = _innermost(one_pass, _example(variant, _EXAMPLE_ELEMENTS))
-        else:
-            kernel = torch.compile(one_pass, fullgraph=True, dynamic=True)
-        for elements in (_EXAMPLE_ELEMENTS, 1001):
-            made, expected = _example(variant, elements), _example(variant, elements)
-            kernel(*made)
-            _update(variant, *expected)
-            for ours, theirs in zip(made, expected, strict=True):
-                if ours is not None and not torch.allclose(ours, theirs, rtol=2**-6, atol=1e-6):
-                    raise RuntimeError("the compiled kernel computes something else than its source")
-    return kernel
+    code = innermost(one_pass, _tensors(variant, *_example(variant, _EXAMPLE_ELEMENTS)))
 
-
-def _innermost(one_pass: Kernel, example: list[Tensor | None]) -> Kernel:
-    """What `torch.compile` makes of a function of tensors of one length, without what it puts around it.
-
-    That looks at the arguments, and at the state of the whole process, on every call, compiles anew where
-    something has changed, and takes 0.4 ms where caches are cold, as they are after a step over 11 M parameters
-    (6 ms). None of it matters here: what does is in the variant, and lengths are data. (On a GPU they are not
-    beyond 2³¹ elements, where indices need 64 bits, and the host runs ahead anyway.)
-    """
-    # Here: it takes a second to import.
-    from torch._functorch import config
-    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-
-    calls = []
-
-    def backend(graph: torch.fx.GraphModule, examples: list[Tensor]) -> Kernel:
-        def compile_innermost(*args: Any, **kwargs: Any) -> Callable[[list], Any]:
-            code = compile_fx_inner(*args, **kwargs)
-
-            def remembered(arguments: list) -> Any:
-                calls.append((code, [*arguments]))
-                return code(arguments)
-
-            remembered._boxed_call = True  # it takes its arguments in one list, which it may empty
-            return remembered
-
-        # The number of threads is that of the time of the call, not of the compilation.
-        return compile_fx(graph, examples, compile_innermost, config_patches={"cpp.dynamic_threads": True})
-
-    # A cache that would leave `compile_innermost` out.
-    known = hasattr(config, "enable_autograd_cache")
-    with config.patch(enable_autograd_cache=False) if known else nullcontext():
-        torch.compile(one_pass, fullgraph=True, dynamic=True, backend=backend)(*example)
-    [(code, received)] = calls
-    code = getattr(code, "current_callable", None) or code
-    places = {tensor.data_ptr(): place for place, tensor in enumerate(example) if tensor is not None}
-    # It takes what it uses, in an order of its own, and the length.
-    order = [None if isinstance(argument, int) else places[argument.data_ptr()] for argument in received]
-
-    def kernel(*arguments: Tensor | None) -> None:
-        length = arguments[0].numel()
-        code([length if place is None else arguments[place] for place in order])
+    def kernel(buffers: Buffers, factor: Tensor | None, numbers: Scalars, seed: int) -> None:
+        code(*_tensors(variant, buffers, factor, numbers, seed))
 
     return kernel
 
 
-def _example(variant: Variant, n: int) -> list[Tensor | None]:
-    device = variant.device
-    wave = torch.linspace(-3, 3, n, device=device)
-    hyper = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "decoupled_weight_decay": False}
-    zeros = [torch.zeros(n, dtype=variant.moment_dtype, device=device) for _ in range(3)]
+_COMPILERS = {"cpu": _compile_for_cpu, "cuda": _compile_for_gpu}
+
+
+def _tensors(
+    variant: Variant, buffers: Buffers, factor: Tensor | None, numbers: Scalars, seed: int
+) -> list[Tensor | None]:
+    """What `_update` takes."""
+    device, dtype = buffers.param.device, variant.compute_dtype
+    # By way of NumPy, which is the quicker one for so few numbers.
+    few = np.array(numbers, dtype=np.float64 if dtype == torch.float64 else np.float32)
     return [
-        wave.to(variant.dtype),
-        wave.cos().to(variant.dtype),
-        zeros[0],
-        zeros[1],
-        zeros[2] if variant.amsgrad else None,
-        wave.clone() if variant.rounding == "master" else None,
-        torch.ones((), dtype=variant.compute_dtype, device=device),
-        scalars(hyper, 1, variant.compute_dtype).to(device),
-        torch.tensor(7) if variant.rounding == "stochastic" else None,
+        *vars(buffers).values(),
+        _one(device, dtype) if factor is None else factor.to(device, dtype),
+        torch.from_numpy(few).to(device),
+        torch.tensor(seed) if variant.rounding == "stochastic" else None,
     ]
+
+
+def _example(variant: Variant, n: int) -> tuple[Buffers, None, Scalars, int]:
+    """What a kernel takes."""
+    wave = torch.linspace(-3, 3, n, device=variant.device)
+    zeros = [torch.zeros(n, dtype=variant.moment_dtype, device=variant.device) for _ in range(3)]
+    buffers = Buffers(
+        param=wave.to(variant.dtype),
+        grad=wave.cos().to(variant.dtype),
+        exp_avg=zeros[0],
+        exp_avg_sq=zeros[1],
+        max_exp_avg_sq=zeros[2] if variant.amsgrad else None,
+        master_param=wave.clone() if variant.rounding == "master" else None,
+    )
+    hyper = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "decoupled_weight_decay": False}
+    return buffers, None, scalars(hyper, 1), 7

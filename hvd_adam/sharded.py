@@ -158,6 +158,7 @@ class ShardedAdam(DistributedAdam):
         Raises:
             RuntimeError: a state has been loaded on some ranks, and not yet been given to the others.
         """
+        self._learn()
         loaded = self._hvd.allgather_object(self._loaded, name=f"{self._prefix}.loaded")
         if len(set(loaded)) > 1:
             ranks = ", ".join(str(rank) for rank, there in enumerate(loaded) if there)

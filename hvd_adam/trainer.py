@@ -99,6 +99,8 @@ class Trainer:
         self.watch = Stopwatch()
         self.step, self.epoch, self.epoch_done = 0, 1, False
         self.skipped, self.skipped_in_a_row = 0, 0  # updates left out because a gradient was not finite
+        # Of the last update, until it is known whether it was: its step, epoch, and whether a loss was not finite.
+        self.in_doubt: tuple[int, int, torch.Tensor] | None = None
         self.guard = BufferGuard(self.model)
         self.best_accuracy: float | None = None
         self.scores: Scores | None = None
@@ -239,8 +241,8 @@ class Trainer:
             group["lr"] = rate
         self.optimizer.zero_grad()
         self.guard.remember()
-        bad = torch.zeros(1, dtype=torch.int32, device=self.cluster.device)  # whether a loss was not finite
-        for images, labels in micro_batches:
+        bad = torch.zeros(1, dtype=torch.int32, device=self.cluster.device)
+        for number, (images, labels) in enumerate(micro_batches, start=1):
             with autocast(self.config.precision, self.cluster.device):
                 logits = self.forward(images)
             loss = F.cross_entropy(logits.to(self.loader.dtype), labels)
@@ -249,35 +251,42 @@ class Trainer:
             weight = len(images) * self.cluster.size * self.accumulate / self.global_batch
             share = loss * (loss.detach() * 0 + weight)  # given to backward() it would have that import sympy
             (share if self.scaler is None else self.scaler.scale(share)).backward()
+            if number == len(micro_batches):
+                self._look_back()  # now a GPU has all of this update's passes still to do
             self.optimizer.step()
             self.loss.add(loss, len(images))
             bad |= ~loss.detach().isfinite()
+        self.guard.restore(self.optimizer.skipped)
         self.step += 1
+        self.in_doubt = self.step, epoch, bad
         self.watch.add(self.global_batch)
-        if self.optimizer.skipped_updates == self.skipped:
-            self.skipped_in_a_row = 0
-        else:
-            self._skip(epoch, bad)
 
-    def _skip(self, epoch: int, bad: torch.Tensor) -> None:
-        """Notes that the optimizer has left an update out; ends the job if that were too many in a row."""
-        self.guard.restore()
-        self.skipped, self.skipped_in_a_row = self.optimizer.skipped_updates, self.skipped_in_a_row + 1
+    def _look_back(self) -> None:
+        """Takes note of whether the last update was skipped; ends the job if that were too many in a row."""
+        if self.in_doubt is None:
+            return
+        (step, epoch, bad), self.in_doubt = self.in_doubt, None
+        before, self.skipped = self.skipped, self.optimizer.skipped_updates
+        if self.skipped == before:
+            self.skipped_in_a_row = 0
+            return
+        self.skipped_in_a_row += 1
         if self.cluster.size > 1:
             bad = horovod().allgather(bad, name="hvd_adam.bad")
         ranks = bad.nonzero().flatten().tolist()
         reason = f"loss of rank {', '.join(map(str, ranks))} not finite" if ranks else "gradient not finite"
-        self.log.event("skip", self.step, epoch, reason=reason, skipped=self.skipped)
+        self.log.event("skip", step, epoch, reason=reason, skipped=self.skipped)
         if self.skipped_in_a_row <= self.config.max_skipped:
             return
         with together(self.cluster):
             self._report(wait=True)
         raise JobError(
-            f"{self.skipped_in_a_row} updates in a row were skipped, the last one, update {self.step}, with the "
+            f"{self.skipped_in_a_row} updates in a row were skipped, the last one, update {step}, with the "
             f"{reason}; weights and checkpoints are good: look at the data, lower --lr, or raise --max-skipped"
         )
 
     def _log_step(self, epoch: int) -> None:
+        self._look_back()
         loss = self.loss.read()  # waits for the device, so that the lap counts finished work
         rate = self.optimizer.param_groups[0]["lr"]
         self.log.event("step", self.step, epoch, loss=loss, lr=rate, images_per_second=self.watch.lap())
@@ -353,6 +362,7 @@ class Trainer:
         Args:
             of_all: for rank 0 to save; otherwise for this rank to keep, whose entry alone `ranks` then has.
         """
+        self._look_back()
         own = of_this_rank(self.cluster, self.loss.part())
         progress = {
             "step": self.step,

@@ -21,21 +21,21 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 LAUNCH_SECONDS = 280
 
-Key = tuple[str, int, str]
+Key = tuple[str, int, str, tuple[tuple[str, str], ...]]
 _bodies: dict[Key, list[Callable]] = defaultdict(list)
 
 
-def on_ranks(ranks: int, controller: str = "gloo") -> Callable[[Callable], Callable]:
+def on_ranks(ranks: int, controller: str = "gloo", **environ: str) -> Callable[[Callable], Callable]:
     """Makes a test of a body that takes a `Cluster`, run on so many ranks under `horovodrun --controller`.
 
     The controller "elastic" is Gloo with a launcher that lets ranks start anew, see `hvd_adam.cluster.restart`.
 
     0 ranks: one process without a launcher. Never the process of the tests itself: once MPI has started there,
-    no mpirun starts from it any more.
+    no mpirun starts from it any more. `environ` is added to their environment.
     """
 
     def decorate(body: Callable) -> Callable:
-        key = (body.__module__, ranks, controller)
+        key = (body.__module__, ranks, controller, tuple(environ.items()))
         _bodies[key].append(body)
 
         def test() -> None:
@@ -74,11 +74,11 @@ def launch(arguments: list[str], ranks: int, controller: str, **options: object)
 @cache
 def _outcomes(key: Key) -> dict[str, list[str]]:
     """What went wrong in each body, by its name: nothing, or a line for each rank on which it failed."""
-    module, ranks, controller = key
+    module, ranks, controller, environ = key
     outcomes: dict[str, list[str]] = {}
     while remaining := [body.__name__ for body in _bodies[key] if body.__name__ not in outcomes]:
         with tempfile.TemporaryDirectory() as folder:
-            done = launch([__file__, module, folder, *remaining], ranks, controller)
+            done = launch([__file__, module, folder, *remaining], ranks, controller, env=dict(environ))
             reports = [_read(Path(folder, f"{rank}.jsonl")) for rank in range(max(1, ranks))]
         for name in remaining:
             failed = {rank: report[name] for rank, report in enumerate(reports) if report.get(name)}

@@ -675,7 +675,7 @@ def take_step(flat, group, kind):
     for run in flat.runs(flat.collect()):
         for position, buffers in flat.buffers(run, state_dtypes(group, flat.dtype)):
             assert buffers.exp_avg.dtype == moments
-            numbers = kernels.scalars(group, run.step, variant.compute_dtype)
+            numbers = kernels.scalars(group, run.step)
             kernels.update(variant, buffers, torch.ones(()), numbers, seed(run.step, position))
 
 

@@ -259,7 +259,7 @@ def test_the_scalars_make_the_papers_update(dtype, decoupled):
     for step, betas in product((1, 2, 10, 1000, 2**24), ((0.9, 0.999), (0.0, 0.0), (0.5, 0.0), (0.99, 0.9999))):
         group = dict(lr=0.01, betas=betas, eps=1e-8, weight_decay=0.1, decoupled_weight_decay=decoupled)
         decay, one_minus_beta1, beta2, one_minus_beta2, size, eps = (
-            kernels.scalars(group, step, dtype).double().tolist()
+            torch.tensor(kernels.scalars(group, step), dtype=torch.float64).to(dtype).tolist()
         )
         # Rounded once to `dtype` after some operations in float64; 1 - beta**step cancels to at least 1e-4.
         exactly = dict(rel=torch.finfo(dtype).eps + 1e-11, abs=0)

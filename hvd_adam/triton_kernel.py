@@ -1,0 +1,172 @@
+"""The Adam update for GPUs, in Triton: `kernels.adam_expression` in one pass over flat buffers.
+
+Written out, not left to `torch.compile`: a launch then costs the host little, takes its numbers as arguments, not
+from memory, changes nothing where a factor on the device says so, and can be run, and compiled for a GPU, on a
+machine that has none (tests/test_triton_kernel.py).
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# 8 elements a thread: two accesses of 16 bytes to each float32 buffer.
+BLOCK = 1024
+WARPS = 4
+
+_TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
+_NUMBERS = ("factor", "weight_decay", "one_minus_beta1", "beta2", "one_minus_beta2", "step_size", "eps")
+
+Buffers = dict[str, "Tensor | None"]
+
+
+@triton.jit
+def _wide(high, low, DTYPE: tl.constexpr):
+    """A number that travels as two float32, since Triton takes no float64 arguments."""
+    return tl.cast(high, DTYPE) + tl.cast(low, DTYPE)
+
+
+@triton.jit
+def _root(x, DTYPE: tl.constexpr):
+    """The square root; of float32 not the quick one, which takes the smallest numbers for 0."""
+    return tl.sqrt_rn(x) if DTYPE is tl.float32 else tl.sqrt(x)
+
+
+@triton.jit
+def _current_master(wide, master, HALF_EPS: tl.constexpr, TINY: tl.constexpr):
+    """As `kernels.current_master`."""
+    infinity = float("inf")
+    is_rounded = tl.abs(wide - master) <= HALF_EPS * tl.abs(master) + TINY
+    kept = (is_rounded & (tl.abs(master) < infinity)) | (tl.abs(wide) == infinity)
+    return tl.where(kept, master, wide)
+
+
+@triton.jit
+def _round_stochastically(x, places, seed):
+    """As `kernels.round_stochastically`, to the bit; float32 that a bfloat16 can hold."""
+    h = ((places + seed) & 0x7FFFFFFF).to(tl.uint32)
+    h = (h ^ (h >> 16)) * 0x7FEB352D
+    h = (h ^ (h >> 15)) * 0x846CA68B
+    noise = (h ^ (h >> 16)) & 0xFFFF
+    rounded = ((x.to(tl.uint32, bitcast=True) + noise) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return tl.where(tl.abs(x) < float("inf"), rounded, x)
+
+
+@triton.jit(do_not_specialize=["seed"])
+def adam(
+    param,
+    grad,
+    exp_avg,
+    exp_avg_sq,
+    max_exp_avg_sq,
+    master_param,
+    device_factor,
+    elements,
+    seed,
+    factor,
+    weight_decay,
+    one_minus_beta1,
+    beta2,
+    one_minus_beta2,
+    step_size,
+    eps,
+    factor_low,
+    weight_decay_low,
+    one_minus_beta1_low,
+    beta2_low,
+    one_minus_beta2_low,
+    step_size_low,
+    eps_low,
+    DTYPE: tl.constexpr,
+    DECAY: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    HALF_EPS: tl.constexpr,
+    TINY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One block of the update; see `arguments`."""
+    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # beyond 2³¹ elements, too
+    scale = _wide(factor, factor_low, DTYPE)
+    if device_factor is not None:
+        scale *= tl.load(device_factor).to(DTYPE)
+        elements = tl.where(scale == scale, elements, 0)  # NaN: nothing is to be changed
+    inside = places < elements
+
+    theta = tl.load(param + places, inside).to(DTYPE)
+    g = tl.load(grad + places, inside).to(DTYPE) * scale
+    m = tl.load(exp_avg + places, inside).to(DTYPE)
+    v = tl.load(exp_avg_sq + places, inside).to(DTYPE)
+    if master_param is not None:
+        theta = _current_master(theta, tl.load(master_param + places, inside), HALF_EPS, TINY)
+
+    if DECAY == "coupled":
+        g += _wide(weight_decay, weight_decay_low, DTYPE) * theta
+    if DECAY == "decoupled":
+        theta += _wide(weight_decay, weight_decay_low, DTYPE) * theta
+    m += _wide(one_minus_beta1, one_minus_beta1_low, DTYPE) * (g - m)
+    v = _wide(beta2, beta2_low, DTYPE) * v + _wide(one_minus_beta2, one_minus_beta2_low, DTYPE) * (g * g)
+    tl.store(exp_avg + places, m, inside)
+    tl.store(exp_avg_sq + places, v, inside)
+    if max_exp_avg_sq is not None:
+        largest = tl.load(max_exp_avg_sq + places, inside).to(DTYPE)
+        v = tl.where((largest >= v) | (largest != largest), largest, v)  # NaN stays, as in torch.maximum
+        tl.store(max_exp_avg_sq + places, v, inside)
+    theta -= _wide(step_size, step_size_low, DTYPE) * (m / (_root(v, DTYPE) + _wide(eps, eps_low, DTYPE)))
+
+    if master_param is not None:
+        tl.store(master_param + places, theta, inside)
+    if STOCHASTIC:
+        theta = _round_stochastically(theta, places, seed)
+    tl.store(param + places, theta, inside)
+
+
+def arguments(
+    rounding: str, decay: str, buffers: Buffers, factor: Tensor | None, scalars: tuple[float, ...], seed: int
+) -> dict[str, object]:
+    """What `adam` is called with.
+
+    Args:
+        rounding: as in `kernels.Variant`.
+        decay: as in `kernels.Variant`.
+        buffers: those of `kernels.Buffers`, by name; None for what a variant does without.
+        factor: multiplies the gradient: 0-dimensional, None for 1. One that lies on the buffers' device, and is
+            NaN, makes the update change nothing.
+        scalars: what `kernels.scalars` returns.
+        seed: of stochastic rounding, in [0, 2³¹).
+    """
+    dtype = buffers["param"].dtype
+    compute, info = torch.promote_types(dtype, torch.float32), torch.finfo(dtype)
+    on_host = factor is not None and factor.device != buffers["param"].device
+    exact = np.array((float(factor) if on_host else 1.0, *scalars))
+    high = exact.astype(np.float32).astype(np.float64)
+    low = exact - high if compute == torch.float64 else np.zeros_like(exact)
+    return {
+        **buffers,
+        "device_factor": None if on_host else factor,
+        "elements": buffers["param"].numel(),
+        "seed": seed,
+        **dict(zip(_NUMBERS, high.tolist(), strict=True)),
+        **dict(zip((f"{name}_low" for name in _NUMBERS), low.tolist(), strict=True)),
+        "DTYPE": _TYPES[compute],
+        "DECAY": decay,
+        "STOCHASTIC": rounding == "stochastic",
+        "HALF_EPS": info.eps / 2 if rounding == "master" else 0.0,
+        "TINY": info.smallest_normal * info.eps if rounding == "master" else 0.0,
+        "BLOCK": BLOCK,
+    }
+
+
+def update(
+    rounding: str, decay: str, buffers: Buffers, factor: Tensor | None, scalars: tuple[float, ...], seed: int
+) -> None:
+    """One step of Adam over whole buffers, in place; what `arguments` takes. The host waits for nothing."""
+    param = buffers["param"]
+    grid = (triton.cdiv(param.numel(), BLOCK),)
+    # Triton launches on the current device, which need not be the buffers'.
+    with torch.cuda.device(param.device) if param.is_cuda else nullcontext():
+        adam[grid](**arguments(rounding, decay, buffers, factor, scalars, seed), num_warps=WARPS)

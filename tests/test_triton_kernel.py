@@ -1,0 +1,140 @@
+"""The kernel for GPUs on a machine without one: run by Triton's interpreter, and compiled ahead for a GPU.
+
+Hazards: arithmetic that differs from the expression that CPUs compile; writes beyond the end of a buffer; a NaN
+that is not skipped, or is and leaves a trace in buffers, step counts or the count of skipped updates; accesses that
+the compiler cannot make as wide as memory wants them; Triton versions that refuse the source.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from on_ranks import on_ranks
+from test_nonfinite import check_skipping, made, update
+
+ROOT = Path(__file__).parents[1]
+APART = Path(sys.prefix) / "triton"  # where launch/setup.sh --dev puts it if torch has none
+
+paths = [str(path) for path in (APART, ROOT, ROOT / "tests") if path.exists()]
+ENVIRON = {"PYTHONPATH": os.pathsep.join(paths)}
+INTERPRETED = {**ENVIRON, "TRITON_INTERPRET": "1"}
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None and not APART.exists(),
+    reason=f"no Triton here, nor in {APART}: `bash launch/setup.sh --dev` installs it",
+)
+
+
+def run(*argv, **environ):
+    done = subprocess.run(
+        [sys.executable, *argv], env={**os.environ, **environ}, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_tests_of_adam_pass_with_it():
+    chosen = "(fused or test_flat) and not too_small_for_nearest"  # which takes a minute
+    options = "-q -p interpreted -p no:cacheprovider -W ignore::RuntimeWarning".split()
+    said = run("-m", "pytest", *options, "-k", chosen, "tests/test_adam.py", "tests/test_flat.py", **INTERPRETED)
+    assert int(said.rpartition(" passed")[0].split()[-1]) > 100, said
+
+
+def test_it_compiles_for_hopper_to_accesses_of_16_bytes():
+    cases = json.loads(run("tests/compiled_ahead.py", **ENVIRON))["cases"]
+    for name, case in cases.items():
+        assert case["bytes"] > 1000, name
+        kind = "v2.b64" if name == "float64" else "v4.b32"
+        alone = {"ld.global.b32"} if name == "a factor on the device" else set()
+        assert set(case["instructions"]) == {f"ld.global.{kind}", f"st.global.{kind}"} | alone, name
+
+
+def interpreted():
+    """Has this process use the kernel, and the host learn from the device what was skipped."""
+    import interpreted  # noqa: F401
+
+    from hvd_adam import adam
+    from hvd_adam.distributed_adam import DistributedAdam
+
+    adam._FUSED_ELEMENTS = 0
+    DistributedAdam._only_the_device_knows = lambda self: True
+
+
+@on_ranks(0, **INTERPRETED)
+def test_nothing_is_read_or_written_beyond_a_buffers_end(cluster):
+    interpreted()
+    from hvd_adam import triton_kernel
+
+    names = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    for elements in (1, 15, 16, 1023, 1024, 1025, 2600):
+        around = {name: torch.full((elements + 32,), float("nan")) for name in names}
+        buffers = {name: poisoned[16 : 16 + elements].fill_(0.5) for name, poisoned in around.items()}
+        triton_kernel.update(
+            "nearest", "coupled", {**buffers, "master_param": None}, None, (0.1, 0.1, 0.9, 0.1, 0.1, 1e-8), 0
+        )
+        for name, poisoned in around.items():
+            assert poisoned.isnan().sum() == 32, (name, elements)
+        assert (buffers["param"] != 0.5).all()
+
+
+@on_ranks(0, **INTERPRETED)
+def test_an_update_that_only_the_device_knows_to_be_skipped_changes_nothing(cluster):
+    interpreted()
+    check_skipping(cluster, {})
+    check_skipping(cluster, {"accumulate": 2, "max_grad_norm": 1.0})
+
+
+@on_ranks(2, **INTERPRETED)
+def test_so_it_is_on_two_ranks_and_sharded(cluster):
+    interpreted()
+    check_skipping(cluster, {})
+    check_skipping(cluster, {"strategy": "sharded", "max_grad_norm": 1.0})
+
+
+@on_ranks(0, **INTERPRETED)
+def test_what_was_skipped_is_learnt_later_and_counted_once(cluster):
+    interpreted()
+    model, optimizer = made()
+    for factor in (1.0, float("nan"), 1.0, float("inf"), float("nan")):
+        update(model, optimizer, factor)
+    assert optimizer._skipped_updates == 2  # of the last one nobody has asked
+    assert optimizer.skipped
+    steps = [entry["step"].item() for entry in optimizer.state_dict()["state"].values()]
+    assert steps == [2] * 4
+    assert optimizer.skipped_updates == 3
+    plain, other = made()
+    for _ in range(2):
+        update(plain, other)
+    assert all(map(torch.equal, model.state_dict().values(), plain.state_dict().values()))
+
+
+@on_ranks(0, **INTERPRETED)
+def test_a_state_that_is_loaded_is_not_counted_less_for_the_update_before(cluster):
+    interpreted()
+    model, optimizer = made()
+    update(model, optimizer)
+    saved = optimizer.state_dict()
+    update(model, optimizer, float("nan"))
+    optimizer.load_state_dict(saved)
+    update(model, optimizer)
+    assert {entry["step"].item() for entry in optimizer.state_dict()["state"].values()} == {2}
+    assert optimizer.skipped_updates == 1
+
+
+@on_ranks(0, **INTERPRETED)
+def test_loss_scaling_skips_and_halves_the_scale(cluster):
+    interpreted()
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    model, optimizer = made(loss_scaler=scaler)
+    for factor, scale in ((1.0, 8.0), (float("inf"), 4.0), (1.0, 4.0)):
+        optimizer.zero_grad()
+        scaler.scale(model(torch.ones(2, 6)).square().sum() * factor).backward()
+        optimizer.step()
+        assert scaler.get_scale() == scale
+    assert optimizer.skipped_updates == 1
+    assert all(p.isfinite().all() for p in model.parameters())
