@@ -487,10 +487,12 @@ def test_on_a_gpu_peers_share_parameters_and_one_without_room_is_said(monkeypatc
     makers = {"hvd_adam fused": maker("ours"), "a": maker("a", full), "b": maker("b"), "c": maker("c", odd)}
     monkeypatch.setattr(optimizers, "_makers", lambda *_: makers)
     monkeypatch.setattr(optimizers, "Tensors", lambda _: object())
-    monkeypatch.setattr(optimizers, "release", lambda _: None)
+    released = []
+    monkeypatch.setattr(optimizers, "release", lambda _: released.append([*given]))
     found = optimizers.build(workload(1, device="cuda"), reference=False)
     assert given["a"] is given["b"] is given["c"] is not given["ours"]
     assert list(found.calls) == ["hvd_adam fused", "b"]
+    assert released == [["ours", "a"]]  # before the next one
     assert (found.errors, found.missing) == ({"a": "CUDA out of memory. Tried"}, ["c: no kernel"])
 
 

@@ -95,7 +95,8 @@ def build(workload: Workload, reference: bool) -> Candidates:
             found.errors[name] = first_line(error)
         except Exception as error:  # of a peer that is installed but does not work here: said, not passed on
             found.missing.append(f"{name}: {first_line(error)}")
-        release(workload.device)  # what building took for a while
+        if name in found.errors:
+            release(workload.device)  # as much as it had got
     return found
 
 
