@@ -2,16 +2,19 @@
 # Builds a wheel of the unmodified Horovod release against the PyTorch and the MPI that are here, or finds the one
 # that an earlier run built. The last line of stdout is the wheel's path.
 #
-#   PYTHON=.venv/bin/python launch/build_horovod.sh [--cpu | --cuda] [--print-key | --check | --install]
+#   PYTHON=.venv/bin/python launch/build_horovod.sh [--cpu | --cuda] [--without-mpi] [--print-key | --check | --install]
 #
 #   --cpu | --cuda   without or with NCCL (default: --cpu)
+#   --without-mpi    with Gloo alone to start ranks and to add up on CPUs: for horovodrun, not for mpirun and srun
 #   --print-key      print what the wheel depends on, which is its name in the cache
 #   --check          print the cached wheel's path, or exit with 1 where there is none or it is damaged
 #   --install        install it into PYTHON's environment too
 #
-# PYTHON must have torch (default: python3). Needs mpicxx, cmake (3.21 or newer) and g++; with --cuda also nvcc of
-# torch's CUDA version (CUDA_HOME, else nvcc's folder, else /usr/local/cuda) and the NCCL that came with torch.
+# PYTHON must have torch (default: python3). Needs mpicxx (unless --without-mpi), cmake (3.21 or newer) and g++; with
+# --cuda also nvcc of torch's major CUDA version (CUDA_HOME, else the toolkit of the nvcc on PATH, else /usr/local/cuda)
+# and the NCCL that came with torch.
 # HOROVOD_BUILD_CUDA_CC_LIST names the GPU architectures (default: those of the GPUs here, else 80,90).
+# Without a network: PIP_NO_INDEX=1 and PIP_FIND_LINKS=FOLDER, with Horovod's source and the build tools in FOLDER.
 # The cache is ${XDG_CACHE_HOME:-~/.cache}/hvd_adam/horovod; deleting it is always safe.
 set -euo pipefail
 
@@ -19,14 +22,14 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/common.sh
 source "$here/common.sh"
 
-HOROVOD_VERSION=0.28.1
 STORE=$CACHE/horovod
 
 parse_arguments() {
-  device=cpu action=build
+  device=cpu action=build mpi=true
   while (($#)); do
     case $1 in
       --cpu | --cuda) device=${1#--} ;;
+      --without-mpi) mpi=false ;;
       --print-key | --check | --install) action=${1#--} ;;
       -h | --help) print_usage; exit 0 ;;
       *) stop "unknown option $1; see --help" ;;
@@ -37,17 +40,21 @@ parse_arguments() {
 
 require_tools() {
   local tool
-  for tool in mpicxx mpirun cmake g++ make flock; do have "$tool" || stop "$tool is missing; see launch/setup.sh"; done
+  for tool in cmake g++ make flock; do have "$tool" || stop "$tool is missing; see launch/setup.sh"; done
+  [[ $mpi == true ]] || return 0
+  for tool in mpicxx mpirun; do
+    have "$tool" || stop "$tool is missing; see launch/setup.sh, or build for Gloo alone with --without-mpi"
+  done
 }
 
-# describe_torch: "2.13.0+cpu-abi1 cp311 CUDA FOLDER", CUDA being torch's CUDA version or none, FOLDER where its
-# packages lie.
+# describe_torch: "2.13.0+cpu-abi1 cp311 CUDA FOLDER", CUDA being torch's CUDA version or none, FOLDER where torch and
+# the packages that came with it lie, which is not PYTHON's own where it shares those of another environment.
 describe_torch() {
   "$python" - <<'PY' || stop "$python cannot import torch: install it first" 1
-import sys, sysconfig
+import pathlib, sys
 import torch
 abi, version = int(torch.compiled_with_cxx11_abi()), "cp%d%d" % sys.version_info[:2]
-print(f"{torch.__version__}-abi{abi}", version, torch.version.cuda or "none", sysconfig.get_path("purelib"))
+print(f"{torch.__version__}-abi{abi}", version, torch.version.cuda or "none", pathlib.Path(torch.__file__).parents[1])
 PY
 }
 
@@ -55,17 +62,22 @@ PY
 # where it lies, because two builds of one release link different libraries.
 describe_mpi() {
   local line
+  if [[ $mpi == false ]]; then
+    printf 'nompi'
+    return
+  fi
   line=$(mpirun --version 2>&1 | grep -m1 '[0-9]') || line=unknown
   line=$(sed -E 's/mpirun \(Open MPI\) ?/openmpi/; s/[^A-Za-z0-9.]+/_/g' <<<"$line")
   printf '%s-%s' "$line" "$(command -v mpicxx | sha256sum | cut -c1-6)"
 }
 
+# find_cuda_home: the nvcc on PATH may be a script that calls the real one, so it is asked where its toolkit lies.
 find_cuda_home() {
-  local nvcc
+  local top
   if [[ -n ${CUDA_HOME:-} ]]; then
     printf '%s' "$CUDA_HOME"
-  elif nvcc=$(command -v nvcc); then
-    dirname "$(dirname "$(readlink -f "$nvcc")")"
+  elif top=$(nvcc --dryrun -E -x cu /dev/null 2>&1 | sed -n 's/^#\$ TOP=//p') && [[ -d $top ]]; then
+    (cd "$top" && pwd)
   else
     printf '/usr/local/cuda'
   fi
@@ -131,13 +143,16 @@ prepare_nccl_links() {
 }
 
 set_build_environment() {
-  export HOROVOD_WITH_PYTORCH=1 HOROVOD_WITH_MPI=1 HOROVOD_WITH_GLOO=1
-  export HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1
+  export HOROVOD_WITH_PYTORCH=1 HOROVOD_WITH_GLOO=1 HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1
+  unset HOROVOD_WITH_MPI HOROVOD_WITHOUT_MPI
+  if [[ $mpi == true ]]; then export HOROVOD_WITH_MPI=1; else export HOROVOD_WITHOUT_MPI=1; fi
   export CMAKE_TOOLCHAIN_FILE=$here/horovod/cxx20.cmake MAKEFLAGS=${MAKEFLAGS:--j$(nproc)}
   export CMAKE_POLICY_VERSION_MINIMUM=3.5 # CMake 4 refuses Gloo's older minimum without it
   if [[ $device == cuda ]]; then
     prepare_nccl_links
-    export HOROVOD_GPU_OPERATIONS=NCCL HOROVOD_CUDA_HOME=$cuda_home HOROVOD_BUILD_CUDA_CC_LIST=$architectures
+    # CUDA_HOME: for torch, whose own search would take any nvcc's folder for the toolkit's.
+    export HOROVOD_GPU_OPERATIONS=NCCL HOROVOD_CUDA_HOME=$cuda_home CUDA_HOME=$cuda_home
+    export HOROVOD_BUILD_CUDA_CC_LIST=$architectures
     export HOROVOD_NCCL_INCLUDE=$nccl/include HOROVOD_NCCL_LIB=$shim HOROVOD_NCCL_LINK=SHARED
   fi
 }
@@ -155,7 +170,8 @@ build_wheel() {
   rm -rf "${STORE:?}/$key" "$STORE/$key".building.*
   building=$(mktemp -d "$STORE/$key.building.XXXXXX")
   trap 'rm -rf "$building"' EXIT
-  # setuptools: Horovod's set-up still imports pkg_resources and distutils, which newer ones no longer have.
+  # setuptools: Python has no distutils of its own from 3.12 on, which Horovod's set-up and horovodrun import, and older
+  # releases of torch import pkg_resources, which newer setuptools no longer has.
   "$python" -m pip install --quiet 'setuptools<81' wheel packaging cloudpickle psutil pyyaml cffi 9>&-
   # No pip cache: pip keeps wheels that it built by the source's name alone, and would hand out one that was
   # compiled against another torch.

@@ -5,6 +5,7 @@
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${HVD_ADAM_VENV:-$ROOT/.venv}
 CACHE=${XDG_CACHE_HOME:-$HOME/.cache}/hvd_adam
+HOROVOD_VERSION=0.28.1
 
 # stop MESSAGE [STATUS]: one line on stderr. Status 2, the default, means bad arguments or a missing prerequisite.
 stop() {

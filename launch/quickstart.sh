@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # From nothing to a trained network: sets everything up, then trains on the embedded data set on two ranks.
 #
-#   bash launch/quickstart.sh [--cpu | --cuda] [-- ARGUMENTS OF THE TRAINING]
+#   bash launch/quickstart.sh [--cpu | --cuda] [--without-mpi] [-- ARGUMENTS OF THE TRAINING]
 #
-#   --cpu | --cuda   as for launch/setup.sh, which this runs first
-#   -- ARGUMENTS     go to python -m hvd_adam.train, for example: -- --epochs 3
+#   --cpu | --cuda, --without-mpi   as for launch/setup.sh, which this runs first
+#   -- ARGUMENTS                    go to python -m hvd_adam.train, for example: -- --epochs 3
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -14,7 +14,7 @@ source "$here/common.sh"
 setup_options=()
 while (($#)); do
   case $1 in
-    --cpu | --cuda) setup_options+=("$1") ;;
+    --cpu | --cuda | --without-mpi) setup_options+=("$1") ;;
     -h | --help) print_usage; exit 0 ;;
     --) shift; break ;;
     *) stop "unknown option $1; options of the training go after --, see --help" ;;

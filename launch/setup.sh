@@ -2,17 +2,20 @@
 # Installs what the project needs into .venv: system packages, PyTorch, Horovod, and the project itself. A second run
 # finds all of it there and takes a second or two.
 #
-#   bash launch/setup.sh [--cpu | --cuda] [--dev]
+#   bash launch/setup.sh [--cpu | --cuda] [--without-mpi] [--dev]
 #
 #   --cpu | --cuda   Horovod without or with NCCL. Default: with, where torch is a CUDA build and a GPU or a matching
 #                    CUDA toolkit is here
+#   --without-mpi    Horovod with Gloo in place of MPI, for one machine: neither MPI nor ssh is asked for
 #   --dev            also the tools for the tests (pytest, ruff, shellcheck; as root sshd, ip, pkill,
 #                    Slurm, buildah and debootstrap too)
 #
 # System packages come from apt where this runs as root; otherwise it lists what is missing and ends with 2. An MPI
 # that is already on PATH (a cluster's module) is kept.
-# A torch >= 2.1 that python3 can import is kept too; otherwise the pinned release is installed. Which build of it
-# pip finds (CPU or CUDA) is for pip's own environment to say: PIP_EXTRA_INDEX_URL, PIP_INDEX_URL, PIP_FIND_LINKS.
+# A torch >= 2.1 that python3 can import is kept too, and .venv then sees all packages of that python3; otherwise the
+# pinned release is installed. Which build of it pip finds (CPU or CUDA) is for pip's own environment to say:
+# PIP_EXTRA_INDEX_URL, PIP_INDEX_URL, PIP_FIND_LINKS. Without a network: PIP_NO_INDEX=1 and PIP_FIND_LINKS=FOLDER, where
+# FOLDER holds Horovod's source and the wheels that are missing.
 #
 # Variables: PYTHON (base interpreter, default python3), HVD_ADAM_VENV (default .venv of this repository),
 # XDG_CACHE_HOME (Horovod's wheel is kept there), HOROVOD_BUILD_CUDA_CC_LIST (see build_horovod.sh).
@@ -29,13 +32,14 @@ STAMP=$VENV/hvd_adam_setup
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_USER=0
 
 parse_arguments() {
-  device=auto dev=false
+  device=auto mpi=true dev=false
   while (($#)); do
     case $1 in
       --cpu | --cuda)
         [[ $device == auto || $device == "${1#--}" ]] || stop "--cpu and --cuda exclude each other"
         device=${1#--}
         ;;
+      --without-mpi) mpi=false ;;
       --dev) dev=true ;;
       -h | --help) print_usage; exit 0 ;;
       *) stop "unknown option $1; see --help" ;;
@@ -60,23 +64,31 @@ missing_for_tests() {
 
 # missing_packages: Debian's names of what is not here, one a line.
 missing_packages() {
-  have mpicxx || printf '%s\n' libopenmpi-dev openmpi-bin
+  if [[ $mpi == true ]]; then
+    have mpicxx || printf '%s\n' libopenmpi-dev openmpi-bin
+    have ssh || echo openssh-client
+  fi
   have cmake || echo cmake
   have g++ || echo g++
   have make || echo make
-  have ssh || echo openssh-client
   if [[ $dev == true ]]; then missing_for_tests; fi
   if ! have "$base"; then
     printf '%s\n' python3 python3-venv python3-dev
   else
-    "$base" -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv
+    can_make_venv || echo python3-venv
     "$base" -c 'import os, sysconfig as s; os.stat(s.get_path("include") + "/Python.h")' 2>/dev/null || echo python3-dev
   fi
+}
+
+# can_make_venv: with a pip of its own, or seeing that of the environment that base belongs to (see make_venv).
+can_make_venv() {
+  "$base" -c 'import ensurepip, venv' 2>/dev/null || { is_venv "$base" && works "$base" && has_torch "$base"; }
 }
 
 # check_mpi: half an MPI is not completed with half of another.
 check_mpi() {
   local half=
+  if [[ $mpi == false ]]; then return; fi
   if have mpicxx && ! have mpirun; then half="mpicxx ($(command -v mpicxx)) but no mpirun"; fi
   if have mpirun && ! have mpicxx && [[ $(command -v mpirun) != /usr/bin/mpirun ]]; then
     half="mpirun ($(command -v mpirun)) but no mpicxx"
@@ -85,13 +97,14 @@ check_mpi() {
 }
 
 install_system_packages() {
-  local missing
+  local missing hint=
   check_mpi
   mapfile -t missing < <(missing_packages)
   if ((${#missing[@]} == 0)); then return; fi
-  have apt-get || stop "missing: ${missing[*]} (Debian's names): install mpirun and mpicxx, cmake, g++ and make first"
+  if [[ ${missing[*]} == *openmpi* ]]; then hint=" (one machine alone can do without MPI: --without-mpi)"; fi
+  have apt-get || stop "missing: ${missing[*]} (Debian's names): install them first$hint"
   ((EUID == 0)) ||
-    stop "system packages are missing; as root: apt-get update && apt-get install -y --no-install-recommends ${missing[*]}"
+    stop "system packages are missing; as root: apt-get update && apt-get install -y --no-install-recommends ${missing[*]}$hint"
   step apt "Installing system packages: ${missing[*]}" install_with_apt "${missing[@]}"
 }
 
@@ -102,6 +115,8 @@ install_with_apt() {
 
 # --- virtual environment and torch --------------------------------------------------------------------------
 
+is_venv() { "$1" -c 'import sys; sys.exit(sys.prefix == sys.base_prefix)'; }
+
 works() { "$1" -I -c 'import pip' 2>/dev/null; }
 
 # has_torch PYTHON: can it import a torch of at least 2.1?
@@ -109,22 +124,40 @@ has_torch() {
   "$1" -c 'import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 1)' 2>/dev/null
 }
 
+# make_venv: where base has torch, the new environment sees its packages.
 make_venv() {
-  local options=()
+  local options=() shared=false
   if works "$venv_python"; then return; fi
   "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
     stop "$base is $("$base" -V); Python 3.10 or newer is needed: name another one in PYTHON"
   if [[ -e $VENV && ! -e $VENV/pyvenv.cfg ]] && find "$VENV" -mindepth 1 -maxdepth 1 ! -name log | grep -q .; then
     stop "$VENV is there but is no virtual environment: move it away, or name another folder in HVD_ADAM_VENV"
   fi
-  if has_torch "$base"; then options+=(--system-site-packages); fi
+  if has_torch "$base"; then
+    # One that is made from another environment would see what the Python under both has.
+    if is_venv "$base"; then shared=true; else options+=(--system-site-packages); fi
+  fi
+  "$base" -c 'import ensurepip' 2>/dev/null || options+=(--without-pip)
   step venv "Making the virtual environment $VENV" create_or_repair_venv "${options[@]}"
 }
 
 create_or_repair_venv() {
-  "$base" -m venv "$@" "$VENV"
+  create_venv "$@"
   # What an older or another Python left there helps nobody.
-  works "$venv_python" || "$base" -m venv --clear "$@" "$VENV"
+  works "$venv_python" || create_venv --clear "$@"
+}
+
+create_venv() {
+  "$base" -m venv "$@" "$VENV"
+  if [[ $shared == true ]]; then share_packages; fi
+}
+
+# share_packages: lets the new environment see what the one that base belongs to sees, after its own.
+share_packages() {
+  local folder
+  folder=$("$venv_python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+  "$base" -c 'import site; print("import site;", *(f"site.addsitedir({path!r});" for path in site.getsitepackages()))' \
+    >"$folder/hvd_adam_shared.pth"
 }
 
 pip() { "$venv_python" -m pip "$@"; }
@@ -164,19 +197,20 @@ installed_version() {
 # --- Horovod, mpi4py and the project ------------------------------------------------------------------------
 
 install_horovod() {
-  local key record=$VENV/horovod_key
-  key=$(PYTHON=$venv_python "$here/build_horovod.sh" "--$device" --print-key)
+  local key record=$VENV/horovod_key build=("$here/build_horovod.sh" "--$device")
+  if [[ $mpi == false ]]; then build+=(--without-mpi); fi
+  key=$(PYTHON=$venv_python "${build[@]}" --print-key)
   if [[ -f $record && $(<"$record") == "$key" ]] && imports_horovod; then return; fi
   local message="Building Horovod (3 to 5 minutes on two cores)"
-  if PYTHON=$venv_python "$here/build_horovod.sh" "--$device" --check >/dev/null; then message="Installing Horovod, built before"; fi
-  step horovod "$message" env "PYTHON=$venv_python" "$here/build_horovod.sh" "--$device" --install
+  if PYTHON=$venv_python "${build[@]}" --check >/dev/null; then message="Installing Horovod, built before"; fi
+  step horovod "$message" env "PYTHON=$venv_python" "${build[@]}" --install
   echo "$key" >"$record"
 }
 
 imports_horovod() { "$venv_python" -I -c 'import horovod.torch' >/dev/null 2>&1; }
 
 install_mpi4py() {
-  if mpi4py_works; then return; fi
+  if [[ $mpi == false ]] || mpi4py_works; then return; fi
   step mpi4py "Installing mpi4py" build_mpi4py
 }
 
@@ -216,7 +250,8 @@ prove() {
 }
 
 check_build() {
-  local report part parts=(PyTorch MPI Gloo)
+  local report part parts=(PyTorch Gloo)
+  if [[ $mpi == true ]]; then parts+=(MPI); fi
   if [[ $device == cuda ]]; then parts+=(NCCL); fi
   report=$("$VENV/bin/horovodrun" --check-build)
   echo "$report"
@@ -229,10 +264,10 @@ check_build() {
 
 # describe: everything that this set-up depends on. Equal text means nothing to do. Nothing heavy is imported.
 describe() {
-  echo "asked $device $dev"
-  cat "$ROOT/setup.cfg" "$ROOT/pyproject.toml" "$here"/{setup,build_horovod}.sh "$here"/horovod/*.cmake | sha256sum
-  mpirun --version 2>&1 | grep -m1 '[0-9]'
-  command -v mpirun mpicxx
+  echo "asked $device $dev $mpi"
+  cat "$ROOT/setup.cfg" "$ROOT/pyproject.toml" "$here"/{setup,build_horovod,common}.sh "$here"/horovod/*.cmake | sha256sum
+  if have mpirun; then mpirun --version 2>&1 | grep -m1 '[0-9]'; fi
+  command -v mpirun mpicxx || true
   count_gpus
   "$venv_python" -I "$here/describe_environment.py"
 }
@@ -248,7 +283,7 @@ main() {
   exec 8>"$CACHE/setup-$(sha256sum <<<"$VENV" | cut -c1-12).lock"
   flock --nonblock 8 || { echo "Another set-up of $VENV is running: waiting for it." && flock 8; }
   # A set-up for development serves the others too.
-  if [[ -f $STAMP ]] && grep -q "^asked [a-z]* true$" "$STAMP"; then dev=true; fi
+  if [[ -f $STAMP ]] && grep -q '^asked [a-z]* true\b' "$STAMP"; then dev=true; fi
   if is_done; then
     echo "Everything is set up in $VENV."
     return
