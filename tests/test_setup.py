@@ -1,9 +1,11 @@
-"""launch/setup.sh, steps.sh and build_horovod.sh, without a full installation (tests/run.sh has just made one).
+"""launch/setup.sh, steps.sh, build_horovod.sh, without a full installation (tests/run.sh has just made one), and
+what tests/gpu/run.sh refuses.
 
 Hazards: a second run that does work again; a damaged or empty wheel in the cache taken for a whole one; one key
 for different builds; half an MPI completed with half of another; missing packages met by a stack of errors instead
 of the command that installs them; a failed step that hides why; an interrupted step that leaves compilers running;
-scripts that shellcheck would refuse.
+an environment made from another one, which does not see that one's torch; an nvcc on PATH that lies outside its
+toolkit; GPU tests that seem to pass where there is no GPU; scripts that shellcheck would refuse.
 """
 
 import hashlib
@@ -21,7 +23,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(
-    [*LAUNCH.glob("*.sh"), *ROOT.glob("docker/*.sh"), ROOT / "tests" / "run.sh", ROOT / ".ci" / "run"]
+    [*LAUNCH.glob("*.sh"), *ROOT.glob("docker/*.sh"), *ROOT.glob("tests/**/run.sh"), ROOT / ".ci" / "run"]
 )
 
 
@@ -40,7 +42,7 @@ def run(*command, env):
     return answer.returncode, answer.stdout, answer.stderr
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_shellcheck_finds_nothing(script):
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed: bash launch/setup.sh --dev")
@@ -48,7 +50,7 @@ def test_shellcheck_finds_nothing(script):
     assert checked.returncode == 0, checked.stdout
 
 
-@pytest.mark.parametrize("script", ["setup.sh", "build_horovod.sh", "quickstart.sh"])
+@pytest.mark.parametrize("script", ["setup.sh", "build_horovod.sh", "quickstart.sh", "../tests/gpu/run.sh"])
 def test_an_unknown_option_gets_one_line_and_2(script, environment):
     code, out, error = run("bash", LAUNCH / script, "--fast", env=environment)
     assert (code, out) == (2, "") and error.count("\n") == 1 and "--fast" in error
@@ -118,6 +120,15 @@ def test_the_command_that_installs_them_is_shown_to_users_other_than_root(path_w
     assert error.endswith("apt-get update && apt-get install -y --no-install-recommends cmake\n")
 
 
+def test_one_machine_alone_can_do_without_mpi_and_ssh(path_without):
+    bare = path_without("apt-get", "cmake", "mpicxx", "mpirun", "ssh")
+    code, _, error = run("bash", LAUNCH / "setup.sh", env=bare)
+    assert code == 2 and error.count("\n") == 1 and "--without-mpi" in error
+    assert "missing: libopenmpi-dev openmpi-bin openssh-client cmake (Debian's names)" in error
+    code, _, error = run("bash", LAUNCH / "setup.sh", "--without-mpi", env=bare)
+    assert code == 2 and error.endswith("missing: cmake (Debian's names): install them first\n")
+
+
 def test_half_an_mpi_is_not_completed_with_half_of_another(path_without):
     code, _, error = run("bash", LAUNCH / "setup.sh", env=path_without("mpirun"))
     assert code == 2 and error.count("\n") == 1 and "no mpirun" in error
@@ -128,6 +139,69 @@ def test_a_folder_that_is_no_environment_is_left_alone(environment, tmp_path):
     (tmp_path / "venv" / "thesis.tex").touch()
     code, _, error = run("bash", LAUNCH / "setup.sh", env=environment)
     assert code == 2 and "no virtual environment" in error and (tmp_path / "venv" / "thesis.tex").exists()
+
+
+# --- an environment made from another one -------------------------------------------------------------------
+
+TORCH = """
+import types
+__version__ = "2.13.0+cu130"
+version = types.SimpleNamespace(cuda="13.0")
+def compiled_with_cxx11_abi(): return True
+"""
+
+
+@pytest.fixture
+def parent(tmp_path):
+    """An environment with something that passes for a CUDA build of torch, for pip and for NCCL."""
+    folder = tmp_path / "parent"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    packages = next(folder.glob("lib/*/site-packages"))
+    (packages / "torch").mkdir()
+    (packages / "torch" / "__init__.py").write_text(TORCH)
+    (packages / "pip.py").write_text(
+        "raise SystemExit('nothing is installed in this test') if __name__ == '__main__' else None"
+    )
+    for name in ("lib/libnccl.so.2", "include/nccl.h"):
+        (packages / "nvidia" / "nccl" / name).parent.mkdir(parents=True)
+        (packages / "nvidia" / "nccl" / name).write_text(
+            "#define NCCL_MAJOR 2\n#define NCCL_MINOR 28\n#define NCCL_PATCH 9\n"
+        )
+    return folder
+
+
+@pytest.fixture
+def toolkit(tmp_path):
+    """Makes what passes for a CUDA toolkit of a release."""
+
+    def make(release):
+        folder = tmp_path / f"cuda-{release}"
+        (folder / "bin").mkdir(parents=True)
+        nvcc = folder / "bin" / "nvcc"
+        nvcc.write_text(
+            f'#!/bin/sh\nif [ "$1" = --dryrun ]; then echo "#$ TOP={folder}/bin/.." >&2; '
+            f'else echo "Cuda compilation tools, release {release}, V{release}.1"; fi\n'
+        )
+        nvcc.chmod(0o755)
+        return folder
+
+    return make
+
+
+def test_what_is_made_from_an_environment_sees_its_packages(environment, parent, toolkit, tmp_path):
+    # Without ensurepip, as on a Debian without python3-venv: the parent's pip must do.
+    (tmp_path / "ensurepip.py").write_text("raise ImportError")
+    env = environment | {"PYTHON": str(parent / "bin" / "python"), "PYTHONPATH": str(tmp_path)}
+    code, out, error = run("bash", LAUNCH / "setup.sh", "--cuda", "--without-mpi", env=env)
+    assert code == 1 and "nothing is installed in this test" in error and "Installing torch " not in out
+
+    python = tmp_path / "venv" / "bin" / "python"
+    where = run(python, "-I", "-c", "import torch, sys; print(torch.__file__, sys.prefix)", env=env)[1].split()
+    assert Path(where[0]).is_relative_to(parent) and where[1] == str(tmp_path / "venv")
+    # Horovod's build takes the NCCL that lies beside that torch, too.
+    env |= {"PYTHON": str(python), "CUDA_HOME": str(toolkit("13.0"))}
+    code, key, error = run("bash", LAUNCH / "build_horovod.sh", "--cuda", "--without-mpi", "--print-key", env=env)
+    assert (code, error) == (0, "") and "torch2.13.0+cu130-" in key and "-nompi-cuda13.0-nccl2.28.9-" in key
 
 
 # --- Horovod's wheel ----------------------------------------------------------------------------------------
@@ -142,6 +216,38 @@ def test_the_key_names_what_the_wheel_depends_on(environment):
     )
     mpi = subprocess.run(["mpirun", "--version"], capture_output=True, text=True, check=True).stdout.split("\n")[0]
     assert mpi.split()[-1] in out and os.uname().machine in out
+
+
+def test_a_wheel_without_mpi_is_another_one_and_needs_none(path_without, environment, parent):
+    build = ["bash", LAUNCH / "build_horovod.sh", "--print-key"]
+    python = {"PYTHON": str(parent / "bin" / "python")}
+    bare, environment = path_without("mpicxx", "mpirun") | python, environment | python
+    code, out, error = run(*build, env=bare)
+    assert (code, out) == (2, "") and error.count("\n") == 1 and "mpicxx" in error and "--without-mpi" in error
+    code, key, error = run(*build, "--without-mpi", env=bare)
+    assert (code, error) == (0, "") and "-nompi-" in key
+    assert run(*build, "--without-mpi", env=environment)[1] == key != run(*build, env=environment)[1]
+
+
+@pytest.mark.parametrize(
+    ("release", "code", "says"),
+    [("12.8", 2, "is CUDA 12.8, torch was built with 13.0"), ("13.2", 0, "-cuda13.2-nccl2.28.9-cc90-")],
+)
+def test_toolkit_and_torch_must_have_one_major_version(release, code, says, environment, parent, toolkit):
+    env = environment | {"PYTHON": str(parent / "bin" / "python"), "HOROVOD_BUILD_CUDA_CC_LIST": "90"}
+    env |= {"CUDA_HOME": str(toolkit(release))}
+    answer = run("bash", LAUNCH / "build_horovod.sh", "--cuda", "--print-key", env=env)
+    assert answer[0] == code and says in "".join(answer[1:]) and "".join(answer[1:]).count("\n") == 1
+
+
+def test_the_nvcc_on_path_may_be_a_script_that_calls_the_toolkits(path_without, parent, toolkit, tmp_path):
+    env = path_without("nvcc") | {"PYTHON": str(parent / "bin" / "python")}
+    env.pop("CUDA_HOME", None)
+    script = Path(env["PATH"]) / "nvcc"
+    script.write_text(f'#!/bin/sh\nexec {toolkit("13.1")}/bin/nvcc "$@"\n')
+    script.chmod(0o755)
+    code, key, error = run("bash", LAUNCH / "build_horovod.sh", "--cuda", "--print-key", env=env)
+    assert (code, error) == (0, "") and "-cuda13.1-" in key
 
 
 def test_only_a_whole_wheel_is_taken_from_the_cache(environment, tmp_path):
@@ -167,6 +273,38 @@ def test_a_gpu_build_is_refused_where_torch_is_a_cpu_build(environment):
         pytest.skip("torch is a CUDA build")
     code, out, error = run("bash", LAUNCH / "build_horovod.sh", "--cuda", "--check", env=environment)
     assert (code, out) == (2, "") and "CUDA build of torch" in error and error.count("\n") == 1
+
+
+# --- the tests on a GPU -------------------------------------------------------------------------------------
+
+GPU_TESTS = ROOT / "tests" / "gpu" / "run.sh"
+
+
+def test_without_a_gpu_nothing_is_tested_and_the_exit_code_is_2(path_without):
+    code, out, error = run("bash", GPU_TESTS, env=path_without("nvidia-smi"))
+    assert (code, out) == (2, "") and error.count("\n") == 1 and "no NVIDIA GPU here: nothing to test" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--minutes", "soon"], "--minutes soon: a whole number"),
+        (["--python", "3"], "--python 3: write it as 3.12"),
+        (["--carried"], "--carried needs a value"),
+        (["--no-gpu", "--carried", "tests"], "tests holds no source of Horovod: fill it with --pack"),
+    ],
+)
+def test_gpu_tests_with_bad_arguments_get_one_line_and_2(arguments, says, environment):
+    code, out, error = run("bash", GPU_TESTS, *arguments, env=environment)
+    assert (code, out) == (2, "") and error.count("\n") == 1 and says in error
+
+
+def test_a_carried_folder_does_not_hold_torch(environment, tmp_path):
+    (tmp_path / "horovod-0.28.1.tar.gz").touch()
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "empty"], check=True)
+    env = environment | {"PYTHON": str(tmp_path / "empty" / "bin" / "python")}
+    code, out, error = run("bash", GPU_TESTS, "--no-gpu", "--carried", tmp_path, env=env)
+    assert (code, out) == (2, "") and error.count("\n") == 1 and "cannot import torch" in error
 
 
 # --- steps --------------------------------------------------------------------------------------------------
