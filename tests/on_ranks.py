@@ -98,7 +98,7 @@ def _read(report: Path) -> dict[str, str]:
 
 def _work(module: str, folder: str, *names: str) -> None:
     """What every rank does: runs the bodies in order and writes down how each went."""
-    sys.path.insert(0, str(TESTS))
+    sys.path[:0] = [str(TESTS), str(TESTS / "gpu")]
     import on_ranks  # this file, under the name by which test modules import it
     import torch
 
@@ -106,7 +106,7 @@ def _work(module: str, folder: str, *names: str) -> None:
 
     # Where a body hangs: said, with every thread's stack, before the launch is given up.
     faulthandler.dump_traceback_later(LAUNCH_SECONDS - 30, exit=True)
-    cluster = init()
+    cluster = init(os.environ.get("HVD_ADAM_TEST_DEVICE", "auto"))
     importlib.import_module(module)
     bodies = {body.__name__: body for key in on_ranks._bodies for body in on_ranks._bodies[key]}
     with Path(folder, f"{cluster.rank}.jsonl").open("w", buffering=1) as report:

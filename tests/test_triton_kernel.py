@@ -1,7 +1,7 @@
 """The kernel for GPUs on a machine without one: run by Triton's interpreter, and compiled ahead for a GPU.
 
 Hazards: arithmetic that differs from the expression that CPUs compile; writes beyond the end of a buffer; a NaN
-that is not skipped, or is and leaves a trace in buffers, step counts or the count of skipped updates; accesses that
+that is not skipped, or leaves a trace in buffers, step counts or the count of skipped updates; accesses that
 the compiler cannot make as wide as memory wants them; Triton versions that refuse the source.
 """
 

@@ -1,0 +1,266 @@
+"""Adam on a GPU, by itself: every implementation against the float64 oracle, and the kernel on its own.
+
+Hazards: a kernel that computes, rounds or indexes otherwise than on CPUs; writes beyond the end of a buffer;
+buffers that are not aligned; lengths beyond 2³¹; a step that makes the host wait for the device; one that is
+captured into a graph and repeats its first learning rate for ever; a device that is not the current one.
+"""
+
+import pytest
+import torch
+from hypothesis import given
+from test_adam import IMPLEMENTATIONS, Oracle, cases, oracles, sweep, unit_roundoff
+
+from hvd_adam import Adam, kernels
+from hvd_adam.adam_reference import adam_update
+
+GPU = torch.device("cuda")
+
+
+def on_gpu(params):
+    return [torch.nn.Parameter(p.detach().to(GPU), p.requires_grad) for p in params]
+
+
+def take_step(optimizer, params, gradients):
+    for p, g in zip(params, gradients, strict=True):
+        p.grad = None if g is None else g.to(p)
+    optimizer.step()
+
+
+def agreeing(case, dtype, steps, exact):
+    """Runs every implementation on the GPU and the oracles here; yields the parameters of each with theirs."""
+    runs = {name: on_gpu(case.parameters(dtype)) for name in IMPLEMENTATIONS}
+    optimizers = {name: case.ours(params, name) for name, params in runs.items()}
+    for gradients in case.gradients(dtype, steps):
+        for name, params in runs.items():
+            take_step(optimizers[name], params, gradients)
+        for oracle, g in zip(exact, gradients, strict=True):
+            if g is not None:
+                oracle.step(g.double())
+    for name, params in runs.items():
+        for p, oracle in zip(params, exact, strict=True):
+            yield name, p.detach().cpu().double(), oracle
+
+
+@sweep(15)
+@given(case=cases())
+def test_float64_agrees_with_the_oracle_to_1e_12(case):
+    for name, ours, oracle in agreeing(case, torch.float64, 50, oracles(case, torch.float64)):
+        scale = oracle.largest + 100 * float(oracle.group["lr"])  # as in test_adam
+        assert ((ours - oracle.theta).abs() <= 1e-12 * scale).all(), name
+
+
+@sweep(15)
+@given(case=cases())
+def test_float32_stays_within_the_running_error_bound(case):
+    for name, ours, oracle in agreeing(case, torch.float32, 100, oracles(case, torch.float32)):
+        assert oracle.valid
+        assert ((ours - oracle.theta).abs() <= oracle.e_theta).all(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_master_weights_stay_within_the_bound_of_float32(implementation, dtype):
+    generator = torch.Generator().manual_seed(7)
+    p = torch.nn.Parameter(torch.randn(4000, generator=generator).to(GPU, dtype))
+    options = dict(lr=1e-3, weight_decay=0.1, amsgrad=True, master_weights=True)
+    optimizer = Adam([p], implementation=implementation, **options)
+    info = torch.finfo(torch.float32)
+    bounds = unit_roundoff(torch.float32), info.smallest_normal * info.eps
+    oracle = Oracle(optimizer.param_groups[0], False, p.detach().cpu().double(), *bounds)
+    for _ in range(100):
+        gradient = torch.randn(4000, generator=generator).to(dtype)
+        take_step(optimizer, [p], [gradient])
+        oracle.step(gradient.double())
+    master = optimizer.state[p]["master_param"]
+    assert oracle.valid
+    assert ((master.cpu().double() - oracle.theta).abs() <= oracle.e_theta).all()
+    assert torch.equal(p.detach(), master.to(dtype))
+
+
+# --- the kernel ---------------------------------------------------------------------------------------------
+
+LENGTHS = (1, 15, 16, 17, 1023, 1024, 1025, 4099, (1 << 20) + 3, 3 << 20)
+SCALARS = dict(lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1, decoupled_weight_decay=False)
+
+
+def poisoned(length, offset, dtype, device=GPU):
+    """A tensor of NaN, and random numbers in its middle, which begins `offset` elements off a multiple of 16."""
+    around = torch.full((length + 48,), float("nan"), dtype=dtype, device=device)
+    return around, around[16 + offset : 16 + offset + length].copy_(torch.randn(length, device=device))
+
+
+@pytest.mark.parametrize("offset", [0, 1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_the_kernel_is_the_oracle_at_any_length_and_alignment_and_writes_nowhere_else(dtype, offset):
+    torch.manual_seed(torch.seed())  # other numbers each time; pytest prints those of a failure
+    variant = kernels.Variant("cuda", dtype, dtype, True, "coupled", "nearest")
+    for length in LENGTHS:
+        around, inside = zip(*(poisoned(length, offset, dtype) for _ in range(5)), strict=True)
+        p, g, m, v, v_max = inside
+        v.abs_(), v_max.abs_()
+        theta, first, second, largest = (t.double() for t in (p, m, v, v_max))
+        paper = dict(alpha=1e-2, beta1=0.8, beta2=0.95, epsilon=1e-6, lambda_=0.1)
+        adam_update(theta, g, first, second, largest, t=3, **paper)
+        kernels.update(variant, kernels.Buffers(p, g, m, v, v_max), None, kernels.scalars(SCALARS, 3), 0)
+        # Some ten roundings of the arithmetic, of numbers of size 1 to 10, and one in storing. With float64 it is
+        # the hyper-parameters that are rounded most, for each travels as two float32.
+        arithmetic, stored = max(unit_roundoff(variant.compute_dtype), 2**-48), unit_roundoff(dtype)
+        for ours, exact in ((p, theta), (m, first), (v, second), (v_max, largest)):
+            bound = (20 * arithmetic + stored) * (exact.abs() + 1)
+            assert ((ours.double() - exact).abs() <= bound).all(), length
+        assert all(t.isnan().sum() == 48 for t in around), length
+
+
+@pytest.mark.parametrize("rounding", ["master", "stochastic"])
+def test_roundings_are_those_of_the_expression_on_the_cpu(rounding):
+    variant = kernels.Variant("cuda", torch.bfloat16, torch.float32, False, "none", rounding)
+    length, seed = 5003, 2**31 - 100  # the hash's counter passes 2³¹ within the buffer
+    here = kernels.Buffers(
+        torch.randn(length).bfloat16(),
+        torch.randn(length).bfloat16(),
+        torch.randn(length),
+        torch.rand(length),
+        master_param=torch.randn(length) if rounding == "master" else None,
+    )
+    if rounding == "master":
+        here.master_param.copy_(here.param)
+    there = kernels.Buffers(**{name: None if t is None else t.to(GPU) for name, t in vars(here).items()})
+    numbers = kernels.scalars(SCALARS, 3)
+    kernels.update(variant, there, None, numbers, seed)
+    kernels._update(variant, *kernels._tensors(variant, here, None, numbers, seed))
+    # A last bit of float32 may decide which bfloat16 is taken; two neighbours then, of few elements.
+    ours, exact = there.param.cpu().float(), here.param.float()
+    differ = ours != exact
+    assert differ.sum() <= length * 2e-3
+    assert ((ours - exact).abs() <= 2**-7 * exact.abs())[differ].all()
+    torch.testing.assert_close(there.exp_avg.cpu(), here.exp_avg, rtol=2**-21, atol=2**-21)
+
+
+def test_a_factor_on_the_device_multiplies_and_nan_changes_nothing():
+    variant = kernels.Variant("cuda", torch.float32, torch.float32, False, "none", "nearest")
+    buffers = kernels.Buffers(*(torch.rand(3001, device=GPU) for _ in range(4)))
+    copies = [kernels.Buffers(*(t.clone() for t in vars(buffers).values() if t is not None)) for _ in range(3)]
+    numbers = kernels.scalars(SCALARS, 5)
+    kernels.update(variant, copies[0], torch.tensor(0.25, device=GPU), numbers, 0)
+    kernels.update(variant, copies[1], torch.tensor(0.25), numbers, 0)
+    kernels.update(variant, copies[2], torch.tensor(float("nan"), device=GPU), numbers, 0)
+    assert torch.equal(copies[0].param, copies[1].param)
+    assert not torch.equal(copies[0].param, buffers.param)
+    for name in ("param", "exp_avg", "exp_avg_sq"):
+        assert torch.equal(getattr(copies[2], name), getattr(buffers, name))
+
+
+def test_elements_beyond_two_to_the_31_are_updated():
+    length = 2**31 + 70
+    if torch.cuda.mem_get_info()[0] < 5 * 2 * length:
+        pytest.skip("needs 22 GB of free GPU memory")
+    variant = kernels.Variant("cuda", torch.bfloat16, torch.bfloat16, False, "none", "nearest")
+    buffers = kernels.Buffers(*(torch.zeros(length, dtype=torch.bfloat16, device=GPU) for _ in range(4)))
+    buffers.grad[-1] = buffers.grad[2**31 - 1] = buffers.grad[0] = 1.0
+    kernels.update(variant, buffers, None, kernels.scalars(SCALARS, 1), 0)
+    assert buffers.param.nonzero().flatten().tolist() == [0, 2**31 - 1, length - 1]
+
+
+# --- a step -------------------------------------------------------------------------------------------------
+
+
+def small_model():
+    torch.manual_seed(0)
+    layers = (torch.nn.Linear(64, 128), torch.nn.BatchNorm1d(128), torch.nn.GELU(), torch.nn.Linear(128, 10))
+    return torch.nn.Sequential(*layers).to(GPU)
+
+
+def backward(model, seed=0):
+    torch.manual_seed(seed)
+    model(torch.randn(32, 64, device=GPU)).square().mean().backward()
+
+
+@pytest.mark.parametrize("implementation", ["fused", "foreach"])
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1, "amsgrad": True, "maximize": True}], ids=str)
+def test_a_step_never_waits_for_the_device(implementation, options):
+    model = small_model()
+    optimizer = Adam(model.parameters(), implementation=implementation, **options)
+    for step in range(4):
+        optimizer.zero_grad()
+        backward(model)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if step else "default")  # the first one compiles and lays out
+        try:
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_small_models_are_fused_and_lie_flat():
+    model = small_model()
+    optimizer = Adam(model.parameters())
+    backward(model)
+    optimizer.step()
+    flat = optimizer._flats[0]
+    assert optimizer._implementations == ["fused"]
+    for p in model.parameters():
+        moment = optimizer.state[p]["exp_avg"]
+        for tensor, buffer in ((p, flat.param), (p.grad, flat.grad), (moment, flat.state["exp_avg"])):
+            assert 0 <= tensor.data_ptr() - buffer.data_ptr() < buffer.nbytes
+            assert tensor.data_ptr() % 16 == 0
+
+
+def test_a_graph_that_would_capture_the_step_is_refused_and_one_that_leaves_it_out_trains():
+    eager, graphed = small_model(), small_model()
+    optimizers = [Adam(model.parameters(), lr=1e-2) for model in (eager, graphed)]
+    for model, optimizer in zip((eager, graphed), optimizers, strict=True):
+        backward(model)
+        optimizer.step()  # the gradients are where they will stay
+    images = torch.zeros(32, 64, device=GPU)
+    graph = torch.cuda.CUDAGraph()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    state = {name: value.clone() for name, value in graphed.state_dict().items()}
+    with torch.cuda.stream(side):  # PyTorch's recipe: a few passes on another stream first
+        for _ in range(3):
+            optimizers[1].zero_grad(set_to_none=False)
+            graphed(images).square().mean().backward()
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph):
+        optimizers[1].zero_grad(set_to_none=False)
+        graphed(images).square().mean().backward()
+    graphed.load_state_dict(state)  # batch-norm statistics of before
+    for seed in range(3):
+        torch.manual_seed(seed)
+        batch = torch.randn(32, 64, device=GPU)
+        optimizers[0].zero_grad()
+        eager(batch).square().mean().backward()
+        optimizers[0].step()
+        images.copy_(batch)
+        graph.replay()
+        optimizers[1].step()
+    for ours, theirs in zip(graphed.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    with pytest.raises(RuntimeError, match="cannot be captured"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizers[1].step()
+
+
+def test_a_state_goes_to_torch_and_back_and_on():
+    model, other = small_model(), small_model()
+    ours, theirs = Adam(model.parameters()), torch.optim.Adam(other.parameters(), fused=True)
+    for seed in range(3):
+        for net, optimizer in ((model, ours), (other, theirs)):
+            optimizer.zero_grad()
+            backward(net, seed)
+            optimizer.step()
+    ours.load_state_dict(theirs.state_dict())
+    model.load_state_dict(other.state_dict())
+    for net, optimizer in ((model, ours), (other, theirs)):
+        optimizer.zero_grad()
+        backward(net, 9)
+        optimizer.step()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_parameters_of_another_device_than_the_current_one_are_updated():
+    p = torch.nn.Parameter(torch.ones(5000, device="cuda:1"))
+    p.grad = torch.ones_like(p)
+    Adam([p], implementation="fused").step()
+    torch.testing.assert_close(p.detach(), torch.full_like(p, 1 - 1e-3))

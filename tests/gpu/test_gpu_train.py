@@ -1,0 +1,98 @@
+"""The commands on a GPU: training in half precision, exact resume, evaluation, the doctor.
+
+Hazards: loss scaling that skips all updates, or none; a resumed run that differs in a bit; generators of the GPU
+that are not kept; a checkpoint that only a GPU can read; a loop that waits for the device on every update.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from cifar_files import write_cifar10
+from on_ranks import on_ranks
+from test_train import checkpoint, events, succeeded, train
+
+from hvd_adam.config import TrainConfig
+from hvd_adam.trainer import Trainer
+
+
+def printed(done):
+    """The JSON object in a launcher's output."""
+    text = succeeded(done).stdout
+    return json.loads(text[text.index("{") : text.rindex("}") + 1])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--precision fp32",
+        "--precision bf16 --channels-last",
+        "--precision fp16 --max-grad-norm 1 --accumulate 2",
+        "--precision bf16 --compile --deterministic",
+    ],
+)
+def test_it_learns_in_every_precision(options, tmp_path):
+    done = train(*f"--epochs 4 --device cuda {options}".split(), ranks=1, folder=tmp_path / "run")
+    succeeded(done)
+    assert "1 rank(s) on cuda" in done.stdout
+    assert events(tmp_path / "run")[-1]["test_accuracy"] > 0.9
+    saved = checkpoint(tmp_path / "run")
+    assert all(value.device.type == "cpu" for value in saved["model"].values())
+    model = torch.nn.ParameterList(list(saved["model"].values()))
+    torch.optim.Adam(model.parameters()).load_state_dict(saved["optimizer"])
+    found = printed(train("--checkpoint", tmp_path / "run", "--json", ranks=1, module="hvd_adam.evaluate"))
+    # In another batch size, and on the CPU's or the GPU's arithmetic of the day: an image or two of 355.
+    assert found["test_accuracy"] == pytest.approx(events(tmp_path / "run")[-1]["test_accuracy"], abs=0.006)
+
+
+@pytest.mark.parametrize("options", ["--precision bf16", "--precision fp16 --accumulate 2 --dropout 0.3"])
+def test_a_stopped_run_ends_bit_for_bit_as_an_undisturbed_one(options, tmp_path):
+    write_cifar10(tmp_path / "data")
+    fixed = "--dataset cifar10 --model cnn --epochs 3 --batch-size 20 --deterministic --device cuda --dropout 0.2"
+    # At a constant rate: the end of a decay would move with --max-steps.
+    argv = [*fixed.split(), "--lr-decay", "constant", "--data-dir", tmp_path / "data", *options.split()]
+    succeeded(train(*argv, ranks=1, folder=tmp_path / "whole"))
+    succeeded(train(*argv, "--max-steps", 7, ranks=1, folder=tmp_path / "parts"))
+    succeeded(train(*argv, ranks=1, folder=tmp_path / "parts"))
+    whole, parts = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts")
+    assert whole["progress"]["step"] == parts["progress"]["step"] > 7
+    for name, weight in whole["model"].items():
+        assert torch.equal(weight, parts["model"][name]), name
+    for number, state in whole["optimizer"]["state"].items():
+        for name, value in state.items():
+            assert torch.equal(value, parts["optimizer"]["state"][number][name]), (number, name)
+    assert whole["loss_scaler"] == parts["loss_scaler"]
+
+
+@on_ranks(1)
+def test_no_update_of_the_training_loop_waits_for_the_device(cluster):
+    place = Path(tempfile.mkdtemp())
+    write_cifar10(place / "data")
+    options = {"device": "cuda", "precision": "bf16", "channels_last": True, "model": "cnn", "dataset": "cifar10"}
+    sizes = {"batch_size": 10, "epochs": 1, "log_every": 1000}
+    trainer = Trainer(TrainConfig(**options, **sizes, data_dir=str(place / "data"), output_dir=str(place / "run")))
+    update, evaluate = trainer._update, trainer._evaluate
+
+    def updating(*arguments):
+        update(*arguments)
+        # The first ones compile, and lay out. From then on neither the update nor its batch may wait.
+        torch.cuda.set_sync_debug_mode("error" if trainer.step > 3 else "default")
+
+    def evaluating(epoch):
+        torch.cuda.set_sync_debug_mode("default")
+        assert trainer.step > 10
+        return evaluate(epoch)
+
+    trainer._update, trainer._evaluate = updating, evaluating
+    trainer.run()
+    assert trainer.scores is not None
+
+
+def test_the_doctor_finds_gpu_driver_and_nccl_well():
+    checks = {
+        check["name"]: check for check in printed(train("--json", ranks=1, module="hvd_adam.doctor"))["checks"]
+    }
+    for name in ("driver", "GPUs", "NCCL", "Horovod"):
+        assert checks[name]["status"] == "ok", checks[name]
