@@ -7,8 +7,8 @@
 #   --cpu | --cuda   Horovod without or with NCCL. Default: with, where torch is a CUDA build and a GPU or a matching
 #                    CUDA toolkit is here
 #   --without-mpi    Horovod with Gloo in place of MPI, for one machine: neither MPI nor ssh is asked for
-#   --dev            also the tools for the tests (pytest, ruff, shellcheck; as root sshd, ip, pkill,
-#                    Slurm, buildah and debootstrap too)
+#   --dev            also the tools for the tests (pytest, ruff, shellcheck, Triton; as root sshd, ip,
+#                    pkill, Slurm, buildah and debootstrap too)
 #
 # System packages come from apt where this runs as root; otherwise it lists what is missing and ends with 2. An MPI
 # that is already on PATH (a cluster's module) is kept.
@@ -28,6 +28,7 @@ source "$here/common.sh"
 source "$here/steps.sh"
 
 TORCH_PIN=2.13.0
+TRITON_PIN=3.7.1
 STAMP=$VENV/hvd_adam_setup
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_USER=0
 
@@ -241,6 +242,18 @@ install_editable() {
   pip install --no-build-isolation --constraint "$1" --editable "$2"
 }
 
+# install_triton: for the tests of the kernel for GPUs, where torch brings none. Apart, since it slows torch's import.
+install_triton() {
+  if [[ $dev == false || -d $VENV/triton ]] || "$venv_python" -I -c 'import triton' 2>/dev/null; then return; fi
+  step triton "Installing Triton $TRITON_PIN" triton_apart
+}
+
+triton_apart() {
+  rm -rf "$VENV/triton.new"
+  pip install --no-deps --target "$VENV/triton.new" "triton==$TRITON_PIN"
+  mv "$VENV/triton.new" "$VENV/triton"
+}
+
 # --- proof --------------------------------------------------------------------------------------------------
 
 prove() {
@@ -298,6 +311,7 @@ main() {
   install_horovod
   install_mpi4py
   install_project
+  install_triton
   prove
   device=$asked
   describe >"$STAMP.new"
