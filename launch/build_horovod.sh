@@ -4,7 +4,8 @@
 #
 #   PYTHON=.venv/bin/python launch/build_horovod.sh [--cpu | --cuda] [--without-mpi] [--print-key | --check | --install]
 #
-#   --cpu | --cuda   without or with NCCL (default: --cpu)
+#   --cpu | --cuda   without or with NCCL (default: --cpu). Without it, GPU tensors go through the host's memory where
+#                    torch is a CUDA build and nvcc is here: then ranks may share a GPU
 #   --without-mpi    with Gloo alone to start ranks and to add up on CPUs: for horovodrun, not for mpirun and srun
 #   --print-key      print what the wheel depends on, which is its name in the cache
 #   --check          print the cached wheel's path, or exit with 1 where there is none or it is damaged
@@ -94,24 +95,33 @@ list_architectures() {
   printf '%s' "${HOROVOD_BUILD_CUDA_CC_LIST:-$found}"
 }
 
-# read_cuda: sets what the GPU variant is built with, after checking that it fits torch.
-read_cuda() {
-  [[ $torch_cuda != none ]] || stop "--cuda needs a CUDA build of torch, and $torch is none; take --cpu or another torch"
+# read_toolkit: the CUDA toolkit, after checking that it fits torch. Horovod compiles CUDA code for every CUDA build of
+# torch, with NCCL or without.
+read_toolkit() {
   cuda_home=$(find_cuda_home)
-  [[ -x $cuda_home/bin/nvcc ]] ||
-    stop "no nvcc in $cuda_home: install the CUDA $torch_cuda toolkit, set CUDA_HOME to it, or take --cpu"
+  if [[ ! -x $cuda_home/bin/nvcc ]]; then
+    [[ $device == cpu ]] ||
+      stop "no nvcc in $cuda_home: install the CUDA $torch_cuda toolkit, set CUDA_HOME to it, or take --cpu"
+    cuda_home=
+    return
+  fi
   local release
   release=$("$cuda_home/bin/nvcc" --version | sed -nE 's/.*release ([0-9]+\.[0-9]+).*/\1/p')
   [[ ${release%%.*} == "${torch_cuda%%.*}" ]] ||
     stop "nvcc in $cuda_home is CUDA $release, torch was built with $torch_cuda: set CUDA_HOME to a matching toolkit"
+  architectures=$(list_architectures)
+  key_of_device=cuda$release-nonccl-cc${architectures//,/.}
+}
+
+read_nccl() {
+  local version
   nccl=$packages/nvidia/nccl
   [[ -e $nccl/lib/libnccl.so.2 && -e $nccl/include/nccl.h ]] ||
     stop "no NCCL in $nccl: install the nvidia-nccl package that torch $torch asks for"
-  nccl_version=$(awk '/^#define NCCL_(MAJOR|MINOR|PATCH)/ { printf "%s%s", dot, $3; dot = "." }' "$nccl/include/nccl.h")
-  architectures=$(list_architectures)
+  version=$(awk '/^#define NCCL_(MAJOR|MINOR|PATCH)/ { printf "%s%s", dot, $3; dot = "." }' "$nccl/include/nccl.h")
   # Horovod's library remembers this folder (RUNPATH), so it lies where it will still be at run time.
   shim=$("$python" -c 'import sys; print(sys.prefix)')/lib/hvd_adam_nccl
-  key_of_device=cuda$release-nccl$nccl_version-cc${architectures//,/.}-$(sha256sum <<<"$shim" | cut -c1-6)
+  key_of_device=${key_of_device/nonccl/nccl$version}-$(sha256sum <<<"$shim" | cut -c1-6)
 }
 
 read_key() {
@@ -121,8 +131,13 @@ read_key() {
   description=$(describe_torch)
   read -r torch tag torch_cuda packages <<<"$description"
   recipe=$(cat "$here"/horovod/*.cmake | sha256sum | cut -c1-6)
-  key_of_device=cpu
-  if [[ $device == cuda ]]; then read_cuda; fi
+  key_of_device=cpu cuda_home=
+  if [[ $torch_cuda != none ]]; then
+    read_toolkit
+  elif [[ $device == cuda ]]; then
+    stop "--cuda needs a CUDA build of torch, and $torch is none; take --cpu or another torch"
+  fi
+  if [[ $device == cuda ]]; then read_nccl; fi
   key=$HOROVOD_VERSION-torch$torch-$tag-$(describe_mpi)-$key_of_device-$(uname -m)-$recipe
 }
 
@@ -148,11 +163,14 @@ set_build_environment() {
   if [[ $mpi == true ]]; then export HOROVOD_WITH_MPI=1; else export HOROVOD_WITHOUT_MPI=1; fi
   export CMAKE_TOOLCHAIN_FILE=$here/horovod/cxx20.cmake MAKEFLAGS=${MAKEFLAGS:--j$(nproc)}
   export CMAKE_POLICY_VERSION_MINIMUM=3.5 # CMake 4 refuses Gloo's older minimum without it
+  if [[ -n $cuda_home ]]; then
+    # CUDA_HOME: for torch, whose own search would take any nvcc's folder for the toolkit's.
+    export HOROVOD_CUDA_HOME=$cuda_home CUDA_HOME=$cuda_home HOROVOD_BUILD_CUDA_CC_LIST=$architectures
+  fi
+  unset HOROVOD_GPU_OPERATIONS
   if [[ $device == cuda ]]; then
     prepare_nccl_links
-    # CUDA_HOME: for torch, whose own search would take any nvcc's folder for the toolkit's.
-    export HOROVOD_GPU_OPERATIONS=NCCL HOROVOD_CUDA_HOME=$cuda_home CUDA_HOME=$cuda_home
-    export HOROVOD_BUILD_CUDA_CC_LIST=$architectures
+    export HOROVOD_GPU_OPERATIONS=NCCL
     export HOROVOD_NCCL_INCLUDE=$nccl/include HOROVOD_NCCL_LIB=$shim HOROVOD_NCCL_LINK=SHARED
   fi
 }

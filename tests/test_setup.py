@@ -240,6 +240,13 @@ def test_toolkit_and_torch_must_have_one_major_version(release, code, says, envi
     assert answer[0] == code and says in "".join(answer[1:]) and "".join(answer[1:]).count("\n") == 1
 
 
+def test_without_nccl_a_cuda_build_of_torch_gives_another_wheel_where_there_is_nvcc(environment, parent, toolkit):
+    build = ["bash", LAUNCH / "build_horovod.sh", "--cpu", "--print-key"]
+    env = environment | {"PYTHON": str(parent / "bin" / "python"), "CUDA_HOME": str(parent)}
+    assert "-cpu-" in run(*build, env=env)[1]
+    assert "-cuda13.0-nonccl-cc" in run(*build, env=env | {"CUDA_HOME": str(toolkit("13.0"))})[1]
+
+
 def test_the_nvcc_on_path_may_be_a_script_that_calls_the_toolkits(path_without, parent, toolkit, tmp_path):
     env = path_without("nvcc") | {"PYTHON": str(parent / "bin" / "python")}
     env.pop("CUDA_HOME", None)

@@ -13,8 +13,11 @@
 #
 # python3, or PYTHON, must have what is too large to carry: a CUDA build of torch with its NCCL, torchvision, numpy,
 # scikit-learn, tensorboard and matplotlib. Needs nvcc, cmake and g++; MPI is used where there is one.
-# What the tests and the benchmarks say is also written to ${OUT:-runs/gpu}: setup.log, tests.log, tests.xml (JUnit), and
-# a .json and a table (.txt) of each benchmark.
+# NCCL wants a GPU for each rank. Where there is only one, tests of two ranks run with a second Horovod, which sends
+# tensors through the host's memory.
+#
+# What is said is also written to ${OUT:-runs/gpu}: setup.log, tests.log, tests*.xml (JUnit), adam.json, step.json, and
+# bench.txt with both tables.
 #
 # Exit code: 0 all well; 1 the set-up or a test failed, or none ran; 2 bad arguments, or something is missing, as a GPU;
 # 3 the tests passed and a benchmark failed.
@@ -83,15 +86,36 @@ check_machine() {
 
 # set_up: all logs of the set-up become one file, also of one that fails.
 set_up() {
-  local options=(--cuda) status=0
-  if ! { have mpicxx && have mpirun; }; then options+=(--without-mpi); fi
-  bash "$launch/setup.sh" "${options[@]}" || status=$?
-  if compgen -G "$VENV/log/*.log" >/dev/null; then tail -n +1 "$VENV"/log/*.log >"$OUT/setup.log"; fi
+  local status=0
+  bash "$launch/setup.sh" --cuda "${without_mpi[@]}" || status=$?
+  collect_logs
   ((status == 0)) || exit "$status"
   "$python" -m pip install --quiet 'pytest>=7' pytest-timeout hypothesis
   "$python" -c 'import horovod.torch as hvd, torch
 assert hvd.nccl_built(), "this Horovod was built without NCCL"
 print(f"Horovod with NCCL {hvd.nccl_built()} for torch {torch.__version__}, CUDA {torch.version.cuda}")'
+}
+
+collect_logs() { if compgen -G "$VENV/log/*.log" >/dev/null; then tail -n +1 "$VENV"/log/*.log >"$OUT/setup.log"; fi; }
+
+# start_second_build: beside the tests, for it takes as long as the first. Ended with this script.
+start_second_build() {
+  set -m
+  PYTHON=$python "$launch/build_horovod.sh" --cpu "${without_mpi[@]}" >"$VENV/log/second_horovod.log" 2>&1 &
+  second_build=$!
+  set +m
+  trap 'kill -- "-$second_build" 2>/dev/null || true' EXIT
+}
+
+# install_second_build: into a folder that PYTHONPATH puts before the first.
+install_second_build() {
+  local status=0
+  echo "Waiting for a Horovod that sends tensors through the host's memory"
+  wait "$second_build" || status=$?
+  collect_logs
+  ((status == 0)) || { echo "that build failed: see $OUT/setup.log" >&2 && return 1; }
+  "$python" -m pip install --quiet --no-deps --upgrade --target "$VENV/second_horovod" \
+    "$(tail -n 1 "$VENV/log/second_horovod.log")"
 }
 
 # --- tests and benchmarks -----------------------------------------------------------------------------------
@@ -106,11 +130,26 @@ in_time() {
   fi
 }
 
+# run_pytest NAME ARGUMENTS...: fails also where every test was skipped, with which pytest is content.
+run_pytest() {
+  local name=$1
+  shift
+  in_time "$python" -m pytest -m gpu -rs --junitxml "$OUT/$name.xml" "$@" 2>&1 | tee -a "$OUT/tests.log" || return
+  if [[ $gpu == false ]] || tail -n 1 "$OUT/tests.log" | grep -q '[0-9] passed'; then return; fi
+  echo "no test has passed: see why they were skipped" >&2
+  return 1
+}
+
 run_tests() {
-  in_time "$python" -m pytest -m gpu -rs --junitxml "$OUT/tests.xml" tests/gpu 2>&1 | tee "$OUT/tests.log" || return
-  if [[ $gpu == false ]]; then return; fi
-  # Where all are skipped pytest is content.
-  tail -n 1 "$OUT/tests.log" | grep -q '[0-9] passed' || { echo "no test has passed: see why they were skipped" >&2 && return 1; }
+  local status=0
+  rm -f "$OUT"/tests*
+  if (($(count_gpus) == 1)) && [[ $gpu == true ]]; then start_second_build; fi
+  run_pytest tests tests/gpu || status=$?
+  if [[ -n $second_build ]]; then
+    install_second_build && PYTHONPATH=$VENV/second_horovod HVD_ADAM_THROUGH_HOST=1 \
+      run_pytest tests_through_host tests/gpu/test_gpu_distributed.py || status=$?
+  fi
+  return "$status"
 }
 
 # bench NAME ARGUMENTS...: measures once, and makes the table out of the JSON.
@@ -118,13 +157,14 @@ bench() {
   local name=$1
   echo "python -m hvd_adam.bench $*"
   in_time "$python" -m hvd_adam.bench "$@" --device cuda --json >"$OUT/$name.json" || return
-  "$python" - "$OUT/$name.json" <<'PY' | tee "$OUT/$name.txt"
+  "$python" - "$OUT/$name.json" <<'PY' | tee -a "$OUT/bench.txt"
 import importlib, json, sys
 from hvd_adam.bench.report import describe, table
 shown = json.load(open(sys.argv[1]))
 columns = importlib.import_module(f"hvd_adam.bench.{shown['command']}").COLUMNS
 failed = [f"failed: {row['error']}" for row in shown["rows"] if "error" in row]
-print(describe(shown["machine"]), table(columns, shown["rows"]), *failed, *shown["notes"], sep="\n")
+print(f"hvd_adam.bench {shown['command']}", describe(shown["machine"]), table(columns, shown["rows"]), sep="\n")
+print(*failed, *shown["notes"], "", sep="\n")
 PY
 }
 
@@ -136,6 +176,7 @@ run_all() {
     echo "Without a GPU: the set-up works, and the tests were collected and skipped. Nothing was tested on a GPU."
     exit
   fi
+  rm -f "$OUT/bench.txt"
   bench adam || failed+=("bench adam ($?)")
   bench step --np 1 --models resnet18 --batch-size 512 --precision bf16 --channels-last --compile ||
     failed+=("bench step ($?)")
@@ -150,7 +191,8 @@ if [[ $action == pack ]]; then
   pack
   exit
 fi
-OUT=${OUT:-$ROOT/runs/gpu} python=$VENV/bin/python
+OUT=${OUT:-$ROOT/runs/gpu} python=$VENV/bin/python second_build='' without_mpi=()
+have mpicxx && have mpirun || without_mpi=(--without-mpi)
 check_machine
 mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
