@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from hvd_adam import checkpoint, data, models
+from hvd_adam import checkpoint, models
+from hvd_adam.assembly import load_images
 from hvd_adam.cluster import Cluster, init, require_same, together
 from hvd_adam.config import DataConfig, EvaluateConfig
 from hvd_adam.data.loader import DeviceLoader
@@ -88,7 +89,7 @@ def restore(config: EvaluateConfig, cluster: Cluster) -> tuple[Forward, DeviceLo
         trained, seen, weights = state["config"], state["data"], state["model"]
     except KeyError as error:
         raise UserError(f"checkpoint {config.checkpoint} was not written by hvd_adam.train: no {error}") from None
-    images = _load_data(config, trained)
+    images = load_images(_data_config(config, trained))
     if list(images.classes) != seen["classes"]:
         _refuse(config, f"its classes are {seen['classes']}, those of {images.name} {list(images.classes)}")
     model = models.build(
@@ -111,16 +112,11 @@ def restore(config: EvaluateConfig, cluster: Cluster) -> tuple[Forward, DeviceLo
     return forward, DeviceLoader(images, cluster.device, dtype=dtype, mean=mean, std=std)
 
 
-def _load_data(config: EvaluateConfig, trained: dict[str, Any]) -> data.ImageData:
-    return data.load(
-        config.dataset or trained["dataset"],
-        data_dir=config.data_dir or trained["data_dir"],
-        download=trained["download"],
-        positive_class=trained["positive_class"],
-        synthetic_shape=DataConfig(synthetic_shape=trained["synthetic_shape"]).synthetic_size(),
-        synthetic_classes=trained["synthetic_classes"],
-        synthetic_samples=trained["synthetic_samples"],
-    )
+def _data_config(config: EvaluateConfig, trained: dict[str, Any]) -> DataConfig:
+    """That of the training, but for what the evaluation is told."""
+    values = {item.name: trained[item.name] for item in fields(DataConfig)}
+    told = {"dataset": config.dataset, "data_dir": config.data_dir}
+    return DataConfig(**values | {name: value for name, value in told.items() if value is not None})
 
 
 def _refuse(config: EvaluateConfig, difference: str) -> None:

@@ -11,23 +11,25 @@ import torch
 import torch.nn.functional as F
 
 import hvd_adam
-from hvd_adam import checkpoint, data, models, run_folder
+from hvd_adam import checkpoint, run_folder
 from hvd_adam.adam import Adam
+from hvd_adam.assembly import build_model, make_adam, make_loader, make_schedule, scale_for_ranks
 from hvd_adam.broadcast import ROOT, broadcast_buffers
 from hvd_adam.buffers import BufferGuard
 from hvd_adam.cluster import Cluster, horovod, init, require_same, together
 from hvd_adam.config import TrainConfig
 from hvd_adam.consistency import require_consistent
-from hvd_adam.data.loader import Batch, DeviceLoader
+from hvd_adam.data.loader import Batch
 from hvd_adam.distributed import distribute
 from hvd_adam.elastic import Memory
-from hvd_adam.errors import JobError, Preempted, RanksChanged, UserError
+from hvd_adam.errors import JobError, Preempted, RanksChanged
 from hvd_adam.evaluation import Scores, score
 from hvd_adam.metrics import RunLog, RunningMean, Stopwatch, plot
-from hvd_adam.precision import autocast, loss_scaler, make_deterministic, parameter_dtype
+from hvd_adam.precision import autocast, loss_scaler, make_deterministic
 from hvd_adam.preemption import Preemption
 from hvd_adam.run_folder import Start
-from hvd_adam.schedule import LearningRateSchedule, Scaled, learning_rate, scale
+from hvd_adam.saver import Saver
+from hvd_adam.schedule import learning_rate
 from hvd_adam.state import (
     TrainingState,
     of_all_ranks,
@@ -35,7 +37,6 @@ from hvd_adam.state import (
     require_same_tensors,
     restore_generators,
 )
-from hvd_adam.sync_batchnorm import convert
 from hvd_adam.watchdog import Watchdog, come_first
 
 
@@ -67,12 +68,12 @@ class Trainer:
         self.preemption = Preemption(cluster, config.max_time, memory and memory.hosts_changed)
         require_same(cluster, "arguments", asdict(config))
         with together(cluster):
-            self.loader = _load(config, cluster)
+            self.loader = make_loader(config, cluster)
             self.loader.steps_per_epoch(config.global_batch(cluster.size))  # refused before anything is written
-            scaled = _scale(config, cluster)
-            self.model = _build(config, self.loader)
+            scaled = scale_for_ranks(config, cluster)
+            self.model = build_model(config, self.loader)
             self.scaler = loss_scaler(config.precision, cluster.device)
-        adam = _adam(config, self.model, scaled)
+        adam = make_adam(config, self.model, scaled)
         known = None if memory is None else memory.newest(cluster)
         with together(cluster):
             self.folder, start = (
@@ -82,7 +83,7 @@ class Trainer:
                 self._load(start, adam)
         began = _shared(start, cluster)
         self._divide(began)
-        self.schedule = _schedule(config, scaled.lr, self.steps_per_epoch, self.total_steps)
+        self.schedule = make_schedule(config, scaled.lr, self.steps_per_epoch, self.total_steps)
         self.optimizer = distribute(
             adam,
             self.model,
@@ -106,13 +107,11 @@ class Trainer:
         self.scores: Scores | None = None
         if began is not None:
             self._go_on(began)
-        self.saved: TrainingState | None = None  # what is being, or was last, written
-        if self.folder is not None:
-            self.writer = checkpoint.Writer(self.folder / "checkpoints", config.keep)
-            opened.callback(self.writer.close)
         with together(cluster):
             self.log = RunLog(self.folder, self.total_steps, None if start is None else self.step)
         opened.callback(self.log.close)
+        self.saver = Saver(self.folder, config.keep, self.log)
+        opened.callback(self.saver.close)
         self.resumed = None if start is None else replace(start, state=None)
 
     def _divide(self, began: Began | None) -> None:
@@ -230,7 +229,7 @@ class Trainer:
                 self._commit()
             if self.step < end and self._is_due(config.checkpoint_every):
                 self._checkpoint()
-            self._report()
+            self.saver.report(self.step, self.epoch)
         self.watch.pause()
 
     def _update(self, micro_batches: list[Batch], epoch: int) -> None:
@@ -279,7 +278,7 @@ class Trainer:
         if self.skipped_in_a_row <= self.config.max_skipped:
             return
         with together(self.cluster):
-            self._report(wait=True)
+            self.saver.report(self.step, self.epoch, wait=True)
         raise JobError(
             f"{self.skipped_in_a_row} updates in a row were skipped, the last one, update {step}, with the "
             f"{reason}; weights and checkpoints are good: look at the data, lower --lr, or raise --max-skipped"
@@ -325,35 +324,14 @@ class Trainer:
     def _checkpoint(self, *, best: bool = False) -> None:
         """Begins to write; every rank calls it. Waits for the one before: a slow disk slows training down."""
         self.watchdog.beat(f"the checkpoint after update {self.step}")
-        state = self._state()
-        if self.folder is not None:
-            self._report(wait=True)
-            self.saved = state.copy(over=self.saved)
-            self.writer.write(self.step, self.saved.as_dict(), best=best)
-
-    def _report(self, *, wait: bool = False) -> None:
-        """Records what has been written; without a disk training goes on as long as the run lasts."""
-        if self.folder is None:
-            return
-        try:
-            self._record(wait=wait)
-        except UserError as error:
-            self.log.event("checkpoint_failed", self.step, self.epoch, reason=str(error))
-            self.log.say(f"warning: {error}; training goes on")
-
-    def _record(self, *, wait: bool) -> Path | None:
-        path = self.writer.take(wait=wait)
-        if path is not None:
-            self.log.event("checkpoint", self.step, self.epoch, path=str(path.relative_to(self.folder)))
-        return path
+        self.saver.write(self._state(), best=best)
 
     def _stop(self) -> None:
         """Saves and leaves; no rank before rank 0 has written, for the launcher would end it."""
         self._checkpoint()
         with together(self.cluster):
-            if self.folder is not None:
-                path = self._record(wait=True)
-                self.log.say(f"stopped after {self.step} updates, {path}: the same command goes on")
+            path = self.saver.record(self.step, self.epoch, wait=True)
+            self.log.say(f"stopped after {self.step} updates, {path}: the same command goes on")
         raise Preempted
 
     def _state(self, *, of_all: bool = True) -> TrainingState:
@@ -394,8 +372,7 @@ class Trainer:
         scores, rate = self.scores, self.watch.total()
         self.watchdog.beat("the end of the training")
         with together(self.cluster):
-            if self.folder is not None:
-                self._record(wait=True)
+            self.saver.record(self.step, self.epoch, wait=True)
         result = {"test_accuracy": scores.test_accuracy, "test_loss": scores.test_loss}
         if self.config.positive_class is not None:
             result["test_balanced_accuracy"] = scores.test_balanced_accuracy
@@ -418,70 +395,6 @@ class Trainer:
     def _facts(self) -> dict[str, object]:
         versions = {"hvd_adam": hvd_adam.__version__, "torch": torch.__version__}
         return {"global_batch_size": self.global_batch, "total_steps": self.total_steps, "versions": versions}
-
-
-def _load(config: TrainConfig, cluster: Cluster) -> DeviceLoader:
-    images = data.load(
-        config.dataset,
-        data_dir=config.data_dir,
-        download=config.download,
-        positive_class=config.positive_class,
-        synthetic_shape=config.synthetic_size(),
-        synthetic_classes=config.synthetic_classes,
-        synthetic_samples=config.synthetic_samples,
-    )
-    dtype = parameter_dtype(config.precision)
-    return DeviceLoader(images, cluster.device, dtype=dtype, channels_last=config.channels_last)
-
-
-def _build(config: TrainConfig, loader: DeviceLoader) -> torch.nn.Module:
-    torch.manual_seed(config.seed)
-    model = models.build(
-        config.model,
-        in_channels=loader.data.channels,
-        num_classes=len(loader.data.classes),
-        image_size=loader.data.image_size,
-        dropout=config.dropout,
-    )
-    if config.sync_batchnorm:
-        convert(model)
-    memory_format = torch.channels_last if config.channels_last else torch.preserve_format
-    return model.to(loader.device, loader.dtype, memory_format=memory_format)
-
-
-def _scale(config: TrainConfig, cluster: Cluster) -> Scaled:
-    """Adam's hyper-parameters for this many ranks and micro-batches."""
-    ranks = cluster.size
-    if config.op == "adasum":
-        # Adasum keeps the scale of one rank's step; on GPUs with NCCL it averages within a host first
-        # (Horovod's documentation, "AdaSum with Horovod", on learning rates).
-        ranks = cluster.local_size if cluster.device.type == "cuda" and horovod().nccl_built() else 1
-    return scale(ranks * config.accumulate, config.lr_scaling, lr=config.lr, betas=config.betas, eps=config.eps)
-
-
-def _schedule(config: TrainConfig, peak: float, steps_per_epoch: int, total_steps: int) -> LearningRateSchedule:
-    return LearningRateSchedule(
-        initial=config.lr,
-        peak=peak,
-        warmup_steps=config.warmup_epochs * steps_per_epoch,
-        total_steps=total_steps,
-        decay=config.lr_decay,
-        milestones=tuple(epoch * steps_per_epoch for epoch in config.milestones()),
-        factor=config.lr_decay_factor,
-    )
-
-
-def _adam(config: TrainConfig, model: torch.nn.Module, scaled: Scaled) -> Adam:
-    return Adam(
-        model.parameters(),
-        lr=scaled.lr,
-        betas=scaled.betas,
-        eps=scaled.eps,
-        weight_decay=config.weight_decay,
-        amsgrad=config.amsgrad,
-        decoupled_weight_decay=config.decoupled_weight_decay,
-        implementation=config.implementation,
-    )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,96 @@
+"""The parts of a run, each made from its configuration: data, model, optimizer, schedule."""
+
+from __future__ import annotations
+
+import torch
+
+from hvd_adam import data, models
+from hvd_adam.adam import Adam
+from hvd_adam.cluster import Cluster, horovod
+from hvd_adam.config import DataConfig, TrainConfig
+from hvd_adam.data.loader import DeviceLoader
+from hvd_adam.precision import parameter_dtype
+from hvd_adam.schedule import LearningRateSchedule, Scaled, scale
+from hvd_adam.sync_batchnorm import convert
+
+
+def load_images(config: DataConfig) -> data.ImageData:
+    """The data set.
+
+    Raises:
+        UserError: there is none of that name, or it is missing or damaged.
+    """
+    return data.load(
+        config.dataset,
+        data_dir=config.data_dir,
+        download=config.download,
+        positive_class=config.positive_class,
+        synthetic_shape=config.synthetic_size(),
+        synthetic_classes=config.synthetic_classes,
+        synthetic_samples=config.synthetic_samples,
+    )
+
+
+def make_loader(config: TrainConfig, cluster: Cluster) -> DeviceLoader:
+    """Its batches on this rank's device; raises what `load_images` does."""
+    dtype = parameter_dtype(config.precision)
+    return DeviceLoader(load_images(config), cluster.device, dtype=dtype, channels_last=config.channels_last)
+
+
+def build_model(config: TrainConfig, loader: DeviceLoader) -> torch.nn.Module:
+    """The model with its first weights, where and as the loader's images are.
+
+    Raises:
+        UserError: there is no such model, or it does not fit the images.
+    """
+    torch.manual_seed(config.seed)
+    model = models.build(
+        config.model,
+        in_channels=loader.data.channels,
+        num_classes=len(loader.data.classes),
+        image_size=loader.data.image_size,
+        dropout=config.dropout,
+    )
+    if config.sync_batchnorm:
+        convert(model)
+    memory_format = torch.channels_last if config.channels_last else torch.preserve_format
+    return model.to(loader.device, loader.dtype, memory_format=memory_format)
+
+
+def scale_for_ranks(config: TrainConfig, cluster: Cluster) -> Scaled:
+    """Adam's hyper-parameters for this many ranks and micro-batches; UserError where they leave their range."""
+    ranks = cluster.size
+    if config.op == "adasum":
+        # Adasum keeps the scale of one rank's step; on GPUs with NCCL it averages within a host first
+        # (Horovod's documentation, "AdaSum with Horovod", on learning rates).
+        ranks = cluster.local_size if cluster.device.type == "cuda" and horovod().nccl_built() else 1
+    return scale(ranks * config.accumulate, config.lr_scaling, lr=config.lr, betas=config.betas, eps=config.eps)
+
+
+def make_adam(config: TrainConfig, model: torch.nn.Module, scaled: Scaled) -> Adam:
+    """This rank's optimizer, before `distribute`."""
+    return Adam(
+        model.parameters(),
+        lr=scaled.lr,
+        betas=scaled.betas,
+        eps=scaled.eps,
+        weight_decay=config.weight_decay,
+        amsgrad=config.amsgrad,
+        decoupled_weight_decay=config.decoupled_weight_decay,
+        implementation=config.implementation,
+    )
+
+
+def make_schedule(
+    config: TrainConfig, peak: float, steps_per_epoch: int, total_steps: int
+) -> LearningRateSchedule:
+    """The learning rate by step, from --lr to `peak` and down again."""
+    return LearningRateSchedule(
+        initial=config.lr,
+        peak=peak,
+        warmup_steps=config.warmup_epochs * steps_per_epoch,
+        total_steps=total_steps,
+        decay=config.lr_decay,
+        milestones=tuple(epoch * steps_per_epoch for epoch in config.milestones()),
+        factor=config.lr_decay_factor,
+    )
