@@ -31,7 +31,7 @@ source "$launch/common.sh"
 CARRIED=(
   'setuptools>=64,<81' wheel packaging cloudpickle psutil pyyaml cffi
   jsonargparse filelock tqdm mpi4py
-  pytest pytest-timeout hypothesis
+  pytest pytest-timeout pytest-xdist hypothesis
 )
 
 parse_arguments() {
@@ -90,7 +90,7 @@ set_up() {
   bash "$launch/setup.sh" --cuda "${without_mpi[@]}" || status=$?
   collect_logs
   ((status == 0)) || exit "$status"
-  "$python" -m pip install --quiet 'pytest>=7' pytest-timeout hypothesis
+  "$python" -m pip install --quiet 'pytest>=7' pytest-timeout pytest-xdist hypothesis
   "$python" -c 'import horovod.torch as hvd, torch
 assert hvd.nccl_built(), "this Horovod was built without NCCL"
 print(f"Horovod with NCCL {hvd.nccl_built()} for torch {torch.__version__}, CUDA {torch.version.cuda}")'
@@ -134,7 +134,9 @@ in_time() {
 run_pytest() {
   local name=$1
   shift
-  in_time "$python" -m pytest -m gpu -rs --junitxml "$OUT/$name.xml" "$@" 2>&1 | tee -a "$OUT/tests.log" || return
+  # The three files side by side: most of the time a GPU waits for processes to start.
+  in_time "$python" -m pytest -m gpu -n 3 --dist loadfile -rs --junitxml "$OUT/$name.xml" "$@" 2>&1 |
+    tee -a "$OUT/tests.log" || return
   if [[ $gpu == false ]] || tail -n 1 "$OUT/tests.log" | grep -q '[0-9] passed'; then return; fi
   echo "no test has passed: see why they were skipped" >&2
   return 1

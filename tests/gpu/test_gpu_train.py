@@ -27,7 +27,6 @@ def printed(done):
 @pytest.mark.parametrize(
     "options",
     [
-        "--precision fp32",
         "--precision bf16 --channels-last",
         "--precision fp16 --max-grad-norm 1 --accumulate 2",
         "--precision bf16 --compile --deterministic",
