@@ -6,6 +6,7 @@ anew; one that was cancelled and comes back; a rank's exit code that srun loses 
 array that write into one folder.
 """
 
+import json
 import subprocess
 import sys
 import time
@@ -94,6 +95,18 @@ def test_each_launcher_trains_on_two_nodes_as_four_ranks_do_on_one(launcher, sai
     assert events(tmp_path / "run", "end")[0]["world_size"] == RANKS
     # 22 updates of float64, whose sums Gloo may add in another order than MPI on one host.
     require_same(checkpoint(tmp_path / "run")["model"], here, 1e-12)
+
+
+def test_the_doctor_finds_a_job_well_that_srun_has_started(cluster, tmp_path):
+    arguments = ["--module", "hvd_adam.doctor", "--", "--json", "--seconds", 2, "--output-dir", tmp_path]
+    job = cluster.submit(TWO_BY_TWO, "slurm.sh", *arguments)
+    assert cluster.slurm.until(job, "COMPLETED") == "COMPLETED", cluster.said(job)
+    found = json.loads(cluster.said(job).splitlines()[-1])
+    assert found["status"] == "ok"
+    assert sorted(rank["host"] for rank in found["ranks"]) == ["node1", "node1", "node2", "node2"]
+    checks = {check["name"]: check for check in found["checks"]}
+    assert checks["launcher"]["found"].startswith("srun: 4 ranks")
+    assert {"links", "network", "Horovod starts", "versions"} <= checks.keys()
 
 
 def test_after_a_requeue_a_preemption_and_a_dead_node_it_ends_as_if_nothing_had_happened(cluster, tmp_path):
