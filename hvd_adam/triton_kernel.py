@@ -8,8 +8,8 @@ machine that has none (tests/test_triton_kernel.py).
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import cache
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -20,15 +20,8 @@ BLOCK = 1024
 WARPS = 4
 
 _TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
-_NUMBERS = ("factor", "weight_decay", "one_minus_beta1", "beta2", "one_minus_beta2", "step_size", "eps")
 
 Buffers = dict[str, "Tensor | None"]
-
-
-@triton.jit
-def _wide(high, low, DTYPE: tl.constexpr):
-    """A number that travels as two float32, since Triton takes no float64 arguments."""
-    return tl.cast(high, DTYPE) + tl.cast(low, DTYPE)
 
 
 @triton.jit
@@ -66,6 +59,7 @@ def adam(
     max_exp_avg_sq,
     master_param,
     device_factor,
+    numbers,
     elements,
     seed,
     factor,
@@ -75,13 +69,6 @@ def adam(
     one_minus_beta2,
     step_size,
     eps,
-    factor_low,
-    weight_decay_low,
-    one_minus_beta1_low,
-    beta2_low,
-    one_minus_beta2_low,
-    step_size_low,
-    eps_low,
     DTYPE: tl.constexpr,
     DECAY: tl.constexpr,
     STOCHASTIC: tl.constexpr,
@@ -91,7 +78,15 @@ def adam(
 ):
     """One block of the update; see `arguments`."""
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # beyond 2³¹ elements, too
-    scale = _wide(factor, factor_low, DTYPE)
+    if numbers is not None:  # in float64, which Triton does not take as arguments
+        factor = tl.load(numbers)
+        weight_decay = tl.load(numbers + 1)
+        one_minus_beta1 = tl.load(numbers + 2)
+        beta2 = tl.load(numbers + 3)
+        one_minus_beta2 = tl.load(numbers + 4)
+        step_size = tl.load(numbers + 5)
+        eps = tl.load(numbers + 6)
+    scale = tl.cast(factor, DTYPE)
     if device_factor is not None:
         scale *= tl.load(device_factor).to(DTYPE)
         elements = tl.where(scale == scale, elements, 0)  # NaN: nothing is to be changed
@@ -105,18 +100,18 @@ def adam(
         theta = _current_master(theta, tl.load(master_param + places, inside), HALF_EPS, TINY)
 
     if DECAY == "coupled":
-        g += _wide(weight_decay, weight_decay_low, DTYPE) * theta
+        g += weight_decay * theta
     if DECAY == "decoupled":
-        theta += _wide(weight_decay, weight_decay_low, DTYPE) * theta
-    m += _wide(one_minus_beta1, one_minus_beta1_low, DTYPE) * (g - m)
-    v = _wide(beta2, beta2_low, DTYPE) * v + _wide(one_minus_beta2, one_minus_beta2_low, DTYPE) * (g * g)
+        theta += weight_decay * theta
+    m += one_minus_beta1 * (g - m)
+    v = beta2 * v + one_minus_beta2 * (g * g)
     tl.store(exp_avg + places, m, inside)
     tl.store(exp_avg_sq + places, v, inside)
     if max_exp_avg_sq is not None:
         largest = tl.load(max_exp_avg_sq + places, inside).to(DTYPE)
         v = tl.where((largest >= v) | (largest != largest), largest, v)  # NaN stays, as in torch.maximum
         tl.store(max_exp_avg_sq + places, v, inside)
-    theta -= _wide(step_size, step_size_low, DTYPE) * (m / (_root(v, DTYPE) + _wide(eps, eps_low, DTYPE)))
+    theta -= step_size * (m / (_root(v, DTYPE) + eps))
 
     if master_param is not None:
         tl.store(master_param + places, theta, inside)
@@ -125,40 +120,37 @@ def adam(
     tl.store(param + places, theta, inside)
 
 
+@cache
+def _constants(rounding: str, decay: str, dtype: torch.dtype) -> tuple[object, ...]:
+    """The arguments that are compiled in."""
+    compute, info = torch.promote_types(dtype, torch.float32), torch.finfo(dtype)
+    masters = rounding == "master"
+    half_eps, tiny = (info.eps / 2, info.smallest_normal * info.eps) if masters else (0.0, 0.0)
+    return (_TYPES[compute], decay, rounding == "stochastic", half_eps, tiny, BLOCK)
+
+
 def arguments(
     rounding: str, decay: str, buffers: Buffers, factor: Tensor | None, scalars: tuple[float, ...], seed: int
-) -> dict[str, object]:
-    """What `adam` is called with.
+) -> tuple[object, ...]:
+    """What `adam` is called with, in order.
 
     Args:
         rounding: as in `kernels.Variant`.
         decay: as in `kernels.Variant`.
-        buffers: those of `kernels.Buffers`, by name; None for what a variant does without.
+        buffers: those of `kernels.Buffers`, in its order; None for what a variant does without.
         factor: multiplies the gradient: 0-dimensional, None for 1. One that lies on the buffers' device, and is
             NaN, makes the update change nothing.
         scalars: what `kernels.scalars` returns.
         seed: of stochastic rounding, in [0, 2³¹).
     """
-    dtype = buffers["param"].dtype
-    compute, info = torch.promote_types(dtype, torch.float32), torch.finfo(dtype)
-    on_host = factor is not None and factor.device != buffers["param"].device
-    exact = np.array((float(factor) if on_host else 1.0, *scalars))
-    high = exact.astype(np.float32).astype(np.float64)
-    low = exact - high if compute == torch.float64 else np.zeros_like(exact)
-    return {
-        **buffers,
-        "device_factor": None if on_host else factor,
-        "elements": buffers["param"].numel(),
-        "seed": seed,
-        **dict(zip(_NUMBERS, high.tolist(), strict=True)),
-        **dict(zip((f"{name}_low" for name in _NUMBERS), low.tolist(), strict=True)),
-        "DTYPE": _TYPES[compute],
-        "DECAY": decay,
-        "STOCHASTIC": rounding == "stochastic",
-        "HALF_EPS": info.eps / 2 if rounding == "master" else 0.0,
-        "TINY": info.smallest_normal * info.eps if rounding == "master" else 0.0,
-        "BLOCK": BLOCK,
-    }
+    param, on_host, numbers = buffers["param"], 1.0, None
+    if factor is not None and factor.device != param.device:
+        factor, on_host = None, float(factor)
+    if param.dtype == torch.float64:
+        numbers = torch.tensor((on_host, *scalars), dtype=torch.float64, pin_memory=param.is_cuda)
+        numbers = numbers.to(param.device, non_blocking=True)
+    constants = _constants(rounding, decay, param.dtype)
+    return (*buffers.values(), factor, numbers, param.numel(), seed, on_host, *scalars, *constants)
 
 
 def update(
@@ -166,7 +158,8 @@ def update(
 ) -> None:
     """One step of Adam over whole buffers, in place; what `arguments` takes. The host waits for nothing."""
     param = buffers["param"]
-    grid = (triton.cdiv(param.numel(), BLOCK),)
+    launch = adam[(triton.cdiv(param.numel(), BLOCK),)]
     # Triton launches on the current device, which need not be the buffers'.
-    with torch.cuda.device(param.device) if param.is_cuda else nullcontext():
-        adam[grid](**arguments(rounding, decay, buffers, factor, scalars, seed), num_warps=WARPS)
+    elsewhere = param.is_cuda and param.device.index != torch.cuda.current_device()
+    with torch.cuda.device(param.device) if elsewhere else nullcontext():
+        launch(*arguments(rounding, decay, buffers, factor, scalars, seed), num_warps=WARPS)

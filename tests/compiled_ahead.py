@@ -21,7 +21,7 @@ SCALARS = (0.01, 0.1, 0.999, 0.001, 1e-3, 1e-8)
 def source(arguments):
     """What the kernel is compiled from when it is called with these arguments, as Triton itself would have it."""
     signature, constants, divisible = {}, {}, {}
-    for place, (name, value) in enumerate(arguments.items()):
+    for place, (name, value) in enumerate(zip(triton_kernel.adam.arg_names, arguments, strict=True)):
         if value is None or name.isupper():
             signature[name], constants[place,] = "constexpr", value
         elif isinstance(value, torch.Tensor):
@@ -29,7 +29,7 @@ def source(arguments):
             divisible[place,] = [["tt.divisibility", 16]]
         elif isinstance(value, int):
             signature[name] = "i32" if value < 2**31 else "i64"
-            if name == "elements" and value % 16 == 0:
+            if value % 16 == 0:
                 divisible[place,] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32"
@@ -45,7 +45,8 @@ def buffers(dtype, moments, amsgrad=False, master=False):
 
 def compiled(rounding, decay, given, factor=None, elements=1024):
     """Machine code's size, and which instructions reach memory."""
-    arguments = triton_kernel.arguments(rounding, decay, given, factor, SCALARS, 7) | {"elements": elements}
+    arguments = [*triton_kernel.arguments(rounding, decay, given, factor, SCALARS, 7)]
+    arguments[triton_kernel.adam.arg_names.index("elements")] = elements
     kernel = triton.compile(source(arguments), target=HOPPER, options={"num_warps": triton_kernel.WARPS})
     reached = re.findall(r"(?:ld|st)\.global\S*", kernel.asm["ptx"])
     return {"bytes": len(kernel.asm["cubin"]), "instructions": sorted(set(reached))}
