@@ -488,7 +488,7 @@ def sweep(examples):
     )
 
 
-@sweep(50)
+@sweep(30)
 @given(case=cases())
 def test_100_steps_in_float64_agree_with_torch_and_the_oracle_to_1e_12(case):
     runs, optimizers, exact = run_all(case, torch.float64, 100, implementations(case))
@@ -503,7 +503,7 @@ def test_100_steps_in_float64_agree_with_torch_and_the_oracle_to_1e_12(case):
     assert_foreach_is_torch_foreach(runs, optimizers)
 
 
-@sweep(50)
+@sweep(30)
 @given(case=cases())
 def test_100_steps_in_float32_stay_within_the_running_error_bound(case):
     runs, optimizers, exact = run_all(case, torch.float32, 100, implementations(case))
