@@ -114,8 +114,18 @@ def of_this_rank(cluster: Cluster, loss: tuple[float, float]) -> dict[str, Any]:
 
 
 def of_all_ranks(cluster: Cluster, own: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every rank's entry; every rank calls it."""
-    return horovod().allgather_object(own, name="hvd_adam.ranks") if cluster.size > 1 else [own]
+    """Every rank's entry; every rank calls it. One message of bytes: objects would take two, and pickling."""
+    if cluster.size == 1:
+        return [own]
+    loss = torch.tensor(own["loss"], dtype=torch.float64).view(torch.uint8)
+    parts = [own["cpu"], *([] if own["cuda"] is None else [own["cuda"]]), loss]  # alike on all ranks
+    everyones = horovod().allgather(torch.cat(parts).unsqueeze(0), name="hvd_adam.ranks")
+    entries = []
+    for row in everyones:
+        cpu, *cuda, loss = (part.clone() for part in row.split([part.numel() for part in parts]))
+        total = loss.view(torch.float64).tolist()
+        entries.append({"cpu": cpu, "cuda": cuda[0] if cuda else None, "loss": total})
+    return entries
 
 
 def restore_generators(entry: Mapping[str, Any], cluster: Cluster) -> None:
