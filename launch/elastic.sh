@@ -13,7 +13,8 @@
 #   --discovery COMMAND   prints the hosts of now, "HOST:SLOTS" a line, instead (see launch/discover_hosts.sh)
 #   --cooldown MIN MAX    seconds for which a host that has failed is left out (default: 10 60)
 #   --gloo-timeout S      seconds after which a rank that does not answer counts as lost (default: 30)
-#   -i, --network-interface NAME[,NAME]   network interface(s) to use (default: horovodrun probes)
+#   -i, --network-interface NAME[,NAME]   network interface(s) to use (default: horovodrun probes, for which it waits for
+#                         a second host)
 #   -x NAME[=VALUE]       a variable the ranks must have; horovodrun hands on the whole environment as well
 #   --ssh-port PORT       ssh port of the hosts
 #   --ssh-key FILE        ssh private key

@@ -55,7 +55,9 @@ def launch(arguments: list[str], ranks: int, controller: str, **options: object)
     if ranks:
         if controller == "elastic":
             horovodrun = [sys.executable, str(TESTS.parent / "launch" / "run_horovod.py")]
-            how = ["--min-np", str(ranks), "--host-discovery-script", f"echo localhost:{ranks}"]
+            # With an interface: to find one itself it waits for a second host.
+            how = ["--min-np", str(ranks), "--network-interfaces", "lo"]
+            how += ["--host-discovery-script", f"echo localhost:{ranks}"]
         else:
             horovodrun, how = [str(Path(sys.executable).with_name("horovodrun"))], [f"--{controller}"]
         launcher = [*horovodrun, "-np", str(ranks), *how]
