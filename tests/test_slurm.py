@@ -102,11 +102,12 @@ def test_the_doctor_finds_a_job_well_that_srun_has_started(cluster, tmp_path):
     job = cluster.submit(TWO_BY_TWO, "slurm.sh", *arguments)
     assert cluster.slurm.until(job, "COMPLETED") == "COMPLETED", cluster.said(job)
     found = json.loads(cluster.said(job).splitlines()[-1])
-    assert found["status"] == "ok"
     assert sorted(rank["host"] for rank in found["ranks"]) == ["node1", "node1", "node2", "node2"]
     checks = {check["name"]: check for check in found["checks"]}
     assert checks["launcher"]["found"].startswith("srun: 4 ranks")
-    assert {"links", "network", "Horovod starts", "versions"} <= checks.keys()
+    # Not all of them: the measurements may warn on a machine that is busy.
+    for name in ("launcher", "network", "Horovod starts", "versions", "MPI"):
+        assert checks[name]["status"] == "ok", checks[name]
 
 
 def test_after_a_requeue_a_preemption_and_a_dead_node_it_ends_as_if_nothing_had_happened(cluster, tmp_path):
