@@ -88,7 +88,9 @@ def test_every_option_named_is_one_that_exists():
     ):
         command = [sys.executable, "-m", *module.split(), "--help"]
         helps += subprocess.run(command, capture_output=True, text=True).stdout
-    scripts = "".join(path.read_text() for path in [*ROOT.glob("launch/*.sh"), *ROOT.glob("docker/*")])
+    scripts = "".join(
+        path.read_text() for path in (*ROOT.glob("*/*.sh"), *ROOT.glob("docker/*"), ROOT / "tests/gpu/run.sh")
+    )
     prose = re.sub(r"^```.*?^```$", "", README, flags=re.DOTALL | re.MULTILINE)
     for option in re.findall(r"`(--[a-z-]+)", prose):
         assert option in helps + scripts, option
