@@ -219,7 +219,7 @@ class DistributedAdam(Adam):
             self._rearm()
         if self._loss_scaler is not None:
             scale = self._loss_scaler._get_scale_async()  # get_scale() would wait for the device
-            factor = factor / (self._loss_scaler.get_scale() if scale is None else scale)
+            factor = factor / (self._loss_scaler.get_scale() if scale is None else scale.double())
         self._pending_factor = factor
 
     def _sum_of_all(self) -> torch.Tensor | None:
