@@ -11,9 +11,11 @@ import shlex
 import signal
 import sys
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 from horovod.runner.elastic.registration import WorkerStateRegistry
 from horovod.runner.elastic.worker import WorkerNotificationClient
 from horovod.runner.launch import run_commandline
@@ -38,6 +40,26 @@ def execute_without_shell(path: str, arguments: list[str], environment: dict[str
     """
     *options, command = arguments
     execute(path, [*options, f"exec {shlex.join(PASS_SIGNALS)} {command}"], environment)
+
+
+def wait_and_leave(process: psutil.Process, timeout: float | None = None) -> int | None:
+    """Stands in for psutil.Process.wait, which takes a child's exit code away from who asks for it afterwards.
+
+    So Horovod's helper does with ranks that it ends: Popen.wait then says 0, and the job seems to be done.
+    """
+    deadline = None if timeout is None else time.monotonic() + timeout
+    try:
+        while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            if deadline is not None and time.monotonic() > deadline:
+                raise psutil.TimeoutExpired(timeout, process.pid)
+            time.sleep(0.02)
+    except ChildProcessError:  # somebody else's
+        return wait(process, timeout)
+    return None
+
+
+wait = psutil.Process.wait
+psutil.Process.wait = wait_and_leave  # in the helpers too, which import this file
 
 
 def tell_of_losses() -> None:
@@ -94,6 +116,6 @@ def main() -> None:
         sys.exit(code if code >= 0 else 128 - code)
 
 
-# The guard matters: horovodrun starts helpers that import this file anew.
+# The guard matters: horovodrun starts helpers that import this file anew, as another module.
 if __name__ == "__main__":
     main()

@@ -149,6 +149,20 @@ def test_a_second_sigterm_ends_ranks_that_do_not_stop(launcher, environment, tmp
     wait_for_end(pids)
 
 
+def test_a_rank_that_horovodrun_ends_is_not_taken_for_one_that_is_done():
+    code = f"""if True:
+        import subprocess, sys
+        sys.path.insert(0, {str(LAUNCH)!r})
+        import run_horovod
+        from horovod.runner.common.util.safe_shell_exec import terminate_executor_shell_and_children
+        rank = subprocess.Popen(["sleep", "60"])
+        terminate_executor_shell_and_children(rank.pid)
+        print(rank.wait())
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == f"{-signal.SIGKILL}\n", done.stderr  # it is frozen by then, so SIGTERM would not end it
+
+
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("launcher", LAUNCHERS, ids=" ".join)
 def test_a_launcher_that_is_killed_takes_its_ranks_along(launcher, environment, tmp_path):
