@@ -45,7 +45,7 @@ def execute_without_shell(path: str, arguments: list[str], environment: dict[str
 def wait_and_leave(process: psutil.Process, timeout: float | None = None) -> int | None:
     """Stands in for psutil.Process.wait, which takes a child's exit code away from who asks for it afterwards.
 
-    So Horovod's helper does with ranks that it ends: Popen.wait then says 0, and the job seems to be done.
+    So Horovod's helper may do with a rank that it ends: Popen.wait then says 0, and the job seems to be done.
     """
     deadline = None if timeout is None else time.monotonic() + timeout
     try:
