@@ -97,8 +97,7 @@ def instead(hosts, host, path, other):
 
 
 def one_line(done):
-    # Not what a shell of this machine says when several log in at once: pyenv rebuilds its shims then.
-    lines = [line for line in done.stderr.splitlines() if line.strip() and "pyenv" not in line]
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert done.returncode == 2 and len(lines) == 1, done.stdout + done.stderr
     return lines[0]
 

@@ -5,7 +5,8 @@
 
 "head" is there beside those asked for, without sshd: where launchers run. All are on one bridge, 10.77.0.0/24, in
 head's network. Nothing outside of the namespaces changes, and all ends with this process, even if that is killed.
-Files, users and the installed Python are those of this machine. Needs root, unshare, nsenter, ip and sshd.
+Files, users and the installed Python are those of this machine, but for ~/.bashrc: what it says when several log
+in at once would stand among the launchers' words. Needs root, unshare, nsenter, ip and sshd.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ mount -t tmpfs -o mode=755 tmpfs /run
 mkdir -p /run/sshd
 mount --bind "$2/hosts" /etc/hosts
 mount --bind "$2/ssh_config" /etc/ssh/ssh_config
+if [ -e ~/.bashrc ]; then mount --bind /dev/null ~/.bashrc; fi
 mount -t sysfs sysfs /sys 2>/dev/null || true
 ip link set lo up
 echo ready
