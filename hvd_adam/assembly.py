@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from hvd_adam import data, models
-from hvd_adam.adam import Adam
 from hvd_adam.cluster import Cluster, horovod
 from hvd_adam.config import DataConfig, TrainConfig
 from hvd_adam.data.loader import DeviceLoader
+from hvd_adam.optim.adam import Adam
 from hvd_adam.precision import parameter_dtype
 from hvd_adam.schedule import LearningRateSchedule, Scaled, scale
 from hvd_adam.sync_batchnorm import convert

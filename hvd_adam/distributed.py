@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from hvd_adam.adam import Adam
 from hvd_adam.broadcast import require_same_layout
 from hvd_adam.cluster import horovod, init, require_same
 from hvd_adam.distributed_adam import DistributedAdam
 from hvd_adam.errors import UserError
+from hvd_adam.optim.adam import Adam
 from hvd_adam.sharded import ShardedAdam
 from hvd_adam.wire import COMPRESSIONS
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from hvd_adam.adam import Adam, PlainOptimizer
 from hvd_adam.broadcast import ROOT, broadcast_training
 from hvd_adam.cluster import collective_prefix, horovod, not_elastic
 from hvd_adam.errors import UserError
-from hvd_adam.flat import Flat
 from hvd_adam.late import Late
-from hvd_adam.layout import Layout
+from hvd_adam.optim.adam import Adam, PlainOptimizer
+from hvd_adam.optim.flat_layout import Layout
+from hvd_adam.optim.flat_storage import Flat
 from hvd_adam.reducer import BUCKET_BYTES, Reducer, sum_of
 from hvd_adam.wire import AdasumWire
 

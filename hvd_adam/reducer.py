@@ -8,8 +8,8 @@ import torch
 
 from hvd_adam import wire
 from hvd_adam.cluster import horovod
-from hvd_adam.flat import Flat
-from hvd_adam.layout import Bucket
+from hvd_adam.optim.flat_layout import Bucket
+from hvd_adam.optim.flat_storage import Flat
 
 # Gradients are reduced in buckets fixed in advance, so that sums do not depend on timing. Large enough to
 # use the network's bandwidth, small enough that the first leaves while backward still runs.

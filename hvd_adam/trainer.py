@@ -12,7 +12,6 @@ import torch.nn.functional as F
 
 import hvd_adam
 from hvd_adam import checkpoint, run_folder
-from hvd_adam.adam import Adam
 from hvd_adam.assembly import build_model, make_adam, make_loader, make_schedule, scale_for_ranks
 from hvd_adam.broadcast import ROOT, broadcast_buffers
 from hvd_adam.buffers import BufferGuard
@@ -25,6 +24,7 @@ from hvd_adam.elastic import Memory
 from hvd_adam.errors import JobError, Preempted, RanksChanged
 from hvd_adam.evaluation import Scores, score
 from hvd_adam.metrics import RunLog, RunningMean, Stopwatch, plot
+from hvd_adam.optim.adam import Adam
 from hvd_adam.precision import autocast, loss_scaler, make_deterministic
 from hvd_adam.preemption import Preemption
 from hvd_adam.run_folder import Start

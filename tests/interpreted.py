@@ -10,11 +10,11 @@ import torch
 from triton import language as tl
 from triton.runtime import interpreter
 
-from hvd_adam import kernels
+from hvd_adam.optim import fused
 
-kernels._COMPILERS["cpu"] = kernels._COMPILERS["cuda"]
-kernels._EXAMPLE_ELEMENTS = 5000  # it goes from block to block
-kernels._cached = cache(kernels._compared)  # nothing of it is kept
+fused._COMPILERS["cpu"] = fused._COMPILERS["cuda"]
+fused._EXAMPLE_ELEMENTS = 5000  # it goes from block to block
+fused._cached = cache(fused._compared)  # nothing of it is kept
 
 
 def convert(values, source, target, _):

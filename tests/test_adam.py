@@ -23,9 +23,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import hvd_adam.adam as adam_module
-from hvd_adam.adam import Adam
-from hvd_adam.adam_reference import adam_update
+import hvd_adam.optim.adam as adam_module
+from hvd_adam.optim.adam import Adam
+from hvd_adam.optim.reference import adam_update
 
 IMPLEMENTATIONS = ("reference", "foreach", "fused")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from hvd_adam.adam import Adam
+from hvd_adam.optim.adam import Adam
 
 IMPLEMENTATIONS = ("reference", "foreach", "fused")
 ALL_OPTIONS = dict(
@@ -552,7 +552,7 @@ def test_an_object_made_anew_from_the_groups_keeps_every_hyper_parameter():
 
 IN_HOROVOD = """
 import torch, horovod.torch as hvd
-from hvd_adam.adam import Adam
+from hvd_adam.optim.adam import Adam
 
 hvd.init()
 model = torch.nn.Linear(3, 2)

@@ -17,7 +17,6 @@ import uuid
 import pytest
 import torch
 
-from hvd_adam.adam import Adam
 from hvd_adam.bench import (
     adam,
     allreduce,
@@ -42,6 +41,7 @@ from hvd_adam.cluster import Launched
 from hvd_adam.command import parse
 from hvd_adam.distributed import STRATEGIES
 from hvd_adam.errors import UserError
+from hvd_adam.optim.adam import Adam
 
 OURS = [f"hvd_adam-{strategy}" for strategy in STRATEGIES]
 

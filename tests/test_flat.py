@@ -22,12 +22,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvd_adam import kernels
-from hvd_adam.adam import Adam
-from hvd_adam.flat import Flat
-from hvd_adam.huge_pages import zeros
-from hvd_adam.layout import ALIGNMENT, Layout
-from hvd_adam.updates import seed, state_dtypes
+from hvd_adam.optim import fused as fused_module
+from hvd_adam.optim.adam import Adam
+from hvd_adam.optim.flat_layout import ALIGNMENT, Layout
+from hvd_adam.optim.flat_storage import Flat
+from hvd_adam.optim.functional import seed, state_dtypes
+from hvd_adam.optim.huge_pages import zeros
 
 SHAPES = ((3, 5), (), (7,), (0,), (2, 3, 4, 4), (1,), (33,))
 OPTIONS = dict(lr=0.01, betas=(0.8, 0.95), weight_decay=0.1)
@@ -671,12 +671,12 @@ def flat_of(params, layout, part, option):
 
 def take_step(flat, group, kind):
     moments = group_dtype = state_dtypes(group, flat.dtype)["exp_avg"]
-    variant = kernels.Variant("cpu", flat.dtype, group_dtype, False, "coupled", kind)
+    variant = fused_module.Variant("cpu", flat.dtype, group_dtype, False, "coupled", kind)
     for run in flat.runs(flat.collect()):
         for position, buffers in flat.buffers(run, state_dtypes(group, flat.dtype)):
             assert buffers.exp_avg.dtype == moments
-            numbers = kernels.scalars(group, run.step)
-            kernels.update(variant, buffers, torch.ones(()), numbers, seed(run.step, position))
+            numbers = fused_module.scalars(group, run.step)
+            fused_module.update(variant, buffers, torch.ones(()), numbers, seed(run.step, position))
 
 
 def wrapping_step():

@@ -58,8 +58,8 @@ def interpreted():
     """Has this process use the kernel, and the host learn from the device what was skipped."""
     import interpreted  # noqa: F401
 
-    from hvd_adam import adam
     from hvd_adam.distributed_adam import DistributedAdam
+    from hvd_adam.optim import adam
 
     adam._FUSED_ELEMENTS = 0
     DistributedAdam._only_the_device_knows = lambda self: True
@@ -68,7 +68,7 @@ def interpreted():
 @on_ranks(0, **INTERPRETED)
 def test_nothing_is_read_or_written_beyond_a_buffers_end(cluster):
     interpreted()
-    from hvd_adam import triton_kernel
+    from hvd_adam.optim import triton_kernel
 
     names = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
     for elements in (1, 15, 16, 1023, 1024, 1025, 2600):

@@ -135,8 +135,8 @@ def _our_step(task: dict[str, Any]) -> Measure:
 def _optimizer_of(size: int, device: str) -> tuple[list[Any], Any]:
     import torch  # here: as above
 
-    from hvd_adam.adam import Adam
     from hvd_adam.distributed import distribute
+    from hvd_adam.optim.adam import Adam
 
     layers = -(-size // LAYER_ELEMENTS)
     shortest, longer = divmod(size, layers)

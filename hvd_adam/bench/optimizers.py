@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from hvd_adam.adam import Adam
 from hvd_adam.bench.workloads import Workload
+from hvd_adam.optim.adam import Adam
 
 Call = Callable[[], object]
 

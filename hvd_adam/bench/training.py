@@ -12,13 +12,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from hvd_adam import models
-from hvd_adam.adam import Adam
 from hvd_adam.bench.clock import finisher, seconds
 from hvd_adam.bench.config import OURS
 from hvd_adam.bench.groups import Measure
 from hvd_adam.bench.launching import PATIENCE_SECONDS
 from hvd_adam.cluster import Launched, horovod, init
 from hvd_adam.distributed import distribute
+from hvd_adam.optim.adam import Adam
 from hvd_adam.precision import autocast
 
 IMAGE = (3, 32, 32)

@@ -16,8 +16,8 @@ from test_nonfinite import check_skipping
 
 from hvd_adam import Adam, distribute
 from hvd_adam.cluster import horovod
-from hvd_adam.flat import Flat
-from hvd_adam.layout import Layout
+from hvd_adam.optim.flat_layout import Layout
+from hvd_adam.optim.flat_storage import Flat
 from hvd_adam.reducer import Reducer
 
 # Two ranks may share a GPU only for a Horovod that does not hand its tensors to NCCL: tests/gpu/run.sh builds one.

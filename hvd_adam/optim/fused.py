@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hvd_adam.inductor import innermost
-from hvd_adam.kernel_cache import compiling, discard
+from hvd_adam.optim.inductor_kernel import innermost
+from hvd_adam.optim.kernel_cache import compiling, discard
 
 # Large enough that the compiler divides the loop among threads.
 _EXAMPLE_ELEMENTS = 1 << 20
@@ -244,7 +244,7 @@ def _compared(variant: Variant) -> Kernel:
 
 
 def _compile_for_gpu(variant: Variant) -> Kernel:
-    from hvd_adam import triton_kernel  # here: PyTorch has Triton only where it is built for GPUs
+    from hvd_adam.optim import triton_kernel  # here: PyTorch has Triton only where it is built for GPUs
 
     def kernel(buffers: Buffers, factor: Tensor | None, numbers: Scalars, seed: int) -> None:
         triton_kernel.update(variant.rounding, variant.decay, vars(buffers), factor, numbers, seed)

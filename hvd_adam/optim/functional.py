@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvd_adam.adam_reference import adam_update
-from hvd_adam.kernels import Buffers, current_master, round_stochastically
+from hvd_adam.optim.fused import Buffers, current_master, round_stochastically
+from hvd_adam.optim.reference import adam_update
 
 Group = dict[str, Any]
 

@@ -1,4 +1,4 @@
-"""The Adam update for GPUs, in Triton: `kernels.adam_expression` in one pass over flat buffers.
+"""The Adam update for GPUs, in Triton: `fused.adam_expression` in one pass over flat buffers.
 
 Written out, not left to `torch.compile`: a launch then costs the host little, takes its numbers as arguments, not
 from memory, changes nothing where a factor on the device says so, and can be run, and compiled for a GPU, on a
@@ -32,7 +32,7 @@ def _root(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def _current_master(wide, master, HALF_EPS: tl.constexpr, TINY: tl.constexpr):
-    """As `kernels.current_master`."""
+    """As `fused.current_master`."""
     infinity = float("inf")
     is_rounded = tl.abs(wide - master) <= HALF_EPS * tl.abs(master) + TINY
     kept = (is_rounded & (tl.abs(master) < infinity)) | (tl.abs(wide) == infinity)
@@ -41,7 +41,7 @@ def _current_master(wide, master, HALF_EPS: tl.constexpr, TINY: tl.constexpr):
 
 @triton.jit
 def _round_stochastically(x, places, seed):
-    """As `kernels.round_stochastically`, to the bit; float32 that a bfloat16 can hold."""
+    """As `fused.round_stochastically`, to the bit; float32 that a bfloat16 can hold."""
     h = ((places + seed) & 0x7FFFFFFF).to(tl.uint32)
     h = (h ^ (h >> 16)) * 0x7FEB352D
     h = (h ^ (h >> 15)) * 0x846CA68B
@@ -135,12 +135,12 @@ def arguments(
     """What `adam` is called with, in order.
 
     Args:
-        rounding: as in `kernels.Variant`.
-        decay: as in `kernels.Variant`.
-        buffers: those of `kernels.Buffers`, in its order; None for what a variant does without.
+        rounding: as in `fused.Variant`.
+        decay: as in `fused.Variant`.
+        buffers: those of `fused.Buffers`, in its order; None for what a variant does without.
         factor: multiplies the gradient: 0-dimensional, None for 1. One that lies on the buffers' device, and is
             NaN, makes the update change nothing.
-        scalars: what `kernels.scalars` returns.
+        scalars: what `fused.scalars` returns.
         seed: of stochastic rounding, in [0, 2³¹).
     """
     param, on_host, numbers = buffers["param"], 1.0, None

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvd_adam.updates import Group
+from hvd_adam.optim.functional import Group
 
 IMPLEMENTATIONS = ("reference", "foreach", "fused", "auto")
 _ALWAYS_KEPT = ("step", "exp_avg", "exp_avg_sq")

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hvd_adam.huge_pages import zeros
-from hvd_adam.kernels import Buffers
-from hvd_adam.layout import Layout
+from hvd_adam.optim.flat_layout import Layout
+from hvd_adam.optim.fused import Buffers
+from hvd_adam.optim.huge_pages import zeros
 
 _grad = operator.attrgetter("grad")
 

@@ -12,16 +12,10 @@ import torch
 from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 
-from hvd_adam import kernels
-from hvd_adam.adam_checks import (
-    check_hyper_parameters,
-    check_implementation,
-    check_loaded_state,
-    check_parameters,
-)
-from hvd_adam.flat import Flat, check_gradient
-from hvd_adam.layout import Layout, can_be_flat, overlapping
-from hvd_adam.updates import (
+from hvd_adam.optim import fused
+from hvd_adam.optim.flat_layout import Layout, can_be_flat, overlapping
+from hvd_adam.optim.flat_storage import Flat, check_gradient
+from hvd_adam.optim.functional import (
     Batch,
     Group,
     moment_dtype,
@@ -30,6 +24,12 @@ from hvd_adam.updates import (
     state_dtypes,
     update_foreach,
     update_reference,
+)
+from hvd_adam.optim.validation import (
+    check_hyper_parameters,
+    check_implementation,
+    check_loaded_state,
+    check_parameters,
 )
 
 Params = Iterable[Tensor] | Iterable[Group] | Iterable[tuple[str, Tensor]]
@@ -101,7 +101,7 @@ class Adam(PlainOptimizer):
             expectation exact, instead of to nearest, where small updates vanish. Their moments are float32 then.
             The random bits follow from step and position: runs repeat, and ranks agree.
         implementation: "reference" is the paper line by line in float64, "foreach" the multi-tensor form in
-            the parameters' dtype, "fused" one compiled pass over flat buffers (``hvd_adam.flat``: parameters,
+            the parameters' dtype, "fused" one compiled pass over flat buffers (``hvd_adam.optim.flat_storage``: parameters,
             gradients and state become views of them), "auto" picks: fused on a GPU, and from 2**20 elements on
             elsewhere. Without a compiler (Triton on a GPU) it warns and does what foreach does.
 
@@ -119,7 +119,7 @@ class Adam(PlainOptimizer):
     _implementations: Sequence[str] = ()
     _outside_implementations: Sequence[str] = ()  # what cannot be flat has no fused form
     _flats: Sequence[Flat] = ()
-    _variants: Mapping[tuple[int, torch.device, torch.dtype], kernels.Variant]  # by group, device, dtype
+    _variants: Mapping[tuple[int, torch.device, torch.dtype], fused.Variant]  # by group, device, dtype
     _outside: Set[Tensor] = frozenset()
     _frozen: Sequence[Tensor] = ()  # would be flat if they were trained
 
@@ -310,8 +310,8 @@ class Adam(PlainOptimizer):
             for position, buffers in flat.buffers(run, state_dtypes(group, flat.dtype)):
                 if implementation == "fused":
                     variant = self._variants[run.group, flat.device, flat.dtype]
-                    numbers = kernels.scalars(group, run.step)
-                    kernels.update(variant, buffers, _descending(group, factor), numbers, seed(run.step, position))
+                    numbers = fused.scalars(group, run.step)
+                    fused.update(variant, buffers, _descending(group, factor), numbers, seed(run.step, position))
                     continue
                 size = _CPU_BATCH_ELEMENTS if flat.device.type == "cpu" else buffers.param.numel()
                 for number, piece in enumerate(buffers.split(size)):
@@ -395,7 +395,7 @@ class Adam(PlainOptimizer):
             if implementation == "fused"
             for p in group["params"]
         }
-        return next((problem for variant in variants if (problem := kernels.why_not(variant))), None)
+        return next((problem for variant in variants if (problem := fused.why_not(variant))), None)
 
     def _batches(self, i: int) -> list[Batch]:
         """Sorts what group `i` has outside the flat buffers, and with gradients, by device and dtype."""
@@ -416,11 +416,11 @@ class Adam(PlainOptimizer):
         return [batch for same_kind in batches.values() for batch in same_kind]
 
 
-def _variant(group: Group, device: torch.device, dtype: torch.dtype) -> kernels.Variant:
+def _variant(group: Group, device: torch.device, dtype: torch.dtype) -> fused.Variant:
     coupling = "decoupled" if group["decoupled_weight_decay"] else "coupled"
     decay = coupling if group["weight_decay"] != 0 else "none"
     kind = rounding(group, dtype)
-    return kernels.Variant(device.type, dtype, moment_dtype(group, dtype), group["amsgrad"], decay, kind)
+    return fused.Variant(device.type, dtype, moment_dtype(group, dtype), group["amsgrad"], decay, kind)
 
 
 def _descending(group: Group, factor: Tensor | None) -> Tensor | None:
