@@ -3,7 +3,7 @@
 Every rank keeps a copy of the training in memory (`Memory`). When a rank, a host or a link is lost, those that are
 left start Horovod anew, take up the newest copy, and go on; when a host is added, all do so after the update under
 way. Unlike Horovod's own state classes this one runs no optimizer step, and does not reorder what is left of an
-epoch: updates take the same images whatever the number of ranks (`hvd_adam.sampling`).
+epoch: updates take the same images whatever the number of ranks (`hvd_adam.data.sampling`).
 """
 
 from __future__ import annotations

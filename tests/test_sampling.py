@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvd_adam import sampling
+from hvd_adam.data import sampling
 from hvd_adam.errors import UserError
 
 seeds = st.integers(0, 2**64 - 1)

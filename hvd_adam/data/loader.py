@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from hvd_adam import sampling
+from hvd_adam.data import sampling
 from hvd_adam.data.images import ImageData, channel_statistics
 
 Batch = tuple[torch.Tensor, torch.Tensor]
