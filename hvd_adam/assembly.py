@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from hvd_adam import data, models
+from hvd_adam import data
 from hvd_adam.cluster import Cluster, horovod
 from hvd_adam.config import DataConfig, TrainConfig
 from hvd_adam.data.loader import DeviceLoader
+from hvd_adam.models import zoo
 from hvd_adam.optim.adam import Adam
 from hvd_adam.precision import parameter_dtype
 from hvd_adam.schedule import LearningRateSchedule, Scaled, scale
@@ -44,7 +45,7 @@ def build_model(config: TrainConfig, loader: DeviceLoader) -> torch.nn.Module:
         UserError: there is no such model, or it does not fit the images.
     """
     torch.manual_seed(config.seed)
-    model = models.build(
+    model = zoo.build(
         config.model,
         in_channels=loader.data.channels,
         num_classes=len(loader.data.classes),

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from hvd_adam import checkpoint, models
+from hvd_adam import checkpoint
 from hvd_adam.assembly import load_images
 from hvd_adam.cluster import Cluster, init, require_same, together
 from hvd_adam.config import DataConfig, EvaluateConfig
 from hvd_adam.data.loader import DeviceLoader
 from hvd_adam.errors import UserError
 from hvd_adam.metrics import sum_over_ranks
+from hvd_adam.models import zoo
 from hvd_adam.precision import autocast, parameter_dtype
 from hvd_adam.state import require_same_tensors
 
@@ -92,7 +93,7 @@ def restore(config: EvaluateConfig, cluster: Cluster) -> tuple[Forward, DeviceLo
     images = load_images(_data_config(config, trained))
     if list(images.classes) != seen["classes"]:
         _refuse(config, f"its classes are {seen['classes']}, those of {images.name} {list(images.classes)}")
-    model = models.build(
+    model = zoo.build(
         trained["model"],
         in_channels=images.channels,
         num_classes=len(images.classes),

@@ -18,8 +18,8 @@ from torch import nn
 from hvd_adam.data import load
 from hvd_adam.data.loader import DeviceLoader
 from hvd_adam.errors import UserError
-from hvd_adam.models import build
-from hvd_adam.torchvision_compat import import_torchvision
+from hvd_adam.models.torchvision_compat import import_torchvision
+from hvd_adam.models.zoo import build
 
 DIGITS = {"in_channels": 1, "num_classes": 10, "image_size": (8, 8)}
 CIFAR = {"in_channels": 3, "num_classes": 10, "image_size": (32, 32)}
@@ -180,7 +180,7 @@ def run(program):
     return done.stdout.strip()
 
 
-IMPORT = "from hvd_adam.torchvision_compat import import_torchvision as go\n"
+IMPORT = "from hvd_adam.models.torchvision_compat import import_torchvision as go\n"
 
 
 def test_torchvision_is_imported_with_its_operators_or_at_least_their_schemas():
@@ -203,7 +203,7 @@ def test_nothing_is_defined_where_the_operators_exist():
         "for name in ('nms', 'qnms'):\n"
         "    library.define(name + '(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')\n"
     )
-    check = "go()\nfrom hvd_adam import torchvision_compat\nprint(torchvision_compat._definitions)"
+    check = "go()\nfrom hvd_adam.models import torchvision_compat\nprint(torchvision_compat._definitions)"
     assert run(program + IMPORT + check) == "[]"
 
 

@@ -275,7 +275,7 @@ def test_paths_that_the_system_refuses_are_bad_input_too(tmp_path):
 
 FULL_DISK_MODEL = """
 import resource, signal
-from hvd_adam.models import ConvNet
+from hvd_adam.models.zoo import ConvNet
 
 def build(**wanted):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hvd_adam import models
 from hvd_adam.bench.clock import finisher, seconds
 from hvd_adam.bench.config import OURS
 from hvd_adam.bench.groups import Measure
 from hvd_adam.bench.launching import PATIENCE_SECONDS
 from hvd_adam.cluster import Launched, horovod, init
 from hvd_adam.distributed import distribute
+from hvd_adam.models import zoo
 from hvd_adam.optim.adam import Adam
 from hvd_adam.precision import autocast
 
@@ -32,7 +32,7 @@ Wrapped = tuple[nn.Module, Any]
 
 
 def build_model(name: str) -> nn.Module:
-    """Builds the model to train: "mlp" is large and quick, so bound by communication; others as `hvd_adam.models`.
+    """Builds the model to train: "mlp" is large and quick, so bound by communication; others as `models.zoo`.
 
     Raises:
         UserError: there is no such model.
@@ -40,7 +40,7 @@ def build_model(name: str) -> nn.Module:
     if name == "mlp":
         layers = (nn.Linear(3072, 2048), nn.ReLU(), nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, CLASSES))
         return nn.Sequential(nn.Flatten(), *layers)
-    return models.build(name, in_channels=IMAGE[0], num_classes=CLASSES, image_size=IMAGE[1:])
+    return zoo.build(name, in_channels=IMAGE[0], num_classes=CLASSES, image_size=IMAGE[1:])
 
 
 def prepare(task: dict[str, Any], launch: Launched, folder: Path) -> Measure:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from hvd_adam.bench.config import CUSTOM, MASTER, AdamConfig, flat_elements
-from hvd_adam.torchvision_compat import import_torchvision
+from hvd_adam.models.torchvision_compat import import_torchvision
 
 Shape = tuple[int, ...]
 

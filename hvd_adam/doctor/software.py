@@ -87,7 +87,9 @@ def _torchvision(report: Report, first: bool) -> Check:
     if (
         report.rank == 0
     ):  # the others must have the same: `versions`; to import it everywhere takes as long as torch
-        from hvd_adam.torchvision_compat import import_torchvision  # here: it needs a torch that can be imported
+        from hvd_adam.models.torchvision_compat import (
+            import_torchvision,  # here: it needs a torch that can be imported
+        )
 
         try:
             import_torchvision()

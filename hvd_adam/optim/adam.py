@@ -101,7 +101,7 @@ class Adam(PlainOptimizer):
             expectation exact, instead of to nearest, where small updates vanish. Their moments are float32 then.
             The random bits follow from step and position: runs repeat, and ranks agree.
         implementation: "reference" is the paper line by line in float64, "foreach" the multi-tensor form in
-            the parameters' dtype, "fused" one compiled pass over flat buffers (``hvd_adam.optim.flat_storage``: parameters,
+            the parameters' dtype, "fused" one compiled pass over flat buffers (``optim.flat_storage``: parameters,
             gradients and state become views of them), "auto" picks: fused on a GPU, and from 2**20 elements on
             elsewhere. Without a compiler (Triton on a GPU) it warns and does what foreach does.
 
