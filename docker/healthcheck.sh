@@ -17,6 +17,6 @@ if [[ -e $folder/sshd.pid ]]; then
     { echo "sshd does not answer on port $port" && exit 1; }
 fi
 if [[ ! -e $folder/loads ]]; then
-  python -c 'from hvd_adam.cluster import horovod; horovod()'
+  python -c 'from hvd_adam.distributed.context import horovod; horovod()'
   touch "$folder/loads"
 fi

@@ -8,14 +8,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hvd_adam.cluster import Cluster, init
-    from hvd_adam.distributed import distribute
+    from hvd_adam.distributed.api import distribute
+    from hvd_adam.distributed.context import Cluster, init
     from hvd_adam.optim.adam import Adam
 
 __version__ = "0.1.0"
 __all__ = ["Adam", "Cluster", "distribute", "init"]
 
-_HOME = {"Adam": "optim.adam", "Cluster": "cluster", "distribute": "distributed", "init": "cluster"}
+_HOME = {
+    "Adam": "optim.adam",
+    "Cluster": "distributed.context",
+    "distribute": "distributed.api",
+    "init": "distributed.context",
+}
 
 
 def __getattr__(name: str) -> object:

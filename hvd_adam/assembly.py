@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 
 from hvd_adam import data
-from hvd_adam.cluster import Cluster, horovod
 from hvd_adam.config import DataConfig, TrainConfig
 from hvd_adam.data.loader import DeviceLoader
+from hvd_adam.distributed.context import Cluster, horovod
+from hvd_adam.distributed.sync_batchnorm import convert
 from hvd_adam.models import zoo
 from hvd_adam.optim.adam import Adam
 from hvd_adam.precision import parameter_dtype
 from hvd_adam.schedule import LearningRateSchedule, Scaled, scale
-from hvd_adam.sync_batchnorm import convert
 
 
 def load_images(config: DataConfig) -> data.ImageData:

@@ -20,7 +20,7 @@ from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_ty
 
 import jsonargparse
 
-from hvd_adam.cluster import launched, own_rank
+from hvd_adam.distributed.context import launched, own_rank
 from hvd_adam.errors import AgreedError, JobError, Preempted, RankError, UserError
 from hvd_adam.preemption import asked_to_stop, no_longer
 

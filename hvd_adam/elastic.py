@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 
 import psutil
 
-from hvd_adam.cluster import Cluster, horovod, init, is_elastic, own_rank, restart
+from hvd_adam.distributed.context import Cluster, horovod, init, is_elastic, own_rank, restart
 from hvd_adam.errors import RanksChanged, UserError
 from hvd_adam.state import TrainingState
 

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 
 from hvd_adam import checkpoint
 from hvd_adam.assembly import load_images
-from hvd_adam.cluster import Cluster, init, require_same, together
 from hvd_adam.config import DataConfig, EvaluateConfig
 from hvd_adam.data.loader import DeviceLoader
+from hvd_adam.distributed.context import Cluster, init, require_same, together
 from hvd_adam.errors import UserError
 from hvd_adam.metrics import sum_over_ranks
 from hvd_adam.models import zoo

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from hvd_adam import checkpoint
-from hvd_adam.cluster import Cluster, horovod
+from hvd_adam.distributed.context import Cluster, horovod
 from hvd_adam.errors import UserError
 from hvd_adam.records import Records, Scalars
 

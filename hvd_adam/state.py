@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from hvd_adam.cluster import Cluster, horovod
+from hvd_adam.distributed.context import Cluster, horovod
 from hvd_adam.errors import UserError
 
 # What may be another from one part of a run to the next: how fast and where it computes, not what.

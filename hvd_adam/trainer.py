@@ -13,13 +13,13 @@ import torch.nn.functional as F
 import hvd_adam
 from hvd_adam import checkpoint, run_folder
 from hvd_adam.assembly import build_model, make_adam, make_loader, make_schedule, scale_for_ranks
-from hvd_adam.broadcast import ROOT, broadcast_buffers
 from hvd_adam.buffers import BufferGuard
-from hvd_adam.cluster import Cluster, horovod, init, require_same, together
 from hvd_adam.config import TrainConfig
-from hvd_adam.consistency import require_consistent
 from hvd_adam.data.loader import Batch
-from hvd_adam.distributed import distribute
+from hvd_adam.distributed.api import distribute
+from hvd_adam.distributed.broadcast import ROOT, broadcast_buffers
+from hvd_adam.distributed.consistency import require_consistent
+from hvd_adam.distributed.context import Cluster, horovod, init, require_same, together
 from hvd_adam.elastic import Memory
 from hvd_adam.errors import JobError, Preempted, RanksChanged
 from hvd_adam.evaluation import Scores, score

@@ -27,7 +27,7 @@ from typing import Any
 
 import psutil
 
-from hvd_adam.cluster import Cluster, horovod
+from hvd_adam.distributed.context import Cluster, horovod
 
 CONNECT_SECONDS = 2.0  # to one address of another rank
 ANSWER_SECONDS = 5.0  # of another rank; a frozen one takes the connection and says nothing

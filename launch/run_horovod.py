@@ -65,7 +65,8 @@ psutil.Process.wait = wait_and_leave  # in the helpers too, which import this fi
 def tell_of_losses() -> None:
     """Puts into the ranks' key-value store that a rank has ended, for those that wait for it to connect.
 
-    See hvd_adam/rendezvous.py. The store is emptied when places are given out anew, for which Horovod then waits.
+    See hvd_adam/distributed/rendezvous.py. The store is emptied when places are given out again, and Horovod waits
+    for that.
     """
     record_failure = WorkerStateRegistry.record_failure
 

@@ -28,7 +28,7 @@ _bodies: dict[Key, list[Callable]] = defaultdict(list)
 def on_ranks(ranks: int, controller: str = "gloo", **environ: str) -> Callable[[Callable], Callable]:
     """Makes a test of a body that takes a `Cluster`, run on so many ranks under `horovodrun --controller`.
 
-    The controller "elastic" is Gloo with a launcher that lets ranks start anew, see `hvd_adam.cluster.restart`.
+    The controller "elastic" is Gloo with a launcher that lets ranks start anew, see `context.restart`.
 
     0 ranks: one process without a launcher. Never the process of the tests itself: once MPI has started there,
     no mpirun starts from it any more. `environ` is added to their environment.

@@ -19,9 +19,9 @@ import pytest
 import torch
 from on_ranks import launch, on_ranks
 
-from hvd_adam import cluster as cluster_module
 from hvd_adam import init
-from hvd_adam.cluster import Launched, Place, assign_gpus, launched, require_same, together
+from hvd_adam.distributed import context as cluster_module
+from hvd_adam.distributed.context import Launched, Place, assign_gpus, launched, require_same, together
 from hvd_adam.errors import AgreedError, UserError
 
 ROOT = Path(__file__).parent.parent

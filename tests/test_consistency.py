@@ -10,7 +10,7 @@ from on_ranks import on_ranks
 from test_train import train
 
 from hvd_adam import Adam, distribute
-from hvd_adam.consistency import fingerprint, require_consistent
+from hvd_adam.distributed.consistency import fingerprint, require_consistent
 from hvd_adam.errors import JobError
 
 

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from on_ranks import on_ranks
 
 from hvd_adam import Adam, distribute
-from hvd_adam.distributed import STRATEGIES
+from hvd_adam.distributed.api import STRATEGIES
 from hvd_adam.errors import UserError
 
 

@@ -17,10 +17,10 @@ from on_ranks import on_ranks
 from recovery import SCENARIOS, run
 from test_train import ROOT, checkpoint, events, one_line, train
 
-from hvd_adam import cluster as clusters
-from hvd_adam import rendezvous
-from hvd_adam.cluster import Launched, horovod, launched, restart
 from hvd_adam.config import TrainConfig
+from hvd_adam.distributed import context as clusters
+from hvd_adam.distributed import rendezvous
+from hvd_adam.distributed.context import Launched, horovod, launched, restart
 from hvd_adam.elastic import Connections, Memory, _sockets
 from hvd_adam.errors import RankError
 from hvd_adam.state import TrainingState

@@ -81,7 +81,7 @@ CLAIM = """
 import os, sys, time
 from pathlib import Path
 from hvd_adam import preemption, run_folder
-from hvd_adam.cluster import Cluster
+from hvd_adam.distributed.context import Cluster
 from hvd_adam.errors import Preempted
 
 folder, run_folder.WAIT_SECONDS = Path(sys.argv[1]), float(sys.argv[2])

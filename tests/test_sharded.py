@@ -35,8 +35,8 @@ from test_distributed import (
 )
 
 from hvd_adam import Adam, distribute
+from hvd_adam.distributed.zero import ShardedAdam
 from hvd_adam.errors import UserError
-from hvd_adam.sharded import ShardedAdam
 
 ODD_SHAPES = ((7, 13), (1,), (), (0,), (101,), (2,), (3, 1, 5))
 OPTIONS = {"lr": 1e-2, "betas": (0.8, 0.95), "weight_decay": 0.1}

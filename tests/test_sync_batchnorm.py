@@ -12,7 +12,7 @@ import torch
 from on_ranks import on_ranks
 
 from hvd_adam import Adam, distribute
-from hvd_adam.sync_batchnorm import SyncBatchNorm, convert
+from hvd_adam.distributed.sync_batchnorm import SyncBatchNorm, convert
 
 
 def small_model(**options):

@@ -58,7 +58,7 @@ def interpreted():
     """Has this process use the kernel, and the host learn from the device what was skipped."""
     import interpreted  # noqa: F401
 
-    from hvd_adam.distributed_adam import DistributedAdam
+    from hvd_adam.distributed.optimizer import DistributedAdam
     from hvd_adam.optim import adam
 
     adam._FUSED_ELEMENTS = 0

@@ -19,8 +19,8 @@ from hvd_adam.bench.config import (
     MemoryConfig,
     StepConfig,
 )
-from hvd_adam.cluster import launched
 from hvd_adam.command import run
+from hvd_adam.distributed.context import launched
 from hvd_adam.errors import UserError
 
 NAME = "hvd_adam.bench"

@@ -10,7 +10,7 @@ from hvd_adam.bench.config import AllreduceConfig
 from hvd_adam.bench.groups import Outcome, Plan, take_turns
 from hvd_adam.bench.report import TIMES, Column, Result, say
 from hvd_adam.bench.summary import Row, add_ratio, bus_bytes, ratio, timing
-from hvd_adam.cluster import HOROVOD_DEFAULTS
+from hvd_adam.distributed.context import HOROVOD_DEFAULTS
 from hvd_adam.errors import UserError
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Any
 
 from hvd_adam.bench.clock import DROPPED, finisher, seconds
 from hvd_adam.bench.groups import Measure, Times
-from hvd_adam.cluster import Launched
+from hvd_adam.distributed.context import Launched
 
 # Linear layers of 4 MB each are about what wide models have.
 LAYER_ELEMENTS = 1 << 20
@@ -60,7 +60,7 @@ def _horovod(task: dict[str, Any], launch: Launched, folder: Path) -> Maker:
     """Horovod with what `hvd_adam.init` tells it, or as it is."""
     import torch  # here: a rank that measures bare MPI needs neither
 
-    from hvd_adam.cluster import horovod, init
+    from hvd_adam.distributed.context import horovod, init
 
     hvd = horovod()
     if task["variant"] == "hvd_adam":
@@ -112,7 +112,7 @@ def _our_step(task: dict[str, Any]) -> Measure:
     Reports two times a size: of `synchronize` alone, and from the start of the backward pass, in which the
     first reductions begin, to its end.
     """
-    from hvd_adam.cluster import init  # here: as above
+    from hvd_adam.distributed.context import init  # here: as above
 
     init(task["device"])
     finish = finisher(task["device"])
@@ -135,7 +135,7 @@ def _our_step(task: dict[str, Any]) -> Measure:
 def _optimizer_of(size: int, device: str) -> tuple[list[Any], Any]:
     import torch  # here: as above
 
-    from hvd_adam.distributed import distribute
+    from hvd_adam.distributed.api import distribute
     from hvd_adam.optim.adam import Adam
 
     layers = -(-size // LAYER_ELEMENTS)

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from hvd_adam.cluster import cores
 from hvd_adam.config import option, require
+from hvd_adam.distributed.context import cores
 from hvd_adam.errors import UserError
 
 Number = TypeVar("Number", int, float)
 
-# "hvd_adam-STRATEGY" names come from hvd_adam.distributed, which only the benchmark itself may import.
+# "hvd_adam-STRATEGY" names come from distributed.api, which only the benchmark itself may import.
 OURS = "hvd_adam-"
 PEERS = ("horovod", "horovod-fused", "ddp-fused", "ddp-zero", "plain", "compute")
 

@@ -11,7 +11,7 @@ import torch
 from hvd_adam.bench.config import OURS
 from hvd_adam.bench.groups import Measure
 from hvd_adam.bench.training import build_model, connect, random_batch, training_step
-from hvd_adam.cluster import Launched, init
+from hvd_adam.distributed.context import Launched, init
 
 STEPS = 3
 BATCH_SIZE = 4

@@ -11,7 +11,7 @@ from typing import Any
 
 from hvd_adam.bench.config import RanksConfig
 from hvd_adam.bench.groups import Plan
-from hvd_adam.cluster import BUILD_COMMAND, cores
+from hvd_adam.distributed.context import BUILD_COMMAND, cores
 from hvd_adam.errors import UserError
 
 WORKER = (sys.executable, "-m", "hvd_adam.bench.worker")

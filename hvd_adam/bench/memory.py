@@ -12,7 +12,7 @@ from hvd_adam.bench.groups import Outcome, Plan, take_turns
 from hvd_adam.bench.report import Column, Result, say
 from hvd_adam.bench.summary import Row, ratio
 from hvd_adam.bench.training import build_model
-from hvd_adam.distributed import STRATEGIES
+from hvd_adam.distributed.api import STRATEGIES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

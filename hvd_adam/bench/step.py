@@ -11,7 +11,7 @@ from hvd_adam.bench.groups import Outcome, take_turns
 from hvd_adam.bench.report import TIMES, Column, Result, bars, say
 from hvd_adam.bench.summary import Row, add_ratio, timing
 from hvd_adam.bench.training import build_model
-from hvd_adam.distributed import STRATEGIES
+from hvd_adam.distributed.api import STRATEGIES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -15,8 +15,8 @@ from hvd_adam.bench.clock import finisher, seconds
 from hvd_adam.bench.config import OURS
 from hvd_adam.bench.groups import Measure
 from hvd_adam.bench.launching import PATIENCE_SECONDS
-from hvd_adam.cluster import Launched, horovod, init
-from hvd_adam.distributed import distribute
+from hvd_adam.distributed.api import distribute
+from hvd_adam.distributed.context import Launched, horovod, init
 from hvd_adam.models import zoo
 from hvd_adam.optim.adam import Adam
 from hvd_adam.precision import autocast

@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 
 from hvd_adam.bench.groups import serve
-from hvd_adam.cluster import launched
+from hvd_adam.distributed.context import launched
 
 # By the task's kind. Imported one at a time: a rank that measures bare MPI must not load Horovod.
 MODULES = {

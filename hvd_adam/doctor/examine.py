@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-from hvd_adam.cluster import Launched, is_elastic, launched
+from hvd_adam.distributed.context import Launched, is_elastic, launched
 from hvd_adam.doctor import judge, measured, remote, show
 from hvd_adam.doctor.checks import FAIL, Check, Report, fail, ok, warn, worst
 from hvd_adam.doctor.config import DoctorConfig

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-from hvd_adam.cluster import HOROVOD_DEFAULTS, Launched, _refuse_srun_without_pmix, _size_mismatch
+from hvd_adam.distributed.context import HOROVOD_DEFAULTS, Launched, _refuse_srun_without_pmix, _size_mismatch
 
 POLL_SECONDS = 0.05
 POLLS_A_SECOND = 500  # that the store of all ranks can answer, roughly
@@ -63,7 +63,7 @@ def connect(launch: Launched, store: str | None, timeout: float) -> Gathering:
 
     Args:
         launch: of this rank; more than one.
-        store: of Gloo, as `hvd_adam.cluster.gloo_store` gives it; None for MPI.
+        store: of Gloo, as `hvd_adam.distributed.context.gloo_store` gives it; None for MPI.
         timeout: seconds to wait for a rank; MPI's start itself waits for all without end.
 
     Raises:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from types import ModuleType
 
-from hvd_adam.cluster import BUILD_COMMAND, horovod
+from hvd_adam.distributed.context import BUILD_COMMAND, horovod
 from hvd_adam.doctor.checks import Check, brief, fail, ok, warn
 from hvd_adam.doctor.machine import loaded_libraries
 from hvd_adam.errors import UserError

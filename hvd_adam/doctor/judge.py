@@ -6,7 +6,7 @@ import socket
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
-from hvd_adam.cluster import Place, assign_gpus
+from hvd_adam.distributed.context import Place, assign_gpus
 from hvd_adam.doctor.checks import OK, Check, Report, fail, ok, sentence, shortened, warn, worst
 from hvd_adam.errors import UserError
 from hvd_adam.watchdog import _ranks
@@ -129,7 +129,7 @@ def gpus(reports: Sequence[Report], device: str) -> Check:
 
     Args:
         reports: of all ranks, in order.
-        device: as `hvd_adam.cluster.init` takes it.
+        device: as `hvd_adam.distributed.context.init` takes it.
     """
     seen = [tuple(report.facts.get("gpus", ())) if device != "cpu" else () for report in reports]
     places = [Place(report.host, (), gpus) for report, gpus in zip(reports, seen, strict=True)]

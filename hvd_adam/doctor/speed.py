@@ -6,7 +6,7 @@ import statistics
 import time
 from typing import Any
 
-from hvd_adam.cluster import Cluster, horovod
+from hvd_adam.distributed.context import Cluster, horovod
 
 SMALL_SUMS = 20
 FIRST_BYTES, MOST_BYTES = 1 << 20, 40 << 20

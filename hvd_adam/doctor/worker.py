@@ -15,7 +15,7 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from hvd_adam.cluster import Launched, gloo_store, init, launched
+from hvd_adam.distributed.context import Launched, gloo_store, init, launched
 from hvd_adam.doctor import gather, machine, software
 from hvd_adam.doctor.checks import Report, brief, fail, sentence
 from hvd_adam.doctor.links import Point

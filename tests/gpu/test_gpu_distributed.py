@@ -15,10 +15,10 @@ from on_ranks import on_ranks
 from test_nonfinite import check_skipping
 
 from hvd_adam import Adam, distribute
-from hvd_adam.cluster import horovod
+from hvd_adam.distributed.context import horovod
+from hvd_adam.distributed.reducer import Reducer
 from hvd_adam.optim.flat_layout import Layout
 from hvd_adam.optim.flat_storage import Flat
-from hvd_adam.reducer import Reducer
 
 # Two ranks may share a GPU only for a Horovod that does not hand its tensors to NCCL: tests/gpu/run.sh builds one.
 THROUGH_HOST = "HVD_ADAM_THROUGH_HOST" in os.environ

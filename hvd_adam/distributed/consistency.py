@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from hvd_adam.cluster import Cluster, horovod
+from hvd_adam.distributed.context import Cluster, horovod
 from hvd_adam.errors import JobError
 
 _WORDS = 1 << 20  # that are looked at in one go, for the sake of memory

@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from hvd_adam.broadcast import ROOT, broadcast_training
-from hvd_adam.distributed_adam import DistributedAdam, pieces
+from hvd_adam.distributed.broadcast import ROOT, broadcast_training
+from hvd_adam.distributed.optimizer import DistributedAdam, pieces
+from hvd_adam.distributed.reducer import BUCKET_BYTES
 from hvd_adam.optim.flat_layout import Layout
 from hvd_adam.optim.flat_storage import Flat
-from hvd_adam.reducer import BUCKET_BYTES
 
 # 16-bit floats carry the bits of those that Horovod does not know.
 _CARRIER = {torch.bfloat16: torch.float16}

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from hvd_adam import wire
-from hvd_adam.cluster import horovod
+from hvd_adam.distributed import compression
+from hvd_adam.distributed.context import horovod
 from hvd_adam.optim.flat_layout import Bucket
 from hvd_adam.optim.flat_storage import Flat
 
@@ -25,7 +25,7 @@ class Reducer:
     Args:
         flats: alike on all ranks.
         prefix: of the names of the collectives; alike on all ranks, and of no other reducer.
-        compression: as in `wire.reduce`.
+        compression: as in `compression.reduce`.
         accumulate: micro-batches to one update.
         scatter: reduce each bucket's parts to their owners only; the flags then travel by themselves.
     """
@@ -41,7 +41,7 @@ class Reducer:
         }
         self._prefix, self._compression, self._scatter = prefix, compression, scatter
         self._divisor = horovod().size() * accumulate
-        self._under_way: dict[int, wire.Reduction] = {}
+        self._under_way: dict[int, compression.Reduction] = {}
 
     @property
     def groups(self) -> list[tuple[torch.Tensor, ...]]:
@@ -56,7 +56,7 @@ class Reducer:
     @property
     def mean_factor(self) -> float:
         """What makes the mean over ranks and micro-batches of the result of `finish`."""
-        divided = wire.divided(self._compression, horovod().size(), self._divisor)
+        divided = compression.divided(self._compression, horovod().size(), self._divisor)
         return divided / self._divisor
 
     def send(self, p: torch.Tensor) -> None:
@@ -68,7 +68,7 @@ class Reducer:
             if not there:
                 flat.clear(i)
         _flags(flat, bucket).copy_(torch.tensor(present))
-        self._under_way[number] = wire.reduce(
+        self._under_way[number] = compression.reduce(
             flat.grad[bucket.start : bucket.end],
             f"{self._prefix}.{number}",
             self._compression,

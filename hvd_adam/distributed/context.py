@@ -24,7 +24,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from hvd_adam import rendezvous
+from hvd_adam.distributed import rendezvous
 from hvd_adam.errors import AgreedError, UserError
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hvd_adam.cluster import horovod
+from hvd_adam.distributed.context import horovod
 
 
 class SyncBatchNorm(_BatchNorm):

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from hvd_adam.cluster import Cluster, horovod, init, together
+from hvd_adam.distributed.context import Cluster, horovod, init, together
 from hvd_adam.errors import UserError
 
 ROOT = 0

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from hvd_adam.cluster import horovod
+from hvd_adam.distributed.context import horovod
 
 COMPRESSIONS = ("none", "fp16", "bf16")
 _HALF = (torch.float16, torch.bfloat16)

@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from hvd_adam.broadcast import ROOT, broadcast_training
-from hvd_adam.cluster import collective_prefix, horovod, not_elastic
+from hvd_adam.distributed.broadcast import ROOT, broadcast_training
+from hvd_adam.distributed.compression import AdasumWire
+from hvd_adam.distributed.context import collective_prefix, horovod, not_elastic
+from hvd_adam.distributed.deferred_flag import Late
+from hvd_adam.distributed.reducer import BUCKET_BYTES, Reducer, sum_of
 from hvd_adam.errors import UserError
-from hvd_adam.late import Late
 from hvd_adam.optim.adam import Adam, PlainOptimizer
 from hvd_adam.optim.flat_layout import Layout
 from hvd_adam.optim.flat_storage import Flat
-from hvd_adam.reducer import BUCKET_BYTES, Reducer, sum_of
-from hvd_adam.wire import AdasumWire
 
 _NORM_ELEMENTS = 1 << 18  # a norm is summed in pieces of this size, for float32's sake
 

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from hvd_adam.broadcast import require_same_layout
-from hvd_adam.cluster import horovod, init, require_same
-from hvd_adam.distributed_adam import DistributedAdam
+from hvd_adam.distributed.broadcast import require_same_layout
+from hvd_adam.distributed.compression import COMPRESSIONS
+from hvd_adam.distributed.context import horovod, init, require_same
+from hvd_adam.distributed.optimizer import DistributedAdam
+from hvd_adam.distributed.zero import ShardedAdam
 from hvd_adam.errors import UserError
 from hvd_adam.optim.adam import Adam
-from hvd_adam.sharded import ShardedAdam
-from hvd_adam.wire import COMPRESSIONS
 
 STRATEGIES = {"allreduce": DistributedAdam, "sharded": ShardedAdam}
 OPS = ("average", "adasum")
