@@ -16,9 +16,9 @@ from contextlib import contextmanager, suppress
 
 import psutil
 
+from hvd_adam.checkpoint.state import TrainingState
 from hvd_adam.distributed.context import Cluster, horovod, init, is_elastic, own_rank, restart
 from hvd_adam.errors import RanksChanged, UserError
-from hvd_adam.state import TrainingState
 
 # Another rank may be lost while those that are left start anew.
 ATTEMPTS = 5

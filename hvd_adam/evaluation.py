@@ -11,8 +11,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from hvd_adam import checkpoint
 from hvd_adam.assembly import load_images
+from hvd_adam.checkpoint import storage
+from hvd_adam.checkpoint.state import require_same_tensors
 from hvd_adam.config import DataConfig, EvaluateConfig
 from hvd_adam.data.loader import DeviceLoader
 from hvd_adam.distributed.context import Cluster, init, require_same, together
@@ -20,7 +21,6 @@ from hvd_adam.errors import UserError
 from hvd_adam.metrics import sum_over_ranks
 from hvd_adam.models import zoo
 from hvd_adam.precision import autocast, parameter_dtype
-from hvd_adam.state import require_same_tensors
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
@@ -85,7 +85,7 @@ def restore(config: EvaluateConfig, cluster: Cluster) -> tuple[Forward, DeviceLo
         UserError: the checkpoint is missing or damaged, its model or data set cannot be built, or they do not
             fit together.
     """
-    state = checkpoint.load(config.checkpoint)
+    state = storage.load(config.checkpoint)
     try:
         trained, seen, weights = state["config"], state["data"], state["model"]
     except KeyError as error:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from hvd_adam import checkpoint
+from hvd_adam.checkpoint import storage
 from hvd_adam.distributed.context import Cluster, horovod
 from hvd_adam.errors import UserError
 from hvd_adam.records import Records, Scalars
@@ -215,7 +215,7 @@ def _take_back(path: Path, step: int | None) -> None:
         return
     last = -1 if step is None else step
     kept = [event for event in _events(path) if event["step"] <= last and event["event"] != "end"]
-    checkpoint.write_whole(path, "".join(json.dumps(event) + "\n" for event in kept))
+    storage.write_whole(path, "".join(json.dumps(event) + "\n" for event in kept))
 
 
 def _events(path: Path) -> Iterator[dict[str, Any]]:

@@ -15,12 +15,12 @@ from typing import IO
 
 import yaml
 
-from hvd_adam import checkpoint
+from hvd_adam.checkpoint import storage
+from hvd_adam.checkpoint.state import TrainingState
 from hvd_adam.config import TrainConfig
 from hvd_adam.errors import Preempted, UserError
 from hvd_adam.metrics import METRICS_FILE
 from hvd_adam.preemption import asked_to_stop
-from hvd_adam.state import TrainingState
 
 LOCK_FILE = ".lock"
 
@@ -145,7 +145,7 @@ def open_for(config: TrainConfig, size: int, known: TrainingState | None) -> tup
         if start is None or (known is None and is_taken(folder)):
             start = _start(config, folder, batch)
         values = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(config).items()}
-        checkpoint.write_whole(folder / "config.yaml", yaml.safe_dump(values, sort_keys=False))
+        storage.write_whole(folder / "config.yaml", yaml.safe_dump(values, sort_keys=False))
     except OSError as error:
         raise UserError(
             f"cannot write to the run folder {folder} ({error.strerror}): choose another --output-dir"
@@ -166,12 +166,12 @@ def _start(config: TrainConfig, folder: Path, global_batch_size: int | None) -> 
                 f"{folder} holds a run that did not begin from {config.resume}: choose another --output-dir, or "
                 "--resume auto to go on with it"
             )
-        path, saved, damaged = checkpoint.newest(folder / "checkpoints")
+        path, saved, damaged = storage.newest(folder / "checkpoints")
         if damaged and path is None:
             raise UserError(f"no checkpoint of {folder} is whole: {damaged[0]}")
         given = began_from
     if path is None and given is not None:
-        path, saved = given, checkpoint.load(given)
+        path, saved = given, storage.load(given)
     if path is None:
         return None  # new, or killed before it wrote one
     state = TrainingState.of(saved, str(path))

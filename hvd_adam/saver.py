@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hvd_adam import checkpoint
+from hvd_adam.checkpoint import storage
+from hvd_adam.checkpoint.state import TrainingState
 from hvd_adam.errors import UserError
 from hvd_adam.metrics import RunLog
-from hvd_adam.state import TrainingState
 
 
 class Saver:
@@ -15,14 +15,14 @@ class Saver:
 
     Args:
         folder: the run's.
-        keep: as in `checkpoint.Writer`.
+        keep: as in `storage.Writer`.
         log: takes the events.
     """
 
     def __init__(self, folder: Path | None, keep: int, log: RunLog) -> None:
         self._folder, self._log = folder, log
         self._saved: TrainingState | None = None  # what is being, or was last, written
-        self._writer = None if folder is None else checkpoint.Writer(folder / "checkpoints", keep)
+        self._writer = None if folder is None else storage.Writer(folder / "checkpoints", keep)
 
     def close(self) -> None:
         """Waits for what is being written."""

@@ -11,9 +11,17 @@ import torch
 import torch.nn.functional as F
 
 import hvd_adam
-from hvd_adam import checkpoint, run_folder
+from hvd_adam import run_folder
 from hvd_adam.assembly import build_model, make_adam, make_loader, make_schedule, scale_for_ranks
 from hvd_adam.buffers import BufferGuard
+from hvd_adam.checkpoint import storage
+from hvd_adam.checkpoint.state import (
+    TrainingState,
+    of_all_ranks,
+    of_this_rank,
+    require_same_tensors,
+    restore_generators,
+)
 from hvd_adam.config import TrainConfig
 from hvd_adam.data.loader import Batch
 from hvd_adam.distributed.api import distribute
@@ -30,13 +38,6 @@ from hvd_adam.preemption import Preemption
 from hvd_adam.run_folder import Start
 from hvd_adam.saver import Saver
 from hvd_adam.schedule import learning_rate
-from hvd_adam.state import (
-    TrainingState,
-    of_all_ranks,
-    of_this_rank,
-    require_same_tensors,
-    restore_generators,
-)
 from hvd_adam.watchdog import Watchdog, come_first
 
 
@@ -380,7 +381,7 @@ class Trainer:
         self.watchdog.close()
         self.log.event("end", self.step, self.epoch, **result, images_per_second=rate, world_size=size)
         if self.folder is not None:
-            path = checkpoint.folder_of(self.folder / "checkpoints", self.step)
+            path = storage.folder_of(self.folder / "checkpoints", self.step)
             for name, value in result.items():
                 self.log.say(f"{name.replace('_', ' ')} {value:.4f}")
             self.log.say(f"throughput {rate:.0f} images/s over {self.cluster.size} rank(s)")

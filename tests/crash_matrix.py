@@ -27,8 +27,8 @@ from pathlib import Path
 import torch
 from cifar_files import write_cifar10
 
-from hvd_adam import checkpoint
 from hvd_adam.bench.processes import marked, send
+from hvd_adam.checkpoint import storage
 
 ROOT = Path(__file__).parents[1]
 MARK = "HVD_ADAM_CRASH_TRIAL"
@@ -42,13 +42,13 @@ import time
 import torch
 from hvd_adam import checkpoint
 
-flush = checkpoint._flush
+flush = storage._flush
 
 def slowly(path):
     time.sleep({FLUSH_SECONDS})
     flush(path)
 
-checkpoint._flush = slowly
+storage._flush = slowly
 
 def build(in_channels, num_classes, image_size, dropout=0.0):
     inputs = in_channels * image_size[0] * image_size[1]
@@ -98,7 +98,7 @@ class End:
             for event in events
             if event["event"] in ("step", "eval")
         ]
-        return cls(checkpoint.load(folder)["model"], timeless, events[-1]["time"] - events[0]["time"])
+        return cls(storage.load(folder)["model"], timeless, events[-1]["time"] - events[0]["time"])
 
 
 def start(case: Case, place: Path, folder: Path) -> subprocess.Popen:
@@ -150,7 +150,7 @@ def await_end(running: subprocess.Popen, folder: Path) -> None:
 
 def newest_step(folder: Path) -> int:
     """Updates in the newest whole checkpoint; 0 without one."""
-    path, state, _ = checkpoint.newest(folder / "checkpoints")
+    path, state, _ = storage.newest(folder / "checkpoints")
     return state["progress"]["step"] if path else 0
 
 

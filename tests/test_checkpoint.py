@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 
-from hvd_adam import checkpoint as checkpoints
+from hvd_adam.checkpoint import storage as checkpoints
 from hvd_adam.errors import UserError
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from test_train import checkpoint, events, one_line, succeeded, train
 
-from hvd_adam import checkpoint as checkpoints
+from hvd_adam.checkpoint import storage as checkpoints
 from hvd_adam.records import Records
 
 # Runs what HOOKS, lines of "PASS CODE", says in a forward pass of training.

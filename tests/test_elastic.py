@@ -17,13 +17,13 @@ from on_ranks import on_ranks
 from recovery import SCENARIOS, run
 from test_train import ROOT, checkpoint, events, one_line, train
 
+from hvd_adam.checkpoint.state import TrainingState
 from hvd_adam.config import TrainConfig
 from hvd_adam.distributed import context as clusters
 from hvd_adam.distributed import rendezvous
 from hvd_adam.distributed.context import Launched, horovod, launched, restart
 from hvd_adam.elastic import Connections, Memory, _sockets
 from hvd_adam.errors import RankError
-from hvd_adam.state import TrainingState
 
 needs_hosts = pytest.mark.skipif(why_not() is not None, reason=f"no hosts out of namespaces: {why_not()}")
 

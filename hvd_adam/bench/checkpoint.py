@@ -10,12 +10,12 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hvd_adam import checkpoint
 from hvd_adam.bench import launching
 from hvd_adam.bench.config import CheckpointConfig
 from hvd_adam.bench.report import TIMES, Column, Result, bars, say
 from hvd_adam.bench.summary import Row, add_ratio, timing
 from hvd_adam.bench.training import IMAGE
+from hvd_adam.checkpoint import storage
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -96,7 +96,7 @@ def _train(config: CheckpointConfig, device: str, model: str, variant: str, fold
     events = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     rates = [event["images_per_second"] for event in events if event["event"] == "step"]
     images = config.np * config.batch_size
-    state = checkpoint.folder_of(folder / "checkpoints", config.steps) / checkpoint.STATE
+    state = storage.folder_of(folder / "checkpoints", config.steps) / storage.STATE
     return {"seconds": [images / rate for rate in rates[1:]], "megabytes": state.stat().st_size / 1e6}
 
 
