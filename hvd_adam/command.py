@@ -22,7 +22,7 @@ import jsonargparse
 
 from hvd_adam.distributed.context import launched, own_rank
 from hvd_adam.errors import AgreedError, JobError, Preempted, RankError, UserError
-from hvd_adam.preemption import asked_to_stop, no_longer
+from hvd_adam.recovery.preemption import asked_to_stop, no_longer
 
 Config = TypeVar("Config")
 

@@ -20,7 +20,7 @@ from hvd_adam.checkpoint.state import TrainingState
 from hvd_adam.config import TrainConfig
 from hvd_adam.errors import Preempted, UserError
 from hvd_adam.metrics import METRICS_FILE
-from hvd_adam.preemption import asked_to_stop
+from hvd_adam.recovery.preemption import asked_to_stop
 
 LOCK_FILE = ".lock"
 

@@ -9,12 +9,12 @@ from hvd_adam.command import run
 from hvd_adam.config import TrainConfig
 from hvd_adam.distributed.context import is_elastic
 from hvd_adam.errors import UserError
-from hvd_adam.preemption import listen
+from hvd_adam.recovery.preemption import listen
 
 
 def main(config: TrainConfig) -> None:
     """The command; runs on every rank."""
-    from hvd_adam import elastic
+    from hvd_adam.recovery import elastic
     from hvd_adam.trainer import Trainer  # here: --help and a bad value answer before PyTorch is loaded
 
     if config.elastic:

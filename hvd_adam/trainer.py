@@ -28,17 +28,17 @@ from hvd_adam.distributed.api import distribute
 from hvd_adam.distributed.broadcast import ROOT, broadcast_buffers
 from hvd_adam.distributed.consistency import require_consistent
 from hvd_adam.distributed.context import Cluster, horovod, init, require_same, together
-from hvd_adam.elastic import Memory
 from hvd_adam.errors import JobError, Preempted, RanksChanged
 from hvd_adam.evaluation import Scores, score
 from hvd_adam.metrics import RunLog, RunningMean, Stopwatch, plot
 from hvd_adam.optim.adam import Adam
 from hvd_adam.precision import autocast, loss_scaler, make_deterministic
-from hvd_adam.preemption import Preemption
+from hvd_adam.recovery.elastic import Memory
+from hvd_adam.recovery.preemption import Preemption
+from hvd_adam.recovery.watchdog import Watchdog, come_first
 from hvd_adam.run_folder import Start
 from hvd_adam.saver import Saver
 from hvd_adam.schedule import learning_rate
-from hvd_adam.watchdog import Watchdog, come_first
 
 
 class Trainer:
@@ -46,7 +46,7 @@ class Trainer:
 
     Args:
         config: of the run; the same on all ranks.
-        memory: what the ranks keep where they may come and go (`hvd_adam.elastic`); None where they do not.
+        memory: what the ranks keep where they may come and go (`hvd_adam.recovery.elastic`); None where they do not.
 
     Raises:
         UserError: the configuration does not fit the data, the machine or the ranks; the same on every rank.

@@ -22,8 +22,8 @@ from hvd_adam.config import TrainConfig
 from hvd_adam.distributed import context as clusters
 from hvd_adam.distributed import rendezvous
 from hvd_adam.distributed.context import Launched, horovod, launched, restart
-from hvd_adam.elastic import Connections, Memory, _sockets
 from hvd_adam.errors import RankError
+from hvd_adam.recovery.elastic import Connections, Memory, _sockets
 
 needs_hosts = pytest.mark.skipif(why_not() is not None, reason=f"no hosts out of namespaces: {why_not()}")
 

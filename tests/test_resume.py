@@ -204,7 +204,7 @@ def test_a_signal_to_the_launcher_reaches_the_ranks_and_75_comes_back(script, nu
 
 def test_a_second_signal_ends_it_at_once(tmp_path):
     code = (
-        "import os, signal, time; from hvd_adam import preemption; "
+        "import os, signal, time; from hvd_adam.recovery import preemption; "
         "from hvd_adam.distributed.context import Cluster; "
         "one = Cluster(0, 1, 0, 1, 0, 1, None, 'none'); stop = preemption.Preemption(one, None); "
         "assert not stop.agreed(); os.kill(os.getpid(), signal.SIGUSR1); os.kill(os.getpid(), signal.SIGTERM); "

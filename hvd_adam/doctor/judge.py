@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from hvd_adam.distributed.context import Place, assign_gpus
 from hvd_adam.doctor.checks import OK, Check, Report, fail, ok, sentence, shortened, warn, worst
 from hvd_adam.errors import UserError
-from hvd_adam.watchdog import _ranks
+from hvd_adam.recovery.watchdog import _ranks
 
 Who = Callable[[Sequence[int]], str]  # names ranks, or hosts, by their numbers
 

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from hvd_adam.watchdog import _BAD_MESSAGE
+from hvd_adam.recovery.watchdog import _BAD_MESSAGE
 
 CONNECT_SECONDS = 3.0
 ANSWER_SECONDS = 10.0

@@ -15,7 +15,7 @@ import psutil
 
 from hvd_adam.distributed.context import cores
 from hvd_adam.doctor.checks import Check, Report, fail, look, ok, warn
-from hvd_adam.watchdog import _addresses
+from hvd_adam.recovery.watchdog import _addresses
 
 MIB = 1 << 20
 TRIED_PYTHONS = ((3, 10), (3, 13))
