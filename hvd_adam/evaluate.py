@@ -10,7 +10,8 @@ from hvd_adam.config import EvaluateConfig
 
 def main(config: EvaluateConfig) -> None:
     """The command; runs on every rank."""
-    from hvd_adam.evaluation import evaluate  # here: --help and a bad value answer before PyTorch is loaded
+    # Here: --help and a bad value answer before PyTorch is loaded.
+    from hvd_adam.training.evaluation import evaluate
 
     evaluate(config)
 

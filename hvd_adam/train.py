@@ -15,7 +15,7 @@ from hvd_adam.recovery.preemption import listen
 def main(config: TrainConfig) -> None:
     """The command; runs on every rank."""
     from hvd_adam.recovery import elastic
-    from hvd_adam.trainer import Trainer  # here: --help and a bad value answer before PyTorch is loaded
+    from hvd_adam.training.trainer import Trainer  # here: --help and a bad value answer before PyTorch is loaded
 
     if config.elastic:
         elastic.run(lambda memory: Trainer(config, memory).run(), config.device)

@@ -15,7 +15,7 @@ import pytest
 from test_train import checkpoint, events, one_line, succeeded, train
 
 from hvd_adam.checkpoint import storage as checkpoints
-from hvd_adam.records import Records
+from hvd_adam.training.append_log import Records
 
 # Runs what HOOKS, lines of "PASS CODE", says in a forward pass of training.
 MODEL = """

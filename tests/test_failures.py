@@ -152,7 +152,8 @@ def test_a_rank_that_waits_for_one_that_works_is_left_alone(cluster):
 
 def test_time_in_which_the_process_was_suspended_does_not_count():
     code = (
-        "import time; from hvd_adam.distributed.context import Cluster; from hvd_adam.recovery.watchdog import Watchdog; "
+        "import time; from hvd_adam.distributed.context import Cluster; "
+        "from hvd_adam.recovery.watchdog import Watchdog; "
         "dog = Watchdog(Cluster(0, 1, 0, 1, 0, 1, None, 'none'), 2.0); dog.beat('a'); dog.beat('b'); "
         "print('ready', flush=True); time.sleep(1); dog.close()"
     )

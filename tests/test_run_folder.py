@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import pytest
 from test_train import checkpoint, events, one_line, train
 
-from hvd_adam import run_folder
+from hvd_adam.training import run_dir
 
 # Stops for good in its fifth forward pass of training, if told so; may shorten the wait for another job.
 MODEL = """
@@ -25,7 +25,7 @@ import os, signal
 import torch
 from hvd_adam import run_folder
 
-run_folder.WAIT_SECONDS = float(os.environ.get("WAIT", "60"))
+run_dir.WAIT_SECONDS = float(os.environ.get("WAIT", "60"))
 
 class Model(torch.nn.Linear):
     passes = 0
@@ -84,10 +84,10 @@ from hvd_adam import preemption, run_folder
 from hvd_adam.distributed.context import Cluster
 from hvd_adam.errors import Preempted
 
-folder, run_folder.WAIT_SECONDS = Path(sys.argv[1]), float(sys.argv[2])
+folder, run_dir.WAIT_SECONDS = Path(sys.argv[1]), float(sys.argv[2])
 preemption.Preemption(Cluster(0, 1, 0, 1, 0, 1, None, "none"), None)
 try:
-    run_folder.claim(folder)
+    run_dir.claim(folder)
 except Preempted:
     sys.exit(75)
 print("claimed", flush=True)
@@ -97,7 +97,7 @@ STAY = "time.sleep(99)"
 FORK_AND_CLAIM_ANEW = f"""
 if os.fork() == 0:
     os.close(1), time.sleep(8), os._exit(0)
-run_folder.claim(folder.parent / "link")
+run_dir.claim(folder.parent / "link")
 print("again", flush=True)
 {STAY}
 """
@@ -143,7 +143,7 @@ def test_without_locks_it_goes_on_and_says_so(number, tmp_path, monkeypatch, cap
     monkeypatch.setattr(fcntl, "lockf", refuse)
     if number == errno.EIO:
         with pytest.raises(OSError, match=os.strerror(number)):
-            run_folder.claim(tmp_path)
+            run_dir.claim(tmp_path)
     else:
-        run_folder.claim(tmp_path)
+        run_dir.claim(tmp_path)
         assert "cannot be locked: let no other job write to it" in capsys.readouterr().out

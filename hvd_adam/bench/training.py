@@ -19,7 +19,7 @@ from hvd_adam.distributed.api import distribute
 from hvd_adam.distributed.context import Launched, horovod, init
 from hvd_adam.models import zoo
 from hvd_adam.optim.adam import Adam
-from hvd_adam.precision import autocast
+from hvd_adam.training.precision import autocast
 
 IMAGE = (3, 32, 32)
 CLASSES = 10
@@ -118,7 +118,7 @@ def training_step(
         optimizer: what distributes its gradients and updates it, or None.
         images: of the batch.
         labels: of the batch.
-        precision: as of `hvd_adam.precision.autocast`.
+        precision: as of `hvd_adam.training.precision.autocast`.
     """
 
     def step() -> None:

@@ -15,7 +15,7 @@ from on_ranks import on_ranks
 from test_train import checkpoint, events, succeeded, train
 
 from hvd_adam.config import TrainConfig
-from hvd_adam.trainer import Trainer
+from hvd_adam.training.trainer import Trainer
 
 
 def printed(done):

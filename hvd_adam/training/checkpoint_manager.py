@@ -7,7 +7,7 @@ from pathlib import Path
 from hvd_adam.checkpoint import storage
 from hvd_adam.checkpoint.state import TrainingState
 from hvd_adam.errors import UserError
-from hvd_adam.metrics import RunLog
+from hvd_adam.training.run_log import RunLog
 
 
 class Saver:

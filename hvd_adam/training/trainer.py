@@ -11,9 +11,6 @@ import torch
 import torch.nn.functional as F
 
 import hvd_adam
-from hvd_adam import run_folder
-from hvd_adam.assembly import build_model, make_adam, make_loader, make_schedule, scale_for_ranks
-from hvd_adam.buffers import BufferGuard
 from hvd_adam.checkpoint import storage
 from hvd_adam.checkpoint.state import (
     TrainingState,
@@ -29,16 +26,19 @@ from hvd_adam.distributed.broadcast import ROOT, broadcast_buffers
 from hvd_adam.distributed.consistency import require_consistent
 from hvd_adam.distributed.context import Cluster, horovod, init, require_same, together
 from hvd_adam.errors import JobError, Preempted, RanksChanged
-from hvd_adam.evaluation import Scores, score
-from hvd_adam.metrics import RunLog, RunningMean, Stopwatch, plot
 from hvd_adam.optim.adam import Adam
-from hvd_adam.precision import autocast, loss_scaler, make_deterministic
 from hvd_adam.recovery.elastic import Memory
 from hvd_adam.recovery.preemption import Preemption
 from hvd_adam.recovery.watchdog import Watchdog, come_first
-from hvd_adam.run_folder import Start
-from hvd_adam.saver import Saver
 from hvd_adam.schedule import learning_rate
+from hvd_adam.training import run_dir
+from hvd_adam.training.batchnorm_guard import BufferGuard
+from hvd_adam.training.builders import build_model, make_adam, make_loader, make_schedule, scale_for_ranks
+from hvd_adam.training.checkpoint_manager import Saver
+from hvd_adam.training.evaluation import Scores, score
+from hvd_adam.training.precision import autocast, loss_scaler, make_deterministic
+from hvd_adam.training.run_dir import Start
+from hvd_adam.training.run_log import RunLog, RunningMean, Stopwatch, plot
 
 
 class Trainer:
@@ -46,7 +46,7 @@ class Trainer:
 
     Args:
         config: of the run; the same on all ranks.
-        memory: what the ranks keep where they may come and go (`hvd_adam.recovery.elastic`); None where they do not.
+        memory: what the ranks keep where they may come and go (`recovery.elastic`); None where they do not.
 
     Raises:
         UserError: the configuration does not fit the data, the machine or the ranks; the same on every rank.
@@ -78,7 +78,7 @@ class Trainer:
         known = None if memory is None else memory.newest(cluster)
         with together(cluster):
             self.folder, start = (
-                run_folder.open_for(config, cluster.size, known) if cluster.rank == 0 else (None, None)
+                run_dir.open_for(config, cluster.size, known) if cluster.rank == 0 else (None, None)
             )
             if start is not None:
                 self._load(start, adam)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from hvd_adam.checkpoint import storage
 from hvd_adam.distributed.context import Cluster, horovod
 from hvd_adam.errors import UserError
-from hvd_adam.records import Records, Scalars
+from hvd_adam.training.append_log import Records, Scalars
 
 METRICS_FILE = "metrics.jsonl"
 PLOT_FILE = "curves.png"

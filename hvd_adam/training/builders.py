@@ -11,8 +11,8 @@ from hvd_adam.distributed.context import Cluster, horovod
 from hvd_adam.distributed.sync_batchnorm import convert
 from hvd_adam.models import zoo
 from hvd_adam.optim.adam import Adam
-from hvd_adam.precision import parameter_dtype
 from hvd_adam.schedule import LearningRateSchedule, Scaled, scale
+from hvd_adam.training.precision import parameter_dtype
 
 
 def load_images(config: DataConfig) -> data.ImageData:

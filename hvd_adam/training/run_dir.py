@@ -19,8 +19,8 @@ from hvd_adam.checkpoint import storage
 from hvd_adam.checkpoint.state import TrainingState
 from hvd_adam.config import TrainConfig
 from hvd_adam.errors import Preempted, UserError
-from hvd_adam.metrics import METRICS_FILE
 from hvd_adam.recovery.preemption import asked_to_stop
+from hvd_adam.training.run_log import METRICS_FILE
 
 LOCK_FILE = ".lock"
 

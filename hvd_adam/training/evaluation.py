@@ -11,16 +11,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from hvd_adam.assembly import load_images
 from hvd_adam.checkpoint import storage
 from hvd_adam.checkpoint.state import require_same_tensors
 from hvd_adam.config import DataConfig, EvaluateConfig
 from hvd_adam.data.loader import DeviceLoader
 from hvd_adam.distributed.context import Cluster, init, require_same, together
 from hvd_adam.errors import UserError
-from hvd_adam.metrics import sum_over_ranks
 from hvd_adam.models import zoo
-from hvd_adam.precision import autocast, parameter_dtype
+from hvd_adam.training.builders import load_images
+from hvd_adam.training.precision import autocast, parameter_dtype
+from hvd_adam.training.run_log import sum_over_ranks
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
