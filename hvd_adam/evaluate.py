@@ -4,7 +4,7 @@ python -m hvd_adam.evaluate --checkpoint runs/…
 horovodrun -np 2 python -m hvd_adam.evaluate --checkpoint runs/…
 """
 
-from hvd_adam.command import run
+from hvd_adam.cli import run
 from hvd_adam.config import EvaluateConfig
 
 

@@ -5,7 +5,7 @@ horovodrun -np 2 python -m hvd_adam.train
 horovodrun -np 8 -H host1:4,host2:4 python -m hvd_adam.train --dataset cifar10 --model resnet18
 """
 
-from hvd_adam.command import run
+from hvd_adam.cli import run
 from hvd_adam.config import TrainConfig
 from hvd_adam.distributed.context import is_elastic
 from hvd_adam.errors import UserError

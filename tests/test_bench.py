@@ -37,7 +37,7 @@ from hvd_adam.bench.groups import Outcome, Plan, take_turns
 from hvd_adam.bench.processes import marked
 from hvd_adam.bench.report import Column, table
 from hvd_adam.bench.summary import add_ratio, bus_bytes, quartiles, ratio, slowest, timing
-from hvd_adam.command import parse
+from hvd_adam.cli import parse
 from hvd_adam.distributed.api import STRATEGIES
 from hvd_adam.distributed.context import Launched
 from hvd_adam.errors import UserError

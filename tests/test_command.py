@@ -10,7 +10,7 @@ import sys
 import pytest
 import yaml
 
-from hvd_adam.command import parse
+from hvd_adam.cli import parse
 from hvd_adam.config import EvaluateConfig, TrainConfig
 from hvd_adam.errors import UserError
 
@@ -145,7 +145,7 @@ def test_a_wrong_argument_gets_one_line_on_stderr_and_code_2():
 def test_a_command_that_is_done_ends_though_horovod_cannot():
     # As Horovod's own end does, which waits for a rank that was killed.
     script = (
-        "import atexit, time; from hvd_adam import command; from hvd_adam.config import TrainConfig; "
+        "import atexit, time; from hvd_adam import cli; from hvd_adam.config import TrainConfig; "
         "command.END_SECONDS = 0.5; atexit.register(time.sleep, 50); "
         "command.run(lambda config: print('done'), TrainConfig, 'hvd_adam.train', [])"
     )

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from cluster.hosts import HEAD, Hosts, why_not
 
-from hvd_adam.command import parse
+from hvd_adam.cli import parse
 from hvd_adam.doctor import judge, measured
 from hvd_adam.doctor.checks import Check, Report, fail, ok, sentence, warn
 from hvd_adam.doctor.config import DoctorConfig

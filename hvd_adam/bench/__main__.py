@@ -19,7 +19,7 @@ from hvd_adam.bench.config import (
     MemoryConfig,
     StepConfig,
 )
-from hvd_adam.command import run
+from hvd_adam.cli import run
 from hvd_adam.distributed.context import launched
 from hvd_adam.errors import UserError
 

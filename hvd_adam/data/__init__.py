@@ -5,7 +5,7 @@ from pathlib import Path
 from hvd_adam.data import cifar10, digits, synthetic
 from hvd_adam.data.images import ImageData, one_against_rest
 from hvd_adam.errors import UserError
-from hvd_adam.registry import call, is_reference, unknown
+from hvd_adam.import_path import call, is_reference, unknown
 
 __all__ = ["DATASETS", "ImageData", "load"]
 

@@ -7,7 +7,7 @@ horovodrun -np 8 -H host1:4,host2:4 python -m hvd_adam.doctor
 
 import sys
 
-from hvd_adam.command import run
+from hvd_adam.cli import run
 from hvd_adam.doctor.config import DoctorConfig
 from hvd_adam.doctor.examine import examine
 

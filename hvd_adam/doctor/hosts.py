@@ -21,7 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-from hvd_adam.command import run
+from hvd_adam.cli import run
 from hvd_adam.doctor import remote
 from hvd_adam.doctor.config import DoctorConfig
 from hvd_adam.doctor.software import PACKAGE, code_hash

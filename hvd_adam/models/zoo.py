@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 from hvd_adam.errors import UserError
+from hvd_adam.import_path import call, is_reference, unknown
 from hvd_adam.models.torchvision_compat import import_torchvision
-from hvd_adam.registry import call, is_reference, unknown
 
 OWN_MODELS = ("cnn", "mlp")
 
