@@ -146,8 +146,8 @@ def test_a_command_that_is_done_ends_though_horovod_cannot():
     # As Horovod's own end does, which waits for a rank that was killed.
     script = (
         "import atexit, time; from hvd_adam import cli; from hvd_adam.config import TrainConfig; "
-        "command.END_SECONDS = 0.5; atexit.register(time.sleep, 50); "
-        "command.run(lambda config: print('done'), TrainConfig, 'hvd_adam.train', [])"
+        "cli.END_SECONDS = 0.5; atexit.register(time.sleep, 50); "
+        "cli.run(lambda config: print('done'), TrainConfig, 'hvd_adam.train', [])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=40)
     assert (done.returncode, done.stdout) == (0, "done\n")
