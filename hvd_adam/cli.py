@@ -20,9 +20,10 @@ from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_ty
 
 import jsonargparse
 
-from hvd_adam.distributed.context import launched, own_rank
-from hvd_adam.errors import AgreedError, JobError, Preempted, RankError, UserError
-from hvd_adam.recovery.preemption import asked_to_stop, no_longer
+from hvd_adam.distributed.context import current_rank
+from hvd_adam.distributed.launch_env import detect_launcher
+from hvd_adam.errors import CollectiveError, JobError, Preempted, RankError, UserError
+from hvd_adam.recovery.preemption import ignore_signals, stop_requested
 
 Config = TypeVar("Config")
 
@@ -54,7 +55,7 @@ def run(
         _leave(130)
     except Exception as error:
         _fail(error, name)
-    no_longer()
+    ignore_signals()
     # Horovod's end waits for the other ranks: of one that was killed meanwhile, half a minute and more.
     sys.stdout.flush()
     late = threading.Timer(END_SECONDS, os._exit, [0])
@@ -134,19 +135,19 @@ def _wanted(kind: Any) -> str:
 
 
 def _exit_with(error: UserError | JobError, line: str, code: int) -> NoReturn:
-    rank = own_rank()
+    rank = current_rank()
     if rank == 0 or isinstance(error, RankError):
         print(line, file=sys.stderr, flush=True)
-    elif not isinstance(error, AgreedError | JobError) and not _ended_meanwhile(GRACE_SECONDS):
+    elif not isinstance(error, CollectiveError | JobError) and not _ended_meanwhile(GRACE_SECONDS):
         print(f"{line} [rank {rank} on {socket.gethostname()}]", file=sys.stderr, flush=True)
     _leave(code)
 
 
 def _fail(error: Exception, name: str) -> NoReturn:
     """Shows the first cause once: of ranks that fail together one speaks, and the launcher ends the others."""
-    rank = own_rank()
+    rank = current_rank()
     where = f"{name}: rank {rank} on {socket.gethostname()}"
-    grace = GRACE_SECONDS * (1 + rank / max(launched().size, rank + 1))
+    grace = GRACE_SECONDS * (1 + rank / max(detect_launcher().size, rank + 1))
     if type(error).__name__ == "HorovodInternalError":  # for another has ended, most likely
         text = f"{where} lost the others: {error}\n"
     else:
@@ -159,9 +160,9 @@ def _fail(error: Exception, name: str) -> NoReturn:
 
 def _ended_meanwhile(seconds: float) -> bool:
     """Waits; whether the launcher has told this rank to end, that is, another rank has spoken."""
-    before, end = asked_to_stop(), time.monotonic() + seconds
+    before, end = stop_requested(), time.monotonic() + seconds
     while time.monotonic() < end:
-        if asked_to_stop() and not before:
+        if stop_requested() and not before:
             return True
         time.sleep(0.05)
     return False

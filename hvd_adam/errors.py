@@ -5,7 +5,7 @@ class UserError(ValueError):
     """Bad input. The message is one line that says what is wrong, where, which value, and what to do."""
 
 
-class AgreedError(UserError):
+class CollectiveError(UserError):
     """A `UserError` that every rank raises at the same point, so that rank 0 alone needs to print it."""
 
 
@@ -21,5 +21,5 @@ class Preempted(Exception):
     """The run has saved itself and ends before its time, on every rank; the same command goes on with it."""
 
 
-class RanksChanged(Exception):
+class MembershipChanged(Exception):
     """Hosts have come or left: every rank leaves the run at the same point, to go on among the ranks of now."""

@@ -7,9 +7,9 @@ horovodrun -np 8 -H host1:4,host2:4 python -m hvd_adam.train --dataset cifar10 -
 
 from hvd_adam.cli import run
 from hvd_adam.config import TrainConfig
-from hvd_adam.distributed.context import is_elastic
+from hvd_adam.distributed.launch_env import is_elastic
 from hvd_adam.errors import UserError
-from hvd_adam.recovery.preemption import listen
+from hvd_adam.recovery.preemption import install_handlers
 
 
 def main(config: TrainConfig) -> None:
@@ -26,5 +26,5 @@ def main(config: TrainConfig) -> None:
 
 
 if __name__ == "__main__":
-    listen()  # at once: PyTorch takes seconds to load, in which a job may be told to stop
+    install_handlers()  # at once: PyTorch takes seconds to load, in which a job may be told to stop
     run(main, TrainConfig, "hvd_adam.train")

@@ -43,9 +43,9 @@ def buffers(dtype, moments, amsgrad=False, master=False):
     return {name: kind and torch.zeros(1024, dtype=kind) for name, kind in made.items()}
 
 
-def compiled(rounding, decay, given, factor=None, elements=1024):
+def compiled(rounding, decay, given, grad_scale=None, elements=1024):
     """Machine code's size, and which instructions reach memory."""
-    arguments = [*triton_kernel.arguments(rounding, decay, given, factor, SCALARS, 7)]
+    arguments = [*triton_kernel.arguments(rounding, decay, given, grad_scale, SCALARS, 7)]
     arguments[triton_kernel.adam.arg_names.index("elements")] = elements
     kernel = triton.compile(source(arguments), target=HOPPER, options={"num_warps": triton_kernel.WARPS})
     reached = re.findall(r"(?:ld|st)\.global\S*", kernel.asm["ptx"])
@@ -59,7 +59,7 @@ def main():
         "float32": compiled("nearest", "none", buffers(single, single)),
         "float32, AMSGrad, coupled decay": compiled("nearest", "coupled", buffers(single, single, amsgrad=True)),
         "more than 2³¹ elements": compiled("nearest", "none", buffers(single, single), elements=2**31),
-        "a factor on the device": compiled("nearest", "none", buffers(single, single), torch.ones(())),
+        "grad_scale on the device": compiled("nearest", "none", buffers(single, single), torch.ones(())),
         "bfloat16 with masters": compiled("master", "decoupled", buffers(brain, single, master=True)),
         "float16 with masters": compiled("master", "none", buffers(half, single, master=True)),
         "bfloat16, stochastic": compiled("stochastic", "none", buffers(brain, single)),

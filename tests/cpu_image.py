@@ -33,7 +33,7 @@ SLIM = {
 }
 
 
-def why_not() -> str | None:
+def skip_reason() -> str | None:
     """Why no image can be built on this machine, in one line; None where it can."""
     if os.geteuid() != 0:
         return "debootstrap and buildah's chroot isolation need root"

@@ -40,15 +40,15 @@ FLUSH_SECONDS = 0.04
 MODEL = f"""
 import time
 import torch
-from hvd_adam import checkpoint
+from hvd_adam.checkpoint import files, storage
 
-flush = storage._flush
+flush = files.fsync
 
 def slowly(path):
     time.sleep({FLUSH_SECONDS})
     flush(path)
 
-storage._flush = slowly
+files.fsync = storage.fsync = slowly
 
 def build(in_channels, num_classes, image_size, dropout=0.0):
     inputs = in_channels * image_size[0] * image_size[1]

@@ -39,7 +39,7 @@ from hvd_adam.bench.report import Column, table
 from hvd_adam.bench.summary import add_ratio, bus_bytes, quartiles, ratio, slowest, timing
 from hvd_adam.cli import parse
 from hvd_adam.distributed.api import STRATEGIES
-from hvd_adam.distributed.context import Launched
+from hvd_adam.distributed.launch_env import LaunchInfo
 from hvd_adam.errors import UserError
 from hvd_adam.optim.adam import Adam
 
@@ -582,7 +582,7 @@ def test_precision_order_and_compiler_are_those_asked_for(variant, monkeypatch, 
         {"precision": "bf16", "channels_last": True, "compile": True},
     ):
         before = len(compiled)
-        times = training.prepare(task | options, Launched("none", 0, 1), tmp_path)()
+        times = training.prepare(task | options, LaunchInfo("none", 0, 1), tmp_path)()
         assert len(times["step"]) == 2
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options["precision"]]
         assert {*probes[-1].seen} == {(options["channels_last"], options["channels_last"], dtype)}

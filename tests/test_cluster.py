@@ -21,8 +21,10 @@ from on_ranks import launch, on_ranks
 
 from hvd_adam import init
 from hvd_adam.distributed import context as cluster_module
-from hvd_adam.distributed.context import Launched, Place, assign_gpus, launched, require_same, together
-from hvd_adam.errors import AgreedError, UserError
+from hvd_adam.distributed.agreement import raise_on_all_ranks, require_same
+from hvd_adam.distributed.launch_env import LaunchInfo, detect_launcher
+from hvd_adam.distributed.placement import RankPlacement, assign_gpus
+from hvd_adam.errors import CollectiveError, UserError
 
 ROOT = Path(__file__).parent.parent
 DISTRIBUTE = (
@@ -33,14 +35,14 @@ DISTRIBUTE = (
 @pytest.mark.parametrize(
     ("environ", "expected"),
     [
-        ({}, Launched("none", 0, 1)),
-        ({"HOROVOD_RANK": "1", "HOROVOD_SIZE": "4"}, Launched("horovodrun", 1, 4)),
-        ({"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "3"}, Launched("mpirun", 2, 3)),
-        ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}, Launched("srun", 1, 2)),
-        ({"PMI_RANK": "0", "PMI_SIZE": "2"}, Launched("mpiexec", 0, 2)),
-        ({"RANK": "0", "WORLD_SIZE": "8"}, Launched("torchrun", 0, 8)),
+        ({}, LaunchInfo("none", 0, 1)),
+        ({"HOROVOD_RANK": "1", "HOROVOD_SIZE": "4"}, LaunchInfo("horovodrun", 1, 4)),
+        ({"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "3"}, LaunchInfo("mpirun", 2, 3)),
+        ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}, LaunchInfo("srun", 1, 2)),
+        ({"PMI_RANK": "0", "PMI_SIZE": "2"}, LaunchInfo("mpiexec", 0, 2)),
+        ({"RANK": "0", "WORLD_SIZE": "8"}, LaunchInfo("torchrun", 0, 8)),
         # sbatch's own shell: tasks are allocated, but no step runs
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, Launched("none", 0, 1)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, LaunchInfo("none", 0, 1)),
         # mpirun inside a Slurm allocation
         (
             {
@@ -49,12 +51,12 @@ DISTRIBUTE = (
                 "OMPI_COMM_WORLD_RANK": "3",
                 "OMPI_COMM_WORLD_SIZE": "4",
             },
-            Launched("mpirun", 3, 4),
+            LaunchInfo("mpirun", 3, 4),
         ),
     ],
 )
 def test_the_launcher_is_told_from_its_variables(environ, expected):
-    assert launched(environ) == expected
+    assert detect_launcher(environ) == expected
 
 
 def run(code, environ=None, python=(sys.executable,)):
@@ -171,7 +173,7 @@ def test_cuda_without_a_gpu_is_refused():
 
 
 def place(host, gpus=""):
-    return Place(host, (0, 1), tuple(gpus))
+    return RankPlacement(host, (0, 1), tuple(gpus))
 
 
 # No machine of ours has several GPUs: what ranks report is made up, the assignment is real.
@@ -201,7 +203,7 @@ def test_each_rank_gets_a_gpu_of_its_own_whatever_the_binding(places, indices):
     ],
 )
 def test_fewer_gpus_than_ranks_are_refused(places, message):
-    with pytest.raises(AgreedError, match=message):
+    with pytest.raises(CollectiveError, match=message):
         assign_gpus(places, "auto")
 
 
@@ -227,19 +229,21 @@ def test_a_stalled_rank_ends_the_job_by_default(cluster):
 
 @on_ranks(2)
 def test_what_fails_on_one_rank_is_raised_on_all_with_its_rank_and_host(cluster):
-    with pytest.raises(AgreedError, match=r"^rank 1 on \S+: no such file: x$"), together(cluster):
+    with pytest.raises(CollectiveError, match=r"^rank 1 on \S+: no such file: x$"), raise_on_all_ranks(cluster):
         if cluster.rank == 1:
             raise UserError("no such file: x")
-    with pytest.raises(AgreedError, match=r"^bad value$"), together(cluster):
+    with pytest.raises(CollectiveError, match=r"^bad value$"), raise_on_all_ranks(cluster):
         raise UserError("bad value")
-    with together(cluster):
+    with raise_on_all_ranks(cluster):
         pass
 
 
 @on_ranks(2)
 def test_arguments_that_differ_are_named(cluster):
     require_same(cluster, "arguments", {"lr": 0.1})
-    with pytest.raises(AgreedError, match=r"have different arguments: lr is 0\.0 on rank 0 and 0\.5 on rank 1"):
+    with pytest.raises(
+        CollectiveError, match=r"have different arguments: lr is 0\.0 on rank 0 and 0\.5 on rank 1"
+    ):
         require_same(cluster, "arguments", {"lr": cluster.rank / 2, "seed": 0})
 
 

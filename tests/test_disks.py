@@ -15,7 +15,7 @@ import pytest
 from test_train import checkpoint, events, one_line, succeeded, train
 
 from hvd_adam.checkpoint import storage as checkpoints
-from hvd_adam.training.append_log import Records
+from hvd_adam.training.append_log import AppendLog
 
 # Runs what HOOKS, lines of "PASS CODE", says in a forward pass of training.
 MODEL = """
@@ -137,7 +137,7 @@ def test_a_disk_that_turns_read_only_is_said_and_the_run_goes_on_to_its_end(tmp_
 
 def test_records_that_do_not_fit_are_written_whole_and_in_order_when_they_do(tmp_path):
     with small_disk(tmp_path / "disk", "64k") as disk:
-        records = Records(disk / "records")
+        records = AppendLog(disk / "records")
         lines = [b"%05d %s\n" % (number, b"x" * 100) for number in range(900)]
         for line in lines:  # 96 kB
             records.write(line)

@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from cluster.hosts import HEAD, Hosts, why_not
+from cluster.hosts import HEAD, Hosts, skip_reason
 
 from hvd_adam.cli import parse
 from hvd_adam.doctor import judge, measured
@@ -39,7 +39,7 @@ from hvd_adam.errors import UserError
 ROOT = Path(__file__).parents[1]
 PACKAGES = next(Path(path) for path in sys.path if Path(path, "torch", "version.py").exists())
 MIB = 1 << 20
-needs_hosts = pytest.mark.skipif(why_not() is not None, reason=f"no hosts out of namespaces: {why_not()}")
+needs_hosts = pytest.mark.skipif(skip_reason() is not None, reason=f"no hosts out of namespaces: {skip_reason()}")
 
 # A doctor without launcher variables of the test's own, and with whatever lies in `overlay` before all else.
 UNWANTED = ("HOROVOD_", "OMPI_", "PMIX_", "PMI_", "NCCL_", "OMP_", "SLURM_", "HVD_ADAM_")
@@ -101,8 +101,8 @@ def elsewhere(place, monkeypatch):
 
 @pytest.fixture(scope="module")
 def hosts(place):
-    if why_not() is not None:
-        pytest.skip(f"no hosts out of namespaces: {why_not()}")
+    if skip_reason() is not None:
+        pytest.skip(f"no hosts out of namespaces: {skip_reason()}")
     with Hosts(place / "namespaces", ["node1", "node2", "node3"]) as hosts:
         yield hosts
 

@@ -10,7 +10,7 @@ import os
 
 import pytest
 import torch
-from cluster.hosts import why_not
+from cluster.hosts import skip_reason
 from horovod.runner.common.util.hosts import INVALID_SLOT_INFO
 from horovod.runner.http.http_server import RendezvousHandler, RendezvousServer
 from on_ranks import on_ranks
@@ -21,11 +21,12 @@ from hvd_adam.checkpoint.state import TrainingState
 from hvd_adam.config import TrainConfig
 from hvd_adam.distributed import context as clusters
 from hvd_adam.distributed import rendezvous
-from hvd_adam.distributed.context import Launched, horovod, launched, restart
+from hvd_adam.distributed.context import horovod, restart
+from hvd_adam.distributed.launch_env import LaunchInfo, detect_launcher
 from hvd_adam.errors import RankError
-from hvd_adam.recovery.elastic import Connections, Memory, _sockets
+from hvd_adam.recovery.elastic import Connections, InMemoryCheckpoint, _sockets
 
-needs_hosts = pytest.mark.skipif(why_not() is not None, reason=f"no hosts out of namespaces: {why_not()}")
+needs_hosts = pytest.mark.skipif(skip_reason() is not None, reason=f"no hosts out of namespaces: {skip_reason()}")
 
 
 @needs_hosts
@@ -55,7 +56,7 @@ def state(step):
 
 @on_ranks(3)
 def test_rank_0_gets_the_newest_copy_whoever_has_it(cluster):
-    memory = Memory()
+    memory = InMemoryCheckpoint()
     assert memory.newest(cluster) is None
     if cluster.rank:
         memory.commit(state(10))
@@ -69,7 +70,7 @@ def test_rank_0_gets_the_newest_copy_whoever_has_it(cluster):
 
 
 def test_a_copy_is_apart_from_what_was_copied_and_in_the_memory_of_the_one_before():
-    memory, first = Memory(), state(1)
+    memory, first = InMemoryCheckpoint(), state(1)
     memory.commit(first)
     first.model["w"].fill_(-1)
     assert torch.equal(memory._state.model["w"], torch.ones(3))
@@ -89,7 +90,7 @@ def test_horovod_starts_anew_with_names_that_new_ranks_have_too(cluster):
         clusters.collective_prefix()
     again = restart()
     assert (again.rank, again.size) == (cluster.rank, cluster.size)
-    assert clusters.own_rank() == cluster.rank
+    assert clusters.current_rank() == cluster.rank
     assert clusters.collective_prefix() == "hvd_adam.0"
     assert horovod().allreduce(torch.ones(1), op=horovod().Sum, name="again").item() == 2
 
@@ -142,7 +143,7 @@ def test_a_rank_that_is_lost_before_all_have_met_has_the_others_ask_for_places_a
     store["hvd_adam_gone"] = {"any": b"1"}
     assert not rendezvous._meet()
     rendezvous._ask()
-    assert launched() == Launched("horovodrun", 1, 3)
+    assert detect_launcher() == LaunchInfo("horovodrun", 1, 3)
 
 
 def test_without_word_of_losses_a_meeting_ends_after_gloos_time_out(store, monkeypatch):

@@ -20,7 +20,8 @@ from test_train import ROOT
 
 from hvd_adam.distributed.context import Cluster
 from hvd_adam.recovery import watchdog
-from hvd_adam.recovery.watchdog import Watchdog, behind, report, waits_for
+from hvd_adam.recovery.stall_report import behind, report, waits_for
+from hvd_adam.recovery.watchdog import Watchdog
 
 HOST = socket.gethostname()
 
@@ -270,8 +271,8 @@ def test_horovods_own_limit_comes_later_unless_the_user_has_set_it(monkeypatch):
     monkeypatch.setenv("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "")  # as it was, when the test has ended
     for seconds, longest in ((1000.0, 1000), (4.0, watchdog.SETUP_SECONDS)):
         os.environ.pop("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", None)
-        watchdog.come_first(seconds)
+        watchdog.defer_horovod_stall_shutdown(seconds)
         assert int(os.environ["HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"]) > longest + watchdog.LONGEST_REPORT
     monkeypatch.setenv("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "7")
-    watchdog.come_first(1000.0)
+    watchdog.defer_horovod_stall_shutdown(1000.0)
     assert os.environ["HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"] == "7"

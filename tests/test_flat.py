@@ -1,4 +1,4 @@
-"""Flat storage: what a user sees are ordinary parameters, and every run is torch.optim.Adam's.
+"""FlatStorage storage: what a user sees are ordinary parameters, and every run is torch.optim.Adam's.
 
 Hazards covered:
 - a view loses its buffer (zero_grad, load_state_dict, p.data, p.grad.data, Module.to) and stale numbers are used;
@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from hvd_adam.optim import fused as fused_module
 from hvd_adam.optim.adam import Adam
 from hvd_adam.optim.flat_layout import ALIGNMENT, Layout
-from hvd_adam.optim.flat_storage import Flat
+from hvd_adam.optim.flat_storage import FlatStorage
 from hvd_adam.optim.functional import seed, state_dtypes
 from hvd_adam.optim.huge_pages import zeros
 
@@ -597,7 +597,7 @@ def test_a_layout_neither_overlaps_nor_leaves_its_buckets_and_divides_evenly(par
             reach = offset + p.numel()
         assert reach <= bucket.flags
         assert bucket.flags + last - bucket.first <= bucket.end
-        parts = [bucket.part(rank, ranks) for rank in range(ranks)]
+        parts = [bucket.shard(rank, ranks) for rank in range(ranks)]
         assert len({end - start for start, end in parts}) == 1
         assert all(start % ALIGNMENT == 0 for start, _ in parts)
         assert [parts[0][0], *(end for _, end in parts)] == [*(start for start, _ in parts), bucket.end]
@@ -656,7 +656,7 @@ def test_large_buffers_are_in_huge_pages():
 
 
 def flat_of(params, layout, part, option):
-    """Flat storage of copies of the parameters, with gradients, ready to take step number `STEP`."""
+    """FlatStorage storage of copies of the parameters, with gradients, ready to take step number `STEP`."""
     params = clones(params)
     optimizer = Adam(params, implementation="fused", weight_decay=0.1, **option)
     generator = torch.Generator().manual_seed(5)
@@ -665,13 +665,13 @@ def flat_of(params, layout, part, option):
             optimizer.state[p][name] += torch.rand(p.shape, generator=generator)
         optimizer.state[p]["step"].fill_(STEP - 1)
         p.grad = torch.randn(p.shape, generator=generator).to(p.dtype) if i != 2 else None
-    flat = Flat(params, [0] * len(params), optimizer.state, layout, part)
+    flat = FlatStorage(params, [0] * len(params), optimizer.state, layout, part)
     return flat, optimizer.param_groups[0], optimizer.state
 
 
 def take_step(flat, group, kind):
     moments = group_dtype = state_dtypes(group, flat.dtype)["exp_avg"]
-    variant = fused_module.Variant("cpu", flat.dtype, group_dtype, False, "coupled", kind)
+    variant = fused_module.KernelSpec("cpu", flat.dtype, group_dtype, False, "coupled", kind)
     for run in flat.runs(flat.collect()):
         for position, buffers in flat.buffers(run, state_dtypes(group, flat.dtype)):
             assert buffers.exp_avg.dtype == moments
@@ -705,14 +705,14 @@ def test_the_parts_of_all_ranks_tile_the_state_and_update_like_the_whole(ranks, 
     whole, group, whole_state = flat_of(params, layout, (0, 1), option)
     flats = [flat_of(params, layout, (rank, ranks), option) for rank in range(ranks)]
 
-    owned = sorted((start, end) for flat, _, _ in flats for start, end, _ in flat.owned)
+    owned = sorted((start, end) for flat, _, _ in flats for start, end, _ in flat.shard_spans)
     assert [0, *(end for _, end in owned)] == [*(start for start, _ in owned), layout.total]
 
     take_step(whole, group, kind)
     for flat, group, _ in flats:
         take_step(flat, group, kind)
     for flat, _, _ in flats:
-        for start, end, place in flat.owned:
+        for start, end, place in flat.shard_spans:
             assert torch.equal(flat.param[start:end], whole.param[start:end])
             for name in flat.state.keys() - {"step"}:
                 assert torch.equal(flat.state[name][place : place + end - start], whole.state[name][start:end])

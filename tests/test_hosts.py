@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from cluster.hosts import HEAD, SSHD, Hosts, why_not
+from cluster.hosts import HEAD, SSHD, Hosts, skip_reason
 from recovery import MODEL
 from test_train import ROOT, checkpoint, events, train
 
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no hosts out of namespaces: {why_not()}")
+pytestmark = pytest.mark.skipif(skip_reason() is not None, reason=f"no hosts out of namespaces: {skip_reason()}")
 
 ALIKE = "--model paced:build --precision fp64 --log-every 1 --epochs 2".split()
 BOTH = "node1:2,node2:2"

@@ -28,9 +28,9 @@ TRAINER = 10001
 
 # Building takes four minutes beside another test process, and three more where Horovod has to be compiled.
 pytestmark = pytest.mark.timeout(1800)
-no_image = cpu_image.why_not()
+no_image = cpu_image.skip_reason()
 needs_image = pytest.mark.skipif(no_image is not None, reason=f"no image can be built: {no_image}")
-no_hosts = namespaces.why_not()
+no_hosts = namespaces.skip_reason()
 needs_hosts = pytest.mark.skipif(no_hosts is not None, reason=f"no hosts out of namespaces: {no_hosts}")
 
 

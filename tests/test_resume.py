@@ -207,8 +207,9 @@ def test_a_second_signal_ends_it_at_once(tmp_path):
         "import os, signal, time; from hvd_adam.recovery import preemption; "
         "from hvd_adam.distributed.context import Cluster; "
         "one = Cluster(0, 1, 0, 1, 0, 1, None, 'none'); stop = preemption.Preemption(one, None); "
-        "assert not stop.agreed(); os.kill(os.getpid(), signal.SIGUSR1); os.kill(os.getpid(), signal.SIGTERM); "
-        "assert stop.agreed(); print('ready', flush=True); time.sleep(60)"
+        "assert not stop.should_stop(); os.kill(os.getpid(), signal.SIGUSR1); "
+        "os.kill(os.getpid(), signal.SIGTERM); "
+        "assert stop.should_stop(); print('ready', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as running:
         assert running.stdout.readline() == "ready\n"

@@ -23,7 +23,7 @@ from hvd_adam.training import run_dir
 MODEL = """
 import os, signal
 import torch
-from hvd_adam import run_folder
+from hvd_adam.training import run_dir
 
 run_dir.WAIT_SECONDS = float(os.environ.get("WAIT", "60"))
 
@@ -80,7 +80,8 @@ def test_a_second_job_waits_for_the_first_and_goes_on_or_is_refused(tmp_path):
 CLAIM = """
 import os, sys, time
 from pathlib import Path
-from hvd_adam import preemption, run_folder
+from hvd_adam.recovery import preemption
+from hvd_adam.training import run_dir
 from hvd_adam.distributed.context import Cluster
 from hvd_adam.errors import Preempted
 

@@ -14,11 +14,11 @@ import time
 import pytest
 import torch
 from cluster.hosts import Hosts
-from cluster.slurm import Slurm, why_not
+from cluster.slurm import Slurm, skip_reason
 from recovery import MODEL
 from test_train import ROOT, checkpoint, events, train
 
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no Slurm of our own: {why_not()}")
+pytestmark = pytest.mark.skipif(skip_reason() is not None, reason=f"no Slurm of our own: {skip_reason()}")
 
 RANKS = 4
 ALIKE = "--model paced:build --precision fp64 --log-every 1 --checkpoint-every 10".split()

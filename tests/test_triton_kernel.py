@@ -50,7 +50,7 @@ def test_it_compiles_for_hopper_to_accesses_of_16_bytes():
     for name, case in cases.items():
         assert case["bytes"] > 1000, name
         kind = "v2.b64" if name == "float64" else "v4.b32"
-        alone = {"a factor on the device": {"ld.global.b32"}, "float64": {"ld.global.b64"}}.get(name, set())
+        alone = {"grad_scale on the device": {"ld.global.b32"}, "float64": {"ld.global.b64"}}.get(name, set())
         assert set(case["instructions"]) == {f"ld.global.{kind}", f"st.global.{kind}"} | alone, name
 
 

@@ -20,7 +20,7 @@ from hvd_adam.bench.config import (
     StepConfig,
 )
 from hvd_adam.cli import run
-from hvd_adam.distributed.context import launched
+from hvd_adam.distributed.launch_env import detect_launcher
 from hvd_adam.errors import UserError
 
 NAME = "hvd_adam.bench"
@@ -55,7 +55,7 @@ def measure(command: str, config: BenchConfig) -> None:
         UserError: started by a launcher, or something in the configuration is not to be had here.
     """
     load = os.getloadavg()[0]  # before anything of ours adds to it
-    launcher = launched().launcher
+    launcher = detect_launcher().launcher
     if launcher != "none":
         raise UserError(f"it was started by {launcher}: start it without a launcher, it starts ranks itself")
     from hvd_adam.bench import report  # here: --help and a bad value answer before PyTorch is loaded

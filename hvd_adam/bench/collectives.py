@@ -9,13 +9,13 @@ from typing import Any
 
 from hvd_adam.bench.clock import DROPPED, finisher, seconds
 from hvd_adam.bench.groups import Measure, Times
-from hvd_adam.distributed.context import Launched
+from hvd_adam.distributed.launch_env import LaunchInfo
 
 # Linear layers of 4 MB each are about what wide models have.
 LAYER_ELEMENTS = 1 << 20
 
 
-def prepare(task: dict[str, Any], launch: Launched, folder: Path) -> Measure:
+def prepare(task: dict[str, Any], launch: LaunchInfo, folder: Path) -> Measure:
     """Makes this rank one of the task's variant.
 
     Args:
@@ -44,7 +44,7 @@ def _zeros(size: int, device: str) -> Any:
     return torch.empty(size, device=device).zero_()
 
 
-def _copy(task: dict[str, Any], launch: Launched, folder: Path) -> Maker:
+def _copy(task: dict[str, Any], launch: LaunchInfo, folder: Path) -> Maker:
     def add(size: int) -> Callable[[], object]:
         source, target = _zeros(size, task["device"]), _zeros(size, task["device"])
         return lambda: target.copy_(source)
@@ -56,7 +56,7 @@ def _copy(task: dict[str, Any], launch: Launched, folder: Path) -> Maker:
     return add
 
 
-def _horovod(task: dict[str, Any], launch: Launched, folder: Path) -> Maker:
+def _horovod(task: dict[str, Any], launch: LaunchInfo, folder: Path) -> Maker:
     """Horovod with what `hvd_adam.init` tells it, or as it is."""
     import torch  # here: a rank that measures bare MPI needs neither
 
@@ -77,7 +77,7 @@ def _horovod(task: dict[str, Any], launch: Launched, folder: Path) -> Maker:
     return add
 
 
-def _torch(task: dict[str, Any], launch: Launched, folder: Path) -> Maker:
+def _torch(task: dict[str, Any], launch: LaunchInfo, folder: Path) -> Maker:
     import torch  # here: as above
 
     from hvd_adam.bench.training import start_process_group
@@ -93,7 +93,7 @@ def _torch(task: dict[str, Any], launch: Launched, folder: Path) -> Maker:
     return add
 
 
-def _mpi(task: dict[str, Any], launch: Launched, folder: Path) -> Maker:
+def _mpi(task: dict[str, Any], launch: LaunchInfo, folder: Path) -> Maker:
     """Bare MPI, in a process that knows nothing of Horovod."""
     import numpy
     from mpi4py import MPI  # here: its import starts MPI

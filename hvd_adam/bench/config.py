@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from hvd_adam.config import option, require
-from hvd_adam.distributed.context import cores
+from hvd_adam.distributed.placement import cores
 from hvd_adam.errors import UserError
 
 Number = TypeVar("Number", int, float)

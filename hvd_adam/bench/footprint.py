@@ -11,13 +11,14 @@ import torch
 from hvd_adam.bench.config import OURS
 from hvd_adam.bench.groups import Measure
 from hvd_adam.bench.training import build_model, connect, random_batch, training_step
-from hvd_adam.distributed.context import Launched, init
+from hvd_adam.distributed.context import init
+from hvd_adam.distributed.launch_env import LaunchInfo
 
 STEPS = 3
 BATCH_SIZE = 4
 
 
-def prepare(task: dict[str, Any], launch: Launched, folder: Path) -> Measure:
+def prepare(task: dict[str, Any], launch: LaunchInfo, folder: Path) -> Measure:
     """Makes this rank one that trains with the task's "strategy" its "model" on "device"."""
     wrap = connect(OURS + task["strategy"], task["device"], launch, folder)
     device = init().device

@@ -11,7 +11,8 @@ from typing import Any
 
 from hvd_adam.bench.config import RanksConfig
 from hvd_adam.bench.groups import Plan
-from hvd_adam.distributed.context import BUILD_COMMAND, cores
+from hvd_adam.distributed.launch_env import BUILD_COMMAND
+from hvd_adam.distributed.placement import cores
 from hvd_adam.errors import UserError
 
 WORKER = (sys.executable, "-m", "hvd_adam.bench.worker")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from hvd_adam.bench.config import BenchConfig
 from hvd_adam.bench.summary import Row
-from hvd_adam.distributed.context import cores
+from hvd_adam.distributed.placement import cores
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

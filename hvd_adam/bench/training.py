@@ -16,7 +16,8 @@ from hvd_adam.bench.config import OURS
 from hvd_adam.bench.groups import Measure
 from hvd_adam.bench.launching import PATIENCE_SECONDS
 from hvd_adam.distributed.api import distribute
-from hvd_adam.distributed.context import Launched, horovod, init
+from hvd_adam.distributed.context import horovod, init
+from hvd_adam.distributed.launch_env import LaunchInfo
 from hvd_adam.models import zoo
 from hvd_adam.optim.adam import Adam
 from hvd_adam.training.precision import autocast
@@ -43,7 +44,7 @@ def build_model(name: str) -> nn.Module:
     return zoo.build(name, in_channels=IMAGE[0], num_classes=CLASSES, image_size=IMAGE[1:])
 
 
-def prepare(task: dict[str, Any], launch: Launched, folder: Path) -> Measure:
+def prepare(task: dict[str, Any], launch: LaunchInfo, folder: Path) -> Measure:
     """Makes this rank one of the task's variant.
 
     On a GPU the steps of a turn are made one after the other, and waited for once, at the end: a wait after each
@@ -68,7 +69,7 @@ def prepare(task: dict[str, Any], launch: Launched, folder: Path) -> Measure:
     return lambda: {"step": seconds(step, steps, finish, in_a_row=1 if task["device"] == "cpu" else steps)}
 
 
-def connect(variant: str, device: str, launch: Launched, folder: Path) -> Callable[[nn.Module], Wrapped]:
+def connect(variant: str, device: str, launch: LaunchInfo, folder: Path) -> Callable[[nn.Module], Wrapped]:
     """Connects this rank with the others as the variant does; returns what distributes a model.
 
     Stock Horovod is never told what `hvd_adam.init` would tell it.
@@ -90,7 +91,7 @@ def connect(variant: str, device: str, launch: Launched, folder: Path) -> Callab
     return _ddp_zero if variant == "ddp-zero" else _ddp_fused
 
 
-def start_process_group(device: str, launch: Launched, folder: Path) -> None:
+def start_process_group(device: str, launch: LaunchInfo, folder: Path) -> None:
     """Starts torch.distributed, the ranks meeting through a file of the group's folder."""
     torch.distributed.init_process_group(
         "nccl" if device == "cuda" else "gloo",

@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 
 from hvd_adam.bench.groups import serve
-from hvd_adam.distributed.context import launched
+from hvd_adam.distributed.launch_env import detect_launcher
 
 # By the task's kind. Imported one at a time: a rank that measures bare MPI must not load Horovod.
 MODULES = {
@@ -19,7 +19,7 @@ MODULES = {
 def main(folder: Path) -> None:
     """Prepares this rank for the group's task, and measures whenever it is the group's turn."""
     task = json.loads((folder / "task.json").read_text())
-    launch = launched()
+    launch = detect_launcher()
     module = import_module(MODULES[task["kind"]])
     serve(folder, launch.rank, lambda: module.prepare(task, launch, folder))
 

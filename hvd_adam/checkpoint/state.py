@@ -107,13 +107,13 @@ def require_same_tensors(own: Mapping[str, Any], saved: Mapping[str, Any], where
             )
 
 
-def of_this_rank(cluster: Cluster, loss: tuple[float, float]) -> dict[str, Any]:
+def rank_state(cluster: Cluster, loss: tuple[float, float]) -> dict[str, Any]:
     """This rank's entry of `TrainingState.ranks`."""
     cuda = torch.cuda.get_rng_state(cluster.device) if cluster.device.type == "cuda" else None
     return {"cpu": torch.get_rng_state(), "cuda": cuda, "loss": list(loss)}
 
 
-def of_all_ranks(cluster: Cluster, own: dict[str, Any]) -> list[dict[str, Any]]:
+def gather_rank_states(cluster: Cluster, own: dict[str, Any]) -> list[dict[str, Any]]:
     """Every rank's entry; every rank calls it. One message of bytes: objects would take two, and pickling."""
     if cluster.size == 1:
         return [own]
@@ -128,7 +128,7 @@ def of_all_ranks(cluster: Cluster, own: dict[str, Any]) -> list[dict[str, Any]]:
     return entries
 
 
-def restore_generators(entry: Mapping[str, Any], cluster: Cluster) -> None:
+def restore_rng_state(entry: Mapping[str, Any], cluster: Cluster) -> None:
     """Sets this rank's random generators to where they were."""
     torch.set_rng_state(entry["cpu"])
     if entry["cuda"] is not None and cluster.device.type == "cuda":

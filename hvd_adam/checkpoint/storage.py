@@ -16,11 +16,12 @@ import re
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
 import hvd_adam
+from hvd_adam.checkpoint.files import HashingFile, fsync, sha256, write_atomically
 from hvd_adam.errors import UserError
 
 STATE = "state.pt"
@@ -79,7 +80,7 @@ class Writer:
         path = save(self._checkpoints, step, state)
         try:
             if best:
-                write_whole(self._checkpoints / BEST, path.name + "\n")
+                write_atomically(self._checkpoints / BEST, path.name + "\n")
             self._remove_old()
         except OSError as error:
             raise UserError(f"cannot tidy up {self._checkpoints}: {error}") from None
@@ -139,7 +140,7 @@ def save(checkpoints: Path, step: int, state: dict[str, Any]) -> Path:
         draft.mkdir(parents=True)
         _write(draft, step, state)
         _replace(draft, final)
-        write_whole(checkpoints / LATEST, final.name + "\n")
+        write_atomically(checkpoints / LATEST, final.name + "\n")
     except (OSError, RuntimeError) as error:  # torch.save answers an OSError by a RuntimeError
         shutil.rmtree(draft, ignore_errors=True)
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
@@ -150,7 +151,7 @@ def save(checkpoints: Path, step: int, state: dict[str, Any]) -> Path:
 
 def _write(folder: Path, step: int, state: dict[str, Any]) -> None:
     with (folder / STATE).open("wb") as file:
-        hashed = _Hashed(file)
+        hashed = HashingFile(file)
         torch.save(state, hashed)
     manifest = {
         "files": {STATE: {"bytes": (folder / STATE).stat().st_size, "sha256": hashed.digest.hexdigest()}},
@@ -159,21 +160,7 @@ def _write(folder: Path, step: int, state: dict[str, Any]) -> None:
     }
     (folder / MANIFEST).write_text(_sealed(manifest))
     for path in (folder / STATE, folder / MANIFEST, folder):
-        _flush(path)
-
-
-class _Hashed:
-    """A file that is hashed as it is written: reading it again would take as long as writing it."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self.digest = file, hashlib.sha256()
-
-    def write(self, data: bytes) -> int:
-        self.digest.update(data)
-        return self._file.write(data)
-
-    def flush(self) -> None:
-        self._file.flush()
+        fsync(path)
 
 
 def _replace(draft: Path, final: Path) -> None:
@@ -241,34 +228,5 @@ def _verify(folder: Path) -> None:
     state = folder / STATE
     if not state.is_file():
         raise UserError(f"checkpoint {folder} is damaged: {STATE} is missing; use another checkpoint")
-    if (state.stat().st_size, _sha256(state)) != expected:
+    if (state.stat().st_size, sha256(state)) != expected:
         raise UserError(f"checkpoint {folder} is damaged: {STATE} does not match its checksum; use another one")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that it has its old or its new content at any time, even after a crash.
-
-    Raises:
-        OSError: it cannot be written; the old content is there.
-    """
-    draft = path.with_name(f".{path.name}.new")
-    draft.write_text(text)
-    _flush(draft)
-    draft.replace(path)
-    _flush(path.parent)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
+from hvd_adam.distributed.agreement import require_same
 from hvd_adam.distributed.broadcast import require_same_layout
 from hvd_adam.distributed.compression import COMPRESSIONS
-from hvd_adam.distributed.context import horovod, init, require_same
+from hvd_adam.distributed.context import horovod, init
 from hvd_adam.distributed.optimizer import DistributedAdam
 from hvd_adam.distributed.zero import ShardedAdam
 from hvd_adam.errors import UserError

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from hvd_adam.distributed.context import Cluster, horovod, init, together
+from hvd_adam.distributed.agreement import raise_on_all_ranks
+from hvd_adam.distributed.context import Cluster, horovod, init
 from hvd_adam.errors import UserError
 
 ROOT = 0
@@ -34,7 +35,7 @@ def broadcast_tensors(tensors: Iterable[torch.Tensor], name: str) -> None:
             tensor.copy_(_from_bytes(received, tensor))
 
 
-def broadcast_training(
+def broadcast_training_state(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     loss_scaler: Any | None = None,
@@ -72,7 +73,7 @@ def require_same_layout(model: torch.nn.Module, optimizer: torch.optim.Optimizer
         return
     mine = _layout(model, optimizer)
     roots = horovod().broadcast_object(mine, ROOT, name="hvd_adam.layout")
-    with together(cluster):
+    with raise_on_all_ranks(cluster):
         _compare(mine, roots)
 
 

@@ -19,7 +19,7 @@ _HALF = (torch.float16, torch.bfloat16)
 class Reduction(Protocol):
     """The sum of one contiguous bucket over the ranks, under way from construction on."""
 
-    def share(self) -> None:
+    def start_gather(self) -> None:
         """Does what remains to be started before `wait`; call it on all reductions first."""
 
     def wait(self) -> None:
@@ -38,8 +38,8 @@ def reduce(bucket: torch.Tensor, name: str, compression: str, divisor: int, scat
             traffic. The length of the bucket must then be a multiple of N.
     """
     if compression == "bf16":
-        return Bfloat16Mean(bucket, name, scatter)
-    return Sum(bucket, name, compression, divisor, scatter)
+        return Bf16AllReduce(bucket, name, scatter)
+    return AllReduce(bucket, name, compression, divisor, scatter)
 
 
 def divided(compression: str, ranks: int, divisor: int) -> int:
@@ -47,7 +47,7 @@ def divided(compression: str, ranks: int, divisor: int) -> int:
     return {"none": 1, "fp16": divisor, "bf16": ranks}[compression]
 
 
-class Sum:
+class AllReduce:
     """The sum over the ranks, in place wherever the dtype allows.
 
     "none": float32 and float64 travel as they are, half-precision gradients as float32, so that nothing is lost
@@ -70,7 +70,7 @@ class Sum:
         else:  # a group of one: Horovod fuses it with nothing, and reduces it where it lies
             self._handle = hvd.grouped_allreduce_async_([self._wire], op=hvd.Sum, name=name)
 
-    def share(self) -> None:
+    def start_gather(self) -> None:
         """Nothing: the sum comes back by itself."""
 
     def wait(self) -> None:
@@ -82,7 +82,7 @@ class Sum:
             self._bucket.copy_(self._wire)
 
 
-class Bfloat16Mean:
+class Bf16AllReduce:
     """The mean of one bucket over the ranks with bfloat16 on the wire, added in float32.
 
     Every rank sends the r-th part of its bucket to rank r, which adds the parts in rank order, and gets
@@ -100,21 +100,21 @@ class Bfloat16Mean:
         parts[: bucket.numel()] = bucket
         self._sent = self._hvd.alltoall_async(parts.view(torch.uint8), name=f"{name}.parts")
 
-    def share(self) -> None:
+    def start_gather(self) -> None:
         """Waits for the parts of all ranks, adds them, and starts to send the sums back where they are wanted."""
         received, _ = self._hvd.synchronize(self._sent)
         parts = received.view(torch.bfloat16).view(self._hvd.size(), -1)
         self._mean = parts.float().sum(dim=0) / self._hvd.size()
         if not self._scatter:
             mean = self._mean.bfloat16().view(torch.uint8)
-            self._shared = self._hvd.allgather_async(mean, name=f"{self._name}.mean")
+            self._gathered = self._hvd.allgather_async(mean, name=f"{self._name}.mean")
 
     def wait(self) -> None:
         """Waits for the mean."""
         if self._scatter:
             _own_part(self._bucket).copy_(self._mean)
         else:
-            mean = self._hvd.synchronize(self._shared).view(torch.bfloat16)
+            mean = self._hvd.synchronize(self._gathered).view(torch.bfloat16)
             self._bucket.copy_(mean[: self._bucket.numel()])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 
-class Late:
+class DeferredFlag:
     """A flag on its way to the host, from construction on.
 
     Args:

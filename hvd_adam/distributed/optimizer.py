@@ -12,15 +12,16 @@ from typing import Any
 
 import torch
 
-from hvd_adam.distributed.broadcast import ROOT, broadcast_training
+from hvd_adam.distributed.broadcast import ROOT, broadcast_training_state
 from hvd_adam.distributed.compression import AdasumWire
-from hvd_adam.distributed.context import collective_prefix, horovod, not_elastic
-from hvd_adam.distributed.deferred_flag import Late
+from hvd_adam.distributed.context import collective_prefix, horovod
+from hvd_adam.distributed.deferred_flag import DeferredFlag
+from hvd_adam.distributed.launch_env import elastic_disabled
 from hvd_adam.distributed.reducer import BUCKET_BYTES, Reducer, sum_of
 from hvd_adam.errors import UserError
 from hvd_adam.optim.adam import Adam, PlainOptimizer
 from hvd_adam.optim.flat_layout import Layout
-from hvd_adam.optim.flat_storage import Flat
+from hvd_adam.optim.flat_storage import FlatStorage
 
 _NORM_ELEMENTS = 1 << 18  # a norm is summed in pieces of this size, for float32's sake
 
@@ -65,32 +66,34 @@ class DistributedAdam(Adam):
         # Where there is a norm of the gradient anyway, it tells whether all elements are finite.
         self._skip_nonfinite = skip_nonfinite
         self._sums = skip_nonfinite and max_grad_norm is None and self._loss_scaler is None
-        self._alone = self._hvd.size() == 1
-        self._adasum = op == "adasum" and not self._alone
-        self._always_flat = not self._alone and not self._adasum
+        self._single_rank = self._hvd.size() == 1
+        self._adasum = op == "adasum" and not self._single_rank
+        self._always_flat = not self._single_rank and not self._adasum
         self._reducer: Reducer | None = None
         self._micro_batches = 0
-        self._factor: torch.Tensor | None = None  # of the update under way
+        self._grad_scale: torch.Tensor | None = None  # of the update under way
         # What the gradients lack to be the mean, once they are reduced.
-        self._pending_factor: float | torch.Tensor | None = None
+        self._pending_grad_scale: float | torch.Tensor | None = None
         self._sum: torch.Tensor | None = None  # of all elements, if asked for: finite if they are
         self.grad_norm: torch.Tensor | None = None
         self.skipped: torch.Tensor | None = None
         self._skipped_updates = 0
-        self._not_known: Late | None = None  # whether the last update was skipped, if only the device knows
-        broadcast_training(model, self, loss_scaler)
-        self._settle()
+        self._deferred_skip: DeferredFlag | None = (
+            None  # whether the last update was skipped, if only the device knows
+        )
+        broadcast_training_state(model, self, loss_scaler)
+        self._ensure_layout()
         self._wrap(optimizer)
 
     @property
     def skipped_updates(self) -> int:
         """How many updates have been skipped; of one on a GPU that is not finished this waits for it."""
-        self._learn()
+        self._record_deferred_skip()
         return self._skipped_updates
 
     @skipped_updates.setter
     def skipped_updates(self, count: int) -> None:
-        self._learn()
+        self._record_deferred_skip()
         self._skipped_updates = count
 
     # What a training loop calls.
@@ -105,14 +108,14 @@ class DistributedAdam(Adam):
             return
         if self._in_flight():
             raise RuntimeError("zero_grad() between backward() and step() would clear gradients in flight")
-        self._pending_factor = None
+        self._pending_grad_scale = None
         super().zero_grad(set_to_none)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
         """Counts a micro-batch; on every `accumulate`-th averages, unscales, clips and updates.
 
-        The mean, the loss scale and clipping are one factor inside the update: `p.grad` is what the
+        The mean, the loss scale and clipping are one grad_scale inside the update: `p.grad` is what the
         reduction left, unless `synchronize` was called.
 
         Args:
@@ -128,12 +131,12 @@ class DistributedAdam(Adam):
         if self._micro_batches < self._accumulate:
             return loss
         if self._adasum:
-            self._refuse_strangers()
+            self._refuse_unhooked()
             self._wrapper.step()
         else:
             self._reduce()
             self._update_scaled()
-        self._micro_batches, self._pending_factor = 0, None
+        self._micro_batches, self._pending_grad_scale = 0, None
         return loss
 
     @torch.no_grad()
@@ -146,25 +149,25 @@ class DistributedAdam(Adam):
         if self._adasum:
             raise RuntimeError("adasum combines updates, not gradients: there is no averaged gradient to wait for")
         self._reduce()
-        if isinstance(self._pending_factor, torch.Tensor) or self._pending_factor != 1.0:
+        if isinstance(self._pending_grad_scale, torch.Tensor) or self._pending_grad_scale != 1.0:
             gradients = [p.grad for p in self._parameters() if p.grad is not None]
             if gradients:
-                torch._foreach_mul_(gradients, self._pending_factor)
-            self._pending_factor = 1.0
+                torch._foreach_mul_(gradients, self._pending_grad_scale)
+            self._pending_grad_scale = 1.0
 
     def broadcast(self) -> None:
         """Gives every rank rank 0's parameters, buffers, state and hyper-parameters; all ranks call it.
 
         `distribute` has done so; call it again after a `load_state_dict` on rank 0 alone.
         """
-        self._learn()
-        broadcast_training(self._model, self, self._loss_scaler)
+        self._record_deferred_skip()
+        broadcast_training_state(self._model, self, self._loss_scaler)
 
     # What an optimizer has besides.
 
     def state_dict(self) -> dict[str, Any]:
         """As `Adam.state_dict`."""
-        self._learn()
+        self._record_deferred_skip()
         return super().state_dict()
 
     def state_dict_on_root(self) -> dict[str, Any] | None:
@@ -175,7 +178,7 @@ class DistributedAdam(Adam):
         """As `Adam.load_state_dict`, on this rank; `broadcast` gives it to the others."""
         if self._in_flight():
             raise RuntimeError("load_state_dict() between backward() and step() would mix two states")
-        self._learn()  # of the state of before
+        self._record_deferred_skip()  # of the state of before
         super().load_state_dict(state_dict)
         self._share()
 
@@ -187,9 +190,9 @@ class DistributedAdam(Adam):
         super().add_param_group(param_group)
         self._share()
         self.broadcast()
-        if not self._alone:
+        if not self._single_rank:
             self._hook([p for p in self.param_groups[-1]["params"] if p.requires_grad])
-            self._settle()
+            self._ensure_layout()
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("a distributed optimizer is tied to its process; copy or save its state_dict() instead")
@@ -204,40 +207,40 @@ class DistributedAdam(Adam):
 
     def _reduce(self) -> None:
         """Completes and awaits the sum of every gradient over the ranks, unless that has been done."""
-        if self._pending_factor is not None:
+        if self._pending_grad_scale is not None:
             return
-        self._learn()  # by now the device has more to do than what is asked for
-        self._settle()
-        if self._alone:
-            factor = 1 / self._accumulate
+        self._record_deferred_skip()  # by now the device has more to do than what is asked for
+        self._ensure_layout()
+        if self._single_rank:
+            grad_scale = 1 / self._accumulate
             if self._sums:
                 self._sum = self._sum_of_all()
         else:
-            self._refuse_strangers()
+            self._refuse_unhooked()
             self._sum = self._reducer.finish(add=self._sums)
-            factor = self._reducer.mean_factor
+            grad_scale = self._reducer.mean_scale
             self._rearm()
         if self._loss_scaler is not None:
             scale = self._loss_scaler._get_scale_async()  # get_scale() would wait for the device
-            factor = factor / (self._loss_scaler.get_scale() if scale is None else scale.double())
-        self._pending_factor = factor
+            grad_scale = grad_scale / (self._loss_scaler.get_scale() if scale is None else scale.double())
+        self._pending_grad_scale = grad_scale
 
     def _sum_of_all(self) -> torch.Tensor | None:
         """The sum of all elements of the gradients of one rank: finite if they are."""
-        spans = [(flat, span) for flat in self._flats for span in flat.spans(flat.collect())]
+        spans = [(flat, span) for flat in self._storages for span in flat.spans(flat.collect())]
         sums = [sum_of(flat.grad[start:end]) for flat, (start, end) in spans]
-        sums += [sum_of(p.grad) for p in self._outside if p.grad is not None]
+        sums += [sum_of(p.grad) for p in self._unflattened if p.grad is not None]
         return torch.stack([value.to(sums[0].device) for value in sums]).sum() if sums else None
 
     def _update_scaled(self) -> None:
-        """Folds mean, loss scale and clipping into one factor, and updates, unless a gradient is not finite."""
+        """Folds mean, loss scale and clipping into `grad_scale`, and updates, unless one is not finite."""
         if all(p.grad is None for p in self._parameters()):
             return
-        factor, measure = self._pending_factor, self._sum
+        grad_scale, finite_probe = self._pending_grad_scale, self._sum
         if self._max_grad_norm is not None or self._loss_scaler is not None:
-            measure = self._norm() * factor
+            finite_probe = self._norm() * grad_scale
         looks = self._loss_scaler is not None or self._skip_nonfinite
-        self.skipped = ~measure.isfinite() if looks else None
+        self.skipped = ~finite_probe.isfinite() if looks else None
         if self._loss_scaler is not None:
             self._update_scale(self.skipped)
         late = looks and self._only_the_device_knows()
@@ -245,31 +248,33 @@ class DistributedAdam(Adam):
             self._skipped_updates += 1
             return
         if self._max_grad_norm is not None:
-            self.grad_norm = measure
+            self.grad_norm = finite_probe
             # As torch.nn.utils.clip_grad_norm_ has it, 1e-6 included.
-            factor = factor * (self._max_grad_norm / (measure + 1e-6)).clamp(max=1.0)
+            grad_scale = grad_scale * (self._max_grad_norm / (finite_probe + 1e-6)).clamp(max=1.0)
         if late:
-            factor = factor + measure * 0  # NaN if the measure is infinite or NaN: the kernel then changes nothing
-        if isinstance(factor, float):
-            factor = None if factor == 1 else torch.tensor(factor, dtype=torch.float64)
-        self._factor = factor
+            grad_scale = (
+                grad_scale + finite_probe * 0
+            )  # NaN if the finite_probe is infinite or NaN: the kernel then changes nothing
+        if isinstance(grad_scale, float):
+            grad_scale = None if grad_scale == 1 else torch.tensor(grad_scale, dtype=torch.float64)
+        self._grad_scale = grad_scale
         with self._wrapper.skip_synchronize():
             self._wrapper.step()  # comes back to _update, below whatever a subclass of Adam does in its step
         if late:
-            self._not_known = Late(self.skipped)
+            self._deferred_skip = DeferredFlag(self.skipped)
 
     def _only_the_device_knows(self) -> bool:
         """Whether to leave it to the kernel to skip the update, so that the host need not wait to be told."""
         fused = all(implementation == "fused" for implementation in self._implementations)
-        return self.skipped.is_cuda and fused and not self._outside
+        return self.skipped.is_cuda and fused and not self._unflattened
 
-    def _learn(self) -> None:
+    def _record_deferred_skip(self) -> None:
         """Takes note of a skipped update that only the device has known of."""
-        late, self._not_known = self._not_known, None
+        late, self._deferred_skip = self._deferred_skip, None
         if late is not None and late.read():
             self._skipped_updates += 1
-            for flat in self._flats:
-                flat.take_back()
+            for flat in self._storages:
+                flat.undo_step_counts()
 
     def _update_scale(self, skips: torch.Tensor) -> None:
         """Tells the scaler what `unscale_` would note, after a pass over the gradients that the norm has made."""
@@ -287,12 +292,12 @@ class DistributedAdam(Adam):
             raise RuntimeError("give the GradScaler to distribute(loss_scaler=…) and call optimizer.step() itself")
         if closure is None:
             return None
-        if not self._alone or self._accumulate > 1:
+        if not self._single_rank or self._accumulate > 1:
             raise RuntimeError("step(closure) works on one rank without accumulation only; call step() instead")
         with torch.enable_grad():
             return closure()
 
-    def _refuse_strangers(self) -> None:
+    def _refuse_unhooked(self) -> None:
         for parameter in self._parameters():
             if parameter.grad is not None and parameter not in self._hooked:
                 raise RuntimeError(
@@ -302,31 +307,31 @@ class DistributedAdam(Adam):
 
     # Storage.
 
-    def _flat(self, params: list[torch.Tensor], groups: list[int]) -> Flat:
+    def _make_storage(self, params: list[torch.Tensor], groups: list[int]) -> FlatStorage:
         layout = Layout.of(params, BUCKET_BYTES if self._always_flat else None)
-        return Flat(params, groups, self.state, layout)
+        return FlatStorage(params, groups, self.state, layout)
 
-    def _lay_out(self) -> None:
-        self._learn()  # while the buffers are those of the last step
-        super()._lay_out()
+    def _build_layout(self) -> None:
+        self._record_deferred_skip()  # while the buffers are those of the last step
+        super()._build_layout()
         if not self._always_flat:
             return
-        for p in self._outside:
+        for p in self._unflattened:
             if p.requires_grad:
                 raise UserError(
                     f"{self._names()[p]} shares memory with another parameter, or is no ordinary tensor, and "
                     "cannot be averaged: tie parameters by using one and the same"
                 )
         prefix = collective_prefix()
-        self._reducer = Reducer(self._flats, prefix, self._compression, self._accumulate, self.scatters)
+        self._reducer = Reducer(self._storages, prefix, self._compression, self._accumulate, self.scatters)
         if self._wrapper is not None:
             self._wrapper._p_to_group = {p: group for group in self._reducer.groups for p in group}
             self._wrapper._group_counts = dict.fromkeys(self._reducer.groups, 0)
 
-    def _problem(self, resolved: list[str]) -> str | None:
+    def _compile_error(self, resolved: list[str]) -> str | None:
         """The same on all ranks: if one cannot compile, none must, or the ranks would drift apart."""
-        problems = [super()._problem(resolved)]
-        if not self._alone:
+        problems = [super()._compile_error(resolved)]
+        if not self._single_rank:
             problems = self._hvd.allgather_object(problems[0], name="hvd_adam.kernels")
         return next((f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem), None)
 
@@ -339,7 +344,7 @@ class DistributedAdam(Adam):
     def _wrap(self, optimizer: Adam) -> None:
         self._hooked = {p: None for p in self._parameters() if p.requires_grad}  # an ordered set
         names, prefix = self._names(), self._prefix
-        with not_elastic():  # where Horovod would reduce on one rank too
+        with elastic_disabled():  # where Horovod would reduce on one rank too
             self._wrapper = self._hvd.DistributedOptimizer(
                 optimizer,
                 named_parameters=[(f"{prefix}.{names[p]}", p) for p in self._parameters()],
@@ -353,7 +358,7 @@ class DistributedAdam(Adam):
             self._take_over_adasum()
         else:
             self._wrapper._grouped_allreduce_grad_async = self._send
-            self._wrapper._update = lambda: self._update(self._factor)
+            self._wrapper._update = lambda: self._update(self._grad_scale)
 
     def _share(self) -> None:
         """One set of groups and state: the wrapper's constructor and loading have made copies."""
@@ -365,7 +370,7 @@ class DistributedAdam(Adam):
         """Called by the wrapper's hooks when a bucket's gradients are there."""
         reducer = self._reducer
         if not reducer.under_way:
-            self._settle()
+            self._ensure_layout()
         if self._reducer is reducer:
             self._reducer.send(group[0])
         # else the buckets are others now, and this one's may not be complete: finish() sends what is left.
@@ -392,7 +397,7 @@ class DistributedAdam(Adam):
 
         self._wrapper._allreduce_grad_async = step_and_combine
         # It steps one parameter at a time: moving each into a flat buffer of its own would gain nothing.
-        self._wrapper._resolved = lambda: ["foreach"] * len(self.param_groups)
+        self._wrapper._resolve_implementations = lambda: ["foreach"] * len(self.param_groups)
         # Its constructor fills in zero gradients, on which parameters that are not used would be stepped.
         super().zero_grad()
 

@@ -9,7 +9,7 @@ import torch
 from hvd_adam.distributed import compression
 from hvd_adam.distributed.context import horovod
 from hvd_adam.optim.flat_layout import Bucket
-from hvd_adam.optim.flat_storage import Flat
+from hvd_adam.optim.flat_storage import FlatStorage
 
 # Gradients are reduced in buckets fixed in advance, so that sums do not depend on timing. Large enough to
 # use the network's bandwidth, small enough that the first leaves while backward still runs.
@@ -31,7 +31,7 @@ class Reducer:
     """
 
     def __init__(
-        self, flats: Sequence[Flat], prefix: str, compression: str, accumulate: int, scatter: bool = False
+        self, flats: Sequence[FlatStorage], prefix: str, compression: str, accumulate: int, scatter: bool = False
     ) -> None:
         self._buckets = [(flat, bucket) for flat in flats for bucket in flat.layout.buckets]
         self._number = {
@@ -54,7 +54,7 @@ class Reducer:
         return bool(self._under_way)
 
     @property
-    def mean_factor(self) -> float:
+    def mean_scale(self) -> float:
         """What makes the mean over ranks and micro-batches of the result of `finish`."""
         divided = compression.divided(self._compression, horovod().size(), self._divisor)
         return divided / self._divisor
@@ -87,7 +87,7 @@ class Reducer:
             if number not in self._under_way:
                 self.send(flat.params[bucket.first])
         for reduction in self._under_way.values():
-            reduction.share()
+            reduction.start_gather()
         sums = []
         for number, reduction in self._under_way.items():
             reduction.wait()
@@ -106,7 +106,7 @@ class Reducer:
     def _own(self, gradients: torch.Tensor, bucket: Bucket) -> torch.Tensor:
         """Of a bucket's gradients those that this rank has the sum of."""
         start, end = (
-            bucket.part(horovod().rank(), horovod().size()) if self._scatter else (bucket.start, bucket.end)
+            bucket.shard(horovod().rank(), horovod().size()) if self._scatter else (bucket.start, bucket.end)
         )
         return gradients[start:end]
 
@@ -127,5 +127,5 @@ def sum_of(gradients: torch.Tensor) -> torch.Tensor:
     return gradients.sum(dtype=torch.promote_types(gradients.dtype, torch.float32)).double()
 
 
-def _flags(flat: Flat, bucket: Bucket) -> torch.Tensor:
+def _flags(flat: FlatStorage, bucket: Bucket) -> torch.Tensor:
     return flat.grad[bucket.flags : bucket.flags + bucket.last - bucket.first]

@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from hvd_adam.distributed.broadcast import ROOT, broadcast_training
+from hvd_adam.distributed.broadcast import ROOT, broadcast_training_state
 from hvd_adam.distributed.optimizer import DistributedAdam, pieces
 from hvd_adam.distributed.reducer import BUCKET_BYTES
 from hvd_adam.optim.flat_layout import Layout
-from hvd_adam.optim.flat_storage import Flat
+from hvd_adam.optim.flat_storage import FlatStorage
 
 # 16-bit floats carry the bits of those that Horovod does not know.
 _CARRIER = {torch.bfloat16: torch.float16}
@@ -69,56 +69,56 @@ class ShardedAdam(DistributedAdam):
             for group in self.param_groups:
                 self._make_missing_state(group)
         elif self._loaded and not whole:
-            for flat in self._flats:
+            for flat in self._storages:
                 flat.reclaim(self.state)
-        broadcast_training(self._model, self, self._loss_scaler, with_state=whole)
+        broadcast_training_state(self._model, self, self._loss_scaler, with_state=whole)
         self._loaded = False
-        self._settle()
+        self._ensure_layout()
 
     @torch.no_grad()
     def synchronize(self) -> None:
         """As in the default strategy; where gradients are scattered, every rank then gets all of them."""
         super().synchronize()
         if self.scatters:
-            for number, flat in enumerate(self._flats):
+            for number, flat in enumerate(self._storages):
                 self._exchange(flat, flat.grad, f"gradients.{number}")
 
     # Which part is whose.
 
     _loaded = False  # whether `state` is whole, after load_state_dict
 
-    def _flat(self, params: list[torch.Tensor], groups: list[int]) -> Flat:
+    def _make_storage(self, params: list[torch.Tensor], groups: list[int]) -> FlatStorage:
         ranks = self._hvd.size()
         layout = Layout.of(params, BUCKET_BYTES, ranks)
-        return Flat(params, groups, self.state, layout, part=(self._hvd.rank(), ranks))
+        return FlatStorage(params, groups, self.state, layout, shard=(self._hvd.rank(), ranks))
 
-    def _settle(self) -> None:
-        super()._settle()
+    def _ensure_layout(self) -> None:
+        super()._ensure_layout()
         self._loaded = False
 
-    def _lay_out(self) -> None:
-        if self._flats:
+    def _build_layout(self) -> None:
+        if self._storages:
             self.state.update(self._whole_state_of_all())
-        super()._lay_out()
+        super()._build_layout()
 
     def _norm(self) -> torch.Tensor:
         """From the squares of all parts, added in the order of ranks: the same bits everywhere."""
-        spans = [(flat, span) for flat in self._flats for span in flat.spans(flat.collect())]
+        spans = [(flat, span) for flat in self._storages for span in flat.spans(flat.collect())]
         own = [piece for flat, (start, end) in spans for piece in pieces(flat.grad[start:end])]
         device = self._parameters()[0].device
         norms = [norm.double() for norm in torch._foreach_norm(own)] if own else [torch.zeros((), device=device)]
         square = torch.stack(norms).double().square().sum().reshape(1)
         squares = self._hvd.allgather(square, name=f"{self._prefix}.norm")
-        return squares.sum().sqrt().to(torch.promote_types(self._flats[0].dtype, torch.float32))
+        return squares.sum().sqrt().to(torch.promote_types(self._storages[0].dtype, torch.float32))
 
     # Giving parts to the others.
 
-    def _update(self, factor: torch.Tensor | None = None) -> None:
-        super()._update(factor)
-        for number, flat in enumerate(self._flats):
+    def _update(self, grad_scale: torch.Tensor | None = None) -> None:
+        super()._update(grad_scale)
+        for number, flat in enumerate(self._storages):
             self._exchange(flat, flat.param, f"parameters.{number}")
 
-    def _exchange(self, flat: Flat, buffer: torch.Tensor, name: str) -> None:
+    def _exchange(self, flat: FlatStorage, buffer: torch.Tensor, name: str) -> None:
         """Makes a buffer of the whole length, of which every rank has its own part right, right everywhere."""
         buffer = buffer.view(_CARRIER.get(buffer.dtype, buffer.dtype))
         gathers = self._gather(flat, buffer, name) if self.scatters else self._broadcast_parts(flat, buffer, name)
@@ -127,18 +127,20 @@ class ShardedAdam(DistributedAdam):
             if place is not None:
                 place.copy_(received)
 
-    def _gather(self, flat: Flat, buffer: torch.Tensor, name: str) -> Iterator[tuple[int, torch.Tensor | None]]:
+    def _gather(
+        self, flat: FlatStorage, buffer: torch.Tensor, name: str
+    ) -> Iterator[tuple[int, torch.Tensor | None]]:
         for number, bucket in enumerate(flat.layout.buckets):
-            start, end = bucket.part(self._hvd.rank(), self._hvd.size())
+            start, end = bucket.shard(self._hvd.rank(), self._hvd.size())
             handle = self._hvd.allgather_async(buffer[start:end], name=f"{self._prefix}.{name}.{number}")
             yield handle, buffer[bucket.start : bucket.end]
 
     def _broadcast_parts(
-        self, flat: Flat, buffer: torch.Tensor, name: str
+        self, flat: FlatStorage, buffer: torch.Tensor, name: str
     ) -> Iterator[tuple[int, torch.Tensor | None]]:
         for number, bucket in enumerate(flat.layout.buckets):
             for rank in range(self._hvd.size()):
-                start, end = bucket.part(rank, self._hvd.size())
+                start, end = bucket.shard(rank, self._hvd.size())
                 part = buffer[start:end]
                 yield self._hvd.broadcast_async_(part, rank, name=f"{self._prefix}.{name}.{number}.{rank}"), None
 
@@ -158,21 +160,21 @@ class ShardedAdam(DistributedAdam):
         Raises:
             RuntimeError: a state has been loaded on some ranks, and not yet been given to the others.
         """
-        self._learn()
+        self._record_deferred_skip()
         loaded = self._hvd.allgather_object(self._loaded, name=f"{self._prefix}.loaded")
         if len(set(loaded)) > 1:
             ranks = ", ".join(str(rank) for rank, there in enumerate(loaded) if there)
             raise RuntimeError(f"a state was loaded on rank {ranks} only: call broadcast() on all ranks first")
         kept = not on_root_only or self._hvd.rank() == ROOT
         whole = {p: dict(state) for p, state in self.state.items()}
-        for number, flat in enumerate(self._flats):
+        for number, flat in enumerate(self._storages):
             for name in flat.state:
                 parts = [i for i in range(len(flat.params)) if flat.has(self.state, i, name)]
                 if name == "step":
                     for i in parts:
                         whole[flat.params[i]][name] = flat.state[name][i].clone()
                 elif parts:
-                    buffer = flat.spread(name)
+                    buffer = flat.unshard(name)
                     self._exchange(flat, buffer, f"{name}.{number}")
                     if on_root_only:
                         buffer = buffer.cpu()

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-from hvd_adam.distributed.context import Launched, is_elastic, launched
+from hvd_adam.distributed.launch_env import LaunchInfo, detect_launcher, is_elastic
 from hvd_adam.doctor import judge, measured, remote, show
 from hvd_adam.doctor.checks import FAIL, Check, Report, fail, ok, warn, worst
 from hvd_adam.doctor.config import DoctorConfig
@@ -26,7 +26,7 @@ def examine(config: DoctorConfig) -> None:
     Raises:
         UserError: options, or a launcher, that do not go together.
     """
-    launch = launched()
+    launch = detect_launcher()
     if config.hosts is not None and launch.launcher != "none":
         raise UserError(f"--hosts goes without a launcher, and {launch.launcher} started this")
     if is_elastic():
@@ -61,7 +61,7 @@ def _task(config: DoctorConfig, *, alone: bool = False, local: bool = False) -> 
     return {**settings, "alone": alone, "local": local}
 
 
-def job_checks(findings: Findings, launch: Launched, config: DoctorConfig) -> list[Check]:
+def job_checks(findings: Findings, launch: LaunchInfo, config: DoctorConfig) -> list[Check]:
     """All checks of a job, from what its ranks have found.
 
     Args:
@@ -103,7 +103,7 @@ def _missing(findings: Findings, who: judge.Who, config: DoctorConfig) -> Check:
     return fail("ranks", found, STAGES["arrival"][1])
 
 
-def _ssh(reports: Sequence[Report], launch: Launched, config: DoctorConfig) -> Check:
+def _ssh(reports: Sequence[Report], launch: LaunchInfo, config: DoctorConfig) -> Check:
     """Whether rank 0's host, where most launchers are started, may log in to the others."""
     others = list(dict.fromkeys(report.host for report in reports if report.host != reports[0].host))
     if not others:
@@ -116,7 +116,7 @@ def _ssh(reports: Sequence[Report], launch: Launched, config: DoctorConfig) -> C
     return check
 
 
-def _leave_to_rank_0(launch: Launched, findings: Findings, timeout: float) -> None:
+def _leave_to_rank_0(launch: LaunchInfo, findings: Findings, timeout: float) -> None:
     """Tells on stderr what rank 0 cannot know, and nothing else, and lets it end the job.
 
     Raises:
@@ -141,7 +141,7 @@ def _leave_to_rank_0(launch: Launched, findings: Findings, timeout: float) -> No
     sys.exit(1)
 
 
-def _say_aside(launch: Launched, checks: Sequence[Check]) -> None:
+def _say_aside(launch: LaunchInfo, checks: Sequence[Check]) -> None:
     host = judge.this_host()
     for check in checks:
         if check.status == FAIL:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import IO, Any
 
-from hvd_adam.distributed.context import BUILD_COMMAND
+from hvd_adam.distributed.launch_env import BUILD_COMMAND
 from hvd_adam.doctor.checks import Check, Report, fail
 from hvd_adam.doctor.worker import LOAD_SECONDS, MARK
 

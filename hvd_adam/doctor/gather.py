@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-from hvd_adam.distributed.context import HOROVOD_DEFAULTS, Launched, _refuse_srun_without_pmix, _size_mismatch
+from hvd_adam.distributed.context import HOROVOD_DEFAULTS
+from hvd_adam.distributed.launch_env import LaunchInfo, refuse_srun_without_pmix, size_mismatch
 
 POLL_SECONDS = 0.05
 POLLS_A_SECOND = 500  # that the store of all ranks can answer, roughly
@@ -58,12 +59,12 @@ def mpi() -> ModuleType:
     return MPI
 
 
-def connect(launch: Launched, store: str | None, timeout: float) -> Gathering:
+def connect(launch: LaunchInfo, store: str | None, timeout: float) -> Gathering:
     """Meets the other ranks.
 
     Args:
         launch: of this rank; more than one.
-        store: of Gloo, as `hvd_adam.distributed.context.gloo_store` gives it; None for MPI.
+        store: of Gloo, as `hvd_adam.distributed.context.gloo_store_address` gives it; None for MPI.
         timeout: seconds to wait for a rank; MPI's start itself waits for all without end.
 
     Raises:
@@ -71,12 +72,12 @@ def connect(launch: Launched, store: str | None, timeout: float) -> Gathering:
     """
     if store is not None:
         return _ByStore(launch, f"http://{store}/{SCOPE}", timeout)
-    _refuse_srun_without_pmix(launch)
+    refuse_srun_without_pmix(launch)
     return _ByMpi(launch, timeout)
 
 
 class _ByMpi(Gathering):
-    def __init__(self, launch: Launched, timeout: float) -> None:
+    def __init__(self, launch: LaunchInfo, timeout: float) -> None:
         for name, value in HOROVOD_DEFAULTS.items():
             os.environ.setdefault(name, value)
         MPI = mpi()
@@ -84,7 +85,7 @@ class _ByMpi(Gathering):
             MPI.Init_thread(MPI.THREAD_MULTIPLE)  # Horovod's thread will share it
         self._ranks, self._timeout = MPI.COMM_WORLD, timeout
         if self._ranks.size != launch.size:
-            raise _size_mismatch(launch, self._ranks.size)
+            raise size_mismatch(launch, self._ranks.size)
 
     def all(self, value: Any) -> list[Any]:
         # Sleeps where MPI would poll, which takes the cores from what the others still measure.
@@ -97,7 +98,7 @@ class _ByMpi(Gathering):
 
 
 class _ByStore(Gathering):
-    def __init__(self, launch: Launched, address: str, timeout: float) -> None:
+    def __init__(self, launch: LaunchInfo, address: str, timeout: float) -> None:
         self._launch, self._address, self._timeout, self._count = launch, address, timeout, 0
 
     def all(self, value: Any) -> list[Any]:

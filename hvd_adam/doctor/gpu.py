@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 from types import ModuleType
 
-from hvd_adam.distributed.context import BUILD_COMMAND, horovod
+from hvd_adam.distributed.context import horovod
+from hvd_adam.distributed.launch_env import BUILD_COMMAND
 from hvd_adam.doctor.checks import Check, brief, fail, ok, warn
 from hvd_adam.doctor.machine import loaded_libraries
 from hvd_adam.errors import UserError

@@ -6,10 +6,10 @@ import socket
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
-from hvd_adam.distributed.context import Place, assign_gpus
+from hvd_adam.distributed.placement import RankPlacement, assign_gpus
 from hvd_adam.doctor.checks import OK, Check, Report, fail, ok, sentence, shortened, warn, worst
 from hvd_adam.errors import UserError
-from hvd_adam.recovery.watchdog import _ranks
+from hvd_adam.recovery.stall_report import name_ranks
 
 Who = Callable[[Sequence[int]], str]  # names ranks, or hosts, by their numbers
 
@@ -17,7 +17,7 @@ Who = Callable[[Sequence[int]], str]  # names ranks, or hosts, by their numbers
 def ranks_of(reports: Sequence[Report]) -> Who:
     """Names the ranks of some reports: "rank 1 on a, ranks 2, 3 on b"."""
     hosts = {report.rank: report.host for report in reports}
-    return lambda numbers: _ranks([reports[number].rank for number in numbers], hosts)
+    return lambda numbers: name_ranks([reports[number].rank for number in numbers], hosts)
 
 
 def hosts_of(reports: Sequence[Report]) -> Who:
@@ -132,7 +132,7 @@ def gpus(reports: Sequence[Report], device: str) -> Check:
         device: as `hvd_adam.distributed.context.init` takes it.
     """
     seen = [tuple(report.facts.get("gpus", ())) if device != "cpu" else () for report in reports]
-    places = [Place(report.host, (), gpus) for report, gpus in zip(reports, seen, strict=True)]
+    places = [RankPlacement(report.host, (), gpus) for report, gpus in zip(reports, seen, strict=True)]
     try:
         assign_gpus(places, device)
     except UserError as error:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from hvd_adam.distributed.context import cores
+from hvd_adam.distributed.placement import cores
 from hvd_adam.doctor.checks import Check, Report, fail, look, ok, warn
 from hvd_adam.recovery.watchdog import _addresses
 

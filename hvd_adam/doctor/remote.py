@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from hvd_adam.distributed.context import BUILD_COMMAND
+from hvd_adam.distributed.launch_env import BUILD_COMMAND
 from hvd_adam.doctor.checks import Check, Report, fail, ok
 from hvd_adam.doctor.config import DoctorConfig
 from hvd_adam.doctor.follow import following, telling

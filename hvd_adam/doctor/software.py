@@ -16,7 +16,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
-from hvd_adam.distributed.context import BUILD_COMMAND, horovod, visible_gpus
+from hvd_adam.distributed.context import horovod
+from hvd_adam.distributed.launch_env import BUILD_COMMAND
+from hvd_adam.distributed.placement import visible_gpus
 from hvd_adam.doctor import gpu, machine
 from hvd_adam.doctor.checks import Check, Report, brief, fail, look, ok, sentence, warn
 from hvd_adam.doctor.gather import mpi

@@ -15,7 +15,8 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from hvd_adam.distributed.context import Launched, gloo_store, init, launched
+from hvd_adam.distributed.context import init
+from hvd_adam.distributed.launch_env import LaunchInfo, detect_launcher, gloo_store_address
 from hvd_adam.doctor import gather, machine, software
 from hvd_adam.doctor.checks import Report, brief, fail, sentence
 from hvd_adam.doctor.links import Point
@@ -31,7 +32,7 @@ def main() -> None:
     task = json.loads(sys.stdin.readline())
     sys.stdout = sys.stderr  # for what libraries print
     threading.Thread(target=_end_with_input, daemon=True).start()
-    launch = Launched("none", 0, 1) if task["alone"] else launched()
+    launch = LaunchInfo("none", 0, 1) if task["alone"] else detect_launcher()
     report = _look_alone(task, launch)
     try:
         if task["local"]:
@@ -46,29 +47,29 @@ def main() -> None:
     except UserError as error:
         _say(check=asdict(sentence("launcher", str(error))))
     except OSError as error:
-        found = f"where the ranks meet, {gloo_store()}, does not answer: {brief(error)}"
+        found = f"where the ranks meet, {gloo_store_address()}, does not answer: {brief(error)}"
         remedy = "see that this host reaches the one where horovodrun runs, on any port; name the interface (-i)"
         _say(check=asdict(fail("ranks", found, remedy)))
     _say(done=True)
 
 
-def _look_alone(task: dict[str, Any], launch: Launched) -> Report:
+def _look_alone(task: dict[str, Any], launch: LaunchInfo) -> Report:
     report = Report(launch.rank, socket.gethostname())
     allowed = max(LOAD_SECONDS, task["timeout"])
     _say(doing="machine", seconds=allowed)
     machine.examine(report, task["output_dir"])
     _say(doing="software", seconds=allowed, report=report.plain())
-    controller = "" if launch.size == 1 else "gloo" if gloo_store() else "mpi"
+    controller = "" if launch.size == 1 else "gloo" if gloo_store_address() else "mpi"
     software.examine(report, controller, first=report.rank == 0 and not task["local"])
     report.facts["time"] = time.time()
     _say(doing="software", seconds=allowed, report=report.plain())
     return report
 
 
-def _examine_job(task: dict[str, Any], launch: Launched, report: Report) -> None:
+def _examine_job(task: dict[str, Any], launch: LaunchInfo, report: Report) -> None:
     point = Point(report.rank, report.host, _best_first(report))
     report.facts["peer"] = point.peer
-    store = gloo_store()
+    store = gloo_store_address()
     # There rank 0 waits for the others, who wait for it; MPI's start cannot be ended from within.
     _say(doing="arrival", seconds=task["timeout"] if store is None else 2 * task["timeout"] + SLACK)
     ranks = gather.connect(launch, store, task["timeout"])

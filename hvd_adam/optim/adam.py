@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 
 from hvd_adam.optim import fused
-from hvd_adam.optim.flat_layout import Layout, can_be_flat, overlapping
-from hvd_adam.optim.flat_storage import Flat, check_gradient
+from hvd_adam.optim.flat_layout import Layout, can_be_flattened, overlapping
+from hvd_adam.optim.flat_storage import FlatStorage, check_gradient
 from hvd_adam.optim.functional import (
     Batch,
     Group,
@@ -43,7 +43,7 @@ _FUSED_ELEMENTS = 1 << 20
 _CPU_BATCH_ELEMENTS = 1 << 18
 
 # The options that decide about layout and kernels.
-_LAID_OUT_FOR = ("implementation", "amsgrad", "decoupled_weight_decay", "master_weights", "stochastic_rounding")
+_LAYOUT_OPTIONS = ("implementation", "amsgrad", "decoupled_weight_decay", "master_weights", "stochastic_rounding")
 
 _UPDATES = {"reference": update_reference, "foreach": update_foreach}
 
@@ -117,10 +117,10 @@ class Adam(PlainOptimizer):
     _signature: object = None
     _state_ids: Sequence[int] = ()
     _implementations: Sequence[str] = ()
-    _outside_implementations: Sequence[str] = ()  # what cannot be flat has no fused form
-    _flats: Sequence[Flat] = ()
-    _variants: Mapping[tuple[int, torch.device, torch.dtype], fused.Variant]  # by group, device, dtype
-    _outside: Set[Tensor] = frozenset()
+    _unflattened_implementations: Sequence[str] = ()  # what cannot be flat has no fused form
+    _storages: Sequence[FlatStorage] = ()
+    _specs: Mapping[tuple[int, torch.device, torch.dtype], fused.KernelSpec]  # by group, device, dtype
+    _unflattened: Set[Tensor] = frozenset()
     _frozen: Sequence[Tensor] = ()  # would be flat if they were trained
 
     _source: dict[str, Any] | None = None  # what load_state_dict is loading
@@ -283,52 +283,52 @@ class Adam(PlainOptimizer):
         of_all = torch_optimizer._global_optimizer_pre_hooks or torch_optimizer._global_optimizer_post_hooks
         return bool(own or of_all or torch.autograd._profiler_enabled())
 
-    def _update(self, factor: Tensor | None = None) -> None:
-        """Makes one step with the gradients times `factor`, 0-dimensional, on their device or the CPU.
+    def _update(self, grad_scale: Tensor | None = None) -> None:
+        """Makes one step with the gradients times `grad_scale`, 0-dimensional, on their device or the CPU.
 
         Where everything is fused on a GPU, one that lies there and is NaN makes a step that changes nothing but
-        the counts, which `Flat.take_back` puts right.
+        the counts, which `FlatStorage.undo_step_counts` puts right.
         """
-        self._settle()
-        if any(flat.device.type == "cuda" for flat in self._flats) and torch.cuda.is_current_stream_capturing():
+        self._ensure_layout()
+        if any(flat.device.type == "cuda" for flat in self._storages) and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "Adam's step cannot be captured in a CUDA graph: learning rate and step count are numbers of the "
                 "host, and would stay what they are now; capture forward and backward, and call step() outside"
             )
-        present = [flat.collect() for flat in self._flats]
-        groups = range(len(self.param_groups)) if self._outside else ()
+        present = [flat.collect() for flat in self._storages]
+        groups = range(len(self.param_groups)) if self._unflattened else ()
         batches = [(batch, i) for i in groups for batch in self._batches(i)]
-        for flat, has_grad in zip(self._flats, present, strict=True):
-            self._update_flat(flat, has_grad, factor)
+        for flat, has_grad in zip(self._storages, present, strict=True):
+            self._update_flat(flat, has_grad, grad_scale)
         for batch, i in batches:
             torch._foreach_add_(batch.counts, 1)
-            _UPDATES[self._outside_implementations[i]](batch, self.param_groups[i], factor)
+            _UPDATES[self._unflattened_implementations[i]](batch, self.param_groups[i], grad_scale)
 
-    def _update_flat(self, flat: Flat, present: list[bool], factor: Tensor | None) -> None:
+    def _update_flat(self, flat: FlatStorage, present: list[bool], grad_scale: Tensor | None) -> None:
         for run in flat.runs(present):
             group, implementation = self.param_groups[run.group], self._implementations[run.group]
             for position, buffers in flat.buffers(run, state_dtypes(group, flat.dtype)):
                 if implementation == "fused":
-                    variant = self._variants[run.group, flat.device, flat.dtype]
+                    spec = self._specs[run.group, flat.device, flat.dtype]
                     numbers = fused.scalars(group, run.step)
-                    fused.update(variant, buffers, _descending(group, factor), numbers, seed(run.step, position))
+                    fused.update(spec, buffers, _descending(group, grad_scale), numbers, seed(run.step, position))
                     continue
                 size = _CPU_BATCH_ELEMENTS if flat.device.type == "cpu" else buffers.param.numel()
                 for number, piece in enumerate(buffers.split(size)):
                     batch = Batch.of(piece, run.step, position + number * size)
-                    _UPDATES[implementation](batch, group, factor)
+                    _UPDATES[implementation](batch, group, grad_scale)
 
-    def _settle(self) -> None:
+    def _ensure_layout(self) -> None:
         """Lays the storage out where that has not been done, or no longer fits."""
         signature = [
-            (*map(group.get, _LAID_OUT_FOR), group["weight_decay"] != 0, *map(id, group["params"]))
+            (*map(group.get, _LAYOUT_OPTIONS), group["weight_decay"] != 0, *map(id, group["params"]))
             for group in self.param_groups
         ]
         thawed = any(p.grad is not None for p in self._frozen)
         kept = self._state_ids == self._ids_of_state()
-        fit = all((kept and flat.holds_params()) or flat.fits(self.state) for flat in self._flats)
+        fit = all((kept and flat.holds_params()) or flat.fits(self.state) for flat in self._storages)
         if thawed or signature != self._signature or not fit:
-            self._lay_out()
+            self._build_layout()
             self._signature, kept = signature, False
         if not kept:
             self._state_ids = self._ids_of_state()
@@ -337,19 +337,21 @@ class Adam(PlainOptimizer):
         """Which tensors the state consists of. (The flat buffers keep theirs, so no other takes over an id.)"""
         return list(map(id, chain.from_iterable(map(dict.values, self.state.values()))))
 
-    def _lay_out(self) -> None:
+    def _build_layout(self) -> None:
         """Decides what is fused, and moves that into flat buffers."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.requires_grad or p.grad is not None:
                     self._whole_state(p, group)
-        self._implementations = self._resolved()
+        self._implementations = self._resolve_implementations()
         params = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
         shared = overlapping(list(params))
         flat = {
             p: i
             for p, i in params.items()
-            if (self._always_flat or self._implementations[i] == "fused") and can_be_flat(p) and p not in shared
+            if (self._always_flat or self._implementations[i] == "fused")
+            and can_be_flattened(p)
+            and p not in shared
         }
         self._frozen = [p for p in flat if not self.state.get(p)]
         for p in self._frozen:
@@ -357,19 +359,19 @@ class Adam(PlainOptimizer):
         kinds: dict[tuple, list[Tensor]] = defaultdict(list)
         for p, i in flat.items():
             kinds[p.device, p.dtype, moment_dtype(self.param_groups[i], p.dtype)].append(p)
-        self._flats = [self._flat(params, [flat[p] for p in params]) for params in kinds.values()]
-        self._variants = {
-            (i, flat.device, flat.dtype): _variant(self.param_groups[i], flat.device, flat.dtype)
-            for flat in self._flats
+        self._storages = [self._make_storage(params, [flat[p] for p in params]) for params in kinds.values()]
+        self._specs = {
+            (i, flat.device, flat.dtype): _spec(self.param_groups[i], flat.device, flat.dtype)
+            for flat in self._storages
             for i in set(flat.groups)
         }
-        self._outside = params.keys() - flat.keys()
-        self._outside_implementations = ["foreach" if i == "fused" else i for i in self._implementations]
+        self._unflattened = params.keys() - flat.keys()
+        self._unflattened_implementations = ["foreach" if i == "fused" else i for i in self._implementations]
 
-    def _flat(self, params: list[Tensor], groups: list[int]) -> Flat:
-        return Flat(params, groups, self.state, Layout.of(params))
+    def _make_storage(self, params: list[Tensor], groups: list[int]) -> FlatStorage:
+        return FlatStorage(params, groups, self.state, Layout.of(params))
 
-    def _resolved(self) -> list[str]:
+    def _resolve_implementations(self) -> list[str]:
         """The implementation of each group: "auto" decided, and "fused" only where it can be had."""
         elements = sum(p.numel() for group in self.param_groups for p in group["params"])
         resolved = []
@@ -379,7 +381,7 @@ class Adam(PlainOptimizer):
                 large = elements >= _FUSED_ELEMENTS or any(p.is_cuda for p in group["params"])
                 implementation = "fused" if large else "foreach"
             resolved.append(implementation)
-        if "fused" in resolved and (problem := self._problem(resolved)):
+        if "fused" in resolved and (problem := self._compile_error(resolved)):
             self._warn_unfused(problem)
             resolved = ["foreach" if implementation == "fused" else implementation for implementation in resolved]
         return resolved
@@ -387,15 +389,15 @@ class Adam(PlainOptimizer):
     def _warn_unfused(self, problem: str) -> None:
         warnings.warn(f"hvd_adam: no fused update here, using foreach ({problem})", RuntimeWarning, stacklevel=2)
 
-    def _problem(self, resolved: list[str]) -> str | None:
+    def _compile_error(self, resolved: list[str]) -> str | None:
         """Compiles what is to be fused: None, or why that cannot be."""
-        variants = {
-            _variant(group, p.device, p.dtype): None
+        specs = {
+            _spec(group, p.device, p.dtype): None
             for group, implementation in zip(self.param_groups, resolved, strict=True)
             if implementation == "fused"
             for p in group["params"]
         }
-        return next((problem for variant in variants if (problem := fused.why_not(variant))), None)
+        return next((problem for spec in specs if (problem := fused.compile_error(spec))), None)
 
     def _batches(self, i: int) -> list[Batch]:
         """Sorts what group `i` has outside the flat buffers, and with gradients, by device and dtype."""
@@ -403,7 +405,7 @@ class Adam(PlainOptimizer):
         batches: dict[tuple[torch.device, torch.dtype], list[Batch]] = defaultdict(lambda: [Batch()])
         for p in group["params"]:
             position += p.numel()
-            if p.grad is None or p not in self._outside:
+            if p.grad is None or p not in self._unflattened:
                 continue
             check_gradient(p)
             same_kind = batches[p.device, p.dtype]
@@ -416,18 +418,18 @@ class Adam(PlainOptimizer):
         return [batch for same_kind in batches.values() for batch in same_kind]
 
 
-def _variant(group: Group, device: torch.device, dtype: torch.dtype) -> fused.Variant:
+def _spec(group: Group, device: torch.device, dtype: torch.dtype) -> fused.KernelSpec:
     coupling = "decoupled" if group["decoupled_weight_decay"] else "coupled"
     decay = coupling if group["weight_decay"] != 0 else "none"
     kind = rounding(group, dtype)
-    return fused.Variant(device.type, dtype, moment_dtype(group, dtype), group["amsgrad"], decay, kind)
+    return fused.KernelSpec(device.type, dtype, moment_dtype(group, dtype), group["amsgrad"], decay, kind)
 
 
-def _descending(group: Group, factor: Tensor | None) -> Tensor | None:
+def _descending(group: Group, grad_scale: Tensor | None) -> Tensor | None:
     """What the gradients are multiplied with: to ascend is to descend against them."""
     if not group["maximize"]:
-        return factor
-    return torch.tensor(-1.0) if factor is None else -factor
+        return grad_scale
+    return torch.tensor(-1.0) if grad_scale is None else -grad_scale
 
 
 def _copied_state(p: Tensor, loaded: dict[str, Any], group: Group) -> dict[str, Tensor]:

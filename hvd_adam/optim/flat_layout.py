@@ -27,7 +27,7 @@ class Bucket:
     end: int
     flags: int
 
-    def part(self, rank: int, ranks: int) -> tuple[int, int]:
+    def shard(self, rank: int, ranks: int) -> tuple[int, int]:
         """The elements of the bucket that are this rank's own where it is shared out evenly."""
         size = (self.end - self.start) // ranks
         return self.start + rank * size, self.start + (rank + 1) * size
@@ -75,7 +75,7 @@ def _aligned(elements: int, multiple: int = ALIGNMENT) -> int:
     return -(-elements // multiple) * multiple
 
 
-def can_be_flat(p: Tensor) -> bool:
+def can_be_flattened(p: Tensor) -> bool:
     """Whether a buffer can hold it: an ordinary tensor of this process whose elements do not overlap."""
     ordinary = type(p) in (torch.nn.Parameter, Tensor) and p.device.type in ("cpu", "cuda")
     extent = 1

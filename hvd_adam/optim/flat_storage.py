@@ -37,7 +37,7 @@ class Run:
     end: int
 
 
-class Flat:
+class FlatStorage:
     """Parameters and everything of theirs, moved into flat buffers.
 
     Args:
@@ -50,8 +50,8 @@ class Flat:
 
     Attributes:
         param, grad: the buffers, of layout.total elements.
-        state: state buffers by name, of `owned` elements; "step" has one float32 a parameter, on the CPU.
-        owned: (start, end, where that begins in the state buffers) of what this rank keeps state for.
+        state: state buffers by name, of `shard_spans` elements; "step" has one float32 a parameter, on the CPU.
+        shard_spans: (start, end, where that begins in the state buffers) of what this rank keeps state for.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Flat:
         groups: list[int],
         state: dict[Tensor, dict[str, Tensor]],
         layout: Layout,
-        part: tuple[int, int] = (0, 1),
+        shard: tuple[int, int] = (0, 1),
     ) -> None:
         self.params, self.groups, self.layout = params, groups, layout
         self._one_group = len(set(groups)) == 1
@@ -73,8 +73,8 @@ class Flat:
         self._grad_views = [self.view(self.grad, i) for i in range(len(params))]
         self._pointers = [view.data_ptr() for view in self._param_views]
         self._grad_pointers = [view.data_ptr() for view in self._grad_views]
-        self.owned = self._own(*part)
-        self._whole = part[1] == 1
+        self.shard_spans = self._own(*shard)
+        self._whole = shard[1] == 1
         self._last_key: tuple | None = None
         self.state: dict[str, Tensor] = {}
         self._state_views: list[dict[str, Tensor]] = [{} for _ in params]
@@ -133,19 +133,19 @@ class Flat:
         if all(map(operator.is_, grads, views)) and list(map(Tensor.data_ptr, grads)) == places:
             return [True] * len(grads)
         # `p.grad.data = …`, as Module.to does it, leaves the object and changes where it lies.
-        strangers = [
+        replaced = [
             i
             for i, (grad, view, place) in enumerate(zip(grads, views, places, strict=True))
             if grad is not None and (grad is not view or grad.data_ptr() != place)
         ]
-        for i in strangers:
+        for i in replaced:
             check_gradient(params[i])
-        for i in strangers:
+        for i in replaced:
             if views[i].data_ptr() != places[i]:
                 views[i] = self._grad_views[first + i] = self.view(self.grad, first + i)
-        if strangers:
-            torch._foreach_copy_([views[i] for i in strangers], [grads[i] for i in strangers])
-        for i in strangers:
+        if replaced:
+            torch._foreach_copy_([views[i] for i in replaced], [grads[i] for i in replaced])
+        for i in replaced:
             params[i].grad = views[i]
         return [grad is not None for grad in grads]
 
@@ -164,7 +164,7 @@ class Flat:
             if found is view:
                 continue
             if found.shape != view.shape and found.shape == self.params[i].shape:
-                found = self._own_piece(found, i)
+                found = self._shard_of(found, i)
             if found.shape != view.shape:
                 raise RuntimeError(
                     f"{name} of parameter {i} has shape {tuple(found.shape)}, but the parameter has shape "
@@ -204,7 +204,7 @@ class Flat:
             follows = present[i]
         return runs
 
-    def take_back(self) -> None:
+    def undo_step_counts(self) -> None:
         """Counts the last step less: it has changed nothing."""
         self._steps -= self._counted
 
@@ -217,13 +217,13 @@ class Flat:
                 if i and present[i - 1]:
                     start = spans.pop()[0]
                 spans.append((start, end))
-        cut = [(max(a, start), min(b, end)) for a, b in spans for start, end, _ in self.owned]
+        cut = [(max(a, start), min(b, end)) for a, b in spans for start, end, _ in self.shard_spans]
         return [(a, b) for a, b in cut if a < b]
 
-    def spread(self, name: str) -> Tensor:
+    def unshard(self, name: str) -> Tensor:
         """A state buffer at the whole length: what this rank owns in its place, zeros elsewhere."""
         whole = torch.zeros(self.layout.total, dtype=self.state[name].dtype, device=self.device)
-        for start, end, place in self.owned:
+        for start, end, place in self.shard_spans:
             whole[start:end] = self.state[name][place : place + end - start]
         return whole
 
@@ -235,7 +235,7 @@ class Flat:
         return self._last_buffers
 
     def _cut(self, run: Run, names: Iterable[str]) -> Iterator[tuple[int, Buffers]]:
-        for start, end, place in self.owned:
+        for start, end, place in self.shard_spans:
             a, b = max(run.start, start), min(run.end, end)
             if a < b:
                 state = {name: self.state[name][a - start + place : b - start + place] for name in names}
@@ -244,15 +244,15 @@ class Flat:
     def _own(self, rank: int, ranks: int) -> list[tuple[int, int, int]]:
         if ranks == 1:
             return [(0, self.layout.total, 0)]
-        owned, place = [], 0
+        shard_spans, place = [], 0
         for bucket in self.layout.buckets:
-            start, end = bucket.part(rank, ranks)
-            owned.append((start, end, place))
+            start, end = bucket.shard(rank, ranks)
+            shard_spans.append((start, end, place))
             place += end - start
-        return owned
+        return shard_spans
 
     def _make_state(self) -> None:
-        length = sum(end - start for start, end, _ in self.owned)
+        length = sum(end - start for start, end, _ in self.shard_spans)
         names = {name: t for p in self.params for name, t in self._state_of[p].items()}
         for name, like in names.items():
             self.state[name] = zeros(length, like.dtype, self.device)
@@ -273,13 +273,13 @@ class Flat:
     def _piece(self, i: int) -> tuple[int, int, int]:
         """(skip, count, place): of parameter `i`'s memory, `count` elements from `skip` on are at `place` here."""
         begin, stop = self.layout.offsets[i], self.layout.offsets[i] + self.params[i].numel()
-        for start, end, place in self.owned:
+        for start, end, place in self.shard_spans:
             a, b = max(begin, start), min(stop, end)
             if a < b:
                 return a - begin, b - a, a - start + place
         return 0, 0, 0
 
-    def _own_piece(self, whole: Tensor, i: int) -> Tensor:
+    def _shard_of(self, whole: Tensor, i: int) -> Tensor:
         """This rank's elements of a whole state tensor, in the order of the parameter's memory."""
         skip, count, _ = self._piece(i)
         in_memory = torch.empty_like(self._param_views[i], dtype=whole.dtype).copy_(whole)

@@ -83,7 +83,7 @@ def seed(step: float, position: int) -> int:
     return (int(step) * 0x9E3779B1 + position) % 2**31
 
 
-def update_reference(batch: Batch, group: Group, factor: Tensor | None) -> None:
+def update_reference(batch: Batch, group: Group, grad_scale: Tensor | None) -> None:
     """Updates one tensor after the other by the oracle, in float64."""
     beta1, beta2 = group["betas"]
     thetas = _thetas(batch, group, torch.float64)
@@ -92,7 +92,7 @@ def update_reference(batch: Batch, group: Group, factor: Tensor | None) -> None:
     for theta, g, m, v, v_max, step in zip(*columns, strict=True):
         adam_update(
             theta,
-            g if factor is None else g.double() * factor.double(),
+            g if grad_scale is None else g.double() * grad_scale.double(),
             m,
             v,
             v_max,
@@ -108,20 +108,20 @@ def update_reference(batch: Batch, group: Group, factor: Tensor | None) -> None:
     _store(batch, group, thetas)
 
 
-def update_foreach(batch: Batch, group: Group, factor: Tensor | None) -> None:
+def update_foreach(batch: Batch, group: Group, grad_scale: Tensor | None) -> None:
     """Updates all tensors together, in their own dtype.
 
     The order of operations is the usual one of the plain formulas in PyTorch, so that results agree with
     ``torch.optim.Adam`` to the last bit wherever the same kernels run. Temporaries: one copy of the
-    batch's parameters for the denominator, and one more each for ``factor``, ``maximize``, coupled weight decay
+    batch's parameters for the denominator, one each for ``grad_scale``, ``maximize``, coupled weight decay
     and half-precision parameters with float32 moments.
     """
     lr, weight_decay = float(group["lr"]), group["weight_decay"]
     beta1, beta2 = group["betas"]
     thetas = _thetas(batch, group, torch.float32)
     grads = [g.to(m.dtype) for g, m in zip(batch.grads, batch.exp_avgs, strict=True)]
-    if factor is not None:
-        grads = torch._foreach_mul(grads, factor.to(grads[0].dtype))
+    if grad_scale is not None:
+        grads = torch._foreach_mul(grads, grad_scale.to(grads[0].dtype))
     if group["maximize"]:
         grads = torch._foreach_neg(grads)
     if weight_decay != 0:

@@ -30,8 +30,8 @@ class NoKernel(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Variant:
-    """What is compiled in. Everything else (length, learning rate, step, factor) is data.
+class KernelSpec:
+    """What is compiled in. Everything else (length, learning rate, step, grad_scale) is data.
 
     Attributes:
         device: "cpu" or "cuda".
@@ -63,7 +63,7 @@ class Variant:
 
 @dataclass
 class Buffers:
-    """1-dimensional, contiguous, of one length and device; those that a variant does without are None."""
+    """1-dimensional, contiguous, of one length and device; those that a spec does without are None."""
 
     param: Tensor
     grad: Tensor
@@ -79,7 +79,7 @@ class Buffers:
         return [Buffers(*row) for row in zip(*(c * count if c == [None] else c for c in columns), strict=True)]
 
 
-# An update of whole buffers, in place, from a factor (or None), scalars and a seed.
+# An update of whole buffers, in place, from a grad_scale (or None), scalars and a seed.
 Kernel = Callable[[Buffers, "Tensor | None", Scalars, int], None]
 
 
@@ -108,13 +108,13 @@ def adam_expression(
     m: Tensor,
     v: Tensor,
     v_max: Tensor | None,
-    factor: Tensor,
+    grad_scale: Tensor,
     scalars: Tensor,
     decay: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """θ, m, v and the largest v after a step, all in one dtype; `factor` multiplies the gradient first."""
+    """θ, m, v and the largest v after a step, all in one dtype; `grad_scale` multiplies the gradient first."""
     weight_decay, one_minus_beta1, beta2, one_minus_beta2, step_size, eps = scalars.unbind()
-    g = g * factor
+    g = g * grad_scale
     if decay == "coupled":
         g = g + weight_decay * theta
     elif decay == "decoupled":
@@ -159,18 +159,18 @@ def current_master(p: Tensor, master: Tensor) -> Tensor:
     return torch.where(kept, master, wide)
 
 
-def _update(variant: Variant, p, g, m, v, v_max, master, factor, scalars, seed) -> None:  # noqa: ANN001
+def _update(spec: KernelSpec, p, g, m, v, v_max, master, grad_scale, scalars, seed) -> None:  # noqa: ANN001
     """What is compiled: one pass over the buffers."""
-    dtype = variant.compute_dtype
+    dtype = spec.compute_dtype
     moments = [None if t is None else t.to(dtype) for t in (m, v, v_max)]
     theta = p.to(dtype) if master is None else current_master(p, master)
-    theta, *moments = adam_expression(theta, g.to(dtype), *moments, factor, scalars, variant.decay)
+    theta, *moments = adam_expression(theta, g.to(dtype), *moments, grad_scale, scalars, spec.decay)
     for old, new in zip((m, v, v_max), moments, strict=True):
         if old is not None:
             old.copy_(new)
     if master is not None:
         master.copy_(theta)
-    p.copy_(round_stochastically(theta, seed) if variant.rounding == "stochastic" else theta)
+    p.copy_(round_stochastically(theta, seed) if spec.rounding == "stochastic" else theta)
 
 
 @cache
@@ -178,13 +178,13 @@ def _one(device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.ones((), dtype=dtype, device=device)
 
 
-def update(variant: Variant, buffers: Buffers, factor: Tensor | None, numbers: Scalars, seed: int) -> None:
+def update(spec: KernelSpec, buffers: Buffers, grad_scale: Tensor | None, numbers: Scalars, seed: int) -> None:
     """One step of Adam over whole buffers, in place.
 
     Args:
-        variant: fits the buffers.
+        spec: fits the buffers.
         buffers: on one device.
-        factor: multiplies the gradient: 0-dimensional. None: 1. One that lies on a GPU, and is NaN, makes the
+        grad_scale: multiplies the gradient: 0-dimensional. None: 1. One that lies on a GPU, and is NaN, makes the
             update change nothing.
         numbers: what `scalars` returns.
         seed: of stochastic rounding, in [0, 2³¹).
@@ -192,78 +192,78 @@ def update(variant: Variant, buffers: Buffers, factor: Tensor | None, numbers: S
     Raises:
         NoKernel: it cannot be compiled here; nothing has been changed.
     """
-    _kernel(variant)(buffers, factor, numbers, seed)
+    _kernel(spec)(buffers, grad_scale, numbers, seed)
 
 
-def why_not(variant: Variant) -> str | None:
-    """Compiles the variant, or takes it from the cache: None, or in one line why that cannot be."""
+def compile_error(spec: KernelSpec) -> str | None:
+    """Compiles the spec, or takes it from the cache: None, or in one line why that cannot be."""
     try:
-        _kernel(variant)
+        _kernel(spec)
     except NoKernel as error:
         return str(error)
     return None
 
 
-_failed: dict[Variant, str] = {}
+_failed: dict[KernelSpec, str] = {}
 
 
 @cache
-def _kernel(variant: Variant) -> Kernel:
-    if variant not in _failed:
+def _kernel(spec: KernelSpec) -> Kernel:
+    if spec not in _failed:
         try:
-            return _compared(variant) if variant.device == "cuda" else _cached(variant)
+            return _compared(spec) if spec.device == "cuda" else _cached(spec)
         except Exception as error:
-            _failed[variant] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    raise NoKernel(_failed[variant])
+            _failed[spec] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    raise NoKernel(_failed[spec])
 
 
-def _cached(variant: Variant) -> Kernel:
+def _cached(spec: KernelSpec) -> Kernel:
     """Takes the kernel from this host's cache, or leaves it there. (Triton has a cache of its own.)"""
     try:
-        with compiling(variant.name):
-            return _compared(variant)
+        with compiling(spec.name):
+            return _compared(spec)
     except Exception:
         # A damaged cache is the one cause that can be put right: without it, once more.
         discard()
-        return _compared(variant)
+        return _compared(spec)
 
 
-def _compared(variant: Variant) -> Kernel:
+def _compared(spec: KernelSpec) -> Kernel:
     """Compiles, and compares examples with the expression uncompiled."""
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        kernel = _COMPILERS[variant.device](variant)
+        kernel = _COMPILERS[spec.device](spec)
         for elements in (_EXAMPLE_ELEMENTS, 1001):
-            made, expected = _example(variant, elements), _example(variant, elements)
+            made, expected = _example(spec, elements), _example(spec, elements)
             kernel(*made)
-            _update(variant, *_tensors(variant, *expected))
+            _update(spec, *_tensors(spec, *expected))
             for ours, theirs in zip(vars(made[0]).values(), vars(expected[0]).values(), strict=True):
                 if ours is not None and not torch.allclose(ours, theirs, rtol=2**-6, atol=1e-6):
                     raise RuntimeError("the compiled kernel computes something else than its source")
     return kernel
 
 
-def _compile_for_gpu(variant: Variant) -> Kernel:
+def _compile_for_gpu(spec: KernelSpec) -> Kernel:
     from hvd_adam.optim import triton_kernel  # here: PyTorch has Triton only where it is built for GPUs
 
-    def kernel(buffers: Buffers, factor: Tensor | None, numbers: Scalars, seed: int) -> None:
-        triton_kernel.update(variant.rounding, variant.decay, vars(buffers), factor, numbers, seed)
+    def kernel(buffers: Buffers, grad_scale: Tensor | None, numbers: Scalars, seed: int) -> None:
+        triton_kernel.update(spec.rounding, spec.decay, vars(buffers), grad_scale, numbers, seed)
 
     return kernel
 
 
-def _compile_for_cpu(variant: Variant) -> Kernel:
+def _compile_for_cpu(spec: KernelSpec) -> Kernel:
     """Compiles by way of example."""
 
     def one_pass(*arguments: Tensor | None) -> None:
-        _update(variant, *arguments)
+        _update(spec, *arguments)
 
-    # PyTorch limits the compilations of one code object: each variant gets its own.
-    one_pass.__code__ = one_pass.__code__.replace(co_name=variant.name)
-    code = innermost(one_pass, _tensors(variant, *_example(variant, _EXAMPLE_ELEMENTS)))
+    # PyTorch limits the compilations of one code object: each spec gets its own.
+    one_pass.__code__ = one_pass.__code__.replace(co_name=spec.name)
+    code = innermost(one_pass, _tensors(spec, *_example(spec, _EXAMPLE_ELEMENTS)))
 
-    def kernel(buffers: Buffers, factor: Tensor | None, numbers: Scalars, seed: int) -> None:
-        code(*_tensors(variant, buffers, factor, numbers, seed))
+    def kernel(buffers: Buffers, grad_scale: Tensor | None, numbers: Scalars, seed: int) -> None:
+        code(*_tensors(spec, buffers, grad_scale, numbers, seed))
 
     return kernel
 
@@ -272,31 +272,31 @@ _COMPILERS = {"cpu": _compile_for_cpu, "cuda": _compile_for_gpu}
 
 
 def _tensors(
-    variant: Variant, buffers: Buffers, factor: Tensor | None, numbers: Scalars, seed: int
+    spec: KernelSpec, buffers: Buffers, grad_scale: Tensor | None, numbers: Scalars, seed: int
 ) -> list[Tensor | None]:
     """What `_update` takes."""
-    device, dtype = buffers.param.device, variant.compute_dtype
+    device, dtype = buffers.param.device, spec.compute_dtype
     # By way of NumPy, which is the quicker one for so few numbers.
     few = np.array(numbers, dtype=np.float64 if dtype == torch.float64 else np.float32)
     return [
         *vars(buffers).values(),
-        _one(device, dtype) if factor is None else factor.to(device, dtype),
+        _one(device, dtype) if grad_scale is None else grad_scale.to(device, dtype),
         torch.from_numpy(few).to(device),
-        torch.tensor(seed) if variant.rounding == "stochastic" else None,
+        torch.tensor(seed) if spec.rounding == "stochastic" else None,
     ]
 
 
-def _example(variant: Variant, n: int) -> tuple[Buffers, None, Scalars, int]:
+def _example(spec: KernelSpec, n: int) -> tuple[Buffers, None, Scalars, int]:
     """What a kernel takes."""
-    wave = torch.linspace(-3, 3, n, device=variant.device)
-    zeros = [torch.zeros(n, dtype=variant.moment_dtype, device=variant.device) for _ in range(3)]
+    wave = torch.linspace(-3, 3, n, device=spec.device)
+    zeros = [torch.zeros(n, dtype=spec.moment_dtype, device=spec.device) for _ in range(3)]
     buffers = Buffers(
-        param=wave.to(variant.dtype),
-        grad=wave.cos().to(variant.dtype),
+        param=wave.to(spec.dtype),
+        grad=wave.cos().to(spec.dtype),
         exp_avg=zeros[0],
         exp_avg_sq=zeros[1],
-        max_exp_avg_sq=zeros[2] if variant.amsgrad else None,
-        master_param=wave.clone() if variant.rounding == "master" else None,
+        max_exp_avg_sq=zeros[2] if spec.amsgrad else None,
+        master_param=wave.clone() if spec.rounding == "master" else None,
     )
     hyper = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "decoupled_weight_decay": False}
     return buffers, None, scalars(hyper, 1), 7

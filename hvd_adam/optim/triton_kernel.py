@@ -1,7 +1,7 @@
 """The Adam update for GPUs, in Triton: `fused.adam_expression` in one pass over flat buffers.
 
 Written out, not left to `torch.compile`: a launch then costs the host little, takes its numbers as arguments, not
-from memory, changes nothing where a factor on the device says so, and can be run, and compiled for a GPU, on a
+from memory, changes nothing where a grad_scale on the device says so, and can be run, and compiled for a GPU, on a
 machine that has none (tests/test_triton_kernel.py).
 """
 
@@ -62,7 +62,7 @@ def adam(
     numbers,
     elements,
     seed,
-    factor,
+    grad_scale,
     weight_decay,
     one_minus_beta1,
     beta2,
@@ -79,14 +79,14 @@ def adam(
     """One block of the update; see `arguments`."""
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # beyond 2³¹ elements, too
     if numbers is not None:  # in float64, which Triton does not take as arguments
-        factor = tl.load(numbers)
+        grad_scale = tl.load(numbers)
         weight_decay = tl.load(numbers + 1)
         one_minus_beta1 = tl.load(numbers + 2)
         beta2 = tl.load(numbers + 3)
         one_minus_beta2 = tl.load(numbers + 4)
         step_size = tl.load(numbers + 5)
         eps = tl.load(numbers + 6)
-    scale = tl.cast(factor, DTYPE)
+    scale = tl.cast(grad_scale, DTYPE)
     if device_factor is not None:
         scale *= tl.load(device_factor).to(DTYPE)
         elements = tl.where(scale == scale, elements, 0)  # NaN: nothing is to be changed
@@ -130,31 +130,31 @@ def _constants(rounding: str, decay: str, dtype: torch.dtype) -> tuple[object, .
 
 
 def arguments(
-    rounding: str, decay: str, buffers: Buffers, factor: Tensor | None, scalars: tuple[float, ...], seed: int
+    rounding: str, decay: str, buffers: Buffers, grad_scale: Tensor | None, scalars: tuple[float, ...], seed: int
 ) -> tuple[object, ...]:
     """What `adam` is called with, in order.
 
     Args:
-        rounding: as in `fused.Variant`.
-        decay: as in `fused.Variant`.
+        rounding: as in `fused.KernelSpec`.
+        decay: as in `fused.KernelSpec`.
         buffers: those of `fused.Buffers`, in its order; None for what a variant does without.
-        factor: multiplies the gradient: 0-dimensional, None for 1. One that lies on the buffers' device, and is
+        grad_scale: multiplies the gradient: 0-dimensional, None for 1. One on the buffers' device, and is
             NaN, makes the update change nothing.
         scalars: what `fused.scalars` returns.
         seed: of stochastic rounding, in [0, 2³¹).
     """
     param, on_host, numbers = buffers["param"], 1.0, None
-    if factor is not None and factor.device != param.device:
-        factor, on_host = None, float(factor)
+    if grad_scale is not None and grad_scale.device != param.device:
+        grad_scale, on_host = None, float(grad_scale)
     if param.dtype == torch.float64:
         numbers = torch.tensor((on_host, *scalars), dtype=torch.float64, pin_memory=param.is_cuda)
         numbers = numbers.to(param.device, non_blocking=True)
     constants = _constants(rounding, decay, param.dtype)
-    return (*buffers.values(), factor, numbers, param.numel(), seed, on_host, *scalars, *constants)
+    return (*buffers.values(), grad_scale, numbers, param.numel(), seed, on_host, *scalars, *constants)
 
 
 def update(
-    rounding: str, decay: str, buffers: Buffers, factor: Tensor | None, scalars: tuple[float, ...], seed: int
+    rounding: str, decay: str, buffers: Buffers, grad_scale: Tensor | None, scalars: tuple[float, ...], seed: int
 ) -> None:
     """One step of Adam over whole buffers, in place; what `arguments` takes. The host waits for nothing."""
     param = buffers["param"]
@@ -162,4 +162,4 @@ def update(
     # Triton launches on the current device, which need not be the buffers'.
     elsewhere = param.is_cuda and param.device.index != torch.cuda.current_device()
     with torch.cuda.device(param.device) if elsewhere else nullcontext():
-        launch(*arguments(rounding, decay, buffers, factor, scalars, seed), num_warps=WARPS)
+        launch(*arguments(rounding, decay, buffers, grad_scale, scalars, seed), num_warps=WARPS)

@@ -1,6 +1,6 @@
 """Training among ranks that come and go, under an elastic horovodrun.
 
-Every rank keeps a copy of the training in memory (`Memory`). When a rank, a host or a link is lost, those that are
+Every rank keeps a copy of the training in memory (`InMemoryCheckpoint`). When one is lost, those that are
 left start Horovod anew, take up the newest copy, and go on; when a host is added, all do so after the update under
 way. Unlike Horovod's own state classes this one runs no optimizer step, and does not reorder what is left of an
 epoch: updates take the same images whatever the number of ranks (`hvd_adam.data.sampling`).
@@ -17,14 +17,15 @@ from contextlib import contextmanager, suppress
 import psutil
 
 from hvd_adam.checkpoint.state import TrainingState
-from hvd_adam.distributed.context import Cluster, horovod, init, is_elastic, own_rank, restart
-from hvd_adam.errors import RanksChanged, UserError
+from hvd_adam.distributed.context import Cluster, current_rank, horovod, init, restart
+from hvd_adam.distributed.launch_env import is_elastic
+from hvd_adam.errors import MembershipChanged, UserError
 
 # Another rank may be lost while those that are left start anew.
 ATTEMPTS = 5
 
 
-class Memory:
+class InMemoryCheckpoint:
     """This rank's copy of the training, and whether the launcher has told it of other hosts."""
 
     def __init__(self) -> None:
@@ -92,12 +93,12 @@ def _sockets() -> list[tuple[int, str]]:
     ]
 
 
-def run(train: Callable[[Memory], None], device: str) -> None:
+def run(train: Callable[[InMemoryCheckpoint], None], device: str) -> None:
     """Calls `train` until it returns; again each time that ranks are lost or added.
 
     Args:
-        train: one run, from `init` on. It begins from what `Memory.newest` returns, commits, and raises
-            RanksChanged on all ranks, after a commit, when hosts have changed.
+        train: one run, from `init` on. It begins from what its `newest` returns, commits, and raises
+            MembershipChanged on all ranks, after a commit, when hosts have changed.
         device: as in `init`.
 
     Raises:
@@ -108,17 +109,19 @@ def run(train: Callable[[Memory], None], device: str) -> None:
 
     if not is_elastic():
         raise UserError("--elastic needs a launcher that starts ranks anew: use launch/elastic.sh")
-    memory, connections = Memory(), Connections()
+    memory, connections = InMemoryCheckpoint(), Connections()
     _start(init, device, connections)
     notification_manager.init()
     notification_manager.register_listener(memory)
     while True:
         try:
             return train(memory)
-        except RanksChanged:
+        except MembershipChanged:
             pass
         except HorovodInternalError as error:
-            _say(f"rank {own_rank()} on {socket.gethostname()} lost others ({_first_line(error)}); starts anew")
+            _say(
+                f"rank {current_rank()} on {socket.gethostname()} lost others ({_first_line(error)}); starts anew"
+            )
             connections.cut()
         # Out of the except clause: a traceback would keep the model and the optimizer of before alive.
         memory.begin_anew()

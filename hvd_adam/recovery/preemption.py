@@ -24,18 +24,18 @@ _started = time.monotonic()
 _first: float | None = None  # when the first signal came
 
 
-def asked_to_stop() -> bool:
+def stop_requested() -> bool:
     """Whether a signal has come to this process."""
     return _first is not None
 
 
-def listen() -> None:
+def install_handlers() -> None:
     """From now on the signals are noted, where by themselves they would end this process."""
     for number in SIGNALS:
         signal.signal(number, _note)
 
 
-def no_longer() -> None:
+def ignore_signals() -> None:
     """All is done: what comes now must not make a failure of it, as it would once Python has begun to end."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -58,7 +58,7 @@ class Preemption:
         hosts_changed: whether this rank has heard of hosts that came or left; None where none can.
 
     Attributes:
-        regroup: after `agreed`, whether a rank has heard of hosts that came or left.
+        regroup: after `should_stop`, whether a rank has heard of hosts that came or left.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Preemption:
         self._hosts_changed = hosts_changed or (lambda: False)
         self._request: Any = None
         self.regroup = False
-        listen()
+        install_handlers()
 
     def ask(self) -> None:
         """Begins to ask all ranks, at the start of an update, so that the answer costs no time at its end."""
@@ -79,7 +79,7 @@ class Preemption:
             flags = torch.tensor([self._wants_to_stop(), self._hosts_changed()], dtype=torch.int32)
             self._request = horovod().allreduce_async(flags, op=horovod().Sum, name="hvd_adam.stop")
 
-    def agreed(self) -> bool:
+    def should_stop(self) -> bool:
         """Whether to stop after this update; every rank calls it after `ask`."""
         if self._cluster.size == 1:
             self.regroup = self._hosts_changed()
@@ -89,4 +89,4 @@ class Preemption:
 
     def _wants_to_stop(self) -> bool:
         late = self._deadline is not None and time.monotonic() > self._deadline
-        return late or asked_to_stop()
+        return late or stop_requested()

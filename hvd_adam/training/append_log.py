@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 
-class Records:
+class AppendLog:
     """A file that is appended to. What the disk does not take waits in memory, and goes before the next record.
 
     Args:
@@ -43,7 +43,7 @@ class Records:
         self._file.close()
 
 
-class Scalars(Records):
+class ScalarLog(AppendLog):
     """Numbers for TensorBoard, written at once: its own writer does it in a thread, which a full disk ends.
 
     Args:

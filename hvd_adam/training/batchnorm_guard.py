@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-class BufferGuard:
+class BatchNormSnapshot:
     """Takes back what a forward pass has done to batch-norm statistics.
 
     A skipped update leaves weights and moments as they were; but running means have been moved by then, and a NaN

@@ -15,12 +15,13 @@ from hvd_adam.checkpoint import storage
 from hvd_adam.checkpoint.state import require_same_tensors
 from hvd_adam.config import DataConfig, EvaluateConfig
 from hvd_adam.data.loader import DeviceLoader
-from hvd_adam.distributed.context import Cluster, init, require_same, together
+from hvd_adam.distributed.agreement import raise_on_all_ranks, require_same
+from hvd_adam.distributed.context import Cluster, init
 from hvd_adam.errors import UserError
 from hvd_adam.models import zoo
 from hvd_adam.training.builders import load_images
+from hvd_adam.training.meters import sum_over_ranks
 from hvd_adam.training.precision import autocast, parameter_dtype
-from hvd_adam.training.run_log import sum_over_ranks
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
@@ -71,7 +72,7 @@ def evaluate(config: EvaluateConfig) -> None:
     """What `python -m hvd_adam.evaluate` does, on every rank."""
     cluster = init(config.device)
     require_same(cluster, "arguments", asdict(config))
-    with together(cluster):
+    with raise_on_all_ranks(cluster):
         forward, loader = restore(config, cluster)
     scores = score(forward, loader, cluster, config.batch_size)
     if cluster.rank == 0:

@@ -19,7 +19,7 @@ from hvd_adam.checkpoint import storage
 from hvd_adam.checkpoint.state import TrainingState
 from hvd_adam.config import TrainConfig
 from hvd_adam.errors import Preempted, UserError
-from hvd_adam.recovery.preemption import asked_to_stop
+from hvd_adam.recovery.preemption import stop_requested
 from hvd_adam.training.run_log import METRICS_FILE
 
 LOCK_FILE = ".lock"
@@ -60,7 +60,7 @@ def claim(folder: Path, *, wait: bool = True) -> None:
         if deadline is None:
             deadline = time.monotonic() + WAIT_SECONDS
             _say(f"waits up to {WAIT_SECONDS:g} s for another job in {folder}: {other}")
-        if asked_to_stop():
+        if stop_requested():
             raise Preempted
         if time.monotonic() > deadline:
             raise UserError(f"another job writes to {folder}, {other}: end it, or choose another --output-dir")
@@ -145,7 +145,7 @@ def open_for(config: TrainConfig, size: int, known: TrainingState | None) -> tup
         if start is None or (known is None and is_taken(folder)):
             start = _start(config, folder, batch)
         values = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(config).items()}
-        storage.write_whole(folder / "config.yaml", yaml.safe_dump(values, sort_keys=False))
+        storage.write_atomically(folder / "config.yaml", yaml.safe_dump(values, sort_keys=False))
     except OSError as error:
         raise UserError(
             f"cannot write to the run folder {folder} ({error.strerror}): choose another --output-dir"

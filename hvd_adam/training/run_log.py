@@ -11,98 +11,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from hvd_adam.checkpoint import storage
-from hvd_adam.distributed.context import Cluster, horovod
 from hvd_adam.errors import UserError
-from hvd_adam.training.append_log import Records, Scalars
+from hvd_adam.training.append_log import AppendLog, ScalarLog
 
 METRICS_FILE = "metrics.jsonl"
-PLOT_FILE = "curves.png"
-
-
-def sum_over_ranks(values: torch.Tensor, cluster: Cluster, name: str) -> list[float]:
-    """The elementwise sum of a small float64 tensor over the ranks; every rank calls it."""
-    if cluster.size > 1:
-        values = horovod().allreduce(values, op=horovod().Sum, name=f"hvd_adam.metrics.{name}")
-    return values.tolist()
-
-
-class RunningMean:
-    """The mean loss over all samples of all ranks since it was last read, kept on the device until then.
-
-    Micro-batches whose loss is not finite are left out, as their updates are.
-    """
-
-    def __init__(self, cluster: Cluster) -> None:
-        self._cluster = cluster
-        self._sums = torch.zeros(2, dtype=torch.float64, device=cluster.device)
-
-    def add(self, mean: torch.Tensor, samples: int) -> None:
-        """Takes in the mean over a micro-batch of so many samples; neither waits for the device nor for ranks."""
-        mean = mean.detach().double()
-        finite = mean.isfinite()
-        self._sums[0] += torch.where(finite, mean * samples, 0.0)
-        self._sums[1] += finite * samples
-
-    def part(self) -> tuple[float, float]:
-        """This rank's sum of losses and number of samples since `read`."""
-        total, samples = self._sums.tolist()
-        return total, samples
-
-    def restore(self, total: float, samples: float) -> None:
-        """Goes on from what `part` returned."""
-        self._sums.copy_(torch.tensor([total, samples], dtype=torch.float64))
-
-    def read(self) -> float:
-        """Returns the mean and starts anew; every rank calls it."""
-        total, samples = sum_over_ranks(self._sums, self._cluster, "loss")
-        self._sums.zero_()
-        return total / samples if samples else math.nan
-
-
-class Stopwatch:
-    """Images per second over all ranks; evaluation and other pauses do not count."""
-
-    def __init__(self) -> None:
-        self._total_images, self._total_seconds = 0, 0.0
-        self._images, self._seconds = 0, 0.0
-        self._started: float | None = None
-
-    def start(self) -> None:
-        """Starts or goes on."""
-        self._started = time.perf_counter()
-
-    def pause(self) -> None:
-        """Stops counting until `start`."""
-        self._take()
-        self._started = None
-
-    def add(self, images: int) -> None:
-        """Counts images of all ranks."""
-        self._images += images
-
-    def lap(self) -> float:
-        """Images per second since the last lap."""
-        self._take()
-        rate = self._images / max(self._seconds, 1e-9)
-        self._total_images += self._images
-        self._total_seconds += self._seconds
-        self._images, self._seconds = 0, 0.0
-        return rate
-
-    def total(self) -> float:
-        """Images per second over all laps."""
-        self.lap()
-        return self._total_images / max(self._total_seconds, 1e-9)
-
-    def _take(self) -> None:
-        if self._started is not None:
-            now = time.perf_counter()
-            self._seconds += now - self._started
-            self._started = now
 
 
 class RunLog:
@@ -127,8 +42,8 @@ class RunLog:
             return
         try:
             _take_back(folder / METRICS_FILE, first_step)
-            self._lines = Records(folder / METRICS_FILE)
-            self._board = Scalars(folder, (first_step or 0) + 1)
+            self._lines = AppendLog(folder / METRICS_FILE)
+            self._board = ScalarLog(folder, (first_step or 0) + 1)
         except OSError as error:
             raise UserError(f"cannot write to the run folder {folder} ({error.strerror})") from None
         self._bar = tqdm(
@@ -214,11 +129,11 @@ def _take_back(path: Path, step: int | None) -> None:
     if not path.exists():
         return
     last = -1 if step is None else step
-    kept = [event for event in _events(path) if event["step"] <= last and event["event"] != "end"]
-    storage.write_whole(path, "".join(json.dumps(event) + "\n" for event in kept))
+    kept = [event for event in read_events(path) if event["step"] <= last and event["event"] != "end"]
+    storage.write_atomically(path, "".join(json.dumps(event) + "\n" for event in kept))
 
 
-def _events(path: Path) -> Iterator[dict[str, Any]]:
+def read_events(path: Path) -> Iterator[dict[str, Any]]:
     """The lines of `metrics.jsonl`, but for one that was never completed."""
     for line in path.read_text().splitlines():
         with suppress(ValueError):
@@ -227,30 +142,3 @@ def _events(path: Path) -> Iterator[dict[str, Any]]:
 
 def _is_finite(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
-
-
-def _column(lines: list[dict[str, Any]], name: str) -> list[float]:
-    return [math.nan if line[name] is None else line[name] for line in lines]
-
-
-def plot(folder: Path) -> Path:
-    """Draws loss, learning rate and test accuracy of a run folder's `metrics.jsonl` into `curves.png`."""
-    from matplotlib.figure import Figure  # without pyplot, which takes half a second more
-
-    lines = list(_events(folder / METRICS_FILE))
-    steps = [line for line in lines if line["event"] == "step"]
-    tests = [line for line in lines if line["event"] == "eval"]
-    figure = Figure(figsize=(10, 4))
-    figure.subplots_adjust(left=0.07, right=0.98, top=0.92, bottom=0.12, wspace=0.35)
-    left, right = figure.subplots(1, 2)
-    left.plot(_column(steps, "step"), _column(steps, "loss"), label="train loss")
-    left.plot(_column(tests, "step"), _column(tests, "test_loss"), "o-", label="test loss", markersize=3)
-    left.set(xlabel="step", title="cross-entropy, and learning rate (dashed)", yscale="log")
-    left.legend()
-    rate = left.twinx()
-    rate.plot(_column(steps, "step"), _column(steps, "lr"), color="grey", linewidth=0.8, linestyle="--")
-    right.plot(_column(tests, "step"), _column(tests, "test_accuracy"), "o-", markersize=3)
-    right.set(xlabel="step", title="test accuracy")
-    right.grid(alpha=0.3)
-    figure.savefig(folder / PLOT_FILE, dpi=120)
-    return folder / PLOT_FILE

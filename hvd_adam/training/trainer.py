@@ -14,31 +14,34 @@ import hvd_adam
 from hvd_adam.checkpoint import storage
 from hvd_adam.checkpoint.state import (
     TrainingState,
-    of_all_ranks,
-    of_this_rank,
+    gather_rank_states,
+    rank_state,
     require_same_tensors,
-    restore_generators,
+    restore_rng_state,
 )
 from hvd_adam.config import TrainConfig
 from hvd_adam.data.loader import Batch
+from hvd_adam.distributed.agreement import raise_on_all_ranks, require_same
 from hvd_adam.distributed.api import distribute
 from hvd_adam.distributed.broadcast import ROOT, broadcast_buffers
 from hvd_adam.distributed.consistency import require_consistent
-from hvd_adam.distributed.context import Cluster, horovod, init, require_same, together
-from hvd_adam.errors import JobError, Preempted, RanksChanged
+from hvd_adam.distributed.context import Cluster, horovod, init
+from hvd_adam.errors import JobError, MembershipChanged, Preempted
 from hvd_adam.optim.adam import Adam
-from hvd_adam.recovery.elastic import Memory
+from hvd_adam.recovery.elastic import InMemoryCheckpoint
 from hvd_adam.recovery.preemption import Preemption
-from hvd_adam.recovery.watchdog import Watchdog, come_first
+from hvd_adam.recovery.watchdog import Watchdog, defer_horovod_stall_shutdown
 from hvd_adam.schedule import learning_rate
 from hvd_adam.training import run_dir
-from hvd_adam.training.batchnorm_guard import BufferGuard
+from hvd_adam.training.batchnorm_guard import BatchNormSnapshot
 from hvd_adam.training.builders import build_model, make_adam, make_loader, make_schedule, scale_for_ranks
 from hvd_adam.training.checkpoint_manager import Saver
 from hvd_adam.training.evaluation import Scores, score
+from hvd_adam.training.meters import RunningMean, ThroughputMeter
+from hvd_adam.training.plots import plot
 from hvd_adam.training.precision import autocast, loss_scaler, make_deterministic
 from hvd_adam.training.run_dir import Start
-from hvd_adam.training.run_log import RunLog, RunningMean, Stopwatch, plot
+from hvd_adam.training.run_log import RunLog
 
 
 class Trainer:
@@ -52,7 +55,7 @@ class Trainer:
         UserError: the configuration does not fit the data, the machine or the ranks; the same on every rank.
     """
 
-    def __init__(self, config: TrainConfig, memory: Memory | None = None) -> None:
+    def __init__(self, config: TrainConfig, memory: InMemoryCheckpoint | None = None) -> None:
         self.config, self.memory = config, memory
         with ExitStack() as opened:  # a start that fails, where ranks come and go, leaves nothing behind
             self._set_up(opened)
@@ -62,13 +65,13 @@ class Trainer:
         config, memory = self.config, self.memory
         if config.deterministic:
             make_deterministic()
-        come_first(config.stall_timeout)
+        defer_horovod_stall_shutdown(config.stall_timeout)
         self.cluster = cluster = init(config.device)
         self.watchdog = Watchdog(cluster, config.stall_timeout)
         opened.callback(self.watchdog.close)
         self.preemption = Preemption(cluster, config.max_time, memory and memory.hosts_changed)
         require_same(cluster, "arguments", asdict(config))
-        with together(cluster):
+        with raise_on_all_ranks(cluster):
             self.loader = make_loader(config, cluster)
             self.loader.steps_per_epoch(config.global_batch(cluster.size))  # refused before anything is written
             scaled = scale_for_ranks(config, cluster)
@@ -76,7 +79,7 @@ class Trainer:
             self.scaler = loss_scaler(config.precision, cluster.device)
         adam = make_adam(config, self.model, scaled)
         known = None if memory is None else memory.newest(cluster)
-        with together(cluster):
+        with raise_on_all_ranks(cluster):
             self.folder, start = (
                 run_dir.open_for(config, cluster.size, known) if cluster.rank == 0 else (None, None)
             )
@@ -98,17 +101,17 @@ class Trainer:
         self.forward = torch.compile(self.model) if config.compile else self.model
         torch.manual_seed(config.seed + 1 + cluster.rank)  # dropout differs between ranks; weights did not
         self.loss = RunningMean(cluster)
-        self.watch = Stopwatch()
+        self.watch = ThroughputMeter()
         self.step, self.epoch, self.epoch_done = 0, 1, False
         self.skipped, self.skipped_in_a_row = 0, 0  # updates left out because a gradient was not finite
         # Of the last update, until it is known whether it was: its step, epoch, and whether a loss was not finite.
         self.in_doubt: tuple[int, int, torch.Tensor] | None = None
-        self.guard = BufferGuard(self.model)
+        self.guard = BatchNormSnapshot(self.model)
         self.best_accuracy: float | None = None
         self.scores: Scores | None = None
         if began is not None:
             self._go_on(began)
-        with together(cluster):
+        with raise_on_all_ranks(cluster):
             self.log = RunLog(self.folder, self.total_steps, None if start is None else self.step)
         opened.callback(self.log.close)
         self.saver = Saver(self.folder, config.keep, self.log)
@@ -157,7 +160,7 @@ class Trainer:
         self.best_accuracy = progress["best_accuracy"]
         self.scores = None if progress["scores"] is None else Scores(**progress["scores"])
         if len(ranks) == self.cluster.size:
-            restore_generators(ranks[self.cluster.rank], self.cluster)
+            restore_rng_state(ranks[self.cluster.rank], self.cluster)
             self.loss.restore(*ranks[self.cluster.rank]["loss"])
             return
         torch.manual_seed((self.config.seed + 1 + self.cluster.rank + self.step * 2**20) % 2**63)
@@ -224,7 +227,7 @@ class Trainer:
                 self._log_step(epoch)
             if self._is_due(config.check_consistency_every):
                 require_consistent(cluster, self.model, self.optimizer, sharded=config.strategy == "sharded")
-            if self.preemption.agreed():
+            if self.preemption.should_stop():
                 self._stop()
             if self.memory is not None:
                 self._commit()
@@ -252,7 +255,7 @@ class Trainer:
             share = loss * (loss.detach() * 0 + weight)  # given to backward() it would have that import sympy
             (share if self.scaler is None else self.scaler.scale(share)).backward()
             if number == len(micro_batches):
-                self._look_back()  # now a GPU has all of this update's passes still to do
+                self._record_skip()  # now a GPU has all of this update's passes still to do
             self.optimizer.step()
             self.loss.add(loss, len(images))
             bad |= ~loss.detach().isfinite()
@@ -261,7 +264,7 @@ class Trainer:
         self.in_doubt = self.step, epoch, bad
         self.watch.add(self.global_batch)
 
-    def _look_back(self) -> None:
+    def _record_skip(self) -> None:
         """Takes note of whether the last update was skipped; ends the job if that were too many in a row."""
         if self.in_doubt is None:
             return
@@ -278,7 +281,7 @@ class Trainer:
         self.log.event("skip", step, epoch, reason=reason, skipped=self.skipped)
         if self.skipped_in_a_row <= self.config.max_skipped:
             return
-        with together(self.cluster):
+        with raise_on_all_ranks(self.cluster):
             self.saver.report(self.step, self.epoch, wait=True)
         raise JobError(
             f"{self.skipped_in_a_row} updates in a row were skipped, the last one, update {step}, with the "
@@ -286,7 +289,7 @@ class Trainer:
         )
 
     def _log_step(self, epoch: int) -> None:
-        self._look_back()
+        self._record_skip()
         loss = self.loss.read()  # waits for the device, so that the lap counts finished work
         rate = self.optimizer.param_groups[0]["lr"]
         self.log.event("step", self.step, epoch, loss=loss, lr=rate, images_per_second=self.watch.lap())
@@ -317,7 +320,7 @@ class Trainer:
         if self.preemption.regroup or self._is_due(self.config.commit_every):
             self.memory.commit(self._state(of_all=False))
         if self.preemption.regroup:
-            raise RanksChanged
+            raise MembershipChanged
 
     def _is_due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
@@ -330,7 +333,7 @@ class Trainer:
     def _stop(self) -> None:
         """Saves and leaves; no rank before rank 0 has written, for the launcher would end it."""
         self._checkpoint()
-        with together(self.cluster):
+        with raise_on_all_ranks(self.cluster):
             path = self.saver.record(self.step, self.epoch, wait=True)
             self.log.say(f"stopped after {self.step} updates, {path}: the same command goes on")
         raise Preempted
@@ -341,8 +344,8 @@ class Trainer:
         Args:
             of_all: for rank 0 to save; otherwise for this rank to keep, whose entry alone `ranks` then has.
         """
-        self._look_back()
-        own = of_this_rank(self.cluster, self.loss.part())
+        self._record_skip()
+        own = rank_state(self.cluster, self.loss.part())
         progress = {
             "step": self.step,
             "epoch": self.epoch,
@@ -360,7 +363,7 @@ class Trainer:
             loss_scaler=None if self.scaler is None else self.scaler.state_dict(),
             progress=progress,
             schedule={"initial": self.schedule.initial, "peak": self.schedule.peak},
-            ranks=of_all_ranks(self.cluster, own) if of_all else [own],
+            ranks=gather_rank_states(self.cluster, own) if of_all else [own],
             config=asdict(self.config),
             data={
                 "classes": list(self.loader.data.classes),
@@ -372,7 +375,7 @@ class Trainer:
     def _finish(self) -> None:
         scores, rate = self.scores, self.watch.total()
         self.watchdog.beat("the end of the training")
-        with together(self.cluster):
+        with raise_on_all_ranks(self.cluster):
             self.saver.record(self.step, self.epoch, wait=True)
         result = {"test_accuracy": scores.test_accuracy, "test_loss": scores.test_loss}
         if self.config.positive_class is not None:

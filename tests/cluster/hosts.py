@@ -63,7 +63,7 @@ PidFile none
 """
 
 
-def why_not() -> str | None:
+def skip_reason() -> str | None:
     """Why there can be no such hosts on this machine, in one line; None where there can."""
     if os.geteuid() != 0:
         return "namespaces with networks of their own need root"

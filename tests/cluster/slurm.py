@@ -73,10 +73,10 @@ munged --key-file="$1/munge.key" --log-file="$1/munged_$2.log" --seed-file=/run/
 """
 
 
-def why_not() -> str | None:
+def skip_reason() -> str | None:
     """Why there can be no Slurm on this machine, in one line; None where there can."""
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
-    return namespaces.why_not() or (f"{', '.join(missing)} is not installed" if missing else None)
+    return namespaces.skip_reason() or (f"{', '.join(missing)} is not installed" if missing else None)
 
 
 class Slurm:

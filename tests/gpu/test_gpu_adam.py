@@ -94,7 +94,7 @@ def poisoned(length, offset, dtype, device=GPU):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_the_kernel_is_the_oracle_at_any_length_and_alignment_and_writes_nowhere_else(dtype, offset):
     torch.manual_seed(torch.seed())  # other numbers each time; pytest prints those of a failure
-    variant = fused.Variant("cuda", dtype, dtype, True, "coupled", "nearest")
+    variant = fused.KernelSpec("cuda", dtype, dtype, True, "coupled", "nearest")
     for length in LENGTHS:
         around, inside = zip(*(poisoned(length, offset, dtype) for _ in range(5)), strict=True)
         p, g, m, v, v_max = inside
@@ -113,7 +113,7 @@ def test_the_kernel_is_the_oracle_at_any_length_and_alignment_and_writes_nowhere
 
 @pytest.mark.parametrize("rounding", ["master", "stochastic"])
 def test_roundings_are_those_of_the_expression_on_the_cpu(rounding):
-    variant = fused.Variant("cuda", torch.bfloat16, torch.float32, False, "none", rounding)
+    variant = fused.KernelSpec("cuda", torch.bfloat16, torch.float32, False, "none", rounding)
     length, seed = 5003, 2**31 - 100  # the hash's counter passes 2³¹ within the buffer
     here = fused.Buffers(
         torch.randn(length).bfloat16(),
@@ -137,7 +137,7 @@ def test_roundings_are_those_of_the_expression_on_the_cpu(rounding):
 
 
 def test_a_factor_on_the_device_multiplies_and_nan_changes_nothing():
-    variant = fused.Variant("cuda", torch.float32, torch.float32, False, "none", "nearest")
+    variant = fused.KernelSpec("cuda", torch.float32, torch.float32, False, "none", "nearest")
     buffers = fused.Buffers(*(torch.rand(3001, device=GPU) for _ in range(4)))
     copies = [fused.Buffers(*(t.clone() for t in vars(buffers).values() if t is not None)) for _ in range(3)]
     numbers = fused.scalars(SCALARS, 5)
@@ -154,7 +154,7 @@ def test_elements_beyond_two_to_the_31_are_updated():
     length = 2**31 + 70
     if torch.cuda.mem_get_info()[0] < 5 * 2 * length:
         pytest.skip("needs 22 GB of free GPU memory")
-    variant = fused.Variant("cuda", torch.bfloat16, torch.bfloat16, False, "none", "nearest")
+    variant = fused.KernelSpec("cuda", torch.bfloat16, torch.bfloat16, False, "none", "nearest")
     buffers = fused.Buffers(*(torch.zeros(length, dtype=torch.bfloat16, device=GPU) for _ in range(4)))
     buffers.grad[-1] = buffers.grad[2**31 - 1] = buffers.grad[0] = 1.0
     fused.update(variant, buffers, None, fused.scalars(SCALARS, 1), 0)
@@ -196,7 +196,7 @@ def test_small_models_are_fused_and_lie_flat():
     optimizer = Adam(model.parameters())
     backward(model)
     optimizer.step()
-    flat = optimizer._flats[0]
+    flat = optimizer._storages[0]
     assert optimizer._implementations == ["fused"]
     for p in model.parameters():
         moment = optimizer.state[p]["exp_avg"]

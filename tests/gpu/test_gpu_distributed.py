@@ -18,7 +18,7 @@ from hvd_adam import Adam, distribute
 from hvd_adam.distributed.context import horovod
 from hvd_adam.distributed.reducer import Reducer
 from hvd_adam.optim.flat_layout import Layout
-from hvd_adam.optim.flat_storage import Flat
+from hvd_adam.optim.flat_storage import FlatStorage
 
 # Two ranks may share a GPU only for a Horovod that does not hand its tensors to NCCL: tests/gpu/run.sh builds one.
 THROUGH_HOST = "HVD_ADAM_THROUGH_HOST" in os.environ
@@ -90,7 +90,7 @@ def test_buckets_go_through_nccl_and_come_back_as_they_were(cluster):
         shapes = ((300, 70), (7,), (1000, 33), (5, 5))
         params = [torch.nn.Parameter(torch.zeros(shape, device=cluster.device)) for shape in shapes]
         optimizer = Adam(params, implementation="foreach")
-        flat = Flat(params, [0] * 4, optimizer.state, Layout.of(params, 60_000, 1))
+        flat = FlatStorage(params, [0] * 4, optimizer.state, Layout.of(params, 60_000, 1))
         assert len(flat.layout.buckets) > 1
         reducer = Reducer([flat], f"test.{compression}.{scatter}", compression, 1, scatter)
         sent = [torch.randint(-99, 99, shape, device=cluster.device).float() for shape in shapes]
