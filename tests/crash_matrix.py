@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from cifar_files import write_cifar10
+from helpers.cifar_files import write_cifar10
 
 from hvd_adam.bench.processes import marked, send
 from hvd_adam.checkpoint import storage

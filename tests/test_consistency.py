@@ -6,8 +6,8 @@ alike and called different (sharded state, batch-norm statistics); a job that go
 
 import pytest
 import torch
-from on_ranks import on_ranks
-from test_train import train
+from helpers.on_ranks import on_ranks
+from helpers.training_runs import train
 
 from hvd_adam import Adam, distribute
 from hvd_adam.distributed.consistency import fingerprint, require_consistent

@@ -17,7 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
-from cifar_files import CLASSES, batch, write_cifar10, write_pickle
+from helpers.cifar_files import CLASSES, batch, write_cifar10, write_pickle
 
 from hvd_adam.data import cifar10, load
 from hvd_adam.data.cifar10_archive import Archive

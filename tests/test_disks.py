@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from test_train import checkpoint, events, one_line, succeeded, train
+from helpers.training_runs import checkpoint, events, one_line, succeeded, train
 
 from hvd_adam.checkpoint import storage as checkpoints
 from hvd_adam.training.append_log import AppendLog

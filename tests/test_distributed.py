@@ -11,7 +11,6 @@ with every strategy; what is the sharded one's own is in `test_sharded.py`.
 
 import copy
 import functools
-import hashlib
 import pickle
 import sys
 import time
@@ -21,7 +20,19 @@ import horovod.torch as hvd
 import pytest
 import torch
 import torch.nn.functional as F
-from on_ranks import on_ranks
+from helpers.on_ranks import on_ranks
+from helpers.small_training import (
+    batches,
+    digest,
+    everything,
+    largest_difference,
+    same_everywhere,
+    share,
+    small_model,
+    train,
+    train_alone,
+    whole_state,
+)
 
 from hvd_adam import Adam, distribute
 from hvd_adam.distributed.api import STRATEGIES
@@ -41,89 +52,6 @@ def with_each_strategy(body):
                 raise AssertionError(f"failed with strategy {strategy!r}") from error
 
     return run
-
-
-def small_model(dtype=torch.float64, seed=0):
-    torch.manual_seed(seed)
-    return torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)).to(dtype)
-
-
-def batches(count, samples, dtype=torch.float64):
-    """The same global batches on every rank."""
-    generator = torch.Generator().manual_seed(7)
-    for _ in range(count):
-        yield (
-            torch.randn(samples, 6, generator=generator, dtype=torch.float64).to(dtype),
-            torch.randn(samples, 3, generator=generator, dtype=torch.float64).to(dtype),
-        )
-
-
-def share(batch, cluster, micro_batches=1):
-    """This rank's micro-batches of a global batch."""
-    parts = zip(*(tensor.chunk(cluster.size * micro_batches) for tensor in batch), strict=True)
-    return list(parts)[cluster.rank * micro_batches :][:micro_batches]
-
-
-def train(model, optimizer, cluster, steps=5, micro_batches=1, scaler=None):
-    """The loop a user writes, on this rank's share of 16 samples an update."""
-    for batch in batches(steps, 16, next(model.parameters()).dtype):
-        for inputs, targets in share(batch, cluster, micro_batches):
-            optimizer.zero_grad()
-            loss = F.mse_loss(model(inputs), targets)
-            (scaler.scale(loss) if scaler else loss).backward()
-            optimizer.step()
-
-
-def train_alone(model, steps=5, clip=None, **adam):
-    """The oracle: one process, whole batches, PyTorch's own Adam."""
-    optimizer = torch.optim.Adam(model.parameters(), foreach=False, **adam)
-    for inputs, targets in batches(steps, 16, next(model.parameters()).dtype):
-        optimizer.zero_grad()
-        F.mse_loss(model(inputs), targets).backward()
-        if clip:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-        optimizer.step()
-
-
-def largest_difference(model, other):
-    pairs = zip(model.parameters(), other.parameters(), strict=True)
-    return max((a - b).abs().max().item() for a, b in pairs)
-
-
-def digest(*objects):
-    """A hash of all tensors and plain values in nested containers."""
-    sha = hashlib.sha256()
-
-    def visit(value):
-        if isinstance(value, torch.Tensor):
-            visit([str(value.dtype), tuple(value.shape)])
-            sha.update(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        elif isinstance(value, dict):
-            visit(list(value.items()))
-        elif isinstance(value, list | tuple):
-            for item in value:
-                visit(item)
-        else:
-            sha.update(repr(value).encode())
-
-    visit(objects)
-    return sha.hexdigest()
-
-
-def whole_state(optimizer, parameter):
-    """The state of one parameter, which a rank of the sharded strategy holds a part of; all ranks call it."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    (number,) = [i for i, p in enumerate(parameters) if p is parameter]
-    return optimizer.state_dict()["state"][number]
-
-
-def everything(model, optimizer):
-    """A hash of parameters, buffers, hyper-parameters and the whole state; all ranks call it."""
-    return digest(model.state_dict(), optimizer.state_dict())
-
-
-def same_everywhere(value):
-    return len(set(hvd.allgather_object(value))) == 1
 
 
 # N ranks are one.

@@ -11,11 +11,11 @@ import os
 import pytest
 import torch
 from cluster.hosts import skip_reason
+from helpers.on_ranks import on_ranks
+from helpers.training_runs import ROOT, checkpoint, events, one_line, train
 from horovod.runner.common.util.hosts import INVALID_SLOT_INFO
 from horovod.runner.http.http_server import RendezvousHandler, RendezvousServer
-from on_ranks import on_ranks
 from recovery import SCENARIOS, run
-from test_train import ROOT, checkpoint, events, one_line, train
 
 from hvd_adam.checkpoint.state import TrainingState
 from hvd_adam.config import TrainConfig

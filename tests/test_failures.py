@@ -15,8 +15,8 @@ import threading
 import time
 
 import pytest
-from on_ranks import on_ranks
-from test_train import ROOT
+from helpers.on_ranks import on_ranks
+from helpers.training_runs import ROOT
 
 from hvd_adam.distributed.context import Cluster
 from hvd_adam.recovery import watchdog

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from cluster.hosts import HEAD, SSHD, Hosts, skip_reason
+from helpers.training_runs import ROOT, checkpoint, events, train
 from recovery import MODEL
-from test_train import ROOT, checkpoint, events, train
 
 pytestmark = pytest.mark.skipif(skip_reason() is not None, reason=f"no hosts out of namespaces: {skip_reason()}")
 

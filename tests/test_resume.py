@@ -14,8 +14,8 @@ import time
 
 import pytest
 import torch
-from cifar_files import write_cifar10
-from test_train import ROOT, checkpoint, events, one_line, succeeded, train
+from helpers.cifar_files import write_cifar10
+from helpers.training_runs import ROOT, checkpoint, events, one_line, succeeded, train
 
 # A model that sends its process a signal in a forward pass of training: STOP is SIGNAL:RANK:PASS.
 MODEL = """

@@ -15,7 +15,7 @@ import sys
 from contextlib import contextmanager
 
 import pytest
-from test_train import checkpoint, events, one_line, train
+from helpers.training_runs import checkpoint, events, one_line, train
 
 from hvd_adam.training import run_dir
 

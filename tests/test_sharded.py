@@ -13,15 +13,15 @@ dtype and order, so that only the update itself is rounded.
 import copy
 import json
 import math
-from contextlib import contextmanager
 from pathlib import Path
 
 import horovod.torch as hvd
 import pytest
 import torch
 import torch.nn.functional as F
-from on_ranks import launch, on_ranks
-from test_distributed import (
+from helpers.exchanges import scattering
+from helpers.on_ranks import launch, on_ranks
+from helpers.small_training import (
     batches,
     digest,
     everything,
@@ -35,7 +35,6 @@ from test_distributed import (
 )
 
 from hvd_adam import Adam, distribute
-from hvd_adam.distributed.zero import ShardedAdam
 from hvd_adam.errors import UserError
 
 ODD_SHAPES = ((7, 13), (1,), (), (0,), (101,), (2,), (3, 1, 5))
@@ -116,17 +115,6 @@ def trained_sharded():
         model(torch.ones(2, 7)).square().sum().backward()
         optimizer.step()
     return optimizer
-
-
-@contextmanager
-def scattering():
-    """Exchanges by reduce-scatter and all-gather, as on GPUs."""
-    chosen = ShardedAdam.scatters
-    ShardedAdam.scatters = True
-    try:
-        yield
-    finally:
-        ShardedAdam.scatters = chosen
 
 
 def both_ways():
@@ -584,7 +572,7 @@ def test_a_run_goes_from_allreduce_to_sharded_and_back_like_an_uninterrupted_one
 ANOTHER_NUMBER_OF_RANKS = """
 import sys
 import torch
-from test_distributed import small_model, batches, share, train
+from helpers.small_training import small_model, batches, share, train
 from hvd_adam import Adam, distribute, init
 
 action, path = sys.argv[1:]

@@ -15,8 +15,8 @@ import pytest
 import torch
 from cluster.hosts import Hosts
 from cluster.slurm import Slurm, skip_reason
+from helpers.training_runs import ROOT, checkpoint, events, train
 from recovery import MODEL
-from test_train import ROOT, checkpoint, events, train
 
 pytestmark = pytest.mark.skipif(skip_reason() is not None, reason=f"no Slurm of our own: {skip_reason()}")
 

@@ -8,45 +8,19 @@ behind.
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from cifar_files import write_cifar10
-from on_ranks import launch
+from helpers.cifar_files import write_cifar10
+from helpers.training_runs import ROOT, checkpoint, events, one_line, succeeded, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-ROOT = Path(__file__).parent.parent
 FAST = ["--epochs", "1", "--log-every", "5"]
-
-
-def train(*argv, ranks=0, controller="gloo", folder=None, module="hvd_adam.train", **options):
-    """Trains in `folder`; ranks=0 is without a launcher. Returns the finished process."""
-    arguments = ["-m", module, *map(str, argv), *(["--output-dir", str(folder)] if folder else [])]
-    if ranks:
-        return launch(arguments, ranks, controller, **options)
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, **options)
-
-
-def events(folder, kind=None):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return lines if kind is None else [line for line in lines if line["event"] == kind]
 
 
 def losses(folder):
     return torch.tensor([event["loss"] for event in events(folder, "step")], dtype=torch.float64)
-
-
-def checkpoint(folder):
-    latest = (folder / "checkpoints" / "latest").read_text().strip()
-    return torch.load(folder / "checkpoints" / latest / "state.pt", weights_only=True)
-
-
-def succeeded(done):
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done
 
 
 # What comes out.
@@ -213,15 +187,6 @@ def test_cifar10_files_train_with_all_classes_and_with_one_against_the_rest(tmp_
 
 
 # What goes wrong.
-
-
-def one_line(done, code=2):
-    """The one line of stderr, without what launchers put around it."""
-    assert done.returncode == code, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    assert len(lines) == 1, done.stderr
-    return lines[0]
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from on_ranks import on_ranks
-from test_nonfinite import check_skipping, made, update
+from helpers.on_ranks import on_ranks
+from helpers.skipping import check_skipping, made, update
 
 ROOT = Path(__file__).parents[1]
 APART = Path(sys.prefix) / "triton"  # where launch/setup.sh --dev puts it if torch has none
@@ -40,13 +40,13 @@ def run(*argv, **environ):
 
 def test_the_tests_of_adam_pass_with_it():
     chosen = "(fused or test_flat) and not too_small_for_nearest"  # which takes a minute
-    options = "-q -p interpreted -p no:cacheprovider -W ignore::RuntimeWarning".split()
+    options = "-q -p helpers.interpreted -p no:cacheprovider -W ignore::RuntimeWarning".split()
     said = run("-m", "pytest", *options, "-k", chosen, "tests/test_adam.py", "tests/test_flat.py", **INTERPRETED)
     assert int(said.rpartition(" passed")[0].split()[-1]) > 100, said
 
 
 def test_it_compiles_for_hopper_to_accesses_of_16_bytes():
-    cases = json.loads(run("tests/compiled_ahead.py", **ENVIRON))["cases"]
+    cases = json.loads(run("tests/helpers/compiled_ahead.py", **ENVIRON))["cases"]
     for name, case in cases.items():
         assert case["bytes"] > 1000, name
         kind = "v2.b64" if name == "float64" else "v4.b32"
@@ -56,7 +56,7 @@ def test_it_compiles_for_hopper_to_accesses_of_16_bytes():
 
 def interpreted():
     """Has this process use the kernel, and the host learn from the device what was skipped."""
-    import interpreted  # noqa: F401
+    import helpers.interpreted  # noqa: F401
 
     from hvd_adam.distributed.optimizer import DistributedAdam
     from hvd_adam.optim import adam

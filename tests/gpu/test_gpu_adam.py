@@ -7,8 +7,8 @@ captured into a graph and repeats its first learning rate for ever; a device tha
 
 import pytest
 import torch
+from helpers.adam_oracle import IMPLEMENTATIONS, Oracle, cases, oracles, sweep, unit_roundoff
 from hypothesis import given
-from test_adam import IMPLEMENTATIONS, Oracle, cases, oracles, sweep, unit_roundoff
 
 from hvd_adam import Adam
 from hvd_adam.optim import fused

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from cifar_files import write_cifar10
-from on_ranks import on_ranks
-from test_train import checkpoint, events, succeeded, train
+from helpers.cifar_files import write_cifar10
+from helpers.on_ranks import on_ranks
+from helpers.training_runs import checkpoint, events, succeeded, train
 
 from hvd_adam.config import TrainConfig
 from hvd_adam.training.trainer import Trainer

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 LAUNCH_SECONDS = 280
 
 Key = tuple[str, int, str, tuple[tuple[str, str], ...]]
@@ -101,7 +101,7 @@ def _read(report: Path) -> dict[str, str]:
 def _work(module: str, folder: str, *names: str) -> None:
     """What every rank does: runs the bodies in order and writes down how each went."""
     sys.path[:0] = [str(TESTS), str(TESTS / "gpu")]
-    import on_ranks  # this file, under the name by which test modules import it
+    from helpers import on_ranks  # this file, under the name by which test modules import it
     import torch
 
     from hvd_adam import init

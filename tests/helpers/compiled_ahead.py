@@ -1,6 +1,6 @@
 """Compiles the kernel for GPUs of compute capability 9.0, on any machine; prints what comes of each case as JSON.
 
-python tests/compiled_ahead.py
+python tests/helpers/compiled_ahead.py
 """
 
 import json

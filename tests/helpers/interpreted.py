@@ -1,6 +1,6 @@
 """A pytest plugin: the kernel for GPUs, run by Triton's interpreter, in place of the one for CPUs.
 
-TRITON_INTERPRET=1 python -m pytest -p interpreted tests/test_adam.py
+TRITON_INTERPRET=1 python -m pytest -p helpers.interpreted tests/test_adam.py
 """
 
 from functools import cache
