@@ -2,7 +2,7 @@
 
     python tests/recovery.py [--slots 2] [SCENARIO ...]
 
-Every scenario is one job on hosts out of namespaces (`cluster/hosts.py`). Prints for each the seconds from the
+Every scenario is one job on hosts out of namespaces (helpers/cluster). Prints for each the seconds from the
 fault to the first update after it, and the accuracy at the end, beside that of a job that nothing happens to.
 """
 
@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cluster.hosts import HEAD, Hosts
+from helpers.cluster.hosts import HEAD, Hosts
 
 ROOT = Path(__file__).parents[1]
 RANK = f"^{sys.executable} -m hvd_adam.train"

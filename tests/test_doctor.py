@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from cluster.hosts import HEAD, Hosts, skip_reason
+from helpers.cluster.hosts import HEAD, Hosts, skip_reason
 
 from hvd_adam.cli import parse
 from hvd_adam.doctor import judge, measured

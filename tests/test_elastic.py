@@ -10,7 +10,7 @@ import os
 
 import pytest
 import torch
-from cluster.hosts import skip_reason
+from helpers.cluster.hosts import skip_reason
 from helpers.on_ranks import on_ranks
 from helpers.training_runs import ROOT, checkpoint, events, one_line, train
 from horovod.runner.common.util.hosts import INVALID_SLOT_INFO

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cluster.hosts import HEAD, SSHD, Hosts, skip_reason
+from helpers.cluster.hosts import HEAD, SSHD, Hosts, skip_reason
 from helpers.training_runs import ROOT, checkpoint, events, train
 from recovery import MODEL
 

@@ -14,12 +14,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import cpu_image
 import pytest
 import yaml
-from cluster import hosts as namespaces
-from cluster.hosts import Hosts
-from cpu_image import MOUNT, CpuImage
+from helpers import cpu_image
+from helpers.cluster import hosts as namespaces
+from helpers.cluster.hosts import Hosts
+from helpers.cpu_image import MOUNT, CpuImage
 
 ROOT = Path(__file__).parents[1]
 DOCKER = ROOT / "docker"

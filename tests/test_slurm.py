@@ -13,8 +13,8 @@ import time
 
 import pytest
 import torch
-from cluster.hosts import Hosts
-from cluster.slurm import Slurm, skip_reason
+from helpers.cluster.hosts import Hosts
+from helpers.cluster.slurm import Slurm, skip_reason
 from helpers.training_runs import ROOT, checkpoint, events, train
 from recovery import MODEL
 

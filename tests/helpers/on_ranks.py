@@ -101,9 +101,9 @@ def _read(report: Path) -> dict[str, str]:
 def _work(module: str, folder: str, *names: str) -> None:
     """What every rank does: runs the bodies in order and writes down how each went."""
     sys.path[:0] = [str(TESTS), str(TESTS / "gpu")]
-    from helpers import on_ranks  # this file, under the name by which test modules import it
     import torch
 
+    from helpers import on_ranks  # this file, under the name by which test modules import it
     from hvd_adam import init
 
     # Where a body hangs: said, with every thread's stack, before the launch is given up.

@@ -16,8 +16,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from cluster import hosts as namespaces
-from cluster.hosts import HEAD, Hosts
+from helpers.cluster import hosts as namespaces
+from helpers.cluster.hosts import HEAD, Hosts
 
 TOOLS = ("munged", "slurmctld", "slurmd", "srun", "sbatch")
 
