@@ -1,11 +1,85 @@
-"""The order of the test files: the longest first, so that all processes of a run end at about the same time."""
+"""Marks tests by what they start, and orders the test files.
+
+The longest files are first, so that all processes of a parallel run end at about the same time. Tests on real
+ranks (`@on_ranks`) carry their mark already, as do those in `tests/gpu`.
+"""
+
+import ast
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+from helpers import on_ranks
 
 LONGEST = (
     "test_images test_train test_slurm test_resume test_readme test_doctor test_kernels test_sharded test_bench "
     "test_hosts test_failures test_distributed test_elastic test_crash_matrix test_cluster test_adam test_launch"
 ).split()
 
+MARK_OF_MODULE = {
+    "test_crash_matrix": "multirank",
+    "test_hosts": "cluster",
+    "test_images": "image",
+    "test_readme": "multirank",
+    "test_resume": "multirank",
+    "test_slurm": "slurm",
+}
+MARK_OF_FIXTURE = {"containers": "image", "hosts": "cluster", "image": "image", "odd_hosts": "cluster"}
+MARK_OF_SKIP_REASON = {"no hosts": "cluster", "no Slurm": "slurm", "no image": "image"}
+# What the body of a test that starts ranks itself contains: `train(..., ranks=2)`, `launch(...)`, "mpirun", "-np",
+# a benchmark other than that of the optimizer alone.
+STARTS_RANKS = re.compile(
+    r"\branks=(?!0\b)|\"ranks\"|\blaunch\(|horovodrun|mpirun|\"-np\"|\"--launcher\"|bench_json\(\"(?!adam)"
+)
+# Modules whose tests name launchers without starting them: command lines that are only printed or parsed.
+ONLY_NAMES_LAUNCHERS = {"test_mpijob", "test_setup"}
 
-def pytest_collection_modifyitems(items):
+
+@pytest.hookimpl(tryfirst=True)  # before pytest evaluates -m
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for mark in _marks(item):
+            item.add_marker(mark)
     place = {name: number for number, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: place.get(item.path.stem, len(place)))  # stable: within a file as it is
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))  # stable: the order within a file is kept
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Lets `launch` refuse to start ranks for a test without the mark."""
+    on_ranks.may_start_ranks = any(item.get_closest_marker(mark) for mark in on_ranks.MARKS_OF_LAUNCHES)
+
+
+def _marks(item: pytest.Item) -> set[str]:
+    """Returns the marks that a test's module, fixtures, conditions and body imply."""
+    module = item.path.stem
+    marks = {MARK_OF_MODULE[module]} if module in MARK_OF_MODULE else set()
+    marks |= {MARK_OF_FIXTURE[name] for name in getattr(item, "fixturenames", ()) if name in MARK_OF_FIXTURE}
+    for condition in item.iter_markers("skipif"):
+        reason = condition.kwargs.get("reason", "")
+        marks |= {mark for start, mark in MARK_OF_SKIP_REASON.items() if reason.startswith(start)}
+    name = getattr(item, "originalname", "")
+    runs_on_ranks = hasattr(getattr(item, "function", None), "body")  # and has its mark
+    if module not in ONLY_NAMES_LAUNCHERS and not runs_on_ranks and name in _start_ranks(item.path):
+        marks.add("multirank")
+    return marks
+
+
+@cache
+def _start_ranks(path: Path) -> set[str]:
+    """Returns the functions of a module that start ranks, directly or through its other functions and fixtures."""
+    source = path.read_text()
+    functions = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
+    uses = {
+        name: {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
+        | {argument.arg for argument in function.args.args}
+        for name, function in functions.items()
+    }
+    found = {
+        name
+        for name, function in functions.items()
+        if any(STARTS_RANKS.search(ast.get_source_segment(source, part)) for part in function.body)
+    }
+    while more := {name for name in functions if uses[name] & found} - found:
+        found |= more
+    return found

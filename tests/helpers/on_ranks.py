@@ -28,6 +28,10 @@ import pytest
 
 TESTS = Path(__file__).parents[1]
 LAUNCH_SECONDS = 280
+MARKS_OF_LAUNCHES = ("multirank", "cluster", "slurm", "image", "gpu")
+
+# Whether the running test has one of these marks; conftest.py sets it. Always true outside pytest.
+may_start_ranks = True
 
 
 class Launch(NamedTuple):
@@ -115,6 +119,7 @@ def launch(arguments: list[str], ranks: int, controller: str, **options: object)
     """Runs `python ARGUMENTS` on this many local ranks, for 0 without a launcher; captures the output as text."""
     launcher = []
     if ranks:
+        assert may_start_ranks, f"a test that starts ranks needs one of the marks {MARKS_OF_LAUNCHES}"
         if controller == "elastic":
             horovodrun = [sys.executable, str(TESTS.parent / "launch" / "run_horovod.py")]
             # The interface is named because Horovod waits for a second host to find one.
