@@ -1,13 +1,25 @@
 #!/usr/bin/env bash
-# Sets up what is missing, then checks style and runs the tests: bash tests/run.sh [ARGUMENTS OF PYTEST]
+# Sets up what is missing, then checks style, types and documents, and runs the tests:
+#   bash tests/run.sh [ARGUMENTS OF PYTEST]
+# The tests that need no ranks, hosts, Slurm or images take under three minutes on two cores:
+#   bash tests/run.sh -m "not (multirank or cluster or slurm or image)"
 set -euo pipefail
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-bash "$root/launch/setup.sh" --dev
-cd "$root"
-PATH=${HVD_ADAM_VENV:-$root/.venv}/bin:$PATH
+CDPATH='' cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
+venv=${HVD_ADAM_VENV:-$PWD/.venv}
+bash launch/setup.sh --dev
+PATH=$venv/bin:$PATH
+
 ruff check
 ruff format --check
+mypy
+lint-imports
 find . -path ./.venv -prune -o -name '*.sh' -print0 | xargs -0 shellcheck -x .ci/run
-# Three at a time, by file: what takes most of the time (launches of ranks, Slurm, hosts that are lost) leaves cores idle.
+codespell
+if [[ -f mkdocs.yml ]]; then
+  site=$(mktemp -d)
+  mkdocs build --strict --quiet --site-dir "$site"
+  rm -r "$site"
+fi
+# Three at a time, by file: most of the time goes to launches (ranks, Slurm, lost hosts), which leave cores idle.
 python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"
