@@ -1,4 +1,4 @@
-"""What is in this folder needs an NVIDIA GPU: `pytest -m gpu`. tests/gpu/run.sh prepares a machine for it."""
+"""Tests in this folder need an NVIDIA GPU: `pytest -m gpu`. tests/gpu/run.sh prepares a machine for them."""
 
 from pathlib import Path
 

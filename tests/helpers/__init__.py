@@ -1,1 +1,1 @@
-"""What several test modules share; none of these modules holds tests."""
+"""Code that several test modules share. Contains no tests."""

@@ -1,4 +1,4 @@
-"""Random training runs of Adam, and the oracle in float64 with its running bound of the rounding error."""
+"""Random training runs of Adam, and a float64 oracle with a running bound on the rounding error."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BETAS = ((0.9, 0.999), (0.9, 0.9), (0.0, 0.9), (0.5, 0.5), (0.8, 0.99))
 
 @dataclass(frozen=True)
 class Case:
-    """One drawn training run: for each parameter its shape and how often it has a gradient."""
+    """A random training run: for each parameter its shape and how often it has a gradient."""
 
     seed: int
     groups: list[list[tuple[tuple[int, ...], str]]]
@@ -115,7 +115,7 @@ def cases(draw):
 
 @dataclass
 class Oracle:
-    """One parameter's float64 run, with a running bound on what another evaluation may differ by.
+    """One parameter in float64, with a running bound on the error of an evaluation in another arithmetic.
 
     The bound is Wilkinson's running error analysis, to first order: ``e_x`` bounds the error of x element by
     element, each floating-point operation of dtype's arithmetic adds u times its result's magnitude (u: unit
@@ -180,7 +180,7 @@ class Oracle:
 
 
 def oracles(case, dtype, arithmetic=None):
-    """One float64 oracle for each parameter of the case, in order."""
+    """Returns a float64 oracle for each parameter of the case, in order."""
     params = case.parameters(dtype)
     info = torch.finfo(dtype)
     roundoffs = dict(u=unit_roundoff(arithmetic or dtype), tiny=info.smallest_normal * info.eps)

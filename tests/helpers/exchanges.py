@@ -1,4 +1,4 @@
-"""Which of its two exchanges the sharded strategy uses."""
+"""Selects one of the two exchanges of the sharded strategy."""
 
 from contextlib import contextmanager
 
@@ -7,7 +7,7 @@ from hvd_adam.distributed.zero import ShardedAdam
 
 @contextmanager
 def scattering():
-    """Exchanges by reduce-scatter and all-gather, as on GPUs."""
+    """Makes the sharded strategy use reduce-scatter and all-gather, as it does on GPUs."""
     chosen = ShardedAdam.scatters
     ShardedAdam.scatters = True
     try:

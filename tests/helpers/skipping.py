@@ -1,4 +1,4 @@
-"""Small trainings with gradients that are not finite, and the check that all ranks skip them."""
+"""Small training runs with nonfinite gradients, and the check that all ranks skip such updates."""
 
 import itertools
 import math
@@ -28,6 +28,7 @@ def snapshot(model, optimizer):
 
 
 def check_skipping(cluster, options):
+    """Checks that NaN and infinity on the first or last rank leave model and optimizer unchanged on all ranks."""
     accumulate = options.get("accumulate", 1)
     model, optimizer = made(**options)
     update(model, optimizer, accumulate=accumulate)

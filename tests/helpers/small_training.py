@@ -1,4 +1,4 @@
-"""A small model, batches, a training loop and comparisons, for tests of `distribute` on real ranks."""
+"""Small model, batches, training loop and comparisons for tests of `distribute` on real ranks."""
 
 import hashlib
 
@@ -13,7 +13,7 @@ def small_model(dtype=torch.float64, seed=0):
 
 
 def batches(count, samples, dtype=torch.float64):
-    """The same global batches on every rank."""
+    """Yields the same global batches on every rank."""
     generator = torch.Generator().manual_seed(7)
     for _ in range(count):
         yield (
@@ -23,13 +23,13 @@ def batches(count, samples, dtype=torch.float64):
 
 
 def share(batch, cluster, micro_batches=1):
-    """This rank's micro-batches of a global batch."""
+    """Returns this rank's micro-batches of a global batch."""
     parts = zip(*(tensor.chunk(cluster.size * micro_batches) for tensor in batch), strict=True)
     return list(parts)[cluster.rank * micro_batches :][:micro_batches]
 
 
 def train(model, optimizer, cluster, steps=5, micro_batches=1, scaler=None):
-    """The loop a user writes, on this rank's share of 16 samples an update."""
+    """Trains as a user's loop does, on this rank's share of 16 samples per update."""
     for batch in batches(steps, 16, next(model.parameters()).dtype):
         for inputs, targets in share(batch, cluster, micro_batches):
             optimizer.zero_grad()
@@ -39,7 +39,7 @@ def train(model, optimizer, cluster, steps=5, micro_batches=1, scaler=None):
 
 
 def train_alone(model, steps=5, clip=None, **adam):
-    """The oracle: one process, whole batches, PyTorch's own Adam."""
+    """Trains the oracle: one process, whole batches, PyTorch's own Adam."""
     optimizer = torch.optim.Adam(model.parameters(), foreach=False, **adam)
     for inputs, targets in batches(steps, 16, next(model.parameters()).dtype):
         optimizer.zero_grad()
@@ -55,7 +55,7 @@ def largest_difference(model, other):
 
 
 def digest(*objects):
-    """A hash of all tensors and plain values in nested containers."""
+    """Returns a hash of all tensors and plain values in nested containers."""
     sha = hashlib.sha256()
 
     def visit(value):
@@ -75,14 +75,14 @@ def digest(*objects):
 
 
 def whole_state(optimizer, parameter):
-    """The state of one parameter, which a rank of the sharded strategy holds a part of; all ranks call it."""
+    """Returns the whole state of one parameter, also where it is sharded; every rank must call it."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     (number,) = [i for i, p in enumerate(parameters) if p is parameter]
     return optimizer.state_dict()["state"][number]
 
 
 def everything(model, optimizer):
-    """A hash of parameters, buffers, hyper-parameters and the whole state; all ranks call it."""
+    """Returns a hash of parameters, buffers, hyper-parameters and the whole state; every rank must call it."""
     return digest(model.state_dict(), optimizer.state_dict())
 
 
