@@ -1,7 +1,7 @@
 """The folders of the package show its architecture: one concern each, and imports that run one way.
 
-Hazards: a circle of imports, or an import of a higher layer; a module that grows without bound; a module that depends on
-another's private names; `--help` that waits for torch.
+Hazards: a circle of imports, or an import of a higher layer; a module that grows without bound; a module that uses
+private names of another; `--help` that waits for torch.
 """
 
 import ast
