@@ -76,12 +76,12 @@ def run(code, environ=None, python=(sys.executable,)):
     [
         (
             {"RANK": "0", "WORLD_SIZE": "2"},
-            "torchrun says it started 2 processes, but Horovod sees 1: torchrun does not start Horovod; use "
+            "torchrun started 2 processes, but Horovod sees 1: torchrun does not start Horovod; use "
             "`horovodrun -np N python -m hvd_adam.train` instead",
         ),
         (
             {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"},
-            "srun says it started 2 processes, but Horovod sees 1: start the ranks with `srun --mpi=pmix` "
+            "srun started 2 processes, but Horovod sees 1: start the ranks with `srun --mpi=pmix` "
             "(`srun --mpi=list` shows what this Slurm has) or with mpirun inside the allocation",
         ),
     ],
@@ -197,7 +197,7 @@ def test_each_rank_gets_a_gpu_of_its_own_whatever_the_binding(places, indices):
     ("places", "message"),
     [
         ([place("a", "x"), place("a", "x")], "2 ranks on a for 1 GPU;"),
-        ([place("a", "xy")] * 3, "3 ranks on a for 2 GPUs; start one rank a GPU"),
+        ([place("a", "xy")] * 3, "3 ranks on a for 2 GPUs; start one rank per GPU"),
         ([place("a", "xy"), place("a", "x"), place("a", "x")], "3 ranks on a for 2 GPUs"),
         ([place("a", "x"), place("b")], "rank 1 on b sees no GPU"),
     ],
