@@ -59,7 +59,7 @@ def test_what_differs_is_named_and_what_is_alike_is_not(cluster):
             with torch.no_grad():
                 model[2].bias[0] *= 1 + 2e-7
         what = "2.bias of rank 1" if sharded else "exp_avg_sq of 2.bias of rank 1"
-        with pytest.raises(JobError, match=f"drifted apart: {what} is not as that of rank 0"):
+        with pytest.raises(JobError, match=f"drifted apart: {what} differs from rank 0"):
             require_consistent(cluster, model, optimizer, sharded=sharded)
 
 
@@ -87,5 +87,5 @@ def test_a_job_whose_ranks_drift_apart_ends_with_one_line(tmp_path):
     done = train(*argv, "--model", "drifting:build", folder=tmp_path / "bad", **options)
     line = next(line for line in done.stderr.splitlines() if "drifted" in line)
     assert done.returncode == 1
-    assert "the ranks have drifted apart: bias of rank 1 is not as that of rank 0" in line
+    assert "the ranks have drifted apart: bias of rank 1 differs from rank 0" in line
     assert "Traceback" not in done.stderr

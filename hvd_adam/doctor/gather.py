@@ -59,7 +59,7 @@ def mpi() -> ModuleType:
     mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
     from mpi4py import MPI
 
-    return cast("ModuleType", MPI)
+    return MPI
 
 
 def connect(launch: LaunchInfo, store: str | None, timeout: float) -> Gathering:
