@@ -27,11 +27,11 @@ from hvd_adam import Adam, distribute
 
 
 def assert_same_update_as_one_rank(cluster, strategy, implementation, clip=None, micro_batches=1):
-    """All ranks together make the run of one process with whole batches, whatever computes the update."""
+    """Compares training on all ranks with training in one process on whole batches."""
     model, oracle = small_model(), small_model()
     adam = {"lr": 1e-2, "weight_decay": 0.1, "amsgrad": True}
     with warnings.catch_warnings():
-        warnings.simplefilter("error", RuntimeWarning)  # "no fused update here": then nothing would be shown
+        warnings.simplefilter("error", RuntimeWarning)  # "no fused update here": the test would compare nothing
         optimizer = distribute(
             Adam(model.parameters(), **adam, implementation=implementation),
             model,
@@ -163,7 +163,7 @@ def test_sums_over_four_ranks_do_not_depend_on_timing(cluster, strategy):
         torch.manual_seed(cluster.rank)
         gradients = [torch.randn_like(p) * 10 ** torch.randn_like(p) for p in model.parameters()]
         order = torch.randperm(12, generator=torch.Generator().manual_seed(repeat)).tolist()
-        for layer in order:  # gradients come in another order and at other times in each repeat
+        for layer in order:  # in each repeat gradients have another order and other times
             time.sleep(0.002 * ((repeat + layer + cluster.rank) % 3))
             pairs = zip(model[layer].parameters(), gradients[2 * layer : 2 * layer + 2], strict=True)
             sum((parameter * gradient).sum() for parameter, gradient in pairs).backward()

@@ -47,7 +47,7 @@ def test_after_distribute_every_rank_has_the_tensors_of_rank_0(cluster, strategy
 def test_the_stock_broadcast_makes_a_step_and_distribute_makes_none(cluster, strategy):
     def steps_and_weights(stock):
         model = small_model()
-        # Stock Horovod meets the optimizer it was written for: one whose state comes with the first step.
+        # Stock Horovod gets an optimizer that creates its state in the first step, as it expects.
         if stock:
             optimizer = torch.optim.Adam(model.parameters(), weight_decay=0.1)
             hvd.broadcast_parameters(model.state_dict(), root_rank=0)
@@ -149,7 +149,7 @@ def test_every_hyper_parameter_and_the_state_are_kept_when_horovod_wraps_the_opt
     optimizer = distribute(original, model, strategy=strategy)
     assert {key: optimizer.param_groups[0][key] for key in adam | options} == adam | options
     assert torch.all(whole_state(optimizer, model[0].weight)["exp_avg"] == 0.25)
-    # Stock: the object is created again, without its state.
+    # Stock Horovod creates the object again, without its state.
     original = Adam(model.parameters(), **adam)
     original.state[model[0].weight]["exp_avg"].fill_(0.25)
     stock = hvd.DistributedOptimizer(original, model.named_parameters())

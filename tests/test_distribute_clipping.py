@@ -44,7 +44,7 @@ def test_loss_scaling_changes_only_the_range_and_skips_on_all_ranks_together(clu
     before, steps = digest(model.state_dict()), optimizer.state[model[0].weight]["step"].item()
     for _ in range(2):
         optimizer.zero_grad()
-        factor = float("inf") if cluster.rank == 1 else 1.0  # overflow on one rank alone
+        factor = float("inf") if cluster.rank == 1 else 1.0  # overflow on one rank only
         scaler.scale(model(torch.ones(1, 6, dtype=torch.float64)).sum() * factor).backward()
         optimizer.step()
     assert digest(model.state_dict()) == before
@@ -53,7 +53,7 @@ def test_loss_scaling_changes_only_the_range_and_skips_on_all_ranks_together(clu
     assert optimizer.skipped_updates == 1
 
     optimizer.zero_grad()
-    for _ in range(2):  # nothing to unscale: as without a scaler, nothing happens
+    for _ in range(2):  # without a gradient nothing is updated, as without a scaler
         optimizer.step()
     assert digest(model.state_dict()) == before
     train(model, optimizer, cluster, micro_batches=2, scaler=scaler)

@@ -54,7 +54,7 @@ def test_a_float16_sum_that_overflows_in_stock_horovod_is_averaged(cluster, stra
 def test_the_error_of_compression_is_within_its_rounding(cluster, strategy):
     for compression, unit in (("fp16", 2.0**-11), ("bf16", 2.0**-8)):  # unit roundoff: 11 and 8 significant bits
         for dtype in (torch.float32, torch.float64):
-            model = torch.nn.Linear(1, 1001, bias=False).to(dtype)  # does not divide by the ranks
+            model = torch.nn.Linear(1, 1001, bias=False).to(dtype)  # not a multiple of the number of ranks
             optimizer = distribute(
                 Adam(model.parameters()), model, compression=compression, accumulate=2, strategy=strategy
             )

@@ -105,7 +105,7 @@ def test_subclasses_of_adam_and_of_the_distributed_optimizer_work(cluster, strat
     stock = hvd.DistributedOptimizer(Adam(model.parameters()), model.named_parameters())
     stock.__class__ = type("Above", (type(stock),), {})
     limit = sys.getrecursionlimit()
-    sys.setrecursionlimit(300)  # each turn reduces all gradients
+    sys.setrecursionlimit(300)  # each recursion reduces all gradients
     try:
         with pytest.raises(RecursionError):
             stock.step()

@@ -156,7 +156,7 @@ def test_a_closure_on_several_ranks_is_refused_where_ranks_of_stock_horovod_dive
     with pytest.raises(RuntimeError, match=r"step\(closure\) works on one rank"):
         closure_step(optimizer, model)
 
-    model = Branches()  # stock: the closure's backward runs after the gradients were exchanged
+    model = Branches()  # stock Horovod runs the closure after it has reduced the gradients
     stock = hvd.DistributedOptimizer(Adam(model.parameters()), model.named_parameters())
 
     def closure():

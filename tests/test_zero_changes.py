@@ -34,11 +34,11 @@ def test_an_added_group_keeps_the_moments_of_the_others(cluster):
             optimizer, reference = sharded_adam(model), torch_adam(oracle)
             step_on_ranks(model, optimizer, cluster, 0, 3)
             step_in_one_process(oracle, reference, cluster.size, 0, 3)
-            if loads:  # the loaded state is whole still when the group comes
+            if loads:  # the loaded state is not sharded yet when the group is added
                 optimizer.load_state_dict(copy.deepcopy(reference.state_dict()))
             extra, other = (torch.nn.Parameter(torch.ones(5, 5).double()) for _ in range(2))
             with torch.no_grad():
-                extra += cluster.rank  # rank 0's is the one that counts
+                extra += cluster.rank  # rank 0's value is broadcast
             optimizer.add_param_group({"params": [extra], "lr": 0.1 * (1 + cluster.rank)})
             reference.add_param_group({"params": [other], "lr": 0.1})
             model.append(extra)
@@ -104,12 +104,12 @@ def test_buckets_merged_by_an_option_lose_no_gradient(cluster):
         groups = [{"params": [model[0]], "master_weights": True}, {"params": [model[1]]}]
         optimizer = distribute(Adam(groups), model, strategy=strategy)
         step_on_ranks(model, optimizer, cluster, 0, 1)
-        optimizer.param_groups[1]["master_weights"] = True  # its moments are float32 now, as the other group's
+        optimizer.param_groups[1]["master_weights"] = True  # its moments become float32, as the other's
         optimizer.zero_grad()
         mine = gradients_of(model, 1, cluster.rank)
         for i in (1, 0):
             (model[i] * mine[i].bfloat16()).sum().backward()
-            hvd.allgather_object(i)  # what has been sent by now has arrived
+            hvd.allgather_object(i)  # reductions that have been started are complete
         optimizer.synchronize()
         for i, p in enumerate(model):
             mean = sum(gradients_of(model, 1, rank)[i] for rank in range(cluster.size)) / cluster.size

@@ -49,7 +49,7 @@ def test_the_norm_over_several_dtypes_includes_all_of_them(cluster):
     optimizer = sharded_adam(model, max_grad_norm=0.5)
     step_on_ranks(model, optimizer, cluster, 0, 1)
     norm = step_in_one_process(oracle.double(), torch_adam(oracle), cluster.size, 0, 1)
-    # Of 120 exact squares; the root is rounded to float32.
+    # 120 exact squares; the root is rounded to float32.
     assert optimizer.grad_norm.item() == pytest.approx(norm, rel=2**-22)
 
 
@@ -66,7 +66,7 @@ def test_one_rank_clips_flat_and_unflattened_parameters(cluster):
 
 
 def torch_state(model, parts, steps, clip=None):
-    """The state that PyTorch's Adam has after so many steps of a fresh model."""
+    """Returns the state of PyTorch's Adam after this many steps of a new model."""
     fresh = parameter_list([p.shape for p in model.parameters()])
     optimizer = torch_adam(fresh)
     step_in_one_process(fresh, optimizer, parts, 0, steps, clip)
@@ -84,7 +84,7 @@ def test_synchronize_computes_the_whole_mean_on_every_rank(cluster):
                 for p, g in zip(model.parameters(), gradients_of(model, 0, cluster.rank), strict=True)
             ).backward()
             optimizer.synchronize()
-            optimizer.synchronize()  # once more changes nothing
+            optimizer.synchronize()  # the second call changes nothing
             means = [
                 sum(g) / cluster.size
                 for g in zip(*(gradients_of(model, 0, i) for i in range(cluster.size)), strict=True)
@@ -137,7 +137,7 @@ def test_compressed_gradients_of_micro_batches_train_within_their_rounding(clust
             optimizer = sharded_adam(model, adam={"lr": 1e-2, "eps": 1.0}, compression=compression, accumulate=2)
             step_on_ranks(model, optimizer, cluster, 0, 4, micro_batches=2)
             step_in_one_process(oracle, torch_adam(oracle, lr=1e-2, eps=1.0), 2 * cluster.size, 0, 4)
-            # Parts of size 2 and below are rounded once each and their mean once more: 4 · unit. With ε = 1 an
+            # Numbers up to 2 are rounded once each and their mean once more: 4 · unit. With ε = 1 an
             # update has at most twice the error of the gradients so far, times lr; there are 4.
             assert_close(model, oracle, 4 * 1e-2 * 2 * 4 * unit)
             assert same_everywhere(everything(model, optimizer)), (way, compression)
@@ -175,7 +175,7 @@ def test_a_parameter_used_on_one_rank_is_averaged_and_one_used_on_no_rank_is_not
             optimizer, reference = sharded_adam(model, **options), torch_adam(oracle)
             untouched = model[4].detach().clone()
             for step in range(3):
-                # Rank 0 has gradients of the first two alone, the others of all but the fifth, rank 2 none.
+                # Rank 0 has gradients of the first two parameters, rank 1 of all but the fifth, rank 2 none.
                 absent = {0: (2, 3, 4, 5, 6), 1: (4,), 2: range(7)}[cluster.rank]
                 step_on_ranks(model, optimizer, cluster, step, step + 1, absent=absent)
                 first, second = gradients_of(model, step, 0), gradients_of(model, step, 1)
@@ -191,7 +191,7 @@ def test_a_parameter_used_on_one_rank_is_averaged_and_one_used_on_no_rank_is_not
             assert same_everywhere(everything(model, optimizer)), (way, options)
             before = everything(model, optimizer)
             optimizer.zero_grad()
-            optimizer.step()  # nobody has used anything
+            optimizer.step()  # no rank has a gradient
             assert everything(model, optimizer) == before
 
 

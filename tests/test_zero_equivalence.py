@@ -92,13 +92,13 @@ def test_odd_tiny_and_empty_parameters_train_like_one_process_under_mpi(cluster)
 
 @on_ranks(3, "mpi")
 def test_many_buckets_train_like_one_process(cluster):
-    shapes = ((500, 1201), (11,), (1, 600_001), (3,))  # 4.8 MB of float64 each of the large: buckets of 8 MiB
+    shapes = ((500, 1201), (11,), (1, 600_001), (3,))  # the large ones have 4.8 MB of float64; buckets have 8 MiB
     for way in each_exchange():
         model, oracle = parameter_list(shapes), parameter_list(shapes)
         optimizer = sharded_adam(model, adam={**ADAM_OPTIONS, "implementation": "foreach"}, max_grad_norm=1.0)
         step_on_ranks(model, optimizer, cluster, 0, 2)
         step_in_one_process(oracle, torch_adam(oracle), cluster.size, 0, 2, clip=1.0)
-        # A norm of a million numbers, summed in another order: 1e6 ulps at the very most, √1e6 in practice.
+        # The norm of a million numbers, summed in another order: at most 1e6 ulps, √1e6 in practice.
         assert_close(model, oracle, 1e-11)
         assert same_everywhere(digest(model.state_dict())), way
 
@@ -137,7 +137,7 @@ def test_several_dtypes_train_together_with_and_without_master_weights(cluster):
             for either, its in ((model, optimizer), (default, other)):
                 step_on_ranks(either, its, cluster, 0, 5)
             for i, (p, q) in enumerate(zip(model.parameters(), default.parameters(), strict=True)):
-                # The same operations on the same numbers, vectorised at other places: an ulp or two a step.
+                # The same operations on the same numbers, vectorized at other positions: one or two ulps per step.
                 torch.testing.assert_close(p, q, rtol=10 * torch.finfo(p.dtype).eps, atol=1e-6)
                 assert ("master_param" in whole_state(optimizer, p)) == (
                     p.dtype == torch.bfloat16 and "master_weights" in options

@@ -10,7 +10,7 @@ from helpers.sharded_training import parameter_list, sharded_adam, step_on_ranks
 
 
 def state_bytes(optimizer):
-    """The memory that the state takes on this rank, by the storages that it lies in."""
+    """Returns the bytes of all storages that hold this rank's state."""
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for state in optimizer.state.values()

@@ -211,7 +211,7 @@ def test_loaded_state_with_other_tensors_is_used_whichever_call_is_next(cluster)
         for then in ("broadcast", "state_dict", "step")[: 1 if loaded_on == "rank 0" else 3]:
             source, reference = trained_in_one_process(3, cluster.size, amsgrad=True)
             model = parameter_list()
-            optimizer = sharded_adam(model)  # without amsgrad: the loaded groups bring it
+            optimizer = sharded_adam(model)  # without amsgrad, which the loaded groups enable
             if loaded_on == "all ranks" or cluster.rank == 0:
                 optimizer.load_state_dict(reference.state_dict())
                 model.load_state_dict(source.state_dict())

@@ -17,7 +17,7 @@ ADAM_OPTIONS = {"lr": 1e-2, "betas": (0.8, 0.95), "weight_decay": 0.1}
 
 
 def parameter_list(shapes=ODD_SHAPES, dtype=torch.float64):
-    """A model of nothing but parameters, the same on every rank; dtypes go round where there are several."""
+    """Returns a model that consists of parameters, identical on all ranks; several dtypes alternate."""
     generator = torch.Generator().manual_seed(0)
     dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
     return torch.nn.ParameterList(
@@ -29,13 +29,13 @@ def parameter_list(shapes=ODD_SHAPES, dtype=torch.float64):
 
 
 def gradients_of(model, step, part):
-    """What rank or micro-batch `part` contributes to a step; every rank can tell what the others do."""
+    """Returns the gradients of one rank or micro-batch, `part`, in a step; every rank can compute all of them."""
     generator = torch.Generator().manual_seed(1000 * step + part)
     return [torch.randint(-8, 9, p.shape, generator=generator).double() / 8 for p in model.parameters()]
 
 
 def step_on_ranks(model, optimizer, cluster, first, last, micro_batches=1, absent=(), scaler=None):
-    """Makes steps [first, last), this rank with its own gradients, but none for parameters in `absent`."""
+    """Makes steps [first, last) with this rank's gradients, and none for parameters in `absent`."""
     for step in range(first, last):
         for micro_batch in range(micro_batches):
             optimizer.zero_grad()
@@ -49,7 +49,7 @@ def step_on_ranks(model, optimizer, cluster, first, last, micro_batches=1, absen
 
 
 def step_in_one_process(model, optimizer, parts, first, last, clip=None, absent=()):
-    """The oracle of `step_on_ranks`: the mean of all parts' gradients, in one process. Returns the last norm."""
+    """Makes the steps of `step_on_ranks` in one process, with the mean of all gradients. Returns the last norm."""
     for step in range(first, last):
         means = [sum(g) / parts for g in zip(*(gradients_of(model, step, i) for i in range(parts)), strict=True)]
         for i, (p, g) in enumerate(zip(model.parameters(), means, strict=True)):
@@ -60,7 +60,7 @@ def step_in_one_process(model, optimizer, parts, first, last, clip=None, absent=
 
 
 def sharded_adam(model, *, adam=None, **options):
-    """A fresh sharded optimizer of the model."""
+    """Returns a new sharded optimizer of the model."""
     return distribute(Adam(model.parameters(), **(adam or ADAM_OPTIONS)), model, strategy="sharded", **options)
 
 
@@ -69,9 +69,9 @@ def torch_adam(model, **options):
 
 
 def each_exchange():
-    """For loops: once by what a CPU does, once by what a GPU does.
+    """Yields once with the exchange that CPUs use and, under MPI, once with that of GPUs.
 
-    The latter under MPI alone: after a reduce-scatter of Horovod 0.28.1's Gloo the next large broadcast hangs.
+    With Gloo, a large broadcast after a reduce-scatter of Horovod 0.28.1 hangs.
     """
     yield "in place"
     if hvd.mpi_enabled():
@@ -80,7 +80,7 @@ def each_exchange():
 
 
 def assert_close(model, other, tolerance=1e-12):
-    """In 20 steps of float64, some 30 roundings each, of numbers of size 1: below 1e-12."""
+    """Compares parameters: 20 steps in float64, some 30 roundings each, of numbers of size 1 differ by < 1e-12."""
     for i, (p, q) in enumerate(zip(model.parameters(), other.parameters(), strict=True)):
         torch.testing.assert_close(
             p.detach(), q.detach(), rtol=tolerance, atol=tolerance, msg=lambda m, i=i: f"{i}: {m}"
@@ -88,7 +88,7 @@ def assert_close(model, other, tolerance=1e-12):
 
 
 def assert_same_state(state, other, tolerance=1e-12):
-    """State dictionaries with the same keys, shapes, dtypes and, to rounding, numbers."""
+    """Compares state dictionaries by keys, shapes, dtypes and, up to rounding, values."""
     assert state.keys() == other.keys()
     for i in state:
         assert state[i].keys() == other[i].keys(), i
@@ -97,7 +97,7 @@ def assert_same_state(state, other, tolerance=1e-12):
 
 
 def trained_in_one_process(steps, parts, **options):
-    """A model and PyTorch's Adam that have made so many steps: what a checkpoint would hold."""
+    """Returns a model and PyTorch's Adam after this many steps, as a checkpoint would contain them."""
     model = parameter_list()
     optimizer = torch_adam(model, **ADAM_OPTIONS, **options)
     step_in_one_process(model, optimizer, parts, 0, steps)
