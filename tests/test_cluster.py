@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from on_ranks import launch, on_ranks
+from helpers.on_ranks import launch, on_ranks
 
 from hvd_adam import init
 from hvd_adam.distributed import context as cluster_module

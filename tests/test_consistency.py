@@ -6,8 +6,8 @@ Hazards: a bit that does not change the fingerprint; a report that names the wro
 
 import pytest
 import torch
-from on_ranks import on_ranks
-from test_train import train
+from helpers.on_ranks import on_ranks
+from helpers.training_runs import train
 
 from hvd_adam import Adam, distribute
 from hvd_adam.distributed.consistency import fingerprint, require_consistent

@@ -5,14 +5,14 @@ statistics, or that compression, accumulation, clipping or a shard hides; finite
 ones, half-precision sums); a job that skips forever, or loses its checkpoint when it ends.
 """
 
-import itertools
 import math
 
 import pytest
 import torch
-from on_ranks import on_ranks
-from test_sharded import scattering
-from test_train import checkpoint, events, succeeded, train
+from helpers.exchanges import scattering
+from helpers.on_ranks import on_ranks
+from helpers.skipping import check_skipping, made, update
+from helpers.training_runs import checkpoint, events, succeeded, train
 
 from hvd_adam import Adam, distribute
 
@@ -23,42 +23,6 @@ OPTIONS = [
     {"compression": "bf16", "strategy": "sharded"},
     {"accumulate": 2, "max_grad_norm": 1.0},
 ]
-
-
-def made(**options):
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
-    return model, distribute(Adam(model.parameters(), lr=0.1), model, **options)
-
-
-def update(model, optimizer, factor=1.0, accumulate=1):
-    optimizer.zero_grad()
-    for _ in range(accumulate):
-        (model(torch.ones(2, 6)).square().sum() * factor).backward()
-        optimizer.step()
-
-
-def snapshot(model, optimizer):
-    state = optimizer.state_dict()["state"]
-    tensors = [*model.state_dict().values(), *(value for entry in state.values() for value in entry.values())]
-    return [tensor.clone() for tensor in tensors]
-
-
-def check_skipping(cluster, options):
-    accumulate = options.get("accumulate", 1)
-    model, optimizer = made(**options)
-    update(model, optimizer, accumulate=accumulate)
-    before = snapshot(model, optimizer)
-    for skipped, (value, rank) in enumerate(
-        itertools.product((math.nan, math.inf), (0, cluster.size - 1)), start=1
-    ):
-        update(model, optimizer, value if cluster.rank == rank else 1.0, accumulate)
-        assert optimizer.skipped_updates == skipped
-        assert all(map(torch.equal, before, snapshot(model, optimizer)))
-    update(model, optimizer, accumulate=accumulate)
-    assert optimizer.skipped_updates == skipped
-    assert not any(map(torch.equal, before, snapshot(model, optimizer)))
-    return snapshot(model, optimizer)
 
 
 @on_ranks(2)

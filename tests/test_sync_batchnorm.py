@@ -8,7 +8,7 @@ import copy
 
 import pytest
 import torch
-from on_ranks import on_ranks
+from helpers.on_ranks import on_ranks
 
 from hvd_adam import Adam, distribute
 from hvd_adam.distributed.sync_batchnorm import SyncBatchNorm, convert

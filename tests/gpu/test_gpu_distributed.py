@@ -11,8 +11,8 @@ from itertools import product
 
 import pytest
 import torch
-from on_ranks import on_ranks
-from test_nonfinite import check_skipping
+from helpers.on_ranks import on_ranks
+from helpers.skipping import check_skipping
 
 from hvd_adam import Adam, distribute
 from hvd_adam.distributed.context import horovod
