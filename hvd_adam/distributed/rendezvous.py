@@ -2,7 +2,7 @@
 
 Horovod 0.28.1 connects ranks in a thread that catches no exception (BackgroundThreadLoop in operations.cc). If one
 rank is lost meanwhile, all others wait for Gloo's time-out and are then aborted. Ranks therefore check first,
-through the launcher's key-value store, that all of them are present. If one has ended (launch/run_horovod.py
+through the launcher's key-value store, that all of them are present. If one has ended (hvd_adam/launch/horovodrun.py
 reports it in the store), they ask the launcher for new ranks, as Horovod itself does after a loss.
 """
 
@@ -23,7 +23,7 @@ MEETING_COMPLETE_KEY = "all"
 LOSSES_SCOPE = "hvd_adam_gone"  # LOSSES_KEY is set: a rank has ended since ranks were assigned
 LOSSES_KEY = "any"
 
-# Set by launch/run_horovod.py, which reports losses. Under another launcher only a time-out detects them.
+# Set by hvd_adam/launch/horovodrun.py, which reports losses. Under another launcher only a time-out detects them.
 REPORTS_LOSSES_VARIABLE = "HVD_ADAM_TOLD_OF_LOSSES"
 
 # Fields of Horovod's answer under SLOTS_SCOPE, and of its environment.
