@@ -42,7 +42,7 @@ def distribute(
 
     Args:
         optimizer: the `Adam` of this process, new or with state; state is needed on rank 0 only.
-        model: the model whose parameters it updates, on its final device.
+        model: the model that contains its parameters, on its final device.
         strategy: "allreduce": every rank keeps the whole optimizer state. "sharded": each rank keeps and updates
             one N-th of it (ZeRO stage 1); `state_dict` gathers it, so every rank must call it.
         accumulate: micro-batches per update, at least 1. Call `step` after each micro-batch: every

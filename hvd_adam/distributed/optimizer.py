@@ -17,7 +17,7 @@ from hvd_adam.optim.adam import Adam, PlainOptimizer
 
 
 class DistributedAdam(AveragingAdam):
-    """An `Adam` whose `step` updates with the mean of the gradients of all ranks; `distribute` returns it.
+    """`Adam` with a `step` that averages the gradients over all ranks; `distribute` returns it.
 
     It is a `torch.optim.Optimizer`: learning-rate schedulers, step hooks, `param_groups` and `state_dict` work as
     with `torch.optim.Adam`. Reductions start in `backward`, bucket by bucket, and `step` waits for them.

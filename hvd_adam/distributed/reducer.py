@@ -141,7 +141,7 @@ def _flags(flat: FlatStorage, bucket: Bucket) -> Tensor:
 
 
 class AveragingAdam(Adam):
-    """An `Adam` whose gradients are reduced over the ranks while backward runs, by default in flat buffers."""
+    """`Adam` with gradients that are reduced over the ranks while backward is running, in flat buffers."""
 
     scatters = False  # whether each rank gets the reduced gradients of its own shard only
 
