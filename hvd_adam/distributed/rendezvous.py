@@ -3,8 +3,8 @@
 Horovod 0.28.1 connects ranks in a thread that catches no exception (BackgroundThreadLoop in operations.cc). If one
 rank is lost meanwhile, all others wait for Gloo's time-out and are then aborted. Ranks therefore check first,
 through the launcher's key-value store, that all of them are present. If one has ended, which
-hvd_adam/launch/horovodrun.py reports in the store, they ask the launcher for new ranks, as Horovod itself does after
-a loss.
+hvd_adam/launch/horovodrun.py reports in the store, they ask the launcher for new ranks, as Horovod itself does
+after a loss.
 """
 
 from __future__ import annotations
