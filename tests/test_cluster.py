@@ -1,8 +1,8 @@
-"""init: who am I, and the faults that make N processes train N separate copies.
+"""`init`: launcher, rank, world size and device, and errors that would make N processes train N separate models.
 
-Hazards: a launcher whose variables are misread or outrank each other; processes that each believe to be
-rank 0 of 1; a Horovod that is missing, built against another PyTorch, or does not load; ranks that disagree
-on arguments or fail one by one; ranks that share a GPU or take all cores.
+Hazards: variables of several launchers at once; processes that each see a world of size 1; a Horovod that is
+missing, built against another PyTorch, or does not load; ranks with different arguments, or of which one fails;
+ranks that share a GPU or use all cores.
 """
 
 import importlib.util
@@ -55,7 +55,7 @@ DISTRIBUTE = (
         ),
     ],
 )
-def test_the_launcher_is_told_from_its_variables(environ, expected):
+def test_the_launcher_is_detected_from_its_variables(environ, expected):
     assert detect_launcher(environ) == expected
 
 
@@ -76,12 +76,12 @@ def run(code, environ=None, python=(sys.executable,)):
     [
         (
             {"RANK": "0", "WORLD_SIZE": "2"},
-            "torchrun says it started 2 processes, but Horovod sees 1: torchrun does not start Horovod; use "
+            "torchrun started 2 processes, but Horovod sees 1: torchrun does not start Horovod; use "
             "`horovodrun -np N python -m hvd_adam.train` instead",
         ),
         (
             {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"},
-            "srun says it started 2 processes, but Horovod sees 1: start the ranks with `srun --mpi=pmix` "
+            "srun started 2 processes, but Horovod sees 1: start the ranks with `srun --mpi=pmix` "
             "(`srun --mpi=list` shows what this Slurm has) or with mpirun inside the allocation",
         ),
     ],
@@ -92,7 +92,7 @@ def test_processes_that_horovod_does_not_see_are_refused_with_the_remedy(environ
 
 @pytest.fixture
 def packages(tmp_path):
-    """A folder like site-packages, of links, without Horovod; on a path of its own."""
+    """A folder of links to all installed packages except Horovod."""
     folder = tmp_path / "packages"
     folder.mkdir()
     without = ("horovod", "hvd_adam", "__editable__", "distutils-precedence")
@@ -106,12 +106,12 @@ def packages(tmp_path):
 
 
 def run_with(packages, code):
-    """As `run`, in a Python that sees the given packages only."""
+    """Runs code in a Python that sees the given packages only."""
     path = {"PYTHONPATH": f"{ROOT}:{packages}"}
     return run(code, path, python=(os.path.realpath(sys.executable), "-S"))
 
 
-def test_adam_works_without_horovod_and_init_and_distribute_say_how_to_build_it(packages):
+def test_without_horovod_adam_works_and_init_and_distribute_name_the_build_command(packages):
     remedy = "Horovod is not installed in .*; build it with `bash launch/setup.sh`"
     step = (
         "import torch, hvd_adam; p = torch.nn.Parameter(torch.ones(2)); o = hvd_adam.Adam([p]); "
@@ -127,12 +127,12 @@ def test_adam_works_without_horovod_and_init_and_distribute_say_how_to_build_it(
 
 @pytest.fixture
 def horovod_copy(packages):
-    """A Horovod of our own to spoil."""
+    """A copy of the installed Horovod that a test may damage."""
     original = Path(importlib.util.find_spec("horovod").origin).parent
     return Path(shutil.copytree(original, packages / "horovod"))
 
 
-def test_a_horovod_built_against_another_torch_is_recognised_and_said(packages, horovod_copy):
+def test_a_horovod_built_against_another_torch_is_detected_and_reported(packages, horovod_copy):
     metadata = horovod_copy / "metadata.json"
     metadata.write_text(json.dumps({**json.loads(metadata.read_text()), "pytorch": "2.0.1"}))
     assert run_with(packages, "import hvd_adam; hvd_adam.init()") == (
@@ -141,7 +141,7 @@ def test_a_horovod_built_against_another_torch_is_recognised_and_said(packages, 
     )
 
 
-def test_a_horovod_without_pytorch_and_one_that_does_not_load_are_said(packages, horovod_copy):
+def test_a_horovod_without_pytorch_support_or_that_does_not_load_is_reported(packages, horovod_copy):
     (library,) = (horovod_copy / "torch").glob("mpi_lib_v2*.so")
     library.write_bytes(b"not a library")
     message = run_with(packages, "import hvd_adam; hvd_adam.init()")
@@ -153,7 +153,7 @@ def test_a_horovod_without_pytorch_and_one_that_does_not_load_are_said(packages,
     assert "has no PyTorch support" in run_with(packages, "import hvd_adam; hvd_adam.init()")
 
 
-def test_distribute_before_init_says_so():
+def test_distribute_before_init_is_refused_with_the_remedy():
     code = (
         "import torch, hvd_adam; m = torch.nn.Linear(1, 1); hvd_adam.distribute(hvd_adam.Adam(m.parameters()), m)"
     )
@@ -176,20 +176,20 @@ def place(host, gpus=""):
     return RankPlacement(host, (0, 1), tuple(gpus))
 
 
-# No machine of ours has several GPUs: what ranks report is made up, the assignment is real.
+# Placements are made up, since the tests need no GPUs; the assignment is the real one.
 @pytest.mark.parametrize(
     ("places", "indices"),
     [
         ([place("a", "xy"), place("a", "xy")], [0, 1]),
-        ([place("a", "x"), place("a", "y")], [0, 0]),  # bound by Slurm, say
-        ([place("a", "x"), place("b", "x")], [0, 0]),  # hosts may name their GPUs alike
-        ([place("a", "xy"), place("a", "xy"), place("a", "zw"), place("a", "zw")], [0, 1, 0, 1]),  # the closest
+        ([place("a", "x"), place("a", "y")], [0, 0]),  # bound by Slurm, for example
+        ([place("a", "x"), place("b", "x")], [0, 0]),  # hosts may use the same names
+        ([place("a", "xy"), place("a", "xy"), place("a", "zw"), place("a", "zw")], [0, 1, 0, 1]),  # first free
         ([place("a", "xy"), place("a", "x")], [1, 0]),
         ([place("a", "xyz"), place("a", "xz"), place("a", "x")], [1, 1, 0]),
         ([place("a"), place("b")], [None, None]),
     ],
 )
-def test_each_rank_gets_a_gpu_of_its_own_whatever_the_binding(places, indices):
+def test_each_rank_gets_a_gpu_of_its_own_with_any_binding(places, indices):
     assert assign_gpus(places, "auto") == indices
 
 
@@ -197,7 +197,7 @@ def test_each_rank_gets_a_gpu_of_its_own_whatever_the_binding(places, indices):
     ("places", "message"),
     [
         ([place("a", "x"), place("a", "x")], "2 ranks on a for 1 GPU;"),
-        ([place("a", "xy")] * 3, "3 ranks on a for 2 GPUs; start one rank a GPU"),
+        ([place("a", "xy")] * 3, "3 ranks on a for 2 GPUs; start one rank per GPU"),
         ([place("a", "xy"), place("a", "x"), place("a", "x")], "3 ranks on a for 2 GPUs"),
         ([place("a", "x"), place("b")], "rank 1 on b sees no GPU"),
     ],
@@ -208,7 +208,7 @@ def test_fewer_gpus_than_ranks_are_refused(places, message):
 
 
 @on_ranks(2)
-def test_ranks_sizes_and_device(cluster):
+def test_init_returns_ranks_and_sizes_and_later_calls_the_same_cluster(cluster):
     assert (cluster.size, cluster.local_size, cluster.cross_rank, cluster.cross_size) == (2, 2, 0, 1)
     assert cluster.rank == cluster.local_rank
     assert cluster.launcher == "horovodrun"
@@ -217,7 +217,7 @@ def test_ranks_sizes_and_device(cluster):
 
 
 @on_ranks(2)
-def test_ranks_share_the_cores_and_do_not_each_take_all(cluster):
+def test_ranks_of_a_host_share_its_cores(cluster):
     if "OMP_NUM_THREADS" not in os.environ:
         assert torch.get_num_threads() == max(1, len(os.sched_getaffinity(0)) // 2)
 
@@ -228,7 +228,7 @@ def test_a_stalled_rank_ends_the_job_by_default(cluster):
 
 
 @on_ranks(2)
-def test_what_fails_on_one_rank_is_raised_on_all_with_its_rank_and_host(cluster):
+def test_an_error_of_one_rank_is_raised_on_all_with_its_rank_and_host(cluster):
     with pytest.raises(CollectiveError, match=r"^rank 1 on \S+: no such file: x$"), raise_on_all_ranks(cluster):
         if cluster.rank == 1:
             raise UserError("no such file: x")
@@ -239,7 +239,7 @@ def test_what_fails_on_one_rank_is_raised_on_all_with_its_rank_and_host(cluster)
 
 
 @on_ranks(2)
-def test_arguments_that_differ_are_named(cluster):
+def test_arguments_that_differ_between_ranks_are_named(cluster):
     require_same(cluster, "arguments", {"lr": 0.1})
     with pytest.raises(
         CollectiveError, match=r"have different arguments: lr is 0\.0 on rank 0 and 0\.5 on rank 1"
@@ -248,7 +248,7 @@ def test_arguments_that_differ_are_named(cluster):
 
 
 @on_ranks(2, "mpi")
-def test_mpirun_is_recognised(cluster):
+def test_mpirun_is_detected(cluster):
     assert (cluster.launcher, cluster.size) == ("mpirun", 2)
 
 
@@ -263,7 +263,7 @@ def test_a_rank_that_never_arrives_ends_the_others_in_bounded_time():
     assert "is stalled for longer than 3 seconds. Will shutdown." in done.stderr
 
 
-def test_the_default_is_not_forced_on_a_user_who_set_another(monkeypatch):
+def test_a_variable_set_by_the_user_overrides_the_default(monkeypatch):
     monkeypatch.setenv("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "7")
     code = "import os, hvd_adam; hvd_adam.init(); print(os.environ['HOROVOD_STALL_SHUTDOWN_TIME_SECONDS'])"
     assert run(code) == "7"

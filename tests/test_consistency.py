@@ -1,7 +1,7 @@
-"""Ranks that have drifted apart are found, and named.
+"""Ranks with different weights or state are detected and named.
 
-Hazards: a bit that changes no fingerprint; a difference that is blamed on the wrong tensor or rank; ranks that are
-alike and called different (sharded state, batch-norm statistics); a job that goes on, or hangs, after the find.
+Hazards: a bit that does not change the fingerprint; a report that names the wrong tensor or rank; false reports
+(sharded state, batch-norm statistics); a job that continues or hangs after the report.
 """
 
 import pytest
@@ -15,7 +15,7 @@ from hvd_adam.errors import JobError
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.uint8])
-def test_every_bit_of_every_element_counts_and_so_does_the_order(dtype):
+def test_every_bit_and_the_order_of_elements_change_the_fingerprint(dtype):
     bits = torch.arange(37, dtype=torch.uint8).repeat(8)
     tensor = bits.view(dtype)
     seen = {fingerprint(tensor).item()}
@@ -30,7 +30,7 @@ def test_every_bit_of_every_element_counts_and_so_does_the_order(dtype):
     assert fingerprint(swapped) not in seen
 
 
-def test_strides_and_pieces_do_not_matter():
+def test_strides_and_chunks_do_not_change_the_fingerprint():
     tensor = torch.randn(3, 1 << 19)
     assert fingerprint(tensor.T.contiguous().T) == fingerprint(tensor)
     assert fingerprint(torch.zeros(0)) == 0
@@ -44,7 +44,7 @@ def trained(strategy):
 
 
 @on_ranks(3)
-def test_what_differs_is_named_and_what_is_alike_is_not(cluster):
+def test_a_tensor_that_differs_is_named_and_identical_ones_are_not(cluster):
     for strategy in ("allreduce", "sharded"):
         model, optimizer = trained(strategy)
         for _ in range(3):
@@ -59,7 +59,7 @@ def test_what_differs_is_named_and_what_is_alike_is_not(cluster):
             with torch.no_grad():
                 model[2].bias[0] *= 1 + 2e-7
         what = "2.bias of rank 1" if sharded else "exp_avg_sq of 2.bias of rank 1"
-        with pytest.raises(JobError, match=f"drifted apart: {what} is not as that of rank 0"):
+        with pytest.raises(JobError, match=f"drifted apart: {what} differs from rank 0"):
             require_consistent(cluster, model, optimizer, sharded=sharded)
 
 
@@ -80,12 +80,12 @@ def build(in_channels, num_classes, image_size, dropout=0.0):
 """
 
 
-def test_a_job_whose_ranks_drift_apart_ends_with_one_line(tmp_path):
+def test_a_job_with_ranks_that_drift_apart_ends_with_one_line(tmp_path):
     (tmp_path / "drifting.py").write_text(DRIFTING)
     argv = ["--epochs", 1, "--check-consistency-every", 4]
     options = {"ranks": 2, "controller": "mpi", "env": {"PYTHONPATH": str(tmp_path)}}
     done = train(*argv, "--model", "drifting:build", folder=tmp_path / "bad", **options)
     line = next(line for line in done.stderr.splitlines() if "drifted" in line)
     assert done.returncode == 1
-    assert "the ranks have drifted apart: bias of rank 1 is not as that of rank 0" in line
+    assert "the ranks have drifted apart: bias of rank 1 differs from rank 0" in line
     assert "Traceback" not in done.stderr

@@ -273,7 +273,7 @@ def test_one_process_that_believes_it_is_alone_and_other_faults_of_a_machine(pla
     done = subprocess.run(["bash", "-c", command], env=env, capture_output=True, text=True, timeout=120)
     ill = Outcome(done)
     assert (ill.code, ill.stderr) == (1, "")
-    ill.shows("launcher", "fail", "mpirun says it started 4 processes, but Horovod sees 1", "rebuild it with")
+    ill.shows("launcher", "fail", "mpirun started 4 processes, but Horovod sees 1", "rebuild it with")
     ill.shows("Horovod", "fail", r"built against torch 2\.0\.1, but torch", r"again with `bash launch/setup\.sh`")
     ill.shows("ulimits", "fail", "open files 200, 1024 advised", "ulimit -n 1024")
     ill.shows("interfaces", "fail", "no interface eth9 here", r"name one of .*lo")

@@ -132,7 +132,7 @@ def store(monkeypatch):
 
 def test_ranks_meet_when_rank_0_has_seen_all(store, monkeypatch):
     store["hvd_adam_meeting"] = {"1": b"1"}
-    rendezvous.join(anew=False)
+    rendezvous.join(renew=False)
     assert set(store["hvd_adam_meeting"]) == {"0", "1", "all"}
     monkeypatch.setenv("HOROVOD_RANK", "1")
     store["hvd_adam_gone"] = {"any": b"1"}  # later: all are connecting, and so must this one
@@ -142,7 +142,7 @@ def test_ranks_meet_when_rank_0_has_seen_all(store, monkeypatch):
 def test_a_rank_that_is_lost_before_all_have_met_has_the_others_ask_for_places_anew(store):
     store["hvd_adam_gone"] = {"any": b"1"}
     assert not rendezvous._meet()
-    rendezvous._ask()
+    rendezvous._request_rank()
     assert detect_launcher() == LaunchInfo("horovodrun", 1, 3)
 
 
@@ -155,10 +155,10 @@ def test_without_word_of_losses_a_meeting_ends_after_gloos_time_out(store, monke
 def test_a_rank_without_a_place_or_a_launcher_ends_by_itself(store, monkeypatch):
     monkeypatch.setenv("HOROVOD_HOSTNAME", "node7")
     with pytest.raises(RankError, match="node7 has been taken out of the job"):
-        rendezvous.join(anew=True)
+        rendezvous.join(renew=True)
     monkeypatch.setenv("HOROVOD_GLOO_RENDEZVOUS_PORT", "1")
     with pytest.raises(RankError, match=r"rank 0 on .* cannot reach the launcher: .*refused"):
-        rendezvous.join(anew=False)
+        rendezvous.join(renew=False)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 7])

@@ -1,8 +1,8 @@
-"""An update with a gradient that is not finite, on whichever rank, is left out by all ranks together.
+"""All ranks skip an update if the gradient of any rank is not finite.
 
-Hazards: ranks that disagree and drift apart; a NaN that survives in weights, moments, step counts or batch-norm
-statistics; one that compression, accumulation, clipping or a shard hides; finite gradients taken for others (large
-ones, half-precision sums); a job that skips for ever, or loses its checkpoint when it ends.
+Hazards: ranks that decide differently; a NaN that remains in weights, moments, step counts or batch-norm
+statistics, or that compression, accumulation, clipping or a shard hides; finite gradients that are skipped (large
+ones, half-precision sums); a job that skips forever, or loses its checkpoint when it ends.
 """
 
 import math
@@ -26,25 +26,25 @@ OPTIONS = [
 
 
 @on_ranks(2)
-def test_one_bad_element_on_one_rank_is_skipped_by_all(cluster):
+def test_one_nonfinite_element_on_one_rank_is_skipped_by_all(cluster):
     for options in OPTIONS:
         check_skipping(cluster, options)
 
 
 @on_ranks(2, "mpi")
-def test_so_it_is_where_gradients_are_scattered(cluster):
+def test_nonfinite_gradients_are_skipped_with_scattered_gradients(cluster):
     with scattering():
         check_skipping(cluster, {"strategy": "sharded"})
         check_skipping(cluster, {"strategy": "sharded", "max_grad_norm": 1.0})
 
 
 @on_ranks(0)
-def test_so_it_is_on_one_rank(cluster):
+def test_nonfinite_gradients_are_skipped_on_one_rank(cluster):
     check_skipping(cluster, {})
 
 
 @on_ranks(2)
-def test_a_single_bad_element_shows_and_large_or_half_precision_ones_are_none(cluster):
+def test_a_single_nonfinite_element_is_detected_and_large_finite_ones_are_not_skipped(cluster):
     for dtype, largest in ((torch.float32, 1e30), (torch.float16, 6e4), (torch.bfloat16, 1e30)):
         model = torch.nn.Linear(40, 40, bias=False).to(dtype)
         optimizer = distribute(Adam(model.parameters()), model)
@@ -63,14 +63,14 @@ def test_a_single_bad_element_shows_and_large_or_half_precision_ones_are_none(cl
 
 
 @on_ranks(2)
-def test_it_can_be_turned_off(cluster):
+def test_skipping_can_be_disabled(cluster):
     model, optimizer = made(skip_nonfinite=False)
     update(model, optimizer, math.nan if cluster.rank else 1.0)
     assert model[0].weight.isnan().all()
     assert optimizer.skipped_updates == 0
 
 
-# A loss of BAD rank 1 that is not finite in some passes of training.
+# The loss of rank 1 is not finite in the training passes that BAD names.
 MODEL = """
 import os
 import torch, horovod.torch as hvd
@@ -104,7 +104,7 @@ def run(tmp_path):
     return run
 
 
-def test_training_goes_on_after_a_bad_loss_and_says_whose_it_was(run, tmp_path):
+def test_training_continues_after_a_nonfinite_loss_and_logs_its_rank(run, tmp_path):
     succeeded(run("nan:4:5"))
     skips = events(tmp_path / "run", "skip")
     assert [(event["step"], event["skipped"], event["reason"]) for event in skips] == [
@@ -118,7 +118,7 @@ def test_training_goes_on_after_a_bad_loss_and_says_whose_it_was(run, tmp_path):
     assert all(event["test_loss"] is not None for event in events(tmp_path / "run", "eval"))
 
 
-def test_too_many_in_a_row_end_the_job_and_the_last_checkpoint_is_good(run, tmp_path):
+def test_too_many_skips_in_a_row_end_the_job_and_the_last_checkpoint_is_finite(run, tmp_path):
     done = run("inf:7:99", "--max-skipped", 4)
     assert done.returncode == 1
     assert done.stderr.count("5 updates in a row were skipped, the last one, update 11") == 1

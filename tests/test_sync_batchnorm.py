@@ -1,8 +1,7 @@
-"""SyncBatchNorm: N ranks normalise as one rank does with the whole batch.
+"""`SyncBatchNorm`: N ranks normalize as one rank does with the whole batch.
 
-Hazards: means of means where ranks have different numbers of samples; a gradient that misses the other ranks'
-share; running statistics with the wrong count; options (momentum None, no affine part, no statistics) lost in
-conversion.
+Hazards: means of means where ranks have different numbers of samples; a gradient without the part of other ranks;
+running statistics with the wrong count; options (momentum None, no affine part, no statistics) lost in conversion.
 """
 
 import copy
@@ -17,7 +16,7 @@ from hvd_adam.distributed.sync_batchnorm import SyncBatchNorm, convert
 
 def small_model(**options):
     torch.manual_seed(0)
-    # No bias before a normalisation: its gradient is nothing but rounding, which Adam would enlarge.
+    # No bias before a normalization: its gradient consists of rounding errors, which Adam would enlarge.
     first, last = torch.nn.Conv2d(2, 3, 3, bias=False), torch.nn.Linear(48, 4, bias=False)
     norms = torch.nn.BatchNorm2d(3, **options), torch.nn.BatchNorm1d(4, **options)
     layers = first, norms[0], torch.nn.Tanh(), torch.nn.Flatten(), last, norms[1]
@@ -33,7 +32,7 @@ OPTIONS = ({}, {"momentum": None}, {"affine": False}, {"track_running_stats": Fa
 
 
 @on_ranks(2)
-def test_two_ranks_train_as_one_with_the_whole_batch(cluster):
+def test_two_ranks_train_as_one_rank_with_the_whole_batch(cluster):
     for options in OPTIONS:
         model, oracle = convert(small_model(**options)), small_model(**options)
         optimizer = distribute(Adam(model.parameters(), lr=1e-2), model)
@@ -52,7 +51,7 @@ def test_two_ranks_train_as_one_with_the_whole_batch(cluster):
 
 
 @on_ranks(2)
-def test_ranks_with_different_numbers_of_samples_count_by_sample(cluster):
+def test_ranks_with_different_numbers_of_samples_are_weighted_by_samples(cluster):
     layer, oracle = convert(torch.nn.BatchNorm1d(3)).double(), torch.nn.BatchNorm1d(3).double()
     batch = torch.randn(8, 3, dtype=torch.float64)
     part = batch[:2] if cluster.rank == 0 else batch[2:]
@@ -61,7 +60,7 @@ def test_ranks_with_different_numbers_of_samples_count_by_sample(cluster):
 
 
 @on_ranks(2)
-def test_bfloat16_images_are_normalised_in_float32(cluster):
+def test_bfloat16_images_are_normalized_in_float32(cluster):
     layer = convert(torch.nn.BatchNorm2d(3))
     output = layer(torch.randn(4, 3, 5, 5, dtype=torch.bfloat16) + 100)
     assert output.dtype == torch.bfloat16
@@ -70,7 +69,7 @@ def test_bfloat16_images_are_normalised_in_float32(cluster):
 
 
 @on_ranks(0)
-def test_on_one_rank_it_is_pytorchs_own(cluster):
+def test_on_one_rank_it_equals_batch_norm_of_pytorch(cluster):
     model = small_model()
     converted = convert(copy.deepcopy(model))
     (batch, *_) = whole_batches(4)

@@ -12,13 +12,16 @@ from hvd_adam.errors import CollectiveError, UserError
 
 @contextmanager
 def raise_on_all_ranks(cluster: Cluster) -> Iterator[None]:
-    """Ends the block on every rank if it failed on one: all raise the first failing rank's `UserError`.
+    """Raises a `UserError` of any rank in this block on every rank.
 
-    For work that each rank does by itself and that can fail on one alone (a missing file on one host). The
-    block must hold no collective, and every rank must reach its end.
+    For work that can fail on one rank only, such as reading a file that one host lacks. The block must not contain
+    a collective, and every rank must enter it. If several ranks fail, all raise the error of the lowest one.
+
+    Args:
+        cluster: this process.
 
     Raises:
-        CollectiveError: on every rank, naming the rank and host if it was not rank 0.
+        CollectiveError: on every rank; its message names the failed rank and its host, unless that is rank 0.
     """
     failure = None
     try:
@@ -33,21 +36,25 @@ def raise_on_all_ranks(cluster: Cluster) -> Iterator[None]:
 
 
 def require_same(cluster: Cluster, what: str, values: Mapping[str, object]) -> None:
-    """Raises CollectiveError on every rank, naming the first of `values` that differs from rank 0's.
+    """Checks that `values` are identical on all ranks. Every rank calls it.
 
     Args:
         cluster: this process.
-        what: what the values are, for the message ("arguments").
-        values: by name; compared by equality, so of plain types.
+        what: a plural noun for the values, used in the message ("arguments").
+        values: values by name, of plain types, compared by equality.
+
+    Raises:
+        CollectiveError: on every rank, if a value differs from rank 0's; names the first such value, both values,
+            and the other rank and its host.
     """
     with raise_on_all_ranks(cluster):
         own = dict(values), socket.gethostname()
-        everyones = horovod().allgather_object(own, name="hvd_adam.same") if cluster.size > 1 else [own]
-        first = everyones[0][0]
-        for rank, (theirs, host) in enumerate(everyones):
+        gathered = horovod().allgather_object(own, name="hvd_adam.same") if cluster.size > 1 else [own]
+        first = gathered[0][0]
+        for rank, (theirs, host) in enumerate(gathered):
             for name in sorted({*theirs, *first}):
                 if theirs.get(name) != first.get(name):
                     raise UserError(
                         f"the ranks have different {what}: {name} is {first.get(name)!r} on rank 0 and "
-                        f"{theirs.get(name)!r} on rank {rank} on {host}; start all ranks alike"
+                        f"{theirs.get(name)!r} on rank {rank} on {host}; start all ranks with the same {what}"
                     )

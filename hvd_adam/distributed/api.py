@@ -1,15 +1,8 @@
-"""`distribute`: makes N ranks train as one. The default strategy wraps Adam in `hvd.DistributedOptimizer`.
-
-optimizer = distribute(Adam(model.parameters(), lr=1e-3), model)
-for images, labels in batches:
-    optimizer.zero_grad()
-    loss_function(model(images), labels).backward()   # reductions start while backward still runs
-    optimizer.step()                                   # waits for them, then updates
-"""
+"""`distribute`: data-parallel training of a model with `Adam`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from numbers import Integral, Real
 from typing import Any
 
@@ -18,7 +11,7 @@ import torch
 from hvd_adam.distributed.agreement import require_same
 from hvd_adam.distributed.broadcast import require_same_layout
 from hvd_adam.distributed.compression import COMPRESSIONS
-from hvd_adam.distributed.context import horovod, init
+from hvd_adam.distributed.context import current_cluster, horovod
 from hvd_adam.distributed.optimizer import DistributedAdam
 from hvd_adam.distributed.zero import ShardedAdam
 from hvd_adam.errors import UserError
@@ -40,34 +33,48 @@ def distribute(
     loss_scaler: Any | None = None,
     skip_nonfinite: bool = True,
 ) -> DistributedAdam:
-    """Makes N ranks train as one: every rank calls it once with its own copy of the same model.
+    """Distributes an optimizer: its `step` then updates with the mean of the gradients of all ranks.
 
-    Afterwards parameters, buffers, optimizer state and hyper-parameters are bit for bit rank 0's on every
-    rank, and rank 0's are what they were. N ranks with batch b then make the update that one rank makes
-    with batch N·b, up to float rounding. Use what is returned in place of `optimizer`.
+    Every rank calls it once, after `init`, with its own copy of the same model. It copies rank 0's parameters,
+    buffers, optimizer state and hyper-parameters to all ranks, bit for bit; rank 0's are not changed. From then on
+    N ranks with batch size b make the update that one rank makes with batch size N·b, up to floating-point
+    rounding.
 
     Args:
-        optimizer: the `Adam` of this process, fresh or with state (on rank 0 alone is enough).
-        model: the model whose parameters it updates, on its final device.
-        strategy: "allreduce" (`hvd.DistributedOptimizer`: every rank keeps the whole optimizer state), or
-            "sharded" (ZeRO stage 1: each rank keeps, and updates, one N-th). Every rank must then call
-            `state_dict()`, which is whole and in the same format.
-        accumulate: micro-batches to one update, ≥ 1. Call `step()` after each: it acts on every k-th, with
-            the mean of the k gradients; `zero_grad()` in between keeps what has been accumulated.
-        compression: what the gradients travel as: "none" (as they are), "fp16", "bf16".
-        op: "average", or "adasum" (Maleki et al. 2020, arXiv 2006.02924), which combines the ranks' own Adam
-            steps; it needs MPI and a power of two of ranks, and neither clips nor scales losses.
-        max_grad_norm: clips the averaged, unscaled gradient to this global 2-norm, > 0.
-        loss_scaler: a `torch.amp.GradScaler`. Call `loss_scaler.scale(loss).backward()` and `step()`, nothing
-            else: unscaling, skipping and updating the scale happen inside, alike on all ranks.
-        skip_nonfinite: leave an update out, on all ranks alike, if an element of the averaged gradient is infinite
-            or NaN (`skipped_updates` counts): it would spoil weights and moments for ever. With a `loss_scaler` it
-            is always left out; with adasum, which has no averaged gradient, never.
+        optimizer: the `Adam` of this process, new or with state; state is needed on rank 0 only.
+        model: the model that contains its parameters, on its final device.
+        strategy: "allreduce": every rank keeps the whole optimizer state. "sharded": each rank keeps and updates
+            one N-th of it (ZeRO stage 1); `state_dict` gathers it, so every rank must call it.
+        accumulate: micro-batches per update, at least 1. Call `step` after each micro-batch: every
+            `accumulate`-th call updates, with the mean over the micro-batches. `zero_grad` keeps the gradients of
+            an update that is not complete.
+        compression: format in which gradients are sent: "none" (their own), "fp16" or "bf16".
+        op: "average", or "adasum" (Maleki et al. 2020, arXiv 2006.02924), which combines the updates of the ranks
+            instead of averaging their gradients. Adasum needs MPI and a number of ranks that is a power of two,
+            and cannot clip gradients or scale losses.
+        max_grad_norm: clip the averaged, unscaled gradient to this global 2-norm, greater than 0. None: do not
+            clip.
+        loss_scaler: a `torch.amp.GradScaler`. Call only `loss_scaler.scale(loss).backward()` and `step`, which
+            unscales, skips updates and updates the loss scale, identically on all ranks.
+        skip_nonfinite: skip an update, on all ranks, if an element of the averaged gradient is infinite or NaN;
+            otherwise it would make weights and moments NaN for good. `skipped_updates` counts them. With a
+            `loss_scaler` such updates are always skipped, with Adasum never.
+
+    Returns:
+        The optimizer to use in place of `optimizer`. See `DistributedAdam` for what `p.grad` holds when, and for
+        the calls that every rank must make.
 
     Raises:
-        UserError: an impossible option or combination; a model or options that differ from rank 0's; `init` not
-            called.
+        UserError: an invalid option or combination of options; a model or options that differ from rank 0's, on
+            every rank; `init` has not been called; the parameters are on several devices.
         TypeError: the optimizer is not an `hvd_adam.Adam`.
+
+    Example:
+        >>> optimizer = distribute(Adam(model.parameters(), lr=1e-3), model)
+        >>> for images, labels in batches:
+        ...     optimizer.zero_grad()
+        ...     loss_function(model(images), labels).backward()  # reductions start while backward is running
+        ...     optimizer.step()  # waits for them, then updates
     """
     if not isinstance(optimizer, Adam):
         raise TypeError(f"distribute takes an hvd_adam.Adam, not {type(optimizer).__name__}")
@@ -91,14 +98,16 @@ def distribute(
     options = {"accumulate": accumulate, "compression": compression, "op": op, "max_grad_norm": max_grad_norm}
     options["skip_nonfinite"] = bool(skip_nonfinite)
     require_same(
-        init(), "options of distribute", {"strategy": strategy, "scaler": loss_scaler is not None, **options}
+        current_cluster(),
+        "options of distribute",
+        {"strategy": strategy, "scaler": loss_scaler is not None, **options},
     )
     require_same_layout(model, optimizer)
-    kind = STRATEGIES[strategy] if hvd.size() > 1 else DistributedAdam  # one rank's part is the whole
-    return kind(optimizer, model, loss_scaler=loss_scaler, **options)
+    strategy_class = STRATEGIES[strategy] if hvd.size() > 1 else DistributedAdam  # one shard is the whole state
+    return strategy_class(optimizer, model, loss_scaler=loss_scaler, **options)
 
 
-def _require_choice(what: str, value: object, choices: Iterable[str]) -> None:
+def _require_choice(what: str, value: object, choices: Collection[str]) -> None:
     if value not in choices:
         raise UserError(f"{what} is {value!r}; use one of {', '.join(choices)}")
 

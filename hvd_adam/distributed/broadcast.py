@@ -1,8 +1,7 @@
-"""Makes every rank's tensors and hyper-parameters rank 0's, bit for bit, and leaves rank 0's as they are.
+"""Broadcasts of rank 0's tensors and hyper-parameters, bit for bit.
 
-Tensors travel as bytes: what Horovod's types cannot express (bfloat16, NaN payloads, complex buffers)
-arrives unchanged. Unlike Horovod's `broadcast_optimizer_state`, nothing is invented on the way: no step is
-taken to bring state into being.
+Tensors are sent as bytes, so that types and values that Horovod does not support (bfloat16, NaN payloads, complex
+buffers) arrive unchanged. Unlike Horovod's `broadcast_optimizer_state`, no step is made to create missing state.
 """
 
 from __future__ import annotations
@@ -14,24 +13,29 @@ from typing import Any
 import torch
 
 from hvd_adam.distributed.agreement import raise_on_all_ranks
-from hvd_adam.distributed.context import Cluster, horovod, init
+from hvd_adam.distributed.context import Cluster, current_cluster, horovod
 from hvd_adam.errors import UserError
 
 ROOT = 0
-CHUNK_BYTES = 64 * 2**20  # small tensors are packed into chunks of this size; larger ones travel by themselves
+CHUNK_BYTES = 64 * 2**20  # smaller tensors are packed into chunks of this size
 
 
 @torch.no_grad()
 def broadcast_tensors(tensors: Iterable[torch.Tensor], name: str) -> None:
-    """Overwrites the tensors, of any dtype, layout and device, with rank 0's. Shapes and dtypes must agree."""
+    """Overwrites the tensors with rank 0's. Every rank calls it.
+
+    Args:
+        tensors: of any dtype, memory format and device; shapes and dtypes identical on all ranks.
+        name: prefix of the names of the collectives, identical on all ranks.
+    """
     for number, chunk in enumerate(_chunks(tensors)):
         packed = torch.cat([_to_bytes(tensor) for tensor in chunk])
-        for part, piece in enumerate(packed.split(CHUNK_BYTES)):  # MPI counts elements in 31 bits
+        for part, piece in enumerate(torch.split(packed, CHUNK_BYTES)):  # MPI counts elements in 31 bits
             horovod().broadcast_(piece, root_rank=ROOT, name=f"{name}.{number}.{part}")
         if horovod().rank() == ROOT:
             continue
         sizes = [tensor.numel() * tensor.element_size() for tensor in chunk]
-        for tensor, received in zip(chunk, packed.split(sizes), strict=True):
+        for tensor, received in zip(chunk, torch.split(packed, sizes), strict=True):
             tensor.copy_(_from_bytes(received, tensor))
 
 
@@ -42,14 +46,20 @@ def broadcast_training_state(
     *,
     with_state: bool = True,
 ) -> None:
-    """Gives every rank the parameters, buffers, optimizer state and hyper-parameters (and loss scale) of rank 0.
+    """Copies rank 0's parameters, buffers, optimizer state, hyper-parameters and loss scale to all ranks.
 
-    Without `with_state` each rank keeps the optimizer state that it has.
+    Every rank calls it.
+
+    Args:
+        model: gets rank 0's parameters and buffers.
+        optimizer: gets rank 0's hyper-parameters and state.
+        loss_scaler: a `torch.amp.GradScaler` that gets rank 0's loss scale.
+        with_state: copy the optimizer state too; otherwise each rank keeps its own.
 
     Raises:
         UserError: as `require_same_layout`; nothing has been changed then.
     """
-    cluster = init()
+    cluster = current_cluster()
     if cluster.size == 1:
         return
     require_same_layout(model, optimizer)
@@ -62,13 +72,16 @@ def broadcast_training_state(
 
 
 def require_same_layout(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Compares this rank's model and parameter groups with rank 0's; every rank calls it.
+    """Compares this rank's model and parameter groups with rank 0's. Every rank calls it.
+
+    Args:
+        model: compared by names, order, shapes, dtypes, memory formats and `requires_grad`.
+        optimizer: compared by its parameter groups.
 
     Raises:
-        UserError: on every rank, if they differ in names, order, shapes, dtypes or in what is trained; names the
-            first difference.
+        UserError: on every rank, if they differ; names the first difference.
     """
-    cluster = init()
+    cluster = current_cluster()
     if cluster.size == 1:
         return
     mine = _layout(model, optimizer)
@@ -78,13 +91,13 @@ def require_same_layout(model: torch.nn.Module, optimizer: torch.optim.Optimizer
 
 
 def broadcast_buffers(model: torch.nn.Module, cluster: Cluster) -> None:
-    """Gives every rank the buffers (batch-norm statistics) of rank 0, which are the ones that get saved."""
+    """Copies rank 0's buffers (batch-norm statistics), which get saved, to all ranks. Every rank calls it."""
     if cluster.size > 1:
         broadcast_tensors(model.buffers(), "hvd_adam.buffers")
 
 
 def _chunks(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Groups neighbours on one device into chunks of at most CHUNK_BYTES, or of one larger tensor."""
+    """Groups consecutive tensors of one device into chunks of at most CHUNK_BYTES, or of one larger tensor."""
     chunk: list[torch.Tensor] = []
     filled = 0
     for tensor in tensors:
@@ -109,8 +122,8 @@ def _from_bytes(received: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def _tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer, with_state: bool) -> list[torch.Tensor]:
-    """All tensors of the training, each once, in an order that all ranks share."""
-    parameters = _trained(optimizer)
+    """Returns all tensors of the training, each once, in the same order on all ranks."""
+    parameters = _optimized(optimizer)
     state = [
         value
         for parameter in (parameters if with_state else ())
@@ -121,11 +134,11 @@ def _tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer, with_stat
     return list({id(tensor): tensor for tensor in everything}.values())
 
 
-def _layout(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict:
-    """What must be alike on all ranks."""
+def _layout(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Returns a description of what must be identical on all ranks."""
 
     def kind(tensor: torch.Tensor) -> str:
-        # Gradients are added as they lie in memory: channels-last on one rank alone would mix them up.
+        # Gradients are added in memory order: channels-last on one rank only would add different elements.
         order = torch.empty_like(tensor, device="meta").stride() if tensor.requires_grad else ()
         strides = f" with strides {order}" if order != _row_major(tensor.shape) and tensor.requires_grad else ""
         return f"{tuple(tensor.shape)} {tensor.dtype}{strides}{' to train' if tensor.requires_grad else ''}"
@@ -140,24 +153,26 @@ def _row_major(shape: torch.Size) -> tuple[int, ...]:
     return torch.empty(shape, device="meta").stride()
 
 
-def _compare(mine: dict, roots: dict) -> None:
+def _compare(mine: dict[str, Any], roots: dict[str, Any]) -> None:
     for name in [*roots["model"], *mine["model"]]:
         here, there = mine["model"].get(name, "absent"), roots["model"].get(name, "absent")
         if here != there:
             raise UserError(f"the model differs from rank 0's: {name} is {here} here and {there} there")
     if list(mine["model"]) != list(roots["model"]):
-        raise UserError("the model's parameters come in another order than rank 0's; build it alike on all ranks")
+        raise UserError(
+            "the model's parameters are in another order than rank 0's; build the same model on all ranks"
+        )
     if mine["groups"] != roots["groups"]:
         here, there = ([len(group) for group in layout["groups"]] for layout in (mine, roots))
         raise UserError(
             f"the optimizer's parameter groups differ from rank 0's: {here} parameters here and {there} there, or "
-            "in another order; build them alike on all ranks"
+            "in another order; build the same groups on all ranks"
         )
 
 
-def _small_values(optimizer: torch.optim.Optimizer, loss_scaler: Any | None) -> dict:
-    """Hyper-parameters, the layout of the state, and the loss scale: rank 0's to give."""
-    numbers = {parameter: number for number, parameter in enumerate(_trained(optimizer))}
+def _small_values(optimizer: torch.optim.Optimizer, loss_scaler: Any | None) -> dict[str, Any]:
+    """Returns hyper-parameters, the layout of the state, and the loss scale, to be sent as one object."""
+    numbers = {parameter: number for number, parameter in enumerate(_optimized(optimizer))}
     return {
         "hyper": [
             {key: None if key == "params" else _packed(value) for key, value in group.items()}
@@ -171,20 +186,20 @@ def _small_values(optimizer: torch.optim.Optimizer, loss_scaler: Any | None) -> 
     }
 
 
-def _trained(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+def _optimized(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 @dataclass(frozen=True)
 class _Scalar:
-    """A tensor among the hyper-parameters: a learning rate that is changed in place."""
+    """A hyper-parameter that is a tensor, such as a learning rate that is changed in place."""
 
     value: float
     dtype: torch.dtype
     device_type: str
 
     def unpacked(self, own: object, parameters: list[torch.Tensor]) -> torch.Tensor:
-        """This rank's own tensor where it fits, so that whoever holds it sees the new value, or another."""
+        """Returns this rank's own tensor with the value if its dtype fits, so that references to it stay valid."""
         if isinstance(own, torch.Tensor) and own.dtype == self.dtype:
             return own.fill_(self.value)
         on_device = parameters and self.device_type == parameters[0].device.type
@@ -197,14 +212,14 @@ def _packed(value: object) -> object:
     return value
 
 
-def _state_layout(value: object) -> tuple:
+def _state_layout(value: object) -> tuple[Any, ...]:
     if isinstance(value, torch.Tensor):
         return ("tensor", tuple(value.shape), value.dtype, value.device.type)
     return ("value", value)
 
 
-def _adopt_values(optimizer: torch.optim.Optimizer, loss_scaler: Any | None, roots: dict) -> None:
-    """Takes over rank 0's hyper-parameters and loss scale."""
+def _adopt_values(optimizer: torch.optim.Optimizer, loss_scaler: Any | None, roots: dict[str, Any]) -> None:
+    """Sets hyper-parameters and loss scale to rank 0's."""
     for group, hyper in zip(optimizer.param_groups, roots["hyper"], strict=True):
         own = dict(group)
         group.clear()
@@ -219,17 +234,20 @@ def _adopt_values(optimizer: torch.optim.Optimizer, loss_scaler: Any | None, roo
         loss_scaler.load_state_dict(roots["loss_scaler"])
 
 
-def _adopt_state(optimizer: torch.optim.Optimizer, layouts: dict) -> None:
-    """Makes room for rank 0's state, in its order, so that hashes agree."""
+def _adopt_state(optimizer: torch.optim.Optimizer, layouts: dict[int, dict[str, tuple[Any, ...]]]) -> None:
+    """Gives the state the layout and order of rank 0's, so that both have equal state dictionaries."""
     own_state = dict(optimizer.state)
     optimizer.state.clear()
-    parameters = _trained(optimizer)
+    parameters = _optimized(optimizer)
     for number, layout in layouts.items():
         parameter = parameters[number]
         optimizer.state[parameter] = _adopted_state(own_state.get(parameter, {}), layout, parameter)
 
 
-def _adopted_state(state: dict, layout: dict, parameter: torch.Tensor) -> dict:
+def _adopted_state(
+    state: dict[str, Any], layout: dict[str, tuple[Any, ...]], parameter: torch.Tensor
+) -> dict[str, Any]:
+    """Returns the state of one parameter with the given layout, keeping own tensors that fit."""
     adopted = {}
     for key, (kind, *what) in layout.items():
         if kind == "value":

@@ -1,7 +1,7 @@
-"""How gradients travel: what Horovod's collectives cannot carry, or would spoil, is made fit for them here.
+"""Reductions of gradients, compressed or in formats that Horovod's collectives cannot reduce.
 
-Horovod knows no bfloat16, and adds float16 in float16, where a sum of ranks overflows although their mean does
-not.
+Horovod does not support bfloat16, and adds float16 in float16, where a sum over ranks overflows although the mean
+does not.
 """
 
 from __future__ import annotations
@@ -17,42 +17,44 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 class Reduction(Protocol):
-    """The sum of one contiguous bucket over the ranks, under way from construction on."""
+    """The reduction of one contiguous bucket over the ranks, started by its constructor."""
 
     def start_gather(self) -> None:
-        """Does what remains to be started before `wait`; call it on all reductions first."""
+        """Starts the second half of the reduction. Call it on all reductions before `wait` on the first."""
 
     def wait(self) -> None:
-        """Returns when the bucket holds the result."""
+        """Waits until the bucket holds the result."""
 
 
-def reduce(bucket: torch.Tensor, name: str, compression: str, divisor: int, scatter: bool = False) -> Reduction:
-    """Starts to reduce a contiguous, 1-dimensional bucket of gradients in place, over all ranks.
+def start_reduction(
+    bucket: torch.Tensor, name: str, compression: str, divisor: int, scatter: bool = False
+) -> Reduction:
+    """Starts to reduce a bucket of gradients in place, over all ranks.
 
     Args:
-        bucket: must not be touched until `wait` has returned.
-        name: alike on all ranks, and of no other reduction under way.
+        bucket: contiguous and 1-dimensional; must be neither read nor changed until `wait` has returned.
+        name: name of the collectives, identical on all ranks and unique among reductions in flight.
         compression: "none", "fp16" or "bf16".
-        divisor: world size × micro-batches, by which fp16 divides before it adds.
-        scatter: leave the result in this rank's part of the bucket only, the rank-th of N equal parts; half the
-            traffic. The length of the bucket must then be a multiple of N.
+        divisor: world size × micro-batches; "fp16" divides by it before adding.
+        scatter: put the result into this rank's shard of the bucket only, the rank-th of N equal parts, with half
+            the traffic. The length of the bucket must be a multiple of N.
     """
     if compression == "bf16":
         return Bf16AllReduce(bucket, name, scatter)
     return AllReduce(bucket, name, compression, divisor, scatter)
 
 
-def divided(compression: str, ranks: int, divisor: int) -> int:
-    """By how much of `divisor` = ranks × micro-batches the result of `reduce` is divided already."""
+def applied_divisor(compression: str, ranks: int, divisor: int) -> int:
+    """Returns the part of `divisor` = ranks × micro-batches by which `start_reduction` has divided its result."""
     return {"none": 1, "fp16": divisor, "bf16": ranks}[compression]
 
 
 class AllReduce:
-    """The sum over the ranks, in place wherever the dtype allows.
+    """The sum over the ranks, in place where the dtype allows.
 
-    "none": float32 and float64 travel as they are, half-precision gradients as float32, so that nothing is lost
-    in the sum. "fp16": everything travels as float16, divided by `divisor` beforehand, so that the sum over any
-    number of ranks and micro-batches stays in float16's range (6e-8 to 65504).
+    "none": float32 and float64 are reduced as they are, half-precision gradients as float32, so that the sum is
+    not rounded. "fp16": all gradients are reduced as float16 and divided by `divisor` first, so that the sum over
+    any number of ranks and micro-batches stays in float16's range (6e-8 to 65504).
     """
 
     def __init__(
@@ -67,28 +69,28 @@ class AllReduce:
             self._wire = bucket.float()
         if scatter:
             self._handle = hvd.reducescatter_async(self._wire, op=hvd.Sum, name=name)
-        else:  # a group of one: Horovod fuses it with nothing, and reduces it where it lies
+        else:  # a group of one: Horovod does not fuse it with others, and reduces it without a copy
             self._handle = hvd.grouped_allreduce_async_([self._wire], op=hvd.Sum, name=name)
 
     def start_gather(self) -> None:
-        """Nothing: the sum comes back by itself."""
+        """Does nothing: the reduction has one part."""
 
     def wait(self) -> None:
         """Waits for the sum."""
         received = self._hvd.synchronize(self._handle)
         if self._scatter:
-            _own_part(self._bucket).copy_(received)
+            _own_shard(self._bucket).copy_(received)
         elif self._wire is not self._bucket:
             self._bucket.copy_(self._wire)
 
 
 class Bf16AllReduce:
-    """The mean of one bucket over the ranks with bfloat16 on the wire, added in float32.
+    """The mean over the ranks, sent as bfloat16 and added in float32.
 
-    Every rank sends the r-th part of its bucket to rank r, which adds the parts in rank order, and gets
-    everyone's sums back: 2·(N−1)/N·n elements of 2 bytes, as many as a ring all-reduce moves. Each gradient
-    is rounded once on its way out and its mean once on its way back (relative error ≤ 2⁻⁸ each), nothing in
-    between; range is float32's. The bits travel as bytes, which every transport of Horovod can carry.
+    Every rank sends the r-th part of its bucket to rank r, which adds the parts in rank order and sends the sum to
+    all ranks: 2·(N−1)/N·n elements of 2 bytes per rank, as many as a ring all-reduce. Each gradient is rounded
+    once before it is sent, and the mean once (relative error ≤ 2⁻⁸ each). The range is float32's. Elements are
+    sent as bytes, which every transport of Horovod supports.
     """
 
     def __init__(self, bucket: torch.Tensor, name: str, scatter: bool = False) -> None:
@@ -101,7 +103,7 @@ class Bf16AllReduce:
         self._sent = self._hvd.alltoall_async(parts.view(torch.uint8), name=f"{name}.parts")
 
     def start_gather(self) -> None:
-        """Waits for the parts of all ranks, adds them, and starts to send the sums back where they are wanted."""
+        """Waits for the parts of all ranks, adds them, and unless scattered starts to send the mean."""
         received, _ = self._hvd.synchronize(self._sent)
         parts = received.view(torch.bfloat16).view(self._hvd.size(), -1)
         self._mean = parts.float().sum(dim=0) / self._hvd.size()
@@ -112,25 +114,29 @@ class Bf16AllReduce:
     def wait(self) -> None:
         """Waits for the mean."""
         if self._scatter:
-            _own_part(self._bucket).copy_(self._mean)
+            _own_shard(self._bucket).copy_(self._mean)
         else:
             mean = self._hvd.synchronize(self._gathered).view(torch.bfloat16)
             self._bucket.copy_(mean[: self._bucket.numel()])
 
 
-def _own_part(bucket: torch.Tensor) -> torch.Tensor:
+def _own_shard(bucket: torch.Tensor) -> torch.Tensor:
     return bucket.view(horovod().size(), -1)[horovod().rank()]
 
 
-class AdasumWire:
-    """The interface of `horovod.torch.Compression`, for the wrapper's Adasum: "none" or "fp16", row-major."""
+class AdasumCompression:
+    """Compression for Horovod's Adasum, with the interface of `horovod.torch.Compression`.
+
+    Args:
+        compression: "none" or "fp16".
+    """
 
     def __init__(self, compression: str) -> None:
         self.compression = compression
 
     @torch.no_grad()
     def compress(self, tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.dtype, list[int] | None]]:
-        """Returns the tensor to reduce in place, and what `decompress` needs."""
+        """Returns the tensor to reduce in place, in row-major order, and the context that `decompress` needs."""
         if tensor.is_sparse:
             raise RuntimeError("sparse gradients are not supported; use torch.nn.Embedding(…, sparse=False)")
         order = _row_major_order(tensor)
@@ -142,7 +148,7 @@ class AdasumWire:
         return wire, (tensor.dtype, order)
 
     def decompress(self, tensor: torch.Tensor, context: tuple[torch.dtype, list[int] | None]) -> torch.Tensor:
-        """Returns the reduced tensor in its own dtype and order of dimensions."""
+        """Returns the reduced tensor in its original dtype and order of dimensions."""
         dtype, order = context
         if order is not None:
             tensor = tensor.permute([order.index(dimension) for dimension in range(tensor.dim())])
@@ -150,7 +156,7 @@ class AdasumWire:
 
 
 def _row_major_order(tensor: torch.Tensor) -> list[int] | None:
-    """The order of dimensions in which a dense tensor (channels-last, say) is row-major; None if it is already."""
+    """Returns the order of dimensions that makes a dense tensor (e.g. channels-last) row-major; None if it is."""
     if tensor.is_contiguous():
         return None
     order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)

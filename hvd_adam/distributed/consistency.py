@@ -1,4 +1,4 @@
-"""Whether all ranks have the same weights and optimizer state, by fingerprints that cost one pass over them."""
+"""Checks by fingerprints, in one pass, that all ranks have identical weights and optimizer state."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from hvd_adam.distributed.context import Cluster, horovod
 from hvd_adam.errors import JobError
 
-_WORDS = 1 << 20  # that are looked at in one go, for the sake of memory
-# At most 32 bits: times an odd number the highest bit of 64 would be the same for every place.
+_WORDS = 1 << 20  # processed at a time, to limit memory
+# At most 32 bits: multiplied by an odd number, the highest of 64 bits would be the same at every position.
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # 2⁶⁴ over the golden ratio, as a signed number
 
@@ -19,32 +19,33 @@ _GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # 2⁶⁴ over the golden ratio, as a sign
 def require_consistent(
     cluster: Cluster, model: torch.nn.Module, optimizer: torch.optim.Optimizer, *, sharded: bool
 ) -> None:
-    """Compares parameters and optimizer state over the ranks, bit for bit; every rank calls it.
+    """Compares parameters and optimizer state of all ranks, bit for bit. Every rank calls it.
 
-    Buffers are left out: each rank has batch-norm statistics of its own.
+    Buffers are not compared: each rank has its own batch-norm statistics.
 
     Args:
         cluster: this process.
-        model: what is trained.
+        model: the model in training.
         optimizer: its optimizer.
-        sharded: whether each rank has another part of the state, so that only step counts can be compared.
+        sharded: whether each rank has another shard of the state; only step counts are then compared.
 
     Raises:
-        JobError: on every rank, if one differs; names the first tensor, and the ranks that are not as most are.
+        JobError: on every rank, if a tensor differs; names the first such tensor, and the ranks that differ from
+            the majority.
     """
     if cluster.size == 1:
         return
     tensors = dict(_named(model, optimizer, sharded=sharded))
     own = torch.stack([fingerprint(tensor) for tensor in tensors.values()])
-    everyones = horovod().allgather(own.unsqueeze(0), name="hvd_adam.consistency").T.tolist()
-    for name, prints in zip(tensors, everyones, strict=True):
+    gathered = horovod().allgather(own.unsqueeze(0), name="hvd_adam.consistency").T.tolist()
+    for name, prints in zip(tensors, gathered, strict=True):
         if len(set(prints)) > 1:
             usual, _ = Counter(prints).most_common(1)[0]
-            others = ", ".join(str(rank) for rank, seen in enumerate(prints) if seen != usual)
+            others = ", ".join(str(rank) for rank, value in enumerate(prints) if value != usual)
             raise JobError(
-                f"the ranks have drifted apart: {name} of rank {others} is not as that of rank "
-                f"{prints.index(usual)}; go on from the last checkpoint, and look for what changes weights on one "
-                "rank alone, or for faulty memory"
+                f"the ranks have drifted apart: {name} of rank {others} differs from rank {prints.index(usual)}; "
+                "resume from the last checkpoint, and check for code that changes weights on one rank only, or "
+                "for faulty memory"
             )
 
 
@@ -60,16 +61,22 @@ def _named(
 
 @torch.no_grad()
 def fingerprint(tensor: torch.Tensor) -> torch.Tensor:
-    """A number that changes with any bit of a tensor's elements: int64, 0-dimensional, on the CPU.
+    """Returns a number that changes if any bit of the tensor's elements changes.
 
-    The sum, modulo 2⁶⁴, of the elements' bits as integers, each times an odd number made of its place
-    (Knuth, The Art of Computer Programming 3, section 6.4): an odd factor loses no bit.
+    It is the sum modulo 2⁶⁴ of the elements' bits as integers, each multiplied by an odd number that depends on
+    its position (Knuth, The Art of Computer Programming 3, section 6.4); an odd factor loses no bit.
+
+    Args:
+        tensor: of any dtype, shape and device.
+
+    Returns:
+        0-dimensional, int64, on the CPU.
     """
     elements = tensor.detach().contiguous().reshape(-1)
     words = elements.view(_INTEGERS[elements.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for start in range(0, len(words), _WORDS):
         piece = words[start : start + _WORDS].to(torch.int64)
-        places = torch.arange(start, start + len(piece), device=tensor.device)
-        total += (piece * (places * _GOLDEN | 1)).sum()
+        positions = torch.arange(start, start + len(piece), device=tensor.device)
+        total += (piece * (positions * _GOLDEN | 1)).sum()
     return total.cpu()

@@ -3,8 +3,8 @@
     cluster = init()
     model.to(cluster.device)
 
-PyTorch and Horovod are imported inside the functions that need them, so that importing this module, as the
-command line does, loads neither.
+PyTorch and Horovod are imported inside the functions that need them: the command line imports this module to parse
+arguments, and must not load either.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from hvd_adam.distributed import rendezvous
 from hvd_adam.distributed.launch_env import (
@@ -36,19 +36,19 @@ from hvd_adam.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-# Set for Horovod and Open MPI where the user has not: they read them once, in hvd.init.
+# Defaults for Horovod and Open MPI, which read them once, in hvd.init. Variables set by the user take precedence.
 HOROVOD_DEFAULTS = {
-    # A rank that never arrives ends the job after ten minutes; stock Horovod waits for ever. Works under MPI;
-    # with Gloo Horovod 0.28.1 looks for missing ranks in an empty list (gloo_controller.cc) and finds none.
+    # Ends the job ten minutes after a rank stops taking part in collectives; stock Horovod waits forever. Works
+    # under MPI only: with Gloo, Horovod 0.28.1 looks for missing ranks in an empty list (gloo_controller.cc).
     "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "600",
-    # Gradients are reduced in fixed groups (distributed.py). Fusing groups further would depend on timing,
-    # and with it the order of additions from three ranks on.
+    # Gradients are reduced in fixed buckets (reducer.py). Fusing these further would depend on timing, and so
+    # would the order of additions on three ranks and more.
     "HOROVOD_DISABLE_GROUP_FUSION": "1",
-    # Horovod's thread waits in MPI by polling: without this it takes the core from the rank's own computation,
-    # and a step of the cnn on two ranks of two cores takes 103 to 120 ms instead of 68 to 73.
+    # Horovod's thread polls while it waits in MPI. Without this option it competes with the rank's own computation
+    # for a core: a step of the cnn on two ranks and two cores takes 103 to 120 ms instead of 68 to 73.
     "OMPI_MCA_mpi_yield_when_idle": "1",
-    # Open MPI 4.1 sums large messages by halves that fall out of the cache: 40 MB on two ranks in 17 ms, against
-    # 5.5 ms in a ring with segments of 1 MiB. Messages below 1 MiB are left to Open MPI.
+    # Open MPI 4.1 reduces large messages in halves that do not fit into the cache: 40 MB on two ranks take 17 ms,
+    # and 5.5 ms in a ring with segments of 1 MiB. Open MPI's own choice remains for messages below 1 MiB.
     "OMPI_MCA_coll_tuned_use_dynamic_rules": "1",
     "OMPI_MCA_coll_tuned_dynamic_rules_filename": str(Path(__file__).with_name("openmpi_allreduce.rules")),
 }
@@ -56,17 +56,20 @@ HOROVOD_DEFAULTS = {
 
 @dataclass(frozen=True)
 class Cluster:
-    """This process among all processes of the job.
+    """Rank, world size and device of this process, as `init` returns them.
+
+    Ranks and sizes are Horovod's: one process is one rank.
 
     Attributes:
-        rank: 0 ≤ rank < size, over all hosts.
-        size: the world size.
-        local_rank: 0 ≤ local_rank < local_size, on this host.
-        local_size: processes on this host.
-        cross_rank: index of this host among the hosts that have this local_rank.
+        rank: index of this process in the job, 0 ≤ rank < size.
+        size: number of processes in the job, the world size, at least 1.
+        local_rank: index of this process on its host, 0 ≤ local_rank < local_size.
+        local_size: number of processes of the job on this host.
+        cross_rank: index of this host among the hosts that have this local_rank, 0 ≤ cross_rank < cross_size.
         cross_size: number of hosts that have this local_rank.
-        device: where this rank computes; no other rank of the job computes on the same GPU.
-        launcher: as in `LaunchInfo`.
+        device: the device to put model and data on. No other rank of the job uses the same GPU.
+        launcher: program that started the process: "horovodrun", "mpirun", "srun", "mpiexec", "torchrun" or
+            "none".
     """
 
     rank: int
@@ -79,12 +82,28 @@ class Cluster:
     launcher: str
 
 
-_cluster: Cluster | None = None  # what `init` returned
-_numbers = itertools.count()  # of names of collectives, since `init`
+_cluster: Cluster | None = None  # the result of the last `init` or `restart`
+_prefix_numbers = itertools.count()  # restarted by `restart`: new ranks count from 0
+
+
+def current_cluster() -> Cluster:
+    """Returns the `Cluster` of this process, which `init` or `restart` created.
+
+    Where the program has called `hvd.init()` instead of `init`, this is `init()`, which every rank must call.
+
+    Raises:
+        UserError: Horovod has not been started.
+    """
+    if _cluster is None and not horovod().is_initialized():
+        raise UserError("call hvd_adam.init() first")
+    return init()
 
 
 def current_rank() -> int:
-    """This process's rank: Horovod's, for ranks may have been renumbered; before it has started the launcher's."""
+    """Returns this process's rank, which an elastic job may change; before `init` the launcher's.
+
+    Does not load Horovod.
+    """
     return detect_launcher().rank if _cluster is None else _cluster.rank
 
 
@@ -93,7 +112,8 @@ def horovod() -> ModuleType:
     """Imports `horovod.torch`.
 
     Raises:
-        UserError: Horovod is not installed, was built against another PyTorch, or its library does not load.
+        UserError: Horovod is not installed, was built against another version of PyTorch, or its library does not
+            load.
     """
     import torch
 
@@ -112,32 +132,45 @@ def horovod() -> ModuleType:
     try:
         import horovod.torch as hvd
 
-        hvd.init  # noqa: B018  absent where Horovod only warned that its library is missing
+        hvd.init  # noqa: B018  absent if Horovod only warned that its library is missing
     except (ImportError, OSError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"Horovod's library does not load ({reason}): torch, MPI or CUDA has changed since it was built; "
             f"build it again with `{BUILD_COMMAND}`"
         ) from error
-    return hvd
+    return cast("ModuleType", hvd)
 
 
 def init(device: str = "auto") -> Cluster:
-    """Starts Horovod, gives this rank its device and its share of the host's cores.
+    """Starts Horovod, and assigns this process a device and a share of the host's cores.
 
-    Every rank calls it once, together; later calls return the same `Cluster` without a collective.
+    Call it once at the start of the program, on every rank, in place of `hvd.init()`. The first call is a
+    collective. Later calls return the same `Cluster` and ignore `device`.
+
+    It makes the assigned GPU the current one. Unless OMP_NUM_THREADS is set, it sets PyTorch's number of threads
+    so that the ranks of a host share its cores. It sets environment variables of Horovod and Open MPI that the
+    user has not set (`HOROVOD_DEFAULTS`); the most important one ends a job ten minutes after a rank has stalled.
 
     Args:
-        device: "auto" (a GPU if the host has one, else the CPU), "cpu" or "cuda".
+        device: "cpu", "cuda" (one GPU per rank), or "auto": one GPU per rank if any rank has a GPU, else the CPU.
+
+    Returns:
+        Rank, world size and device of this process. In a process that no launcher started, the size is 1.
 
     Raises:
-        UserError: Horovod cannot be loaded; the launcher started more processes than Horovod sees; there are
-            more ranks on a host than GPUs, or two ranks share one. Raised on every rank.
+        UserError: Horovod cannot be loaded, with the reason; the launcher started more processes than Horovod
+            sees; a host has fewer GPUs than ranks. Every rank that started Horovod raises it.
+        RankError: under an elastic launcher, the launcher does not answer or has removed this host.
+
+    Example:
+        >>> cluster = init()
+        >>> model.to(cluster.device)
     """
-    return _start(device, anew=False) if _cluster is None else _cluster
+    return _start(device) if _cluster is None else _cluster
 
 
-def _start(device: str, *, anew: bool) -> Cluster:
+def _start(device: str, *, restarting: bool = False) -> Cluster:
     global _cluster
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"device is {device!r}; use auto, cpu or cuda")
@@ -146,17 +179,17 @@ def _start(device: str, *, anew: bool) -> Cluster:
     for name, value in HOROVOD_DEFAULTS.items():
         os.environ.setdefault(name, value)
     if is_elastic():
-        rendezvous.join(anew=anew)
-    with elastic_disabled() if anew else nullcontext():  # else Horovod would ask for a place itself
+        rendezvous.join(renew=restarting)
+    with elastic_disabled() if restarting else nullcontext():  # else Horovod would request a rank itself
         hvd.init()
     launch = detect_launcher()
     if hvd.size() != launch.size:
         raise size_mismatch(launch, hvd.size())
 
-    here = RankPlacement.of_this_rank(device)
-    places: list[RankPlacement] = hvd.allgather_object(here, name="hvd_adam.places")
-    gpus = assign_gpus(places, device)
-    share_cores(here, places)
+    own = RankPlacement.of_this_rank(device)
+    placements: list[RankPlacement] = hvd.allgather_object(own, name="hvd_adam.places")
+    gpus = assign_gpus(placements, device)
+    share_cores(own, placements)
     _cluster = Cluster(
         rank=hvd.rank(),
         size=hvd.size(),
@@ -171,21 +204,28 @@ def _start(device: str, *, anew: bool) -> Cluster:
 
 
 def restart(device: str = "auto") -> Cluster:
-    """Starts Horovod anew among the ranks that are there now; every rank that is left calls it, new ones `init`.
+    """Shuts Horovod down and starts it again with the present ranks of an elastic job.
 
-    Under an elastic launcher only: another keeps the addresses of before, at which nobody listens any more.
+    Every remaining rank calls it, while new ranks call `init`. Works under an elastic launcher only: other
+    launchers do not assign new ranks and addresses.
+
+    Args:
+        device: as in `init`.
+
+    Returns:
+        The new `Cluster`; rank and size may differ from before.
 
     Raises:
-        RankError: this rank has no place among them, or the launcher is gone.
-        HorovodInternalError: another rank was lost meanwhile.
+        RankError: the launcher has removed this host, or does not answer.
+        HorovodInternalError: another rank was lost in the meantime.
         UserError: as `init`.
     """
-    global _cluster, _numbers
+    global _cluster, _prefix_numbers
     horovod().shutdown()
-    _cluster, _numbers = None, itertools.count()
-    return _start(device, anew=True)
+    _cluster, _prefix_numbers = None, itertools.count()
+    return _start(device, restarting=True)
 
 
 def collective_prefix() -> str:
-    """A prefix for names of collectives that nobody else uses; alike on all ranks if all ask in the same order."""
-    return f"hvd_adam.{next(_numbers)}"
+    """Returns a new prefix for names of collectives, identical on all ranks if all call it in the same order."""
+    return f"hvd_adam.{next(_prefix_numbers)}"

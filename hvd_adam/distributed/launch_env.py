@@ -1,7 +1,8 @@
-"""Which launcher started this process, as which rank of how many: read from the environment, without Horovod.
+"""Launcher, rank and world size of this process, read from the environment without Horovod.
 
-No other module reads the variables of launchers, except `rendezvous`, which sets them when ranks are renumbered.
-Imports neither PyTorch nor Horovod, so that the command line knows its rank before either is loaded.
+No other module reads the variables of launchers, except `rendezvous`, which sets them when an elastic launcher
+assigns new ranks. Imports neither PyTorch nor Horovod, so that the command line can read its rank before either is
+loaded.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from hvd_adam.errors import UserError
 
 BUILD_COMMAND = "bash launch/setup.sh"
 
-# In order of precedence: what runs inside an allocation or under a wrapper carries the outer variables too.
+# In order of precedence: a process started inside an allocation or by a wrapper inherits the outer variables too.
 _LAUNCHERS = (
     ("horovodrun", "HOROVOD_RANK", "HOROVOD_SIZE"),
     ("mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
@@ -38,12 +39,12 @@ _REMEDY = {
 
 @dataclass(frozen=True)
 class LaunchInfo:
-    """What the launcher says of this process, before Horovod has started.
+    """Launcher, rank and world size of this process, according to the launcher.
 
     Attributes:
         launcher: "horovodrun", "mpirun", "srun", "mpiexec", "torchrun" or "none".
         rank: 0 ≤ rank < size.
-        size: number of processes the launcher started, ≥ 1.
+        size: number of processes that the launcher started, at least 1.
     """
 
     launcher: str
@@ -52,7 +53,14 @@ class LaunchInfo:
 
 
 def detect_launcher(environ: Mapping[str, str] = os.environ) -> LaunchInfo:
-    """Reads from the environment which launcher started this process, as which rank of how many."""
+    """Returns launcher, rank and world size of this process.
+
+    Args:
+        environ: the process's environment variables.
+
+    Returns:
+        ("none", 0, 1) if no known launcher started the process.
+    """
     for launcher, rank, size in _LAUNCHERS:
         if rank in environ and size in environ:
             return LaunchInfo(launcher, int(environ[rank]), int(environ[size]))
@@ -60,13 +68,13 @@ def detect_launcher(environ: Mapping[str, str] = os.environ) -> LaunchInfo:
 
 
 def is_elastic() -> bool:
-    """Whether the launcher lets ranks come and go (horovodrun with --min-np or --host-discovery-script)."""
+    """Returns whether the launcher is elastic (horovodrun with --min-np or --host-discovery-script)."""
     return os.environ.get("HOROVOD_ELASTIC") == "1"
 
 
 @contextmanager
 def elastic_disabled() -> Iterator[None]:
-    """Hides from Horovod, for the block, that the launcher is elastic."""
+    """Makes Horovod treat the launcher as not elastic in this block."""
     value = os.environ.pop("HOROVOD_ELASTIC", None)
     try:
         yield
@@ -77,20 +85,20 @@ def elastic_disabled() -> Iterator[None]:
 
 def refuse_srun_without_pmix(launch: LaunchInfo) -> None:
     """Raises UserError if srun started several ranks without PMIx or PMI, which MPI needs to connect them."""
-    # Open MPI's own MPI_Init would abort the process with half a page that hides the cause.
+    # MPI_Init of Open MPI would abort the process with half a page of text that does not name the cause.
     if launch.launcher == "srun" and launch.size > 1 and not ({"PMIX_RANK", "PMI_RANK"} & set(os.environ)):
         raise size_mismatch(launch, 1)
 
 
 def size_mismatch(launch: LaunchInfo, seen: int) -> UserError:
-    """The error for a launcher that started more processes than Horovod sees, with the remedy."""
+    """Returns the error, with the remedy, for a launcher that started more processes than Horovod sees."""
     return UserError(
-        f"{launch.launcher} says it started {launch.size} process{'es' * (launch.size > 1)}, but Horovod "
+        f"{launch.launcher} started {launch.size} process{'es' * (launch.size > 1)}, but Horovod "
         f"sees {seen}: {_REMEDY[launch.launcher]}"
     )
 
 
 def gloo_store_address() -> str | None:
-    """Where Gloo's ranks meet, as HOST:PORT of horovodrun's key-value store; None where MPI starts them."""
+    """Returns HOST:PORT of horovodrun's key-value store, through which Gloo connects ranks; None under MPI."""
     names = ("HOROVOD_GLOO_RENDEZVOUS_ADDR", "HOROVOD_GLOO_RENDEZVOUS_PORT")
     return ":".join(os.environ[name] for name in names) if all(name in os.environ for name in names) else None

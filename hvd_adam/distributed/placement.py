@@ -1,4 +1,4 @@
-"""Which GPU each rank uses, and how many cores: decided from where all ranks run."""
+"""Assigns each rank a GPU and a number of threads, from the hosts, GPUs and cores of all ranks."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RankPlacement:
-    """Where a rank runs, for the others on its host to compare with.
+    """Host, cores and GPUs of a rank.
 
     Attributes:
-        host: its name.
-        cores: those that this rank may run on.
-        gpus: those that it sees, in its order; equal on ranks of a host that mean the same one.
+        host: host name.
+        cores: indices of the cores that the rank may run on, ascending.
+        gpus: an identity for each GPU that the rank sees, in the rank's order. Ranks of one host have equal
+            identities for the same GPU.
     """
 
     host: str
@@ -30,19 +31,19 @@ class RankPlacement:
 
     @classmethod
     def of_this_rank(cls, device: str) -> RankPlacement:
-        """This process's; with device "cpu" it sees no GPU."""
+        """Returns the placement of this process, without GPUs if `device` is "cpu"."""
         return cls(socket.gethostname(), cores(), visible_gpus() if device != "cpu" else ())
 
 
 def cores() -> tuple[int, ...]:
-    """The cores that this process may run on, ascending; where the system does not tell, all of the host."""
+    """Returns the cores that this process may run on, ascending; all cores on systems without CPU affinity."""
     if hasattr(os, "sched_getaffinity"):
         return tuple(sorted(os.sched_getaffinity(0)))
     return tuple(range(os.cpu_count() or 1))
 
 
 def visible_gpus() -> tuple[str, ...]:
-    """An identity for each GPU that this process sees."""
+    """Returns an identity for each GPU that this process sees, its UUID where PyTorch knows it."""
     import torch
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
@@ -50,62 +51,72 @@ def visible_gpus() -> tuple[str, ...]:
     return tuple(str(getattr(item, "uuid", f"{index} of {visible}")) for index, item in enumerate(properties))
 
 
-def assign_gpus(places: Sequence[RankPlacement], device: str) -> list[int | None]:
-    """Which of the GPUs that it sees each rank takes: one of its own, whatever the launcher has bound ranks to.
+def assign_gpus(placements: Sequence[RankPlacement], device: str) -> list[int | None]:
+    """Assigns each rank a GPU that no other rank uses, among those that the launcher lets it see.
+
+    A maximum bipartite matching of ranks and GPUs, by augmenting paths (Kuhn 1955).
 
     Args:
-        places: of all ranks, in order.
+        placements: of all ranks, by rank.
         device: as in `init`.
 
     Returns:
-        For each rank an index into its `gpus`; None for all where no rank sees any.
+        For each rank an index into its `gpus`; None for every rank if they compute on CPUs.
 
     Raises:
-        CollectiveError: there are not enough, or a rank sees none though it should.
+        CollectiveError: a host has fewer GPUs than ranks, or a rank sees no GPU although `device` is "cuda" or
+            another rank sees one.
     """
-    if device != "cuda" and not any(place.gpus for place in places):
-        return [None] * len(places)
+    if device != "cuda" and not any(placement.gpus for placement in placements):
+        return [None] * len(placements)
     owners: dict[tuple[str, str], int] = {}
 
-    def take(rank: int, asked: set[tuple[str, str]]) -> bool:
-        own = [(places[rank].host, gpu) for gpu in places[rank].gpus]
-        for gpu in [*(gpu for gpu in own if gpu not in owners), *own]:  # only then one whose owner sees another
-            if gpu not in asked:
-                asked.add(gpu)
-                if gpu not in owners or take(owners[gpu], asked):
+    def take(rank: int, visited: set[tuple[str, str]]) -> bool:
+        own = [(placements[rank].host, gpu) for gpu in placements[rank].gpus]
+        for gpu in [*(gpu for gpu in own if gpu not in owners), *own]:  # prefer a GPU that no rank has
+            if gpu not in visited:
+                visited.add(gpu)
+                if gpu not in owners or take(owners[gpu], visited):
                     owners[gpu] = rank
                     return True
         return False
 
-    for rank, place in enumerate(places):
-        if not place.gpus:
+    for rank, placement in enumerate(placements):
+        if not placement.gpus:
             raise CollectiveError(
-                f"rank {rank} on {place.host} sees no GPU; check its driver and CUDA_VISIBLE_DEVICES, "
+                f"rank {rank} on {placement.host} sees no GPU; check its driver and CUDA_VISIBLE_DEVICES, "
                 "or train on --device cpu"
             )
         if not take(rank, set()):
-            there = [other for other in places if other.host == place.host]
+            there = [other for other in placements if other.host == placement.host]
             gpus = len({gpu for other in there for gpu in other.gpus})
             raise CollectiveError(
-                f"{len(there)} ranks on {place.host} for {gpus} GPU{'s' * (gpus > 1)}; start one rank a GPU "
+                f"{len(there)} ranks on {placement.host} for {gpus} GPU{'s' * (gpus > 1)}; start one rank per GPU "
                 "(-np, -H host:slots, --ntasks-per-node), or train on --device cpu"
             )
     taken = {rank: gpu for (_, gpu), rank in owners.items()}
-    return [place.gpus.index(taken[rank]) for rank, place in enumerate(places)]
+    return [placement.gpus.index(taken[rank]) for rank, placement in enumerate(placements)]
 
 
-def share_cores(here: RankPlacement, places: Sequence[RankPlacement]) -> None:
-    """Divides the cores among the ranks that may run on them; PyTorch alone gives every rank all."""
+def share_cores(own: RankPlacement, placements: Sequence[RankPlacement]) -> None:
+    """Sets PyTorch's number of threads to this rank's share of its cores, unless OMP_NUM_THREADS is set.
+
+    PyTorch's default is a thread per core in every rank.
+
+    Args:
+        own: this rank's placement.
+        placements: of all ranks.
+    """
     import torch
 
     if "OMP_NUM_THREADS" in os.environ:
         return
-    sharers = sum(other.host == here.host and other.cores == here.cores for other in places)
-    torch.set_num_threads(max(1, len(here.cores) // sharers))
+    sharing = sum(other.host == own.host and other.cores == own.cores for other in placements)
+    torch.set_num_threads(max(1, len(own.cores) // sharing))
 
 
 def use_device(gpu: int | None) -> torch.device:
-    """Makes the GPU of this index the current one and returns its device; the CPU for None."""
+    """Makes the GPU with this index the current one and returns its device; returns the CPU for None."""
     import torch
 
     if gpu is None:

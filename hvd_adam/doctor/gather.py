@@ -1,6 +1,6 @@
-"""Between the ranks, before Horovod: every rank gets what each has to say, whether Horovod works there or not.
+"""Gathers plain values from all ranks before Horovod is started, whether or not Horovod works.
 
-By MPI itself where MPI starts the ranks, else by the key-value store of horovodrun, by which Gloo's ranks meet.
+Uses MPI itself where MPI starts the ranks, else horovodrun's key-value store, through which Gloo connects ranks.
 """
 
 from __future__ import annotations
@@ -8,28 +8,28 @@ from __future__ import annotations
 import json
 import os
 import time
-import urllib.error
-import urllib.request
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 from hvd_adam.distributed.context import HOROVOD_DEFAULTS
+from hvd_adam.distributed.kv_store import KeyValueStore
 from hvd_adam.distributed.launch_env import LaunchInfo, refuse_srun_without_pmix, size_mismatch
 
 POLL_SECONDS = 0.05
-POLLS_A_SECOND = 500  # that the store of all ranks can answer, roughly
+POLLS_PER_SECOND = 500  # requests of all ranks together that the store can answer, roughly
 REQUEST_SECONDS = 5.0
 SCOPE = "hvd_adam.doctor"
+RESULT_KEY = "all"  # rank 0's answer to the other ranks
 
 
 class MissingError(Exception):
-    """Ranks that have not come in time.
+    """Some ranks did not arrive in time.
 
     Attributes:
-        ranks: which; empty where that cannot be told.
-        values: what the others have given, by rank; empty where that is not known.
+        ranks: the missing ranks; empty if unknown.
+        values: the values of the other ranks, by rank, None for missing ones; empty if unknown.
     """
 
     def __init__(self, ranks: list[int], values: Sequence[Any] = ()) -> None:
@@ -38,19 +38,22 @@ class MissingError(Exception):
 
 
 class Gathering(ABC):
-    """The ranks of a job; collectives of plain values, which all ranks call in the same order."""
+    """The ranks of a job, with one collective of plain values that all ranks call in the same order."""
 
     @abstractmethod
     def all(self, value: Any) -> list[Any]:
-        """What each rank has given, by rank.
+        """Returns the values of all ranks, by rank.
+
+        Args:
+            value: this rank's value, of types that JSON can hold.
 
         Raises:
-            MissingError: a rank has not called it in time.
+            MissingError: a rank did not call it in time.
         """
 
 
 def mpi() -> ModuleType:
-    """Imports mpi4py's MPI, which then is not started yet, and is ended with the process."""
+    """Imports mpi4py's MPI without starting it. MPI is finalized when the process exits."""
     import mpi4py
 
     mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
@@ -60,23 +63,26 @@ def mpi() -> ModuleType:
 
 
 def connect(launch: LaunchInfo, store: str | None, timeout: float) -> Gathering:
-    """Meets the other ranks.
+    """Connects to the other ranks.
 
     Args:
-        launch: of this rank; more than one.
-        store: of Gloo, as `hvd_adam.distributed.context.gloo_store_address` gives it; None for MPI.
-        timeout: seconds to wait for a rank; MPI's start itself waits for all without end.
+        launch: this process's rank and the job's size, more than 1.
+        store: HOST:PORT of horovodrun's key-value store, as `launch_env.gloo_store_address` returns it; None for
+            MPI.
+        timeout: seconds to wait for a rank. MPI's own start waits for all ranks without a time limit.
 
     Raises:
-        UserError: MPI sees another number of ranks than the launcher.
+        UserError: MPI sees another number of ranks than the launcher started.
     """
     if store is not None:
-        return _ByStore(launch, f"http://{store}/{SCOPE}", timeout)
+        host, _, port = store.rpartition(":")
+        client = KeyValueStore(host, int(port), connect_timeout=REQUEST_SECONDS, answer_timeout=REQUEST_SECONDS)
+        return _StoreGathering(launch, client, timeout)
     refuse_srun_without_pmix(launch)
-    return _ByMpi(launch, timeout)
+    return _MpiGathering(launch, timeout)
 
 
-class _ByMpi(Gathering):
+class _MpiGathering(Gathering):
     def __init__(self, launch: LaunchInfo, timeout: float) -> None:
         for name, value in HOROVOD_DEFAULTS.items():
             os.environ.setdefault(name, value)
@@ -88,64 +94,58 @@ class _ByMpi(Gathering):
             raise size_mismatch(launch, self._ranks.size)
 
     def all(self, value: Any) -> list[Any]:
-        # Sleeps where MPI would poll, which takes the cores from what the others still measure.
-        arrived, end = self._ranks.Ibarrier(), time.monotonic() + self._timeout
+        # MPI would poll while it waits, on cores that other ranks still measure: sleep instead.
+        arrived, deadline = self._ranks.Ibarrier(), time.monotonic() + self._timeout
         while not arrived.Test():
-            if time.monotonic() > end:
+            if time.monotonic() > deadline:
                 raise MissingError([])
             time.sleep(POLL_SECONDS / 10)
         return [json.loads(text) for text in self._ranks.allgather(json.dumps(value))]
 
 
-class _ByStore(Gathering):
-    def __init__(self, launch: LaunchInfo, address: str, timeout: float) -> None:
-        self._launch, self._address, self._timeout, self._count = launch, address, timeout, 0
+class _StoreGathering(Gathering):
+    """Rank 0 collects all values and stores the result for the other ranks."""
+
+    def __init__(self, launch: LaunchInfo, store: KeyValueStore, timeout: float) -> None:
+        self._launch, self._store, self._timeout = launch, store, timeout
+        self._calls = 0  # so that every call has keys of its own
 
     def all(self, value: Any) -> list[Any]:
-        self._count += 1
-        rank, ranks = self._launch.rank, range(self._launch.size)
-        if rank:
-            self._put(str(rank), value)
-            # Rank 0 waits for all before it answers.
-            answer = self._wait(["all"], 2 * self._timeout)
-            if not answer:
-                raise MissingError([0])
-            if answer["all"]["missing"]:
-                raise MissingError(answer["all"]["missing"])
-            return answer["all"]["values"]
-        values = {"0": value} | self._wait([str(other) for other in ranks[1:]], self._timeout)
-        missing = [other for other in ranks if str(other) not in values]
-        listed = [values.get(str(other)) for other in ranks]
-        self._put("all", {"missing": missing, "values": listed})
-        if missing:
-            raise MissingError(missing, listed)
-        return listed
+        self._calls += 1
+        if self._launch.rank == 0:
+            return self._collect(value)
+        self._put(str(self._launch.rank), value)
+        # Rank 0 may wait for its whole time-out before it answers.
+        answer = self._wait_for([RESULT_KEY], 2 * self._timeout)
+        if not answer:
+            raise MissingError([0])
+        if answer[RESULT_KEY]["missing"]:
+            raise MissingError(answer[RESULT_KEY]["missing"])
+        return cast("list[Any]", answer[RESULT_KEY]["values"])
 
-    def _wait(self, names: list[str], timeout: float) -> dict[str, Any]:
-        """The values that are there in time, by name."""
+    def _collect(self, own: Any) -> list[Any]:
+        ranks = range(self._launch.size)
+        found = {"0": own} | self._wait_for([str(rank) for rank in ranks[1:]], self._timeout)
+        missing = [rank for rank in ranks if str(rank) not in found]
+        values = [found.get(str(rank)) for rank in ranks]
+        self._put(RESULT_KEY, {"missing": missing, "values": values})
+        if missing:
+            raise MissingError(missing, values)
+        return values
+
+    def _wait_for(self, keys: list[str], timeout: float) -> dict[str, Any]:
+        """Returns the values that arrive in time, by key."""
         found: dict[str, Any] = {}
-        end = time.monotonic() + timeout
-        while len(found) < len(names) and time.monotonic() < end:
-            for name in names:
-                if name not in found and (text := self._get(name)) is not None:
-                    found[name] = json.loads(text)
-            time.sleep(max(POLL_SECONDS, self._launch.size / POLLS_A_SECOND))
+        deadline = time.monotonic() + timeout
+        while len(found) < len(keys) and time.monotonic() < deadline:
+            for key in keys:
+                if key not in found and (text := self._store.get(SCOPE, self._numbered(key))) is not None:
+                    found[key] = json.loads(text)
+            time.sleep(max(POLL_SECONDS, self._launch.size / POLLS_PER_SECOND))
         return found
 
-    def _put(self, name: str, value: Any) -> None:
-        request = urllib.request.Request(self._url(name), json.dumps(value).encode(), method="PUT")
-        self._ask(request).close()
+    def _put(self, key: str, value: Any) -> None:
+        self._store.put(SCOPE, self._numbered(key), json.dumps(value))
 
-    def _get(self, name: str) -> bytes | None:
-        try:
-            with self._ask(urllib.request.Request(self._url(name))) as answer:
-                return answer.read()
-        except urllib.error.HTTPError:  # not there yet
-            return None
-
-    def _url(self, name: str) -> str:
-        return f"{self._address}/{self._count}.{name}"
-
-    def _ask(self, request: urllib.request.Request) -> Any:
-        # A proxy that the environment names is for the world outside.
-        return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=REQUEST_SECONDS)
+    def _numbered(self, key: str) -> str:
+        return f"{self._calls}.{key}"

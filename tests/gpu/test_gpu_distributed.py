@@ -1,8 +1,8 @@
 """`distribute` on GPUs: one rank through NCCL, two on one GPU through the host's memory or on two through NCCL.
 
-Hazards: collectives that NCCL, or Horovod's build for it, does not have; streams that are not waited for; a
-skipped update that only one side knows of; hidden waits for the device in the step of one rank; hooks that a
-compiled model does not call.
+Hazards: collectives that NCCL, or Horovod's build for it, does not have; streams that are not synchronized; a
+skipped update that host and device count differently; hidden synchronizations in the step of one rank; hooks that
+a compiled model does not call.
 """
 
 import os
@@ -20,11 +20,11 @@ from hvd_adam.distributed.reducer import Reducer
 from hvd_adam.optim.flat_layout import Layout
 from hvd_adam.optim.flat_storage import FlatStorage
 
-# Two ranks may share a GPU only for a Horovod that does not hand its tensors to NCCL: tests/gpu/run.sh builds one.
+# Two ranks can share a GPU only with a Horovod built without NCCL; tests/gpu/run.sh builds one.
 THROUGH_HOST = "HVD_ADAM_THROUGH_HOST" in os.environ
 needs_two = pytest.mark.skipif(
     not THROUGH_HOST and torch.cuda.device_count() < 2,
-    reason="NCCL wants a GPU for each rank: needs two, or HVD_ADAM_THROUGH_HOST (see tests/gpu/run.sh)",
+    reason="NCCL needs a GPU for each rank: two, or HVD_ADAM_THROUGH_HOST (see tests/gpu/run.sh)",
 )
 needs_nccl = pytest.mark.skipif(THROUGH_HOST, reason="this Horovod sends tensors through the host's memory")
 TWO_RANKS = {"HVD_ADAM_TEST_DEVICE": "cpu"} if THROUGH_HOST else {}
@@ -46,7 +46,7 @@ def made(**options):
 
 
 def update(model, optimizer, seed, scaler=None):
-    """On 64 samples that follow from the seed."""
+    """Makes one update on 64 samples generated from the seed."""
     torch.manual_seed(seed)
     optimizer.zero_grad()
     loss = model(torch.randn(64, 20, device=device())).square().mean()
@@ -85,7 +85,7 @@ def test_nccl_is_built_in_and_its_collectives_work_on_one_rank(cluster):
 
 @needs_nccl
 @on_ranks(1)
-def test_buckets_go_through_nccl_and_come_back_as_they_were(cluster):
+def test_buckets_reduced_by_nccl_on_one_rank_are_unchanged(cluster):
     for compression, scatter in product(("none", "fp16", "bf16"), (False, True)):
         shapes = ((300, 70), (7,), (1000, 33), (5, 5))
         params = [torch.nn.Parameter(torch.zeros(shape, device=cluster.device)) for shape in shapes]
@@ -103,7 +103,7 @@ def test_buckets_go_through_nccl_and_come_back_as_they_were(cluster):
 
 
 @on_ranks(1)
-def test_the_step_of_one_rank_never_waits_for_the_device(cluster):
+def test_the_step_of_one_rank_does_not_synchronize_with_the_device(cluster):
     for options in ({}, {"max_grad_norm": 0.1}, {"accumulate": 2}, {"loss_scaler": torch.amp.GradScaler("cuda")}):
         model, optimizer = made(**options)
         scaler = options.get("loss_scaler")
@@ -116,13 +116,13 @@ def test_the_step_of_one_rank_never_waits_for_the_device(cluster):
                     with no_waiting():
                         optimizer.step()
                 else:
-                    optimizer.step()  # compiles, and lays out
+                    optimizer.step()  # compiles, and builds the layout
         assert optimizer.skipped_updates == 0
         assert {entry["step"].item() for entry in optimizer.state_dict()["state"].values()} == {4}
 
 
 @on_ranks(1)
-def test_a_skipped_update_changes_nothing_and_is_counted_once(cluster):
+def test_a_skipped_update_changes_no_tensor_and_is_counted_once(cluster):
     model, optimizer = made()
     update(model, optimizer, 0)
     before = [t.clone() for t in optimizer.state_dict()["state"][0].values()]
@@ -151,7 +151,7 @@ def assert_same_moments(optimizer, other):
 
 
 @on_ranks(1)
-def test_clipping_and_loss_scaling_are_those_of_plain_pytorch(cluster):
+def test_clipping_and_loss_scaling_equal_those_of_pytorch(cluster):
     scaler = torch.amp.GradScaler("cuda", init_scale=1024.0)
     model, optimizer = made(max_grad_norm=0.05, loss_scaler=scaler)
     plain = network()
@@ -169,7 +169,7 @@ def test_clipping_and_loss_scaling_are_those_of_plain_pytorch(cluster):
 
 
 @on_ranks(1)
-def test_a_compiled_model_trains_as_one_that_is_not(cluster):
+def test_a_compiled_model_trains_like_an_eager_one(cluster):
     model, optimizer = made()
     other, its_optimizer = made()
     compiled = torch.compile(other)
@@ -182,7 +182,7 @@ def test_a_compiled_model_trains_as_one_that_is_not(cluster):
 
 @needs_two
 @on_ranks(2, **TWO_RANKS)
-def test_two_ranks_are_one(cluster):
+def test_two_ranks_make_the_update_of_one(cluster):
     for options in (
         {},
         {"strategy": "sharded"},
@@ -200,11 +200,11 @@ def test_two_ranks_are_one(cluster):
             plain(images).square().mean().backward()
             for number in range(options.get("accumulate", 1)):
                 if number:
-                    optimizer.step()  # only counts
+                    optimizer.step()  # counts a micro-batch
                 optimizer.zero_grad()
                 model(images.chunk(2)[cluster.rank]).square().mean().backward()
             optimizer.synchronize()
-            # Half-precision gradients are rounded twice, to 2⁻⁹ or 2⁻¹² of themselves.
+            # Half-precision gradients are rounded twice, with a relative error of 2⁻⁹ or 2⁻¹².
             rounding = 2**-8 if "compression" in options else 2**-18
             for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
                 bound = 4 * rounding * theirs.grad.abs().max()
@@ -217,7 +217,7 @@ def test_two_ranks_are_one(cluster):
 
 @needs_two
 @on_ranks(2, **TWO_RANKS)
-def test_a_bad_gradient_of_one_rank_is_skipped_by_both(cluster):
+def test_a_nonfinite_gradient_of_one_rank_is_skipped_by_both(cluster):
     torch.set_default_device(device())
     try:
         check_skipping(cluster, {})

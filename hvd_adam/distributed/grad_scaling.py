@@ -1,0 +1,119 @@
+"""Mean, loss scale and clipping as one factor of the gradients, and the decision to skip an update."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_NORM_ELEMENTS = 1 << 18  # the norm of a float32 tensor is computed from pieces of this size, for precision
+
+
+class GradScaling:
+    """Computes the factor by which an update multiplies the reduced gradients, and finds updates to skip.
+
+    An update is skipped if an element of the averaged gradient is infinite or NaN. One number shows that, the
+    `finite_probe`: the norm of the gradient where it is needed anyway, else the sum of all elements. It is not
+    finite if any element is not.
+
+    Args:
+        max_grad_norm: largest 2-norm of the averaged gradient, or None.
+        loss_scaler: a `torch.amp.GradScaler`, or None. A disabled one is ignored.
+        skip_nonfinite: skip updates without a loss scaler too.
+    """
+
+    def __init__(self, max_grad_norm: float | None, loss_scaler: Any | None, skip_nonfinite: bool) -> None:
+        self._max_grad_norm = max_grad_norm
+        self.loss_scaler = loss_scaler if loss_scaler is not None and loss_scaler.is_enabled() else None
+        self.clips = max_grad_norm is not None
+        self.probes = self.loss_scaler is not None or skip_nonfinite
+        self.needs_norm = self.clips or self.loss_scaler is not None
+        self.needs_sum = skip_nonfinite and not self.needs_norm
+
+    def unscaled(self, mean_scale: float) -> float | Tensor:
+        """Returns `mean_scale` divided by the loss scale. Does not wait for the device."""
+        if self.loss_scaler is None:
+            return mean_scale
+        scale: Tensor | None = self.loss_scaler._get_scale_async()  # get_scale() would wait for the device
+        return mean_scale / (float(self.loss_scaler.get_scale()) if scale is None else scale.double())
+
+    def found_inf(self, finite_probe: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+        """Returns whether to skip the update, and updates the loss scale accordingly.
+
+        Args:
+            finite_probe: 0-dimensional.
+            optimizer: the optimizer that the loss scaler keeps the result for.
+
+        Returns:
+            0-dimensional, bool, on the device of `finite_probe`.
+        """
+        skip = ~finite_probe.isfinite()
+        if self.loss_scaler is not None:
+            # What GradScaler.unscale_ records after a pass over all gradients, which the norm has made already.
+            found = {skip.device: skip.float()}
+            self.loss_scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = found
+            self.loss_scaler.update()
+        return skip
+
+    def combined(
+        self, grad_scale: float | Tensor, finite_probe: Tensor | None, *, carries_found_inf: bool
+    ) -> Tensor | None:
+        """Returns the factor for the update kernel, 0-dimensional, or None for 1.
+
+        Args:
+            grad_scale: the factor that makes the reduced gradients the unscaled mean.
+            finite_probe: the norm of that mean where `needs_norm`.
+            carries_found_inf: make the factor NaN if `finite_probe` is not finite. The kernel on the device then
+                changes no tensor, and the host need not wait for the decision. This is what PyTorch's fused
+                optimizers get as a second argument, `found_inf`; `DeferredFlag` brings it to the host later.
+        """
+        if finite_probe is not None:
+            if self._max_grad_norm is not None:
+                # As torch.nn.utils.clip_grad_norm_, including the 1e-6.
+                grad_scale = grad_scale * (self._max_grad_norm / (finite_probe + 1e-6)).clamp(max=1.0)
+            if carries_found_inf:
+                grad_scale = grad_scale + finite_probe * 0  # 0 if finite, else NaN
+        if isinstance(grad_scale, float):
+            return None if grad_scale == 1 else torch.tensor(grad_scale, dtype=torch.float64)
+        return grad_scale
+
+
+class DeferredFlag:
+    """A flag that is copied to the host in the background, from construction on.
+
+    Args:
+        flag: 0-dimensional, bool, on any device.
+    """
+
+    def __init__(self, flag: Tensor) -> None:
+        self._flag = flag
+        self._arrived: torch.cuda.Event | None = None
+        if flag.is_cuda:
+            self._flag = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(flag, non_blocking=True)
+            self._arrived = torch.cuda.current_stream(flag.device).record_event()
+
+    def read(self) -> bool:
+        """Returns the flag. Waits for the work that the device had queued before construction, and no more."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return bool(self._flag)
+
+
+def element_sum(gradients: Tensor) -> Tensor:
+    """Returns the sum of all elements, 0-dim float64, added in float32 or wider; finite only if all are finite."""
+    return gradients.sum(dtype=torch.promote_types(gradients.dtype, torch.float32)).double()
+
+
+def norms_of_pieces(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Returns the 2-norms of pieces of the tensors that are small enough not to lose precision; 0-dim each."""
+    pieces = [piece for g in gradients for piece in torch.split(g.reshape(-1), _NORM_ELEMENTS)]
+    return torch._foreach_norm(pieces) if pieces else ()
+
+
+def total_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Returns the 2-norm of all elements of some tensors, at least one; 0-dimensional."""
+    norms = norms_of_pieces(gradients)
+    total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    return total
