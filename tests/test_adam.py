@@ -23,9 +23,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import hvd_adam.optim.adam as adam_module
 from hvd_adam.optim.adam import Adam
 from hvd_adam.optim.reference import adam_update
+from hvd_adam.optim.tensor_lists import CPU_CHUNK_ELEMENTS
 
 IMPLEMENTATIONS = ("reference", "foreach", "fused")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -213,7 +213,7 @@ def test_every_memory_layout_gives_the_numbers_of_the_contiguous_one(implementat
 
 def test_a_model_larger_than_one_batch_is_updated_whole_and_to_the_bit_like_torch_foreach():
     generator = torch.Generator().manual_seed(6)
-    limit = adam_module._CPU_BATCH_ELEMENTS
+    limit = CPU_CHUNK_ELEMENTS
     sizes = (limit // 2, limit // 2 + 1, 3, limit + 5, 1)
     ours, theirs = ([parameter(torch.ones(n), torch.float32) for n in sizes] for _ in range(2))
     gradients = [[torch.randn(n, generator=generator) for n in sizes] for _ in range(3)]

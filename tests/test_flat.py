@@ -24,10 +24,12 @@ from hypothesis import strategies as st
 
 from hvd_adam.optim import fused as fused_module
 from hvd_adam.optim.adam import Adam
+from hvd_adam.optim.expression import KernelSpec, scalars
 from hvd_adam.optim.flat_layout import ALIGNMENT, Layout
 from hvd_adam.optim.flat_storage import FlatStorage
-from hvd_adam.optim.functional import seed, state_dtypes
+from hvd_adam.optim.functional import rounding_seed
 from hvd_adam.optim.huge_pages import zeros
+from hvd_adam.optim.optimizer_state import state_dtypes
 
 SHAPES = ((3, 5), (), (7,), (0,), (2, 3, 4, 4), (1,), (33,))
 OPTIONS = dict(lr=0.01, betas=(0.8, 0.95), weight_decay=0.1)
@@ -670,18 +672,18 @@ def flat_of(params, layout, part, option):
 
 
 def take_step(flat, group, kind):
-    moments = group_dtype = state_dtypes(group, flat.dtype)["exp_avg"]
-    variant = fused_module.KernelSpec("cpu", flat.dtype, group_dtype, False, "coupled", kind)
-    for run in flat.runs(flat.collect()):
-        for position, buffers in flat.buffers(run, state_dtypes(group, flat.dtype)):
-            assert buffers.exp_avg.dtype == moments
-            numbers = fused_module.scalars(group, run.step)
-            fused_module.update(variant, buffers, torch.ones(()), numbers, seed(run.step, position))
+    dtypes = state_dtypes(group, flat.dtype)
+    spec = KernelSpec("cpu", flat.dtype, dtypes["exp_avg"], amsgrad=False, decay="coupled", rounding=kind)
+    for segment in flat.segments(flat.collect()):
+        for position, buffers in flat.buffers(segment, dtypes):
+            assert buffers.exp_avg.dtype == dtypes["exp_avg"]
+            seed = rounding_seed(segment.step, position)
+            fused_module.update(spec, buffers, torch.ones(()), scalars(group, segment.step), seed)
 
 
 def wrapping_step():
     """A step whose seeds pass 2**31 within the parameters of the test."""
-    return next(step for step in range(1, 1 << 24) if seed(step, 0) >= 2**31 - 150)
+    return next(step for step in range(1, 1 << 24) if rounding_seed(step, 0) >= 2**31 - 150)
 
 
 STEP = wrapping_step()

@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hvd_adam.optim import fused, kernel_cache
+from hvd_adam.optim import expression, kernel_cache
 
 ROOT = Path(__file__).parents[1]
 
@@ -246,7 +246,7 @@ def test_a_user_without_home_gets_a_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     monkeypatch.setattr(pwd, "getpwuid", unknown)
-    folder = kernel_cache._folder.__wrapped__()
+    folder = kernel_cache.cache_dir.__wrapped__()
     assert folder.parent == tmp_path
 
 
@@ -259,7 +259,7 @@ def test_the_scalars_make_the_papers_update(dtype, decoupled):
     for step, betas in product((1, 2, 10, 1000, 2**24), ((0.9, 0.999), (0.0, 0.0), (0.5, 0.0), (0.99, 0.9999))):
         group = dict(lr=0.01, betas=betas, eps=1e-8, weight_decay=0.1, decoupled_weight_decay=decoupled)
         decay, one_minus_beta1, beta2, one_minus_beta2, size, eps = (
-            torch.tensor(fused.scalars(group, step), dtype=torch.float64).to(dtype).tolist()
+            torch.tensor(expression.scalars(group, step), dtype=torch.float64).to(dtype).tolist()
         )
         # Rounded once to `dtype` after some operations in float64; 1 - beta**step cancels to at least 1e-4.
         exactly = dict(rel=torch.finfo(dtype).eps + 1e-11, abs=0)
@@ -276,7 +276,7 @@ def test_the_scalars_make_the_papers_update(dtype, decoupled):
 def test_stochastic_rounding_keeps_what_is_not_finite_and_what_is_exact():
     x = torch.tensor([float("inf"), -float("inf"), float("nan"), 0.0, -0.0, 1.5, -3.0e38])
     for number in range(100):
-        rounded = fused.round_stochastically(x, torch.tensor(number * 9973))
+        rounded = expression.round_stochastically(x, torch.tensor(number * 9973))
         assert rounded[:2].tolist() == [float("inf"), -float("inf")]
         assert rounded[2].isnan()
         assert rounded[3:6].tolist() == [0.0, 0.0, 1.5]
@@ -287,7 +287,7 @@ def test_stochastic_rounding_is_unbiased_for_every_sign_and_fraction():
     n = 1 << 16
     for sign, fraction in product((1, -1), (1 / 65536, 0.1, 0.5, 0.9, 65535 / 65536)):
         x = torch.full((n,), sign * (1 + fraction * 2**-7))
-        rounded = fused.round_stochastically(x, torch.tensor(12345)).double()
+        rounded = expression.round_stochastically(x, torch.tensor(12345)).double()
         assert set(rounded.tolist()) <= {sign * 1.0, sign * (1 + 2**-7)}
         exact = (abs(x[0].double().item()) - 1) * 2**7
         # Of n draws with this probability; the smallest probabilities give about one hit.
@@ -298,9 +298,9 @@ def test_stochastic_rounding_is_unbiased_for_every_sign_and_fraction():
 def test_stochastic_rounding_draws_the_same_bits_wherever_a_buffer_is_cut():
     x = torch.linspace(-3, 3, 1000)
     for first in (0, 12345, 2**31 - 500):  # the last one passes the end of the seeds on its way
-        whole = fused.round_stochastically(x, torch.tensor(first))
+        whole = expression.round_stochastically(x, torch.tensor(first))
         for cut in (16, 496, 512, 800):
-            rest = fused.round_stochastically(x[cut:], torch.tensor((first + cut) % 2**31))
+            rest = expression.round_stochastically(x[cut:], torch.tensor((first + cut) % 2**31))
             assert torch.equal(whole[cut:], rest)
 
 
@@ -310,9 +310,9 @@ def test_a_master_gives_way_only_where_its_parameter_was_changed(dtype):
     master = torch.randn(10000, generator=generator) * torch.logspace(-12, 4, 10000)
     master = torch.cat([master, torch.tensor([0.0, 3e38, float("inf"), float("nan")])])
     p = master.to(dtype)
-    assert torch.equal(fused.current_master(p, master).nan_to_num(), master.nan_to_num())
+    assert torch.equal(expression.current_master(p, master).nan_to_num(), master.nan_to_num())
     changed = torch.where(torch.arange(len(p)) % 2 == 0, torch.tensor(0.25, dtype=dtype), p)
-    found = fused.current_master(changed, master)
+    found = expression.current_master(changed, master)
     assert torch.equal(found[1::2].nan_to_num(), master[1::2].nan_to_num())
     # A master that rounds to 0.25 itself is as good.
     assert torch.equal(found[::2].to(dtype), changed[::2])

@@ -22,6 +22,7 @@ from hvd_adam.errors import UserError
 from hvd_adam.optim.adam import Adam, PlainOptimizer
 from hvd_adam.optim.flat_layout import Layout
 from hvd_adam.optim.flat_storage import FlatStorage
+from hvd_adam.optim.fused import backend
 
 _NORM_ELEMENTS = 1 << 18  # a norm is summed in pieces of this size, for float32's sake
 
@@ -266,7 +267,7 @@ class DistributedAdam(Adam):
     def _only_the_device_knows(self) -> bool:
         """Whether to leave it to the kernel to skip the update, so that the host need not wait to be told."""
         fused = all(implementation == "fused" for implementation in self._implementations)
-        return self.skipped.is_cuda and fused and not self._unflattened
+        return backend(self.skipped.device.type).skips_nan and fused and not self._unflattened
 
     def _record_deferred_skip(self) -> None:
         """Takes note of a skipped update that only the device has known of."""

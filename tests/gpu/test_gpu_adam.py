@@ -12,6 +12,7 @@ from test_adam import IMPLEMENTATIONS, Oracle, cases, oracles, sweep, unit_round
 
 from hvd_adam import Adam
 from hvd_adam.optim import fused
+from hvd_adam.optim.expression import Buffers, KernelSpec, scalars, update_uncompiled
 from hvd_adam.optim.reference import adam_update
 
 GPU = torch.device("cuda")
@@ -94,7 +95,7 @@ def poisoned(length, offset, dtype, device=GPU):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_the_kernel_is_the_oracle_at_any_length_and_alignment_and_writes_nowhere_else(dtype, offset):
     torch.manual_seed(torch.seed())  # other numbers each time; pytest prints those of a failure
-    variant = fused.KernelSpec("cuda", dtype, dtype, True, "coupled", "nearest")
+    spec = KernelSpec("cuda", dtype, dtype, True, "coupled", "nearest")
     for length in LENGTHS:
         around, inside = zip(*(poisoned(length, offset, dtype) for _ in range(5)), strict=True)
         p, g, m, v, v_max = inside
@@ -102,9 +103,9 @@ def test_the_kernel_is_the_oracle_at_any_length_and_alignment_and_writes_nowhere
         theta, first, second, largest = (t.double() for t in (p, m, v, v_max))
         paper = dict(alpha=1e-2, beta1=0.8, beta2=0.95, epsilon=1e-6, lambda_=0.1)
         adam_update(theta, g, first, second, largest, t=3, **paper)
-        fused.update(variant, fused.Buffers(p, g, m, v, v_max), None, fused.scalars(SCALARS, 3), 0)
+        fused.update(spec, Buffers(p, g, m, v, v_max), None, scalars(SCALARS, 3), 0)
         # Some ten roundings of the arithmetic, of numbers of size 1 to 10, and one in storing.
-        arithmetic, stored = unit_roundoff(variant.compute_dtype), unit_roundoff(dtype)
+        arithmetic, stored = unit_roundoff(spec.compute_dtype), unit_roundoff(dtype)
         for ours, exact in ((p, theta), (m, first), (v, second), (v_max, largest)):
             bound = (20 * arithmetic + stored) * (exact.abs() + 1)
             assert ((ours.double() - exact).abs() <= bound).all(), length
@@ -113,9 +114,9 @@ def test_the_kernel_is_the_oracle_at_any_length_and_alignment_and_writes_nowhere
 
 @pytest.mark.parametrize("rounding", ["master", "stochastic"])
 def test_roundings_are_those_of_the_expression_on_the_cpu(rounding):
-    variant = fused.KernelSpec("cuda", torch.bfloat16, torch.float32, False, "none", rounding)
+    spec = KernelSpec("cuda", torch.bfloat16, torch.float32, False, "none", rounding)
     length, seed = 5003, 2**31 - 100  # the hash's counter passes 2³¹ within the buffer
-    here = fused.Buffers(
+    here = Buffers(
         torch.randn(length).bfloat16(),
         torch.randn(length).bfloat16(),
         torch.randn(length),
@@ -124,10 +125,10 @@ def test_roundings_are_those_of_the_expression_on_the_cpu(rounding):
     )
     if rounding == "master":
         here.master_param.copy_(here.param)
-    there = fused.Buffers(**{name: None if t is None else t.to(GPU) for name, t in vars(here).items()})
-    numbers = fused.scalars(SCALARS, 3)
-    fused.update(variant, there, None, numbers, seed)
-    fused._update(variant, *fused._tensors(variant, here, None, numbers, seed))
+    there = Buffers(**{name: None if t is None else t.to(GPU) for name, t in vars(here).items()})
+    numbers = scalars(SCALARS, 3)
+    fused.update(spec, there, None, numbers, seed)
+    update_uncompiled(spec, here, None, numbers, seed)
     # A last bit of float32 may decide which bfloat16 is taken; two neighbours then, of few elements.
     ours, exact = there.param.cpu().float(), here.param.float()
     differ = ours != exact
@@ -137,13 +138,13 @@ def test_roundings_are_those_of_the_expression_on_the_cpu(rounding):
 
 
 def test_a_factor_on_the_device_multiplies_and_nan_changes_nothing():
-    variant = fused.KernelSpec("cuda", torch.float32, torch.float32, False, "none", "nearest")
-    buffers = fused.Buffers(*(torch.rand(3001, device=GPU) for _ in range(4)))
-    copies = [fused.Buffers(*(t.clone() for t in vars(buffers).values() if t is not None)) for _ in range(3)]
-    numbers = fused.scalars(SCALARS, 5)
-    fused.update(variant, copies[0], torch.tensor(0.25, device=GPU), numbers, 0)
-    fused.update(variant, copies[1], torch.tensor(0.25), numbers, 0)
-    fused.update(variant, copies[2], torch.tensor(float("nan"), device=GPU), numbers, 0)
+    spec = KernelSpec("cuda", torch.float32, torch.float32, False, "none", "nearest")
+    buffers = Buffers(*(torch.rand(3001, device=GPU) for _ in range(4)))
+    copies = [Buffers(*(t.clone() for t in vars(buffers).values() if t is not None)) for _ in range(3)]
+    numbers = scalars(SCALARS, 5)
+    fused.update(spec, copies[0], torch.tensor(0.25, device=GPU), numbers, 0)
+    fused.update(spec, copies[1], torch.tensor(0.25), numbers, 0)
+    fused.update(spec, copies[2], torch.tensor(float("nan"), device=GPU), numbers, 0)
     assert torch.equal(copies[0].param, copies[1].param)
     assert not torch.equal(copies[0].param, buffers.param)
     for name in ("param", "exp_avg", "exp_avg_sq"):
@@ -154,10 +155,10 @@ def test_elements_beyond_two_to_the_31_are_updated():
     length = 2**31 + 70
     if torch.cuda.mem_get_info()[0] < 5 * 2 * length:
         pytest.skip("needs 22 GB of free GPU memory")
-    variant = fused.KernelSpec("cuda", torch.bfloat16, torch.bfloat16, False, "none", "nearest")
-    buffers = fused.Buffers(*(torch.zeros(length, dtype=torch.bfloat16, device=GPU) for _ in range(4)))
+    spec = KernelSpec("cuda", torch.bfloat16, torch.bfloat16, False, "none", "nearest")
+    buffers = Buffers(*(torch.zeros(length, dtype=torch.bfloat16, device=GPU) for _ in range(4)))
     buffers.grad[-1] = buffers.grad[2**31 - 1] = buffers.grad[0] = 1.0
-    fused.update(variant, buffers, None, fused.scalars(SCALARS, 1), 0)
+    fused.update(spec, buffers, None, scalars(SCALARS, 1), 0)
     assert buffers.param.nonzero().flatten().tolist() == [0, 2**31 - 1, length - 1]
 
 
