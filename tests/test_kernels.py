@@ -1,10 +1,10 @@
-"""The compiled update and the cache it is kept in, mostly in processes of their own.
+"""The compiled update and its cache on disk, mostly in subprocesses.
 
 Hazards covered:
-- something that changes from step to step, or that a user may change, compiles the kernel anew;
-- two processes of a host compile the same kernel, or wait for each other without end;
-- a cache that is damaged, or was left by a killed process, spoils results or stops a run;
-- without compiler, home or writable folder the optimizer fails instead of doing what it can;
+- something that changes from step to step, or that a user may change, recompiles the kernel;
+- two processes of a host compile the same kernel, or wait for each other forever;
+- a cache that is damaged, or was left by a killed process, changes results or stops a run;
+- without compiler, home or writable directory the optimizer fails instead of using foreach;
 - the user's own compiler cache is changed;
 - the scalars lose accuracy; stochastic rounding depends on where a buffer begins.
 """
@@ -55,7 +55,7 @@ print(json.dumps({
 
 
 def start(cache, code=RUN, **environment):
-    """Start a process that keeps its kernels below `cache`; a value of None takes a variable away."""
+    """Starts a process with its kernel cache below `cache`; a value of None unsets a variable."""
     environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(ROOT), **environment}
     return subprocess.Popen(
         [sys.executable, "-c", code],
@@ -74,7 +74,7 @@ def finish(process):
 
 
 def assert_right(result):
-    """100 steps of float32 with a bounded rate: what two orders of the same operations may differ by."""
+    """Compares 100 steps of float32 in two orders of the same operations."""
     assert result["warnings"] == []
     # Each step adds some ten roundings of numbers below 2 and moves by at most the rate; gradients follow the
     # parameter and may enlarge an error (cos(t x) has the slope t, the rate falls with 1/t): 1e-3 leaves room.
@@ -88,7 +88,7 @@ def kernels_folder(cache):
 
 @pytest.fixture(scope="module")
 def warm(tmp_path_factory):
-    """A cache that has the kernel of RUN in it, and what the run that made it has said."""
+    """A cache with the kernel of RUN, and the output of the run that compiled it."""
     cache = tmp_path_factory.mktemp("cache")
     return cache, finish(start(cache, TORCHINDUCTOR_CACHE_DIR=str(cache / "of-the-user")))
 
@@ -96,7 +96,7 @@ def warm(tmp_path_factory):
 # --- compilations -----------------------------------------------------------------------------------------
 
 
-def test_100_steps_with_a_changing_rate_take_one_compilation(warm):
+def test_100_steps_with_a_changing_learning_rate_compile_once(warm):
     assert_right(warm[1])
     assert warm[1]["graphs"] == 1
 
@@ -109,10 +109,10 @@ def test_the_users_compiler_cache_is_neither_used_nor_redirected(warm):
 
 
 def logging_compiler(folder, before=""):
-    """A C++ compiler that says in folder/log for whom it compiles."""
+    """Returns a C++ compiler that appends $WHO to folder/log for each file that it compiles."""
     script = folder / "c++"
     compiler = shutil.which("g++") or shutil.which("c++")
-    # Each process also lets it print and preprocess things, to know what to look for in the cache.
+    # Each process also runs it to print and preprocess things, to compute its cache keys.
     log = f'case " $* " in *" -E "*) ;; *" -o "*) echo "$WHO" >> "{folder}/log"; {before} ;; esac'
     script.write_text(f'#!/bin/sh\n{log}\nexec "{compiler}" "$@"\n')
     script.chmod(0o755)
@@ -120,7 +120,7 @@ def logging_compiler(folder, before=""):
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="needs a C++ compiler")
-def test_of_two_processes_that_start_at_once_one_compiles_and_both_are_right(tmp_path):
+def test_of_two_concurrent_processes_one_compiles_and_both_have_right_results(tmp_path):
     compiler = logging_compiler(tmp_path)
     processes = [start(tmp_path / "cache", CXX=compiler, WHO=who) for who in ("first", "second")]
     results = [finish(process) for process in processes]
@@ -158,7 +158,7 @@ for elements in (1, 2, 6, 15, 16, 17):
     small = Adam([q], implementation="fused")
     q.grad = torch.ones(elements, dtype=torch.float32)
     small.step()
-variants = 0
+specs = 0
 for dtype, amsgrad, decay in product((torch.float32, torch.float64), (False, True), (0.0, 0.1)):
     for decoupled in (False, True):
         q = torch.nn.Parameter(torch.ones(9, dtype=dtype))
@@ -166,20 +166,20 @@ for dtype, amsgrad, decay in product((torch.float32, torch.float64), (False, Tru
                     implementation="fused")
         q.grad = torch.ones(9, dtype=dtype)
         each.step()
-        variants += 1
+        specs += 1
         assert abs(q[0].item() - (0.999 - 1e-4 * decoupled * (decay > 0))) < 1e-6, (dtype, amsgrad, decay)
-print(json.dumps({"last": p[0].item(), "variants": variants}))
+print(json.dumps({"last": p[0].item(), "specs": specs}))
 """
 
 
-def test_threads_modes_lengths_and_many_variants_may_change_in_one_process(warm):
+def test_threads_modes_lengths_and_specs_may_change_in_one_process(warm):
     result = finish(start(warm[0], MANY))
     # 15 steps of constant gradient, each of the rate 1e-3, and some roundings of 2^-24 each.
     assert result["last"] == pytest.approx(1 - 15e-3, abs=15 * 8 * 2**-24)
-    assert result["variants"] == 16
+    assert result["specs"] == 16
 
 
-# --- a cache in every state ---------------------------------------------------------------------------------
+# --- damaged and missing caches ------------------------------------------------------------------------------
 
 
 def truncated(path):
@@ -195,7 +195,7 @@ def garbage(path):
 
 
 @pytest.mark.parametrize("damage", [truncated, emptied, garbage], ids=lambda f: f.__name__)
-def test_a_cache_that_is_damaged_in_every_file_does_no_harm(warm, tmp_path, damage):
+def test_cache_with_every_file_damaged_does_no_harm(warm, tmp_path, damage):
     shutil.copytree(warm[0], tmp_path / "cache")
     files = [p for p in kernels_folder(tmp_path / "cache").rglob("*") if p.is_file() and p.name != "lock"]
     assert any(path.suffix == ".so" for path in files)
@@ -205,7 +205,7 @@ def test_a_cache_that_is_damaged_in_every_file_does_no_harm(warm, tmp_path, dama
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="needs a C++ compiler")
-def test_a_process_that_is_killed_while_it_compiles_does_no_harm_to_the_next(tmp_path):
+def test_process_killed_while_compiling_does_no_harm_to_the_next(tmp_path):
     for name in ("begun", "never"):
         os.mkfifo(tmp_path / name)
     compiler = logging_compiler(tmp_path, before=f'echo > "{tmp_path}/begun"; read _ < "{tmp_path}/never"')
@@ -221,7 +221,7 @@ def test_a_process_that_is_killed_while_it_compiles_does_no_harm_to_the_next(tmp
     assert len(list(folder.glob("*.made"))) == 1
 
 
-def test_without_a_compiler_it_warns_once_and_does_what_foreach_does(tmp_path):
+def test_without_a_compiler_it_warns_once_and_has_the_results_of_foreach(tmp_path):
     (tmp_path / "bin").mkdir()
     result = finish(start(tmp_path, CXX="/nonexistent/c++", PATH=str(tmp_path / "bin")))
     assert result["fused"] == result["foreach"]
@@ -231,13 +231,13 @@ def test_without_a_compiler_it_warns_once_and_does_what_foreach_does(tmp_path):
     assert "compiler" in warning.lower()
 
 
-def test_a_folder_that_cannot_be_written_does_no_harm(tmp_path):
+def test_unwritable_cache_directory_does_no_harm(tmp_path):
     (tmp_path / "file").touch()
     below = str(tmp_path / "file" / "below")
     assert_right(finish(start(below, HOME=below)))
 
 
-def test_a_user_without_home_gets_a_folder(tmp_path, monkeypatch):
+def test_user_without_home_gets_a_temporary_directory(tmp_path, monkeypatch):
     def unknown(uid):
         raise KeyError(uid)
 
@@ -255,7 +255,7 @@ def test_a_user_without_home_gets_a_folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("decoupled", [False, True])
-def test_the_scalars_make_the_papers_update(dtype, decoupled):
+def test_scalars_give_the_papers_update(dtype, decoupled):
     for step, betas in product((1, 2, 10, 1000, 2**24), ((0.9, 0.999), (0.0, 0.0), (0.5, 0.0), (0.99, 0.9999))):
         group = dict(lr=0.01, betas=betas, eps=1e-8, weight_decay=0.1, decoupled_weight_decay=decoupled)
         decay, one_minus_beta1, beta2, one_minus_beta2, size, eps = (
@@ -273,7 +273,7 @@ def test_the_scalars_make_the_papers_update(dtype, decoupled):
             assert ours == pytest.approx(papers, rel=2 * torch.finfo(dtype).eps + 1e-11, abs=0)
 
 
-def test_stochastic_rounding_keeps_what_is_not_finite_and_what_is_exact():
+def test_stochastic_rounding_keeps_values_that_are_not_finite_or_exact():
     x = torch.tensor([float("inf"), -float("inf"), float("nan"), 0.0, -0.0, 1.5, -3.0e38])
     for number in range(100):
         rounded = expression.round_stochastically(x, torch.tensor(number * 9973))
@@ -295,7 +295,7 @@ def test_stochastic_rounding_is_unbiased_for_every_sign_and_fraction():
         assert abs((rounded.abs() - 1).mean().item() * 2**7 - exact) <= 6 * sigma + 1 / n
 
 
-def test_stochastic_rounding_draws_the_same_bits_wherever_a_buffer_is_cut():
+def test_stochastic_rounding_uses_the_same_bits_wherever_a_buffer_is_split():
     x = torch.linspace(-3, 3, 1000)
     for first in (0, 12345, 2**31 - 500):  # the last one passes the end of the seeds on its way
         whole = expression.round_stochastically(x, torch.tensor(first))
@@ -305,7 +305,7 @@ def test_stochastic_rounding_draws_the_same_bits_wherever_a_buffer_is_cut():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_a_master_gives_way_only_where_its_parameter_was_changed(dtype):
+def test_master_is_replaced_only_where_its_parameter_has_changed(dtype):
     generator = torch.Generator().manual_seed(0)
     master = torch.randn(10000, generator=generator) * torch.logspace(-12, 4, 10000)
     master = torch.cat([master, torch.tensor([0.0, 3e38, float("inf"), float("nan")])])
