@@ -63,7 +63,7 @@ def compiled(rounding, decay, given, grad_scale=None, elements=1024):
 
 
 def main():
-    """Every variant that differs in more than a number."""
+    """Compiles one case of each kind of code and prints the results."""
     single, double, brain, half = torch.float32, torch.float64, torch.bfloat16, torch.float16
     cases = {
         "float32": compiled("nearest", "none", buffers(single, single)),

@@ -81,9 +81,9 @@ def assert_right(result):
     torch.testing.assert_close(torch.tensor(result["fused"]), torch.tensor(result["foreach"]), rtol=0, atol=1e-3)
 
 
-def kernels_folder(cache):
-    (folder,) = (Path(cache) / "hvd_adam" / "kernels").iterdir()
-    return folder
+def kernels_directory(cache):
+    (directory,) = (Path(cache) / "hvd_adam" / "kernels").iterdir()
+    return directory
 
 
 @pytest.fixture(scope="module")
@@ -105,15 +105,15 @@ def test_the_users_compiler_cache_is_neither_used_nor_redirected(warm):
     cache, result = warm
     assert result["inductor"] == str(cache / "of-the-user")
     assert not [path for path in (cache / "of-the-user").rglob("*") if path.is_file()]
-    assert list((kernels_folder(cache) / "inductor").rglob("*.so"))
+    assert list((kernels_directory(cache) / "inductor").rglob("*.so"))
 
 
-def logging_compiler(folder, before=""):
-    """Returns a C++ compiler that appends $WHO to folder/log for each file that it compiles."""
-    script = folder / "c++"
+def logging_compiler(directory, before=""):
+    """Returns a C++ compiler that appends $WHO to directory/log for each file that it compiles."""
+    script = directory / "c++"
     compiler = shutil.which("g++") or shutil.which("c++")
     # Each process also runs it to print and preprocess things, to compute its cache keys.
-    log = f'case " $* " in *" -E "*) ;; *" -o "*) echo "$WHO" >> "{folder}/log"; {before} ;; esac'
+    log = f'case " $* " in *" -E "*) ;; *" -o "*) echo "$WHO" >> "{directory}/log"; {before} ;; esac'
     script.write_text(f'#!/bin/sh\n{log}\nexec "{compiler}" "$@"\n')
     script.chmod(0o755)
     return str(script)
@@ -197,7 +197,7 @@ def garbage(path):
 @pytest.mark.parametrize("damage", [truncated, emptied, garbage], ids=lambda f: f.__name__)
 def test_cache_with_every_file_damaged_does_no_harm(warm, tmp_path, damage):
     shutil.copytree(warm[0], tmp_path / "cache")
-    files = [p for p in kernels_folder(tmp_path / "cache").rglob("*") if p.is_file() and p.name != "lock"]
+    files = [p for p in kernels_directory(tmp_path / "cache").rglob("*") if p.is_file() and p.name != "lock"]
     assert any(path.suffix == ".so" for path in files)
     for path in files:
         damage(path)
@@ -213,12 +213,12 @@ def test_process_killed_while_compiling_does_no_harm_to_the_next(tmp_path):
     (tmp_path / "begun").read_text()  # returns when the compiler runs
     os.killpg(killed.pid, signal.SIGKILL)
     killed.communicate()
-    folder = kernels_folder(tmp_path / "cache")
-    assert (folder / "begun").exists()
-    assert not list(folder.glob("*.made"))
+    directory = kernels_directory(tmp_path / "cache")
+    assert (directory / "begun").exists()
+    assert not list(directory.glob("*.made"))
     assert_right(finish(start(tmp_path / "cache")))
-    assert not (folder / "begun").exists()
-    assert len(list(folder.glob("*.made"))) == 1
+    assert not (directory / "begun").exists()
+    assert len(list(directory.glob("*.made"))) == 1
 
 
 def test_without_a_compiler_it_warns_once_and_has_the_results_of_foreach(tmp_path):
@@ -246,8 +246,8 @@ def test_user_without_home_gets_a_temporary_directory(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     monkeypatch.setattr(pwd, "getpwuid", unknown)
-    folder = kernel_cache.cache_dir.__wrapped__()
-    assert folder.parent == tmp_path
+    directory = kernel_cache.cache_dir.__wrapped__()
+    assert directory.parent == tmp_path
 
 
 # --- numbers ------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """hvd_adam/optim without the rest of the project: copied to an empty directory, imported in isolated processes.
 
-Hazards: the optimizer imports another folder of the package, Horovod, or a package of an extra; it does so only in
-a step or when it compiles; `from hvd_adam import Adam` imports more than the class needs.
+Hazards: the optimizer imports another directory of the package, Horovod, or a package of an extra; it does so only
+in a step or when it compiles; `from hvd_adam import Adam` imports more than the class needs.
 """
 
 import json

@@ -31,29 +31,29 @@ def host_cache(name: str) -> Iterator[None]:
     Args:
         name: of the kernel, identical in all processes; part of a file name.
     """
-    folder = cache_dir()
-    made, begun = folder / f"{name}.made", folder / "begun"
-    lock = FileLock(folder / "lock")
+    directory = cache_dir()
+    made, begun = directory / f"{name}.made", directory / "begun"
+    lock = FileLock(directory / "lock")
     with lock:
         if begun.exists():
-            _empty(folder)
+            _empty(directory)
         first = not made.exists()
         if first:
             begun.touch()
-            with _inductor_cache(folder):
+            with _inductor_cache(directory):
                 yield
             made.touch()
             begun.unlink(missing_ok=True)
     if not first:
-        with _inductor_cache(folder):
+        with _inductor_cache(directory):
             yield
 
 
 def clear_cache() -> None:
     """Deletes every kernel in this host's cache."""
-    folder = cache_dir()
-    with FileLock(folder / "lock"):
-        _empty(folder)
+    directory = cache_dir()
+    with FileLock(directory / "lock"):
+        _empty(directory)
 
 
 @cache
@@ -61,11 +61,11 @@ def cache_dir() -> Path:
     """Returns the directory for this kind of host: machine code for one processor may not run on another."""
     try:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hvd_adam" / "kernels"
-        folder = root / f"torch{torch.__version__}-{platform.python_version()}-{_processor()}"
-        folder.mkdir(parents=True, exist_ok=True)
-        folder.chmod(0o700)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
+        directory = root / f"torch{torch.__version__}-{platform.python_version()}-{_processor()}"
+        directory.mkdir(parents=True, exist_ok=True)
+        directory.chmod(0o700)
+        with tempfile.TemporaryFile(dir=directory):
+            return directory
     except (OSError, RuntimeError):  # no home directory, or not writable: this process compiles for itself
         return Path(tempfile.mkdtemp(prefix="hvd_adam-kernels-"))
 
@@ -80,8 +80,8 @@ def _processor() -> str:
     return f"{platform.machine()}-{hashlib.sha256(kind.encode()).hexdigest()[:12]}"
 
 
-def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
+def _empty(directory: Path) -> None:
+    for path in directory.iterdir():
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         elif path.name != "lock":
@@ -89,12 +89,12 @@ def _empty(folder: Path) -> None:
 
 
 @contextmanager
-def _inductor_cache(folder: Path) -> Iterator[None]:
+def _inductor_cache(directory: Path) -> Iterator[None]:
     """Makes PyTorch's compiler use this directory, not the one of the user's own kernels."""
     from torch._inductor import config  # here, since importing it takes a second
 
     before = os.environ.get(_VARIABLE)
-    os.environ[_VARIABLE] = str(folder / "inductor")
+    os.environ[_VARIABLE] = str(directory / "inductor")
     # Compile in this process: a pool of others is slower for one kernel, and would outlive an MPI rank.
     single_process = config.patch(compile_threads=1) if hasattr(config, "compile_threads") else nullcontext()
     try:

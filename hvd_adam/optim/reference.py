@@ -27,7 +27,7 @@ def adam_update(
     The arithmetic is done in float64 and each result is rounded once, when it is stored, so that the
     function is an oracle for half precision, too. O(n) time; about ten temporaries of n float64 values.
 
-    Sources: Adam is algorithm 1 of Kingma & Ba, arXiv 1412.6980 (ε outside the root). Decoupled weight
+    Sources: Adam is algorithm 1 of Kingma & Ba, arXiv 1412.6980 (ε is added to the root). Decoupled weight
     decay is algorithm 2, line 12, of Loshchilov & Hutter, arXiv 1711.05101, with the decay scaled by α as
     PyTorch does; coupled decay is line 6. AMSGrad is algorithm 2 of Reddi, Kale & Kumar 2018 with PyTorch's
     bias correction, which divides the maximum of the raw second moments.
