@@ -276,7 +276,7 @@ BETAS = ((0.9, 0.999), (0.9, 0.9), (0.0, 0.9), (0.5, 0.5), (0.8, 0.99))
 
 @dataclass(frozen=True)
 class Case:
-    """One random training run: for each parameter its shape and how often it has a gradient."""
+    """One drawn training run: for each parameter its shape and how often it has a gradient."""
 
     seed: int
     groups: list[list[tuple[tuple[int, ...], str]]]
@@ -332,8 +332,8 @@ def cases(draw):
     )
     groups = draw(st.lists(st.lists(entry, min_size=1, max_size=4), min_size=1, max_size=3))
     scale = draw(st.sampled_from((1.0, 30.0, 1e-2)))
-    # Coupled decay feeds an error of theta back, which grows by 1 + lr * decay / sqrt(v) a step in any
-    # implementation: with the decay in proportion to the gradients that is less than e in 100 steps.
+    # An error of theta comes back through the coupled decay and grows by 1 + lr * decay / sqrt(v) a step, for
+    # any implementation: with the decay in proportion to the gradients that is less than e in 100 steps.
     decays = st.sampled_from((0.0, 0.01 * scale, 0.1 * scale))
     override = st.fixed_dictionaries(
         {},
@@ -365,13 +365,13 @@ def cases(draw):
 
 @dataclass
 class Oracle:
-    """One parameter's float64 run, with a running bound on the difference to another evaluation.
+    """One parameter's float64 run, with a running bound on what another evaluation may differ by.
 
     The bound is Wilkinson's running error analysis, to first order: ``e_x`` bounds the error of x element by
     element, each floating-point operation of dtype's arithmetic adds u times its result's magnitude (u: unit
     roundoff; a stored constant such as 1 - beta1 counts as an operation), plus the smallest subnormal number
     where results may underflow, and errors travel through each formula by its derivatives. Where the arithmetic
-    is done in a wider dtype, ``stored`` is the unit roundoff of the dtype that results are stored in.
+    is done in a wider dtype, ``stored`` is the unit roundoff of the one in which results are kept.
     """
 
     group: dict
