@@ -99,14 +99,10 @@ def scalars(group: Mapping[str, Any], step: float) -> Scalars:
     beta1, beta2 = group["betas"]
     lr, weight_decay = float(group["lr"]), group["weight_decay"]
     root = (1 - beta2**step) ** 0.5
-    return Scalars(
-        weight_decay=-weight_decay * lr if group["decoupled_weight_decay"] else weight_decay,
-        one_minus_beta1=1 - beta1,
-        beta2=beta2,
-        one_minus_beta2=1 - beta2,
-        step_size=lr * root / (1 - beta1**step),
-        eps=group["eps"] * root,
-    )
+    decay = -weight_decay * lr if group["decoupled_weight_decay"] else weight_decay
+    step_size = lr * root / (1 - beta1**step)
+    # Positional: keywords would add half a microsecond to each step.
+    return Scalars(decay, 1 - beta1, beta2, 1 - beta2, step_size, group["eps"] * root)
 
 
 def adam_expression(
