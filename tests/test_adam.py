@@ -1,4 +1,4 @@
-"""The numbers of Adam: all implementations against the papers, PyTorch, and a float64 oracle.
+"""The results of Adam: all implementations against the papers, PyTorch, and a float64 oracle.
 
 Hazards covered:
 - the oracle itself is wrong (hand-computed numbers, the formulas in plain Python floats, known properties);
@@ -8,9 +8,9 @@ Hazards covered:
 - an update writes into the gradient;
 - a formula loses accuracy: every element is held to a running error bound;
 - half precision is rounded more often than when it is stored;
-- master weights drift from the parameters, or overwrite what was loaded into them;
-- stochastic rounding is biased, does not repeat, or spoils infinities;
-- the work is secretly done by torch.optim.
+- master weights drift from the parameters, or overwrite loaded values;
+- stochastic rounding is biased, does not repeat, or changes infinities;
+- torch.optim does the work.
 """
 
 import math
@@ -22,15 +22,15 @@ import torch
 from helpers.adam_oracle import IMPLEMENTATIONS, Oracle, cases, oracles, sweep, unit_roundoff
 from hypothesis import given
 
-import hvd_adam.optim.adam as adam_module
 from hvd_adam.optim.adam import Adam
 from hvd_adam.optim.reference import adam_update
+from hvd_adam.optim.tensor_lists import CPU_CHUNK_ELEMENTS
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def half_works_on_cpu():
-    """Older PyTorch versions have no float16 arithmetic on the CPU, for their own Adam neither."""
+    """Returns whether this PyTorch has float16 arithmetic on the CPU; older versions do not."""
     one = torch.ones(1, dtype=torch.float16)
     try:
         one.clone().addcdiv_(one, one.sqrt())
@@ -44,7 +44,7 @@ def parameter(values, dtype=torch.float64):
 
 
 def run(optimizer, params, gradients):
-    """Take one step for each list of gradients; ``None`` is a parameter without one."""
+    """Takes one step for each list of gradients; ``None`` is a parameter without one."""
     for step_gradients in gradients:
         for p, g in zip(params, step_gradients, strict=True):
             p.grad = None if g is None else g.to(p.dtype, copy=True)
@@ -89,7 +89,7 @@ def adam_in_plain_python(theta, gradients, alpha, beta1, beta2, epsilon, decay, 
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize(("decay", "decoupled"), [(0.0, False), (0.1, False), (0.1, True)])
-def test_the_oracle_is_the_papers_formula_in_plain_python_floats(decay, decoupled, amsgrad, maximize):
+def test_oracle_equals_the_papers_formula_in_plain_python_floats(decay, decoupled, amsgrad, maximize):
     generator = torch.Generator().manual_seed(1)
     gradients = torch.randn(20, generator=generator, dtype=torch.float64).tolist()
     gradients[10:] = [g * 1e-3 for g in gradients[10:]]  # so that the maximum is not the newest v
@@ -107,7 +107,7 @@ def test_the_oracle_is_the_papers_formula_in_plain_python_floats(decay, decouple
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_the_first_step_without_epsilon_is_the_learning_rate_against_the_sign_of_the_gradient(implementation):
+def test_first_step_without_epsilon_has_the_length_of_the_learning_rate(implementation):
     gradient = torch.tensor([3e-12, -5e7, 1.0, -1e-3], dtype=torch.float64)
     p = parameter(torch.zeros(4))
     optimizer = Adam([p], lr=0.25, eps=0.0, implementation=implementation)
@@ -118,7 +118,7 @@ def test_the_first_step_without_epsilon_is_the_learning_rate_against_the_sign_of
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("betas", [(0.9, 0.9), (0.9, 0.999), (0.0, 0.5)])
-def test_no_step_is_longer_than_cauchy_and_schwarz_allow(implementation, betas):
+def test_step_length_obeys_the_cauchy_schwarz_bound(implementation, betas):
     generator = torch.Generator().manual_seed(2)
     bursts = (torch.rand(200, 50, generator=generator) < 0.02).double()
     gradients = torch.randn(200, 50, generator=generator, dtype=torch.float64) * (bursts + 1e-9)
@@ -137,7 +137,7 @@ def test_no_step_is_longer_than_cauchy_and_schwarz_allow(implementation, betas):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_amsgrad_divides_by_the_largest_second_moment_for_ever(implementation):
+def test_amsgrad_divides_by_the_largest_second_moment_so_far(implementation):
     p = parameter([0.0])
     optimizer = Adam([p], betas=(0.0, 0.5), amsgrad=True, implementation=implementation)
     run(optimizer, [p], [[torch.tensor([4.0])], *[[torch.tensor([1e-3])]] * 20])
@@ -148,7 +148,7 @@ def test_amsgrad_divides_by_the_largest_second_moment_for_ever(implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1, "decoupled_weight_decay": True}])
-def test_maximize_is_minimizing_the_negated_gradient(implementation, options):
+def test_maximize_equals_minimizing_with_negated_gradients(implementation, options):
     generator = torch.Generator().manual_seed(3)
     gradients = [torch.randn(7, generator=generator) for _ in range(10)]
     up, down = parameter(torch.ones(7), torch.float32), parameter(torch.ones(7), torch.float32)
@@ -158,7 +158,7 @@ def test_maximize_is_minimizing_the_negated_gradient(implementation, options):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_decoupled_decay_alone_shrinks_the_parameter_and_leaves_the_moments_at_zero(implementation):
+def test_decoupled_decay_of_zero_gradients_shrinks_parameters_and_keeps_moments_zero(implementation):
     p = parameter([2.0, -4.0])
     optimizer = Adam(*([p], 0.5), weight_decay=0.25, decoupled_weight_decay=True, implementation=implementation)
     run(optimizer, [p], [[torch.zeros(2)]] * 2)
@@ -169,7 +169,7 @@ def test_decoupled_decay_alone_shrinks_the_parameter_and_leaves_the_moments_at_z
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("decoupled", [False, True])
-def test_the_gradient_is_left_as_it_was(implementation, decoupled):
+def test_step_does_not_change_the_gradient(implementation, decoupled):
     gradient = torch.randn(5, generator=torch.Generator().manual_seed(4))
     p = parameter(torch.ones(5), torch.float32)
     p.grad = gradient.clone()
@@ -182,7 +182,7 @@ def test_the_gradient_is_left_as_it_was(implementation, decoupled):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_every_memory_layout_gives_the_numbers_of_the_contiguous_one(implementation):
+def test_every_memory_layout_gives_the_results_of_the_contiguous_one(implementation):
     generator = torch.Generator().manual_seed(5)
     base = torch.randn(2, 3, 4, 5, generator=generator, dtype=torch.float64)
     layouts = {
@@ -205,9 +205,9 @@ def test_every_memory_layout_gives_the_numbers_of_the_contiguous_one(implementat
     assert optimizers[0].state[strided[0]]["exp_avg"].is_contiguous(memory_format=torch.channels_last)
 
 
-def test_a_model_larger_than_one_batch_is_updated_whole_and_to_the_bit_like_torch_foreach():
+def test_model_larger_than_one_chunk_equals_torch_foreach_bit_for_bit():
     generator = torch.Generator().manual_seed(6)
-    limit = adam_module._CPU_BATCH_ELEMENTS
+    limit = CPU_CHUNK_ELEMENTS
     sizes = (limit // 2, limit // 2 + 1, 3, limit + 5, 1)
     ours, theirs = ([parameter(torch.ones(n), torch.float32) for n in sizes] for _ in range(2))
     gradients = [[torch.randn(n, generator=generator) for n in sizes] for _ in range(3)]
@@ -217,21 +217,21 @@ def test_a_model_larger_than_one_batch_is_updated_whole_and_to_the_bit_like_torc
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_parameters_of_several_dtypes_share_a_group_and_keep_state_in_their_own(implementation):
+def test_parameters_of_several_dtypes_in_one_group_keep_state_in_their_own_dtype(implementation):
     dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float32)
     together = [parameter(torch.ones(3), dtype) for dtype in dtypes]
-    alone = [parameter(torch.ones(3), dtype) for dtype in dtypes]
+    separate = [parameter(torch.ones(3), dtype) for dtype in dtypes]
     gradients = [[torch.tensor([0.5, -2.0, 1.0], dtype=dtype) for dtype in dtypes]] * 4
     optimizer = Adam(together, lr=0.1, implementation=implementation)
     run(optimizer, together, gradients)
-    for i, p in enumerate(alone):
+    for i, p in enumerate(separate):
         run(Adam([p], lr=0.1, implementation=implementation), [p], [[step[i]] for step in gradients])
         assert torch.equal(p, together[i])
         assert optimizer.state[together[i]]["exp_avg"].dtype == p.dtype
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_a_parameter_without_gradient_is_neither_decayed_nor_counted(implementation):
+def test_parameter_without_gradient_is_neither_decayed_nor_counted(implementation):
     used, unused = parameter([1.0]), parameter([1.0])
     optimizer = Adam([used, unused], weight_decay=0.5, implementation=implementation)
     run(optimizer, [used, unused], [[torch.ones(1), None]] * 3)
@@ -242,7 +242,7 @@ def test_a_parameter_without_gradient_is_neither_decayed_nor_counted(implementat
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("decoupled", [False, True])
-def test_the_update_code_of_torch_optim_is_never_called(implementation, decoupled, monkeypatch):
+def test_update_code_of_torch_optim_is_never_called(implementation, decoupled, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("update code of torch.optim was called")
 
@@ -252,7 +252,7 @@ def test_the_update_code_of_torch_optim_is_never_called(implementation, decouple
                 monkeypatch.setattr(module, name, refuse)
     monkeypatch.setattr(torch, "_fused_adam_", refuse)
     monkeypatch.setattr(torch, "_fused_adamw_", refuse)
-    with pytest.raises(AssertionError, match="update code"):  # the trap is armed
+    with pytest.raises(AssertionError, match="update code"):  # the patch works
         p = parameter([1.0])
         run(torch.optim.Adam([p]), [p], [[torch.ones(1)]])
     p = parameter([1.0])
@@ -265,12 +265,12 @@ def test_the_update_code_of_torch_optim_is_never_called(implementation, decouple
 
 
 def implementations(case):
-    """All for each third case, since small fused steps are slow ones."""
+    """Returns all implementations for every third case, since small fused steps are slow."""
     return IMPLEMENTATIONS if case.seed % 3 == 0 else ("reference", "foreach")
 
 
 def run_all(case, dtype, steps, implementations):
-    """Run the implementations, torch's loop, torch's foreach (without a tensor lr) and the oracles."""
+    """Runs the implementations, torch's loop, torch's foreach (without a tensor lr) and the oracles."""
     makers = {name: lambda p, name=name: case.ours(p, name) for name in implementations}
     makers["torch"] = lambda p: case.theirs(p, foreach=False)
     if not case.lr_is_tensor:
@@ -306,8 +306,8 @@ def assert_foreach_is_torch_foreach(runs, optimizers):
 def test_100_steps_in_float64_agree_with_torch_and_the_oracle_to_1e_12(case):
     runs, optimizers, exact = run_all(case, torch.float64, 100, implementations(case))
     for i, oracle in enumerate(exact):
-        # Relative to what rounding is relative to: theta's size on its way, and the way it can have gone.
-        # Each step adds a few u of the first and, with v's error growing by 6u a step, some hundred u of lr.
+        # Rounding is relative to the largest theta so far and to the distance that theta can have moved. Each step
+        # adds a few u of the first and, with v's error growing by 6u a step, some hundred u of lr.
         scale = oracle.largest + 100 * float(oracle.group["lr"])
         for name in implementations(case):
             ours = runs[name][i].detach()
@@ -333,7 +333,7 @@ def test_100_steps_in_float32_stay_within_the_running_error_bound(case):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @sweep(25)
 @given(case=cases())
-def test_100_steps_in_half_precision_are_torch_foreach_to_the_bit(dtype, case):
+def test_100_steps_in_half_precision_equal_torch_foreach_bit_for_bit(dtype, case):
     if dtype == torch.float16 and not half_works_on_cpu():
         pytest.skip("this PyTorch has no float16 arithmetic on the CPU")
     runs, optimizers, _ = run_all(case, dtype, 100, ["foreach"])
@@ -362,16 +362,16 @@ def test_half_precision_stays_within_the_running_error_bound(dtype, case):
                 assert ((p.detach().double() - oracle.theta).abs() <= 2 * oracle.e_theta).all()
 
 
-# --- half precision that loses nothing ----------------------------------------------------------------------
+# --- half precision without loss ----------------------------------------------------------------------
 
 HALF = (torch.bfloat16, torch.float16)
-CAREFUL = ("master_weights", "stochastic_rounding")
+LOSSLESS = ("master_weights", "stochastic_rounding")
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("decoupled", [False, True])
-def test_master_weights_stay_within_the_bound_of_float32_and_are_what_the_parameters_are_rounded_from(
+def test_master_weights_stay_within_the_bound_of_float32_and_parameters_are_rounded_from_them(
     implementation, dtype, decoupled
 ):
     generator = torch.Generator().manual_seed(7)
@@ -395,12 +395,12 @@ def test_master_weights_stay_within_the_bound_of_float32_and_are_what_the_parame
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_what_is_loaded_into_a_parameter_is_not_overwritten_by_its_master(implementation):
+def test_value_loaded_into_a_parameter_is_not_overwritten_by_its_master(implementation):
     p = parameter([1.0, 2.0, 3.0], torch.bfloat16)
     optimizer = Adam([p], lr=2**-12, master_weights=True, implementation=implementation)
     run(optimizer, [p], [[torch.ones(3)]])
     with torch.no_grad():
-        p[0] = 7.0  # as load_state_dict, clamping or copying from another model do
+        p[0] = 7.0  # as by load_state_dict, clamping or copying from another model
     run(optimizer, [p], [[torch.ones(3)]])
     assert p[0].item() == 7.0
     # Constant gradients move every element by the rate (1 / (1 + eps) is 1): once from 7, twice from 2 and 3.
@@ -410,7 +410,7 @@ def test_what_is_loaded_into_a_parameter_is_not_overwritten_by_its_master(implem
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_stochastic_rounding_takes_a_neighbour_and_is_unbiased(implementation):
+def test_stochastic_rounding_returns_a_neighbour_and_is_unbiased(implementation):
     n = 1 << 16
     p = parameter(torch.full((n,), 1.5), torch.bfloat16)
     optimizer = Adam([p], lr=0.3 * 2**-7, stochastic_rounding=True, implementation=implementation)
@@ -437,8 +437,8 @@ def test_updates_too_small_for_nearest_rounding_are_kept_on_average(implementati
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("option", CAREFUL)
-def test_infinities_and_nan_stay_and_spread_no_further(implementation, option):
+@pytest.mark.parametrize("option", LOSSLESS)
+def test_infinities_and_nan_are_kept_and_do_not_spread(implementation, option):
     p = parameter([math.inf, -math.inf, math.nan, 1.0], torch.bfloat16)
     optimizer = Adam([p], implementation=implementation, **{option: True})
     run(optimizer, [p], [[torch.zeros(4)]] * 3)
@@ -448,26 +448,26 @@ def test_infinities_and_nan_stay_and_spread_no_further(implementation, option):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_stochastic_rounding_repeats_and_draws_anew_for_each_step_and_element(implementation):
-    n, ways = 1000, []
+def test_stochastic_rounding_is_reproducible_and_differs_between_steps_and_elements(implementation):
+    n, runs = 1000, []
     gradients = [[torch.ones(n)]] * 4
     for _ in range(2):
         p = parameter(torch.ones(n), torch.bfloat16)
         optimizer = Adam([p], lr=2**-9, stochastic_rounding=True, implementation=implementation)
-        ways.append([])
+        runs.append([])
         for gradient in gradients:
             run(optimizer, [p], [gradient])
-            ways[-1].append(p.detach().clone())
-    assert all(torch.equal(p, q) for p, q in zip(*ways, strict=True))
-    moved = [(a != b).tolist() for a, b in pairwise(ways[0])]
+            runs[-1].append(p.detach().clone())
+    assert all(torch.equal(p, q) for p, q in zip(*runs, strict=True))
+    moved = [(a != b).tolist() for a, b in pairwise(runs[0])]
     assert all(0 < sum(step) < n for step in moved)
     assert moved[0] != moved[1] != moved[2]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("option", CAREFUL)
+@pytest.mark.parametrize("option", LOSSLESS)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_options_for_half_precision_change_nothing_for_others(implementation, option, dtype):
+def test_options_for_half_precision_do_not_affect_other_dtypes(implementation, option, dtype):
     plain, marked = (parameter([1.0, -2.0], dtype) for _ in range(2))
     gradients = [[torch.tensor([0.5, 3.0])]] * 3
     run(Adam([plain], implementation=implementation), [plain], gradients)

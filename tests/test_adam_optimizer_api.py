@@ -1,11 +1,11 @@
-"""Adam as an Optimizer: construction, state, checkpoints, and the company it keeps.
+"""Adam as a torch.optim.Optimizer: construction, state, checkpoints, schedulers, hooks and Horovod.
 
 Hazards covered:
 - a bad value is accepted, or one that PyTorch accepts is refused;
 - a refused call leaves the optimizer half changed;
-- state is missing before the first step, so that a broadcast has to invent it;
+- state is missing before the first step, so that a broadcast has to fake one;
 - a state dictionary loses or changes something on its way to torch.optim or back, or its tensors stay shared;
-- a hyper-parameter is lost when the object is copied, pickled, or made anew by Horovod;
+- a hyper-parameter is lost when the object is copied, pickled, or rebuilt by Horovod;
 - schedulers, hooks, closures or method signatures differ from what PyTorch's own optimizers offer.
 """
 
@@ -37,7 +37,7 @@ def parameters(dtype=torch.float32):
 
 
 def train(optimizer, first, last):
-    """Take steps ``first`` to ``last - 1`` of one fixed run."""
+    """Takes steps ``first`` to ``last - 1`` of one fixed run."""
     for step in range(first, last):
         generator = torch.Generator().manual_seed(step)
         for group in optimizer.param_groups:
@@ -55,7 +55,7 @@ def snapshot(optimizer):
 
 
 def assert_same(a, b):
-    """Compare state dictionaries with all their tensors to the bit."""
+    """Compares state dictionaries and their tensors bit for bit."""
     if isinstance(a, torch.Tensor):
         assert torch.equal(a, b)
     elif isinstance(a, dict):
@@ -73,7 +73,7 @@ def assert_same(a, b):
 # --- construction -----------------------------------------------------------------------------------------
 
 
-def test_the_signature_is_the_documented_one():
+def test_signature_is_the_documented_one():
     signature = inspect.signature(Adam)
     assert [f"{p.name}={p.default}" for p in signature.parameters.values() if p.default is not p.empty] == [
         *("lr=0.001", "betas=(0.9, 0.999)", "eps=1e-08", "weight_decay=0.0", "amsgrad=False"),
@@ -87,7 +87,7 @@ def test_the_signature_is_the_documented_one():
 @pytest.mark.parametrize(
     "name", sorted(set(vars(torch.optim.Optimizer)) & set(vars(Adam)) - {"__init__", "__module__", "__doc__"})
 )
-def test_overridden_methods_take_what_the_base_methods_take(name):
+def test_overridden_methods_have_the_signatures_of_the_base_class(name):
     ours, base = getattr(Adam, name), getattr(torch.optim.Optimizer, name)
     if callable(ours):
         ours, base = (inspect.signature(method).parameters.values() for method in (ours, base))
@@ -107,28 +107,28 @@ def test_overridden_methods_take_what_the_base_methods_take(name):
     ],
     ids=str,
 )
-def test_values_that_torch_refuses_are_refused(bad):
+def test_values_that_torch_rejects_are_rejected(bad):
     with pytest.raises((ValueError, RuntimeError)):  # RuntimeError: two learning rates in older versions
         torch.optim.Adam(parameters(), **bad)
     with pytest.raises(ValueError):
         Adam(parameters(), **bad)
-    with pytest.raises(ValueError):  # PyTorch looks at the constructor's values only
+    with pytest.raises(ValueError):  # PyTorch checks the constructor's values only
         Adam([{"params": parameters(), **bad}])
 
 
 @pytest.mark.parametrize("betas", [(0.9,), (0.9, 0.99, 0.999), (0, 0.999), (torch.tensor(0.9), 0.999)], ids=str)
-def test_betas_are_two_floats(betas):
+def test_betas_must_be_two_floats(betas):
     with pytest.raises(ValueError, match="betas must be two floats"):
         Adam(parameters(), betas=betas)
 
 
 @pytest.mark.parametrize("implementation", ["turbo", None])
-def test_an_implementation_that_is_not_there_is_refused_with_the_choices(implementation):
+def test_unknown_implementation_is_rejected_with_the_choices(implementation):
     with pytest.raises(ValueError, match=r"is unknown, choose one of 'reference', 'foreach', 'fused', 'auto'"):
         Adam(parameters(), implementation=implementation)
 
 
-def test_parameters_are_refused_as_torch_refuses_them():
+def test_invalid_parameters_are_rejected_as_by_torch():
     p, q = parameters()[:2]
     cases = [
         ([], ValueError),
@@ -151,12 +151,12 @@ def test_parameters_are_refused_as_torch_refuses_them():
         (torch.eye(2).to_sparse(), "sparse parameters, but parameter 1 is torch.sparse_coo"),
     ],
 )
-def test_complex_and_sparse_parameters_are_refused(values, message):
+def test_complex_and_sparse_parameters_are_rejected(values, message):
     with pytest.raises(ValueError, match=message):
         Adam([parameters()[0], values.requires_grad_()])
 
 
-def test_the_two_ways_to_lose_nothing_in_half_precision_exclude_each_other():
+def test_master_weights_and_stochastic_rounding_exclude_each_other():
     both = dict(master_weights=True, stochastic_rounding=True)
     with pytest.raises(ValueError, match="master_weights and stochastic_rounding exclude each other"):
         Adam(parameters(), **both)
@@ -166,7 +166,7 @@ def test_the_two_ways_to_lose_nothing_in_half_precision_exclude_each_other():
     assert len(optimizer.param_groups) == len(optimizer.state) == 1
 
 
-def test_a_refused_group_leaves_the_optimizer_as_it_was():
+def test_rejected_group_leaves_the_optimizer_unchanged():
     p, q, _ = parameters()
     optimizer = Adam([p])
     for group in ({"params": [q], "lr": -1.0}, {"params": [q], "lr": "high"}, {"params": [q.to(torch.cfloat)]}):
@@ -176,7 +176,7 @@ def test_a_refused_group_leaves_the_optimizer_as_it_was():
         assert set(optimizer.state) == {p}
 
 
-def test_the_forms_in_which_parameters_come_are_those_of_torch():
+def test_parameters_are_accepted_in_the_forms_that_torch_accepts():
     model = torch.nn.Linear(3, 2)
     forms = [
         lambda: model.parameters(),
@@ -193,7 +193,7 @@ def test_the_forms_in_which_parameters_come_are_those_of_torch():
     assert Adam(model.named_parameters()).param_groups[0]["param_names"] == ["weight", "bias"]
 
 
-def test_state_is_there_from_construction_on_for_what_is_trained():
+def test_state_exists_from_construction_on_for_trained_parameters():
     p, frozen, late = parameters()
     frozen.requires_grad_(False)
     p.data = p.data.t()
@@ -208,7 +208,7 @@ def test_state_is_there_from_construction_on_for_what_is_trained():
     assert not any(tensor.any() for tensor in optimizer.state[p].values())
 
 
-def test_a_frozen_parameter_gets_state_with_its_first_gradient():
+def test_frozen_parameter_gets_state_with_its_first_gradient():
     p, frozen, _ = parameters()
     frozen.requires_grad_(False)
     optimizer = Adam([p, frozen])
@@ -234,7 +234,7 @@ def test_amsgrad_may_be_switched_on_between_steps():
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_a_sparse_gradient_is_refused_before_any_parameter_has_changed(implementation):
+def test_sparse_gradient_is_rejected_before_any_parameter_changes(implementation):
     dense, sparse, _ = parameters()
     groups = [{"params": [dense]}, {"params": [sparse]}]
     optimizer = Adam(groups, implementation=implementation)
@@ -248,7 +248,7 @@ def test_a_sparse_gradient_is_refused_before_any_parameter_has_changed(implement
 
 @pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this PyTorch enforces the dtype itself")
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_a_gradient_of_another_dtype_is_refused_before_anything_has_changed(implementation):
+def test_gradient_of_another_dtype_is_rejected_before_anything_changes(implementation):
     p = parameters(torch.bfloat16)[0]
     optimizer = Adam([p], implementation=implementation)
     p.grad_dtype = None
@@ -258,7 +258,7 @@ def test_a_gradient_of_another_dtype_is_refused_before_anything_has_changed(impl
     assert optimizer.state[p]["step"].item() == 0
 
 
-def test_a_closure_runs_with_gradients_enabled_and_its_loss_is_returned():
+def test_closure_runs_with_gradients_enabled_and_its_loss_is_returned():
     p = torch.nn.Parameter(torch.tensor([1.0]))
     optimizer = Adam([p], lr=0.5)
 
@@ -274,7 +274,7 @@ def test_a_closure_runs_with_gradients_enabled_and_its_loss_is_returned():
     assert optimizer.step() is None
 
 
-def test_hooks_run_once_a_step():
+def test_step_hooks_run_once_per_step():
     optimizer = Adam(parameters())
     calls = []
     optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
@@ -283,7 +283,7 @@ def test_hooks_run_once_a_step():
     assert calls == ["pre", "post"] * 2
 
 
-def test_hooks_for_all_optimizers_run_and_end():
+def test_global_step_hooks_run_until_they_are_removed():
     optimizer, calls = Adam(parameters()), []
     handles = [
         register_optimizer_step_pre_hook(lambda *_: calls.append("pre")),
@@ -296,7 +296,7 @@ def test_hooks_for_all_optimizers_run_and_end():
     assert calls == ["pre", "post"]
 
 
-def test_a_profiler_sees_each_step_by_its_usual_name():
+def test_profiler_records_each_step_under_its_usual_name():
     optimizer = Adam(parameters())
     train(optimizer, 0, 1)
     with torch.profiler.profile() as profile:
@@ -307,7 +307,7 @@ def test_a_profiler_sees_each_step_by_its_usual_name():
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("shape", [(), (1,)])
-def test_a_tensor_learning_rate_is_read_on_every_step(implementation, shape):
+def test_tensor_learning_rate_is_read_on_every_step(implementation, shape):
     lr = torch.full(shape, 0.5, dtype=torch.float64)
     by_tensor, by_float = (parameters(torch.float64) for _ in range(2))
     with_tensor = Adam(by_tensor, lr=lr, implementation=implementation)
@@ -329,7 +329,7 @@ SCHEDULERS = {
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_schedulers_drive_it_as_they_drive_torch_optim_adam(name, implementation):
+def test_schedulers_have_the_same_effect_as_with_torch_optim_adam(name, implementation):
     ours = Adam(parameters(torch.float64), lr=0.01, implementation=implementation)
     theirs = torch.optim.Adam(parameters(torch.float64), lr=0.01, foreach=False)
     for optimizer in (ours, theirs):
@@ -352,7 +352,7 @@ def test_schedulers_drive_it_as_they_drive_torch_optim_adam(name, implementation
     [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))],
     ids=["deepcopy", "pickle"],
 )
-def test_a_copy_continues_as_the_original_does(duplicate, implementation):
+def test_copy_continues_as_the_original_does(duplicate, implementation):
     optimizer = Adam(parameters(), **{**ALL_OPTIONS, "implementation": implementation})
     train(optimizer, 0, 3)
     twin = duplicate(optimizer)
@@ -363,7 +363,7 @@ def test_a_copy_continues_as_the_original_does(duplicate, implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_a_state_dictionary_survives_a_file_read_with_weights_only(implementation):
+def test_state_dict_can_be_saved_and_loaded_with_weights_only(implementation):
     options = {**ALL_OPTIONS, "implementation": implementation, "lr": torch.tensor(0.01, dtype=torch.float64)}
     first = Adam(parameters(), **options)
     train(first, 0, 3)
@@ -382,9 +382,7 @@ def test_a_state_dictionary_survives_a_file_read_with_weights_only(implementatio
 @pytest.mark.parametrize("theirs", [torch.optim.Adam, torch.optim.AdamW])
 @pytest.mark.parametrize("ours_first", [False, True])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_a_run_goes_on_in_the_other_library_as_if_nothing_had_happened(
-    implementation, ours_first, theirs, amsgrad
-):
+def test_run_continues_in_the_other_library_with_the_same_results(implementation, ours_first, theirs, amsgrad):
     options = dict(lr=0.01, betas=(0.8, 0.95), weight_decay=0.1, amsgrad=amsgrad, maximize=True)
     decoupled = theirs is torch.optim.AdamW
     makers = [
@@ -409,7 +407,7 @@ def test_a_run_goes_on_in_the_other_library_as_if_nothing_had_happened(
 
 @pytest.mark.parametrize("option", ["master_weights", "stochastic_rounding"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_a_run_in_half_precision_resumes_to_the_bit_and_loads_into_torch(implementation, option):
+def test_run_in_half_precision_resumes_bit_for_bit_and_loads_into_torch(implementation, option):
     first = Adam(parameters(torch.bfloat16), lr=1e-3, implementation=implementation, **{option: True})
     train(first, 0, 3)
     file = io.BytesIO()
@@ -447,7 +445,7 @@ def test_loading_does_not_share_tensors_with_the_source():
 @pytest.mark.parametrize(
     "step", [7, 7.0, torch.tensor(7), torch.tensor([7.0]), torch.tensor(7.0, dtype=torch.float64)], ids=repr
 )
-def test_a_step_count_of_any_form_becomes_a_float32_on_the_cpu(step):
+def test_step_count_of_any_form_becomes_a_float32_on_the_cpu(step):
     optimizer = Adam(parameters())
     state_dict = snapshot(optimizer)
     for state in state_dict["state"].values():
@@ -457,7 +455,7 @@ def test_a_step_count_of_any_form_becomes_a_float32_on_the_cpu(step):
         assert (state["step"].shape, state["step"].dtype, state["step"].item()) == ((), torch.float32, 7)
 
 
-def test_options_of_other_optimizers_go_back_unchanged_and_do_nothing():
+def test_options_of_other_optimizers_are_kept_and_have_no_effect():
     foreign = dict(foreach=True, fused=True, capturable=True, differentiable=True)
     plain, marked = Adam(parameters()), Adam(parameters())
     state_dict = snapshot(marked)
@@ -489,7 +487,7 @@ def test_parameters_without_saved_state_start_from_zero():
     assert not any(tensor.any() for state in optimizer.state.values() for tensor in state.values())
 
 
-def test_a_saved_layout_gives_way_to_the_parameters():
+def test_loaded_state_gets_the_strides_of_the_parameters():
     p = torch.nn.Parameter(torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last))
     optimizer = Adam([p])
     state_dict = snapshot(optimizer)
@@ -499,7 +497,7 @@ def test_a_saved_layout_gives_way_to_the_parameters():
     assert torch.equal(optimizer.state[p]["exp_avg"], state_dict["state"][0]["exp_avg"])
 
 
-def spoil(state_dict, key, value):
+def corrupt(state_dict, key, value):
     if value is None:
         del state_dict["state"][1][key]
     else:
@@ -516,20 +514,20 @@ def spoil(state_dict, key, value):
         ("step", torch.zeros(4), "loaded step of parameter 1 must be one count"),
     ],
 )
-def test_a_state_that_does_not_fit_is_refused_before_anything_is_changed(key, value, message):
+def test_state_that_does_not_fit_is_rejected_before_anything_changes(key, value, message):
     optimizer = Adam(parameters(), amsgrad=True)
     train(optimizer, 0, 2)
     before = snapshot(optimizer)
     bad = snapshot(optimizer)
     bad["param_groups"][0]["lr"] = 77.0
     bad["state"][0]["exp_avg"] += 1
-    spoil(bad, key, value)
+    corrupt(bad, key, value)
     with pytest.raises(ValueError, match=message):
         optimizer.load_state_dict(bad)
     assert_same(optimizer.state_dict(), before)
 
 
-def test_a_saved_implementation_that_is_not_there_is_refused_before_anything_is_changed():
+def test_unknown_saved_implementation_is_rejected_before_anything_changes():
     optimizer = Adam(parameters())
     before, bad = snapshot(optimizer), snapshot(optimizer)
     bad["param_groups"][0].update(implementation="turbo", lr=77.0)
@@ -541,7 +539,7 @@ def test_a_saved_implementation_that_is_not_there_is_refused_before_anything_is_
 # --- Horovod ------------------------------------------------------------------------------------------------
 
 
-def test_an_object_made_anew_from_the_groups_keeps_every_hyper_parameter():
+def test_optimizer_rebuilt_from_its_groups_keeps_every_hyper_parameter():
     p, q, _ = parameters()
     optimizer = Adam([{"params": [p]}, {"params": [q], "lr": 0.5, "betas": (0.1, 0.2)}], **ALL_OPTIONS)
     before = snapshot(optimizer)["param_groups"]
@@ -576,7 +574,7 @@ print("kept")
 """
 
 
-def test_horovods_wrapper_keeps_every_hyper_parameter_and_invents_no_state():
+def test_horovods_wrapper_keeps_every_hyper_parameter_and_fakes_no_step():
     pytest.importorskip("horovod")
     root = Path(__file__).parents[1]
     done = subprocess.run(

@@ -1,14 +1,14 @@
-"""FlatStorage storage: what a user sees are ordinary parameters, and every run is torch.optim.Adam's.
+"""Flat storage: users see ordinary parameters, and every run has the results of torch.optim.Adam.
 
 Hazards covered:
-- a view loses its buffer (zero_grad, load_state_dict, p.data, p.grad.data, Module.to) and stale numbers are used;
-- a parameter changes that no step should change: frozen, without gradient, refused;
-- parameters that were one piece of memory come apart;
-- strides, empty and 0-dim tensors, mixed dtypes are laid out wrongly, or a view is not aligned;
-- a copy (deepcopy, pickle, torch.save) stays tied to its original, or does not train on like it;
+- a view is replaced (zero_grad, load_state_dict, p.data, p.grad.data, Module.to) and stale values are used;
+- a parameter changes that no step should change: frozen, without gradient, rejected;
+- parameters that share memory are separated;
+- strides, empty and 0-dim tensors or mixed dtypes are misplaced, or a view is not aligned;
+- a copy (deepcopy, pickle, torch.save) shares memory with its original, or trains differently;
 - autograd no longer notices that a saved value has been overwritten;
-- the ranks' parts overlap, leave a gap, or give other bits than the whole;
-- large buffers are not zero where nothing was written, not in huge pages, or stay when nobody uses them.
+- the ranks' shards overlap, leave a gap, or give other bits than the whole;
+- large buffers are not zero where nothing was written, not in huge pages, or not freed.
 """
 
 import copy
@@ -24,10 +24,12 @@ from hypothesis import strategies as st
 
 from hvd_adam.optim import fused as fused_module
 from hvd_adam.optim.adam import Adam
+from hvd_adam.optim.expression import KernelSpec, scalars
 from hvd_adam.optim.flat_layout import ALIGNMENT, Layout
 from hvd_adam.optim.flat_storage import FlatStorage
-from hvd_adam.optim.functional import seed, state_dtypes
+from hvd_adam.optim.functional import rounding_seed
 from hvd_adam.optim.huge_pages import zeros
+from hvd_adam.optim.optimizer_state import state_dtypes
 
 SHAPES = ((3, 5), (), (7,), (0,), (2, 3, 4, 4), (1,), (33,))
 OPTIONS = dict(lr=0.01, betas=(0.8, 0.95), weight_decay=0.1)
@@ -43,7 +45,7 @@ def parameters(dtype=torch.float64, shapes=SHAPES):
 
 
 def clones(params):
-    """Parameters with the same values, strides and requires_grad, in memory of their own."""
+    """Returns copies with the same values, strides and requires_grad."""
     return [torch.nn.Parameter(p.detach().clone(), p.requires_grad) for p in params]
 
 
@@ -60,7 +62,7 @@ def params_of(optimizer):
 
 
 def give_gradients(optimizer, step, absent=()):
-    """The same for each optimizer at the same step, so that errors do not feed back."""
+    """Sets gradients that depend only on the step, so that errors do not feed back."""
     generator = torch.Generator().manual_seed(step)
     for i, p in enumerate(params_of(optimizer)):
         gradient = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
@@ -75,21 +77,21 @@ def train(first, last, *optimizers, absent=()):
             optimizer.step()
 
 
-def assert_alike(ours, theirs):
-    """In at most 20 steps of float64, some 30 roundings each, of numbers of size 1: below 1e-12."""
+def assert_close(ours, theirs):
+    """At most 20 steps of float64 with some 30 roundings each, of numbers of size 1, differ by less than 1e-12."""
     for p, q in zip(ours, theirs, strict=True):
         assert p.shape == q.shape
         torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-12, atol=1e-12)
 
 
 def assert_same_run(ours, theirs):
-    """Parameters, moments and step counts."""
-    assert_alike(params_of(ours), params_of(theirs))
+    """Compares parameters, moments and step counts."""
+    assert_close(params_of(ours), params_of(theirs))
     for p, q in zip(params_of(ours), params_of(theirs), strict=True):
         found = theirs.state.get(q) or {"step": torch.tensor(0.0)}
         assert ours.state[p]["step"].item() == found["step"].item()
         for name in found.keys() - {"step"}:
-            assert_alike([ours.state[p][name]], [found[name]])
+            assert_close([ours.state[p][name]], [found[name]])
 
 
 def storage(tensor):
@@ -97,7 +99,7 @@ def storage(tensor):
 
 
 def assert_flat(optimizer):
-    """All parameters lie in one buffer, their gradients in another, and each kind of state in one."""
+    """Asserts one buffer for all parameters, one for their gradients and one for each kind of state."""
     params = [p for p in params_of(optimizer) if p.numel()]
     assert len({storage(p) for p in params}) == 1
     assert len({storage(p.grad) for p in params if p.grad is not None}) <= 1
@@ -113,14 +115,14 @@ def pair(dtype=torch.float64, shapes=SHAPES, **options):
 # --- views ------------------------------------------------------------------------------------------------
 
 
-def test_after_a_step_everything_is_a_view_of_common_buffers_and_the_numbers_are_torchs():
+def test_after_a_step_all_tensors_are_views_of_flat_buffers_with_torchs_values():
     ours, theirs = pair()
     train(0, 3, ours, theirs)
     assert_flat(ours)
     assert_same_run(ours, theirs)
 
 
-def test_every_view_begins_at_a_multiple_of_64_bytes():
+def test_every_view_is_aligned_to_64_bytes():
     params = parameters(torch.float32)
     optimizer = fused(params)
     train(0, 1, optimizer)
@@ -131,13 +133,13 @@ def test_every_view_begins_at_a_multiple_of_64_bytes():
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
-def test_zero_grad_empties_the_gradients_and_nothing_of_them_comes_back(set_to_none):
+def test_zero_grad_clears_the_gradients_for_good(set_to_none):
     ours, theirs = pair()
     for step in range(4):
         for optimizer in (ours, theirs):
             optimizer.zero_grad(set_to_none=set_to_none)
             for i, p in enumerate(params_of(optimizer)):
-                if (i + step) % 3:  # accumulated as backward does it; the others are left empty
+                if (i + step) % 3:  # accumulated by backward; the others stay empty
                     (p * (step + 1.0)).sum().backward()
             optimizer.step()
         assert_same_run(ours, theirs)
@@ -145,12 +147,12 @@ def test_zero_grad_empties_the_gradients_and_nothing_of_them_comes_back(set_to_n
     assert all(p.grad is None if set_to_none else not p.grad.any() for p in params_of(ours))
 
 
-def test_a_backward_pass_through_overwritten_values_fails_as_with_torch():
+def test_backward_through_overwritten_values_fails_as_with_torch():
     for make in (stock, fused):
         p = torch.nn.Parameter(torch.ones(3))
         optimizer = make([p])
         loss = (p * p).sum()
-        for _ in range(2):  # the second time the storage is there already
+        for _ in range(2):  # in the second step the storage exists already
             loss = (p * p).sum()
             loss.backward(retain_graph=True)
             optimizer.step()
@@ -170,7 +172,7 @@ def test_parameters_without_gradient_are_skipped_as_torch_skips_them():
     assert_same_run(ours, theirs)
 
 
-def test_frozen_parameters_are_left_where_they_are_and_join_when_thawed():
+def test_frozen_parameters_are_not_moved_until_they_are_unfrozen():
     ours, theirs = pair()
     for optimizer in (ours, theirs):
         params_of(optimizer)[4].requires_grad_(False)
@@ -203,7 +205,7 @@ def test_a_group_added_after_steps_joins_the_storage():
     assert_same_run(ours, theirs)
 
 
-def test_options_and_members_of_groups_may_be_edited_by_hand():
+def test_options_and_members_of_groups_may_be_edited():
     params = parameters()
     ours_params = clones(params)
     ours, theirs = (
@@ -222,10 +224,10 @@ def test_options_and_members_of_groups_may_be_edited_by_hand():
         dropped.grad = None
     train(4, 6, ours, theirs)
     assert_same_run(ours, theirs)
-    assert_alike(ours_params, params)  # those dropped, too
+    assert_close(ours_params, params)  # also the removed ones
 
 
-def test_a_weight_used_twice_is_updated_once():
+def test_weight_used_twice_is_updated_once():
     models = []
     for make in (fused, stock):
         torch.manual_seed(0)
@@ -254,28 +256,28 @@ def shared(kind):
 
 
 @pytest.mark.parametrize("kind", ["the same", "overlapping", "contained"])
-def test_parameters_that_share_memory_go_on_sharing_it(kind):
-    # Without decay: whether the second parameter's is of the value before or after the first's is anybody's guess.
+def test_parameters_that_share_memory_continue_to_share_it(kind):
+    # Without weight decay: two parameters would decay the same memory in an undefined order.
     ours, theirs = fused(shared(kind), weight_decay=0.0), stock(shared(kind), weight_decay=0.0)
     train(0, 5, ours, theirs)
     assert_same_run(ours, theirs)
     assert storage(params_of(ours)[0]) == storage(params_of(ours)[1]) != storage(params_of(ours)[2])
 
 
-def test_a_frozen_parameter_that_shares_memory_with_a_trained_one_goes_on_sharing_it():
+def test_frozen_parameter_that_shares_memory_with_a_trained_one_continues_to_share_it():
     p = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
     tied = torch.nn.Parameter(p.detach(), requires_grad=False)
     train(0, 1, fused([p, tied]))
     assert torch.equal(p, tied)
 
 
-def test_parameters_in_the_shared_memory_of_processes_stay_there():
+def test_parameters_in_shared_memory_stay_there():
     p = torch.nn.Parameter(torch.ones(3).share_memory_())
     train(0, 1, fused([p]))
     assert p.is_shared()
 
 
-def test_two_optimizers_take_turns_with_the_same_parameters():
+def test_two_optimizers_can_step_the_same_parameters_in_turn():
     params = parameters()
     ours_params = clones(params)
     ours = [fused(ours_params), fused(ours_params[2:], lr=0.1)]
@@ -290,7 +292,7 @@ def test_two_optimizers_take_turns_with_the_same_parameters():
 # --- kinds of tensors -------------------------------------------------------------------------------------
 
 
-def test_strides_of_every_kind_give_torchs_numbers_and_dense_ones_are_kept():
+def test_all_strides_give_torchs_results_and_dense_ones_are_kept():
     views = {
         "channels last": lambda base: base.to(memory_format=torch.channels_last),
         "transposed": lambda base: base.transpose(0, 3),
@@ -309,8 +311,8 @@ def test_strides_of_every_kind_give_torchs_numbers_and_dense_ones_are_kept():
         assert p.stride() == p.grad.stride() == ours.state[p]["exp_avg"].stride() == before
 
 
-def test_an_expanded_parameter_is_kept_out_and_still_updated():
-    """One number that is three elements: torch's own in-place operations refuse it, so nothing else is asked."""
+def test_expanded_parameter_is_not_moved():
+    """Three elements share one number: torch's in-place operations reject it, so its values are not checked."""
     expanded = torch.nn.Parameter(torch.ones(1).expand(3))
     plain = torch.nn.Parameter(torch.ones(3))
     optimizer = fused([plain, expanded])
@@ -321,32 +323,32 @@ def test_an_expanded_parameter_is_kept_out_and_still_updated():
     assert (plain < 1).all()
 
 
-def test_dtypes_may_be_mixed_in_a_group_and_each_has_buffers_of_its_own():
+def test_each_dtype_of_a_group_has_its_own_buffers():
     dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float32, torch.float64)
     together = [torch.nn.Parameter(torch.linspace(-1, 1, 20 + i).to(dtype)) for i, dtype in enumerate(dtypes)]
-    alone = clones(together)
+    separate = clones(together)
     optimizer = fused(together)
     train(0, 3, optimizer)
     for step in range(3):
-        give_gradients(optimizer, step)  # read only, to give each one alone the same
-        for p, q in zip(alone, together, strict=True):
+        give_gradients(optimizer, step)  # the separate ones get copies of these
+        for p, q in zip(separate, together, strict=True):
             p.grad = q.grad.clone()
-        for p in alone:
+        for p in separate:
             if step == 0:
                 p.optimizer = fused([p])
             p.optimizer.step()
-    assert all(torch.equal(p, q) for p, q in zip(alone, together, strict=True))
+    assert all(torch.equal(p, q) for p, q in zip(separate, together, strict=True))
     assert storage(together[0]) == storage(together[4]) != storage(together[1]) == storage(together[3])
 
 
-def test_a_model_of_empty_parameters_only_counts_its_steps():
+def test_model_with_only_empty_parameters_counts_its_steps():
     ours, theirs = pair(shapes=((0,), (3, 0)))
     train(0, 2, ours, theirs)
     assert_same_run(ours, theirs)
     assert ours.state[params_of(ours)[0]]["step"].item() == 2
 
 
-def test_an_lstm_trains_as_with_torch():
+def test_lstm_trains_as_with_torch():
     runs = []
     for make in (fused, stock):
         torch.manual_seed(0)
@@ -361,7 +363,7 @@ def test_an_lstm_trains_as_with_torch():
     torch.testing.assert_close(*runs, rtol=1e-10, atol=1e-10)
 
 
-# --- replaced from outside --------------------------------------------------------------------------------
+# --- replaced by user code --------------------------------------------------------------------------------
 
 
 def replace_gradient_data(optimizer):
@@ -418,21 +420,21 @@ INTERVENTIONS = (
 
 
 @pytest.mark.parametrize("intervene", INTERVENTIONS, ids=lambda f: f.__name__)
-def test_what_is_replaced_between_steps_is_what_the_next_step_uses(intervene):
+def test_next_step_uses_tensors_replaced_between_steps(intervene):
     ours, theirs = pair()
     train(0, 3, ours, theirs)
     for optimizer in (ours, theirs):
         give_gradients(optimizer, 3)
         intervene(optimizer)
-        optimizer.step()  # with what is there now
+        optimizer.step()  # with the replaced tensors
     assert_same_run(ours, theirs)
     train(4, 7, ours, theirs)
     assert_flat(ours)
     assert_same_run(ours, theirs)
 
 
-def test_gradients_that_lie_elsewhere_and_are_accumulated_into_are_used():
-    """`p.grad.data = …` leaves the object that the storage knows, and zero_grad and backward go on using it."""
+def test_gradients_with_replaced_data_are_used():
+    """`p.grad.data = …` keeps the object that the storage knows, and zero_grad and backward continue to use it."""
     ours, theirs = pair()
     train(0, 2, ours, theirs)
     for optimizer in (ours, theirs):
@@ -455,7 +457,7 @@ MODULE_CHANGES = {
 
 @pytest.mark.parametrize("set_to_none", [True, False])
 @pytest.mark.parametrize("change", MODULE_CHANGES)
-def test_a_model_may_be_converted_between_steps(change, set_to_none):
+def test_model_may_be_converted_between_steps(change, set_to_none):
     runs = []
     for make in (fused, stock):
         torch.manual_seed(0)
@@ -466,7 +468,7 @@ def test_a_model_may_be_converted_between_steps(change, set_to_none):
             if step == 3:
                 MODULE_CHANGES[change](model)
                 if change == "to(float64)":
-                    # torch's own moments stay float32 and its next step fails: start both anew.
+                    # torch's own moments stay float32 and its next step fails: reset both.
                     optimizer.state.clear()
             optimizer.zero_grad(set_to_none=set_to_none)
             weight = model[0].weight
@@ -480,7 +482,7 @@ def test_a_model_may_be_converted_between_steps(change, set_to_none):
     assert runs[0][0].dtype == torch.float64
 
 
-def test_a_model_made_half_goes_on_with_state_in_the_new_dtype():
+def test_model_converted_to_half_continues_with_state_in_the_new_dtype():
     torch.manual_seed(0)
     model = torch.nn.Linear(5, 3)
     optimizer = fused(model.parameters())
@@ -492,12 +494,12 @@ def test_a_model_made_half_goes_on_with_state_in_the_new_dtype():
     for p, q in zip(model.parameters(), before, strict=True):
         assert p.dtype == optimizer.state[p]["exp_avg"].dtype == torch.float16
         assert optimizer.state[p]["step"].item() == 4
-        # Two steps that Cauchy and Schwarz allow at most 3 lr each, and roundings of 2^-11.
+        # Two steps of at most 3 lr each, by Cauchy and Schwarz, and roundings of 2^-11.
         assert ((p.float() - q).abs() <= 6 * 0.01 + 4 * 2**-11 * q.abs() + 2**-14).all()
 
 
 @pytest.mark.parametrize("bad", ["sparse", "dtype"])
-def test_a_refused_gradient_changes_nothing(bad):
+def test_rejected_gradient_changes_nothing(bad):
     if bad == "dtype" and not hasattr(torch.Tensor, "grad_dtype"):
         pytest.skip("this PyTorch enforces the dtype itself")
     params = [*parameters(torch.float32), *parameters(torch.float64)]
@@ -534,7 +536,7 @@ COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda t: pickle.loads(pickle.dum
 
 
 @pytest.mark.parametrize("name", COPIES)
-def test_a_copy_of_model_and_optimizer_trains_on_like_the_original_and_apart_from_it(name):
+def test_copy_of_model_and_optimizer_trains_as_the_original_and_independently(name):
     torch.manual_seed(0)
     model = torch.nn.Linear(5, 3)
     optimizer = fused(model.parameters(), amsgrad=True)
@@ -552,7 +554,7 @@ def test_a_copy_of_model_and_optimizer_trains_on_like_the_original_and_apart_fro
 
 
 @pytest.mark.parametrize("name", COPIES)
-def test_a_model_alone_is_copied_apart_from_its_buffers(name):
+def test_copy_of_a_model_does_not_share_the_flat_buffers(name):
     torch.manual_seed(0)
     model = torch.nn.Linear(5, 3)
     optimizer = fused(model.parameters())
@@ -583,7 +585,7 @@ def tensors(draw):
     ranks=st.integers(1, 7),
     bucket_bytes=st.one_of(st.none(), st.integers(1, 600)),
 )
-def test_a_layout_neither_overlaps_nor_leaves_its_buckets_and_divides_evenly(params, ranks, bucket_bytes):
+def test_layout_does_not_overlap_stays_in_its_buckets_and_divides_evenly(params, ranks, bucket_bytes):
     layout = Layout.of(params, bucket_bytes, ranks)
     assert len(layout.offsets) == len(params)
     end_of_bucket = last = 0
@@ -614,14 +616,14 @@ def test_a_layout_neither_overlaps_nor_leaves_its_buckets_and_divides_evenly(par
 
 
 def kilobytes(kind):
-    """What /proc/self/smaps_rollup says of this process's memory of this kind."""
+    """Returns this process's memory of this kind from /proc/self/smaps_rollup."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{kind}:"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("elements", [0, 1, 1000, (3 << 20) + 7])
-def test_zeros_are_zeros_of_every_size_and_dtype_and_can_be_written(dtype, elements):
+def test_zeros_of_every_size_and_dtype_are_zero_and_writable(dtype, elements):
     made = zeros(elements, dtype, torch.device("cpu"))
     assert (made.dtype, made.shape, made.device.type) == (dtype, (elements,), "cpu")
     assert not made.any()
@@ -629,7 +631,7 @@ def test_zeros_are_zeros_of_every_size_and_dtype_and_can_be_written(dtype, eleme
     assert made.fill_(1).sum(dtype=torch.float64) == elements
 
 
-def test_memory_of_large_buffers_goes_with_their_last_view():
+def test_memory_of_large_buffers_is_freed_with_their_last_view():
     before = kilobytes("Rss")
     view = zeros(64 << 20, torch.float32, torch.device("cpu")).fill_(1)[5:6]
     assert kilobytes("Rss") - before > 200 << 10
@@ -643,20 +645,20 @@ THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 @pytest.mark.skipif(
     not hasattr(mmap, "MADV_HUGEPAGE") or not THP.exists() or "[never]" in THP.read_text(),
-    reason="this system gives nobody huge pages",
+    reason="this system has no huge pages",
 )
-def test_large_buffers_are_in_huge_pages():
+def test_large_buffers_use_huge_pages():
     before = kilobytes("AnonHugePages")
     made = zeros(16 << 20, torch.float32, torch.device("cpu")).fill_(1)
     assert made.data_ptr() % (2 << 20) == 0
     assert kilobytes("AnonHugePages") - before > 32 << 10
 
 
-# --- parts ------------------------------------------------------------------------------------------------
+# --- shards -----------------------------------------------------------------------------------------------
 
 
-def flat_of(params, layout, part, option):
-    """FlatStorage storage of copies of the parameters, with gradients, ready to take step number `STEP`."""
+def flat_of(params, layout, shard, option):
+    """Returns flat storage of copies of the parameters before step number `STEP`, with its group and state."""
     params = clones(params)
     optimizer = Adam(params, implementation="fused", weight_decay=0.1, **option)
     generator = torch.Generator().manual_seed(5)
@@ -665,23 +667,23 @@ def flat_of(params, layout, part, option):
             optimizer.state[p][name] += torch.rand(p.shape, generator=generator)
         optimizer.state[p]["step"].fill_(STEP - 1)
         p.grad = torch.randn(p.shape, generator=generator).to(p.dtype) if i != 2 else None
-    flat = FlatStorage(params, [0] * len(params), optimizer.state, layout, part)
+    flat = FlatStorage(params, [0] * len(params), optimizer.state, layout, shard)
     return flat, optimizer.param_groups[0], optimizer.state
 
 
 def take_step(flat, group, kind):
-    moments = group_dtype = state_dtypes(group, flat.dtype)["exp_avg"]
-    variant = fused_module.KernelSpec("cpu", flat.dtype, group_dtype, False, "coupled", kind)
-    for run in flat.runs(flat.collect()):
-        for position, buffers in flat.buffers(run, state_dtypes(group, flat.dtype)):
-            assert buffers.exp_avg.dtype == moments
-            numbers = fused_module.scalars(group, run.step)
-            fused_module.update(variant, buffers, torch.ones(()), numbers, seed(run.step, position))
+    dtypes = state_dtypes(group, flat.dtype)
+    spec = KernelSpec("cpu", flat.dtype, dtypes["exp_avg"], amsgrad=False, decay="coupled", rounding=kind)
+    for segment in flat.segments(flat.collect()):
+        for position, buffers in flat.buffers(segment, dtypes):
+            assert buffers.exp_avg.dtype == dtypes["exp_avg"]
+            seed = rounding_seed(segment.step, position)
+            fused_module.update(spec, buffers, torch.ones(()), scalars(group, segment.step), seed)
 
 
 def wrapping_step():
-    """A step whose seeds pass 2**31 within the parameters of the test."""
-    return next(step for step in range(1, 1 << 24) if seed(step, 0) >= 2**31 - 150)
+    """Returns a step with seeds that pass 2**31 within the parameters of the test."""
+    return next(step for step in range(1, 1 << 24) if rounding_seed(step, 0) >= 2**31 - 150)
 
 
 STEP = wrapping_step()
@@ -698,7 +700,9 @@ STEP = wrapping_step()
     ],
     ids=["float32", "stochastic", "master"],
 )
-def test_the_parts_of_all_ranks_tile_the_state_and_update_like_the_whole(ranks, bucket_bytes, dtype, kind, option):
+def test_shards_of_all_ranks_tile_the_state_and_have_the_results_of_the_whole(
+    ranks, bucket_bytes, dtype, kind, option
+):
     params = parameters(dtype)
     params[4].data = params[4].to(memory_format=torch.channels_last)
     layout = Layout.of(params, bucket_bytes, ranks)

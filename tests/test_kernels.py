@@ -1,10 +1,10 @@
-"""The compiled update and the cache it is kept in, mostly in processes of their own.
+"""The compiled update and its cache on disk, mostly in subprocesses.
 
 Hazards covered:
-- something that changes from step to step, or that a user may change, compiles the kernel anew;
-- two processes of a host compile the same kernel, or wait for each other without end;
-- a cache that is damaged, or was left by a killed process, spoils results or stops a run;
-- without compiler, home or writable folder the optimizer fails instead of doing what it can;
+- something that changes from step to step, or that a user may change, recompiles the kernel;
+- two processes of a host compile the same kernel, or wait for each other forever;
+- a cache that is damaged, or was left by a killed process, changes results or stops a run;
+- without compiler, home or writable directory the optimizer fails instead of using foreach;
 - the user's own compiler cache is changed;
 - the scalars lose accuracy; stochastic rounding depends on where a buffer begins.
 """
@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hvd_adam.optim import fused, kernel_cache
+from hvd_adam.optim import expression, kernel_cache
 
 ROOT = Path(__file__).parents[1]
 
@@ -55,7 +55,7 @@ print(json.dumps({
 
 
 def start(cache, code=RUN, **environment):
-    """Start a process that keeps its kernels below `cache`; a value of None takes a variable away."""
+    """Starts a process with its kernel cache below `cache`; a value of None unsets a variable."""
     environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(ROOT), **environment}
     return subprocess.Popen(
         [sys.executable, "-c", code],
@@ -74,21 +74,21 @@ def finish(process):
 
 
 def assert_right(result):
-    """100 steps of float32 with a bounded rate: what two orders of the same operations may differ by."""
+    """Compares 100 steps of float32 in two orders of the same operations."""
     assert result["warnings"] == []
     # Each step adds some ten roundings of numbers below 2 and moves by at most the rate; gradients follow the
     # parameter and may enlarge an error (cos(t x) has the slope t, the rate falls with 1/t): 1e-3 leaves room.
     torch.testing.assert_close(torch.tensor(result["fused"]), torch.tensor(result["foreach"]), rtol=0, atol=1e-3)
 
 
-def kernels_folder(cache):
-    (folder,) = (Path(cache) / "hvd_adam" / "kernels").iterdir()
-    return folder
+def kernels_directory(cache):
+    (directory,) = (Path(cache) / "hvd_adam" / "kernels").iterdir()
+    return directory
 
 
 @pytest.fixture(scope="module")
 def warm(tmp_path_factory):
-    """A cache that has the kernel of RUN in it, and what the run that made it has said."""
+    """A cache with the kernel of RUN, and the output of the run that compiled it."""
     cache = tmp_path_factory.mktemp("cache")
     return cache, finish(start(cache, TORCHINDUCTOR_CACHE_DIR=str(cache / "of-the-user")))
 
@@ -96,7 +96,7 @@ def warm(tmp_path_factory):
 # --- compilations -----------------------------------------------------------------------------------------
 
 
-def test_100_steps_with_a_changing_rate_take_one_compilation(warm):
+def test_100_steps_with_a_changing_learning_rate_compile_once(warm):
     assert_right(warm[1])
     assert warm[1]["graphs"] == 1
 
@@ -105,22 +105,22 @@ def test_the_users_compiler_cache_is_neither_used_nor_redirected(warm):
     cache, result = warm
     assert result["inductor"] == str(cache / "of-the-user")
     assert not [path for path in (cache / "of-the-user").rglob("*") if path.is_file()]
-    assert list((kernels_folder(cache) / "inductor").rglob("*.so"))
+    assert list((kernels_directory(cache) / "inductor").rglob("*.so"))
 
 
-def logging_compiler(folder, before=""):
-    """A C++ compiler that says in folder/log for whom it compiles."""
-    script = folder / "c++"
+def logging_compiler(directory, before=""):
+    """Returns a C++ compiler that appends $WHO to directory/log for each file that it compiles."""
+    script = directory / "c++"
     compiler = shutil.which("g++") or shutil.which("c++")
-    # Each process also lets it print and preprocess things, to know what to look for in the cache.
-    log = f'case " $* " in *" -E "*) ;; *" -o "*) echo "$WHO" >> "{folder}/log"; {before} ;; esac'
+    # Each process also runs it to print and preprocess things, to compute its cache keys.
+    log = f'case " $* " in *" -E "*) ;; *" -o "*) echo "$WHO" >> "{directory}/log"; {before} ;; esac'
     script.write_text(f'#!/bin/sh\n{log}\nexec "{compiler}" "$@"\n')
     script.chmod(0o755)
     return str(script)
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="needs a C++ compiler")
-def test_of_two_processes_that_start_at_once_one_compiles_and_both_are_right(tmp_path):
+def test_of_two_concurrent_processes_one_compiles_and_both_have_right_results(tmp_path):
     compiler = logging_compiler(tmp_path)
     processes = [start(tmp_path / "cache", CXX=compiler, WHO=who) for who in ("first", "second")]
     results = [finish(process) for process in processes]
@@ -158,7 +158,7 @@ for elements in (1, 2, 6, 15, 16, 17):
     small = Adam([q], implementation="fused")
     q.grad = torch.ones(elements, dtype=torch.float32)
     small.step()
-variants = 0
+specs = 0
 for dtype, amsgrad, decay in product((torch.float32, torch.float64), (False, True), (0.0, 0.1)):
     for decoupled in (False, True):
         q = torch.nn.Parameter(torch.ones(9, dtype=dtype))
@@ -166,20 +166,20 @@ for dtype, amsgrad, decay in product((torch.float32, torch.float64), (False, Tru
                     implementation="fused")
         q.grad = torch.ones(9, dtype=dtype)
         each.step()
-        variants += 1
+        specs += 1
         assert abs(q[0].item() - (0.999 - 1e-4 * decoupled * (decay > 0))) < 1e-6, (dtype, amsgrad, decay)
-print(json.dumps({"last": p[0].item(), "variants": variants}))
+print(json.dumps({"last": p[0].item(), "specs": specs}))
 """
 
 
-def test_threads_modes_lengths_and_many_variants_may_change_in_one_process(warm):
+def test_threads_modes_lengths_and_specs_may_change_in_one_process(warm):
     result = finish(start(warm[0], MANY))
     # 15 steps of constant gradient, each of the rate 1e-3, and some roundings of 2^-24 each.
     assert result["last"] == pytest.approx(1 - 15e-3, abs=15 * 8 * 2**-24)
-    assert result["variants"] == 16
+    assert result["specs"] == 16
 
 
-# --- a cache in every state ---------------------------------------------------------------------------------
+# --- damaged and missing caches ------------------------------------------------------------------------------
 
 
 def truncated(path):
@@ -195,9 +195,9 @@ def garbage(path):
 
 
 @pytest.mark.parametrize("damage", [truncated, emptied, garbage], ids=lambda f: f.__name__)
-def test_a_cache_that_is_damaged_in_every_file_does_no_harm(warm, tmp_path, damage):
+def test_cache_with_every_file_damaged_does_no_harm(warm, tmp_path, damage):
     shutil.copytree(warm[0], tmp_path / "cache")
-    files = [p for p in kernels_folder(tmp_path / "cache").rglob("*") if p.is_file() and p.name != "lock"]
+    files = [p for p in kernels_directory(tmp_path / "cache").rglob("*") if p.is_file() and p.name != "lock"]
     assert any(path.suffix == ".so" for path in files)
     for path in files:
         damage(path)
@@ -205,7 +205,7 @@ def test_a_cache_that_is_damaged_in_every_file_does_no_harm(warm, tmp_path, dama
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="needs a C++ compiler")
-def test_a_process_that_is_killed_while_it_compiles_does_no_harm_to_the_next(tmp_path):
+def test_process_killed_while_compiling_does_no_harm_to_the_next(tmp_path):
     for name in ("begun", "never"):
         os.mkfifo(tmp_path / name)
     compiler = logging_compiler(tmp_path, before=f'echo > "{tmp_path}/begun"; read _ < "{tmp_path}/never"')
@@ -213,15 +213,15 @@ def test_a_process_that_is_killed_while_it_compiles_does_no_harm_to_the_next(tmp
     (tmp_path / "begun").read_text()  # returns when the compiler runs
     os.killpg(killed.pid, signal.SIGKILL)
     killed.communicate()
-    folder = kernels_folder(tmp_path / "cache")
-    assert (folder / "begun").exists()
-    assert not list(folder.glob("*.made"))
+    directory = kernels_directory(tmp_path / "cache")
+    assert (directory / "begun").exists()
+    assert not list(directory.glob("*.made"))
     assert_right(finish(start(tmp_path / "cache")))
-    assert not (folder / "begun").exists()
-    assert len(list(folder.glob("*.made"))) == 1
+    assert not (directory / "begun").exists()
+    assert len(list(directory.glob("*.made"))) == 1
 
 
-def test_without_a_compiler_it_warns_once_and_does_what_foreach_does(tmp_path):
+def test_without_a_compiler_it_warns_once_and_has_the_results_of_foreach(tmp_path):
     (tmp_path / "bin").mkdir()
     result = finish(start(tmp_path, CXX="/nonexistent/c++", PATH=str(tmp_path / "bin")))
     assert result["fused"] == result["foreach"]
@@ -231,13 +231,13 @@ def test_without_a_compiler_it_warns_once_and_does_what_foreach_does(tmp_path):
     assert "compiler" in warning.lower()
 
 
-def test_a_folder_that_cannot_be_written_does_no_harm(tmp_path):
+def test_unwritable_cache_directory_does_no_harm(tmp_path):
     (tmp_path / "file").touch()
     below = str(tmp_path / "file" / "below")
     assert_right(finish(start(below, HOME=below)))
 
 
-def test_a_user_without_home_gets_a_folder(tmp_path, monkeypatch):
+def test_user_without_home_gets_a_temporary_directory(tmp_path, monkeypatch):
     def unknown(uid):
         raise KeyError(uid)
 
@@ -246,8 +246,8 @@ def test_a_user_without_home_gets_a_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     monkeypatch.setattr(pwd, "getpwuid", unknown)
-    folder = kernel_cache._folder.__wrapped__()
-    assert folder.parent == tmp_path
+    directory = kernel_cache.cache_dir.__wrapped__()
+    assert directory.parent == tmp_path
 
 
 # --- numbers ------------------------------------------------------------------------------------------------
@@ -255,11 +255,11 @@ def test_a_user_without_home_gets_a_folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("decoupled", [False, True])
-def test_the_scalars_make_the_papers_update(dtype, decoupled):
+def test_scalars_give_the_papers_update(dtype, decoupled):
     for step, betas in product((1, 2, 10, 1000, 2**24), ((0.9, 0.999), (0.0, 0.0), (0.5, 0.0), (0.99, 0.9999))):
         group = dict(lr=0.01, betas=betas, eps=1e-8, weight_decay=0.1, decoupled_weight_decay=decoupled)
         decay, one_minus_beta1, beta2, one_minus_beta2, size, eps = (
-            torch.tensor(fused.scalars(group, step), dtype=torch.float64).to(dtype).tolist()
+            torch.tensor(expression.scalars(group, step), dtype=torch.float64).to(dtype).tolist()
         )
         # Rounded once to `dtype` after some operations in float64; 1 - beta**step cancels to at least 1e-4.
         exactly = dict(rel=torch.finfo(dtype).eps + 1e-11, abs=0)
@@ -273,10 +273,10 @@ def test_the_scalars_make_the_papers_update(dtype, decoupled):
             assert ours == pytest.approx(papers, rel=2 * torch.finfo(dtype).eps + 1e-11, abs=0)
 
 
-def test_stochastic_rounding_keeps_what_is_not_finite_and_what_is_exact():
+def test_stochastic_rounding_keeps_values_that_are_not_finite_or_exact():
     x = torch.tensor([float("inf"), -float("inf"), float("nan"), 0.0, -0.0, 1.5, -3.0e38])
     for number in range(100):
-        rounded = fused.round_stochastically(x, torch.tensor(number * 9973))
+        rounded = expression.round_stochastically(x, torch.tensor(number * 9973))
         assert rounded[:2].tolist() == [float("inf"), -float("inf")]
         assert rounded[2].isnan()
         assert rounded[3:6].tolist() == [0.0, 0.0, 1.5]
@@ -287,7 +287,7 @@ def test_stochastic_rounding_is_unbiased_for_every_sign_and_fraction():
     n = 1 << 16
     for sign, fraction in product((1, -1), (1 / 65536, 0.1, 0.5, 0.9, 65535 / 65536)):
         x = torch.full((n,), sign * (1 + fraction * 2**-7))
-        rounded = fused.round_stochastically(x, torch.tensor(12345)).double()
+        rounded = expression.round_stochastically(x, torch.tensor(12345)).double()
         assert set(rounded.tolist()) <= {sign * 1.0, sign * (1 + 2**-7)}
         exact = (abs(x[0].double().item()) - 1) * 2**7
         # Of n draws with this probability; the smallest probabilities give about one hit.
@@ -295,24 +295,24 @@ def test_stochastic_rounding_is_unbiased_for_every_sign_and_fraction():
         assert abs((rounded.abs() - 1).mean().item() * 2**7 - exact) <= 6 * sigma + 1 / n
 
 
-def test_stochastic_rounding_draws_the_same_bits_wherever_a_buffer_is_cut():
+def test_stochastic_rounding_uses_the_same_bits_wherever_a_buffer_is_split():
     x = torch.linspace(-3, 3, 1000)
     for first in (0, 12345, 2**31 - 500):  # the last one passes the end of the seeds on its way
-        whole = fused.round_stochastically(x, torch.tensor(first))
+        whole = expression.round_stochastically(x, torch.tensor(first))
         for cut in (16, 496, 512, 800):
-            rest = fused.round_stochastically(x[cut:], torch.tensor((first + cut) % 2**31))
+            rest = expression.round_stochastically(x[cut:], torch.tensor((first + cut) % 2**31))
             assert torch.equal(whole[cut:], rest)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_a_master_gives_way_only_where_its_parameter_was_changed(dtype):
+def test_master_is_replaced_only_where_its_parameter_has_changed(dtype):
     generator = torch.Generator().manual_seed(0)
     master = torch.randn(10000, generator=generator) * torch.logspace(-12, 4, 10000)
     master = torch.cat([master, torch.tensor([0.0, 3e38, float("inf"), float("nan")])])
     p = master.to(dtype)
-    assert torch.equal(fused.current_master(p, master).nan_to_num(), master.nan_to_num())
+    assert torch.equal(expression.current_master(p, master).nan_to_num(), master.nan_to_num())
     changed = torch.where(torch.arange(len(p)) % 2 == 0, torch.tensor(0.25, dtype=dtype), p)
-    found = fused.current_master(changed, master)
+    found = expression.current_master(changed, master)
     assert torch.equal(found[1::2].nan_to_num(), master[1::2].nan_to_num())
     # A master that rounds to 0.25 itself is as good.
     assert torch.equal(found[::2].to(dtype), changed[::2])

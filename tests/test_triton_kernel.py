@@ -1,8 +1,8 @@
-"""The kernel for GPUs on a machine without one: run by Triton's interpreter, and compiled ahead for a GPU.
+"""The kernel for GPUs on a machine without one: run by Triton's interpreter, and compiled ahead of time for a GPU.
 
 Hazards: arithmetic that differs from the expression that CPUs compile; writes beyond the end of a buffer; a NaN
-that is not skipped, or leaves a trace in buffers, step counts or the count of skipped updates; accesses that
-the compiler cannot make as wide as memory wants them; Triton versions that refuse the source.
+that is not skipped, or changes buffers, step counts or the count of skipped updates; memory accesses narrower than
+16 bytes; Triton versions that refuse the source.
 """
 
 import importlib.util
@@ -18,15 +18,15 @@ from helpers.on_ranks import on_ranks
 from helpers.skipping import check_skipping, made, update
 
 ROOT = Path(__file__).parents[1]
-APART = Path(sys.prefix) / "triton"  # where launch/setup.sh --dev puts it if torch has none
+TRITON_DIR = Path(sys.prefix) / "triton"  # where launch/setup.sh --dev installs it if torch has none
 
-paths = [str(path) for path in (APART, ROOT, ROOT / "tests") if path.exists()]
+paths = [str(path) for path in (TRITON_DIR, ROOT, ROOT / "tests") if path.exists()]
 ENVIRON = {"PYTHONPATH": os.pathsep.join(paths)}
 INTERPRETED = {**ENVIRON, "TRITON_INTERPRET": "1"}
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None and not APART.exists(),
-    reason=f"no Triton here, nor in {APART}: `bash launch/setup.sh --dev` installs it",
+    importlib.util.find_spec("triton") is None and not TRITON_DIR.exists(),
+    reason=f"neither Triton here nor in {TRITON_DIR}: `bash launch/setup.sh --dev` installs it",
 )
 
 
@@ -38,71 +38,67 @@ def run(*argv, **environ):
     return done.stdout
 
 
-def test_the_tests_of_adam_pass_with_it():
+def test_interpreted_kernel_passes_the_tests_of_adam():
     chosen = "(fused or test_flat) and not too_small_for_nearest"  # which takes a minute
     options = "-q -p helpers.interpreted -p no:cacheprovider -W ignore::RuntimeWarning".split()
-    said = run("-m", "pytest", *options, "-k", chosen, "tests/test_adam.py", "tests/test_flat.py", **INTERPRETED)
-    assert int(said.rpartition(" passed")[0].split()[-1]) > 100, said
+    output = run("-m", "pytest", *options, "-k", chosen, "tests/test_adam.py", "tests/test_flat.py", **INTERPRETED)
+    assert int(output.rpartition(" passed")[0].split()[-1]) > 100, output
 
 
-def test_it_compiles_for_hopper_to_accesses_of_16_bytes():
+def test_kernel_compiles_for_hopper_to_accesses_of_16_bytes():
     cases = json.loads(run("tests/helpers/compiled_ahead.py", **ENVIRON))["cases"]
     for name, case in cases.items():
         assert case["bytes"] > 1000, name
         kind = "v2.b64" if name == "float64" else "v4.b32"
-        alone = {"grad_scale on the device": {"ld.global.b32"}, "float64": {"ld.global.b64"}}.get(name, set())
-        assert set(case["instructions"]) == {f"ld.global.{kind}", f"st.global.{kind}"} | alone, name
+        scalar = {"grad_scale on the device": {"ld.global.b32"}, "float64": {"ld.global.b64"}}.get(name, set())
+        assert set(case["instructions"]) == {f"ld.global.{kind}", f"st.global.{kind}"} | scalar, name
 
 
-def interpreted():
-    """Has this process use the kernel, and the host learn from the device what was skipped."""
+def use_interpreted_kernel():
+    """Makes this process update with the interpreted kernel, which skips NaN without telling the host."""
     import helpers.interpreted  # noqa: F401
-
-    from hvd_adam.distributed.optimizer import DistributedAdam
-    from hvd_adam.optim import adam
-
-    adam._FUSED_ELEMENTS = 0
-    DistributedAdam._only_the_device_knows = lambda self: True
 
 
 @on_ranks(0, **INTERPRETED)
-def test_nothing_is_read_or_written_beyond_a_buffers_end(cluster):
-    interpreted()
+def test_kernel_neither_reads_nor_writes_beyond_a_buffers_end(cluster):
+    use_interpreted_kernel()
     from hvd_adam.optim import triton_kernel
+    from hvd_adam.optim.expression import Buffers, Scalars
 
+    scalars = Scalars(
+        weight_decay=0.1, one_minus_beta1=0.1, beta2=0.9, one_minus_beta2=0.1, step_size=0.1, eps=1e-8
+    )
     names = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
     for elements in (1, 15, 16, 1023, 1024, 1025, 2600):
         around = {name: torch.full((elements + 32,), float("nan")) for name in names}
-        buffers = {name: poisoned[16 : 16 + elements].fill_(0.5) for name, poisoned in around.items()}
-        triton_kernel.update(
-            "nearest", "coupled", {**buffers, "master_param": None}, None, (0.1, 0.1, 0.9, 0.1, 0.1, 1e-8), 0
-        )
+        buffers = Buffers(**{name: poisoned[16 : 16 + elements].fill_(0.5) for name, poisoned in around.items()})
+        triton_kernel.update("nearest", "coupled", buffers, None, scalars, seed=0)
         for name, poisoned in around.items():
             assert poisoned.isnan().sum() == 32, (name, elements)
-        assert (buffers["param"] != 0.5).all()
+        assert (buffers.param != 0.5).all()
 
 
 @on_ranks(0, **INTERPRETED)
-def test_an_update_that_only_the_device_knows_to_be_skipped_changes_nothing(cluster):
-    interpreted()
+def test_update_skipped_on_the_device_changes_nothing(cluster):
+    use_interpreted_kernel()
     check_skipping(cluster, {})
     check_skipping(cluster, {"accumulate": 2, "max_grad_norm": 1.0})
 
 
 @on_ranks(2, **INTERPRETED)
-def test_so_it_is_on_two_ranks_and_sharded(cluster):
-    interpreted()
+def test_update_skipped_on_the_device_changes_nothing_on_two_ranks_and_sharded(cluster):
+    use_interpreted_kernel()
     check_skipping(cluster, {})
     check_skipping(cluster, {"strategy": "sharded", "max_grad_norm": 1.0})
 
 
 @on_ranks(0, **INTERPRETED)
-def test_what_was_skipped_is_learnt_later_and_counted_once(cluster):
-    interpreted()
+def test_update_skipped_on_the_device_is_read_later_and_counted_once(cluster):
+    use_interpreted_kernel()
     model, optimizer = made()
     for factor in (1.0, float("nan"), 1.0, float("inf"), float("nan")):
         update(model, optimizer, factor)
-    assert optimizer._skipped_updates == 2  # of the last one nobody has asked
+    assert optimizer._skipped_updates == 2  # the flag of the last one has not been read
     assert optimizer.skipped
     steps = [entry["step"].item() for entry in optimizer.state_dict()["state"].values()]
     assert steps == [2] * 4
@@ -114,8 +110,8 @@ def test_what_was_skipped_is_learnt_later_and_counted_once(cluster):
 
 
 @on_ranks(0, **INTERPRETED)
-def test_a_state_that_is_loaded_is_not_counted_less_for_the_update_before(cluster):
-    interpreted()
+def test_skipped_update_does_not_change_the_step_count_of_a_state_loaded_after_it(cluster):
+    use_interpreted_kernel()
     model, optimizer = made()
     update(model, optimizer)
     saved = optimizer.state_dict()
@@ -128,7 +124,7 @@ def test_a_state_that_is_loaded_is_not_counted_less_for_the_update_before(cluste
 
 @on_ranks(0, **INTERPRETED)
 def test_loss_scaling_skips_and_halves_the_scale(cluster):
-    interpreted()
+    use_interpreted_kernel()
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     model, optimizer = made(loss_scaler=scaler)
     for factor, scale in ((1.0, 8.0), (float("inf"), 4.0), (1.0, 4.0)):

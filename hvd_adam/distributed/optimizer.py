@@ -14,6 +14,7 @@ from hvd_adam.distributed.grad_scaling import DeferredFlag, GradScaling, total_n
 from hvd_adam.distributed.horovod_adapter import move_step_hooks, prefixed
 from hvd_adam.distributed.reducer import AveragingAdam
 from hvd_adam.optim.adam import Adam, PlainOptimizer
+from hvd_adam.optim.fused import backend
 
 
 class DistributedAdam(AveragingAdam):
@@ -261,7 +262,12 @@ class DistributedAdam(AveragingAdam):
     def _only_the_device_knows(self) -> bool:
         """Returns whether the kernel skips the update by itself, so that the host need not wait for that."""
         fused = all(implementation == "fused" for implementation in self._implementations)
-        return self.skipped is not None and self.skipped.is_cuda and fused and not self._unflattened
+        return (
+            self.skipped is not None
+            and backend(self.skipped.device.type).skips_nan
+            and fused
+            and not self._unflattened
+        )
 
     def _record_deferred_skip(self) -> None:
         """Counts an update that was skipped on the device, and takes back its step counts."""

@@ -1,4 +1,4 @@
-"""Where parameters lie in flat buffers, and which of them can. Pure: nothing is moved here."""
+"""The positions of parameters in flat buffers, and which parameters flat buffers can hold. Moves nothing."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ ALIGNMENT = 16  # elements: 64 bytes of float32, a cache line and the widest vec
 
 @dataclass(frozen=True)
 class Bucket:
-    """Neighbouring parameters whose gradients travel together.
+    """Neighbouring parameters with gradients that are reduced together.
 
     Attributes:
         first, last: parameters [first, last) of the storage.
-        start, end: elements [start, end) of the buffers; what is not parameters is padding.
-        flags: where `last - first` elements begin in which ranks say what they have used.
+        start, end: elements [start, end) of the buffers; elements that belong to no parameter are padding.
+        flags: start of `last - first` elements of padding, in which each rank flags the parameters that it has
+            gradients for.
     """
 
     first: int
@@ -28,14 +29,20 @@ class Bucket:
     flags: int
 
     def shard(self, rank: int, ranks: int) -> tuple[int, int]:
-        """The elements of the bucket that are this rank's own where it is shared out evenly."""
+        """Returns (start, end) of this rank's shard of the bucket, one of `ranks` equal ones."""
         size = (self.end - self.start) // ranks
         return self.start + rank * size, self.start + (rank + 1) * size
 
 
 @dataclass
 class Layout:
-    """Where parameters lie in a buffer, and in which bucket: every parameter begins at a multiple of ALIGNMENT."""
+    """The positions of parameters and buckets in a buffer.
+
+    Attributes:
+        offsets: first element of each parameter, a multiple of ALIGNMENT.
+        buckets: in order, without gaps.
+        total: length of the buffer in elements.
+    """
 
     offsets: list[int] = field(default_factory=list)
     buckets: list[Bucket] = field(default_factory=list)
@@ -43,10 +50,15 @@ class Layout:
 
     @classmethod
     def of(cls, params: list[Tensor], bucket_bytes: int | None = None, ranks: int = 1) -> Layout:
-        """Lays out parameters in order; without `bucket_bytes` in one bucket, otherwise in as many as are needed.
+        """Returns a layout of parameters in order.
 
-        Buckets are filled from the last parameter on, the first whose gradient backward has ready; a
-        parameter larger than a bucket is one by itself. Each is padded for `ranks` equal parts.
+        Buckets are filled from the last parameter backwards, since backward computes its gradient first. A
+        parameter larger than `bucket_bytes` has a bucket to itself.
+
+        Args:
+            params: of one dtype.
+            bucket_bytes: limit of a bucket's gradients; None for one bucket.
+            ranks: each bucket is padded so that it divides into this many equal shards.
         """
         layout = cls()
         for first, last in pairwise(_bounds(params, bucket_bytes)):
@@ -61,6 +73,7 @@ class Layout:
 
 
 def _bounds(params: list[Tensor], bucket_bytes: int | None) -> list[int]:
+    """Returns the index of each bucket's first parameter, followed by the number of parameters."""
     bounds, filled = [len(params)], 0
     for i in reversed(range(len(params))):
         size = params[i].numel() * params[i].element_size()
@@ -76,25 +89,36 @@ def _aligned(elements: int, multiple: int = ALIGNMENT) -> int:
 
 
 def can_be_flattened(p: Tensor) -> bool:
-    """Whether a buffer can hold it: an ordinary tensor of this process whose elements do not overlap."""
+    """Returns whether a flat buffer can hold a parameter: an ordinary tensor without overlapping elements."""
     ordinary = type(p) in (torch.nn.Parameter, Tensor) and p.device.type in ("cpu", "cuda")
     extent = 1
     for stride, size in sorted(zip(p.stride(), p.shape, strict=True)):
         if size > 1 and stride < extent:
             return False
         extent += stride * (size - 1)
-    # Moved out of shared memory it would be lost to the other processes. (On GPUs every tensor counts as shared.)
-    return ordinary and not (p.is_cpu and p.is_shared())
+    # Other processes would not see a parameter that leaves shared memory. (On GPUs every tensor counts as shared.)
+    return ordinary and not (p.is_cpu and p.is_shared())  # type: ignore[no-untyped-call]  # PyTorch's is untyped
 
 
 def overlapping(params: list[Tensor]) -> set[Tensor]:
-    """Those that share memory with another: apart from each other they would no longer be the same numbers."""
+    """Returns the parameters that share memory with another; moved apart they would no longer be equal."""
     shared: set[Tensor] = set()
     reach, owner = 0, None
     for p in sorted((p for p in params if p.numel() and p.layout == torch.strided), key=lambda p: p.data_ptr()):
-        if p.data_ptr() < reach:
+        if owner is not None and p.data_ptr() < reach:
             shared |= {owner, p}
         extent = sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True)) + 1
         if p.data_ptr() + extent * p.element_size() > reach:
             reach, owner = p.data_ptr() + extent * p.element_size(), p
     return shared
+
+
+def flattenable(params: list[Tensor], among: list[Tensor]) -> list[Tensor]:
+    """Returns the parameters that flat buffers can hold, in order.
+
+    Args:
+        params: the candidates.
+        among: all parameters of the optimizer; one that shares memory with any of these is left where it is.
+    """
+    shared = overlapping(among)
+    return [p for p in params if can_be_flattened(p) and p not in shared]

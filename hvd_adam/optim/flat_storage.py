@@ -1,7 +1,7 @@
 """Contiguous storage: parameters, gradients and optimizer state of one device and dtype, as views of flat buffers.
 
-What a user's code sees are ordinary tensors; a step sees one buffer of each kind. The views are checked on every
-step: what has come between (`p.grad = …`, `load_state_dict`, `p.data = …`) is copied into its place.
+User code sees ordinary tensors; a step sees one buffer of each kind. The views are checked on every step: a tensor
+that has replaced one of them (`p.grad = …`, `load_state_dict`, `p.data = …`) is copied into the buffer.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hvd_adam.optim.expression import Buffers
 from hvd_adam.optim.flat_layout import Layout
-from hvd_adam.optim.fused import Buffers
 from hvd_adam.optim.huge_pages import zeros
+from hvd_adam.optim.validation import check_gradient
 
 _grad = operator.attrgetter("grad")
 
 
 @dataclass
-class Run:
-    """Neighbouring parameters with gradients that take the same step with the same options.
+class Segment:
+    """Neighbouring parameters that have gradients, belong to one group and take the same step number.
 
     Attributes:
         group: index of the parameter group.
@@ -38,20 +39,22 @@ class Run:
 
 
 class FlatStorage:
-    """Parameters and everything of theirs, moved into flat buffers.
+    """Parameters with their gradients and state, moved into flat buffers.
 
     Args:
-        params: strided, dense, of one device and dtype, with no memory in common.
-        groups: index of each one's parameter group.
-        state: of the optimizer, whole for these parameters; its tensors become views of the buffers.
+        params: strided, dense, of one device and dtype, without shared memory.
+        groups: index of each parameter's group.
+        state: `Optimizer.state`, complete for these parameters; its tensors become views of the buffers.
         layout: of `params`.
-        part: (rank, ranks): keep the state of this rank's part of each bucket only; its views are 1-dimensional
-            then, in the order of memory. (0, 1) keeps all.
+        shard: (rank, ranks): keep the state of this rank's shard of each bucket only; its views are then
+            1-dimensional, in memory order. (0, 1) keeps all.
 
     Attributes:
-        param, grad: the buffers, of layout.total elements.
-        state: state buffers by name, of `shard_spans` elements; "step" has one float32 a parameter, on the CPU.
-        shard_spans: (start, end, where that begins in the state buffers) of what this rank keeps state for.
+        param: the buffer of parameters, `layout.total` elements.
+        grad: the buffer of gradients, `layout.total` elements.
+        state: state buffers by name, with one element for each of `shard_spans`; "step" has one float32 per
+            parameter, on the CPU.
+        shard_spans: (start, end, offset in the state buffers) of the elements that this rank keeps state for.
     """
 
     def __init__(
@@ -73,9 +76,9 @@ class FlatStorage:
         self._grad_views = [self.view(self.grad, i) for i in range(len(params))]
         self._pointers = [view.data_ptr() for view in self._param_views]
         self._grad_pointers = [view.data_ptr() for view in self._grad_views]
-        self.shard_spans = self._own(*shard)
+        self.shard_spans = self._spans_of_shard(*shard)
         self._whole = shard[1] == 1
-        self._last_key: tuple | None = None
+        self._last_key: tuple[object, ...] | None = None
         self.state: dict[str, Tensor] = {}
         self._state_views: list[dict[str, Tensor]] = [{} for _ in params]
         self._state_ids: list[list[int]] = [[] for _ in params]
@@ -84,10 +87,10 @@ class FlatStorage:
             self._take_param(i)
             self._take_state(i)
 
-    # Keeping the views in place.
+    # Checking the views.
 
     def fits(self, state: dict[Tensor, dict[str, Tensor]]) -> bool:
-        """Whether parameters and state can still live here; puts back what was replaced by its like."""
+        """Returns whether parameters and state still fit the buffers, after copying replaced ones into them."""
         self._state_of = state
         if not self.holds_params():
             for i, (p, view) in enumerate(zip(self.params, self._param_views, strict=True)):
@@ -103,27 +106,32 @@ class FlatStorage:
         return True
 
     def holds_params(self) -> bool:
-        """Whether every parameter is still where it was put. Asked on each step: no Python for each parameter."""
+        """Returns whether every parameter is still a view of the buffer.
+
+        Called on each step, so it runs no Python code per parameter.
+        """
         return (
             list(map(Tensor.data_ptr, self.params)) == self._pointers
             and list(map(Tensor.stride, self.params)) == self._strides
         )
 
     def has(self, state: dict[Tensor, dict[str, Tensor]], i: int, name: str) -> bool:
-        """Whether in `state` parameter `i` still has the view of the buffer of this name."""
+        """Returns whether `state` of parameter `i` still has the view of the state buffer of this name."""
         view = self._state_views[i].get(name)
         return view is not None and state.get(self.params[i], {}).get(name) is view
 
     def reclaim(self, state: dict[Tensor, dict[str, Tensor]]) -> None:
-        """Throws away what has been put in place of the views of the state."""
+        """Makes `state` the views of the buffers again, and drops tensors that have replaced them."""
         for p, views, ids in zip(self.params, self._state_views, self._state_ids, strict=True):
             state[p] = dict(views)
             ids[:] = map(id, views.values())
 
     def collect(self, first: int = 0, last: int | None = None) -> list[bool]:
-        """Moves the gradients of parameters [first, last) into the buffer; says which of them have one.
+        """Copies the gradients of parameters [first, last) into the buffer, unless they are views of it.
 
-        What lies in the buffer for the others is whatever was there before.
+        Returns:
+            For each of these parameters whether it has a gradient. The buffer's elements of the others keep their
+            old values.
 
         Raises:
             RuntimeError: a gradient is sparse or of another dtype than its parameter.
@@ -132,7 +140,7 @@ class FlatStorage:
         grads, places = list(map(_grad, params)), self._grad_pointers[first:last]
         if all(map(operator.is_, grads, views)) and list(map(Tensor.data_ptr, grads)) == places:
             return [True] * len(grads)
-        # `p.grad.data = …`, as Module.to does it, leaves the object and changes where it lies.
+        # `p.grad.data = …`, as in Module.to, keeps the object and changes its memory.
         replaced = [
             i
             for i, (grad, view, place) in enumerate(zip(grads, views, places, strict=True))
@@ -150,7 +158,7 @@ class FlatStorage:
         return [grad is not None for grad in grads]
 
     def clear(self, i: int) -> None:
-        """Gives parameter `i` a gradient of zeros."""
+        """Sets the gradient of parameter `i` to zeros, as a view of the buffer."""
         self._grad_views[i] = self.view(self.grad, i)
         self.params[i].grad = self._grad_views[i].zero_()
 
@@ -164,7 +172,7 @@ class FlatStorage:
             if found is view:
                 continue
             if found.shape != view.shape and found.shape == self.params[i].shape:
-                found = self._shard_of(found, i)
+                found = self._shard_of_state(found, i)
             if found.shape != view.shape:
                 raise RuntimeError(
                     f"{name} of parameter {i} has shape {tuple(found.shape)}, but the parameter has shape "
@@ -173,46 +181,49 @@ class FlatStorage:
             state[name] = view.copy_(found)
         self._state_ids[i] = [*map(id, state.values())]
 
-    # Where things are.
+    # Positions in the buffers.
 
     def view(self, buffer: Tensor, i: int) -> Tensor:
-        """Parameter `i`'s elements of a buffer of the whole length, in its shape and order of memory."""
+        """Returns parameter `i`'s elements of a buffer of `layout.total` elements, with its shape and strides."""
         return buffer.as_strided(self.params[i].shape, self._strides[i], self.layout.offsets[i])
 
-    def runs(self, present: list[bool]) -> list[Run]:
-        """Counts the step of the parameters that have gradients, and joins those that go together.
+    def segments(self, present: list[bool]) -> list[Segment]:
+        """Counts the step of the parameters that have gradients, and returns them joined into segments.
 
-        Autograd is told that they change: it sees no write to a buffer, and a later backward pass through a graph
-        that has kept the old values must fail, as it does after any optimizer's step.
+        It also increments autograd's version of these parameters: autograd does not see writes to the buffer, and
+        a later backward pass through a graph that has saved the old values must fail, as after every optimizer.
+
+        Args:
+            present: for each parameter whether it has a gradient.
         """
-        _mark_changed([*itertools.compress(self.params, present)])
+        _increment_versions([*itertools.compress(self.params, present)])
         self._counted = 1 if all(present) else present
         self._steps += self._counted
         counts = self._steps.tolist()
         if all(present) and self._one_group and counts.count(counts[0]) == len(counts):
             end = self.layout.offsets[-1] + self.params[-1].numel()
-            return [Run(self.groups[0], counts[0], 0, end)]
-        runs: list[Run] = []
+            return [Segment(self.groups[0], counts[0], 0, end)]
+        segments: list[Segment] = []
         follows = False
         for i, step in enumerate(counts):
             if present[i]:
                 end = self.layout.offsets[i] + self.params[i].numel()
-                if follows and (runs[-1].group, runs[-1].step) == (self.groups[i], step):
-                    runs[-1].end = end
+                if follows and (segments[-1].group, segments[-1].step) == (self.groups[i], step):
+                    segments[-1].end = end
                 else:
-                    runs.append(Run(self.groups[i], step, self.layout.offsets[i], end))
+                    segments.append(Segment(self.groups[i], step, self.layout.offsets[i], end))
             follows = present[i]
-        return runs
+        return segments
 
     def undo_step_counts(self) -> None:
-        """Counts the last step less: it has changed nothing."""
+        """Subtracts the last step from the step counts, after an update that has changed nothing."""
         self._steps -= self._counted
 
     def spans(self, present: list[bool]) -> list[tuple[int, int]]:
-        """(start, end) of the elements that this rank owns of parameters that are present, neighbours joined."""
+        """Returns (start, end) of this rank's elements of the present parameters, with neighbours joined."""
         spans: list[tuple[int, int]] = []
-        for i, there in enumerate(present):
-            if there:
+        for i, is_present in enumerate(present):
+            if is_present:
                 start, end = self.layout.offsets[i], self.layout.offsets[i] + self.params[i].numel()
                 if i and present[i - 1]:
                     start = spans.pop()[0]
@@ -221,27 +232,32 @@ class FlatStorage:
         return [(a, b) for a, b in cut if a < b]
 
     def unshard(self, name: str) -> Tensor:
-        """A state buffer at the whole length: what this rank owns in its place, zeros elsewhere."""
+        """Returns a state buffer of `layout.total` elements: this rank's shard in place, zeros elsewhere."""
         whole = torch.zeros(self.layout.total, dtype=self.state[name].dtype, device=self.device)
         for start, end, place in self.shard_spans:
             whole[start:end] = self.state[name][place : place + end - start]
         return whole
 
-    def buffers(self, run: Run, names: Iterable[str]) -> list[tuple[int, Buffers]]:
-        """What of a run this rank updates: where it begins, and its parts of the buffers and of these states."""
-        key = (run.start, run.end, *names)
-        if key != self._last_key:  # most steps ask for the same as the one before
-            self._last_key, self._last_buffers = key, [*self._cut(run, names)]
+    def buffers(self, segment: Segment, names: Iterable[str]) -> list[tuple[int, Buffers]]:
+        """Returns this rank's part of a segment: slices of the buffers, each with the index of its first element.
+
+        Args:
+            segment: of `segments`.
+            names: the state buffers to include.
+        """
+        key = (segment.start, segment.end, *names)
+        if key != self._last_key:  # most steps repeat the previous one's key
+            self._last_key, self._last_buffers = key, [*self._slices(segment, names)]
         return self._last_buffers
 
-    def _cut(self, run: Run, names: Iterable[str]) -> Iterator[tuple[int, Buffers]]:
+    def _slices(self, segment: Segment, names: Iterable[str]) -> Iterator[tuple[int, Buffers]]:
         for start, end, place in self.shard_spans:
-            a, b = max(run.start, start), min(run.end, end)
+            a, b = max(segment.start, start), min(segment.end, end)
             if a < b:
                 state = {name: self.state[name][a - start + place : b - start + place] for name in names}
                 yield a, Buffers(self.param[a:b], self.grad[a:b], **state)
 
-    def _own(self, rank: int, ranks: int) -> list[tuple[int, int, int]]:
+    def _spans_of_shard(self, rank: int, ranks: int) -> list[tuple[int, int, int]]:
         if ranks == 1:
             return [(0, self.layout.total, 0)]
         shard_spans, place = [], 0
@@ -257,7 +273,7 @@ class FlatStorage:
         for name, like in names.items():
             self.state[name] = zeros(length, like.dtype, self.device)
         self.state["step"] = torch.zeros(len(self.params), dtype=torch.float32)
-        self._steps = self.state["step"].numpy()  # the same memory; for so few numbers NumPy is the quicker one
+        self._steps = self.state["step"].numpy()  # the same memory; NumPy is faster for so few numbers
         for i, p in enumerate(self.params):
             for name in self._state_of[p]:
                 self._state_views[i][name] = self._state_view(name, i)
@@ -267,11 +283,14 @@ class FlatStorage:
             return self.state[name][i]
         if self._whole:
             return self.view(self.state[name], i)
-        _, count, place = self._piece(i)
+        _, count, place = self._shard_of_param(i)
         return self.state[name][place : place + count]
 
-    def _piece(self, i: int) -> tuple[int, int, int]:
-        """(skip, count, place): of parameter `i`'s memory, `count` elements from `skip` on are at `place` here."""
+    def _shard_of_param(self, i: int) -> tuple[int, int, int]:
+        """Returns (skip, count, place) of this rank's shard of parameter `i`.
+
+        Its `count` elements begin at element `skip` of the parameter's memory and at `place` of the state buffers.
+        """
         begin, stop = self.layout.offsets[i], self.layout.offsets[i] + self.params[i].numel()
         for start, end, place in self.shard_spans:
             a, b = max(begin, start), min(stop, end)
@@ -279,30 +298,21 @@ class FlatStorage:
                 return a - begin, b - a, a - start + place
         return 0, 0, 0
 
-    def _shard_of(self, whole: Tensor, i: int) -> Tensor:
-        """This rank's elements of a whole state tensor, in the order of the parameter's memory."""
-        skip, count, _ = self._piece(i)
+    def _shard_of_state(self, whole: Tensor, i: int) -> Tensor:
+        """Returns this rank's elements of a whole state tensor, in the order of parameter `i`'s memory."""
+        skip, count, _ = self._shard_of_param(i)
         in_memory = torch.empty_like(self._param_views[i], dtype=whole.dtype).copy_(whole)
         return in_memory.as_strided((in_memory.numel(),), (1,))[skip : skip + count]
 
 
-def _mark_changed(params: list[Tensor]) -> None:
+def _increment_versions(params: list[Tensor]) -> None:
+    """Increments autograd's version counters of parameters."""
     if not hasattr(torch.autograd.graph, "increment_version"):
         for p in params:
             p.detach().as_strided((0,), (1,)).zero_()
         return
     try:
         torch.autograd.graph.increment_version(params)
-    except TypeError:  # an older PyTorch takes one at a time
+    except TypeError:  # an older PyTorch takes one tensor per call
         for p in params:
             torch.autograd.graph.increment_version(p)
-
-
-def check_gradient(p: Tensor) -> None:
-    """Refuses gradients that Adam cannot use."""
-    if p.grad.layout != torch.strided:
-        raise RuntimeError(
-            "Adam does not support sparse gradients: use Embedding(…, sparse=False), or torch.optim.SparseAdam"
-        )
-    if p.grad.dtype != p.dtype:
-        raise RuntimeError(f"Adam needs gradients of the parameter's {p.dtype}, but got {p.grad.dtype}")

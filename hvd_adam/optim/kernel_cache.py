@@ -1,6 +1,6 @@
-"""Where compiled kernels are kept between runs, so that the ranks of a host compile each kernel once.
+"""The cache of compiled kernels on this host, so that its ranks compile each kernel once.
 
-The folder belongs to this user alone: what lies in it is executed. It may be deleted at any time.
+Only this user can write to the directory, since its files are executed. It may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -22,55 +22,56 @@ _VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 
 @contextmanager
-def compiling(name: str) -> Iterator[None]:
-    """Keeps what `torch.compile` makes inside in this host's cache; the first process here to come compiles.
+def host_cache(name: str) -> Iterator[None]:
+    """Makes `torch.compile` use this host's cache in the body of the `with` statement.
 
-    The others of the host wait for it, then all read what it has made at once. What a process that was killed
-    while it compiled has left behind is thrown away.
+    The first process of the host compiles. The others wait for it and then read its files concurrently. Files of a
+    process that was killed while it compiled are deleted.
 
     Args:
-        name: says which kernel, alike in all processes; a file name.
+        name: of the kernel, identical in all processes; part of a file name.
     """
-    folder = _folder()
-    made, begun = folder / f"{name}.made", folder / "begun"
-    lock = FileLock(folder / "lock")
+    directory = cache_dir()
+    made, begun = directory / f"{name}.made", directory / "begun"
+    lock = FileLock(directory / "lock")
     with lock:
         if begun.exists():
-            _empty(folder)
+            _empty(directory)
         first = not made.exists()
         if first:
             begun.touch()
-            with _inductor_cache(folder):
+            with _inductor_cache(directory):
                 yield
             made.touch()
             begun.unlink(missing_ok=True)
     if not first:
-        with _inductor_cache(folder):
+        with _inductor_cache(directory):
             yield
 
 
-def discard() -> None:
-    """Throws away every kernel in this host's cache."""
-    folder = _folder()
-    with FileLock(folder / "lock"):
-        _empty(folder)
+def clear_cache() -> None:
+    """Deletes every kernel in this host's cache."""
+    directory = cache_dir()
+    with FileLock(directory / "lock"):
+        _empty(directory)
 
 
 @cache
-def _folder() -> Path:
-    """One folder for each kind of host: machine code for one processor may not run on another."""
+def cache_dir() -> Path:
+    """Returns the directory for this kind of host: machine code for one processor may not run on another."""
     try:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hvd_adam" / "kernels"
-        folder = root / f"torch{torch.__version__}-{platform.python_version()}-{_processor()}"
-        folder.mkdir(parents=True, exist_ok=True)
-        folder.chmod(0o700)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except (OSError, RuntimeError):  # no home, or none that can be written to: this process compiles for itself
+        directory = root / f"torch{torch.__version__}-{platform.python_version()}-{_processor()}"
+        directory.mkdir(parents=True, exist_ok=True)
+        directory.chmod(0o700)
+        with tempfile.TemporaryFile(dir=directory):
+            return directory
+    except (OSError, RuntimeError):  # no home directory, or not writable: this process compiles for itself
         return Path(tempfile.mkdtemp(prefix="hvd_adam-kernels-"))
 
 
 def _processor() -> str:
+    """Returns architecture and a hash of the processor's features."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         kind = next((line for line in lines if line.startswith(("flags", "Features"))), "")
@@ -79,8 +80,8 @@ def _processor() -> str:
     return f"{platform.machine()}-{hashlib.sha256(kind.encode()).hexdigest()[:12]}"
 
 
-def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
+def _empty(directory: Path) -> None:
+    for path in directory.iterdir():
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         elif path.name != "lock":
@@ -88,16 +89,16 @@ def _empty(folder: Path) -> None:
 
 
 @contextmanager
-def _inductor_cache(folder: Path) -> Iterator[None]:
-    """Lets PyTorch's compiler read and write the folder, and none that the user's own kernels lie in."""
-    from torch._inductor import config  # here: it takes a second to import
+def _inductor_cache(directory: Path) -> Iterator[None]:
+    """Makes PyTorch's compiler use this directory, not the one of the user's own kernels."""
+    from torch._inductor import config  # here, since importing it takes a second
 
     before = os.environ.get(_VARIABLE)
-    os.environ[_VARIABLE] = str(folder / "inductor")
-    # Compiling in this process: a pool of others is slower for one kernel, and would outlive an MPI rank.
-    alone = config.patch(compile_threads=1) if hasattr(config, "compile_threads") else nullcontext()
+    os.environ[_VARIABLE] = str(directory / "inductor")
+    # Compile in this process: a pool of others is slower for one kernel, and would outlive an MPI rank.
+    single_process = config.patch(compile_threads=1) if hasattr(config, "compile_threads") else nullcontext()
     try:
-        with alone:
+        with single_process:
             yield
     finally:
         if before is None:

@@ -1,4 +1,4 @@
-"""Adam in its papers' symbols, one tensor and one formula at a time: the oracle for faster forms."""
+"""Adam in the symbols of its papers, one tensor and one formula at a time: the oracle of the faster ones."""
 
 import torch
 from torch import Tensor
@@ -21,13 +21,13 @@ def adam_update(
     decoupled: bool = False,
     maximize: bool = False,
 ) -> None:
-    """Take step ``t`` of Adam, writing θ_t, m_t, v_t (and v_max_t) over their predecessors.
+    """Takes step ``t`` of Adam in place: θ_t, m_t, v_t (and v_max_t) replace θ_{t-1}, m_{t-1}, v_{t-1}.
 
-    All tensors have one shape, one device (one that has float64), any strides and any real floating dtype.
+    All tensors have one shape and one device (one that supports float64), any strides and any real floating dtype.
     The arithmetic is done in float64 and each result is rounded once, when it is stored, so that the
-    function is an oracle for half precision too. O(n) time; about ten temporaries of n float64 values.
+    function is an oracle for half precision, too. O(n) time; about ten temporaries of n float64 values.
 
-    Sources: Adam is algorithm 1 of Kingma & Ba, arXiv 1412.6980 (ε outside the root). Decoupled weight
+    Sources: Adam is algorithm 1 of Kingma & Ba, arXiv 1412.6980 (ε is added to the root). Decoupled weight
     decay is algorithm 2, line 12, of Loshchilov & Hutter, arXiv 1711.05101, with the decay scaled by α as
     PyTorch does; coupled decay is line 6. AMSGrad is algorithm 2 of Reddi, Kale & Kumar 2018 with PyTorch's
     bias correction, which divides the maximum of the raw second moments.
@@ -44,8 +44,8 @@ def adam_update(
         beta2: decay rate β₂ in [0, 1).
         epsilon: ε, at least 0; with 0, an element that has never had a gradient becomes NaN (0/0).
         lambda_: weight decay λ, at least 0.
-        decoupled: shrink θ by αλ beside the update instead of adding λθ to the gradient.
-        maximize: ascend: the gradient is negated first.
+        decoupled: subtract αλθ from θ instead of adding λθ to the gradient.
+        maximize: ascend; the gradient is negated first.
     """
     theta_t, g_t = theta.double(), g.double()
     if maximize:

@@ -1,19 +1,25 @@
-"""The Adam update for GPUs, in Triton: `fused.adam_expression` in one pass over flat buffers.
+"""The Adam update for GPUs, in Triton: `expression.adam_expression` in one pass over flat buffers.
 
-Written out, not left to `torch.compile`: a launch then costs the host little, takes its numbers as arguments, not
-from memory, changes nothing where a grad_scale on the device says so, and can be run, and compiled for a GPU, on a
-machine that has none (tests/test_triton_kernel.py).
+Why not `torch.compile`: a launch of this kernel costs the host less, its numbers are arguments and are not read
+from memory, a NaN grad_scale on the device makes it change nothing, and a machine without a GPU can interpret it
+and compile it for one (tests/test_triton_kernel.py).
 """
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+# What Triton compiles is not Python: its functions have no types that mypy could check.
 
 from __future__ import annotations
 
 from contextlib import nullcontext
 from functools import cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from hvd_adam.optim.expression import Buffers, Scalars
 
 # 8 elements a thread: two accesses of 16 bytes to each float32 buffer.
 BLOCK = 1024
@@ -21,18 +27,16 @@ WARPS = 4
 
 _TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
-Buffers = dict[str, "Tensor | None"]
-
 
 @triton.jit
 def _root(x, DTYPE: tl.constexpr):
-    """The square root; of float32 not the quick one, which takes the smallest numbers for 0."""
+    """Returns the square root; of float32 the correctly rounded one: the fast one flushes subnormals to 0."""
     return tl.sqrt_rn(x) if DTYPE is tl.float32 else tl.sqrt(x)
 
 
 @triton.jit
 def _current_master(wide, master, HALF_EPS: tl.constexpr, TINY: tl.constexpr):
-    """As `fused.current_master`."""
+    """As `expression.current_master`."""
     infinity = float("inf")
     is_rounded = tl.abs(wide - master) <= HALF_EPS * tl.abs(master) + TINY
     kept = (is_rounded & (tl.abs(master) < infinity)) | (tl.abs(wide) == infinity)
@@ -41,7 +45,7 @@ def _current_master(wide, master, HALF_EPS: tl.constexpr, TINY: tl.constexpr):
 
 @triton.jit
 def _round_stochastically(x, places, seed):
-    """As `fused.round_stochastically`, to the bit; float32 that a bfloat16 can hold."""
+    """As `expression.round_stochastically`, to the bit; returns float32 that bfloat16 represents exactly."""
     h = ((places + seed) & 0x7FFFFFFF).to(tl.uint32)
     h = (h ^ (h >> 16)) * 0x7FEB352D
     h = (h ^ (h >> 15)) * 0x846CA68B
@@ -58,11 +62,11 @@ def adam(
     exp_avg_sq,
     max_exp_avg_sq,
     master_param,
-    device_factor,
-    numbers,
+    device_scale,
+    float64_scalars,
     elements,
     seed,
-    grad_scale,
+    host_scale,
     weight_decay,
     one_minus_beta1,
     beta2,
@@ -76,20 +80,20 @@ def adam(
     TINY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One block of the update; see `arguments`."""
+    """Updates one block; see `arguments`."""
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # beyond 2³¹ elements, too
-    if numbers is not None:  # in float64, which Triton does not take as arguments
-        grad_scale = tl.load(numbers)
-        weight_decay = tl.load(numbers + 1)
-        one_minus_beta1 = tl.load(numbers + 2)
-        beta2 = tl.load(numbers + 3)
-        one_minus_beta2 = tl.load(numbers + 4)
-        step_size = tl.load(numbers + 5)
-        eps = tl.load(numbers + 6)
-    scale = tl.cast(grad_scale, DTYPE)
-    if device_factor is not None:
-        scale *= tl.load(device_factor).to(DTYPE)
-        elements = tl.where(scale == scale, elements, 0)  # NaN: nothing is to be changed
+    if float64_scalars is not None:  # Triton has no float64 arguments
+        host_scale = tl.load(float64_scalars)
+        weight_decay = tl.load(float64_scalars + 1)
+        one_minus_beta1 = tl.load(float64_scalars + 2)
+        beta2 = tl.load(float64_scalars + 3)
+        one_minus_beta2 = tl.load(float64_scalars + 4)
+        step_size = tl.load(float64_scalars + 5)
+        eps = tl.load(float64_scalars + 6)
+    scale = tl.cast(host_scale, DTYPE)
+    if device_scale is not None:
+        scale *= tl.load(device_scale).to(DTYPE)
+        elements = tl.where(scale == scale, elements, 0)  # NaN: change nothing
     inside = places < elements
 
     theta = tl.load(param + places, inside).to(DTYPE)
@@ -109,7 +113,7 @@ def adam(
     tl.store(exp_avg_sq + places, v, inside)
     if max_exp_avg_sq is not None:
         largest = tl.load(max_exp_avg_sq + places, inside).to(DTYPE)
-        v = tl.where((largest >= v) | (largest != largest), largest, v)  # NaN stays, as in torch.maximum
+        v = tl.where((largest >= v) | (largest != largest), largest, v)  # NaN is kept, as in torch.maximum
         tl.store(max_exp_avg_sq + places, v, inside)
     theta -= step_size * (m / (_root(v, DTYPE) + eps))
 
@@ -121,45 +125,74 @@ def adam(
 
 
 @cache
-def _constants(rounding: str, decay: str, dtype: torch.dtype) -> tuple[object, ...]:
-    """The arguments that are compiled in."""
+def _constants(rounding: str, decay: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Returns the arguments that are compiled into the kernel."""
     compute, info = torch.promote_types(dtype, torch.float32), torch.finfo(dtype)
-    masters = rounding == "master"
-    half_eps, tiny = (info.eps / 2, info.smallest_normal * info.eps) if masters else (0.0, 0.0)
-    return (_TYPES[compute], decay, rounding == "stochastic", half_eps, tiny, BLOCK)
+    has_masters = rounding == "master"
+    return {
+        "DTYPE": _TYPES[compute],
+        "DECAY": decay,
+        "STOCHASTIC": rounding == "stochastic",
+        "HALF_EPS": info.eps / 2 if has_masters else 0.0,
+        "TINY": info.smallest_normal * info.eps if has_masters else 0.0,
+        "BLOCK": BLOCK,
+    }
 
 
 def arguments(
-    rounding: str, decay: str, buffers: Buffers, grad_scale: Tensor | None, scalars: tuple[float, ...], seed: int
-) -> tuple[object, ...]:
-    """What `adam` is called with, in order.
+    rounding: str, decay: str, buffers: Buffers, grad_scale: Tensor | None, scalars: Scalars, seed: int
+) -> dict[str, Any]:
+    """Returns the arguments of `adam` by name, in its order.
 
     Args:
-        rounding: as in `fused.KernelSpec`.
-        decay: as in `fused.KernelSpec`.
-        buffers: those of `fused.Buffers`, in its order; None for what a variant does without.
-        grad_scale: multiplies the gradient: 0-dimensional, None for 1. One on the buffers' device, and is
-            NaN, makes the update change nothing.
-        scalars: what `fused.scalars` returns.
+        rounding: as in `expression.KernelSpec`.
+        decay: as in `expression.KernelSpec`.
+        buffers: what to update.
+        grad_scale: multiplies the gradient; 0-dimensional; None for 1. A NaN on the buffers' device makes the
+            update change nothing.
+        scalars: the numbers of the step.
         seed: of stochastic rounding, in [0, 2³¹).
     """
-    param, on_host, numbers = buffers["param"], 1.0, None
+    param = buffers.param
+    device_scale, host_scale = grad_scale, 1.0
     if grad_scale is not None and grad_scale.device != param.device:
-        grad_scale, on_host = None, float(grad_scale)
+        device_scale, host_scale = None, float(grad_scale)
+    float64_scalars = None
     if param.dtype == torch.float64:
-        numbers = torch.tensor((on_host, *scalars), dtype=torch.float64, pin_memory=param.is_cuda)
-        numbers = numbers.to(param.device, non_blocking=True)
-    constants = _constants(rounding, decay, param.dtype)
-    return (*buffers.values(), grad_scale, numbers, param.numel(), seed, on_host, *scalars, *constants)
+        numbers = torch.tensor((host_scale, *scalars), dtype=torch.float64, pin_memory=param.is_cuda)
+        float64_scalars = numbers.to(param.device, non_blocking=True)
+    return {
+        "param": param,
+        "grad": buffers.grad,
+        "exp_avg": buffers.exp_avg,
+        "exp_avg_sq": buffers.exp_avg_sq,
+        "max_exp_avg_sq": buffers.max_exp_avg_sq,
+        "master_param": buffers.master_param,
+        "device_scale": device_scale,
+        "float64_scalars": float64_scalars,
+        "elements": param.numel(),
+        "seed": seed,
+        "host_scale": host_scale,
+        "weight_decay": scalars.weight_decay,
+        "one_minus_beta1": scalars.one_minus_beta1,
+        "beta2": scalars.beta2,
+        "one_minus_beta2": scalars.one_minus_beta2,
+        "step_size": scalars.step_size,
+        "eps": scalars.eps,
+        **_constants(rounding, decay, param.dtype),
+    }
 
 
 def update(
-    rounding: str, decay: str, buffers: Buffers, grad_scale: Tensor | None, scalars: tuple[float, ...], seed: int
+    rounding: str, decay: str, buffers: Buffers, grad_scale: Tensor | None, scalars: Scalars, seed: int
 ) -> None:
-    """One step of Adam over whole buffers, in place; what `arguments` takes. The host waits for nothing."""
-    param = buffers["param"]
+    """Takes one step of Adam over whole buffers, in place, without synchronizing host and device.
+
+    Args: see `arguments`.
+    """
+    param = buffers.param
     launch = adam[(triton.cdiv(param.numel(), BLOCK),)]
-    # Triton launches on the current device, which need not be the buffers'.
+    # Triton launches on the current device, which may be another than the buffers'.
     elsewhere = param.is_cuda and param.device.index != torch.cuda.current_device()
     with torch.cuda.device(param.device) if elsewhere else nullcontext():
-        launch(*arguments(rounding, decay, buffers, grad_scale, scalars, seed), num_warps=WARPS)
+        launch(**arguments(rounding, decay, buffers, grad_scale, scalars, seed), num_warps=WARPS)

@@ -1,19 +1,26 @@
-"""What `Adam` refuses, in the words of ``torch.optim.Adam`` wherever that refuses it too."""
+"""What `Adam` refuses, with the messages of ``torch.optim.Adam`` wherever that refuses it too."""
+
+from __future__ import annotations
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hvd_adam.optim.functional import Group
+from hvd_adam.optim.optimizer_state import Group
 
 IMPLEMENTATIONS = ("reference", "foreach", "fused", "auto")
-_ALWAYS_KEPT = ("step", "exp_avg", "exp_avg_sq")
+_REQUIRED_STATE = ("step", "exp_avg", "exp_avg_sq")
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
 def check_hyper_parameters(group: Group) -> None:
-    """Refuses hyper-parameters out of range."""
+    """Checks the hyper-parameters of a group.
+
+    Raises:
+        ValueError: one is out of range.
+        TypeError: one is no number.
+    """
     lr, betas = group["lr"], group["betas"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"Tensor lr must be 1-element, but has {lr.numel()} elements")
@@ -29,19 +36,27 @@ def check_hyper_parameters(group: Group) -> None:
     if not group["weight_decay"] >= 0.0:
         raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
     if group["master_weights"] and group["stochastic_rounding"]:
-        raise ValueError("master_weights and stochastic_rounding exclude each other: give one")
+        raise ValueError("master_weights and stochastic_rounding exclude each other: use one of them")
     check_implementation(group["implementation"])
 
 
 def check_implementation(implementation: object) -> None:
-    """Refuses what is not one of IMPLEMENTATIONS."""
+    """Checks the name of an implementation.
+
+    Raises:
+        ValueError: it is not one of IMPLEMENTATIONS.
+    """
     if implementation not in IMPLEMENTATIONS:
         choices = ", ".join(map(repr, IMPLEMENTATIONS))
         raise ValueError(f"implementation={implementation!r} is unknown, choose one of {choices}")
 
 
 def check_parameters(params: list[Tensor]) -> None:
-    """Refuses sparse and complex parameters."""
+    """Checks that parameters are dense and real.
+
+    Raises:
+        ValueError: one is sparse or complex.
+    """
     for i, p in enumerate(params):
         if p.layout != torch.strided:
             raise ValueError(f"Adam does not support sparse parameters, but parameter {i} is {p.layout}")
@@ -49,14 +64,52 @@ def check_parameters(params: list[Tensor]) -> None:
             raise ValueError(f"Adam does not support complex parameters, but parameter {i} is {p.dtype}")
 
 
+def check_gradient(p: Tensor) -> None:
+    """Checks that a parameter's gradient, which must not be None, can be used.
+
+    Raises:
+        RuntimeError: it is sparse or not of the parameter's dtype.
+    """
+    assert p.grad is not None
+    if p.grad.layout != torch.strided:
+        raise RuntimeError(
+            "Adam does not support sparse gradients: use Embedding(…, sparse=False), or torch.optim.SparseAdam"
+        )
+    if p.grad.dtype != p.dtype:
+        raise RuntimeError(f"Adam needs gradients of the parameter's {p.dtype}, but got {p.grad.dtype}")
+
+
+def refuse_graph_capture() -> None:
+    """Checks that the current CUDA stream is not capturing a graph.
+
+    Raises:
+        RuntimeError: it is.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "Adam's step cannot be captured in a CUDA graph: learning rate and step count are numbers of the "
+            "host, and every replay would repeat their present values; capture forward and backward only, and "
+            "call step() after each replay"
+        )
+
+
 def check_loaded_state(state: dict[str, Any]) -> None:
-    """Refuses state that is not Adam's or does not fit; PyTorch itself would take it and fail later."""
+    """Checks loaded groups and state, which PyTorch would accept unchecked and fail on later.
+
+    Args:
+        state: what `Optimizer.load_state_dict` passes to `__setstate__`, with parameters as keys.
+
+    Raises:
+        ValueError: an implementation is unknown, or the state is not Adam's or does not fit the parameters.
+    """
+    for group in state["param_groups"]:
+        check_implementation(group["implementation"])
     params = [p for group in state["param_groups"] for p in group["params"]]
     for i, p in enumerate(params):
         loaded = state["state"].get(p)
         if not loaded:
             continue
-        missing = [key for key in _ALWAYS_KEPT if key not in loaded]
+        missing = [key for key in _REQUIRED_STATE if key not in loaded]
         if missing:
             raise ValueError(f"loaded state of parameter {i} is not Adam's: {missing[0]} is missing")
         for key in _MOMENTS:

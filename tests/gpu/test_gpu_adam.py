@@ -1,8 +1,8 @@
-"""Adam on a GPU, by itself: every implementation against the float64 oracle, and the kernel on its own.
+"""Adam on a GPU in one process: every implementation against the float64 oracle, and the kernel by itself.
 
 Hazards: a kernel that computes, rounds or indexes otherwise than on CPUs; writes beyond the end of a buffer;
-buffers that are not aligned; lengths beyond 2³¹; a step that makes the host wait for the device; one that is
-captured into a graph and repeats its first learning rate for ever; a device that is not the current one.
+buffers that are not aligned; lengths beyond 2³¹; a step that makes the host wait for the device; a step
+captured in a graph, which would repeat its first learning rate; a device that is not the current one.
 """
 
 import pytest
@@ -12,6 +12,7 @@ from hypothesis import given
 
 from hvd_adam import Adam
 from hvd_adam.optim import fused
+from hvd_adam.optim.expression import Buffers, KernelSpec, scalars, update_uncompiled
 from hvd_adam.optim.reference import adam_update
 
 GPU = torch.device("cuda")
@@ -28,7 +29,7 @@ def take_step(optimizer, params, gradients):
 
 
 def agreeing(case, dtype, steps, exact):
-    """Runs every implementation on the GPU and the oracles here; yields the parameters of each with theirs."""
+    """Runs every implementation on the GPU and the oracles on the CPU; yields name, parameter and oracle."""
     runs = {name: on_gpu(case.parameters(dtype)) for name in IMPLEMENTATIONS}
     optimizers = {name: case.ours(params, name) for name, params in runs.items()}
     for gradients in case.gradients(dtype, steps):
@@ -85,16 +86,16 @@ SCALARS = dict(lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1, decoupled
 
 
 def poisoned(length, offset, dtype, device=GPU):
-    """A tensor of NaN, and random numbers in its middle, which begins `offset` elements off a multiple of 16."""
+    """Returns a tensor of NaN and a view of random numbers in it, `offset` elements after a multiple of 16."""
     around = torch.full((length + 48,), float("nan"), dtype=dtype, device=device)
     return around, around[16 + offset : 16 + offset + length].copy_(torch.randn(length, device=device))
 
 
 @pytest.mark.parametrize("offset", [0, 1, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-def test_the_kernel_is_the_oracle_at_any_length_and_alignment_and_writes_nowhere_else(dtype, offset):
+def test_kernel_agrees_with_the_oracle_at_any_length_and_alignment_and_stays_in_bounds(dtype, offset):
     torch.manual_seed(torch.seed())  # other numbers each time; pytest prints those of a failure
-    variant = fused.KernelSpec("cuda", dtype, dtype, True, "coupled", "nearest")
+    spec = KernelSpec("cuda", dtype, dtype, True, "coupled", "nearest")
     for length in LENGTHS:
         around, inside = zip(*(poisoned(length, offset, dtype) for _ in range(5)), strict=True)
         p, g, m, v, v_max = inside
@@ -102,9 +103,9 @@ def test_the_kernel_is_the_oracle_at_any_length_and_alignment_and_writes_nowhere
         theta, first, second, largest = (t.double() for t in (p, m, v, v_max))
         paper = dict(alpha=1e-2, beta1=0.8, beta2=0.95, epsilon=1e-6, lambda_=0.1)
         adam_update(theta, g, first, second, largest, t=3, **paper)
-        fused.update(variant, fused.Buffers(p, g, m, v, v_max), None, fused.scalars(SCALARS, 3), 0)
+        fused.update(spec, Buffers(p, g, m, v, v_max), None, scalars(SCALARS, 3), 0)
         # Some ten roundings of the arithmetic, of numbers of size 1 to 10, and one in storing.
-        arithmetic, stored = unit_roundoff(variant.compute_dtype), unit_roundoff(dtype)
+        arithmetic, stored = unit_roundoff(spec.compute_dtype), unit_roundoff(dtype)
         for ours, exact in ((p, theta), (m, first), (v, second), (v_max, largest)):
             bound = (20 * arithmetic + stored) * (exact.abs() + 1)
             assert ((ours.double() - exact).abs() <= bound).all(), length
@@ -112,10 +113,10 @@ def test_the_kernel_is_the_oracle_at_any_length_and_alignment_and_writes_nowhere
 
 
 @pytest.mark.parametrize("rounding", ["master", "stochastic"])
-def test_roundings_are_those_of_the_expression_on_the_cpu(rounding):
-    variant = fused.KernelSpec("cuda", torch.bfloat16, torch.float32, False, "none", rounding)
+def test_rounding_agrees_with_the_expression_on_the_cpu(rounding):
+    spec = KernelSpec("cuda", torch.bfloat16, torch.float32, False, "none", rounding)
     length, seed = 5003, 2**31 - 100  # the hash's counter passes 2³¹ within the buffer
-    here = fused.Buffers(
+    here = Buffers(
         torch.randn(length).bfloat16(),
         torch.randn(length).bfloat16(),
         torch.randn(length),
@@ -124,11 +125,11 @@ def test_roundings_are_those_of_the_expression_on_the_cpu(rounding):
     )
     if rounding == "master":
         here.master_param.copy_(here.param)
-    there = fused.Buffers(**{name: None if t is None else t.to(GPU) for name, t in vars(here).items()})
-    numbers = fused.scalars(SCALARS, 3)
-    fused.update(variant, there, None, numbers, seed)
-    fused._update(variant, *fused._tensors(variant, here, None, numbers, seed))
-    # A last bit of float32 may decide which bfloat16 is taken; two neighbours then, of few elements.
+    there = Buffers(**{name: None if t is None else t.to(GPU) for name, t in vars(here).items()})
+    numbers = scalars(SCALARS, 3)
+    fused.update(spec, there, None, numbers, seed)
+    update_uncompiled(spec, here, None, numbers, seed)
+    # The last bit of float32 may decide between two neighbouring bfloat16; this affects few elements.
     ours, exact = there.param.cpu().float(), here.param.float()
     differ = ours != exact
     assert differ.sum() <= length * 2e-3
@@ -136,14 +137,14 @@ def test_roundings_are_those_of_the_expression_on_the_cpu(rounding):
     torch.testing.assert_close(there.exp_avg.cpu(), here.exp_avg, rtol=2**-21, atol=2**-21)
 
 
-def test_a_factor_on_the_device_multiplies_and_nan_changes_nothing():
-    variant = fused.KernelSpec("cuda", torch.float32, torch.float32, False, "none", "nearest")
-    buffers = fused.Buffers(*(torch.rand(3001, device=GPU) for _ in range(4)))
-    copies = [fused.Buffers(*(t.clone() for t in vars(buffers).values() if t is not None)) for _ in range(3)]
-    numbers = fused.scalars(SCALARS, 5)
-    fused.update(variant, copies[0], torch.tensor(0.25, device=GPU), numbers, 0)
-    fused.update(variant, copies[1], torch.tensor(0.25), numbers, 0)
-    fused.update(variant, copies[2], torch.tensor(float("nan"), device=GPU), numbers, 0)
+def test_grad_scale_on_the_device_multiplies_and_nan_changes_nothing():
+    spec = KernelSpec("cuda", torch.float32, torch.float32, False, "none", "nearest")
+    buffers = Buffers(*(torch.rand(3001, device=GPU) for _ in range(4)))
+    copies = [Buffers(*(t.clone() for t in vars(buffers).values() if t is not None)) for _ in range(3)]
+    numbers = scalars(SCALARS, 5)
+    fused.update(spec, copies[0], torch.tensor(0.25, device=GPU), numbers, 0)
+    fused.update(spec, copies[1], torch.tensor(0.25), numbers, 0)
+    fused.update(spec, copies[2], torch.tensor(float("nan"), device=GPU), numbers, 0)
     assert torch.equal(copies[0].param, copies[1].param)
     assert not torch.equal(copies[0].param, buffers.param)
     for name in ("param", "exp_avg", "exp_avg_sq"):
@@ -154,10 +155,10 @@ def test_elements_beyond_two_to_the_31_are_updated():
     length = 2**31 + 70
     if torch.cuda.mem_get_info()[0] < 5 * 2 * length:
         pytest.skip("needs 22 GB of free GPU memory")
-    variant = fused.KernelSpec("cuda", torch.bfloat16, torch.bfloat16, False, "none", "nearest")
-    buffers = fused.Buffers(*(torch.zeros(length, dtype=torch.bfloat16, device=GPU) for _ in range(4)))
+    spec = KernelSpec("cuda", torch.bfloat16, torch.bfloat16, False, "none", "nearest")
+    buffers = Buffers(*(torch.zeros(length, dtype=torch.bfloat16, device=GPU) for _ in range(4)))
     buffers.grad[-1] = buffers.grad[2**31 - 1] = buffers.grad[0] = 1.0
-    fused.update(variant, buffers, None, fused.scalars(SCALARS, 1), 0)
+    fused.update(spec, buffers, None, scalars(SCALARS, 1), 0)
     assert buffers.param.nonzero().flatten().tolist() == [0, 2**31 - 1, length - 1]
 
 
@@ -177,21 +178,23 @@ def backward(model, seed=0):
 
 @pytest.mark.parametrize("implementation", ["fused", "foreach"])
 @pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1, "amsgrad": True, "maximize": True}], ids=str)
-def test_a_step_never_waits_for_the_device(implementation, options):
+def test_step_does_not_synchronize_with_the_device(implementation, options):
     model = small_model()
     optimizer = Adam(model.parameters(), implementation=implementation, **options)
     for step in range(4):
         optimizer.zero_grad()
         backward(model)
         torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error" if step else "default")  # the first one compiles and lays out
+        torch.cuda.set_sync_debug_mode(
+            "error" if step else "default"
+        )  # the first one compiles and builds the layout
         try:
             optimizer.step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
 
-def test_small_models_are_fused_and_lie_flat():
+def test_small_models_are_fused_and_flat():
     model = small_model()
     optimizer = Adam(model.parameters())
     backward(model)
@@ -205,18 +208,18 @@ def test_small_models_are_fused_and_lie_flat():
             assert tensor.data_ptr() % 16 == 0
 
 
-def test_a_graph_that_would_capture_the_step_is_refused_and_one_that_leaves_it_out_trains():
+def test_graph_capture_of_the_step_is_rejected_and_of_forward_and_backward_trains():
     eager, graphed = small_model(), small_model()
     optimizers = [Adam(model.parameters(), lr=1e-2) for model in (eager, graphed)]
     for model, optimizer in zip((eager, graphed), optimizers, strict=True):
         backward(model)
-        optimizer.step()  # the gradients are where they will stay
+        optimizer.step()  # from now on the gradients keep their memory
     images = torch.zeros(32, 64, device=GPU)
     graph = torch.cuda.CUDAGraph()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     state = {name: value.clone() for name, value in graphed.state_dict().items()}
-    with torch.cuda.stream(side):  # PyTorch's recipe: a few passes on another stream first
+    with torch.cuda.stream(side):  # PyTorch's recipe: warm up on another stream
         for _ in range(3):
             optimizers[1].zero_grad(set_to_none=False)
             graphed(images).square().mean().backward()
@@ -224,7 +227,7 @@ def test_a_graph_that_would_capture_the_step_is_refused_and_one_that_leaves_it_o
     with torch.cuda.graph(graph):
         optimizers[1].zero_grad(set_to_none=False)
         graphed(images).square().mean().backward()
-    graphed.load_state_dict(state)  # batch-norm statistics of before
+    graphed.load_state_dict(state)  # batch-norm statistics from before the warm-up
     for seed in range(3):
         torch.manual_seed(seed)
         batch = torch.randn(32, 64, device=GPU)
@@ -240,7 +243,7 @@ def test_a_graph_that_would_capture_the_step_is_refused_and_one_that_leaves_it_o
         optimizers[1].step()
 
 
-def test_a_state_goes_to_torch_and_back_and_on():
+def test_state_of_torch_loads_and_training_continues():
     model, other = small_model(), small_model()
     ours, theirs = Adam(model.parameters()), torch.optim.Adam(other.parameters(), fused=True)
     for seed in range(3):
@@ -259,7 +262,7 @@ def test_a_state_goes_to_torch_and_back_and_on():
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_parameters_of_another_device_than_the_current_one_are_updated():
+def test_parameters_on_a_device_that_is_not_current_are_updated():
     p = torch.nn.Parameter(torch.ones(5000, device="cuda:1"))
     p.grad = torch.ones_like(p)
     Adam([p], implementation="fused").step()

@@ -1,4 +1,4 @@
-"""Compiles the kernel for GPUs of compute capability 9.0, on any machine; prints what comes of each case as JSON.
+"""Compiles the kernel for GPUs of compute capability 9.0 on any machine; prints the results of all cases as JSON.
 
 python tests/helpers/compiled_ahead.py
 """
@@ -12,16 +12,21 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from hvd_adam.optim import triton_kernel
+from hvd_adam.optim.expression import Buffers, Scalars
 
 HOPPER = GPUTarget("cuda", 90, 32)
 POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-SCALARS = (0.01, 0.1, 0.999, 0.001, 1e-3, 1e-8)
+SCALARS = Scalars(
+    weight_decay=0.01, one_minus_beta1=0.1, beta2=0.999, one_minus_beta2=0.001, step_size=1e-3, eps=1e-8
+)
 
 
 def source(arguments):
-    """What the kernel is compiled from when it is called with these arguments, as Triton itself would have it."""
+    """Returns what Triton would compile when the kernel is called with these arguments, by name."""
     signature, constants, divisible = {}, {}, {}
-    for place, (name, value) in enumerate(zip(triton_kernel.adam.arg_names, arguments, strict=True)):
+    assert arguments.keys() == set(triton_kernel.adam.arg_names)
+    for place, name in enumerate(triton_kernel.adam.arg_names):
+        value = arguments[name]
         if value is None or name.isupper():
             signature[name], constants[place,] = "constexpr", value
         elif isinstance(value, torch.Tensor):
@@ -37,23 +42,28 @@ def source(arguments):
 
 
 def buffers(dtype, moments, amsgrad=False, master=False):
-    """As many as a case has; what is in them does not matter."""
-    made = {"param": dtype, "grad": dtype, "exp_avg": moments, "exp_avg_sq": moments}
-    made |= {"max_exp_avg_sq": moments if amsgrad else None, "master_param": torch.float32 if master else None}
-    return {name: kind and torch.zeros(1024, dtype=kind) for name, kind in made.items()}
+    """Returns the buffers of one case; their values do not matter."""
+    return Buffers(
+        param=torch.zeros(1024, dtype=dtype),
+        grad=torch.zeros(1024, dtype=dtype),
+        exp_avg=torch.zeros(1024, dtype=moments),
+        exp_avg_sq=torch.zeros(1024, dtype=moments),
+        max_exp_avg_sq=torch.zeros(1024, dtype=moments) if amsgrad else None,
+        master_param=torch.zeros(1024, dtype=torch.float32) if master else None,
+    )
 
 
 def compiled(rounding, decay, given, grad_scale=None, elements=1024):
-    """Machine code's size, and which instructions reach memory."""
-    arguments = [*triton_kernel.arguments(rounding, decay, given, grad_scale, SCALARS, 7)]
-    arguments[triton_kernel.adam.arg_names.index("elements")] = elements
+    """Returns the size of the machine code and the instructions that access memory."""
+    arguments = triton_kernel.arguments(rounding, decay, given, grad_scale, SCALARS, seed=7)
+    arguments["elements"] = elements
     kernel = triton.compile(source(arguments), target=HOPPER, options={"num_warps": triton_kernel.WARPS})
-    reached = re.findall(r"(?:ld|st)\.global\S*", kernel.asm["ptx"])
-    return {"bytes": len(kernel.asm["cubin"]), "instructions": sorted(set(reached))}
+    accesses = re.findall(r"(?:ld|st)\.global\S*", kernel.asm["ptx"])
+    return {"bytes": len(kernel.asm["cubin"]), "instructions": sorted(set(accesses))}
 
 
 def main():
-    """Every variant that differs in more than a number."""
+    """Compiles one case of each kind of code and prints the results."""
     single, double, brain, half = torch.float32, torch.float64, torch.bfloat16, torch.float16
     cases = {
         "float32": compiled("nearest", "none", buffers(single, single)),

@@ -1,9 +1,9 @@
-"""A pytest plugin: the kernel for GPUs, run by Triton's interpreter, in place of the one for CPUs.
+"""A pytest plugin: Triton's interpreter runs the kernel for GPUs in place of the one for CPUs.
 
 TRITON_INTERPRET=1 python -m pytest -p helpers.interpreted tests/test_adam.py
 """
 
-from functools import cache
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,13 +12,12 @@ from triton.runtime import interpreter
 
 from hvd_adam.optim import fused
 
-fused._COMPILERS["cpu"] = fused._COMPILERS["cuda"]
-fused._EXAMPLE_ELEMENTS = 5000  # it goes from block to block
-fused._cached = cache(fused._compared)  # nothing of it is kept
+# A short example, since the interpreter runs one block after the other.
+fused.register_backend("cpu", replace(fused.backend("cuda"), example_elements=5000))
 
 
 def convert(values, source, target, _):
-    """The interpreter's own cuts bits off on the way to bfloat16, where GPUs round to nearest even."""
+    """Converts float32 to bfloat16 as GPUs do, to nearest even; the interpreter's own function truncates."""
     if (source, target) == (tl.float32, tl.bfloat16):
         rounded = torch.from_numpy(np.ascontiguousarray(values)).to(torch.bfloat16)
         return rounded.view(torch.int16).numpy().view(np.uint16)
