@@ -150,7 +150,7 @@ def await_end(running: subprocess.Popen, folder: Path) -> None:
 
 def newest_step(folder: Path) -> int:
     """Updates in the newest whole checkpoint; 0 without one."""
-    path, state, _ = storage.newest(folder / "checkpoints")
+    path, state, _ = storage.load_newest(folder / "checkpoints")
     return state["progress"]["step"] if path else 0
 
 

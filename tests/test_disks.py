@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from test_train import checkpoint, events, one_line, succeeded, train
 
-from hvd_adam.checkpoint import storage as checkpoints
+from hvd_adam.checkpoint import storage
 from hvd_adam.training.append_log import AppendLog
 
 # Runs what HOOKS, lines of "PASS CODE", says in a forward pass of training.
@@ -75,6 +75,14 @@ def environment(tmp_path, hooks=""):
     return {**os.environ, "PYTHONPATH": paths, "HOOKS": hooks, "FILLER": str(tmp_path / "disk" / "filler")}
 
 
+def error_after_warnings(done):
+    """Returns the last line of stderr; all lines before it must be warnings."""
+    assert done.returncode == 2, done.stdout + done.stderr
+    *warnings, line = done.stderr.splitlines()
+    assert all(warning.startswith("hvd_adam: warning: ") for warning in warnings), done.stderr
+    return line
+
+
 def test_a_disk_that_fills_up_costs_what_does_not_fit_and_nothing_else(tmp_path):
     plain = environment(tmp_path)
     with small_disk(tmp_path / "disk", "2m") as disk:
@@ -83,15 +91,15 @@ def test_a_disk_that_fills_up_costs_what_does_not_fit_and_nothing_else(tmp_path)
             *OPTIONS, folder=folder, env=environment(tmp_path, "10 fill()\n60 filler.unlink()\n100 fill()")
         )
         last = folder / "checkpoints" / f"step-{STEPS:08d}"
-        line = one_line(ended)
+        line = error_after_warnings(ended)
         assert f"cannot write the checkpoint {last}" in line
         assert "No space left on device" in line
-        assert f"warning: cannot write to {folder}: No space left on device; training goes on" in ended.stdout
+        assert f"warning: cannot write to {folder}: No space left on device; training continues" in ended.stderr
         # What did not fit while the disk was full was written when it no longer was.
         lines = (folder / "metrics.jsonl").read_bytes().splitlines()[:90]
         steps = [event["step"] for event in map(json.loads, lines) if event["event"] == "step"]
         assert steps == list(range(1, len(steps) + 1)) and len(steps) > 60
-        saved = checkpoints.newest(folder / "checkpoints")[1]["progress"]["step"]
+        saved = storage.load_newest(folder / "checkpoints")[1]["progress"]["step"]
         assert 60 <= saved <= 102
         assert checkpoint(folder)["progress"]["step"] == saved
 
@@ -105,7 +113,7 @@ def test_a_disk_that_fills_up_costs_what_does_not_fit_and_nothing_else(tmp_path)
         assert f"cannot write to the run folder {folder} (No space left on device)" in line
         (disk / "filler").unlink()
         done = succeeded(train(*OPTIONS, folder=folder, env=plain))
-        assert f"goes on after {saved} updates" in done.stdout
+        assert f"resuming after {saved} updates" in done.stdout
         assert [event["step"] for event in events(folder, "step")] == list(range(1, STEPS + 1))
         assert events(folder)[-1]["event"] == "end"
 
@@ -124,13 +132,13 @@ def test_a_disk_that_turns_read_only_is_said_and_the_run_goes_on_to_its_end(tmp_
         folder = disk / "run"
         hooks = f"40 Path('{trigger}').write_text('test')"
         ended = train(*OPTIONS, folder=folder, env=environment(tmp_path, hooks))
-        line = one_line(ended)
+        line = error_after_warnings(ended)
         assert f"cannot write the checkpoint {folder}/checkpoints/step-{STEPS:08d}" in line
         assert "Read-only file system" in line
-        assert f"warning: cannot write to {folder}: Read-only file system; training goes on" in ended.stdout
+        assert f"warning: cannot write to {folder}: Read-only file system; training continues" in ended.stderr
         assert f"step {STEPS}/{STEPS}" in ended.stdout
     with mounted(tmp_path / "again", "-o", "loop", str(image)) as disk:
-        found, state, damaged = checkpoints.newest(disk / "run" / "checkpoints")
+        found, state, damaged = storage.load_newest(disk / "run" / "checkpoints")
         assert (found.name, damaged) == (f"step-{state['progress']['step']:08d}", [])
         assert 36 <= state["progress"]["step"] <= 39
 

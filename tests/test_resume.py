@@ -107,7 +107,7 @@ def test_stopped_by_a_signal_and_killed_it_ends_bit_for_bit_as_undisturbed(place
     killed = start(place, f"{case}-b", *argv, stop=f"SIGKILL:{ranks - 1}:15", **common)
     assert killed.returncode != 0
     done = succeeded(start(place, f"{case}-b", *argv, **common))
-    assert "goes on after 15 updates" in done.stdout
+    assert "resuming after 15 updates" in done.stdout
     assert_same_end(place, f"{case}-a", f"{case}-b")
 
 
@@ -140,7 +140,7 @@ def test_a_preempted_run_ends_with_75_and_metrics_go_on_as_if_nothing_had_happen
     assert [event["step"] for event in events(place / "75", "step")] == list(range(4, STEPS + 1, 4))
     before = (place / "75" / "checkpoints" / "latest").read_text()
     again = succeeded(start(place, "75", ranks=0))  # there is nothing left to do
-    assert "goes on after 24 updates" in again.stdout
+    assert "resuming after 24 updates" in again.stdout
     assert (place / "75" / "checkpoints" / "latest").read_text() == before
     assert len(events(place / "75", "eval")) == 4
 
@@ -199,7 +199,7 @@ def test_a_signal_to_the_launcher_reaches_the_ranks_and_75_comes_back(script, nu
         output = running.communicate(timeout=60)[0]
     assert running.returncode == 75, output
     assert checkpoint(folder)["progress"]["step"] >= 10
-    assert "the same command goes on" in output
+    assert "the same command resumes the run" in output
 
 
 def test_a_second_signal_ends_it_at_once(tmp_path):
@@ -226,7 +226,7 @@ def test_a_second_signal_ends_it_at_once(tmp_path):
         (["--model", "mlp"], "--model is mlp, but mine:build in checkpoint"),
         (["--global-batch-size", "64"], "an update has 64 images, but 32 in checkpoint"),
         (["--resume", "never"], "holds a run already"),
-        (["--resume", "data"], "holds a run that did not begin from data"),
+        (["--resume", "data"], "holds a run that did not start from data"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused_by_the_first_difference(argv, message, place):
@@ -251,12 +251,12 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_taken(place):
     (newest.parent / "latest").write_text("../../elsewhere\n")
     (newest.parent / "best").write_bytes(b"\xff\0")
     done = succeeded(start(place, "damaged", ranks=0))
-    assert f"warning: checkpoint {newest} is damaged: state.pt does not match its checksum" in done.stdout
-    assert "goes on after 12 updates" in done.stdout or "goes on after 10 updates" in done.stdout
+    assert f"warning: checkpoint {newest} is damaged: state.pt does not match its checksum" in done.stderr
+    assert "resuming after 12 updates" in done.stdout or "resuming after 10 updates" in done.stdout
     for part in (place / "damaged" / "checkpoints").glob("step-*/manifest.json"):
         part.write_bytes(part.read_bytes().replace(b"step", b"stEp", 1))
     line = one_line(start(place, "damaged", "--epochs", 5, ranks=0))
-    assert f"no checkpoint of {place / 'damaged'} is whole: checkpoint" in line
+    assert f"{place / 'damaged'} has no intact checkpoint: checkpoint" in line
     assert "manifest.json does not match its checksum" in line
 
 
@@ -288,7 +288,7 @@ def test_a_disk_that_is_full_for_a_while_costs_the_checkpoints_of_that_while_onl
     failed = [event["reason"] for event in events(place / "full", "checkpoint_failed")]
     assert failed
     assert all("cannot write the checkpoint" in reason for reason in failed)
-    assert done.stdout.count("; training goes on") == len(failed)
+    assert done.stderr.count("; training continues") == len(failed)
     names = {path.name for path in (place / "full" / "checkpoints").glob("step-*")}
     assert {"step-00000003", "step-00000018", "step-00000024"} <= names
     assert "step-00000009" not in names  # which is written before the twelfth update; later ones may come late

@@ -64,15 +64,16 @@ def test_a_second_job_waits_for_the_first_and_goes_on_or_is_refused(tmp_path):
         refused = train(*OPTIONS, folder=folder, env={**environ, "WAIT": "0.5"})
         owner = f"process {first.pid} on {socket.gethostname()}"
         line = one_line(refused)
-        assert f"another job writes to {folder}, {owner}: end it, or choose another --output-dir" in line
+        assert f"another job writes to {folder}: {owner}; end it, or choose another --output-dir" in line
         assert (folder / "metrics.jsonl").read_bytes() == before
 
         with running(command, env=environ) as second:
-            assert second.stdout.readline() == f"waits up to 60 s for another job in {folder}: {owner}\n"
+            waiting = f"waiting up to 60 s for the job that holds the lock of {folder}: {owner}\n"
+            assert second.stdout.readline() == waiting
             first.kill()
             output = second.communicate(timeout=100)[0]
         assert second.returncode == 0, output
-    assert "goes on after 2 updates" in output or "goes on after 4 updates" in output
+    assert "resuming after 2 updates" in output or "resuming after 4 updates" in output
     assert [event["step"] for event in events(folder, "step")] == [1, 2, 3, 4, 5, 6]
     assert checkpoint(folder)["progress"]["step"] == 6
 
@@ -80,15 +81,17 @@ def test_a_second_job_waits_for_the_first_and_goes_on_or_is_refused(tmp_path):
 CLAIM = """
 import os, sys, time
 from pathlib import Path
-from hvd_adam.recovery import preemption
-from hvd_adam.training import run_dir
+from hvd_adam import log
 from hvd_adam.distributed.context import Cluster
 from hvd_adam.errors import Preempted
+from hvd_adam.recovery import preemption
+from hvd_adam.training import run_dir
 
+log.setup()
 folder, run_dir.WAIT_SECONDS = Path(sys.argv[1]), float(sys.argv[2])
 preemption.Preemption(Cluster(0, 1, 0, 1, 0, 1, None, "none"), None)
 try:
-    run_dir.claim(folder)
+    run_dir.lock(folder)
 except Preempted:
     sys.exit(75)
 print("claimed", flush=True)
@@ -98,7 +101,7 @@ STAY = "time.sleep(99)"
 FORK_AND_CLAIM_ANEW = f"""
 if os.fork() == 0:
     os.close(1), time.sleep(8), os._exit(0)
-run_dir.claim(folder.parent / "link")
+run_dir.lock(folder.parent / "link")
 print("again", flush=True)
 {STAY}
 """
@@ -113,7 +116,7 @@ def may_claim(folder):
     """Whether another process may."""
     with claiming(folder) as process:
         words = process.communicate(timeout=60)[0]
-    assert words == "claimed\n" if process.returncode == 0 else words.startswith("waits up to 0.2 s")
+    assert words == "claimed\n" if process.returncode == 0 else words.startswith("waiting up to 0.2 s")
     return process.returncode == 0
 
 
@@ -131,20 +134,20 @@ def test_a_job_that_waits_can_be_stopped(tmp_path):
     with claiming(tmp_path, STAY) as first:
         assert first.stdout.readline() == "claimed\n"
         with claiming(tmp_path, seconds=60) as second:
-            assert second.stdout.readline().startswith("waits up to 60 s")
+            assert second.stdout.readline().startswith("waiting up to 60 s")
             second.send_signal(signal.SIGTERM)
             assert second.wait(timeout=30) == 75
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO])
-def test_without_locks_it_goes_on_and_says_so(number, tmp_path, monkeypatch, capsys):
+def test_without_locks_it_goes_on_and_says_so(number, tmp_path, monkeypatch, caplog):
     def refuse(*_):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
     if number == errno.EIO:
         with pytest.raises(OSError, match=os.strerror(number)):
-            run_dir.claim(tmp_path)
+            run_dir.lock(tmp_path)
     else:
-        run_dir.claim(tmp_path)
-        assert "cannot be locked: let no other job write to it" in capsys.readouterr().out
+        run_dir.lock(tmp_path)
+        assert "does not support locks: let no other job write to the folder" in caplog.text

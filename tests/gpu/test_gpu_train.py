@@ -77,16 +77,16 @@ def test_no_update_of_the_training_loop_waits_for_the_device(cluster):
     def updating(*arguments):
         update(*arguments)
         # The first ones compile, and lay out. From then on neither the update nor its batch may wait.
-        torch.cuda.set_sync_debug_mode("error" if trainer.step > 3 else "default")
+        torch.cuda.set_sync_debug_mode("error" if trainer.progress.step > 3 else "default")
 
-    def evaluating(epoch):
+    def evaluating():
         torch.cuda.set_sync_debug_mode("default")
-        assert trainer.step > 10
-        return evaluate(epoch)
+        assert trainer.progress.step > 10
+        return evaluate()
 
     trainer._update, trainer._evaluate = updating, evaluating
     trainer.run()
-    assert trainer.scores is not None
+    assert trainer.progress.scores is not None
 
 
 def test_the_doctor_finds_gpu_driver_and_nccl_well():
