@@ -1,7 +1,8 @@
-"""Checkpoints by themselves: whole or not at all, whatever happens to their files.
+"""Checkpoints are complete or absent, whatever happens to their files.
 
-Hazards: a damaged one that is loaded, or hides a whole one; a pointer that leads elsewhere; one that is lost while
-it is replaced; a write that fails and is not said, or spoils what was there; what killed processes leave piles up.
+Hazards: a damaged checkpoint that is loaded, or hides an intact one; `latest` or `best` that name a path
+elsewhere; a checkpoint that is lost while it is replaced; a failed write that is not reported, or damages
+earlier checkpoints; files of killed processes that accumulate.
 """
 
 import shutil
@@ -14,7 +15,7 @@ from hvd_adam.checkpoint.manager import CheckpointManager
 from hvd_adam.errors import UserError
 
 
-def states(folder, *steps):
+def save_steps(folder, *steps):
     for step in steps:
         storage.save(folder, step, {"model": {"weight": torch.full((1000,), float(step))}})
 
@@ -25,9 +26,9 @@ def cut(length):
 
 def flip(place):
     def damage(path):
-        whole = bytearray(path.read_bytes())
-        whole[place % len(whole)] ^= 1 << place % 8
-        path.write_bytes(whole)
+        content = bytearray(path.read_bytes())
+        content[place % len(content)] ^= 1 << place % 8
+        path.write_bytes(content)
 
     return damage
 
@@ -58,8 +59,8 @@ DAMAGES = {
 
 @pytest.mark.parametrize("part", ["state.pt", "manifest.json"])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_every_damage_is_detected_and_the_newest_whole_one_found(part, damage, tmp_path):
-    states(tmp_path, 1, 20)
+def test_every_damage_is_detected_and_the_newest_intact_checkpoint_is_loaded(part, damage, tmp_path):
+    save_steps(tmp_path, 1, 20)
     newest = tmp_path / "step-00000020"
     DAMAGES[damage](newest / part)
     if (part, damage) == ("manifest.json", "the older one's"):
@@ -80,12 +81,12 @@ def refused(path):
     return str(error.value)
 
 
-def test_every_byte_of_the_manifest_counts(tmp_path):
-    states(tmp_path, 3)
+def test_a_change_of_any_byte_of_the_manifest_is_detected(tmp_path):
+    save_steps(tmp_path, 3)
     manifest = tmp_path / "step-00000003" / "manifest.json"
-    whole = manifest.read_bytes()
-    for place in range(len(whole)):
-        manifest.write_bytes(whole)
+    content = manifest.read_bytes()
+    for place in range(len(content)):
+        manifest.write_bytes(content)
         flip(place)(manifest)
         refused(tmp_path)
 
@@ -104,10 +105,10 @@ POINTERS = [
 
 @pytest.mark.parametrize("name", ["latest", "best"])
 @pytest.mark.parametrize("text", POINTERS)
-def test_a_pointer_leads_to_a_checkpoint_beside_it_or_is_refused_and_a_resume_needs_none(name, text, tmp_path):
-    states(tmp_path / "elsewhere", 20)
+def test_a_pointer_names_a_checkpoint_in_its_folder_or_is_refused_and_resume_needs_none(name, text, tmp_path):
+    save_steps(tmp_path / "elsewhere", 20)
     folder = tmp_path / "checkpoints"
-    states(folder, 1, 20)
+    save_steps(folder, 1, 20)
     (folder / "best").write_text("step-00000001\n")
     assert storage.load(folder / name)["model"]["weight"][0] == (20 if name == "latest" else 1)
     (folder / name).write_bytes(text)
@@ -122,8 +123,8 @@ def test_a_pointer_leads_to_a_checkpoint_beside_it_or_is_refused_and_a_resume_ne
     assert "no checkpoint in" in refused(folder / name)
 
 
-def test_one_that_was_being_replaced_is_not_lost(tmp_path):
-    states(tmp_path, 1, 20)
+def test_a_checkpoint_is_not_lost_while_it_is_replaced(tmp_path):
+    save_steps(tmp_path, 1, 20)
     (tmp_path / "step-00000020").rename(tmp_path / ".step-00000020.old")
     (tmp_path / ".step-00000020.123").mkdir()
     assert storage.load_newest(tmp_path)[0].name == "step-00000020"
@@ -131,7 +132,7 @@ def test_one_that_was_being_replaced_is_not_lost(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"step-00000001", "step-00000020", "latest"}
 
 
-def test_the_newest_and_the_best_are_kept(tmp_path):
+def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path):
     (tmp_path / ".step-00000007.123").mkdir()  # of a killed process
     manager = CheckpointManager(tmp_path, keep=2)
     for step in range(1, 7):
@@ -149,7 +150,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert storage.load_newest(tmp_path)[0].name == "step-00000006"
 
 
-def test_a_write_that_fails_is_said_and_the_next_one_works(tmp_path):
+def test_a_failed_write_is_reported_and_the_next_one_succeeds(tmp_path):
     manager = CheckpointManager(tmp_path / "run", keep=2)
     (tmp_path / "run").write_text("")
     manager.save(1, {"model": 1})

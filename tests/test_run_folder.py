@@ -1,8 +1,8 @@
-"""Two jobs at once in one run folder: the second waits for the first, or is refused.
+"""Two jobs with one run folder: the second waits for the first, or is refused.
 
-Hazards: two jobs that write the same checkpoints; a lock that outlives its process, or is lost while it lives
-(another descriptor closed, a process forked); a job that waits for ever, or in silence, or cannot be stopped; a
-file system without locks.
+Hazards: two jobs that write the same checkpoints; a lock that outlives its process, or is lost while the process
+runs (another descriptor closed, a process forked); a job that waits forever, or without a message, or cannot be
+stopped; a file system without locks.
 """
 
 import errno
@@ -19,7 +19,7 @@ from test_train import checkpoint, events, one_line, train
 
 from hvd_adam.training import run_dir
 
-# Stops for good in its fifth forward pass of training, if told so; may shorten the wait for another job.
+# With STOP, stops its process in the fifth training forward pass. WAIT sets the seconds to wait for another job.
 MODEL = """
 import os, signal
 import torch
@@ -44,7 +44,7 @@ OPTIONS = "--model mine:build --max-steps 6 --checkpoint-every 2 --log-every 1".
 
 @contextmanager
 def running(command, **options):
-    """A process whose lines can be read, and which the block's end kills."""
+    """Yields a process with readable stdout, and kills it at the end of the block."""
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options) as process:
         try:
             yield process
@@ -52,13 +52,13 @@ def running(command, **options):
             process.kill()
 
 
-def test_a_second_job_waits_for_the_first_and_goes_on_or_is_refused(tmp_path):
+def test_a_second_job_waits_for_the_first_and_resumes_or_is_refused(tmp_path):
     (tmp_path / "mine.py").write_text(MODEL)
     folder = tmp_path / "run"
     environ = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
     command = [sys.executable, "-m", "hvd_adam.train", *OPTIONS, "--output-dir", str(folder)]
     with running(command, env={**environ, "STOP": "1"}) as first:
-        os.waitid(os.P_PID, first.pid, os.WSTOPPED | os.WNOWAIT)  # the checkpoint of update 2 is written
+        os.waitid(os.P_PID, first.pid, os.WSTOPPED | os.WNOWAIT)  # by now the checkpoint of update 2 is written
         before = (folder / "metrics.jsonl").read_bytes()
 
         refused = train(*OPTIONS, folder=folder, env={**environ, "WAIT": "0.5"})
@@ -78,7 +78,7 @@ def test_a_second_job_waits_for_the_first_and_goes_on_or_is_refused(tmp_path):
     assert checkpoint(folder)["progress"]["step"] == 6
 
 
-CLAIM = """
+LOCK = """
 import os, sys, time
 from pathlib import Path
 from hvd_adam import log
@@ -94,11 +94,11 @@ try:
     run_dir.lock(folder)
 except Preempted:
     sys.exit(75)
-print("claimed", flush=True)
+print("locked", flush=True)
 """
 STAY = "time.sleep(99)"
-# What it forks outlives it; and it claims the folder anew, under another name of it.
-FORK_AND_CLAIM_ANEW = f"""
+# Forks a process that outlives it, and locks the folder again through a symbolic link.
+FORK_AND_LOCK_AGAIN = f"""
 if os.fork() == 0:
     os.close(1), time.sleep(8), os._exit(0)
 run_dir.lock(folder.parent / "link")
@@ -107,40 +107,40 @@ print("again", flush=True)
 """
 
 
-def claiming(folder, then="", seconds=0.2):
-    """A process that waits so long for the folder, says that it has it, and goes on."""
-    return running([sys.executable, "-c", CLAIM + then, str(folder), str(seconds)])
+def locking(folder, then="", seconds=0.2):
+    """A process that waits up to `seconds` for the lock, prints "locked" and runs the code `then`."""
+    return running([sys.executable, "-c", LOCK + then, str(folder), str(seconds)])
 
 
-def may_claim(folder):
-    """Whether another process may."""
-    with claiming(folder) as process:
-        words = process.communicate(timeout=60)[0]
-    assert words == "claimed\n" if process.returncode == 0 else words.startswith("waiting up to 0.2 s")
+def can_lock(folder):
+    """Returns whether another process can lock the folder."""
+    with locking(folder) as process:
+        output = process.communicate(timeout=60)[0]
+    assert output == "locked\n" if process.returncode == 0 else output.startswith("waiting up to 0.2 s")
     return process.returncode == 0
 
 
-def test_a_claim_lasts_as_long_as_its_process_and_no_longer(tmp_path):
+def test_a_lock_lasts_exactly_as_long_as_its_process(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     (tmp_path / "link").symlink_to("run")
-    with claiming(folder, FORK_AND_CLAIM_ANEW) as process:
-        assert [process.stdout.readline() for _ in range(2)] == ["claimed\n", "again\n"]
-        assert not may_claim(folder)
-    assert may_claim(folder)
+    with locking(folder, FORK_AND_LOCK_AGAIN) as process:
+        assert [process.stdout.readline() for _ in range(2)] == ["locked\n", "again\n"]
+        assert not can_lock(folder)
+    assert can_lock(folder)
 
 
-def test_a_job_that_waits_can_be_stopped(tmp_path):
-    with claiming(tmp_path, STAY) as first:
-        assert first.stdout.readline() == "claimed\n"
-        with claiming(tmp_path, seconds=60) as second:
+def test_a_waiting_job_can_be_stopped(tmp_path):
+    with locking(tmp_path, STAY) as first:
+        assert first.stdout.readline() == "locked\n"
+        with locking(tmp_path, seconds=60) as second:
             assert second.stdout.readline().startswith("waiting up to 60 s")
             second.send_signal(signal.SIGTERM)
             assert second.wait(timeout=30) == 75
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO])
-def test_without_locks_it_goes_on_and_says_so(number, tmp_path, monkeypatch, caplog):
+def test_a_file_system_without_locks_gives_a_warning(number, tmp_path, monkeypatch, caplog):
     def refuse(*_):
         raise OSError(number, os.strerror(number))
 
