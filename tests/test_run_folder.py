@@ -102,7 +102,7 @@ FORK_AND_LOCK_AGAIN = f"""
 if os.fork() == 0:
     os.close(1), time.sleep(8), os._exit(0)
 run_dir.lock(folder.parent / "link")
-print("again", flush=True)
+print("locked again", flush=True)
 {STAY}
 """
 
@@ -125,7 +125,7 @@ def test_a_lock_lasts_exactly_as_long_as_its_process(tmp_path):
     folder.mkdir()
     (tmp_path / "link").symlink_to("run")
     with locking(folder, FORK_AND_LOCK_AGAIN) as process:
-        assert [process.stdout.readline() for _ in range(2)] == ["locked\n", "again\n"]
+        assert [process.stdout.readline() for _ in range(2)] == ["locked\n", "locked again\n"]
         assert not can_lock(folder)
     assert can_lock(folder)
 
