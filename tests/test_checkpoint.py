@@ -159,3 +159,25 @@ def test_a_failed_write_is_reported_and_the_next_one_succeeds(tmp_path):
     (tmp_path / "run").unlink()
     manager.save(2, {"model": 2})
     assert manager.result(wait=True).name == "step-00000002"
+
+
+def test_save_copies_the_state_and_reports_a_failure_of_the_previous_write(tmp_path):
+    weight = torch.ones(3)
+    manager = CheckpointManager(tmp_path / "run", keep=2)
+    manager.save(1, {"weight": weight})
+    weight.zero_()
+    assert torch.equal(storage.load(manager.result(wait=True))["weight"], torch.ones(3))
+    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "run").write_text("")
+    manager.save(2, {"weight": weight})
+    with pytest.raises(UserError, match="cannot write the checkpoint"):
+        manager.save(3, {"weight": weight})
+
+
+def test_a_manager_without_a_folder_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    manager = CheckpointManager(None, keep=2)
+    manager.save(1, {"weight": 1})
+    assert manager.result(wait=True) is None
+    manager.close()
+    assert list(tmp_path.iterdir()) == []

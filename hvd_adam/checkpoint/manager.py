@@ -1,4 +1,13 @@
-"""`CheckpointManager`: writes checkpoints in the background while training continues."""
+"""`CheckpointManager`: writes checkpoints in the background while training continues.
+
+    checkpoints = CheckpointManager(folder if cluster.rank == 0 else None, keep=3)
+    checkpoints.save(step, {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    ...
+    checkpoints.result(wait=True)   # raises an error if the last checkpoint could not be written
+    checkpoints.close()
+
+`storage.load_newest` loads the newest intact checkpoint.
+"""
 
 from __future__ import annotations
 
