@@ -20,6 +20,7 @@ from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_ty
 
 import jsonargparse
 
+from hvd_adam import log
 from hvd_adam.distributed.context import current_rank
 from hvd_adam.distributed.launch_env import detect_launcher
 from hvd_adam.errors import CollectiveError, JobError, Preempted, RankError, UserError
@@ -43,6 +44,7 @@ def run(
         name: as in `python -m name`.
         argv: the arguments; those of this process by default.
     """
+    log.setup()
     try:
         main(parse(config, name, argv))
     except UserError as error:

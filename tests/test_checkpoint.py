@@ -1,7 +1,8 @@
-"""Checkpoints by themselves: whole or not at all, whatever happens to their files.
+"""Checkpoints are complete or absent, whatever happens to their files.
 
-Hazards: a damaged one that is loaded, or hides a whole one; a pointer that leads elsewhere; one that is lost while
-it is replaced; a write that fails and is not said, or spoils what was there; what killed processes leave piles up.
+Hazards: a damaged checkpoint that is loaded, or hides an intact one; `latest` or `best` that name a path
+elsewhere; a checkpoint that is lost while it is replaced; a failed write that is not reported, or damages
+earlier checkpoints; files of killed processes that accumulate.
 """
 
 import shutil
@@ -9,13 +10,14 @@ import shutil
 import pytest
 import torch
 
-from hvd_adam.checkpoint import storage as checkpoints
+from hvd_adam.checkpoint import storage
+from hvd_adam.checkpoint.manager import CheckpointManager
 from hvd_adam.errors import UserError
 
 
-def states(folder, *steps):
+def save_steps(folder, *steps):
     for step in steps:
-        checkpoints.save(folder, step, {"model": {"weight": torch.full((1000,), float(step))}})
+        storage.save(folder, step, {"model": {"weight": torch.full((1000,), float(step))}})
 
 
 def cut(length):
@@ -24,9 +26,9 @@ def cut(length):
 
 def flip(place):
     def damage(path):
-        whole = bytearray(path.read_bytes())
-        whole[place % len(whole)] ^= 1 << place % 8
-        path.write_bytes(whole)
+        content = bytearray(path.read_bytes())
+        content[place % len(content)] ^= 1 << place % 8
+        path.write_bytes(content)
 
     return damage
 
@@ -57,15 +59,15 @@ DAMAGES = {
 
 @pytest.mark.parametrize("part", ["state.pt", "manifest.json"])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_every_damage_is_detected_and_the_newest_whole_one_found(part, damage, tmp_path):
-    states(tmp_path, 1, 20)
+def test_every_damage_is_detected_and_the_newest_intact_checkpoint_is_loaded(part, damage, tmp_path):
+    save_steps(tmp_path, 1, 20)
     newest = tmp_path / "step-00000020"
     DAMAGES[damage](newest / part)
     if (part, damage) == ("manifest.json", "the older one's"):
         assert "state.pt does not match its checksum" in refused(newest)
     for place in (newest, newest / "state.pt", tmp_path, tmp_path / "latest"):
         assert "step-00000020" in refused(place) or "no checkpoint in" in refused(place)
-    found, state, damaged = checkpoints.newest(tmp_path)
+    found, state, damaged = storage.load_newest(tmp_path)
     assert found.name == "step-00000001"
     assert torch.equal(state["model"]["weight"], torch.ones(1000))
     assert len(damaged) == 1
@@ -74,17 +76,17 @@ def test_every_damage_is_detected_and_the_newest_whole_one_found(part, damage, t
 
 def refused(path):
     with pytest.raises(UserError) as error:
-        checkpoints.load(path)
+        storage.load(path)
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
-def test_every_byte_of_the_manifest_counts(tmp_path):
-    states(tmp_path, 3)
+def test_a_change_of_any_byte_of_the_manifest_is_detected(tmp_path):
+    save_steps(tmp_path, 3)
     manifest = tmp_path / "step-00000003" / "manifest.json"
-    whole = manifest.read_bytes()
-    for place in range(len(whole)):
-        manifest.write_bytes(whole)
+    content = manifest.read_bytes()
+    for place in range(len(content)):
+        manifest.write_bytes(content)
         flip(place)(manifest)
         refused(tmp_path)
 
@@ -103,40 +105,40 @@ POINTERS = [
 
 @pytest.mark.parametrize("name", ["latest", "best"])
 @pytest.mark.parametrize("text", POINTERS)
-def test_a_pointer_leads_to_a_checkpoint_beside_it_or_is_refused_and_a_resume_needs_none(name, text, tmp_path):
-    states(tmp_path / "elsewhere", 20)
+def test_a_pointer_names_a_checkpoint_in_its_folder_or_is_refused_and_resume_needs_none(name, text, tmp_path):
+    save_steps(tmp_path / "elsewhere", 20)
     folder = tmp_path / "checkpoints"
-    states(folder, 1, 20)
+    save_steps(folder, 1, 20)
     (folder / "best").write_text("step-00000001\n")
-    assert checkpoints.load(folder / name)["model"]["weight"][0] == (20 if name == "latest" else 1)
+    assert storage.load(folder / name)["model"]["weight"][0] == (20 if name == "latest" else 1)
     (folder / name).write_bytes(text)
     for place in [folder / name, *((folder, tmp_path) if name == "latest" else ())]:
         assert str(folder) in refused(place)
-    assert checkpoints.newest(folder)[0].name == "step-00000020"
-    writer = checkpoints.Writer(folder, keep=2)
-    writer.write(21, {"model": 21})
-    assert writer.take(wait=True) == checkpoints.newest(folder)[0]
+    assert storage.load_newest(folder)[0].name == "step-00000020"
+    manager = CheckpointManager(folder, keep=2)
+    manager.save(21, {"model": 21})
+    assert manager.result(wait=True) == storage.load_newest(folder)[0]
     assert (folder / "latest").read_text() == "step-00000021\n"
     (folder / name).unlink()
     assert "no checkpoint in" in refused(folder / name)
 
 
-def test_one_that_was_being_replaced_is_not_lost(tmp_path):
-    states(tmp_path, 1, 20)
+def test_a_checkpoint_is_not_lost_while_it_is_replaced(tmp_path):
+    save_steps(tmp_path, 1, 20)
     (tmp_path / "step-00000020").rename(tmp_path / ".step-00000020.old")
     (tmp_path / ".step-00000020.123").mkdir()
-    assert checkpoints.newest(tmp_path)[0].name == "step-00000020"
-    checkpoints.Writer(tmp_path, keep=1)
+    assert storage.load_newest(tmp_path)[0].name == "step-00000020"
+    CheckpointManager(tmp_path, keep=1)
     assert {path.name for path in tmp_path.iterdir()} == {"step-00000001", "step-00000020", "latest"}
 
 
-def test_the_newest_and_the_best_are_kept(tmp_path):
+def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path):
     (tmp_path / ".step-00000007.123").mkdir()  # of a killed process
-    writer = checkpoints.Writer(tmp_path, keep=2)
+    manager = CheckpointManager(tmp_path, keep=2)
     for step in range(1, 7):
-        writer.write(step, {"model": step}, best=step == 2)
-        assert writer.take(wait=True).name == f"step-{step:08d}"
-        assert writer.take(wait=True) is None
+        manager.save(step, {"model": step}, best=step == 2)
+        assert manager.result(wait=True).name == f"step-{step:08d}"
+        assert manager.result(wait=True) is None
     assert {path.name for path in tmp_path.iterdir()} == {
         "step-00000002",
         "step-00000005",
@@ -145,15 +147,37 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
         "best",
     }
     assert (tmp_path / "best").read_text() == "step-00000002\n"
-    assert checkpoints.newest(tmp_path)[0].name == "step-00000006"
+    assert storage.load_newest(tmp_path)[0].name == "step-00000006"
 
 
-def test_a_write_that_fails_is_said_and_the_next_one_works(tmp_path):
-    writer = checkpoints.Writer(tmp_path / "run", keep=2)
+def test_a_failed_write_is_reported_and_the_next_one_succeeds(tmp_path):
+    manager = CheckpointManager(tmp_path / "run", keep=2)
     (tmp_path / "run").write_text("")
-    writer.write(1, {"model": 1})
+    manager.save(1, {"model": 1})
     with pytest.raises(UserError, match="cannot write the checkpoint"):
-        writer.take(wait=True)
+        manager.result(wait=True)
     (tmp_path / "run").unlink()
-    writer.write(2, {"model": 2})
-    assert writer.take(wait=True).name == "step-00000002"
+    manager.save(2, {"model": 2})
+    assert manager.result(wait=True).name == "step-00000002"
+
+
+def test_save_copies_the_state_and_reports_a_failure_of_the_previous_write(tmp_path):
+    weight = torch.ones(3)
+    manager = CheckpointManager(tmp_path / "run", keep=2)
+    manager.save(1, {"weight": weight})
+    weight.zero_()
+    assert torch.equal(storage.load(manager.result(wait=True))["weight"], torch.ones(3))
+    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "run").write_text("")
+    manager.save(2, {"weight": weight})
+    with pytest.raises(UserError, match="cannot write the checkpoint"):
+        manager.save(3, {"weight": weight})
+
+
+def test_a_manager_without_a_folder_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    manager = CheckpointManager(None, keep=2)
+    manager.save(1, {"weight": 1})
+    assert manager.result(wait=True) is None
+    manager.close()
+    assert list(tmp_path.iterdir()) == []

@@ -1,8 +1,8 @@
-"""Disks that fill up or turn read-only before or during a run: real ones, mounted for the test, which needs root.
+"""Disks that become full or read-only before or during a run. The tests mount real file systems and need root.
 
-Hazards: a traceback instead of one line; a run that ends because a line of metrics does not fit; metrics that are
-lost for good; a whole checkpoint that is spoilt by one that fails; a last checkpoint that fails and is not said; a
-folder that cannot be written, or has just been, and is not refused before the training.
+Hazards: a traceback instead of one line; a run that ends because a line of metrics does not fit; metrics that
+are lost; an intact checkpoint that is damaged by a failed write; a failed last checkpoint that is not reported;
+a folder that cannot be written to and is not refused before training starts.
 """
 
 import json
@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from helpers.training_runs import checkpoint, events, one_line, succeeded, train
 
-from hvd_adam.checkpoint import storage as checkpoints
+from hvd_adam.checkpoint import storage
 from hvd_adam.training.append_log import AppendLog
 
-# Runs what HOOKS, lines of "PASS CODE", says in a forward pass of training.
+# HOOKS has lines of "PASS CODE"; the model runs the code in that training forward pass.
 MODEL = """
 import os, torch
 from pathlib import Path
@@ -52,7 +52,7 @@ OPTIONS = f"--model mine:build --epochs 3 --max-steps {STEPS} --checkpoint-every
 
 @contextmanager
 def mounted(folder, *arguments):
-    """Something mounted on a new folder; skips the test where this is not allowed."""
+    """Mounts a file system on a new folder; skips the test if mounting is not allowed."""
     folder.mkdir()
     done = subprocess.run(["mount", *arguments, str(folder)], capture_output=True, text=True)
     if done.returncode:
@@ -75,7 +75,15 @@ def environment(tmp_path, hooks=""):
     return {**os.environ, "PYTHONPATH": paths, "HOOKS": hooks, "FILLER": str(tmp_path / "disk" / "filler")}
 
 
-def test_a_disk_that_fills_up_costs_what_does_not_fit_and_nothing_else(tmp_path):
+def error_after_warnings(done):
+    """Returns the last line of stderr; all lines before it must be warnings."""
+    assert done.returncode == 2, done.stdout + done.stderr
+    *warnings, line = done.stderr.splitlines()
+    assert all(warning.startswith("hvd_adam: warning: ") for warning in warnings), done.stderr
+    return line
+
+
+def test_a_full_disk_loses_only_the_checkpoints_that_do_not_fit(tmp_path):
     plain = environment(tmp_path)
     with small_disk(tmp_path / "disk", "2m") as disk:
         folder = disk / "run"
@@ -83,15 +91,15 @@ def test_a_disk_that_fills_up_costs_what_does_not_fit_and_nothing_else(tmp_path)
             *OPTIONS, folder=folder, env=environment(tmp_path, "10 fill()\n60 filler.unlink()\n100 fill()")
         )
         last = folder / "checkpoints" / f"step-{STEPS:08d}"
-        line = one_line(ended)
+        line = error_after_warnings(ended)
         assert f"cannot write the checkpoint {last}" in line
         assert "No space left on device" in line
-        assert f"warning: cannot write to {folder}: No space left on device; training goes on" in ended.stdout
-        # What did not fit while the disk was full was written when it no longer was.
+        assert f"warning: cannot write to {folder}: No space left on device; training continues" in ended.stderr
+        # Metrics that did not fit were written once there was space again.
         lines = (folder / "metrics.jsonl").read_bytes().splitlines()[:90]
         steps = [event["step"] for event in map(json.loads, lines) if event["event"] == "step"]
         assert steps == list(range(1, len(steps) + 1)) and len(steps) > 60
-        saved = checkpoints.newest(folder / "checkpoints")[1]["progress"]["step"]
+        saved = storage.load_newest(folder / "checkpoints")[1]["progress"]["step"]
         assert 60 <= saved <= 102
         assert checkpoint(folder)["progress"]["step"] == saved
 
@@ -105,12 +113,12 @@ def test_a_disk_that_fills_up_costs_what_does_not_fit_and_nothing_else(tmp_path)
         assert f"cannot write to the run folder {folder} (No space left on device)" in line
         (disk / "filler").unlink()
         done = succeeded(train(*OPTIONS, folder=folder, env=plain))
-        assert f"goes on after {saved} updates" in done.stdout
+        assert f"resuming after {saved} updates" in done.stdout
         assert [event["step"] for event in events(folder, "step")] == list(range(1, STEPS + 1))
         assert events(folder)[-1]["event"] == "end"
 
 
-def test_a_disk_that_turns_read_only_is_said_and_the_run_goes_on_to_its_end(tmp_path):
+def test_a_disk_that_becomes_read_only_is_logged_and_the_run_continues_to_its_end(tmp_path):
     image, disk = tmp_path / "image", tmp_path / "disk"
     with image.open("wb") as file:
         file.truncate(16 * 2**20)
@@ -120,22 +128,22 @@ def test_a_disk_that_turns_read_only_is_said_and_the_run_goes_on_to_its_end(tmp_
         device = Path(subprocess.run(listing, capture_output=True, text=True, check=True).stdout.strip()).name
         trigger = Path(f"/sys/fs/ext4/{device}/trigger_fs_error")
         if not trigger.exists():
-            pytest.skip("this kernel makes no errors of file systems")
+            pytest.skip("this kernel cannot inject file-system errors")
         folder = disk / "run"
         hooks = f"40 Path('{trigger}').write_text('test')"
         ended = train(*OPTIONS, folder=folder, env=environment(tmp_path, hooks))
-        line = one_line(ended)
+        line = error_after_warnings(ended)
         assert f"cannot write the checkpoint {folder}/checkpoints/step-{STEPS:08d}" in line
         assert "Read-only file system" in line
-        assert f"warning: cannot write to {folder}: Read-only file system; training goes on" in ended.stdout
+        assert f"warning: cannot write to {folder}: Read-only file system; training continues" in ended.stderr
         assert f"step {STEPS}/{STEPS}" in ended.stdout
     with mounted(tmp_path / "again", "-o", "loop", str(image)) as disk:
-        found, state, damaged = checkpoints.newest(disk / "run" / "checkpoints")
+        found, state, damaged = storage.load_newest(disk / "run" / "checkpoints")
         assert (found.name, damaged) == (f"step-{state['progress']['step']:08d}", [])
         assert 36 <= state["progress"]["step"] <= 39
 
 
-def test_records_that_do_not_fit_are_written_whole_and_in_order_when_they_do(tmp_path):
+def test_records_that_do_not_fit_are_written_later_complete_and_in_order(tmp_path):
     with small_disk(tmp_path / "disk", "64k") as disk:
         records = AppendLog(disk / "records")
         lines = [b"%05d %s\n" % (number, b"x" * 100) for number in range(900)]

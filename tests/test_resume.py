@@ -1,9 +1,9 @@
-"""A run that is stopped anywhere and started again by the same command ends where the undisturbed one ends.
+"""A run that is stopped anywhere and resumed by the same command ends with the uninterrupted run's result.
 
-Hazards: a resumed run that differs in a bit (generators, sample order, half an epoch, accumulation, loss scale,
-schedule); ranks that leave before rank 0 has written; a checkpoint that is damaged and loaded, or whole and lost;
-one of another run that is taken up; metrics that say the same twice; a write that fails and ends the run, or is
-not said.
+Hazards: a resumed run that differs in a bit (random generators, sample order, partial epoch, accumulation, loss
+scale, schedule); ranks that exit before rank 0 has written; a damaged checkpoint that is loaded; an intact one
+that is not found; a checkpoint of another run that is loaded; duplicate metrics; a failed write that ends the run
+or is not logged.
 """
 
 import os
@@ -17,7 +17,7 @@ import torch
 from helpers.cifar_files import write_cifar10
 from helpers.training_runs import ROOT, checkpoint, events, one_line, succeeded, train
 
-# A model that sends its process a signal in a forward pass of training: STOP is SIGNAL:RANK:PASS.
+# A model that sends a signal to its process in a training forward pass: STOP is SIGNAL:RANK:PASS.
 MODEL = """
 import os, signal
 import torch, horovod.torch as hvd
@@ -39,7 +39,7 @@ def build(in_channels, num_classes, image_size, dropout=0.0):
     return Model(torch.nn.Flatten(), *layers)
 """
 
-# 200 images: 6 updates an epoch, 24 in all; a pass is a micro-batch.
+# 200 images: 6 updates per epoch, 24 in total; a forward pass is a micro-batch.
 OPTIONS = (
     "--dataset cifar10 --model mine:build --epochs 4 --accumulate 2 --log-every 4 --checkpoint-every 5".split()
 )
@@ -48,7 +48,7 @@ STEPS = 24
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with data and model in it."""
+    """A folder that contains the data set and the model."""
     folder = tmp_path_factory.mktemp("resume")
     write_cifar10(folder / "data")
     (folder / "mine.py").write_text(MODEL)
@@ -92,27 +92,27 @@ def assert_same_end(place, one, other):
         (4, "gloo", "--deterministic --precision bf16"),
     ],
 )
-def test_stopped_by_a_signal_and_killed_it_ends_bit_for_bit_as_undisturbed(place, ranks, controller, options):
+def test_a_stopped_and_killed_run_ends_bit_for_bit_as_an_uninterrupted_one(place, ranks, controller, options):
     case = f"{ranks}-{controller}-{options.replace(' ', '')}"
     common = {"ranks": ranks, "controller": controller}
     argv = options.split()
     succeeded(start(place, f"{case}-a", *argv, **common))
-    # In the second micro-batch of update 9, on the last rank: all ranks stop after that update.
+    # The signal is sent in the second micro-batch of update 9, on the last rank; all ranks stop after that update.
     stopped = start(place, f"{case}-b", *argv, stop=f"SIGUSR1:{ranks - 1}:18", **common)
     assert stopped.returncode != 0
     assert "stopped after 9 updates" in stopped.stdout or "stopped after 10 updates" in stopped.stdout
     saved = checkpoint(place / f"{case}-b")["progress"]["step"]
     assert saved in (9, 10)
-    # The next part is killed in the pass after its update 7, past the checkpoint of update 15.
+    # The resumed run is killed in the pass after its update 7, after the checkpoint of update 15.
     killed = start(place, f"{case}-b", *argv, stop=f"SIGKILL:{ranks - 1}:15", **common)
     assert killed.returncode != 0
     done = succeeded(start(place, f"{case}-b", *argv, **common))
-    assert "goes on after 15 updates" in done.stdout
+    assert "resuming after 15 updates" in done.stdout
     assert_same_end(place, f"{case}-a", f"{case}-b")
 
 
 def test_with_other_numbers_of_ranks_it_ends_at_the_same_weights_up_to_rounding(place):
-    fixed = {"dropout": "0"}  # whose masks are drawn by rank
+    fixed = {"dropout": "0"}  # dropout masks differ between ranks
     argv = ["--precision", "float64", "--max-grad-norm", 1]
     succeeded(start(place, "same", *argv, **fixed))
     for ranks, stop in ((2, "SIGUSR2:1:14"), (0, "SIGTERM:0:12"), (4, "")):
@@ -120,17 +120,17 @@ def test_with_other_numbers_of_ranks_it_ends_at_the_same_weights_up_to_rounding(
         assert (done.returncode == 0) == (not stop), done.stderr
     assert [event["world_size"] for event in events(place / "changing", "resume")] == [1, 4]
     one, other = (checkpoint(place / name) for name in ("same", "changing"))
-    # 24 updates of float64: the sums of 32 images, in another order.
+    # 24 updates in float64; the sums over 32 images are in another order.
     for name, weight in one["model"].items():
         assert (weight - other["model"][name]).abs().max() < 1e-9, name
 
 
-def test_a_preempted_run_ends_with_75_and_metrics_go_on_as_if_nothing_had_happened(place):
+def test_a_preempted_run_exits_with_75_and_its_metrics_continue_without_gaps(place):
     done = start(place, "75", ranks=0, stop="SIGTERM:0:15")
     assert (done.returncode, done.stderr) == (75, "")
     assert "stopped after 8 updates" in done.stdout
     with (place / "75" / "metrics.jsonl").open("a") as lines:
-        lines.write('{"event": "step", "st')  # as a killed process leaves it
+        lines.write('{"event": "step", "st')  # an incomplete line, as a killed process leaves it
     done = start(place, "75", "--max-time", "0.001", ranks=0)
     assert done.returncode == 75
     assert "stopped after 9 updates" in done.stdout
@@ -139,14 +139,14 @@ def test_a_preempted_run_ends_with_75_and_metrics_go_on_as_if_nothing_had_happen
     assert [event["step"] for event in events(place / "75", "resume")] == [8, 9]
     assert [event["step"] for event in events(place / "75", "step")] == list(range(4, STEPS + 1, 4))
     before = (place / "75" / "checkpoints" / "latest").read_text()
-    again = succeeded(start(place, "75", ranks=0))  # there is nothing left to do
-    assert "goes on after 24 updates" in again.stdout
+    again = succeeded(start(place, "75", ranks=0))  # no updates are left
+    assert "resuming after 24 updates" in again.stdout
     assert (place / "75" / "checkpoints" / "latest").read_text() == before
     assert len(events(place / "75", "eval")) == 4
 
 
-def test_a_run_that_max_steps_has_ended_goes_on_within_the_epoch_when_allowed_more(place):
-    argv = ["--lr-decay", "constant"]  # which no other number of updates changes
+def test_a_run_ended_by_max_steps_resumes_within_the_epoch_with_a_larger_max_steps(place):
+    argv = ["--lr-decay", "constant"]  # does not depend on the number of updates
     succeeded(start(place, "long", *argv, ranks=0))
     for steps in (3, 9):
         succeeded(start(place, "longer", *argv, "--max-steps", steps, ranks=0))
@@ -155,18 +155,18 @@ def test_a_run_that_max_steps_has_ended_goes_on_within_the_epoch_when_allowed_mo
     assert all(torch.equal(weight, other[name]) for name, weight in one.items())
 
 
-def test_a_run_killed_before_its_first_checkpoint_begins_anew(place):
+def test_a_run_killed_before_its_first_checkpoint_restarts_from_the_beginning(place):
     assert start(place, "young", ranks=0, stop="SIGKILL:0:5").returncode == -signal.SIGKILL
     succeeded(start(place, "young", ranks=0))
     assert [event["event"] for event in events(place / "young")].count("start") == 1
     assert events(place / "young")[-1]["event"] == "end"
 
 
-def test_a_run_begun_from_a_checkpoint_goes_on_by_the_same_command_and_needs_it_no_more(place):
+def test_a_run_started_from_a_checkpoint_resumes_from_its_own_checkpoints(place):
     source = place / "source"
     assert start(place, "source", ranks=0, stop="SIGTERM:0:9").returncode == 75
     argv = ["--resume", source]
-    # Killed before its first checkpoint it begins from there again.
+    # A run killed before its first own checkpoint starts from the given one again.
     assert start(place, "branch", *argv, ranks=0, stop="SIGKILL:0:2").returncode == -signal.SIGKILL
     assert start(place, "branch", *argv, ranks=0, stop="SIGTERM:0:5").returncode == 75
     source.rename(place / "moved")
@@ -185,10 +185,10 @@ def test_a_run_begun_from_a_checkpoint_goes_on_by_the_same_command_and_needs_it_
     [
         ("mpirun.sh", signal.SIGTERM),
         ("horovodrun.sh --mpi", signal.SIGTERM),
-        ("horovodrun.sh --gloo", signal.SIGUSR1),  # which becomes a SIGTERM; for mpirun, see test_launch.py
+        ("horovodrun.sh --gloo", signal.SIGUSR1),  # which it turns into SIGTERM; for mpirun, see test_launch.py
     ],
 )
-def test_a_signal_to_the_launcher_reaches_the_ranks_and_75_comes_back(script, number, place):
+def test_a_signal_to_the_launcher_reaches_the_ranks_and_it_exits_with_75(script, number, place):
     folder = place / f"{script} {number}"
     name, *options = script.split()
     command = ["bash", str(ROOT / "launch" / name), *options, "-np", "2", "--", "--epochs", "500"]
@@ -199,10 +199,10 @@ def test_a_signal_to_the_launcher_reaches_the_ranks_and_75_comes_back(script, nu
         output = running.communicate(timeout=60)[0]
     assert running.returncode == 75, output
     assert checkpoint(folder)["progress"]["step"] >= 10
-    assert "the same command goes on" in output
+    assert "the same command resumes the run" in output
 
 
-def test_a_second_signal_ends_it_at_once(tmp_path):
+def test_a_second_signal_ends_the_process_at_once(tmp_path):
     code = (
         "import os, signal, time; from hvd_adam.recovery import preemption; "
         "from hvd_adam.distributed.context import Cluster; "
@@ -226,10 +226,10 @@ def test_a_second_signal_ends_it_at_once(tmp_path):
         (["--model", "mlp"], "--model is mlp, but mine:build in checkpoint"),
         (["--global-batch-size", "64"], "an update has 64 images, but 32 in checkpoint"),
         (["--resume", "never"], "holds a run already"),
-        (["--resume", "data"], "holds a run that did not begin from data"),
+        (["--resume", "data"], "holds a run that did not start from data"),
     ],
 )
-def test_a_checkpoint_of_another_run_is_refused_by_the_first_difference(argv, message, place):
+def test_a_checkpoint_of_another_run_is_refused_with_the_first_difference(argv, message, place):
     folder = place / "refusing"
     if not folder.exists():
         assert start(place, "refusing", ranks=0, stop="SIGTERM:0:3").returncode == 75
@@ -243,7 +243,7 @@ def contents(folder):
     return {path: path.read_bytes() for path in files}
 
 
-def test_a_damaged_checkpoint_is_said_and_the_one_before_taken(place):
+def test_a_damaged_checkpoint_is_logged_and_the_previous_one_is_loaded(place):
     assert start(place, "damaged", ranks=0, stop="SIGTERM:0:27").returncode == 75
     newest = sorted((place / "damaged" / "checkpoints").glob("step-*"))[-1]
     assert newest.name == "step-00000014"
@@ -251,16 +251,16 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_taken(place):
     (newest.parent / "latest").write_text("../../elsewhere\n")
     (newest.parent / "best").write_bytes(b"\xff\0")
     done = succeeded(start(place, "damaged", ranks=0))
-    assert f"warning: checkpoint {newest} is damaged: state.pt does not match its checksum" in done.stdout
-    assert "goes on after 12 updates" in done.stdout or "goes on after 10 updates" in done.stdout
+    assert f"warning: checkpoint {newest} is damaged: state.pt does not match its checksum" in done.stderr
+    assert "resuming after 12 updates" in done.stdout or "resuming after 10 updates" in done.stdout
     for part in (place / "damaged" / "checkpoints").glob("step-*/manifest.json"):
         part.write_bytes(part.read_bytes().replace(b"step", b"stEp", 1))
     line = one_line(start(place, "damaged", "--epochs", 5, ranks=0))
-    assert f"no checkpoint of {place / 'damaged'} is whole: checkpoint" in line
+    assert f"{place / 'damaged'} has no intact checkpoint: checkpoint" in line
     assert "manifest.json does not match its checksum" in line
 
 
-# A file may not grow past the limit from the first epoch's end until the third's.
+# From the end of the first epoch to the end of the third, files cannot grow past the limit.
 FULL_DISK = """
 import resource, signal
 import torch
@@ -281,14 +281,14 @@ def build(in_channels, num_classes, image_size, dropout=0.0):
 """
 
 
-def test_a_disk_that_is_full_for_a_while_costs_the_checkpoints_of_that_while_only(place):
+def test_a_temporarily_full_disk_loses_only_the_checkpoints_of_that_time(place):
     (place / "filling.py").write_text(FULL_DISK)
     argv = ["--model", "filling:build", "--accumulate", 1, "--checkpoint-every", 3, "--keep", 9]
     done = succeeded(start(place, "full", *argv, ranks=0))
     failed = [event["reason"] for event in events(place / "full", "checkpoint_failed")]
     assert failed
     assert all("cannot write the checkpoint" in reason for reason in failed)
-    assert done.stdout.count("; training goes on") == len(failed)
+    assert done.stderr.count("; training continues") == len(failed)
     names = {path.name for path in (place / "full" / "checkpoints").glob("step-*")}
     assert {"step-00000003", "step-00000018", "step-00000024"} <= names
-    assert "step-00000009" not in names  # which is written before the twelfth update; later ones may come late
+    assert "step-00000009" not in names  # its write ends before update 12; later writes may be delayed

@@ -1,8 +1,8 @@
-"""train and evaluate end to end, on real ranks: what a user types, what comes out, what goes wrong.
+"""`hvd_adam.train` and `hvd_adam.evaluate` end to end on real ranks: command lines, results and errors.
 
-Hazards: loss curves that depend on the number of ranks; ranks that print over each other; a run folder that
-other tools cannot read; bad input that leaves a traceback, another exit code, half a run folder or a rank
-behind.
+Hazards: loss curves that depend on the number of ranks; several ranks that print the same line; a run folder that
+other tools cannot read; bad input that leads to a traceback, a wrong exit code, an incomplete run folder or a rank
+that keeps running.
 """
 
 import json
@@ -23,11 +23,11 @@ def losses(folder):
     return torch.tensor([event["loss"] for event in events(folder, "step")], dtype=torch.float64)
 
 
-# What comes out.
+# Results.
 
 
 @pytest.mark.parametrize("launcher", ["none", "horovodrun --mpi", "horovodrun --gloo", "launch/mpirun.sh"])
-def test_every_launcher_trains_and_leaves_a_whole_run_folder(launcher, tmp_path):
+def test_every_launcher_trains_and_writes_a_complete_run_folder(launcher, tmp_path):
     folder = tmp_path / "run"
     ranks = 1 if launcher == "none" else 2
     if launcher == "launch/mpirun.sh":
@@ -37,7 +37,7 @@ def test_every_launcher_trains_and_leaves_a_whole_run_folder(launcher, tmp_path)
         controller = launcher.rpartition("--")[2]
         done = train(*FAST, ranks=0 if ranks == 1 else 2, controller=controller, folder=folder)
     succeeded(done)
-    assert done.stdout.count("test accuracy") == 2  # the evaluation's line and the closing one, from rank 0 alone
+    assert done.stdout.count("test accuracy") == 2  # after the evaluation and at the end, from rank 0 only
     assert f"run folder {folder}" in done.stdout
     steps = 1442 // (32 * ranks)
     assert {path.name for path in folder.iterdir() if "tfevents" not in path.name} == {
@@ -55,8 +55,8 @@ def test_every_launcher_trains_and_leaves_a_whole_run_folder(launcher, tmp_path)
 
     board = EventAccumulator(str(folder)).Reload()
     assert {"train_loss", "train_lr", "test_accuracy"} <= set(board.Tags()["scalars"])
-    shown = board.Scalars("train_loss")[-1]
-    assert (shown.step, shown.value) == (steps, pytest.approx(events(folder, "step")[-1]["loss"]))
+    point = board.Scalars("train_loss")[-1]
+    assert (point.step, point.value) == (steps, pytest.approx(events(folder, "step")[-1]["loss"]))
 
     state = checkpoint(folder)
     assert (state["progress"]["step"], state["progress"]["epoch"]) == (steps, 1)
@@ -79,7 +79,7 @@ def test_the_loss_curve_does_not_depend_on_the_number_of_ranks(tmp_path):
         assert torch.all((curve - one).abs() <= 1e-3 * one), (name, ((curve - one) / one).abs().max())
 
 
-def test_in_float64_the_weights_do_not_depend_on_the_number_of_ranks(tmp_path):
+def test_float64_weights_do_not_depend_on_the_number_of_ranks(tmp_path):
     weights = []
     for ranks, batch, accumulate in ((0, 64, 1), (2, 16, 2), (4, 16, 1)):
         folder = tmp_path / f"{ranks}"
@@ -92,7 +92,7 @@ def test_in_float64_the_weights_do_not_depend_on_the_number_of_ranks(tmp_path):
             assert (weight - other[name]).abs().max() < 1e-9, name
 
 
-def test_the_same_command_gives_the_same_run_and_another_seed_another(tmp_path):
+def test_the_same_command_gives_the_same_losses_and_another_seed_does_not(tmp_path):
     fixed = ["--max-steps", 12, "--log-every", 1, "--dropout", 0.5]
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         succeeded(train(*fixed, "--seed", seed, folder=tmp_path / name))
@@ -101,7 +101,7 @@ def test_the_same_command_gives_the_same_run_and_another_seed_another(tmp_path):
     assert not torch.equal(a, c)
 
 
-def test_evaluate_reads_the_checkpoint_at_any_number_of_ranks_and_counts_each_image_once(tmp_path):
+def test_evaluate_counts_each_image_once_at_any_number_of_ranks(tmp_path):
     folder = tmp_path / "run"
     succeeded(train(*FAST, folder=folder))
     end = events(folder)[-1]
@@ -115,7 +115,7 @@ def test_evaluate_reads_the_checkpoint_at_any_number_of_ranks_and_counts_each_im
         done = succeeded(train("--checkpoint", path, "--json", ranks=ranks, module="hvd_adam.evaluate"))
         (line,) = [line for line in done.stdout.splitlines() if "test_loss" in line]
         scores = json.loads(line.partition(">:")[2] or line)
-        assert scores["images"] == 355  # does not divide by 3
+        assert scores["images"] == 355  # not divisible by 3
         assert scores["test_accuracy"] == end["test_accuracy"]
         assert scores["test_loss"] == pytest.approx(end["test_loss"], rel=1e-5)
 
@@ -134,14 +134,14 @@ def test_options_work_together_on_two_ranks(options, tmp_path):
     assert curve[-1] < 0.8 * curve[0]
 
 
-def test_adasum_trains_under_mpi_and_keeps_the_learning_rate(tmp_path):
+def test_adasum_trains_under_mpi_without_learning_rate_scaling(tmp_path):
     succeeded(train(*FAST, "--op", "adasum", ranks=2, controller="mpi", folder=tmp_path / "run"))
     curve = losses(tmp_path / "run")
     assert curve[-1] < 0.8 * curve[0]
     assert max(event["lr"] for event in events(tmp_path / "run", "step")) <= 1e-3
 
 
-def test_the_learning_rate_warms_up_from_one_ranks_to_all_ranks(tmp_path):
+def test_the_learning_rate_warms_up_from_lr_to_the_scaled_rate(tmp_path):
     options = ["--lr-decay", "constant", "--warmup-epochs", "0.5", "--log-every", "1", "--epochs", "1"]
     succeeded(train(*options, ranks=2, folder=tmp_path / "run"))
     rates = [event["lr"] for event in events(tmp_path / "run", "step")]
@@ -150,7 +150,7 @@ def test_the_learning_rate_warms_up_from_one_ranks_to_all_ranks(tmp_path):
     assert rates[11:] == [2e-3] * 11
 
 
-def test_batch_norm_is_evaluated_as_it_is_saved_and_a_compiled_model_saves_plain_names(tmp_path):
+def test_batch_norm_evaluates_as_saved_and_compiled_models_save_plain_names(tmp_path):
     folder = tmp_path / "run"
     synthetic = "--dataset synthetic --synthetic-shape 1x8x8 --synthetic-samples 64".split()
     succeeded(
@@ -175,7 +175,7 @@ def test_batch_norm_is_evaluated_as_it_is_saved_and_a_compiled_model_saves_plain
     assert set(checkpoint(folder)["model"]) == {"1.weight", "1.bias", "3.weight", "3.bias"}
 
 
-def test_cifar10_files_train_with_all_classes_and_with_one_against_the_rest(tmp_path):
+def test_cifar10_trains_with_all_classes_and_with_one_class_against_the_rest(tmp_path):
     write_cifar10(tmp_path / "data")
     data = ["--dataset", "cifar10", "--data-dir", tmp_path / "data", "--batch-size", 16, *FAST]
     succeeded(train(*data, ranks=2, folder=tmp_path / "ten"))
@@ -186,7 +186,7 @@ def test_cifar10_files_train_with_all_classes_and_with_one_against_the_rest(tmp_
     assert checkpoint(tmp_path / "two")["data"]["classes"] == ["rest", "airplane"]
 
 
-# What goes wrong.
+# Errors.
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_cifar10_files_train_with_all_classes_and_with_one_against_the_rest(tmp_
         ("--lr-scaling sqrt --accumulate 20", "below 0"),
     ],
 )
-def test_bad_input_gets_one_line_and_leaves_nothing(argv, message, tmp_path):
+def test_bad_input_is_reported_in_one_line_and_writes_nothing(argv, message, tmp_path):
     if "cuda" in argv and torch.cuda.is_available():
         pytest.skip("needs a machine without a GPU")
     done = train(*argv.format(tmp=tmp_path).split(), folder=tmp_path / "run")
@@ -211,7 +211,7 @@ def test_bad_input_gets_one_line_and_leaves_nothing(argv, message, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_damaged_data_file_is_named(tmp_path):
+def test_the_error_names_a_damaged_data_file(tmp_path):
     folder = write_cifar10(tmp_path / "data")
     file = folder / "data_batch_1"
     file.write_bytes(file.read_bytes()[:100])
@@ -219,7 +219,7 @@ def test_a_damaged_data_file_is_named(tmp_path):
     assert "data_batch_1" in one_line(done)
 
 
-def test_a_run_folder_that_cannot_be_written_or_is_taken_is_refused(tmp_path):
+def test_a_run_folder_that_is_unwritable_or_holds_a_run_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     assert "cannot write to the run folder" in one_line(train(folder=tmp_path / "file" / "run"))
     succeeded(train("--max-steps", 1, folder=tmp_path / "run"))
@@ -229,7 +229,7 @@ def test_a_run_folder_that_cannot_be_written_or_is_taken_is_refused(tmp_path):
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
 
 
-def test_paths_that_the_system_refuses_are_bad_input_too(tmp_path):
+def test_paths_that_the_system_refuses_are_reported_as_bad_input(tmp_path):
     long = "x" * 300
     assert "cannot write to the run folder" in one_line(train(folder=tmp_path / long))
     assert "cannot look into" in one_line(
@@ -249,23 +249,23 @@ def build(**wanted):
 """
 
 
-def test_a_full_disk_is_said_and_leaves_no_half_checkpoint(tmp_path):
-    # No file may grow past 500 kB, from the time when the model is built: a checkpoint has 5 MB.
+def test_a_full_disk_is_reported_and_leaves_no_partial_checkpoint(tmp_path):
+    # Once the model is built, no file may grow past 500 kB; a checkpoint has 5 MB.
     (tmp_path / "full.py").write_text(FULL_DISK_MODEL)
     done = train("--max-steps", 1, "--model", "full:build", "--output-dir", tmp_path / "run", cwd=tmp_path)
     assert "cannot write the checkpoint" in one_line(done)
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
-def test_a_run_that_diverges_says_so_and_stays_readable(tmp_path):
+def test_a_diverging_run_logs_a_warning_and_keeps_its_metrics_readable(tmp_path):
     options = ["--lr", "1e30", "--model", "mlp", "--max-steps", "8", "--log-every", "1"]
     done = succeeded(train(*options, folder=tmp_path / "run"))
-    assert "warning: loss is no longer finite (step" in done.stdout
+    assert "warning: loss is no longer finite (step" in done.stderr
     assert events(tmp_path / "run", "step")[-1]["loss"] is None
 
 
-def test_updates_that_the_loss_scaler_skips_are_recorded(tmp_path):
-    # GradScaler begins with a scale of 65536, which float16 gradients of a large loss do not survive.
+def test_updates_skipped_by_the_loss_scaler_are_recorded(tmp_path):
+    # GradScaler starts with a scale of 65536, at which float16 gradients of a large loss overflow.
     options = [
         "--precision",
         "fp16",
@@ -291,7 +291,7 @@ SCRIPTS = [["launch/horovodrun.sh", "--gloo"], ["launch/horovodrun.sh", "--mpi"]
 @pytest.mark.parametrize(
     ("argv", "message"), [("--lr -1", "--lr is -1.0: it must be 0 or above"), ("--model resnet19", "resnet18")]
 )
-def test_every_launcher_gives_one_line_and_code_2(script, argv, message, tmp_path):
+def test_bad_input_gives_one_line_and_exit_code_2_under_every_launcher(script, argv, message, tmp_path):
     command = ["bash", str(ROOT / script[0]), *script[1:], "-np", "2", "--", *argv.split()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=tmp_path)
     assert message in one_line(done)
@@ -307,7 +307,7 @@ def test_ranks_started_with_different_arguments_are_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_wrong_argument_on_another_rank_than_0_still_ends_the_job(tmp_path):
+def test_a_bad_argument_on_a_rank_other_than_0_ends_the_job(tmp_path):
     python = [sys.executable, "-m", "hvd_adam.train", "--output-dir", str(tmp_path / "run"), "--lr"]
     root = ["--allow-run-as-root", "-H", "localhost:2", "--quiet"]
     command = ["mpirun", *root, "-np", "1", *python, "1e-3", ":", "-np", "1", *python, "-1"]
@@ -316,7 +316,7 @@ def test_a_wrong_argument_on_another_rank_than_0_still_ends_the_job(tmp_path):
     assert "--lr is -1.0: it must be 0 or above [rank 1 on " in done.stderr
 
 
-def test_a_checkpoint_of_something_else_or_damaged_or_missing_is_refused(tmp_path):
+def test_a_checkpoint_that_is_foreign_damaged_or_missing_is_refused(tmp_path):
     folder = tmp_path / "run"
     succeeded(train("--max-steps", 1, "--model", "mlp", folder=folder))
     (step,) = (folder / "checkpoints").glob("step-*")
@@ -326,8 +326,8 @@ def test_a_checkpoint_of_something_else_or_damaged_or_missing_is_refused(tmp_pat
 
     assert "no checkpoint in" in one_line(train("--checkpoint", tmp_path / "no", module="hvd_adam.evaluate"))
     assert "of another model or data set: its classes are" in evaluate("--dataset", "synthetic")
-    whole = (step / "state.pt").read_bytes()
-    (step / "state.pt").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    content = (step / "state.pt").read_bytes()
+    (step / "state.pt").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert "state.pt does not match its checksum" in evaluate()
     (step / "state.pt").unlink()
     assert "state.pt is missing" in evaluate()
@@ -335,7 +335,7 @@ def test_a_checkpoint_of_something_else_or_damaged_or_missing_is_refused(tmp_pat
     assert "manifest.json is unreadable" in evaluate()
 
 
-def test_a_checkpoint_whose_model_has_changed_is_refused_by_the_first_difference(tmp_path):
+def test_a_checkpoint_of_a_changed_model_is_refused_with_the_first_difference(tmp_path):
     code = (
         "import torch\ndef build(in_channels, num_classes, image_size):\n return torch.nn.Sequential({layers})\n"
     )

@@ -96,7 +96,7 @@ def _train(config: CheckpointConfig, device: str, model: str, variant: str, fold
     events = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     rates = [event["images_per_second"] for event in events if event["event"] == "step"]
     images = config.np * config.batch_size
-    state = storage.folder_of(folder / "checkpoints", config.steps) / storage.STATE
+    state = storage.checkpoint_path(folder / "checkpoints", config.steps) / storage.STATE
     return {"seconds": [images / rate for rate in rates[1:]], "megabytes": state.stat().st_size / 1e6}
 
 

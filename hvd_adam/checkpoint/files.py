@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: atomic writes, fsync and checksums. Imports no torch."""
+"""Crash-safe files: atomic writes, fsync and checksums. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import BinaryIO
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a file so that it has its old or its new content at any time, even after a crash.
+    """Replaces a file's content. After a crash the file has its old or its new content, never a part.
 
     Raises:
-        OSError: it cannot be written; the old content is there.
+        OSError: the file cannot be written; the old content is unchanged.
     """
     draft = path.with_name(f".{path.name}.new")
     draft.write_text(text)
@@ -22,7 +22,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Flushes a file, or a folder's entries, to disk."""
+    """Flushes a file's data, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -31,7 +31,7 @@ def fsync(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 checksum of a file, in hexadecimal."""
+    """Returns the SHA-256 checksum of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**20):
@@ -40,13 +40,17 @@ def sha256(path: Path) -> str:
 
 
 class HashingFile:
-    """A file that is hashed as it is written: reading it again would take as long as writing it."""
+    """A binary file that is hashed while it is written: reading it again would take as long as writing it.
+
+    Attributes:
+        digest: SHA-256 of the bytes written so far.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self.digest = file, hashlib.sha256()
 
     def write(self, data: bytes) -> int:
-        """Writes and hashes `data`."""
+        """Writes and hashes `data`; returns the number of bytes written."""
         self.digest.update(data)
         return self._file.write(data)
 

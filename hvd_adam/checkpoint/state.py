@@ -1,7 +1,7 @@
-"""`TrainingState`: all that a run needs to go on where it stopped, and its way into and out of a dictionary.
+"""`TrainingState`: everything that a run needs to resume, as the dictionary that a checkpoint holds.
 
-The dictionary is what a checkpoint holds: plain containers, numbers, strings and tensors, the optimizer in
-`torch.optim.Adam`'s format whatever the strategy.
+The dictionary contains plain containers, numbers, strings and tensors. The optimizer's part has the format of
+`torch.optim.Adam` for every strategy.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from hvd_adam.distributed.context import Cluster, horovod
 from hvd_adam.errors import UserError
 
-# What may be another from one part of a run to the next: how fast and where it computes, not what.
-FREE = frozenset(
+# Options that a resumed run may change: they affect where and how fast it computes, not the result.
+CHANGEABLE_OPTIONS = frozenset(
     "epochs max_steps batch_size global_batch_size accumulate implementation strategy compression channels_last "
     "compile deterministic device data_dir download output_dir resume checkpoint_every keep max_time log_every "
     "eval_every check_consistency_every max_skipped elastic commit_every stall_timeout".split()
@@ -24,21 +24,51 @@ FREE = frozenset(
 
 
 @dataclass
-class TrainingState:
-    """What rank 0 saves.
+class Progress:
+    """How far a run has come. The names of the fields are the keys in a checkpoint.
 
     Attributes:
-        model: its state dictionary.
-        optimizer: its state dictionary, in `torch.optim.Adam`'s format.
-        loss_scaler: its state dictionary, or None.
-        progress: "step", "epoch" and "epoch_done", updates "skipped" in all and "skipped_in_a_row", the
-            "best_accuracy" and last "scores" so far (or None), the "global_batch_size" that steps count and the
-            "micro_batch_size", the most images of a rank's micro-batch.
+        step: updates made, skipped ones included.
+        epoch: the current epoch, from 1.
+        epoch_done: whether the epoch is complete, with its evaluation.
+        skipped: updates skipped because a gradient was not finite.
+        skipped_in_a_row: skipped updates since the last one that was applied.
+        best_accuracy: the highest test accuracy so far, in [0, 1]; None before the first evaluation.
+        scores: the last evaluation (`training.evaluation.Scores` as a dictionary), or None.
+        global_batch_size: images per update, over all ranks.
+        micro_batch_size: the largest number of images in a micro-batch of one rank.
+    """
+
+    step: int = 0
+    epoch: int = 1
+    epoch_done: bool = False
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    best_accuracy: float | None = None
+    scores: dict[str, Any] | None = None
+    global_batch_size: int = 0
+    micro_batch_size: int = 0
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> Progress:
+        """Builds it from a checkpoint's `progress`."""
+        return cls(**{field.name: saved[field.name] for field in fields(cls)})
+
+
+@dataclass
+class TrainingState:
+    """The state that rank 0 saves.
+
+    Attributes:
+        model: the model's state dictionary.
+        optimizer: the optimizer's state dictionary, in the format of `torch.optim.Adam`.
+        loss_scaler: the loss scaler's state dictionary, or None.
+        progress: a `Progress` as a dictionary.
         schedule: "initial" and "peak" learning rate.
-        ranks: of each rank "cpu" and "cuda" (or None), the states of its random generators, and "loss", its part
-            of the running mean.
+        ranks: one dictionary per rank: "cpu" and "cuda" (or None), the states of the random generators, and
+            "loss", the rank's part of the running mean.
         config: the run's configuration.
-        data: "classes", and "mean" and "std" of the channels.
+        data: "classes" of the data set; "mean" and "std" of its channels.
     """
 
     model: dict[str, Any]
@@ -51,47 +81,53 @@ class TrainingState:
     data: dict[str, Any]
 
     def copy(self, over: TrainingState | None = None) -> TrainingState:
-        """A copy on the CPU, which training goes on beside; in the memory of an older one, if it may be had."""
-        parts = [item.name for item in fields(self)]
-        return TrainingState(**{name: _copied(getattr(self, name), getattr(over, name, None)) for name in parts})
+        """Returns a copy on the CPU that training does not modify, in the memory of `over` where it fits."""
+        return TrainingState(**copy_to_cpu(self.as_dict(), None if over is None else over.as_dict()))
 
     def as_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds; `of` takes it."""
-        return {item.name: getattr(self, item.name) for item in fields(self)}
+        """Returns the dictionary that a checkpoint holds, without copying; `from_dict` reads it."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @classmethod
-    def of(cls, saved: Mapping[str, Any], where: str) -> TrainingState:
-        """Takes a checkpoint's dictionary.
+    def from_dict(cls, saved: Mapping[str, Any], where: str) -> TrainingState:
+        """Builds the state from a checkpoint's dictionary.
+
+        Args:
+            saved: the dictionary.
+            where: the checkpoint, for the message.
 
         Raises:
-            UserError: something that a resume needs is not in it; names it.
+            UserError: a part that a resume needs is missing; the message names it.
         """
-        for item in fields(cls):
-            if item.name not in saved:
-                raise UserError(f"checkpoint {where} cannot be resumed: it has no {item.name}")
-        return cls(**{item.name: saved[item.name] for item in fields(cls)})
+        for field in fields(cls):
+            if field.name not in saved:
+                raise UserError(f"checkpoint {where} cannot be resumed: it has no {field.name}")
+        return cls(**{field.name: saved[field.name] for field in fields(cls)})
 
     def require_same_run(self, config: Mapping[str, Any], global_batch_size: int | None, where: str) -> None:
-        """Refuses a run that is another one than the checkpoint's, by the first difference.
+        """Raises UserError if the checkpoint belongs to a run with other options; names the first difference.
 
-        Without a `global_batch_size` the run takes over the checkpoint's.
+        Args:
+            config: the configuration of the run that resumes.
+            global_batch_size: its images per update; None if it uses the checkpoint's.
+            where: the checkpoint, for the message.
         """
         remedy = "use the same, or --resume never and another --output-dir"
         for name, value in config.items():
-            theirs = self.config.get(name, value)
-            if name not in FREE and theirs != value:
+            saved = self.config.get(name, value)
+            if name not in CHANGEABLE_OPTIONS and saved != value:
                 option = f"--{name.replace('_', '-')}"
-                raise UserError(f"{option} is {value}, but {theirs} in checkpoint {where}: {remedy}")
-        theirs = self.progress["global_batch_size"]
-        if global_batch_size not in (None, theirs):
+                raise UserError(f"{option} is {value}, but {saved} in checkpoint {where}: {remedy}")
+        saved = self.progress["global_batch_size"]
+        if global_batch_size not in (None, saved):
             raise UserError(
-                f"an update has {global_batch_size} images, but {theirs} in checkpoint {where}: use "
-                f"--global-batch-size {theirs}, or --resume never and another --output-dir"
+                f"an update has {global_batch_size} images, but {saved} in checkpoint {where}: use "
+                f"--global-batch-size {saved}, or --resume never and another --output-dir"
             )
 
 
 def require_same_tensors(own: Mapping[str, Any], saved: Mapping[str, Any], where: str) -> None:
-    """Refuses saved weights that do not fit a model, by the first difference.
+    """Raises UserError if saved weights do not fit a model; names the first difference in names or shapes.
 
     Args:
         own: the model's state dictionary.
@@ -108,42 +144,51 @@ def require_same_tensors(own: Mapping[str, Any], saved: Mapping[str, Any], where
 
 
 def rank_state(cluster: Cluster, loss: tuple[float, float]) -> dict[str, Any]:
-    """This rank's entry of `TrainingState.ranks`."""
+    """Returns this rank's entry of `TrainingState.ranks`; `loss` is `RunningMean.state()`."""
     cuda = torch.cuda.get_rng_state(cluster.device) if cluster.device.type == "cuda" else None
     return {"cpu": torch.get_rng_state(), "cuda": cuda, "loss": list(loss)}
 
 
 def gather_rank_states(cluster: Cluster, own: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every rank's entry; every rank calls it. One message of bytes: objects would take two, and pickling."""
+    """Returns the entries of all ranks; every rank must call it.
+
+    Sends one message of bytes. `allgather_object` would send two, and pickle.
+    """
     if cluster.size == 1:
         return [own]
     loss = torch.tensor(own["loss"], dtype=torch.float64).view(torch.uint8)
-    parts = [own["cpu"], *([] if own["cuda"] is None else [own["cuda"]]), loss]  # alike on all ranks
-    everyones = horovod().allgather(torch.cat(parts).unsqueeze(0), name="hvd_adam.ranks")
+    parts = [own["cpu"], *([] if own["cuda"] is None else [own["cuda"]]), loss]  # of equal sizes on all ranks
+    sizes = [part.numel() for part in parts]
+    gathered = horovod().allgather(torch.cat(parts).unsqueeze(0), name="hvd_adam.ranks")
     entries = []
-    for row in everyones:
-        cpu, *cuda, loss = (part.clone() for part in row.split([part.numel() for part in parts]))
-        total = loss.view(torch.float64).tolist()
-        entries.append({"cpu": cpu, "cuda": cuda[0] if cuda else None, "loss": total})
+    for row in gathered:
+        cpu, *cuda, loss = (part.clone() for part in torch.split(row, sizes))
+        entries.append({"cpu": cpu, "cuda": cuda[0] if cuda else None, "loss": loss.view(torch.float64).tolist()})
     return entries
 
 
 def restore_rng_state(entry: Mapping[str, Any], cluster: Cluster) -> None:
-    """Sets this rank's random generators to where they were."""
+    """Restores this rank's random generators from its entry of `TrainingState.ranks`."""
     torch.set_rng_state(entry["cpu"])
     if entry["cuda"] is not None and cluster.device.type == "cuda":
         torch.cuda.set_rng_state(entry["cuda"], cluster.device)
 
 
-def _copied(value: Any, over: Any = None) -> Any:
-    """A copy on the CPU; tensors of the same kind in `over` are overwritten, since fresh memory takes longer."""
+def copy_to_cpu(value: Any, over: Any = None) -> Any:
+    """Returns a deep copy of nested containers with all tensors on the CPU.
+
+    Args:
+        value: dictionaries, lists, tuples, tensors and immutable values.
+        over: an older copy. Its tensors are overwritten and used again where shape and dtype agree, because
+            allocating new memory takes longer.
+    """
     if isinstance(value, torch.Tensor):
         fits = isinstance(over, torch.Tensor) and (over.shape, over.dtype) == (value.shape, value.dtype)
         return over.copy_(value.detach()) if fits else value.detach().to("cpu", copy=True)
     if isinstance(value, Mapping):
         older = over if isinstance(over, Mapping) else {}
-        return {key: _copied(item, older.get(key)) for key, item in value.items()}
+        return {key: copy_to_cpu(item, older.get(key)) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        older = over if isinstance(over, list | tuple) and len(over) == len(value) else [None] * len(value)
-        return type(value)(map(_copied, value, older))
+        fits = isinstance(over, list | tuple) and len(over) == len(value)
+        return type(value)(map(copy_to_cpu, value, over if fits else [None] * len(value)))
     return value

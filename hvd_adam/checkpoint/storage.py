@@ -1,9 +1,9 @@
-"""Training state on disk: a checkpoint is there whole or not at all.
+"""Checkpoints on disk. A checkpoint is either complete or absent, whenever the process is killed.
 
-A checkpoint is a folder `checkpoints/step-00000123/` with `state.pt`, a dictionary that
-`torch.load(..., weights_only=True)` reads, and `manifest.json` with its size and checksum. It is written
-under another name, flushed to disk and renamed; `checkpoints/latest` holds the name of the newest, and
-`checkpoints/best` that of the one that scored best.
+A checkpoint is a folder `checkpoints/step-00000123/` with two files: `state.pt`, a dictionary that
+`torch.load(..., weights_only=True)` reads, and `manifest.json` with its size and checksum. The folder is written
+under a temporary name, flushed to disk and renamed. `checkpoints/latest` contains the name of the newest
+checkpoint, `checkpoints/best` the name of the one with the highest test accuracy.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ import os
 import pickle
 import re
 import shutil
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 
-import hvd_adam
+from hvd_adam._version import __version__
 from hvd_adam.checkpoint.files import HashingFile, fsync, sha256, write_atomically
 from hvd_adam.errors import UserError
 
@@ -31,86 +30,29 @@ BEST = "best"
 NAME = re.compile(r"step-[0-9]{8,}")
 
 
-class Writer:
-    """Writes checkpoints beside the training, one at a time, and removes the oldest.
-
-    Args:
-        checkpoints: the folder of all checkpoints of a run. What a killed process left unfinished in it is
-            removed.
-        keep: how many of the newest stay, besides the best.
-    """
-
-    def __init__(self, checkpoints: Path, keep: int) -> None:
-        self._checkpoints, self._keep = checkpoints, keep
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._writing: Future[Path] | None = None
-        for draft in checkpoints.glob(".*"):
-            shutil.rmtree(draft, ignore_errors=True)
-            draft.unlink(missing_ok=True)
-
-    def close(self) -> None:
-        """Waits for what is being written; what became of it nobody asks any more."""
-        self._thread.shutdown()
-
-    def write(self, step: int, state: dict[str, Any], *, best: bool = False) -> None:
-        """Begins to write; `take` what came of the one before first. `state` must not change meanwhile.
-
-        Args:
-            step: as of `save`.
-            state: as of `save`.
-            best: whether it is the best so far.
-        """
-        self._writing = self._thread.submit(self._save, step, state, best)
-
-    def take(self, *, wait: bool) -> Path | None:
-        """What has been written since this was last asked; None if nothing has, or is still being written.
-
-        Args:
-            wait: until it has been written.
-
-        Raises:
-            UserError: as `save`.
-        """
-        if self._writing is None or not (wait or self._writing.done()):
-            return None
-        writing, self._writing = self._writing, None
-        return writing.result()
-
-    def _save(self, step: int, state: dict[str, Any], best: bool) -> Path:
-        path = save(self._checkpoints, step, state)
-        try:
-            if best:
-                write_atomically(self._checkpoints / BEST, path.name + "\n")
-            self._remove_old()
-        except OSError as error:
-            raise UserError(f"cannot tidy up {self._checkpoints}: {error}") from None
-        return path
-
-    def _remove_old(self) -> None:
-        best = self._checkpoints / BEST
-        spared = best.read_text(errors="replace").strip() if best.exists() else None
-        for old in _by_age(self._checkpoints)[self._keep :]:
-            if old.name != spared:
-                shutil.rmtree(old, ignore_errors=True)
-
-
-def folder_of(checkpoints: Path, step: int) -> Path:
-    """Where the checkpoint after `step` updates is, or would be."""
+def checkpoint_path(checkpoints: Path, step: int) -> Path:
+    """Returns the folder of the checkpoint after `step` updates, whether it exists or not."""
     return checkpoints / f"step-{step:08d}"
 
 
-def newest(checkpoints: Path) -> tuple[Path | None, dict[str, Any], list[str]]:
-    """Reads the newest checkpoint of a run that is whole. Nobody may write meanwhile.
+def newest_first(checkpoints: Path) -> list[Path]:
+    """Returns the folders of all checkpoints, the newest first; `latest` may name an older one."""
+    return sorted(checkpoints.glob("step-*"), key=lambda folder: (len(folder.name), folder.name), reverse=True)
+
+
+def load_newest(checkpoints: Path) -> tuple[Path | None, dict[str, Any], list[str]]:
+    """Loads the newest intact checkpoint of a run. No process may write to the folder meanwhile.
 
     Returns:
-        Its folder (None if there is none), its state, and what is wrong with each newer one.
+        The checkpoint's folder (None if there is none), its state (empty if there is none), and for each newer
+        checkpoint a message that says how it is damaged.
     """
-    for aside in checkpoints.glob(".step-*.old"):  # of a process killed in the middle of `_replace`
-        final = checkpoints / aside.stem[1:]
+    for backup in checkpoints.glob(".step-*.old"):  # left by a process that was killed inside `_replace`
+        final = checkpoints / backup.stem[1:]
         if not final.exists():
-            aside.rename(final)
-    damaged = []
-    for folder in _by_age(checkpoints):
+            backup.rename(final)
+    damaged: list[str] = []
+    for folder in newest_first(checkpoints):
         try:
             return folder, load(folder), damaged
         except UserError as error:
@@ -118,22 +60,19 @@ def newest(checkpoints: Path) -> tuple[Path | None, dict[str, Any], list[str]]:
     return None, {}, damaged
 
 
-def _by_age(checkpoints: Path) -> list[Path]:
-    """The folders of checkpoints, the newest first. (A pointer may be older than the newest.)"""
-    return sorted(checkpoints.glob("step-*"), key=lambda folder: (len(folder.name), folder.name), reverse=True)
-
-
 def save(checkpoints: Path, step: int, state: dict[str, Any]) -> Path:
-    """Writes `state` (plain containers, numbers, strings and tensors) and returns the checkpoint's folder.
+    """Writes a checkpoint and returns its folder.
 
     Args:
-        checkpoints: the folder of all checkpoints of a run; made if it is not there.
-        step: number of updates made so far, ≥ 0. A checkpoint of the same step is replaced.
+        checkpoints: the folder of all checkpoints of a run; created if it does not exist.
+        step: number of updates made so far, ≥ 0. An existing checkpoint of the same step is replaced.
+        state: plain containers, numbers, strings and tensors.
 
     Raises:
-        UserError: it cannot be written (a full disk, say); earlier checkpoints are as they were.
+        UserError: the checkpoint cannot be written, for example because the disk is full. Earlier checkpoints
+            are unchanged.
     """
-    final = folder_of(checkpoints, step)
+    final = checkpoint_path(checkpoints, step)
     draft = checkpoints / f".{final.name}.{os.getpid()}"
     try:
         shutil.rmtree(draft, ignore_errors=True)
@@ -141,22 +80,22 @@ def save(checkpoints: Path, step: int, state: dict[str, Any]) -> Path:
         _write(draft, step, state)
         _replace(draft, final)
         write_atomically(checkpoints / LATEST, final.name + "\n")
-    except (OSError, RuntimeError) as error:  # torch.save answers an OSError by a RuntimeError
+    except (OSError, RuntimeError) as error:  # torch.save turns an OSError into a RuntimeError
         shutil.rmtree(draft, ignore_errors=True)
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         reason = str(cause).splitlines()[0]
-        raise UserError(f"cannot write the checkpoint {final}: {reason}; look after the disk") from None
+        raise UserError(f"cannot write the checkpoint {final}: {reason}; check the disk") from None
     return final
 
 
 def _write(folder: Path, step: int, state: dict[str, Any]) -> None:
     with (folder / STATE).open("wb") as file:
         hashed = HashingFile(file)
-        torch.save(state, hashed)
+        torch.save(state, cast("IO[bytes]", hashed))  # torch.save calls only write and flush
     manifest = {
         "files": {STATE: {"bytes": (folder / STATE).stat().st_size, "sha256": hashed.digest.hexdigest()}},
         "step": step,
-        "versions": {"hvd_adam": hvd_adam.__version__, "torch": torch.__version__},
+        "versions": {"hvd_adam": __version__, "torch": torch.__version__},
     }
     (folder / MANIFEST).write_text(_sealed(manifest))
     for path in (folder / STATE, folder / MANIFEST, folder):
@@ -164,52 +103,55 @@ def _write(folder: Path, step: int, state: dict[str, Any]) -> None:
 
 
 def _replace(draft: Path, final: Path) -> None:
-    """Puts the draft in the final one's place; an older one of that name is moved aside first, then removed."""
-    aside = draft.with_suffix(".old")
+    """Renames the draft to its final name; an older checkpoint of that name is renamed first, removed last."""
+    backup = draft.with_suffix(".old")
     if final.exists():
-        final.rename(aside)
+        final.rename(backup)
     draft.rename(final)
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(backup, ignore_errors=True)
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """Reads and verifies a checkpoint; tensors come to the CPU.
+    """Verifies a checkpoint and returns its state, with all tensors on the CPU.
 
     Args:
-        path: a checkpoint's folder or its `state.pt`; a pointer, `latest` or `best`; a run's `checkpoints` folder
-            or a run folder (their latest checkpoint).
+        path: a checkpoint's folder or its `state.pt`; the file `latest` or `best`; a `checkpoints` folder or a
+            run folder (of which the latest checkpoint is loaded).
 
     Raises:
-        UserError: nothing there, or a file is unreadable, missing, truncated or altered; names the file.
+        UserError: there is no checkpoint, or a file is missing, unreadable, truncated or altered; the message
+            names the file.
     """
     try:
         folder = _find(Path(path))
         _verify(folder)
-        return torch.load(folder / STATE, map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(folder / STATE, map_location="cpu", weights_only=True)
     except (OSError, UnicodeDecodeError, RuntimeError, pickle.UnpicklingError) as error:
         raise UserError(f"checkpoint {path} cannot be read: {error}; use another checkpoint") from None
+    return state
 
 
 def _find(path: Path) -> Path:
+    """Returns the folder of the checkpoint that `path` refers to."""
     for pointer in (path, path / LATEST, path / "checkpoints" / LATEST):
         if pointer.name in (LATEST, BEST) and pointer.is_file():
-            return _named_by(pointer)
+            return _read_pointer(pointer)
     folder = path.parent if path.name == STATE else path
     if (folder / MANIFEST).exists() or (folder / STATE).exists():
         return folder
     raise UserError(f"no checkpoint in {path}: give a run folder, its checkpoints folder or one checkpoint")
 
 
-def _named_by(pointer: Path) -> Path:
-    """The checkpoint beside the pointer that it names."""
+def _read_pointer(pointer: Path) -> Path:
+    """Returns the checkpoint that `latest` or `best` names; it is in the same folder."""
     name = pointer.read_text(errors="replace").strip()
     if not NAME.fullmatch(name):
-        raise UserError(f"{pointer} is damaged: it names no checkpoint; give one of {pointer.parent} itself")
+        raise UserError(f"{pointer} is damaged: it names no checkpoint; give a path in {pointer.parent} itself")
     return pointer.with_name(name)
 
 
 def _sealed(manifest: dict[str, Any], seal: str = "") -> str:
-    """The manifest's text with its own checksum in it: of the text without."""
+    """Returns the manifest as JSON with "seal", the checksum of the same text with an empty seal."""
     text = json.dumps({**manifest, "seal": seal}, indent=1) + "\n"
     return text if seal else _sealed(manifest, hashlib.sha256(text.encode()).hexdigest())
 

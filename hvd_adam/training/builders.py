@@ -1,4 +1,4 @@
-"""The parts of a run, each made from its configuration: data, model, optimizer, schedule."""
+"""Functions that build the parts of a run from its configuration: data, model, optimizer, schedule."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from hvd_adam.training.precision import parameter_dtype
 
 
 def load_images(config: DataConfig) -> data.ImageData:
-    """The data set.
+    """Loads the data set.
 
     Raises:
-        UserError: there is none of that name, or it is missing or damaged.
+        UserError: no data set has that name, or its files are missing or damaged.
     """
     return data.load(
         config.dataset,
@@ -33,19 +33,23 @@ def load_images(config: DataConfig) -> data.ImageData:
 
 
 def make_loader(config: TrainConfig, cluster: Cluster) -> DeviceLoader:
-    """Its batches on this rank's device; raises what `load_images` does."""
+    """Builds the loader of batches on this rank's device.
+
+    Raises:
+        UserError: as `load_images`.
+    """
     dtype = parameter_dtype(config.precision)
     return DeviceLoader(load_images(config), cluster.device, dtype=dtype, channels_last=config.channels_last)
 
 
 def build_model(config: TrainConfig, loader: DeviceLoader) -> torch.nn.Module:
-    """The model with its first weights, where and as the loader's images are.
+    """Builds the model with its initial weights, with the device and dtype of the loader's images.
 
     Raises:
-        UserError: there is no such model, or it does not fit the images.
+        UserError: no model has that name, or it does not fit the images.
     """
     torch.manual_seed(config.seed)
-    model = zoo.build(
+    model: torch.nn.Module = zoo.build(
         config.model,
         in_channels=loader.data.channels,
         num_classes=len(loader.data.classes),
@@ -54,12 +58,18 @@ def build_model(config: TrainConfig, loader: DeviceLoader) -> torch.nn.Module:
     )
     if config.sync_batchnorm:
         convert(model)
-    memory_format = torch.channels_last if config.channels_last else torch.preserve_format
-    return model.to(loader.device, loader.dtype, memory_format=memory_format)
+    model.to(loader.device, loader.dtype)
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
+    return model
 
 
 def scale_for_ranks(config: TrainConfig, cluster: Cluster) -> Scaled:
-    """Adam's hyper-parameters for this many ranks and micro-batches; UserError where they leave their range."""
+    """Scales Adam's hyper-parameters for the number of ranks and micro-batches.
+
+    Raises:
+        UserError: a scaled value is out of range.
+    """
     ranks = cluster.size
     if config.op == "adasum":
         # Adasum keeps the scale of one rank's step; on GPUs with NCCL it averages within a host first
@@ -69,7 +79,7 @@ def scale_for_ranks(config: TrainConfig, cluster: Cluster) -> Scaled:
 
 
 def make_adam(config: TrainConfig, model: torch.nn.Module, scaled: Scaled) -> Adam:
-    """This rank's optimizer, before `distribute`."""
+    """Builds this rank's optimizer, before `distribute`."""
     return Adam(
         model.parameters(),
         lr=scaled.lr,
@@ -85,7 +95,14 @@ def make_adam(config: TrainConfig, model: torch.nn.Module, scaled: Scaled) -> Ad
 def make_schedule(
     config: TrainConfig, peak: float, steps_per_epoch: int, total_steps: int
 ) -> LearningRateSchedule:
-    """The learning rate by step, from --lr to `peak` and down again."""
+    """Builds the learning-rate schedule: from --lr to `peak`, then the decay.
+
+    Args:
+        config: the run's configuration.
+        peak: the learning rate after the warm-up.
+        steps_per_epoch: updates per epoch.
+        total_steps: updates in the whole run.
+    """
     return LearningRateSchedule(
         initial=config.lr,
         peak=peak,

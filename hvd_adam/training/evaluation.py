@@ -1,4 +1,4 @@
-"""Scores of a model over the whole test set, and models brought back from checkpoints."""
+"""Evaluation of a model on the whole test set, and loading of models from checkpoints."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Scores:
 
     Attributes:
         test_loss: mean cross-entropy, in nats.
-        test_accuracy: share of images told right, in [0, 1].
-        test_balanced_accuracy: mean over the classes of the share of their images told right, in [0, 1].
-        images: how many images were counted.
+        test_accuracy: fraction of images classified correctly, in [0, 1].
+        test_balanced_accuracy: mean over the classes of their accuracy, in [0, 1].
+        images: number of images evaluated.
     """
 
     test_loss: float
@@ -45,56 +45,65 @@ class Scores:
 
 @torch.inference_mode()
 def score(forward: Forward, loader: DeviceLoader, cluster: Cluster, batch_size: int = 256) -> Scores:
-    """Counts every test image once over all ranks; every rank calls it and gets the same scores.
+    """Evaluates every test image exactly once over all ranks; every rank must call it.
 
     Args:
-        forward: from images (n, c, h, w) to logits (n, classes); the caller puts the model in evaluation mode.
+        forward: maps images (n, c, h, w) to logits (n, classes). The caller sets the model to evaluation mode.
         loader: this rank's batches.
         cluster: this process.
         batch_size: images per rank and batch.
+
+    Returns:
+        The scores, identical on all ranks.
     """
     classes = len(loader.data.classes)
     sums = torch.zeros(1 + 2 * classes, dtype=torch.float64, device=cluster.device)
-    loss, right, seen = sums.split([1, classes, classes])
+    loss, correct, seen = torch.split(sums, [1, classes, classes])
     for images, labels in loader.test_batches(batch_size, rank=cluster.rank, size=cluster.size):
         logits = forward(images).to(loader.dtype)
         loss += F.cross_entropy(logits, labels, reduction="sum")
-        right += torch.bincount(labels[logits.argmax(dim=1) == labels], minlength=classes)
+        correct += torch.bincount(labels[logits.argmax(dim=1) == labels], minlength=classes)
         seen += torch.bincount(labels, minlength=classes)
     loss_sum, *counts = sum_over_ranks(sums, cluster, "scores")
-    rights, totals = counts[:classes], counts[classes:]
-    recalls = [r / n for r, n in zip(rights, totals, strict=True) if n]
+    hits, totals = counts[:classes], counts[classes:]
+    recalls = [hit / total for hit, total in zip(hits, totals, strict=True) if total]
     images_seen = sum(totals)
-    return Scores(loss_sum / images_seen, sum(rights) / images_seen, sum(recalls) / len(recalls), int(images_seen))
+    return Scores(loss_sum / images_seen, sum(hits) / images_seen, sum(recalls) / len(recalls), int(images_seen))
 
 
 def evaluate(config: EvaluateConfig) -> None:
-    """What `python -m hvd_adam.evaluate` does, on every rank."""
+    """Runs `python -m hvd_adam.evaluate` on this rank."""
     cluster = init(config.device)
     require_same(cluster, "arguments", asdict(config))
     with raise_on_all_ranks(cluster):
-        forward, loader = restore(config, cluster)
+        forward, loader = load_model(config, cluster)
     scores = score(forward, loader, cluster, config.batch_size)
     if cluster.rank == 0:
         sys.stdout.write(_report(scores, loader.data.name, config.json) + "\n")
 
 
-def restore(config: EvaluateConfig, cluster: Cluster) -> tuple[Forward, DeviceLoader]:
-    """Rebuilds a checkpoint's model, in evaluation mode, and the test images as it was trained to see them.
+def load_model(config: EvaluateConfig, cluster: Cluster) -> tuple[Forward, DeviceLoader]:
+    """Loads a checkpoint's model, and the test images with the normalization of the training.
+
+    Returns:
+        The forward pass of the model in evaluation mode, and the loader.
 
     Raises:
-        UserError: the checkpoint is missing or damaged, its model or data set cannot be built, or they do not
+        UserError: the checkpoint is missing or damaged, its model or data set cannot be built, or the two do not
             fit together.
     """
     state = storage.load(config.checkpoint)
     try:
-        trained, seen, weights = state["config"], state["data"], state["model"]
+        trained, data, weights = state["config"], state["data"], state["model"]
     except KeyError as error:
         raise UserError(f"checkpoint {config.checkpoint} was not written by hvd_adam.train: no {error}") from None
     images = load_images(_data_config(config, trained))
-    if list(images.classes) != seen["classes"]:
-        _refuse(config, f"its classes are {seen['classes']}, those of {images.name} {list(images.classes)}")
-    model = zoo.build(
+    if list(images.classes) != data["classes"]:
+        raise UserError(
+            f"checkpoint {config.checkpoint} is of another model or data set: its classes are {data['classes']}, "
+            f"those of {images.name} {list(images.classes)}"
+        )
+    model: torch.nn.Module = zoo.build(
         trained["model"],
         in_channels=images.channels,
         num_classes=len(images.classes),
@@ -108,24 +117,22 @@ def restore(config: EvaluateConfig, cluster: Cluster) -> tuple[Forward, DeviceLo
 
     def forward(batch: torch.Tensor) -> torch.Tensor:
         with autocast(trained["precision"], cluster.device):
-            return model(batch)
+            logits: torch.Tensor = model(batch)
+        return logits
 
-    mean, std = tuple(seen["mean"]), tuple(seen["std"])
+    mean, std = tuple(data["mean"]), tuple(data["std"])
     return forward, DeviceLoader(images, cluster.device, dtype=dtype, mean=mean, std=std)
 
 
 def _data_config(config: EvaluateConfig, trained: dict[str, Any]) -> DataConfig:
-    """That of the training, but for what the evaluation is told."""
+    """Returns the training's data options, with those that are given for the evaluation replaced."""
     values = {item.name: trained[item.name] for item in fields(DataConfig)}
-    told = {"dataset": config.dataset, "data_dir": config.data_dir}
-    return DataConfig(**values | {name: value for name, value in told.items() if value is not None})
-
-
-def _refuse(config: EvaluateConfig, difference: str) -> None:
-    raise UserError(f"checkpoint {config.checkpoint} is of another model or data set: {difference}")
+    given = {"dataset": config.dataset, "data_dir": config.data_dir}
+    return DataConfig(**values | {name: value for name, value in given.items() if value is not None})
 
 
 def _report(scores: Scores, name: str, as_json: bool) -> str:
+    """Returns the scores on data set `name` as JSON or as lines of text."""
     if as_json:
         return json.dumps(asdict(scores))
     return (

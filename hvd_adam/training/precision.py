@@ -1,4 +1,4 @@
-"""The arithmetic of the model, by the names of `--precision`."""
+"""Dtypes, autocast and loss scaling for each value of `--precision`."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def parameter_dtype(precision: str) -> torch.dtype:
-    """What parameters and images are kept in: float64 for "fp64", else float32."""
+    """Returns the dtype of parameters and images: float64 for "fp64", else float32."""
     return torch.float64 if precision == "fp64" else torch.float32
 
 
-def autocast(precision: str, device: torch.device) -> AbstractContextManager:
-    """The context for the forward pass: autocast to bfloat16 or float16, or nothing."""
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """Returns the context of the forward pass: autocast for "bf16" and "fp16", else a null context."""
     if precision not in _AUTOCAST:
         return nullcontext()
     return torch.autocast(device.type, dtype=_AUTOCAST[precision])
 
 
 def loss_scaler(precision: str, device: torch.device) -> Any | None:
-    """A `GradScaler` for "fp16", whose gradients would underflow; None for the others.
+    """Returns a `GradScaler` for "fp16", whose gradients would underflow, and None for other precisions.
 
     Raises:
-        UserError: fp16 on the CPU with a PyTorch before 2.3, which has no scaler for it.
+        UserError: fp16 on the CPU with PyTorch before 2.3, which has no loss scaler for it.
     """
     if precision != "fp16":
         return None
@@ -41,7 +41,7 @@ def loss_scaler(precision: str, device: torch.device) -> Any | None:
 
 
 def make_deterministic() -> None:
-    """Lets PyTorch refuse operations whose result may differ from run to run. Before CUDA is first used."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what PyTorch asks for on GPUs
+    """Makes PyTorch refuse operations with results that vary from run to run; call it before CUDA is used."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # PyTorch requires it on GPUs
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False

@@ -1,4 +1,4 @@
-"""The run folder: one job at a time writes to it; where its run began, and where it goes on."""
+"""The run folder: only one job writes to it at a time; it records which run it holds and where that resumes."""
 
 from __future__ import annotations
 
@@ -7,72 +7,74 @@ import fcntl
 import json
 import os
 import socket
-import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-import yaml
+import yaml  # type: ignore[import-untyped]  # its stubs are a package of their own
 
 from hvd_adam.checkpoint import storage
+from hvd_adam.checkpoint.files import write_atomically
 from hvd_adam.checkpoint.state import TrainingState
 from hvd_adam.config import TrainConfig
 from hvd_adam.errors import Preempted, UserError
+from hvd_adam.log import logger
 from hvd_adam.recovery.preemption import stop_requested
 from hvd_adam.training.run_log import METRICS_FILE
 
 LOCK_FILE = ".lock"
 
-# Ranks whose launcher was killed live on for less than 30 s.
+# The ranks of a launcher that was killed end within 30 s.
 WAIT_SECONDS = 60.0
 
-# A POSIX lock ends with the first descriptor of its file that the process closes: these stay open.
-_claimed: dict[Path, IO[str]] = {}
+# A POSIX lock ends when the process closes any descriptor of the file, so these files stay open.
+_locked: dict[Path, IO[str]] = {}
 
 
-def claim(folder: Path, *, wait: bool = True) -> None:
-    """Keeps other jobs out of a run folder until this process ends, in whatever way it ends; rank 0 calls it.
+def lock(folder: Path, *, wait: bool = True) -> None:
+    """Locks a run folder against other jobs until this process ends, however it ends; rank 0 calls it.
 
-    Waits for the job that is in it, and says so; or, without `wait`, leaves the folder to it. The lock is POSIX's,
-    on a file that stays: NFS has it too, and processes that this one forks do not. What the process has claimed it
-    may claim again.
+    It is a POSIX lock on a file that is never removed: NFS supports it, and forked processes do not inherit it. A
+    process may lock a folder more than once.
 
     Args:
-        folder: it must exist.
+        folder: the run folder; must exist.
+        wait: wait up to `WAIT_SECONDS` for a job that holds the lock, and log which one it is. Otherwise return
+            without the lock.
 
     Raises:
-        UserError: the other job is still there after `WAIT_SECONDS`.
-        Preempted: this one was asked to stop while it waited.
+        UserError: another job holds the lock after `WAIT_SECONDS`.
+        Preempted: this job was asked to stop while it waited.
         OSError: the folder cannot be written to.
     """
     path = folder.resolve() / LOCK_FILE
-    if path in _claimed:
+    if path in _locked:
         return
     file = path.open("a+")
     deadline = None
-    while not _lock(file, folder):
+    while not _try_lock(file, folder):
         if not wait:
             file.close()
             return
         file.seek(0)
-        other = file.read().strip() or "which is only just starting"
+        holder = file.read().strip() or "a job that is starting"
         if deadline is None:
             deadline = time.monotonic() + WAIT_SECONDS
-            _say(f"waits up to {WAIT_SECONDS:g} s for another job in {folder}: {other}")
+            logger.info(f"waiting up to {WAIT_SECONDS:g} s for the job that holds the lock of {folder}: {holder}")
         if stop_requested():
             raise Preempted
         if time.monotonic() > deadline:
-            raise UserError(f"another job writes to {folder}, {other}: end it, or choose another --output-dir")
+            raise UserError(f"another job writes to {folder}: {holder}; end it, or choose another --output-dir")
         time.sleep(0.1)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
-    _claimed[path] = file
+    _locked[path] = file
 
 
-def _lock(file: IO[str], folder: Path) -> bool:
-    """Whether nobody else has the lock; it is this process's then."""
+def _try_lock(file: IO[str], folder: Path) -> bool:
+    """Returns whether this process may write: it has the lock, or the file system does not support locks."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -80,100 +82,104 @@ def _lock(file: IO[str], folder: Path) -> bool:
             return False
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
-        _say(f"warning: {folder} lies where files cannot be locked: let no other job write to it")
+        logger.warning(f"the file system of {folder} does not support locks: let no other job write to the folder")
     return True
 
 
-def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")  # in one write: launchers tag each write with the rank
-    sys.stdout.flush()
-
-
-def is_taken(folder: Path) -> bool:
-    """Whether a run has begun in it."""
+def holds_run(folder: Path) -> bool:
+    """Returns whether a run has started in the folder."""
     metrics = folder / METRICS_FILE
     return metrics.exists() and metrics.stat().st_size > 0
 
 
-def origin(folder: Path) -> Path | None:
-    """The checkpoint from elsewhere that its run began from (`--resume PATH`); None if it began anew."""
+def starting_checkpoint(folder: Path) -> Path | None:
+    """Returns the checkpoint that the folder's run started from (`--resume PATH`), or None."""
     with (folder / METRICS_FILE).open() as lines:
         try:
             first = json.loads(lines.readline())
         except ValueError:
-            return None  # as a killed process leaves it
+            return None  # a killed process left an incomplete line
     return Path(first["path"]) if first["event"] == "resume" else None
 
 
 @dataclass(frozen=True)
-class Start:
-    """Where a run goes on.
+class ResumePoint:
+    """The state from which a run resumes.
 
     Attributes:
         path: the checkpoint's folder, or "memory".
-        state: what is in it; None once it has been taken up.
-        damaged: what is wrong with newer ones.
+        state: the saved state.
+        damaged: one message for each newer checkpoint that is damaged.
     """
 
-    path: Path | str
-    state: TrainingState | None
+    path: str
+    state: TrainingState
     damaged: list[str]
 
+    def without_tensors(self) -> ResumePoint:
+        """Returns it without model, optimizer and loss scaler: `distribute` broadcasts those."""
+        return replace(self, state=replace(self.state, model={}, optimizer={}, loss_scaler=None))
 
-def open_for(config: TrainConfig, size: int, known: TrainingState | None) -> tuple[Path, Start | None]:
-    """A run's folder, claimed, with the configuration in it; and where the run goes on, None for a new one.
+
+def open_run(config: TrainConfig, size: int, in_memory: TrainingState | None) -> tuple[Path, ResumePoint | None]:
+    """Locks a run's folder and writes `config.yaml` into it.
 
     Args:
-        config: of the run.
+        config: the run's configuration.
         size: number of ranks.
-        known: the state in memory from which to go on, instead of a checkpoint.
+        in_memory: a state in memory to resume from instead of a checkpoint, or None.
+
+    Returns:
+        The folder, and the point from which the run resumes: None for a new run.
 
     Raises:
-        UserError: the folder cannot be written to, or holds another run, or another job does; or the checkpoint to
-            go on from cannot be read, or is of another run.
+        UserError: the folder cannot be written to, or holds another run, or another job writes to it; or the
+            checkpoint cannot be read, or belongs to another run.
     """
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{config.dataset}-{config.model}".replace(":", ".")
     folder = Path(config.output_dir or Path("runs") / name)
     try:
         batch = None if config.elastic else config.global_batch(size)
-        start = None if known is None else Start("memory", known, [])
-        if start is None and not folder.exists():
-            start = _start(config, folder, batch)  # one that fails makes no folder
+        resume = None if in_memory is None else ResumePoint("memory", in_memory, [])
+        if resume is None and not folder.exists():
+            resume = _find_resume_point(config, folder, batch)  # before mkdir: an error leaves no folder behind
         folder.mkdir(parents=True, exist_ok=True)
-        # Of this job's ranks the one that had it may be cut off, and not yet have ended.
-        claim(folder, wait=known is None)
-        if start is None or (known is None and is_taken(folder)):
-            start = _start(config, folder, batch)
+        # After a change of ranks, the rank that holds the lock may be cut off from this one and still running.
+        lock(folder, wait=in_memory is None)
+        if resume is None or (in_memory is None and holds_run(folder)):
+            resume = _find_resume_point(config, folder, batch)
         values = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(config).items()}
-        storage.write_atomically(folder / "config.yaml", yaml.safe_dump(values, sort_keys=False))
+        write_atomically(folder / "config.yaml", yaml.safe_dump(values, sort_keys=False))
     except OSError as error:
         raise UserError(
             f"cannot write to the run folder {folder} ({error.strerror}): choose another --output-dir"
         ) from None
-    return folder, start
+    return folder, resume
 
 
-def _start(config: TrainConfig, folder: Path, global_batch_size: int | None) -> Start | None:
-    """What `--resume` finds; None for a new run."""
+def _find_resume_point(config: TrainConfig, folder: Path, global_batch_size: int | None) -> ResumePoint | None:
+    """Returns what `--resume` refers to; None for a new run."""
     given = None if config.resume in ("auto", "never") else Path(os.path.abspath(config.resume))
-    path, saved, damaged = None, {}, []
-    if is_taken(folder):
-        began_from = origin(folder)
+    path: Path | None = None
+    saved: dict[str, Any] = {}
+    damaged: list[str] = []
+    if holds_run(folder):
+        started_from = starting_checkpoint(folder)
         if config.resume == "never":
             raise UserError(f"{folder} holds a run already: choose another --output-dir, or remove it")
-        if given not in (None, began_from):
+        if given not in (None, started_from):
             raise UserError(
-                f"{folder} holds a run that did not begin from {config.resume}: choose another --output-dir, or "
-                "--resume auto to go on with it"
+                f"{folder} holds a run that did not start from {config.resume}: choose another --output-dir, or "
+                "resume that run with --resume auto"
             )
-        path, saved, damaged = storage.newest(folder / "checkpoints")
+        path, saved, damaged = storage.load_newest(folder / "checkpoints")
         if damaged and path is None:
-            raise UserError(f"no checkpoint of {folder} is whole: {damaged[0]}")
-        given = began_from
+            raise UserError(f"{folder} has no intact checkpoint: {damaged[0]}")
+        given = started_from
     if path is None and given is not None:
         path, saved = given, storage.load(given)
     if path is None:
-        return None  # new, or killed before it wrote one
-    state = TrainingState.of(saved, str(path))
+        return None  # a new run, or one that was killed before its first checkpoint
+    state = TrainingState.from_dict(saved, str(path))
     state.require_same_run(asdict(config), global_batch_size, str(path))
-    return Start(path, state, damaged)
+    return ResumePoint(str(path), state, damaged)

@@ -1,4 +1,4 @@
-"""What a run reports: exact averages over ranks, `metrics.jsonl`, TensorBoard events, progress, `curves.png`."""
+"""The record of a run: `metrics.jsonl`, TensorBoard events, progress bar and log lines."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from typing import Any
 
 from tqdm import tqdm
 
-from hvd_adam.checkpoint import storage
+from hvd_adam.checkpoint.files import write_atomically
 from hvd_adam.errors import UserError
+from hvd_adam.log import logger, set_progress_bar
 from hvd_adam.training.append_log import AppendLog, ScalarLog
 
 METRICS_FILE = "metrics.jsonl"
 
 
 class RunLog:
-    """Rank 0's record of a run. On the other ranks (`folder` None) it does nothing.
+    """Records the events of a run on rank 0. On other ranks (`folder` is None) it does nothing.
 
-    Each event is one line of `metrics.jsonl`, written at once, or as soon as the disk takes it; its numbers go to
-    TensorBoard too. On a terminal there is a progress bar; in a pipe or a log file, plain lines.
+    Each event becomes one line of `metrics.jsonl`, written at once, or as soon as the disk accepts it. Its numbers
+    also go to TensorBoard. On a terminal a progress bar is shown; in a pipe or a log file, plain lines.
 
     Args:
-        folder: the run's.
+        folder: the run folder; None on ranks other than 0.
         total_steps: updates in the whole run.
-        first_step: updates made before, None in a new run; what was recorded after them is taken back, for it will
-            be done again.
+        first_step: updates made before a resume; None for a new run. Later events in `metrics.jsonl` are removed,
+            because their updates are computed again.
 
     Raises:
         UserError: the folder cannot be written to.
@@ -41,7 +42,7 @@ class RunLog:
         if folder is None:
             return
         try:
-            _take_back(folder / METRICS_FILE, first_step)
+            _remove_later_events(folder / METRICS_FILE, first_step)
             self._lines = AppendLog(folder / METRICS_FILE)
             self._board = ScalarLog(folder, (first_step or 0) + 1)
         except OSError as error:
@@ -53,91 +54,88 @@ class RunLog:
             disable=not sys.stderr.isatty(),
             dynamic_ncols=True,
         )
+        set_progress_bar(self._bar)
         self._total_steps = total_steps
-        self._warned = self._behind = False
+        self._nonfinite_logged = self._disk_error_logged = False
 
     def event(self, event: str, step: int, epoch: int, **values: Any) -> None:
-        """Records what happened after `step` updates.
+        """Records an event.
 
         Args:
-            event: "start", "resume", "step", "skip", "eval", "checkpoint" or "end".
+            event: "start", "resume", "step", "skip", "eval", "checkpoint", "checkpoint_failed" or "end".
             step: updates made so far.
-            epoch: epochs begun so far.
-            values: numbers by name, in the units of the README's table of metrics.
+            epoch: the current epoch, from 1; 0 before the first.
+            values: the event's values by name, in the units that the documentation of `metrics.jsonl` lists.
+                Numbers that are not finite are recorded as null.
         """
         if self._folder is None:
             return
         finite = {name: value if _is_finite(value) else None for name, value in values.items()}
         line = {"event": event, "step": step, "epoch": epoch, "time": time.time(), **finite}
         self._lines.write(json.dumps(line, allow_nan=False).encode() + b"\n")
-        if finite != values and not self._warned:
-            self._warned = True
-            self.say(
-                f"warning: {next(n for n in values if finite[n] != values[n])} is no longer finite (step {step})"
-            )
+        if finite != values and not self._nonfinite_logged:
+            self._nonfinite_logged = True
+            name = next(name for name in values if finite[name] != values[name])
+            logger.warning(f"{name} is no longer finite (step {step})")
         for name, value in values.items():
             if event in ("step", "eval") and isinstance(value, float):
                 self._board.add(name if "_" in name else f"train_{name}", value, step)
-        self._look_behind()
-        self._show(event, step, epoch, values)
-
-    def say(self, text: str) -> None:
-        """Prints a line for the person who watches."""
-        if self._folder is not None:
-            self._bar.clear()
-            sys.stdout.write(text + "\n")  # in one write: launchers tag each write with the rank
-            sys.stdout.flush()
-            self._bar.refresh()
+        self._log_disk_error()
+        if event == "step":
+            self._show_step(step, epoch, values)
+        elif event == "eval":
+            self._show_scores(step, epoch, values)
 
     def close(self) -> None:
-        """Flushes everything to disk."""
+        """Writes what is still in memory and closes all files."""
         if self._folder is not None:
+            set_progress_bar(None)
             self._bar.close()
             self._board.close()
             self._lines.close()
 
-    def _look_behind(self) -> None:
-        """Says once, each time, that records wait for the disk."""
+    def _log_disk_error(self) -> None:
+        """Logs, once for each time that the disk fails, that records are held in memory."""
         error = self._lines.error or self._board.error
-        if error and not self._behind:
-            self.say(f"warning: cannot write to {self._folder}: {error.strerror}; training goes on, metrics wait")
-        self._behind = error is not None
-
-    def _show(self, event: str, step: int, epoch: int, values: dict[str, Any]) -> None:
-        if event == "step":
-            self._bar.update(step - self._bar.n)
-            shown = {
-                "loss": f"{values['loss']:.4f}",
-                "lr": f"{values['lr']:.2e}",
-                "images/s": f"{values['images_per_second']:.0f}",
-            }
-            self._bar.set_postfix(shown)
-            if self._bar.disable:
-                details = "  ".join(f"{name} {value}" for name, value in shown.items())
-                self.say(f"epoch {epoch}  step {step}/{self._total_steps}  {details}")
-        elif event == "eval":
-            scores = "  ".join(
-                f"{name.replace('_', ' ')} {value:.4f}"
-                for name, value in values.items()
-                if name.startswith("test_")
+        if error and not self._disk_error_logged:
+            logger.warning(
+                f"cannot write to {self._folder}: {error.strerror}; training continues, metrics stay in memory"
             )
-            self.say(f"epoch {epoch}  step {step}/{self._total_steps}  {scores}")
+        self._disk_error_logged = error is not None
+
+    def _show_step(self, step: int, epoch: int, values: dict[str, Any]) -> None:
+        self._bar.update(step - self._bar.n)
+        shown = {
+            "loss": f"{values['loss']:.4f}",
+            "lr": f"{values['lr']:.2e}",
+            "images/s": f"{values['images_per_second']:.0f}",
+        }
+        self._bar.set_postfix(shown)
+        if self._bar.disable:
+            details = "  ".join(f"{name} {value}" for name, value in shown.items())
+            logger.info(f"epoch {epoch}  step {step}/{self._total_steps}  {details}")
+
+    def _show_scores(self, step: int, epoch: int, values: dict[str, Any]) -> None:
+        scores = "  ".join(
+            f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items() if name.startswith("test_")
+        )
+        logger.info(f"epoch {epoch}  step {step}/{self._total_steps}  {scores}")
 
 
-def _take_back(path: Path, step: int | None) -> None:
-    """Removes the events after `step` updates, and the end of the run; a line that a killed process began, too."""
+def read_events(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields the events of a `metrics.jsonl`, except for an incomplete last line."""
+    for line in path.read_text().splitlines():
+        with suppress(ValueError):
+            yield json.loads(line)
+
+
+def _remove_later_events(path: Path, step: int | None) -> None:
+    """Removes the events after `step` updates (None: all), the "end" event and an incomplete last line."""
     if not path.exists():
         return
     last = -1 if step is None else step
     kept = [event for event in read_events(path) if event["step"] <= last and event["event"] != "end"]
-    storage.write_atomically(path, "".join(json.dumps(event) + "\n" for event in kept))
-
-
-def read_events(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of `metrics.jsonl`, but for one that was never completed."""
-    for line in path.read_text().splitlines():
-        with suppress(ValueError):
-            yield json.loads(line)
+    write_atomically(path, "".join(json.dumps(event) + "\n" for event in kept))
 
 
 def _is_finite(value: Any) -> bool:

@@ -1,7 +1,7 @@
-"""The commands on a GPU: training in half precision, exact resume, evaluation, the doctor.
+"""The commands on a GPU: training in half precision, exact resume, evaluation, doctor.
 
-Hazards: loss scaling that skips all updates, or none; a resumed run that differs in a bit; generators of the GPU
-that are not kept; a checkpoint that only a GPU can read; a loop that waits for the device on every update.
+Hazards: loss scaling that skips all updates or none; a resumed run that differs in a bit; random generators of the
+GPU that are not saved; a checkpoint that cannot be loaded without a GPU; a loop that synchronizes on every update.
 """
 
 import json
@@ -19,7 +19,7 @@ from hvd_adam.training.trainer import Trainer
 
 
 def printed(done):
-    """The JSON object in a launcher's output."""
+    """Returns the JSON object in a launcher's output."""
     text = succeeded(done).stdout
     return json.loads(text[text.index("{") : text.rindex("}") + 1])
 
@@ -32,7 +32,7 @@ def printed(done):
         "--precision bf16 --compile --deterministic",
     ],
 )
-def test_it_learns_in_every_precision(options, tmp_path):
+def test_training_reaches_its_accuracy_in_every_precision(options, tmp_path):
     done = train(*f"--epochs 4 --device cuda {options}".split(), ranks=1, folder=tmp_path / "run")
     succeeded(done)
     assert "1 rank(s) on cuda" in done.stdout
@@ -42,15 +42,15 @@ def test_it_learns_in_every_precision(options, tmp_path):
     model = torch.nn.ParameterList(list(saved["model"].values()))
     torch.optim.Adam(model.parameters()).load_state_dict(saved["optimizer"])
     found = printed(train("--checkpoint", tmp_path / "run", "--json", ranks=1, module="hvd_adam.evaluate"))
-    # In another batch size, and on the CPU's or the GPU's arithmetic of the day: an image or two of 355.
+    # Another batch size may select other kernels: the result may differ by one or two images of 355.
     assert found["test_accuracy"] == pytest.approx(events(tmp_path / "run")[-1]["test_accuracy"], abs=0.006)
 
 
 @pytest.mark.parametrize("options", ["--precision bf16", "--precision fp16 --accumulate 2 --dropout 0.3"])
-def test_a_stopped_run_ends_bit_for_bit_as_an_undisturbed_one(options, tmp_path):
+def test_a_stopped_run_ends_bit_for_bit_as_an_uninterrupted_one(options, tmp_path):
     write_cifar10(tmp_path / "data")
     fixed = "--dataset cifar10 --model cnn --epochs 3 --batch-size 20 --deterministic --device cuda --dropout 0.2"
-    # At a constant rate: the end of a decay would move with --max-steps.
+    # A constant rate, because the end of a decay depends on --max-steps.
     argv = [*fixed.split(), "--lr-decay", "constant", "--data-dir", tmp_path / "data", *options.split()]
     succeeded(train(*argv, ranks=1, folder=tmp_path / "whole"))
     succeeded(train(*argv, "--max-steps", 7, ranks=1, folder=tmp_path / "parts"))
@@ -66,7 +66,7 @@ def test_a_stopped_run_ends_bit_for_bit_as_an_undisturbed_one(options, tmp_path)
 
 
 @on_ranks(1)
-def test_no_update_of_the_training_loop_waits_for_the_device(cluster):
+def test_no_update_of_the_training_loop_synchronizes_with_the_device(cluster):
     place = Path(tempfile.mkdtemp())
     write_cifar10(place / "data")
     options = {"device": "cuda", "precision": "bf16", "channels_last": True, "model": "cnn", "dataset": "cifar10"}
@@ -76,20 +76,20 @@ def test_no_update_of_the_training_loop_waits_for_the_device(cluster):
 
     def updating(*arguments):
         update(*arguments)
-        # The first ones compile, and lay out. From then on neither the update nor its batch may wait.
-        torch.cuda.set_sync_debug_mode("error" if trainer.step > 3 else "default")
+        # The first updates compile kernels and build the flat layout. Later ones must not synchronize.
+        torch.cuda.set_sync_debug_mode("error" if trainer.progress.step > 3 else "default")
 
-    def evaluating(epoch):
+    def evaluating():
         torch.cuda.set_sync_debug_mode("default")
-        assert trainer.step > 10
-        return evaluate(epoch)
+        assert trainer.progress.step > 10
+        return evaluate()
 
     trainer._update, trainer._evaluate = updating, evaluating
     trainer.run()
-    assert trainer.scores is not None
+    assert trainer.progress.scores is not None
 
 
-def test_the_doctor_finds_gpu_driver_and_nccl_well():
+def test_the_doctor_reports_gpu_driver_and_nccl_as_ok():
     checks = {
         check["name"]: check for check in printed(train("--json", ranks=1, module="hvd_adam.doctor"))["checks"]
     }

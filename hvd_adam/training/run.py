@@ -1,0 +1,191 @@
+"""`build_run`: builds all parts of a run on every rank, in the order that the collectives require."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hvd_adam.checkpoint.state import require_same_tensors
+from hvd_adam.config import TrainConfig
+from hvd_adam.data.loader import DeviceLoader
+from hvd_adam.distributed.agreement import raise_on_all_ranks, require_same
+from hvd_adam.distributed.api import distribute
+from hvd_adam.distributed.broadcast import ROOT
+from hvd_adam.distributed.context import Cluster, horovod, init
+from hvd_adam.distributed.optimizer import DistributedAdam
+from hvd_adam.optim.adam import Adam
+from hvd_adam.recovery.elastic import InMemoryCheckpoint
+from hvd_adam.recovery.preemption import Preemption
+from hvd_adam.recovery.watchdog import Watchdog, defer_horovod_stall_shutdown
+from hvd_adam.schedule import LearningRateSchedule
+from hvd_adam.training import run_dir
+from hvd_adam.training.builders import build_model, make_adam, make_loader, make_schedule, scale_for_ranks
+from hvd_adam.training.precision import loss_scaler, make_deterministic
+from hvd_adam.training.run_dir import ResumePoint
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """How a run is divided into updates, and each update's global batch into micro-batches.
+
+    Attributes:
+        global_batch: images per update, over all ranks.
+        micro_batch: the largest number of images in a micro-batch of one rank.
+        accumulate: micro-batches per rank and update.
+        steps_per_epoch: updates per epoch.
+        total_steps: updates in the whole run.
+    """
+
+    global_batch: int
+    micro_batch: int
+    accumulate: int
+    steps_per_epoch: int
+    total_steps: int
+
+    @classmethod
+    def of_run(
+        cls, config: TrainConfig, loader: DeviceLoader, ranks: int, resume: ResumePoint | None
+    ) -> BatchSizes:
+        """Computes the sizes for this number of ranks.
+
+        In an elastic run, an update keeps the images that it had at the start of the run. If ranks are missing,
+        the remaining ranks run more micro-batches, none of them larger than before.
+        """
+        if resume is None or not config.elastic:
+            global_batch, accumulate = config.global_batch(ranks), config.accumulate
+            micro_batch = -(-global_batch // (ranks * accumulate))
+        else:
+            global_batch = resume.state.progress["global_batch_size"]
+            micro_batch = resume.state.progress["micro_batch_size"]
+            accumulate = -(-global_batch // (ranks * micro_batch))
+        steps_per_epoch = loader.steps_per_epoch(global_batch)
+        total_steps = config.epochs * steps_per_epoch
+        if config.max_steps is not None:
+            total_steps = min(total_steps, config.max_steps)
+        return cls(global_batch, micro_batch, accumulate, steps_per_epoch, total_steps)
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of a run on this rank.
+
+    Attributes:
+        cluster: this process.
+        watchdog: ends the job if it makes no progress.
+        preemption: whether to stop, the same on every rank.
+        loader: batches on this rank's device.
+        sizes: sizes of batches, epochs and the run.
+        model: the model; identical on all ranks.
+        scaler: the loss scaler of "fp16", else None.
+        optimizer: the distributed optimizer; its state is identical on all ranks, or sharded.
+        schedule: the learning-rate schedule.
+        folder: the run folder; None on ranks other than 0.
+        resume: the point from which the run resumes, without tensors that are loaded already; None for a new run.
+    """
+
+    cluster: Cluster
+    watchdog: Watchdog
+    preemption: Preemption
+    loader: DeviceLoader
+    sizes: BatchSizes
+    model: torch.nn.Module
+    scaler: Any | None
+    optimizer: DistributedAdam
+    schedule: LearningRateSchedule
+    folder: Path | None
+    resume: ResumePoint | None
+
+
+def build_run(config: TrainConfig, memory: InMemoryCheckpoint | None, resources: ExitStack) -> Run:
+    """Builds a run and loads the state from which it resumes; every rank must call it.
+
+    Args:
+        config: the run's configuration; identical on all ranks.
+        memory: this rank's state in memory in an elastic run, else None.
+        resources: receives what must be closed at the end of the run.
+
+    Raises:
+        UserError: the configuration does not fit the data, the machine or the ranks; raised on every rank.
+    """
+    if config.deterministic:
+        make_deterministic()
+    defer_horovod_stall_shutdown(config.stall_timeout)
+    cluster = init(config.device)
+    watchdog = Watchdog(cluster, config.stall_timeout)
+    resources.callback(watchdog.close)
+    preemption = Preemption(cluster, config.max_time, None if memory is None else memory.hosts_changed)
+    require_same(cluster, "arguments", asdict(config))
+    with raise_on_all_ranks(cluster):
+        loader = make_loader(config, cluster)
+        loader.steps_per_epoch(config.global_batch(cluster.size))  # raises before anything is written
+        scaled = scale_for_ranks(config, cluster)
+        model = build_model(config, loader)
+        scaler = loss_scaler(config.precision, cluster.device)
+    adam = make_adam(config, model, scaled)
+    folder, resume = _open_run(config, cluster, memory, model, adam, scaler)
+    sizes = BatchSizes.of_run(config, loader, cluster.size, resume)
+    schedule = make_schedule(config, scaled.lr, sizes.steps_per_epoch, sizes.total_steps)
+    optimizer = distribute(
+        adam,
+        model,
+        strategy=config.strategy,
+        accumulate=sizes.accumulate,
+        compression=config.compression,
+        op=config.op,
+        max_grad_norm=config.max_grad_norm,
+        loss_scaler=scaler,
+    )
+    return Run(
+        cluster=cluster,
+        watchdog=watchdog,
+        preemption=preemption,
+        loader=loader,
+        sizes=sizes,
+        model=model,
+        scaler=scaler,
+        optimizer=optimizer,
+        schedule=schedule,
+        folder=folder,
+        resume=resume,
+    )
+
+
+def _open_run(
+    config: TrainConfig,
+    cluster: Cluster,
+    memory: InMemoryCheckpoint | None,
+    model: torch.nn.Module,
+    adam: Adam,
+    scaler: Any | None,
+) -> tuple[Path | None, ResumePoint | None]:
+    """Opens the run folder and loads the state to resume from on rank 0; broadcasts the resume point."""
+    in_memory = None if memory is None else memory.newest(cluster)
+    folder: Path | None = None
+    resume: ResumePoint | None = None
+    with raise_on_all_ranks(cluster):
+        if cluster.rank == ROOT:
+            folder, resume = run_dir.open_run(config, cluster.size, in_memory)
+        if resume is not None:
+            _load(resume, config, model, adam, scaler)
+            resume = resume.without_tensors()
+    if cluster.size > 1:
+        resume = horovod().broadcast_object(resume, ROOT, name="hvd_adam.start")
+    return folder, resume
+
+
+def _load(
+    resume: ResumePoint, config: TrainConfig, model: torch.nn.Module, adam: Adam, scaler: Any | None
+) -> None:
+    """Loads model, optimizer and loss scaler on rank 0, before `distribute` broadcasts them."""
+    state = resume.state
+    require_same_tensors(model.state_dict(), state.model, resume.path)
+    model.load_state_dict(state.model)
+    adam.load_state_dict(state.optimizer)
+    for group in adam.param_groups:  # this run chooses how to compute the update
+        group["implementation"] = config.implementation
+    if scaler is not None:
+        scaler.load_state_dict(state.loss_scaler)
