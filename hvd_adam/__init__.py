@@ -7,12 +7,13 @@ PyTorch is loaded, and so that ``Adam`` works in a single process where Horovod 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from hvd_adam._version import __version__ as __version__
+
 if TYPE_CHECKING:
     from hvd_adam.distributed.api import distribute
     from hvd_adam.distributed.context import Cluster, init
     from hvd_adam.optim.adam import Adam
 
-__version__ = "0.1.0"
 __all__ = ["Adam", "Cluster", "distribute", "init"]
 
 _HOME = {

@@ -81,7 +81,8 @@ def _parser(config: type, name: str) -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(
         prog=f"python -m {name}", description=_summary(config), exit_on_error=False
     )
-    parser.add_argument("--config", action=jsonargparse.ActionConfigFile, help="YAML file with any of the options")
+    read_file = jsonargparse.ActionConfigFile  # type: ignore[attr-defined]  # documented, but not in its __all__
+    parser.add_argument("--config", action=read_file, help="YAML file with any of the options")
     types = get_type_hints(config)
     for item in fields(config):
         option, text = _option(item.name), item.metadata["help"]

@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from hvd_adam import log
 from hvd_adam.arguments import Config, install_command, parse
 from hvd_adam.distributed.context import current_rank
 from hvd_adam.distributed.launch_env import BUILD_COMMAND, detect_launcher
@@ -45,6 +46,7 @@ def run(
         argv: the arguments; those of this process by default.
         needs_extra: as in `hvd_adam.arguments.parse`.
     """
+    log.setup()
     try:
         main(parse(config, name, argv, needs_extra=needs_extra))
     except UserError as error:
@@ -104,7 +106,7 @@ def _fail(error: Exception, name: str) -> NoReturn:
 
 
 def _stopped_by_launcher(seconds: float) -> bool:
-    """Waits for the launcher to stop this rank, which it does once another rank has printed the error and exited."""
+    """Waits for the launcher to stop this rank, as it does once another rank has printed the error and exited."""
     before, end = stop_requested(), time.monotonic() + seconds
     while time.monotonic() < end:
         if stop_requested() and not before:

@@ -24,7 +24,7 @@ from hvd_adam.distributed import rendezvous
 from hvd_adam.distributed.context import horovod, restart
 from hvd_adam.distributed.launch_env import LaunchInfo, detect_launcher
 from hvd_adam.errors import RankError
-from hvd_adam.recovery.elastic import Connections, InMemoryCheckpoint, _sockets
+from hvd_adam.recovery.elastic import Connections, InMemoryCheckpoint, _established
 
 needs_hosts = pytest.mark.skipif(skip_reason() is not None, reason=f"no hosts out of namespaces: {skip_reason()}")
 
@@ -98,16 +98,16 @@ def test_horovod_starts_anew_with_names_that_new_ranks_have_too(cluster):
 @on_ranks(2, "elastic")
 def test_connections_that_are_cut_end_for_the_other_rank(cluster):
     connections = Connections()
-    with connections.noted():
+    with connections.record():
         restart()
     assert connections._own
     horovod().barrier()
     if cluster.rank == 0:
-        connections.cut()
+        connections.shut_down()
     with pytest.raises(Exception, match=r"shut down|closed"):
         for _ in range(1000):
             horovod().allreduce(torch.ones(1), name="after")
-    assert not set(connections._own) & set(_sockets()) or cluster.rank
+    assert not set(connections._own) & set(_established()) or cluster.rank
 
 
 @pytest.fixture
