@@ -146,7 +146,7 @@ def test_a_command_that_is_done_ends_though_horovod_cannot():
     # As Horovod's own end does, which waits for a rank that was killed.
     script = (
         "import atexit, time; from hvd_adam import cli; from hvd_adam.config import TrainConfig; "
-        "cli.END_SECONDS = 0.5; atexit.register(time.sleep, 50); "
+        "cli.SHUTDOWN_SECONDS = 0.5; atexit.register(time.sleep, 50); "
         "cli.run(lambda config: print('done'), TrainConfig, 'hvd_adam.train', [])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=40)

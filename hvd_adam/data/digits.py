@@ -7,6 +7,7 @@ import numpy as np
 
 from hvd_adam.data.images import ImageData
 from hvd_adam.errors import UserError
+from hvd_adam.extras import install_command
 
 
 def load() -> ImageData:
@@ -33,7 +34,9 @@ def _table() -> np.ndarray:
     """64 grey values and the label of each image. Importing scikit-learn would take a second on every rank."""
     package = find_spec("sklearn")
     if package is None or package.origin is None:
-        raise UserError("data set digits needs scikit-learn, which is not installed: pip install scikit-learn")
+        raise UserError(
+            f"data set digits needs scikit-learn, which is not installed: {install_command('sklearn')}"
+        )
     file = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
     if file.exists():
         return np.loadtxt(file, delimiter=",", dtype=np.int64)
