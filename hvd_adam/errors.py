@@ -25,4 +25,4 @@ class Preempted(Exception):
 
 
 class MembershipChanged(Exception):
-    """Hosts were added or removed: every rank leaves the run at the same point, and restarts with the new ranks."""
+    """Hosts were added or removed: every rank leaves the run at the same point, and Horovod restarts."""
