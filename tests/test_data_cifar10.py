@@ -259,7 +259,7 @@ def test_a_file_in_place_of_the_data_folder_is_reported(tmp_path):
 
 def test_download_can_be_forbidden(tmp_path, server, archive_bytes):
     message = refusal_of(tmp_path / "new", download=False, archive=offered(server, archive_bytes))
-    assert "not to be downloaded" in message and "put cifar.tar.gz" in message
+    assert "--no-download" in message and "put cifar.tar.gz" in message
     assert server.requests == []
 
 
