@@ -52,7 +52,7 @@ def run(*argv, python=sys.executable, **environ):
 
 @pytest.fixture(scope="module")
 def bare_python(tmp_path_factory):
-    """A Python that has the standard library alone."""
+    """A Python with nothing but the standard library."""
     folder = tmp_path_factory.mktemp("bare")
     venv.create(folder, symlinks=True)
     return folder / "bin" / "python"

@@ -53,7 +53,7 @@ class DeviceLoader:
         if mean is None or std is None:
             mean, std = channel_statistics(data.train_images)
         self.mean, self.std = tuple(mean), tuple(std)
-        # Half precision would lose the last bits of 0 to 255 when subtracting, so it comes last.
+        # Half precision would lose the last bits of 0 to 255 in the subtraction, so the conversion is last.
         self._working_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self._shift, self._divisor = (self._per_channel(values) for values in (self.mean, self.std))
 
