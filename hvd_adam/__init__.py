@@ -1,7 +1,7 @@
-"""Adam from scratch, data-parallel through Horovod: ``from hvd_adam import Adam, distribute, init``.
+"""Adam from scratch, data-parallel through Horovod: `from hvd_adam import Adam, distribute, init`.
 
-The public names are imported on first use, so that ``python -m hvd_adam.train --help`` answers before
-PyTorch is loaded, and so that ``Adam`` works in a single process where Horovod is not installed.
+The public names are imported on first use, so that `python -m hvd_adam.train --help` is answered before PyTorch is
+loaded, and `Adam` works in a single process without Horovod.
 """
 
 from importlib import import_module
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Adam", "Cluster", "distribute", "init"]
 
-_HOME = {
+_MODULES = {
     "Adam": "optim.adam",
     "Cluster": "distributed.context",
     "distribute": "distributed.api",
@@ -25,9 +25,9 @@ _HOME = {
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOME:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

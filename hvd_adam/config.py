@@ -1,7 +1,7 @@
-"""What a run is told: typed configurations of the commands, and their ranges. Imports no torch.
+"""Configurations of the commands, as typed dataclasses that check their ranges. Imports no torch.
 
-A field's help text is its documentation: `python -m hvd_adam.train --help` prints it. Underscores in names
-are dashes on the command line.
+The help text of a field is its documentation: `python -m hvd_adam.train --help` prints it. Underscores in field
+names are dashes on the command line.
 """
 
 from __future__ import annotations
@@ -13,33 +13,52 @@ from typing import Any, Literal
 from hvd_adam.errors import UserError
 from hvd_adam.schedule import DECAYS, SCALING_RULES
 
-# PyTorch's names, by what --precision calls them.
+# PyTorch's names of dtypes, and what --precision calls them.
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
 
 
 def option(default: Any, help: str) -> Any:
-    """A field of a configuration: its default, and what `--help` says of it."""
+    """Declares a field of a configuration.
+
+    Args:
+        default: its value if the user gives none.
+        help: its text in `--help`, which appends the default unless that is None, False or empty.
+    """
     return field(default=default, metadata={"help": help})
 
 
 def require(holds: bool, name: str, value: object, wanted: str) -> None:
-    """Raises UserError, with the option's name, its value and what it must be, unless that holds."""
+    """Checks an option.
+
+    Args:
+        holds: whether the value is valid.
+        name: of the option, without the dashes in front.
+        value: for the message.
+        wanted: what the value must be, for the message.
+
+    Raises:
+        UserError: the value is not valid.
+    """
     if not holds:
         raise UserError(f"--{name.replace('_', '-')} is {value}: it must be {wanted}")
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where images come from."""
+    """The data set and the device."""
 
-    dataset: str = option("digits", "digits, cifar10, synthetic, or package.module:function")
-    data_dir: str = option("data", "folder that holds the data set, or where cifar10 is downloaded to")
-    download: bool = option(True, "download cifar10 where it is missing")
-    positive_class: str | None = option(None, "tell this class from all the others")
-    synthetic_shape: str = option("3x32x32", "channels x height x width of the synthetic images")
-    synthetic_classes: int = option(10, "classes of the synthetic data set, ≥ 2")
-    synthetic_samples: int = option(4096, "training images of the synthetic data set")
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes a GPU where there is one")
+    dataset: str = option(
+        "digits", "digits, cifar10, synthetic, or a function of yours as package.module:function"
+    )
+    data_dir: str = option("data", "folder of the data set; cifar10 is downloaded to it if missing")
+    download: bool = option(True, "allow the download of cifar10 if it is missing")
+    positive_class: str | None = option(None, "train a binary classifier: this class against all others")
+    synthetic_shape: str = option("3x32x32", "shape of the synthetic images, CHANNELSxHEIGHTxWIDTH")
+    synthetic_classes: int = option(10, "number of synthetic classes, ≥ 2")
+    synthetic_samples: int = option(
+        4096, "number of synthetic training images, ≥ 1; a fifth as many are added for testing"
+    )
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: a GPU where there is one, else the CPU")
 
     def __post_init__(self) -> None:
         require(self.synthetic_classes >= 2, "synthetic-classes", self.synthetic_classes, "at least 2")
@@ -47,7 +66,7 @@ class DataConfig:
         self.synthetic_size()
 
     def synthetic_size(self) -> tuple[int, int, int]:
-        """The synthetic images' channels, height and width."""
+        """Returns the channels, height and width of the synthetic images."""
         parts = self.synthetic_shape.lower().split("x")
         valid = len(parts) == 3 and all(part.isascii() and part.isdecimal() and int(part) > 0 for part in parts)
         require(valid, "synthetic-shape", self.synthetic_shape, "CHANNELSxHEIGHTxWIDTH, as in 3x32x32")
@@ -57,65 +76,97 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainConfig(DataConfig):
-    """Everything that decides a training run."""
+    """Trains an image classifier with Adam, data-parallel over all ranks that the launcher started."""
 
-    model: str = option("cnn", "cnn, mlp, a torchvision model such as resnet18, or package.module:function")
-    dropout: float = option(0.0, "dropout of the cnn, 0 ≤ p < 1")
-    epochs: int = option(20, "passes over the training images")
-    max_steps: int | None = option(None, "stop after so many updates, if that is sooner")
-    batch_size: int | None = option(None, "images per rank and micro-batch (default: 32)")
-    global_batch_size: int | None = option(None, "images per update over all ranks, instead of --batch-size")
-    accumulate: int = option(1, "micro-batches to one update, ≥ 1")
-
-    lr: float = option(1e-3, "learning rate for one rank's batch, before scaling")
-    betas: tuple[float, float] = option((0.9, 0.999), "Adam's decay rates of the moments, as in 0.9,0.999")
-    eps: float = option(1e-8, "Adam's ε, outside the root")
-    weight_decay: float = option(0.0, "weight decay, ≥ 0")
-    decoupled_weight_decay: bool = option(False, "decay the weights apart from the gradient, as AdamW does")
-    amsgrad: bool = option(False, "divide by the largest second moment so far")
-    implementation: Literal["auto", "fused", "foreach", "reference"] = option(
-        "auto", "how Adam computes: auto takes the compiled kernel for 2^20 parameters and more"
+    model: str = option(
+        "cnn",
+        "cnn, mlp, a torchvision classifier such as resnet18, or a function of yours as package.module:function",
     )
-    max_grad_norm: float | None = option(None, "clip the averaged gradient to this norm")
-    max_skipped: int = option(20, "end the job after more updates in a row that were skipped as not finite")
+    dropout: float = option(0.0, "dropout probability of the cnn, 0 ≤ p < 1")
+    epochs: int = option(20, "number of passes over the training images, ≥ 1")
+    max_steps: int | None = option(None, "stop after this many updates if the epochs have more, ≥ 1")
+    batch_size: int | None = option(None, "images per rank and micro-batch, ≥ 1 (default: 32)")
+    global_batch_size: int | None = option(
+        None, "images per update over all ranks and micro-batches, ≥ 1; replaces --batch-size"
+    )
+    accumulate: int = option(1, "number of micro-batches whose gradients are accumulated for one update, ≥ 1")
+
+    lr: float = option(1e-3, "learning rate for the batch of one rank, ≥ 0; --lr-scaling scales it")
+    betas: tuple[float, float] = option(
+        (0.9, 0.999), "Adam's β₁,β₂: decay rates of the first and second moment, each in [0, 1)"
+    )
+    eps: float = option(1e-8, "Adam's ε, added to the root of the second moment, ≥ 0")
+    weight_decay: float = option(0.0, "weight decay coefficient, ≥ 0")
+    decoupled_weight_decay: bool = option(
+        False, "apply weight decay to the weights instead of the gradient, as AdamW does"
+    )
+    amsgrad: bool = option(False, "divide by the maximum of all second moments so far")
+    implementation: Literal["auto", "fused", "foreach", "reference"] = option(
+        "auto", "implementation of Adam; auto: fused (a compiled kernel) from 2^20 parameters on, else foreach"
+    )
+    max_grad_norm: float | None = option(None, "clip the norm of the averaged gradient to this value, > 0")
+    max_skipped: int = option(
+        20, "end the job after more than this many updates in a row with gradients that are not finite, ≥ 1"
+    )
 
     lr_scaling: Literal["linear", "sqrt", "none"] = option(
-        "linear", "how the learning rate (sqrt: betas and eps too) follows ranks × accumulate"
+        "linear",
+        "scaling of --lr with k = ranks × micro-batches: linear: ×k; sqrt: ×√k, and betas and eps are scaled too",
     )
-    warmup_epochs: float = option(1.0, "epochs from the unscaled to the scaled learning rate; may be 0.5")
-    lr_decay: Literal["constant", "cosine", "linear", "step"] = option("cosine", "decay after the warm-up")
-    lr_decay_epochs: str = option("", "epochs of the step decay, as in 30,60,80")
-    lr_decay_factor: float = option(0.1, "multiplier at each epoch of the step decay")
+    warmup_epochs: float = option(
+        1.0,
+        "epochs in which the learning rate rises linearly from --lr to its scaled value, ≥ 0; may be a fraction",
+    )
+    lr_decay: Literal["constant", "cosine", "linear", "step"] = option(
+        "cosine", "shape of the decay after the warm-up; cosine and linear end at 0"
+    )
+    lr_decay_epochs: str = option(
+        "", "for --lr-decay step: epochs at which the learning rate is multiplied by the factor, as in 30,60,80"
+    )
+    lr_decay_factor: float = option(0.1, "for --lr-decay step: the factor, in (0, 1]")
 
     strategy: Literal["allreduce", "sharded"] = option(
-        "allreduce", "sharded: each rank keeps one N-th of the optimizer state (ZeRO stage 1)"
+        "allreduce",
+        "sharded: each of N ranks holds 1/N of the optimizer state (ZeRO stage 1) instead of all of it",
     )
-    op: Literal["average", "adasum"] = option("average", "how gradients are combined")
-    compression: Literal["none", "fp16", "bf16"] = option("none", "what gradients travel as")
+    op: Literal["average", "adasum"] = option("average", "how gradients of the ranks are combined")
+    compression: Literal["none", "fp16", "bf16"] = option("none", "format in which gradients are sent")
     precision: Literal["fp32", "bf16", "fp16", "fp64", "float32", "bfloat16", "float16", "float64"] = option(
-        "fp32", "arithmetic of the model; bf16 and fp16 are autocast"
+        "fp32", "precision of the model; bf16 and fp16 use autocast, with fp32 weights"
     )
-    sync_batchnorm: bool = option(False, "normalise batches over all ranks instead of each by itself")
-    channels_last: bool = option(False, "keep images and weights in channels-last order")
+    sync_batchnorm: bool = option(
+        False, "compute batch-normalization statistics over all ranks instead of on each rank"
+    )
+    channels_last: bool = option(False, "store images and weights in channels-last memory format")
     compile: bool = option(False, "compile the model with torch.compile")
 
-    seed: int = option(0, "decides weights, sample order and augmentation, ≥ 0")
-    output_dir: str | None = option(None, "run folder (default: runs/<date>-<dataset>-<model>)")
+    seed: int = option(0, "seed of weights, sample order and augmentation, in [0, 2^63)")
+    output_dir: str | None = option(None, "run directory (default: runs/<date>-<dataset>-<model>)")
     resume: str = option(
-        "auto", "auto: go on with the run in --output-dir, if there is one; never; or a checkpoint to start from"
+        "auto",
+        "auto: resume the run in --output-dir if there is one; never; or the path of a checkpoint to start from",
     )
-    checkpoint_every: int | None = option(None, "updates between two checkpoints (default: an epoch's)")
-    keep: int = option(2, "how many of the newest checkpoints to keep, besides the best")
-    max_time: float | None = option(None, "seconds after which to save and stop, with exit code 75")
-    elastic: bool = option(False, "go on when ranks are lost or added, under launch/elastic.sh")
-    commit_every: int = option(10, "elastic: updates between two copies in memory; so many are repeated at most")
-    stall_timeout: float = option(600.0, "seconds without progress after which the job ends with a report")
-    deterministic: bool = option(False, "refuse operations whose result may differ from run to run")
+    checkpoint_every: int | None = option(
+        None, "updates between checkpoints, ≥ 1 (default: one checkpoint per epoch)"
+    )
+    keep: int = option(2, "number of newest checkpoints to keep, ≥ 1; the best one is kept too")
+    max_time: float | None = option(
+        None, "seconds after which to save a checkpoint and stop with exit code 75, > 0"
+    )
+    elastic: bool = option(False, "continue when ranks are lost or added; needs launch/elastic.sh")
+    commit_every: int = option(
+        10, "with --elastic: updates between copies of the state in memory, ≥ 1; at most so many are repeated"
+    )
+    stall_timeout: float = option(
+        600.0, "seconds without progress after which the job ends with a report of all ranks, > 0"
+    )
+    deterministic: bool = option(False, "refuse operations that may give different results from run to run")
     check_consistency_every: int | None = option(
-        None, "updates between two checks that all ranks have the same weights and optimizer state"
+        None,
+        "updates between checks that weights and optimizer state are identical on all ranks, ≥ 1 (default: never)",
     )
-    log_every: int = option(10, "updates between two lines of metrics")
-    eval_every: int = option(1, "epochs between two evaluations; the last epoch is always evaluated")
+    log_every: int = option(10, "updates between lines of metrics, ≥ 1")
+    eval_every: int = option(1, "epochs between evaluations, ≥ 1; the last epoch is always evaluated")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -166,7 +217,7 @@ class TrainConfig(DataConfig):
                 raise UserError("--op adasum has no bf16 compression: use --compression none or fp16")
 
     def milestones(self) -> tuple[float, ...]:
-        """The epochs of the step decay, ascending."""
+        """Returns the epochs of the step decay, ascending."""
         try:
             epochs = tuple(float(part) for part in self.lr_decay_epochs.split(",") if part.strip())
         except ValueError:
@@ -176,10 +227,13 @@ class TrainConfig(DataConfig):
         return epochs
 
     def global_batch(self, size: int) -> int:
-        """Images per update over `size` ranks, at the start of a run.
+        """Returns the images per update over all ranks, at the start of a run.
+
+        Args:
+            size: number of ranks.
 
         Raises:
-            UserError: --global-batch-size does not divide among the ranks and micro-batches, and is not --elastic.
+            UserError: --global-batch-size is no multiple of ranks × micro-batches, without --elastic.
         """
         parts = size * self.accumulate
         if self.global_batch_size is None:
@@ -194,14 +248,16 @@ class TrainConfig(DataConfig):
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """What `python -m hvd_adam.evaluate` is told."""
+    """Evaluates a checkpoint; each test image is counted exactly once at any number of ranks."""
 
-    checkpoint: str = option("", "run folder, checkpoints folder or one checkpoint")
-    dataset: str | None = option(None, "another data set than the one trained on, with the same classes")
-    data_dir: str | None = option(None, "where the data set lies now, if it has moved")
-    batch_size: int = option(256, "images per rank and batch")
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes a GPU where there is one")
-    json: bool = option(False, "print one JSON object instead of lines")
+    checkpoint: str = option("", "run directory, its checkpoints folder or one checkpoint; required")
+    dataset: str | None = option(
+        None, "data set to evaluate on, with the same classes (default: the one trained on)"
+    )
+    data_dir: str | None = option(None, "folder of the data set (default: as for training)")
+    batch_size: int = option(256, "images per rank and batch, ≥ 1")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: a GPU where there is one, else the CPU")
+    json: bool = option(False, "print one JSON object instead of lines of text")
 
     def __post_init__(self) -> None:
         if not self.checkpoint:

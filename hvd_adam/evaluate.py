@@ -9,12 +9,12 @@ from hvd_adam.config import EvaluateConfig
 
 
 def main(config: EvaluateConfig) -> None:
-    """The command; runs on every rank."""
-    # Here: --help and a bad value answer before PyTorch is loaded.
+    """Evaluates; runs on every rank."""
+    # Imported here, so that --help and a bad value are answered before PyTorch is loaded.
     from hvd_adam.training.evaluation import evaluate
 
     evaluate(config)
 
 
 if __name__ == "__main__":
-    run(main, EvaluateConfig, "hvd_adam.evaluate")
+    run(main, EvaluateConfig, "hvd_adam.evaluate", needs_extra=True)

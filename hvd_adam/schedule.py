@@ -1,6 +1,6 @@
 """Batch-size scaling rules for Adam's hyper-parameters, and the learning rate as a pure function of the step.
 
-Imports neither torch nor numpy: the command line checks its arguments with it before anything slow is loaded.
+Imports neither torch nor numpy: the command line checks its arguments with it before slow modules are loaded.
 """
 
 import math
@@ -22,17 +22,24 @@ class Scaled(NamedTuple):
 
 
 def scale(factor: float, rule: str, *, lr: float, betas: tuple[float, float], eps: float) -> Scaled:
-    """Scale Adam's hyper-parameters for a batch that is ``factor`` times the one they were tuned for.
+    """Returns Adam's hyper-parameters for a batch that is `factor` times the one they were tuned for.
 
-    ``factor`` k is any number above 0, usually world size × accumulated micro-batches.
+    Rules, with factor k:
 
-    - ``"linear"``: lr·k; betas and eps stay (Goyal et al., arXiv 1706.02677, section 2.1).
-    - ``"sqrt"``: lr·√k, 1−β → k·(1−β), eps/√k (Malladi et al. 2022, arXiv 2205.10287, the square root
-      scaling rule for Adam).
-    - ``"none"``: everything stays.
+    - "linear": lr·k; betas and eps are unchanged (Goyal et al., arXiv 1706.02677, section 2.1).
+    - "sqrt": lr·√k, 1−β → k·(1−β), eps/√k (Malladi et al. 2022, arXiv 2205.10287, the square root scaling rule for
+      Adam).
+    - "none": nothing changes.
 
-    Raises UserError for an unknown rule, for a factor that is not a positive number, and where ``"sqrt"``
-    would drive a beta below 0.
+    Args:
+        factor: > 0, usually world size × accumulated micro-batches.
+        rule: one of SCALING_RULES.
+        lr: learning rate.
+        betas: β₁ and β₂.
+        eps: ε.
+
+    Raises:
+        UserError: the rule is unknown, the factor is not a positive number, or "sqrt" would make a beta negative.
     """
     if rule not in SCALING_RULES:
         raise UserError(f"learning-rate scaling {rule!r} is not known: use one of {', '.join(SCALING_RULES)}")
@@ -63,9 +70,10 @@ def _scaled_beta(factor: float, index: int, beta: float) -> float:
 
 @dataclass(frozen=True)
 class LearningRateSchedule:
-    """A warm-up from ``initial`` to ``peak``, then a decay; ``learning_rate`` reads it.
+    """A warm-up from `initial` to `peak`, then a decay; an argument of `learning_rate`.
 
-    Raises UserError where a field is out of its range.
+    Raises:
+        UserError: a field is out of range.
     """
 
     peak: float
@@ -77,11 +85,11 @@ class LearningRateSchedule:
     warmup_steps: float = 0.0
     """Length of the warm-up in steps, ≥ 0; may be a fraction, and longer than the run."""
     decay: str = "constant"
-    """``"constant"``, ``"cosine"``, ``"linear"`` or ``"step"``."""
+    """`"constant"`, `"cosine"`, `"linear"` or `"step"`."""
     milestones: tuple[float, ...] = ()
-    """For ``"step"``: the steps, ascending, from each of which on the rate is multiplied by ``factor``."""
+    """For `"step"`: the steps, ascending, from each of which on the rate is multiplied by `factor`."""
     factor: float = 0.1
-    """For ``"step"``: the multiplier at each milestone, in (0, 1]."""
+    """For `"step"`: the multiplier at each milestone, in (0, 1]."""
 
     def __post_init__(self) -> None:
         for name in ("peak", "initial", "warmup_steps"):
@@ -101,12 +109,16 @@ class LearningRateSchedule:
 
 
 def learning_rate(step: int, schedule: LearningRateSchedule) -> float:
-    """Return the learning rate of the update ``step`` (0-based: the index of the update about to be made).
+    """Returns the learning rate of an update.
 
-    During the warm-up the rate goes linearly from ``initial`` to ``peak`` (Goyal et al., arXiv 1706.02677,
-    section 2.2). From its end on it is ``peak`` times the decay, which for ``"cosine"`` (Loshchilov & Hutter,
-    arXiv 1608.03983, equation 5, with minimum 0) and ``"linear"`` falls from 1 there to 0 at ``total_steps``:
-    the last update still has a positive rate. Milestones of ``"step"`` that lie inside the warm-up act there.
+    During the warm-up the rate rises linearly from `initial` to `peak` (Goyal et al., arXiv 1706.02677, section
+    2.2). After it the rate is `peak` times the decay. The decay of "cosine" (Loshchilov & Hutter, arXiv
+    1608.03983, equation 5, with minimum 0) and "linear" falls from 1 at the end of the warm-up to 0 at
+    `total_steps`, so the last update still has a positive rate. Milestones of "step" apply during the warm-up too.
+
+    Args:
+        step: index of the update, from 0.
+        schedule: the schedule.
     """
     return _warmed_up(step, schedule) * _decay(step, schedule)
 

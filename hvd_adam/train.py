@@ -13,18 +13,19 @@ from hvd_adam.recovery.preemption import install_handlers
 
 
 def main(config: TrainConfig) -> None:
-    """The command; runs on every rank."""
+    """Trains; runs on every rank."""
+    # Imported here, so that --help and a bad value are answered before PyTorch is loaded.
     from hvd_adam.recovery import elastic
-    from hvd_adam.training.trainer import Trainer  # here: --help and a bad value answer before PyTorch is loaded
+    from hvd_adam.training.trainer import Trainer
 
     if config.elastic:
         elastic.run(lambda memory: Trainer(config, memory).run(), config.device)
     elif is_elastic():
-        raise UserError("the launcher may start ranks anew, which this run would not survive: add --elastic")
+        raise UserError("the launcher may restart ranks, which this run would not survive: add --elastic")
     else:
         Trainer(config).run()
 
 
 if __name__ == "__main__":
-    install_handlers()  # at once: PyTorch takes seconds to load, in which a job may be told to stop
-    run(main, TrainConfig, "hvd_adam.train")
+    install_handlers()  # first of all: a job may be stopped during the seconds in which PyTorch is loaded
+    run(main, TrainConfig, "hvd_adam.train", needs_extra=True)

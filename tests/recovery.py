@@ -1,9 +1,9 @@
-"""What an elastic training does when ranks, hosts and links are lost, and hosts come: how long until it goes on.
+"""Measures how long an elastic training takes to continue after ranks, hosts or links are lost or hosts added.
 
     python tests/recovery.py [--slots 2] [SCENARIO ...]
 
-Every scenario is one job on hosts out of namespaces (helpers/cluster). Prints for each the seconds from the
-fault to the first update after it, and the accuracy at the end, beside that of a job that nothing happens to.
+Every scenario is one job on hosts out of namespaces (`helpers/cluster/hosts.py`). Prints for each the seconds from the
+fault to the first update after it, and the final accuracy, next to that of an undisturbed job.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 RANK = f"^{sys.executable} -m hvd_adam.train"
 PATIENCE = 120.0  # seconds for whatever is waited for
 
-# Without dropout, so that the number of ranks makes no difference; slow, so that there is time for faults.
+# Without dropout, so that the result does not depend on the number of ranks; slow, to leave time for faults.
 MODEL = """
 import os, time
 import torch
@@ -51,7 +51,7 @@ class Job:
         hosts: where.
         folder: its own.
         slots: ranks a host.
-        recovered: seconds that each fault took.
+        recovered: seconds to recover from each fault.
     """
 
     hosts: Hosts
@@ -60,7 +60,7 @@ class Job:
     recovered: list[float] = field(default_factory=list)
 
     def use(self, *names: str) -> None:
-        """Makes these the hosts of the job, as its discovery sees them."""
+        """Makes these the hosts of the job, as its discovery script reports them."""
         draft = self.folder / "hosts.draft"
         draft.write_text("".join(f"{name} slots={self.slots}\n" for name in names))
         draft.replace(self.folder / "hosts")
@@ -79,7 +79,7 @@ class Job:
             )
 
     def events(self, kind: str) -> list[dict]:
-        """What the run has recorded so far."""
+        """Returns the events that the run has logged so far."""
         path = self.folder / "run" / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         events = [json.loads(line) for line in lines if line.endswith("\n")]
@@ -98,44 +98,44 @@ class Job:
             time.sleep(0.05)
 
     def fault(self, what: Callable[[], object], ranks: int) -> None:
-        """Lets something happen once training is under way; waits until it goes on with so many ranks."""
+        """Causes a fault during training and waits until the job continues with this many ranks."""
         before = len(self.events("step"))
         self.until("updates", lambda: len(self.events("step")) >= before + 15)
         resumed, began = len(self.events("resume")), time.time()
         what()
-        self.until("new start", lambda: self._goes_on(resumed, ranks))
+        self.until("restart", lambda: self._continues(resumed, ranks))
         last = self.events("resume")[-1]
         after = [event["time"] for event in self.events("step") if event["step"] > last["step"]]
         self.recovered.append(min(after) - began)
 
-    def _goes_on(self, resumed: int, ranks: int) -> bool:
+    def _continues(self, resumed: int, ranks: int) -> bool:
         starts = self.events("resume")[resumed:]
         there = bool(starts) and starts[-1]["world_size"] == ranks
         return there and self.events("step")[-1]["step"] > starts[-1]["step"]
 
     def end(self) -> dict:
-        """Waits for its end, which must be a good one; its last event."""
+        """Waits for the job to succeed and returns its last event."""
         assert self._process.wait(timeout=600) == 0, f"see {self.folder / 'log'}"
         return self.events("end")[-1]
 
     def stop(self) -> None:
-        """Ends it, if it has not."""
+        """Kills the job if it is running."""
         if self._process.poll() is None:
             self._process.kill()
             self._process.wait()
 
     def kill_rank(self, host: str) -> None:
-        """SIGKILL to the newest rank of a host."""
+        """Sends SIGKILL to the newest rank of a host."""
         self.hosts.run(host, ["pkill", "-KILL", "-n", "-f", RANK], check=True)
 
     def add(self, host: str) -> None:
-        """A host that comes while the job runs."""
+        """Adds a host while the job runs."""
         self.hosts.start(host)
         self.use("node1", "node2", host)
 
 
 def rank_killed(job: Job) -> None:
-    """A rank is killed: its host is left alone for a while, then comes back."""
+    """A rank is killed: its host is not used for a while, then used again."""
     job.fault(lambda: job.kill_rank("node2"), job.slots)
 
 
@@ -145,17 +145,17 @@ def host_killed(job: Job) -> None:
 
 
 def link_cut(job: Job) -> None:
-    """A host is cut off; its ranks live on, and must end by themselves."""
+    """A host is disconnected; its ranks continue to run, and must end themselves."""
     job.fault(lambda: job.hosts.cut("node2"), job.slots)
 
 
 def host_added(job: Job) -> None:
-    """A third host comes."""
+    """A third host is added."""
     job.fault(lambda: job.add("node3"), 3 * job.slots)
 
 
 def two_in_a_row(job: Job) -> None:
-    """A host comes, and loses power; another does while the ranks that are left start anew."""
+    """A host is added and loses power; another loses power while the remaining ranks restart."""
     job.fault(lambda: job.add("node3"), 3 * job.slots)
 
     def both() -> None:
@@ -171,7 +171,7 @@ SCENARIOS = {scenario.__name__: scenario for scenario in _ALL}
 
 
 def run(scenario: Callable[[Job], None] | None, folder: Path, slots: int, *argv: object) -> tuple[Job, dict]:
-    """A job on two hosts to which the scenario happens, to its end; the job and its last event."""
+    """Runs a job on two hosts with a scenario to its end; returns the job and its last event."""
     folder.mkdir(parents=True)
     (folder / "paced.py").write_text(MODEL)
     with Hosts(folder / "namespaces", ["node1", "node2"], spare=["node3"]) as hosts:
@@ -198,7 +198,7 @@ def main() -> None:
             job, end = run(SCENARIOS[scenario], Path(name, scenario), given.slots)
             times = ", ".join(f"{seconds:.1f} s" for seconds in job.recovered)
             accuracy = f"accuracy {end['test_accuracy']:.4f}, {expected:.4f} undisturbed"
-            print(f"{scenario}: goes on after {times}; {accuracy}", flush=True)
+            print(f"{scenario}: continues after {times}; {accuracy}", flush=True)
 
 
 if __name__ == "__main__":

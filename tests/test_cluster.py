@@ -112,7 +112,7 @@ def run_with(packages, code):
 
 
 def test_without_horovod_adam_works_and_init_and_distribute_name_the_build_command(packages):
-    remedy = "Horovod is not installed in .*; build it with `bash launch/setup.sh`"
+    remedy = "Horovod is not installed in .*; build it with `python -m hvd_adam.build_horovod --install`"
     step = (
         "import torch, hvd_adam; p = torch.nn.Parameter(torch.ones(2)); o = hvd_adam.Adam([p]); "
         "p.sum().backward(); o.step(); print(p.tolist()[0] < 1)"
@@ -137,7 +137,7 @@ def test_a_horovod_built_against_another_torch_is_detected_and_reported(packages
     metadata.write_text(json.dumps({**json.loads(metadata.read_text()), "pytorch": "2.0.1"}))
     assert run_with(packages, "import hvd_adam; hvd_adam.init()") == (
         f"Horovod was built against torch 2.0.1, but torch {torch.__version__} is installed; build it again "
-        "with `bash launch/setup.sh`"
+        "with `python -m hvd_adam.build_horovod --install`"
     )
 
 
@@ -146,7 +146,7 @@ def test_a_horovod_without_pytorch_support_or_that_does_not_load_is_reported(pac
     library.write_bytes(b"not a library")
     message = run_with(packages, "import hvd_adam; hvd_adam.init()")
     assert message.startswith("Horovod's library does not load (")
-    assert message.endswith("since it was built; build it again with `bash launch/setup.sh`")
+    assert message.endswith("since it was built; build it again with `python -m hvd_adam.build_horovod --install`")
     library.unlink()
     assert "does not load" in run_with(packages, "import hvd_adam; hvd_adam.init()")
     (horovod_copy / "metadata.json").write_text("{}")

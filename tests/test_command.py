@@ -1,4 +1,4 @@
-"""The command line: what it understands, and that a wrong one gets one line, code 2, and costs no time.
+"""The command line: the options it accepts, and one line with exit code 2, in no time, for bad arguments.
 
 Hazards: a slow import before the arguments are known to be good; a traceback or a page of usage for a typo;
 options that are accepted and ignored; impossible combinations that fail hours later.
@@ -39,7 +39,7 @@ def test_underscores_and_pytorchs_precision_names_are_understood():
     assert train_config("--batch_size=8", "--precision=bfloat16").batch_size == 8
 
 
-def test_a_configuration_file_is_read_and_the_command_line_goes_before_it(tmp_path):
+def test_the_command_line_overrides_a_configuration_file(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump({"lr": 0.5, "epochs": 3, "betas": [0.5, 0.6], "amsgrad": True}))
     config = train_config("--config", str(path), "--lr", "0.25")
@@ -124,8 +124,8 @@ def test_help_lists_every_option_with_its_meaning(module):
 
 
 @pytest.mark.parametrize(("argv", "code"), [(["--help"], 0), (["--lr", "-1"], 2), (["--foo"], 2)])
-def test_pytorch_is_not_loaded_for_help_or_a_wrong_argument(argv, code):
-    # The answer's time is this import's absence: PyTorch alone takes over a second.
+def test_pytorch_is_not_loaded_for_help_or_a_bad_argument(argv, code):
+    # A fast answer needs the absence of this import: PyTorch takes more than a second.
     script = (
         "import atexit, os, runpy, sys; os._exit = sys.exit; heavy = {'torch', 'horovod', 'numpy'}; "
         "atexit.register(lambda: print('heavy:', sorted(heavy & set(sys.modules)))); "
@@ -136,17 +136,17 @@ def test_pytorch_is_not_loaded_for_help_or_a_wrong_argument(argv, code):
     assert "heavy: []" in done.stdout
 
 
-def test_a_wrong_argument_gets_one_line_on_stderr_and_code_2():
+def test_a_bad_argument_prints_one_line_on_stderr_and_exits_with_2():
     done = run("hvd_adam.train", "--lr", "-1")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "hvd_adam.train: error: --lr is -1.0: it must be 0 or above\n"
 
 
-def test_a_command_that_is_done_ends_though_horovod_cannot():
-    # As Horovod's own end does, which waits for a rank that was killed.
+def test_a_finished_command_exits_even_if_horovods_shutdown_hangs():
+    # As Horovod's shutdown does if a rank was killed.
     script = (
         "import atexit, time; from hvd_adam import cli; from hvd_adam.config import TrainConfig; "
-        "cli.END_SECONDS = 0.5; atexit.register(time.sleep, 50); "
+        "cli.SHUTDOWN_SECONDS = 0.5; atexit.register(time.sleep, 50); "
         "cli.run(lambda config: print('done'), TrainConfig, 'hvd_adam.train', [])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=40)

@@ -47,7 +47,7 @@ def test_digits_are_the_1797_images_split_four_to_one_in_each_class(digits):
         assert test == (test + train) // 5
 
 
-def test_the_split_of_digits_is_the_same_as_ever(digits):
+def test_the_split_of_digits_never_changes_between_versions(digits):
     # A change of this digest would make accuracies incomparable, and evaluate on images that were trained on.
     digest = hashlib.sha256(digits.test_images.tobytes() + digits.test_labels.astype("<i8").tobytes())
     assert digest.hexdigest()[:16] == "c828ed8d66d49993"
@@ -74,7 +74,7 @@ def test_an_unknown_positive_class_is_refused_with_the_classes():
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 32, 32), (4, 5, 7)])
-def test_synthetic_has_the_shape_asked_for_and_is_always_the_same(shape):
+def test_synthetic_has_the_requested_shape_and_is_deterministic(shape):
     wanted = {"synthetic_shape": shape, "synthetic_classes": 3, "synthetic_samples": 50}
     first, second = load("synthetic", **wanted), load("synthetic", **wanted)
     assert first.train_images.shape == (50, *shape) and first.test_images.shape == (10, *shape)
@@ -99,7 +99,7 @@ def test_synthetic_out_of_range_is_refused(wrong):
         load("synthetic", **wrong)
 
 
-def test_an_unknown_data_set_is_refused_with_near_names():
+def test_an_unknown_data_set_is_refused_with_similar_names():
     with pytest.raises(UserError, match="'digit' is not known: did you mean digits"):
         load("digit")
     with pytest.raises(UserError, match=r"use one of digits, cifar10, synthetic, or package.module:function"):
@@ -117,7 +117,7 @@ def own_module(tmp_path, monkeypatch):
     return write
 
 
-def test_a_function_of_the_users_is_called_with_the_data_folder(own_module, tmp_path):
+def test_a_user_defined_data_set_is_called_with_the_data_folder(own_module, tmp_path):
     module = own_module(
         "import numpy as np\n"
         "from hvd_adam.data import ImageData\n"
@@ -128,7 +128,7 @@ def test_a_function_of_the_users_is_called_with_the_data_folder(own_module, tmp_
     assert load(f"{module}:images", data_dir=tmp_path).name == str(tmp_path)
 
 
-def test_a_function_of_the_users_that_does_not_fit_is_refused_in_one_line(own_module):
+def test_an_invalid_user_defined_data_set_is_refused_in_one_line(own_module):
     module = own_module("number = 3\ndef nothing(data_dir):\n    pass\n")
     for reference, reason in {
         f"{module}:nothing": "returned a NoneType",
@@ -158,7 +158,7 @@ def test_a_function_of_the_users_that_does_not_fit_is_refused_in_one_line(own_mo
         ({"test_images": np.zeros((2, 1, 3, 2), np.uint8)}, "must be the same"),
     ],
 )
-def test_image_data_that_does_not_fit_is_refused_with_the_reason(changes, reason):
+def test_invalid_image_data_is_refused_with_the_reason(changes, reason):
     with pytest.raises(UserError, match=reason):
         tiny(**changes)
 

@@ -23,7 +23,7 @@ from hvd_adam.data import cifar10, load
 from hvd_adam.data.cifar10_archive import Archive
 from hvd_adam.errors import UserError
 
-# Nothing listens on port 1: refused at once, as on a host that is offline.
+# Nothing listens on port 1, so a connection is refused immediately, as on a host that is offline.
 UNREACHABLE = Archive("http://127.0.0.1:1/cifar-10-python.tar.gz", "0" * 32)
 
 
@@ -48,7 +48,7 @@ def test_the_images_are_those_in_the_files(folder):
     assert data.train_labels[40:80].tolist() == second[b"labels"]
 
 
-def test_airplanes_can_be_told_from_the_rest(folder):
+def test_a_positive_class_makes_a_binary_data_set(folder):
     data = load("cifar10", data_dir=folder.parent, positive_class="airplane")
     assert data.classes == ("rest", "airplane")
     assert data.train_labels.sum() == 20 and data.test_labels.sum() == 4
@@ -124,7 +124,7 @@ def test_a_file_of_another_format_is_refused_by_name_with_the_reason(folder, con
     assert str(folder / "data_batch_4") in message and reason in message
 
 
-def test_a_file_cut_short_or_altered_anywhere_never_ends_in_another_error(folder):
+def test_a_file_truncated_or_altered_anywhere_raises_only_user_errors(folder):
     path = folder / "test_batch"
     images = np.zeros((1, 3072), np.uint8)
     whole = pickle.dumps(batch(images, [1], "test"), 2)
@@ -157,7 +157,7 @@ def test_a_gap_in_the_training_files_and_an_incomplete_official_set_are_refused_
         load("cifar10", data_dir=large.parent)
 
 
-def test_the_folder_itself_may_be_named(folder):
+def test_the_data_folder_may_be_the_folder_of_the_files(folder):
     assert len(load("cifar10", data_dir=folder).train_images) == len(
         load("cifar10", data_dir=folder.parent).train_images
     )
@@ -179,7 +179,7 @@ def archive_bytes(tmp_path):
 
 @pytest.fixture
 def server():
-    """An HTTP server whose answers a test fills in, and which counts the requests for each path."""
+    """An HTTP server with answers from the test; it counts the requests for each path."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -215,14 +215,14 @@ def test_the_archive_is_downloaded_and_unpacked(tmp_path, server, archive_bytes)
     assert not [path for path in (tmp_path / "new" / "folder").iterdir() if "part" in path.name]
 
 
-def test_an_archive_beside_is_unpacked_without_a_download(tmp_path, server, archive_bytes):
+def test_an_existing_archive_is_unpacked_without_a_download(tmp_path, server, archive_bytes):
     archive = offered(server, archive_bytes)
     (tmp_path / archive.name).write_bytes(archive_bytes)
     assert len(cifar10.load(tmp_path, download=False, archive=archive).train_images) == 200
     assert server.requests == []
 
 
-def test_a_damaged_archive_is_named_and_left_alone(tmp_path, archive_bytes):
+def test_a_damaged_archive_is_named_and_kept(tmp_path, archive_bytes):
     (tmp_path / UNREACHABLE.name).write_bytes(archive_bytes)
     message = refusal_of(tmp_path, archive=UNREACHABLE)
     assert f"{tmp_path / UNREACHABLE.name} is damaged" in message
@@ -259,7 +259,7 @@ def test_a_file_in_place_of_the_data_folder_is_reported(tmp_path):
 
 def test_download_can_be_forbidden(tmp_path, server, archive_bytes):
     message = refusal_of(tmp_path / "new", download=False, archive=offered(server, archive_bytes))
-    assert "not to be downloaded" in message and "put cifar.tar.gz" in message
+    assert "--no-download" in message and "put cifar.tar.gz" in message
     assert server.requests == []
 
 
@@ -290,7 +290,7 @@ def test_several_processes_download_once(tmp_path, server, archive_bytes):
     assert server.requests == ["/cifar.tar.gz"]
 
 
-def test_offline_every_process_says_what_to_put_where(tmp_path):
+def test_offline_every_process_names_the_file_and_its_folder(tmp_path):
     for message in load_in_processes(2, tmp_path / "new", UNREACHABLE):
         assert f"put cifar-10-python.tar.gz from {UNREACHABLE.url} into {tmp_path / 'new'}" in message
         assert "\n" not in message

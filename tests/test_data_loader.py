@@ -70,7 +70,7 @@ def test_an_epoch_can_be_started_at_any_step(augment):
             assert torch.equal(images, expected_images) and torch.equal(labels, expected_labels)
 
 
-def test_images_are_normalised_and_stay_with_their_labels():
+def test_images_are_normalized_and_stay_with_their_labels():
     data = numbered()
     loader = DeviceLoader(data, torch.device("cpu"), dtype=torch.float64)
     images, labels = joined(loader.train_batches(0, 0, global_batch_size=16))
@@ -85,7 +85,7 @@ def test_images_are_normalised_and_stay_with_their_labels():
 
 
 @pytest.mark.parametrize(("dtype", "unit"), [(torch.float32, 2**-24), (torch.bfloat16, 2**-8)])
-def test_a_lower_precision_rounds_the_normalised_image_not_the_pixels(dtype, unit):
+def test_a_lower_precision_rounds_the_normalized_image_not_the_pixels(dtype, unit):
     data = numbered()
     exact = joined(DeviceLoader(data, torch.device("cpu"), dtype=torch.float64).test_batches(3))[0]
     rounded = joined(DeviceLoader(data, torch.device("cpu"), dtype=dtype).test_batches(3))[0]
@@ -95,7 +95,7 @@ def test_a_lower_precision_rounds_the_normalised_image_not_the_pixels(dtype, uni
     assert (rounded.double() - exact).abs().max() <= 4 * 2 * 2**-24 + 2 * unit
 
 
-def test_channels_last_changes_the_memory_order_alone():
+def test_channels_last_changes_only_the_memory_format():
     data = numbered(augment=True, channels=3)
     plain = DeviceLoader(data, torch.device("cpu"))
     last = DeviceLoader(data, torch.device("cpu"), channels_last=True)
@@ -126,7 +126,7 @@ def test_a_constant_channel_becomes_zero_and_not_nan():
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 10])
-def test_every_test_sample_comes_once_at_any_number_of_ranks(size):
+def test_every_test_sample_is_yielded_once_at_any_number_of_ranks(size):
     loader = DeviceLoader(numbered(augment=True), torch.device("cpu"))
     shares = [list(loader.test_batches(2, rank=rank, size=size)) for rank in range(size)]
     labels = [label for share in shares for _, labels in share for label in labels.tolist()]
@@ -185,7 +185,7 @@ def test_test_images_are_never_augmented():
     assert np.array_equal((images * 255).round().numpy(), data.test_images)
 
 
-def test_batches_that_do_not_fit_are_refused():
+def test_batches_of_invalid_size_are_refused():
     loader = DeviceLoader(numbered(), torch.device("cpu"))
     with pytest.raises(UserError, match="larger than the 48"):
         next(loader.train_batches(0, 0, global_batch_size=64))

@@ -205,7 +205,9 @@ def test_what_stops_one_rank_and_a_host_not_reached_are_named_though_horovod_can
         where = "node1:1,node2:1"
         ill = job(hosts, place, "horovodrun.sh --gloo", where, "--seconds", 1, OMP_NUM_THREADS="64")
     assert ill.code == 1
-    ill.shows("Horovod", "fail", r"^rank 1 on node2: Horovod's library does not load \(", r"bash launch/setup\.sh")
+    ill.shows(
+        "Horovod", "fail", r"^rank 1 on node2: Horovod's library does not load \(", r"hvd_adam\.build_horovod"
+    )
     ill.shows("/dev/shm", "warn", r"^rank 1 on node2: 60 MiB", "--shm-size=2g")
     ill.shows(
         "cores", "warn", "OMP_NUM_THREADS is 64 on node1: 64 threads for", "unset OMP_NUM_THREADS, or set it to"
@@ -249,7 +251,7 @@ def test_other_hosts_are_looked_at_by_ssh_and_each_fault_is_named_with_its_host(
         "ssh", "fail", "node3: No module named '?hvd_adam", r"set the project up there \(`bash launch/setup.sh`"
     )
     ill.shows("torch", "fail", "node2: 2.0.1", "install torch 2.1 or newer")
-    ill.shows("Horovod", "fail", "node2: Horovod was built against torch .*, but torch 2.0.1", r"launch/setup\.sh")
+    ill.shows("Horovod", "fail", "node2: Horovod was built against torch .*, but torch 2.0.1", r"build_horovod")
     ill.shows("versions", "fail", r"torch is 2\.0\.1\+odd on node2, \S+ on head, node1", "alike")
     assert not any("node1" in check.found for check in ill.checks.values() if check.name in ("ssh", "torch"))
     assert [rank["host"] for rank in ill.result["ranks"]] == ["head", "node1", "node2"]
@@ -274,7 +276,12 @@ def test_one_process_that_believes_it_is_alone_and_other_faults_of_a_machine(pla
     ill = Outcome(done)
     assert (ill.code, ill.stderr) == (1, "")
     ill.shows("launcher", "fail", "mpirun started 4 processes, but Horovod sees 1", "rebuild it with")
-    ill.shows("Horovod", "fail", r"built against torch 2\.0\.1, but torch", r"again with `bash launch/setup\.sh`")
+    ill.shows(
+        "Horovod",
+        "fail",
+        r"built against torch 2\.0\.1, but torch",
+        r"again with `python -m hvd_adam\.build_horovod ",
+    )
     ill.shows("ulimits", "fail", "open files 200, 1024 advised", "ulimit -n 1024")
     ill.shows("interfaces", "fail", "no interface eth9 here", r"name one of .*lo")
     ill.shows(

@@ -1,9 +1,8 @@
-"""Ranks, hosts and links that are lost, and hosts that come: training goes on, and ends where it would have ended.
+"""Ranks, hosts and links are lost, and hosts are added: training continues with the same result.
 
-Hazards: images that are seen twice or not at all, or weigh more than others; a learning rate that jumps; ranks
-that disagree about what they go on from; collectives that are named otherwise on new ranks; a rank that waits for
-ever for one that is gone, or is lost while the others connect, and takes them with it; a job that is called well
-although it was not.
+Hazards: images that are used twice, never, or with another weight; a learning rate that jumps; ranks that resume
+from different states; collectives with other names on new ranks; a rank that waits forever for a lost one, or is
+lost while the others connect and ends them too; a failed job that exits with 0.
 """
 
 import os
@@ -24,13 +23,13 @@ from hvd_adam.distributed import rendezvous
 from hvd_adam.distributed.context import horovod, restart
 from hvd_adam.distributed.launch_env import LaunchInfo, detect_launcher
 from hvd_adam.errors import RankError
-from hvd_adam.recovery.elastic import Connections, InMemoryCheckpoint, _sockets
+from hvd_adam.recovery.elastic import Connections, InMemoryCheckpoint, _established
 
 needs_hosts = pytest.mark.skipif(skip_reason() is not None, reason=f"no hosts out of namespaces: {skip_reason()}")
 
 
 @needs_hosts
-def test_a_host_comes_and_another_dies_and_the_weights_end_as_if_nothing_had_happened(tmp_path):
+def test_weights_are_those_of_an_undisturbed_run_after_a_host_is_added_and_two_are_lost(tmp_path):
     argv = ["--epochs", 9]
     job, end = run(SCENARIOS["two_in_a_row"], tmp_path / "job", 1, *argv)
     sizes = [event["world_size"] for event in events(job.folder / "run", "resume")]
@@ -40,12 +39,15 @@ def test_a_host_comes_and_another_dies_and_the_weights_end_as_if_nothing_had_hap
     assert steps == list(range(1, end["step"] + 1))
     fixed = "--model paced:build --precision fp64 --global-batch-size 64 --log-every 1 --lr 3e-3".split()
     environ = {"PYTHONPATH": f"{job.folder}:{ROOT}", "PAUSE": "0"}
-    assert train(*fixed, *argv, ranks=2, folder=tmp_path / "alone", env=environ).returncode == 0
-    one, other = checkpoint(job.folder / "run")["model"], checkpoint(tmp_path / "alone")["model"]
+    assert train(*fixed, *argv, ranks=2, folder=tmp_path / "undisturbed", env=environ).returncode == 0
+    one, other = checkpoint(job.folder / "run")["model"], checkpoint(tmp_path / "undisturbed")["model"]
     # Some 200 updates of float64 with sums in another order.
     for name, weight in one.items():
         assert (weight - other[name]).abs().max() < 1e-8, name
-    lr = [[event["lr"] for event in events(folder, "step")] for folder in (job.folder / "run", tmp_path / "alone")]
+    lr = [
+        [event["lr"] for event in events(folder, "step")]
+        for folder in (job.folder / "run", tmp_path / "undisturbed")
+    ]
     assert lr[0] == lr[1]
 
 
@@ -55,7 +57,7 @@ def state(step):
 
 
 @on_ranks(3)
-def test_rank_0_gets_the_newest_copy_whoever_has_it(cluster):
+def test_rank_0_gets_the_newest_copy_of_any_rank(cluster):
     memory = InMemoryCheckpoint()
     assert memory.newest(cluster) is None
     if cluster.rank:
@@ -69,7 +71,7 @@ def test_rank_0_gets_the_newest_copy_whoever_has_it(cluster):
         assert torch.equal(newest.model["w"], torch.full((3,), 20.0))
 
 
-def test_a_copy_is_apart_from_what_was_copied_and_in_the_memory_of_the_one_before():
+def test_a_commit_copies_the_state_into_the_memory_of_the_previous_copy():
     memory, first = InMemoryCheckpoint(), state(1)
     memory.commit(first)
     first.model["w"].fill_(-1)
@@ -85,7 +87,7 @@ def test_a_copy_is_apart_from_what_was_copied_and_in_the_memory_of_the_one_befor
 
 
 @on_ranks(2, "elastic")
-def test_horovod_starts_anew_with_names_that_new_ranks_have_too(cluster):
+def test_horovod_restarts_with_collective_names_that_new_ranks_have_too(cluster):
     for _ in range(cluster.rank + 1):  # as many as one rank has used before, and another not
         clusters.collective_prefix()
     again = restart()
@@ -96,18 +98,18 @@ def test_horovod_starts_anew_with_names_that_new_ranks_have_too(cluster):
 
 
 @on_ranks(2, "elastic")
-def test_connections_that_are_cut_end_for_the_other_rank(cluster):
+def test_connections_that_are_shut_down_end_for_the_other_rank(cluster):
     connections = Connections()
-    with connections.noted():
+    with connections.record():
         restart()
     assert connections._own
     horovod().barrier()
     if cluster.rank == 0:
-        connections.cut()
+        connections.shut_down()
     with pytest.raises(Exception, match=r"shut down|closed"):
         for _ in range(1000):
             horovod().allreduce(torch.ones(1), name="after")
-    assert not set(connections._own) & set(_sockets()) or cluster.rank
+    assert not set(connections._own) & set(_established()) or cluster.rank
 
 
 @pytest.fixture
@@ -130,7 +132,7 @@ def store(monkeypatch):
     server.stop()
 
 
-def test_ranks_meet_when_rank_0_has_seen_all(store, monkeypatch):
+def test_ranks_meet_once_rank_0_has_seen_all(store, monkeypatch):
     store["hvd_adam_meeting"] = {"1": b"1"}
     rendezvous.join(renew=False)
     assert set(store["hvd_adam_meeting"]) == {"0", "1", "all"}
@@ -139,20 +141,20 @@ def test_ranks_meet_when_rank_0_has_seen_all(store, monkeypatch):
     assert rendezvous._meet()
 
 
-def test_a_rank_that_is_lost_before_all_have_met_has_the_others_ask_for_places_anew(store):
+def test_ranks_ask_for_new_places_if_a_rank_is_lost_before_all_have_met(store):
     store["hvd_adam_gone"] = {"any": b"1"}
     assert not rendezvous._meet()
     rendezvous._request_rank()
     assert detect_launcher() == LaunchInfo("horovodrun", 1, 3)
 
 
-def test_without_word_of_losses_a_meeting_ends_after_gloos_time_out(store, monkeypatch):
+def test_a_meeting_ends_after_gloos_timeout_if_the_launcher_reports_no_losses(store, monkeypatch):
     monkeypatch.delenv("HVD_ADAM_TOLD_OF_LOSSES")
     monkeypatch.setenv("HOROVOD_GLOO_TIMEOUT_SECONDS", "1")
     assert not rendezvous._meet()
 
 
-def test_a_rank_without_a_place_or_a_launcher_ends_by_itself(store, monkeypatch):
+def test_a_rank_without_a_place_or_a_launcher_ends_itself(store, monkeypatch):
     monkeypatch.setenv("HOROVOD_HOSTNAME", "node7")
     with pytest.raises(RankError, match="node7 has been taken out of the job"):
         rendezvous.join(renew=True)
@@ -166,7 +168,7 @@ def test_an_elastic_run_takes_any_number_of_ranks(size):
     assert TrainConfig(elastic=True, global_batch_size=64).global_batch(size) == 64
 
 
-def test_without_an_elastic_launcher_it_is_refused_and_so_is_the_other_way_round(tmp_path):
+def test_elastic_needs_an_elastic_launcher_and_the_other_way_round(tmp_path):
     assert "use launch/elastic.sh" in one_line(train("--elastic", ranks=0, folder=tmp_path, env=dict(os.environ)))
     environ = {**os.environ, "HOROVOD_ELASTIC": "1"}
     assert "add --elastic" in one_line(train(ranks=0, folder=tmp_path, env=environ))

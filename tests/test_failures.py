@@ -1,4 +1,4 @@
-"""One rank goes wrong, on real ranks: the job ends, and says once which rank on which host, why, and what to do.
+"""One rank fails, on real ranks: the job ends with one message that names rank, host, cause and remedy.
 
 Hazards: ranks that wait for ever for one that hangs, or is frozen and cannot even say so (rank 0 too); a report
 that blames those who wait, or comes once a rank; a slow rank, a suspended job or the set-up taken for a stall; N
@@ -84,18 +84,18 @@ def start(place, launcher, ranks, faults, *argv):
 @pytest.mark.parametrize(("launcher", "frozen", "asleep"), [("horovodrun.sh --gloo", 0, 1), ("mpirun.sh", 1, 0)])
 def test_a_rank_that_hangs_and_one_that_is_frozen_end_the_job_with_one_report(launcher, frozen, asleep, place):
     faults = f"freeze:{frozen}:3 sleep:{asleep}:3"
-    code, said, _ = start(place, launcher, 3, faults, "--stall-timeout", "3")
-    assert code == 1, said
-    assert said.count("no progress for") == 1
+    code, stderr, _ = start(place, launcher, 3, faults, "--stall-timeout", "3")
+    assert code == 1, stderr
+    assert stderr.count("no progress for") == 1
     assert (
         f"hvd_adam: error: no progress for 3 s: rank {frozen} on {HOST} not answering (frozen, dead or cut off); "
         f"rank {asleep} on {HOST} behind; rank 2 on {HOST} waiting for hvd_adam."
-    ) in said
-    assert "goes on from the last checkpoint; if this was slow and not stuck, use a longer --stall-timeout" in said
+    ) in stderr
+    assert "resumes from the last checkpoint; if the job was only slow, use a longer --stall-timeout" in stderr
     since = "without progress since update 3:\n((?:  File .*\n)+)"
-    stuck = re.search(f"rank {asleep} on {HOST}, not waiting for Horovod, {since}", said)[1]
+    stuck = re.search(f"rank {asleep} on {HOST}, not waiting for Horovod, {since}", stderr)[1]
     assert re.search(r'mine\.py", line \d+, in forward\n', stuck)
-    waits = re.search(rf"rank 2 on {HOST}, waiting for hvd_adam\.\S+, {since}", said)[1]
+    waits = re.search(rf"rank 2 on {HOST}, waiting for hvd_adam\.\S+, {since}", stderr)[1]
     assert re.search(r'horovod/torch/mpi_ops\.py", line \d+, in synchronize\n$', waits)
 
 
@@ -106,37 +106,37 @@ def test_a_rank_that_hangs_and_one_that_is_frozen_end_the_job_with_one_report(la
         ("horovodrun.sh --mpi", 2, "raise:01:3", "0"),
     ],
 )
-def test_an_exception_ends_all_ranks_and_is_shown_once(launcher, ranks, fault, speaker, place):
-    code, said, _ = start(place, launcher, ranks, fault)
-    assert code == 1, said
-    assert said.count("Traceback") == said.count("ArithmeticError: the first cause") == 1, said
+def test_an_exception_ends_all_ranks_and_is_printed_once(launcher, ranks, fault, speaker, place):
+    code, stderr, _ = start(place, launcher, ranks, fault)
+    assert code == 1, stderr
+    assert stderr.count("Traceback") == stderr.count("ArithmeticError: the first cause") == 1, stderr
     assert re.search(
-        rf"hvd_adam\.train: rank {speaker} on {HOST} failed: ArithmeticError\('the first cause'\)", said
+        rf"hvd_adam\.train: rank {speaker} on {HOST} failed: ArithmeticError\('the first cause'\)", stderr
     )
-    assert "lost the others" not in said
-    assert "no progress" not in said
+    assert "lost the connection" not in stderr
+    assert "no progress" not in stderr
 
 
 @pytest.mark.parametrize("launcher", ["horovodrun.sh --gloo", "mpirun.sh"])
-def test_a_rank_that_ends_is_named_with_its_exit_code_and_the_code_comes_back(launcher, place):
-    code, said, output = start(place, launcher, 2, "exit:1:3")
-    assert code == 7, said
+def test_a_rank_that_exits_is_named_and_the_launcher_returns_its_exit_code(launcher, place):
+    code, stderr, output = start(place, launcher, 2, "exit:1:3")
+    assert code == 7, stderr
     if launcher == "mpirun.sh":
         box = r"The first process to do so was:\s+Process name: \[\[\d+,1\],1\]\s+Exit code: +7\b"
-        assert re.search(box, said), said
+        assert re.search(box, stderr), stderr
     else:
         assert "Process 1 exit with status code 7.\n" in output
-    for needless in ("Traceback", "lost the others", "no progress"):
-        assert needless not in said
+    for needless in ("Traceback", "lost the connection", "no progress"):
+        assert needless not in stderr
 
 
-# The watchdog by itself.
+# The watchdog without a training.
 
-ALONE = Cluster(0, 1, 0, 1, 0, 1, None, "none")
+SINGLE_RANK = Cluster(0, 1, 0, 1, 0, 1, None, "none")
 
 
 @on_ranks(2)
-def test_a_rank_that_waits_for_one_that_works_is_left_alone(cluster):
+def test_a_rank_that_waits_for_a_working_rank_does_not_end_the_job(cluster):
     import torch
 
     from hvd_adam.distributed.context import horovod
@@ -174,9 +174,9 @@ def ended(monkeypatch):
     return event
 
 
-def test_strangers_are_not_heard_and_the_set_up_may_take_longer(ended, capsys):
-    dog = Watchdog(ALONE, 0.4)
-    port = dog._listener.getsockname()[1]
+def test_requests_without_the_token_get_no_answer_and_the_set_up_may_take_longer(ended, capsys):
+    dog = Watchdog(SINGLE_RANK, 0.4)
+    port = dog._server.port
     for line in (b"GET / HTTP/1.0\n", b"[1]\n", b"\xff\n", b'{"token": "x", "what": "end"}\n', b"{}\n", b""):
         with socket.create_connection(("127.0.0.1", port)) as connection:
             connection.sendall(line)
@@ -191,8 +191,8 @@ def test_strangers_are_not_heard_and_the_set_up_may_take_longer(ended, capsys):
     assert "without progress since update 2:\n" in capsys.readouterr().err
 
 
-def test_a_watch_that_has_ended_ends_nothing(ended):
-    dog = Watchdog(ALONE, 0.2)
+def test_a_closed_watchdog_ends_nothing(ended):
+    dog = Watchdog(SINGLE_RANK, 0.2)
     dog.beat("update 1")
     dog.beat("update 2")
     dog.close()
@@ -206,7 +206,7 @@ def frame_in(package, source, **names):
     return space
 
 
-def test_a_collective_is_named_by_horovod_by_the_caller_or_by_its_place():
+def test_a_collective_is_identified_by_its_name_or_by_the_line_that_calls_it():
     horovods = frame_in(
         "horovod.torch.mpi_ops",
         "def synchronize(handle):\n return sys._getframe()\n"
@@ -221,17 +221,17 @@ def test_a_collective_is_named_by_horovod_by_the_caller_or_by_its_place():
         def wait(self):
             return horovods["synchronize"](1)
 
-    def told():
+    def named():
         name = "parameters.3"  # noqa: F841  what the watchdog looks for
         return horovods["synchronize"](1)
 
-    def untold():
-        name = 3  # noqa: F841  something else of that name
+    def unnamed():
+        name = 3  # noqa: F841  another value of that name
         return horovods["allreduce"](None)
 
     assert waits_for(Bucket().wait()) == "bucket.7"
-    assert waits_for(told()) == "parameters.3"
-    assert re.fullmatch(r"untold \(test_failures\.py:\d+\)", waits_for(untold()))
+    assert waits_for(named()) == "parameters.3"
+    assert re.fullmatch(r"unnamed \(test_failures\.py:\d+\)", waits_for(unnamed()))
     # Called by Horovod (its optimizer's step), but not in it.
     assert waits_for(frame_in("mine", "frame = sys._getframe()")["frame"]) is None
 
@@ -252,11 +252,11 @@ def state(waits_for, beats=5):
         ([state("a"), state("a")], []),
     ],
 )
-def test_behind_is_who_keeps_the_others_waiting(states, expected):
+def test_behind_returns_the_ranks_that_the_others_wait_for(states, expected):
     assert behind(dict(enumerate(states))) == expected
 
 
-def test_ranks_are_named_by_host_and_those_that_do_the_same_share_a_stack():
+def test_ranks_are_grouped_by_host_and_those_in_the_same_state_share_a_stack():
     states = {0: state("a"), 1: state("a"), 2: None, 3: state("a")}
     lines = report(states, ["head", "head", "node1", "node1"], 600.0).splitlines()
     assert lines[0].startswith(
@@ -267,12 +267,12 @@ def test_ranks_are_named_by_host_and_those_that_do_the_same_share_a_stack():
     assert lines[2:] == ["  File x"]
 
 
-def test_horovods_own_limit_comes_later_unless_the_user_has_set_it(monkeypatch):
+def test_horovods_stall_shutdown_is_later_than_the_watchdog_unless_the_user_has_set_it(monkeypatch):
     monkeypatch.setenv("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "")  # as it was, when the test has ended
     for seconds, longest in ((1000.0, 1000), (4.0, watchdog.SETUP_SECONDS)):
         os.environ.pop("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", None)
         watchdog.defer_horovod_stall_shutdown(seconds)
-        assert int(os.environ["HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"]) > longest + watchdog.LONGEST_REPORT
+        assert int(os.environ["HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"]) > longest + watchdog.REPORT_SECONDS
     monkeypatch.setenv("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "7")
     watchdog.defer_horovod_stall_shutdown(1000.0)
     assert os.environ["HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"] == "7"

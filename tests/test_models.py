@@ -1,4 +1,4 @@
-"""Models by name, and torchvision beside a PyTorch that it was not built for.
+"""Models by name, and torchvision with a PyTorch that it was not built for.
 
 Hazards: an image size or channel count that only fails in the first training step, an operation that couples the
 samples of a batch, a stem for large images on small ones, weights that do not follow the seed, buffers or modes
@@ -46,7 +46,7 @@ def test_own_models_take_images_of_any_size_and_number_of_channels(channels, cla
 
 
 @pytest.mark.parametrize("side", [8, 32, 224])
-def test_the_cnn_has_five_3x3_convolutions_two_linear_layers_and_no_batch_normalisation(side):
+def test_the_cnn_has_five_3x3_convolutions_two_linear_layers_and_no_batch_normalization(side):
     model = build("cnn", in_channels=3, num_classes=10, image_size=(side, side))
     assert [layer.kernel_size for layer in layers(model, nn.Conv2d)] == [(3, 3)] * 5
     assert len(layers(model, nn.Linear)) == 2
@@ -87,7 +87,7 @@ def test_the_cnn_learns_to_read_digits():
 
 
 @pytest.mark.parametrize("name", ["cnn", "mlp", "resnet18"])
-def test_weights_follow_the_seed_and_trying_out_changes_nothing(name):
+def test_weights_depend_on_the_seed_and_the_check_of_the_model_changes_nothing(name):
     def weights(seed):
         torch.manual_seed(seed)
         model = build(name, **DIGITS)
@@ -101,7 +101,7 @@ def test_weights_follow_the_seed_and_trying_out_changes_nothing(name):
     assert all(value == 0 for value in batches_seen)
 
 
-def test_dropout_is_off_unless_asked_for():
+def test_dropout_is_off_by_default():
     def differs(model):
         images = torch.randn(4, 1, 8, 8)
         return not torch.equal(model(images), model(images))
@@ -129,7 +129,7 @@ def test_torchvisions_models_take_other_numbers_of_channels_and_classes(name):
     assert logits.shape == (2, 7)
 
 
-def test_an_unknown_model_is_refused_with_near_names():
+def test_an_unknown_model_is_refused_with_similar_names():
     with pytest.raises(UserError, match=r"'resnet81' is not known: did you mean .*resnet18"):
         build("resnet81", **CIFAR)
     with pytest.raises(UserError, match=r"use one of cnn, mlp, .*package\.module:function"):
@@ -148,7 +148,7 @@ def test_images_too_small_for_a_model_are_refused_in_one_line(name):
     assert "\n" not in str(refusal.value)
 
 
-def test_a_model_of_the_users_is_called_with_the_keywords_and_checked(tmp_path, monkeypatch):
+def test_a_user_defined_model_is_called_with_the_keywords_and_checked(tmp_path, monkeypatch):
     (tmp_path / "own_models.py").write_text(
         "from torch import nn\n"
         "def linear(*, in_channels, num_classes, image_size):\n"
@@ -190,13 +190,13 @@ def test_torchvision_is_imported_with_its_operators_or_at_least_their_schemas():
     assert hasattr(torch.ops.torchvision, "nms")
 
 
-def test_torchvision_is_imported_even_after_a_plain_import_of_it_was_tried():
+def test_torchvision_is_imported_even_after_a_plain_import_has_failed():
     program = "try:\n    import torchvision\nexcept Exception:\n    pass\n"
     assert run(program + IMPORT + "print(go().models.resnet18.__name__)") == "resnet18"
 
 
-def test_nothing_is_defined_where_the_operators_exist():
-    # Another library that defines the schemas stands for a torchvision whose own library does so on loading.
+def test_no_schema_is_defined_if_the_operators_exist():
+    # A library that defines the schemas replaces torchvision's, which defines them when it is loaded.
     program = (
         "import torch\n"
         "library = torch.library.Library('torchvision', 'DEF')\n"

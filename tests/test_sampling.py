@@ -25,7 +25,7 @@ def test_an_epochs_order_holds_every_sample_once(num_samples, seed, epoch):
     assert sorted(order) == list(range(num_samples))
 
 
-def test_the_order_is_the_same_as_ever():
+def test_the_order_never_changes_between_versions():
     # A change of this digest would change every run and break the resumption of older ones.
     digest = hashlib.sha256(sampling.epoch_order(10_000, seed=1, epoch=2).astype("<i8").tobytes()).hexdigest()
     assert digest[:16] == "52dbaad78196a624"
@@ -87,7 +87,7 @@ def test_an_epoch_uses_no_sample_twice_and_drops_less_than_a_batch():
     assert len(np.concatenate(used)) == len(set(np.concatenate(used))) == 100
 
 
-def test_the_dropped_samples_are_others_in_each_epoch():
+def test_each_epoch_drops_other_samples():
     remainders = {tuple(sorted(sampling.epoch_order(103, 0, epoch)[100:])) for epoch in range(10)}
     assert len(remainders) == 10
 
@@ -97,7 +97,7 @@ def test_a_batch_larger_than_the_data_is_refused_with_both_numbers():
         sampling.steps_per_epoch(100, 128)
 
 
-def test_a_batch_of_which_a_rank_would_get_nothing_is_refused():
+def test_a_batch_with_an_empty_share_is_refused():
     with pytest.raises(UserError, match=r"batch of 5 images is too small for 3 ranks x 2 .*raise"):
         sampling.share(5, rank=0, size=3, accumulate=2)
 

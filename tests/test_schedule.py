@@ -24,7 +24,7 @@ def schedule(**changes):
     return LearningRateSchedule(**{**fields, **changes})
 
 
-def test_linear_scales_the_rate_alone():
+def test_linear_scales_only_the_rate():
     assert scale(8, "linear", lr=1e-3, betas=BETAS, eps=1e-8) == (8e-3, BETAS, 1e-8)
 
 
@@ -60,7 +60,7 @@ def test_sqrt_scaling_twice_is_scaling_by_the_product(first, second):
     assert (twice.lr, twice.eps) == pytest.approx((once.lr, once.eps), rel=1e-14)
 
 
-def test_sqrt_refuses_a_factor_that_drives_a_beta_below_zero_and_names_the_way_out():
+def test_sqrt_refuses_a_factor_that_drives_a_beta_below_zero_and_names_the_remedy():
     with pytest.raises(UserError) as refusal:
         scale(16, "sqrt", lr=1e-3, betas=BETAS, eps=1e-8)
     message = str(refusal.value)
@@ -69,7 +69,7 @@ def test_sqrt_refuses_a_factor_that_drives_a_beta_below_zero_and_names_the_way_o
     assert scale(10, "sqrt", lr=1e-3, betas=BETAS, eps=1e-8).betas[0] == pytest.approx(0, abs=1e-15)
 
 
-def test_sqrt_names_the_second_beta_where_it_is_the_one():
+def test_sqrt_names_the_second_beta_if_that_would_be_negative():
     with pytest.raises(UserError, match=r"beta2 = 0.5"):
         scale(4, "sqrt", lr=1e-3, betas=(0.99, 0.5), eps=1e-8)
 

@@ -1,4 +1,4 @@
-"""Data sets by name, as numpy arrays. Imports no torch; batches come from ``hvd_adam.data.loader``."""
+"""Data sets by name, as numpy arrays. Imports no torch; `hvd_adam.data.loader` makes batches."""
 
 from pathlib import Path
 
@@ -22,12 +22,20 @@ def load(
     synthetic_classes: int = 10,
     synthetic_samples: int = 4096,
 ) -> ImageData:
-    """Return the data set ``name``: one of ``DATASETS``, or ``package.module:function``.
+    """Returns a data set.
 
-    Such a function is called with ``data_dir`` (a path) and returns ``ImageData``. ``positive_class`` names
-    the one class that is to be told from all the others. ``download`` allows cifar10 to be fetched into
-    ``data_dir`` where it is missing. Raises UserError for an unknown name or class, and for data that is
-    missing or damaged.
+    Args:
+        name: one of `DATASETS`, or `package.module:function`. The function is called with the keyword `data_dir`
+            (a path) and returns `ImageData`.
+        data_dir: folder of the data set.
+        download: whether to download cifar10 into `data_dir` if it is missing.
+        positive_class: the class to keep against all others, which become one; None to keep all classes.
+        synthetic_shape: channels, height and width of synthetic images.
+        synthetic_classes: number of synthetic classes, ≥ 2.
+        synthetic_samples: number of synthetic training images, ≥ 1.
+
+    Raises:
+        UserError: the name or class is unknown, or the data is missing or damaged.
     """
     data_dir = Path(data_dir)
     if is_reference(name):

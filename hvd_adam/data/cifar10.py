@@ -1,10 +1,11 @@
 """CIFAR-10 (Krizhevsky 2009): 60,000 colour images of 32×32 in ten classes, from the files of its home page.
 
-The files are those that ``torchvision.datasets.CIFAR10`` uses and lie in the same place, so either finds
-what the other has fetched. A smaller set in the same format works as well, with as few as one training batch.
+The files and their place are those of `torchvision.datasets.CIFAR10`, so either finds what the other has
+downloaded. A smaller set in the same format works too, with as few as one training batch.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,11 +22,19 @@ _OFFICIAL_BATCH = 10_000  # images in each of the five training files
 
 
 def load(data_dir: Path, *, download: bool = True, archive: Archive = OFFICIAL) -> ImageData:
-    """Return the images under ``data_dir/cifar-10-batches-py``, or in ``data_dir`` where that is this folder.
+    """Returns CIFAR-10, or a smaller set in its format.
 
-    Where that folder is missing, ``archive`` is unpacked there, and downloaded if need be. The pickles are
-    read without running their code. Raises UserError where the files are missing and cannot be fetched, and
-    for a file that is cut short, damaged or of another format.
+    The pickles are read without running their code.
+
+    Args:
+        data_dir: the folder `cifar-10-batches-py` or its parent. If the folder is missing, the archive is unpacked
+            there.
+        download: whether to download the archive if it is missing.
+        archive: where the files come from.
+
+    Raises:
+        UserError: the files are missing and cannot be downloaded, or a file is truncated, damaged or of another
+            format.
     """
     folder = data_dir / FOLDER
     try:
@@ -38,7 +47,7 @@ def load(data_dir: Path, *, download: bool = True, archive: Archive = OFFICIAL) 
         raise UserError(f"cannot look into {folder} ({error.strerror}): choose another data folder") from error
     classes = _read_classes(folder / _META_FILE)
     batches = [_read_batch(folder / name, len(classes)) for name in present]
-    small = all(len(images) < _OFFICIAL_BATCH for images, _ in batches)  # such a set may end earlier
+    small = all(len(images) < _OFFICIAL_BATCH for images, _ in batches)  # a small set may have fewer files
     expected = _TRAINING_FILES[: max(1, len(present))] if small else _TRAINING_FILES
     for name in expected:
         if name not in present:
@@ -75,7 +84,7 @@ def _read_classes(path: Path) -> tuple[str, ...]:
     return tuple(name.decode("utf-8", "replace") if isinstance(name, bytes) else name for name in names)
 
 
-def _read(path: Path) -> dict:
+def _read(path: Path) -> dict[str, Any]:
     try:
         return load_dictionary(path)
     except FileNotFoundError:
@@ -88,6 +97,6 @@ def _read(path: Path) -> dict:
 
 def _unreadable(path: Path, reason: str) -> UserError:
     return UserError(
-        f"CIFAR-10 file {path} {reason}: put a whole one there, or remove the folder {path.parent} to have "
-        f"it unpacked again from {OFFICIAL.name}"
+        f"CIFAR-10 file {path} {reason}: replace it, or remove the folder {path.parent} so that it is unpacked "
+        f"again from {OFFICIAL.name}"
     )

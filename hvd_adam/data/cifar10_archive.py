@@ -1,7 +1,7 @@
-"""Gets CIFAR-10's archive once per host and unpacks it, while the other processes of that host wait.
+"""Downloads and unpacks CIFAR-10's archive once per host, while the other processes of that host wait.
 
-The archive and the folder appear under their names only when they are whole, so a process that was killed
-half way leaves nothing that another could mistake for the data.
+The archive and the folder get their names only when they are complete, so a process that is killed meanwhile
+leaves nothing that another could mistake for the data.
 """
 
 import hashlib
@@ -21,20 +21,25 @@ from tqdm import tqdm
 from hvd_adam.errors import UserError
 
 FOLDER = "cifar-10-batches-py"
-_SILENCE = 30.0  # seconds without a byte after which a download counts as failed
+_READ_TIMEOUT = 30.0  # seconds without a byte after which a download has failed
 _CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
 class Archive:
-    """Where an archive comes from, and the MD5 sum that it must have."""
+    """An archive on the web.
+
+    Attributes:
+        url: its address.
+        md5: its MD5 sum, in hexadecimal digits.
+    """
 
     url: str
     md5: str
 
     @property
     def name(self) -> str:
-        """The archive's file name."""
+        """File name of the archive."""
         return self.url.rpartition("/")[2]
 
 
@@ -42,10 +47,17 @@ OFFICIAL = Archive("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", "c
 
 
 def fetch(data_dir: Path, *, download: bool, archive: Archive) -> None:
-    """Make ``data_dir/cifar-10-batches-py`` exist: unpack ``archive``, and download it first if need be.
+    """Creates `data_dir/cifar-10-batches-py` from the archive, unless it exists.
 
-    One process does the work; the others wait for it and do not repeat what failed. Raises UserError, with
-    what to put where, when it cannot be done.
+    One process of the host does the work. The others wait for it, and fail without another attempt if it fails.
+
+    Args:
+        data_dir: the parent folder, which may have the archive already.
+        download: whether to download the archive if it is missing.
+        archive: to download.
+
+    Raises:
+        UserError: the folder cannot be created. The message says which file to put where.
     """
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
@@ -56,8 +68,8 @@ def fetch(data_dir: Path, *, download: bool, archive: Archive) -> None:
                 return
             if waited:
                 raise UserError(
-                    f"the process of this host that was to put CIFAR-10 into {data_dir} failed (see its "
-                    f"message): {_remedy(data_dir, archive)}"
+                    f"another process of this host failed to put CIFAR-10 into {data_dir} (see its message): "
+                    f"{_remedy(data_dir, archive)}"
                 )
             _unpack(_whole_archive(data_dir, download, archive), data_dir / FOLDER)
         finally:
@@ -68,11 +80,11 @@ def fetch(data_dir: Path, *, download: bool, archive: Archive) -> None:
 
 
 def _acquire(lock: FileLock) -> bool:
-    """Acquire the lock and return whether that was possible at once."""
+    """Acquires the lock and returns whether it was free."""
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        lock.acquire()  # the system frees it if its holder dies
+        lock.acquire()  # the system releases it if its holder dies
         return False
     return True
 
@@ -82,12 +94,12 @@ def _whole_archive(data_dir: Path, download: bool, archive: Archive) -> Path:
     if not path.exists():
         if not download:
             remedy = _remedy(data_dir, archive)
-            raise UserError(f"CIFAR-10 is not in {data_dir}, and not to be downloaded: {remedy}")
+            raise UserError(f"CIFAR-10 is not in {data_dir}, and --no-download is set: {remedy}")
         _download(archive, path)
     elif (found := _md5(path)) != archive.md5:
         raise UserError(
-            f"CIFAR-10 archive {path} is damaged (MD5 {found}, expected {archive.md5}): remove it, then put "
-            f"a whole one from {archive.url} there or start again to download it"
+            f"CIFAR-10 archive {path} is damaged (MD5 {found}, expected {archive.md5}): remove it, then "
+            f"download it again from {archive.url} or start again to have it downloaded"
         )
     return path
 
@@ -97,9 +109,9 @@ def _download(archive: Archive, path: Path) -> None:
     try:
         _copy(archive.url, part)
         if (found := _md5(part)) != archive.md5:
-            raise OSError(f"what came is cut short or altered: MD5 {found}, expected {archive.md5}")
+            raise OSError(f"the download is truncated or altered: MD5 {found}, expected {archive.md5}")
         os.replace(part, path)
-    except (OSError, HTTPException) as error:  # urllib's own errors are OSErrors
+    except (OSError, HTTPException) as error:  # urllib's errors are OSErrors
         raise UserError(
             f"CIFAR-10 cannot be downloaded from {archive.url} ({error}): {_remedy(path.parent, archive)}"
         ) from error
@@ -108,7 +120,7 @@ def _download(archive: Archive, path: Path) -> None:
 
 
 def _copy(url: str, path: Path) -> None:
-    with urllib.request.urlopen(url, timeout=_SILENCE) as response, path.open("wb") as file:
+    with urllib.request.urlopen(url, timeout=_READ_TIMEOUT) as response, path.open("wb") as file:
         length = int(response.headers.get("Content-Length") or 0)
         print(f"downloading {url} ({length / 1e6:.0f} MB)", file=sys.stderr, flush=True)
         with tqdm(total=length or None, unit="B", unit_scale=True, disable=None) as progress:
@@ -132,12 +144,12 @@ def _unpack(path: Path, folder: Path) -> None:
 
 
 def _scratch(path: Path) -> Path:
-    # Of this process alone: where hosts share the folder, the lock may not reach from one to the other.
+    # Unique to this process: if hosts share the folder, the lock may not work between them.
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
 
 
 def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
-    # File by file under their own plain names: no path in the archive can lead out of the folder.
+    # Each file under its base name, so that no path in the archive can lead out of the folder.
     source = tar.extractfile(member) if member.isfile() else None
     if source is not None:
         with source, (folder / Path(member.name).name).open("wb") as file:

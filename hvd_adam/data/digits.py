@@ -1,4 +1,4 @@
-"""The embedded data set: scikit-learn's ``load_digits``, 1,797 real 8×8 images of handwritten digits."""
+"""The embedded data set: scikit-learn's `load_digits`, 1,797 real 8×8 images of handwritten digits."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -7,13 +7,17 @@ import numpy as np
 
 from hvd_adam.data.images import ImageData
 from hvd_adam.errors import UserError
+from hvd_adam.extras import install_command
 
 
 def load() -> ImageData:
-    """Return the digits, 1 channel of 8×8, with a fixed stratified split: of each class, every fifth is test.
+    """Returns the digits, 1 channel of 8×8; every fifth of each class is a test image.
 
-    The grey values 0 to 16 become the nearest of 0 to 255. The split depends on nothing but the data's order:
-    not on a seed, and not on the version of scikit-learn. Raises UserError where scikit-learn is missing.
+    Grey values from 0 to 16 are mapped to the nearest of 0 to 255. The split depends only on the order of the
+    data, not on a seed or on the version of scikit-learn.
+
+    Raises:
+        UserError: scikit-learn is not installed.
     """
     table = _table()
     levels, labels = table[:, :-1].reshape(-1, 8, 8), table[:, -1]
@@ -30,14 +34,16 @@ def load() -> ImageData:
 
 
 def _table() -> np.ndarray:
-    """64 grey values and the label of each image. Importing scikit-learn would take a second on every rank."""
+    """Returns 64 grey values and the label of each image; importing scikit-learn would take a second."""
     package = find_spec("sklearn")
     if package is None or package.origin is None:
-        raise UserError("data set digits needs scikit-learn, which is not installed: pip install scikit-learn")
+        raise UserError(
+            f"data set digits needs scikit-learn, which is not installed: {install_command('sklearn')}"
+        )
     file = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
     if file.exists():
         return np.loadtxt(file, delimiter=",", dtype=np.int64)
-    from sklearn.datasets import load_digits  # which knows where this release has it
+    from sklearn.datasets import load_digits  # it knows where this release has the file
 
     digits = load_digits()
     return np.column_stack([digits.data, digits.target]).astype(np.int64)

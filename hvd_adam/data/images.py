@@ -1,4 +1,4 @@
-"""``ImageData``: a labelled set of images in memory, with its split into training and test images."""
+"""`ImageData`: labelled images in memory, split into training and test images."""
 
 from dataclasses import dataclass, replace
 
@@ -9,20 +9,24 @@ from hvd_adam.errors import UserError
 
 @dataclass(frozen=True)
 class ImageData:
-    """Labelled images, held as numpy arrays. Raises UserError where shapes, dtypes or labels do not fit."""
+    """Labelled images as numpy arrays.
+
+    Raises:
+        UserError: shapes, dtypes or labels do not match.
+    """
 
     name: str
-    """What messages and run folders call it."""
+    """Name in messages and run directories."""
     classes: tuple[str, ...]
-    """The name of each class; a label is an index into it. At least two."""
+    """Names of the classes, at least two; a label is an index into them."""
     train_images: np.ndarray
-    """uint8, ``(samples, channels, height, width)``, 0 to 255."""
+    """uint8, shape `(samples, channels, height, width)`, 0 to 255."""
     train_labels: np.ndarray
-    """int64, ``(samples,)``."""
+    """int64, shape `(samples,)`."""
     test_images: np.ndarray
-    """As ``train_images``, with the same channels, height and width."""
+    """As `train_images`, with the same channels, height and width."""
     test_labels: np.ndarray
-    """As ``train_labels``."""
+    """As `train_labels`."""
     augment: bool = False
     """Whether training crops and flips the images at random."""
 
@@ -59,8 +63,8 @@ class ImageData:
 
     @property
     def channels(self) -> int:
-        """Channels of each image."""
-        return self.train_images.shape[1]
+        """Number of channels of each image."""
+        return int(self.train_images.shape[1])
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -75,9 +79,14 @@ def _describe(value: object) -> str:
 
 
 def one_against_rest(data: ImageData, positive_class: str) -> ImageData:
-    """Return the data with two classes: ``positive_class`` (label 1) against all others, "rest" (label 0).
+    """Returns the data with two classes: the positive class (label 1) and "rest" (label 0).
 
-    Raises UserError where the data has no such class.
+    Args:
+        data: with any number of classes.
+        positive_class: name of a class.
+
+    Raises:
+        UserError: the data has no such class.
     """
     if positive_class not in data.classes:
         raise UserError(
@@ -93,11 +102,13 @@ def one_against_rest(data: ImageData, positive_class: str) -> ImageData:
 
 
 def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation of each channel, in units where 255 is 1.
+    """Returns mean and population standard deviation of each channel, in units where 255 is 1.
 
-    ``images`` is uint8 ``(samples, channels, height, width)``. The sums are exact integers, so the result
-    is the same on every rank and machine. The deviation is the population's; that of a constant channel is
-    given as 1.
+    The sums are exact integers, so the result is identical on every rank and machine. The standard deviation of a
+    constant channel is returned as 1.
+
+    Args:
+        images: uint8, shape `(samples, channels, height, width)`.
     """
     means, deviations = [], []
     for channel in range(images.shape[1]):

@@ -1,6 +1,6 @@
-"""``DeviceLoader``: batches made on the device, from uint8 images that live there.
+"""`DeviceLoader`: makes batches on the device, from uint8 images in its memory.
 
-Only indices and random words travel to the device for a batch, without waiting for it.
+For each batch only indices and random words are copied to the device, without waiting for it.
 """
 
 from collections.abc import Iterator
@@ -19,12 +19,18 @@ _PADDING = 4  # pixels on each side before the random crop, as in He et al., arX
 
 
 class DeviceLoader:
-    """Training and test batches of ``data`` on ``device``.
+    """Training and test batches of a data set, on a device.
 
-    A batch is ``(images, labels)``: images normalised, of ``dtype`` and shape ``(samples, channels, height,
-    width)``, in channels-last memory order if asked for; labels int64 ``(samples,)``. ``mean`` and ``std``,
-    one number a channel in units where 255 is 1, are the training images' own unless given (as from a
-    checkpoint).
+    A batch is `(images, labels)`: normalized images of shape `(samples, channels, height, width)`; labels int64 of
+    shape `(samples,)`.
+
+    Args:
+        data: the data set.
+        device: where batches are made.
+        dtype: of the images.
+        channels_last: whether images have channels-last memory format.
+        mean: of each channel, in units where 255 is 1; that of the training images by default.
+        std: as `mean`, the standard deviation.
     """
 
     mean: tuple[float, ...]
@@ -47,7 +53,7 @@ class DeviceLoader:
         if mean is None or std is None:
             mean, std = channel_statistics(data.train_images)
         self.mean, self.std = tuple(mean), tuple(std)
-        # Half precision would lose the last bits of 0 to 255 when subtracting, so it comes last.
+        # Half precision would lose the last bits of 0 to 255 in the subtraction, so the conversion is last.
         self._working_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self._shift, self._divisor = (self._per_channel(values) for values in (self.mean, self.std))
 
@@ -56,7 +62,14 @@ class DeviceLoader:
         return scaled.to(self.device, self._working_dtype).view(1, -1, 1, 1)
 
     def steps_per_epoch(self, global_batch_size: int) -> int:
-        """Return the number of updates in an epoch; UserError where the batch is larger than the data."""
+        """Returns the number of updates in an epoch.
+
+        Args:
+            global_batch_size: images per update over all ranks.
+
+        Raises:
+            UserError: the batch is larger than the data.
+        """
         return sampling.steps_per_epoch(len(self.data.train_images), global_batch_size)
 
     def train_batches(
@@ -70,11 +83,22 @@ class DeviceLoader:
         accumulate: int = 1,
         first_step: int = 0,
     ) -> Iterator[Batch]:
-        """Yield a rank's micro-batches of an epoch from ``first_step`` on: ``accumulate`` for each update.
+        """Yields a rank's micro-batches of an epoch, `accumulate` for each update.
 
-        Together the ranks' micro-batches of an update are one global batch, the same at any ``size`` and
-        ``accumulate``, augmentation included. Starting late costs nothing. Raises UserError where the
-        global batch is larger than the data, or smaller than ``size * accumulate``.
+        The micro-batches of all ranks for an update form one global batch, which with its augmentation is the same
+        at any `size` and `accumulate`.
+
+        Args:
+            seed: of order and augmentation.
+            epoch: ≥ 0.
+            global_batch_size: images per update over all ranks.
+            rank: 0 ≤ rank < size.
+            size: number of ranks.
+            accumulate: micro-batches per update and rank.
+            first_step: update of the epoch to start from; skipped updates cost nothing.
+
+        Raises:
+            UserError: the global batch is larger than the data, or smaller than `size * accumulate`.
         """
         order = sampling.epoch_order(len(self.data.train_images), seed, epoch)
         for step in range(first_step, self.steps_per_epoch(global_batch_size)):
@@ -87,15 +111,18 @@ class DeviceLoader:
                 yield self._train_batch(self._upload(np.stack(chosen)))
 
     def test_batches(self, batch_size: int, *, rank: int = 0, size: int = 1) -> Iterator[Batch]:
-        """Yield this rank's share of the test set, in order, in batches of at most ``batch_size``.
+        """Yields a rank's share of the test set, in order. All ranks together yield every sample exactly once.
 
-        Over all ranks every sample comes exactly once; a rank may have none.
+        Args:
+            batch_size: the most images of a batch.
+            rank: 0 ≤ rank < size.
+            size: number of ranks; some have no images if there are fewer images than ranks.
         """
         images, labels = self._test
         mine = sampling.evaluation_share(len(images), rank, size)
         for start in range(mine.start, mine.stop, batch_size):
             stop = min(start + batch_size, mine.stop)
-            yield self._normalise(images[start:stop]), labels[start:stop]
+            yield self._normalize(images[start:stop]), labels[start:stop]
 
     @cached_property
     def _train(self) -> Batch:
@@ -112,22 +139,22 @@ class DeviceLoader:
     def _upload(self, chosen: np.ndarray) -> torch.Tensor:
         host = torch.from_numpy(chosen)
         if self.device.type == "cuda":
-            host = host.pin_memory()  # or else the copy would wait for the device
+            host = host.pin_memory()  # otherwise the copy would wait for the device
         return host.to(self.device, non_blocking=True)
 
     def _train_batch(self, chosen: torch.Tensor) -> Batch:
         images, labels = (tensor[chosen[0]] for tensor in self._train)
         if self.data.augment:
             images = crop_and_flip(images, chosen[1], chosen[2], chosen[3].bool(), padding=_PADDING)
-        return self._normalise(images), labels
+        return self._normalize(images), labels
 
-    def _normalise(self, images: torch.Tensor) -> torch.Tensor:
+    def _normalize(self, images: torch.Tensor) -> torch.Tensor:
         values = images.to(self._working_dtype, memory_format=self.memory_format)
         return values.sub_(self._shift).div_(self._divisor).to(self.dtype)
 
 
 def _crops(bits: np.ndarray) -> list[np.ndarray]:
-    """Return ``crop_and_flip``'s top, left and flip, int64, from disjoint bits of each random word."""
+    """Returns `crop_and_flip`'s top, left and flip, int64, from disjoint bits of each random word."""
     places = 2 * _PADDING + 1
     top, left, flip = (bits & 0x7FFFFFFF) % places, (bits >> 32 & 0x7FFFFFFF) % places, bits >> 63
     return [part.astype(np.int64) for part in (top, left, flip)]
@@ -136,18 +163,22 @@ def _crops(bits: np.ndarray) -> list[np.ndarray]:
 def crop_and_flip(
     images: torch.Tensor, top: torch.Tensor, left: torch.Tensor, flip: torch.Tensor, *, padding: int
 ) -> torch.Tensor:
-    """Pad images with black, crop each at its own place to the old size, and mirror it left to right if told.
+    """Pads images with black, crops each at its own place to the old size, and flips some from left to right.
 
-    ``images`` is ``(n, c, h, w)`` of any dtype; ``top`` and ``left``, int64 ``(n,)`` in [0, 2·padding], are
-    the crop's corner in the padded image, so ``padding`` leaves the image in place; ``flip`` is bool
-    ``(n,)``.
+    Args:
+        images: shape `(n, c, h, w)`, any dtype.
+        top: first row of each crop in the padded image, int64 of shape `(n,)` in [0, 2·padding]; `padding` leaves
+            the image in place.
+        left: as `top`, the first column.
+        flip: whether to flip, bool of shape `(n,)`.
+        padding: pixels on each side.
     """
     count, channels, height, width = images.shape
-    along = {"device": images.device}
-    rows = top[:, None] + torch.arange(height, **along)
-    columns = torch.arange(width, **along)
+    device = images.device
+    rows = top[:, None] + torch.arange(height, device=device)
+    columns = torch.arange(width, device=device)
     columns = left[:, None] + torch.where(flip[:, None], width - 1 - columns, columns)
     padded = F.pad(images, (padding,) * 4)
-    samples = torch.arange(count, **along).view(-1, 1, 1, 1)
-    every_channel = torch.arange(channels, **along).view(1, -1, 1, 1)
+    samples = torch.arange(count, device=device).view(-1, 1, 1, 1)
+    every_channel = torch.arange(channels, device=device).view(1, -1, 1, 1)
     return padded[samples, every_channel, rows[:, None, :, None], columns[:, None, None, :]]

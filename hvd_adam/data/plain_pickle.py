@@ -1,7 +1,7 @@
-"""Reads pickles of plain containers, strings, numbers and numpy arrays without running code of theirs.
+"""Reads pickles of plain containers, strings, numbers and numpy arrays without running code from them.
 
-A pickle is a program: it may call anything that it can name. Here it can name six things, each of which is a
-stand-in of ours that stores what it is given, so that not even numpy's own reconstruction code is reached.
+A pickle is a program that may call anything it can name. Here it can name six things. Each is replaced by a class
+that only stores its arguments, so that not even numpy's own reconstruction code runs.
 """
 
 import pickle
@@ -14,7 +14,7 @@ _NUMBERS = {"u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8"}
 
 
 class PlainPickleError(ValueError):
-    """The file is not what it should be. The message reads on from the file's name."""
+    """The file is not a valid pickle of plain values. The message continues after the file's name."""
 
 
 class _Dtype:
@@ -33,9 +33,9 @@ class _Dtype:
 
 
 class _Array:
-    """Takes the place of both ``_reconstruct`` (its state comes later) and ``_frombuffer`` (all at once)."""
+    """Replaces both `_reconstruct`, which gets its state later, and `_frombuffer`, which gets it at once."""
 
-    def __init__(self, buffer: object, dtype: object, shape: object, order: object = "C") -> None:
+    def __init__(self, buffer: object, dtype: object, shape: Any, order: object = "C") -> None:
         self.parts = (buffer, dtype, shape, order)
 
     @classmethod
@@ -46,11 +46,13 @@ class _Array:
         _version, shape, dtype, is_fortran, buffer = state
         self.parts = (buffer, dtype, shape, "F" if is_fortran else "C")
 
-    def to_numpy(self) -> np.ndarray:
+    def to_numpy(self) -> "np.ndarray[Any, np.dtype[Any]]":
         buffer, dtype, shape, order = self.parts
         if not isinstance(buffer, (bytes, bytearray)) or not isinstance(dtype, _Dtype):
             raise PlainPickleError("holds an array whose content is not of integers")
-        return np.frombuffer(buffer, dtype.to_numpy()).reshape(shape, order="F" if order == "F" else "C")
+        flat = np.frombuffer(buffer, dtype.to_numpy())
+        array: np.ndarray[Any, np.dtype[Any]] = flat.reshape(shape, order="F" if order == "F" else "C")
+        return array
 
 
 def _scalar(dtype: _Dtype, data: bytes) -> int:
@@ -64,7 +66,7 @@ def _encode(text: str, encoding: str) -> bytes:
 
 
 class _NdarrayName:
-    """What a pickle passes to ``_reconstruct`` to say which class it means."""
+    """Replaces the class that a pickle passes to `_reconstruct`."""
 
 
 _ALLOWED = {
@@ -87,11 +89,14 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def load_dictionary(path: Path) -> dict[str, Any]:
-    """Return the dictionary that the pickle file ``path`` holds, with text keys and numpy arrays as values.
+    """Returns the dictionary in a pickle file, with keys of type str and numpy arrays as values.
 
-    Reads every protocol, those of Python 2 included (their strings come as bytes). Raises
-    PlainPickleError for everything that is not a whole pickle of a dictionary of plain values, and OSError
-    where the file cannot be read.
+    Args:
+        path: a pickle of any protocol, including those of Python 2 (their strings are returned as bytes).
+
+    Raises:
+        PlainPickleError: the file is no complete pickle of a dictionary of plain values.
+        OSError: the file cannot be read.
     """
     with path.open("rb") as file:
         try:
@@ -108,7 +113,7 @@ def load_dictionary(path: Path) -> dict[str, Any]:
             raise PlainPickleError(f"is cut short or damaged ({type(error).__name__}: {reason})") from error
 
 
-def _text(value: object) -> object:
+def _text(value: Any) -> Any:
     return value.decode("utf-8") if isinstance(value, bytes) else value
 
 

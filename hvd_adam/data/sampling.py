@@ -1,30 +1,42 @@
-"""The global order of samples, and which of them each rank takes: pure functions of (seed, epoch, step).
+"""The global order of samples and each rank's share of it, as pure functions of (seed, epoch, step).
 
-Nothing here depends on the number of ranks but the slicing itself: global batch t of an epoch is the same set
-of samples, with the same augmentation, at any number of ranks and of accumulated micro-batches. Randomness is
-the raw output of the counter-based generator Philox-4x64 (Salmon et al. 2011, "Parallel random numbers: as
-easy as 1, 2, 3"), whose stream numpy guarantees to stay the same across versions, unlike its shuffles.
+Only the slicing depends on the number of ranks: global batch t of an epoch is the same set of samples, with the
+same augmentation, at any number of ranks and of accumulated micro-batches. The random numbers are the raw output
+of the counter-based generator Philox-4x64 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"),
+which numpy guarantees to be the same in all versions, unlike its shuffles.
 """
 
 import numpy as np
 
 from hvd_adam.errors import UserError
 
-_ORDER, _AUGMENTATION = 0, 1  # the generator's key is (seed, purpose), so the two streams never meet
+_ORDER, _AUGMENTATION = 0, 1  # the generator's key is (seed, purpose), so the two streams never overlap
 
 
 def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
-    """Return the order of all samples in one epoch: a permutation, int64 of shape ``(num_samples,)``.
+    """Returns the order of all samples in one epoch: a permutation, int64 of shape `(num_samples,)`.
 
-    ``seed`` is in [0, 2⁶⁴) and ``epoch`` ≥ 0. Raises UserError for a seed out of range.
+    Args:
+        num_samples: ≥ 0.
+        seed: in [0, 2⁶⁴).
+        epoch: ≥ 0.
+
+    Raises:
+        UserError: the seed is out of range.
     """
     return np.argsort(_raw(seed, _ORDER, epoch, 0, num_samples), kind="stable").astype(np.int64, copy=False)
 
 
 def augmentation_bits(seed: int, epoch: int, step: int, global_batch_size: int) -> np.ndarray:
-    """Return one random 64-bit word for each sample of global batch ``step``: uint64 of shape ``(batch,)``.
+    """Returns a random word for each sample of a global batch: uint64 of shape `(global_batch_size,)`.
 
-    Drawn for the whole global batch; each rank takes the slice that ``share`` names.
+    Each rank takes the slice that `share` returns.
+
+    Args:
+        seed: in [0, 2⁶⁴).
+        epoch: ≥ 0.
+        step: index of the global batch in the epoch.
+        global_batch_size: samples per update over all ranks.
     """
     return _raw(seed, _AUGMENTATION, epoch, step, global_batch_size)
 
@@ -39,11 +51,17 @@ def _raw(seed: int, purpose: int, epoch: int, step: int, count: int) -> np.ndarr
 
 
 def steps_per_epoch(num_samples: int, global_batch_size: int) -> int:
-    """Return the number of whole global batches in an epoch.
+    """Returns the number of complete global batches in an epoch.
 
-    The last, incomplete batch is dropped: all updates average over the same number of samples, and as the
-    order changes with the epoch, a different random remainder is left out each time. Raises UserError where
-    not even one batch is whole.
+    The last, incomplete batch is dropped, so that all updates average over the same number of samples. The order
+    changes with the epoch, so a different random remainder is dropped each time.
+
+    Args:
+        num_samples: of the data set.
+        global_batch_size: samples per update over all ranks, ≥ 1.
+
+    Raises:
+        UserError: not even one batch is complete.
     """
     if global_batch_size < 1:
         raise UserError(f"the global batch size {global_batch_size} must be at least 1")
@@ -57,10 +75,19 @@ def steps_per_epoch(num_samples: int, global_batch_size: int) -> int:
 
 
 def share(global_batch_size: int, *, rank: int, size: int, micro_batch: int = 0, accumulate: int = 1) -> slice:
-    """Return the contiguous part of a global batch that one rank takes in one micro-batch.
+    """Returns the contiguous slice of a global batch that one rank takes in one micro-batch.
 
-    Over all ranks in [0, size) and micro-batches in [0, accumulate) the slices cover the batch exactly once.
-    Where it does not divide, their lengths differ by at most one. Raises UserError where one would be empty.
+    The slices of all ranks and micro-batches cover the batch exactly once; their lengths differ by at most one.
+
+    Args:
+        global_batch_size: samples per update over all ranks.
+        rank: 0 ≤ rank < size.
+        size: number of ranks.
+        micro_batch: 0 ≤ micro_batch < accumulate.
+        accumulate: micro-batches per update and rank.
+
+    Raises:
+        UserError: a slice would be empty.
     """
     parts = size * accumulate
     if not 1 <= parts <= global_batch_size:
@@ -82,10 +109,20 @@ def batch_share(
     micro_batch: int = 0,
     accumulate: int = 1,
 ) -> np.ndarray:
-    """Return a rank's samples of global batch ``step`` in one micro-batch: a view of ``order``.
+    """Returns a rank's samples in one micro-batch of a global batch: a view of `order`.
 
-    ``order`` is what ``epoch_order`` returned. Raises UserError as ``share`` and ``steps_per_epoch`` do, and
-    IndexError for a step that the epoch does not have.
+    Args:
+        order: from `epoch_order`.
+        step: index of the global batch in the epoch.
+        global_batch_size: as for `share`.
+        rank: as for `share`.
+        size: as for `share`.
+        micro_batch: as for `share`.
+        accumulate: as for `share`.
+
+    Raises:
+        UserError: as for `share` and `steps_per_epoch`.
+        IndexError: the epoch has no such step.
     """
     steps = steps_per_epoch(len(order), global_batch_size)
     if not 0 <= step < steps:
@@ -95,8 +132,13 @@ def batch_share(
 
 
 def evaluation_share(num_samples: int, rank: int, size: int) -> range:
-    """Return the consecutive samples that one rank evaluates.
+    """Returns the consecutive samples that one rank evaluates.
 
-    Over all ranks every sample comes exactly once; shares differ by at most one sample and may be empty.
+    All ranks together evaluate every sample exactly once; shares differ by at most one sample and may be empty.
+
+    Args:
+        num_samples: of the test set.
+        rank: 0 ≤ rank < size.
+        size: number of ranks.
     """
     return range(num_samples * rank // size, num_samples * (rank + 1) // size)

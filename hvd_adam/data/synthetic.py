@@ -1,4 +1,4 @@
-"""Made-up images of any shape, for benchmarks and tests: a fixed pattern for each class, under noise."""
+"""Synthetic images of any shape, for benchmarks and tests: a fixed pattern for each class, with noise."""
 
 import numpy as np
 
@@ -9,11 +9,18 @@ from hvd_adam.errors import UserError
 def load(
     *, shape: tuple[int, int, int] = (3, 32, 32), classes: int = 10, samples: int = 4096, seed: int = 0
 ) -> ImageData:
-    """Return ``samples`` training images and a fifth as many test images, at least one of each class.
+    """Returns synthetic images with balanced labels; they depend only on the arguments.
 
-    ``shape`` is ``(channels, height, width)``. An image is the mean of its class's pattern and of noise, both
-    uniform in 0 to 255, which any model learns soon. Labels are balanced. The data depends on the arguments
-    alone. Raises UserError for a shape, classes or samples out of range.
+    An image is the mean of its class's pattern and of noise, both uniform in 0 to 255. Any model learns that soon.
+
+    Args:
+        shape: channels, height and width, each ≥ 1.
+        classes: number of classes, ≥ 2.
+        samples: number of training images, ≥ 1. There are a fifth as many test images, at least one of each class.
+        seed: of patterns and noise.
+
+    Raises:
+        UserError: an argument is out of range.
     """
     if len(shape) != 3 or min(shape) < 1:
         raise UserError(f"the synthetic shape {shape} must be three positive numbers: channels, height, width")

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import psutil
 
+from hvd_adam.distributed.peer_server import host_addresses
 from hvd_adam.distributed.placement import cores
 from hvd_adam.doctor.checks import Check, Report, fail, look, ok, warn
-from hvd_adam.recovery.watchdog import _addresses
 
 MIB = 1 << 20
 TRIED_PYTHONS = ((3, 10), (3, 13))
@@ -48,7 +48,7 @@ def examine(report: Report, output_dir: str) -> None:
     report.facts |= {
         "cores": cores(),
         "threads": os.environ.get("OMP_NUM_THREADS", ""),
-        "addresses": list(_addresses()),
+        "addresses": list(host_addresses()),
         "interface": chosen_interface(),
         "time": time.time(),
     }
@@ -137,7 +137,7 @@ def interface_of(address: str) -> str:
 
 def _interfaces() -> Check:
     states = {name: state.isup for name, state in psutil.net_if_stats().items()}
-    return interfaces(states, chosen_interface(), list(_addresses()))
+    return interfaces(states, chosen_interface(), list(host_addresses()))
 
 
 def interfaces(states: dict[str, bool], chosen: str, addresses: list[str]) -> Check:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from hvd_adam.distributed.launch_env import BUILD_COMMAND
+from hvd_adam.distributed.launch_env import SETUP_COMMAND
 from hvd_adam.doctor.checks import Check, Report, fail, ok
 from hvd_adam.doctor.config import DoctorConfig
 from hvd_adam.doctor.follow import following, telling
@@ -37,13 +37,13 @@ CAUSES = (
     ("Network is unreachable", "no way to it", "see the network of this host"),
     ("Connection reset", "sshd ends the connection", "see its log there, MaxStartups and /etc/hosts.deny"),
     ("Connection closed", "sshd ends the connection", "see its log there, MaxStartups and /etc/hosts.deny"),
-    ("No module named", "{line}", f"set the project up there (`{BUILD_COMMAND}`), at the same path as here"),
+    ("No module named", "{line}", f"set the project up there (`{SETUP_COMMAND}`), at the same path as here"),
     ("cd: ", "the folder {folder} is not there", "have the same paths on every host: a shared folder, or a copy"),
-    ("not found", "{python} is not there", f"`{BUILD_COMMAND}` there, or a shared environment at the same path"),
+    ("not found", "{python} is not there", f"`{SETUP_COMMAND}` there, or a shared environment at the same path"),
     (
         "No such file",
         "{python} is not there",
-        f"`{BUILD_COMMAND}` there, or a shared environment at the same path",
+        f"`{SETUP_COMMAND}` there, or a shared environment at the same path",
     ),
 )
 

@@ -1,8 +1,8 @@
-"""``import torchvision``, also beside a PyTorch that its compiled operators were not built for.
+"""Imports torchvision, even if its compiled operators were built for another PyTorch.
 
-An ordinary torchvision beside a CPU build of PyTorch cannot load its C++ library, and its import then fails
-with ``operator torchvision::nms does not exist``. Data sets, models for classification and transforms need
-none of these operators, so it is enough that their schemas exist.
+An ordinary torchvision cannot load its C++ library with a CPU build of PyTorch, and its import then fails with
+`operator torchvision::nms does not exist`. Data sets, classifiers and transforms need none of these operators, so
+it is enough to define their schemas.
 """
 
 from importlib import import_module
@@ -23,9 +23,10 @@ _definitions: list[torch.library.Library] = []  # a schema lives only as long as
 
 
 def import_torchvision() -> ModuleType:
-    """Import torchvision and return it; does nothing else where its operators match this PyTorch.
+    """Imports torchvision and returns it; defines schemas only if its operators do not load.
 
-    Raises UserError where torchvision is not installed, or does not work with this PyTorch.
+    Raises:
+        UserError: torchvision is not installed, or does not work with this PyTorch.
     """
     spec = find_spec("torchvision")
     if spec is None or spec.origin is None:
@@ -35,7 +36,7 @@ def import_torchvision() -> ModuleType:
     try:
         if not _operators_exist(Path(spec.origin).parent):
             _define_schemas()
-        # By its parts, so that they are there whichever of them this torchvision imports by itself.
+        # Not every torchvision imports its submodules by itself.
         import_module("torchvision.models")
         return import_module("torchvision")
     except Exception as error:
@@ -47,20 +48,20 @@ def import_torchvision() -> ModuleType:
 
 
 def _operators_exist(folder: Path) -> bool:
-    # Asked before the import: a failed import would leave half of torchvision's modules behind.
+    # Checked before the import, because a failed import would leave half of torchvision's modules behind.
     for library in [*folder.glob("_C*.so"), *folder.glob("_C*.pyd")]:
         try:
-            torch.ops.load_library(str(library))
+            torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]  # PyTorch's
         except OSError:
             continue
     return all(hasattr(torch.ops.torchvision, name) for name in _SCHEMAS)
 
 
 def _define_schemas() -> None:
-    library = torch.library.Library("torchvision", "FRAGMENT")
+    library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]  # PyTorch's
     for name, schema in _SCHEMAS.items():
         if not hasattr(torch.ops.torchvision, name):
-            library.define(schema)
+            library.define(schema)  # type: ignore[no-untyped-call]  # PyTorch's
     _definitions.append(library)
 
 

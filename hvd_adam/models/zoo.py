@@ -1,4 +1,6 @@
-"""Models by name: ``cnn``, ``mlp``, torchvision's classifiers, and ``package.module:function``."""
+"""Models by name: `cnn`, `mlp`, torchvision's classifiers, and `package.module:function`."""
+
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,20 +11,26 @@ from hvd_adam.models.torchvision_compat import import_torchvision
 
 OWN_MODELS = ("cnn", "mlp")
 
-_SMALL_IMAGE = 64  # pixels: at most so wide and high, residual networks get a stem for small images
+_SMALL_IMAGE = 64  # pixels: up to this height and width residual networks get a stem for small images
 
 
 class ConvNet(nn.Module):
     """Five 3×3 convolutions and two linear layers, for images of any size and number of channels.
 
-    Each side is halved after the second and each later convolution as long as that leaves at least 4
-    pixels. There is no batch normalisation, so that N ranks train as one does with their batches together;
-    ``dropout`` (off by default) gives that up, for each rank draws its own. GELU and average pooling, because
-    they are smooth: where ReLU and maxima switch over, Adam amplifies differences of rounding. Over 50 steps
-    on digits the losses of 4 micro-batches of 16 and of one batch of 64 differ by up to 4e-7 of themselves;
-    with ReLU and maxima it is 5e-3 (3 seeds). Every operation has a deterministic backward on GPUs.
+    Each side is halved after the second and each later convolution as long as at least 4 pixels remain. There is
+    no batch normalization, so that N ranks train as one rank with the union of their batches; dropout breaks that,
+    because each rank draws its own mask. GELU and average pooling are used because they are smooth: Adam amplifies
+    rounding differences at the kinks of ReLU and max pooling. Over 50 steps on digits the losses of 4
+    micro-batches of 16 and of one batch of 64 differ by a relative 4e-7 at most; with ReLU and max pooling by 5e-3
+    (3 seeds). Every operation has a deterministic backward on GPUs.
 
-    Input ``(n, in_channels, height, width)``, output logits ``(n, num_classes)``.
+    The input has shape `(n, in_channels, height, width)`, the output are logits of shape `(n, num_classes)`.
+
+    Args:
+        in_channels: channels of the images.
+        num_classes: number of logits.
+        image_size: height and width of the images.
+        dropout: probability in [0, 1), before the last layer.
     """
 
     WIDTHS = (32, 32, 64, 64, 128)
@@ -40,7 +48,7 @@ class ConvNet(nn.Module):
             if pool != (1, 1):
                 layers.append(nn.AvgPool2d(pool))
             height, width, in_channels = height // pool[0], width // pool[1], out_channels
-        # Large images are still large here: average them down to at most 7 a side.
+        # Large images are still large here: average them down to at most 7×7.
         pool = (-(-height // 7), -(-width // 7))
         if pool != (1, 1):
             layers.append(nn.AvgPool2d(pool))
@@ -55,12 +63,13 @@ class ConvNet(nn.Module):
         )
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Return the logits of ``images``."""
-        return self.classifier(self.convolutions(images))
+        """Returns the logits of `images`."""
+        logits: torch.Tensor = self.classifier(self.convolutions(images))
+        return logits
 
 
 def _mlp(in_channels: int, num_classes: int, image_size: tuple[int, int]) -> nn.Module:
-    """Return a small perceptron with one hidden layer, for tests and benchmarks."""
+    """Returns a small perceptron with one hidden layer, for tests and benchmarks."""
     features = in_channels * image_size[0] * image_size[1]
     return nn.Sequential(nn.Flatten(), nn.Linear(features, 64), nn.ReLU(), nn.Linear(64, num_classes))
 
@@ -68,22 +77,30 @@ def _mlp(in_channels: int, num_classes: int, image_size: tuple[int, int]) -> nn.
 def build(
     name: str, *, in_channels: int, num_classes: int, image_size: tuple[int, int], dropout: float = 0.0
 ) -> nn.Module:
-    """Build a classifier of images ``(n, in_channels, *image_size)`` with logits ``(n, num_classes)``.
+    """Builds a classifier of images `(n, in_channels, *image_size)` with logits `(n, num_classes)`.
 
-    ``name`` is ``"cnn"`` (see ``ConvNet``; only it takes ``dropout``), ``"mlp"``, one of torchvision's classifiers
-    (untrained), or ``package.module:function``, which is called with the keywords ``in_channels``,
-    ``num_classes`` and ``image_size``. In a torchvision model the first convolution is replaced where
-    ``in_channels`` is not 3, and residual networks get the stem for small images of He et al. (arXiv 1512.03385,
-    section 4.2: a 3×3 convolution of stride 1, no pooling) where both sides are at most 64.
+    Weights are drawn from torch's global random state. In a torchvision model the first convolution is replaced if
+    `in_channels` is not 3. Residual networks get the stem for small images of He et al. (arXiv 1512.03385, section
+    4.2: a 3×3 convolution of stride 1, no pooling) if both sides are at most 64.
 
-    Weights are drawn from torch's global random state. Raises UserError for an unknown name, and for a model
-    that cannot be built for these images or does not turn one of them into ``num_classes`` logits.
+    Args:
+        name: "cnn" (`ConvNet`), "mlp", a classifier of torchvision (untrained), or `package.module:function`,
+            which is called with the keywords `in_channels`, `num_classes` and `image_size`.
+        in_channels: channels of the images.
+        num_classes: number of classes.
+        image_size: height and width of the images.
+        dropout: dropout probability, for "cnn" only.
+
+    Raises:
+        UserError: the name is unknown, or the model cannot be built for these images or does not return
+            `num_classes` logits for one of them.
     """
-    wanted = {"in_channels": in_channels, "num_classes": num_classes, "image_size": image_size}
+    wanted: dict[str, Any] = {"in_channels": in_channels, "num_classes": num_classes, "image_size": image_size}
     if dropout and name != "cnn":
-        raise UserError(f"dropout {dropout} is for the model cnn only: {name} sets its own, leave it at 0")
+        raise UserError(f"dropout {dropout} is for the model cnn only: {name} has its own, leave it at 0")
     if not 0 <= dropout < 1:
         raise UserError(f"dropout {dropout} must be at least 0 and below 1")
+    model: nn.Module
     if is_reference(name):
         model = call(name, "model", **wanted)
         if not isinstance(model, nn.Module):
@@ -117,18 +134,18 @@ def _try_out(model: nn.Module, name: str, in_channels: int, num_classes: int, im
 
 
 def _torchvision_model(name: str, in_channels: int, num_classes: int, image_size: tuple[int, int]) -> nn.Module:
-    models = import_torchvision().models
+    models: Any = import_torchvision().models
     known = models.list_models(module=models)
     if name not in known:
         raise unknown("model", name, [*OWN_MODELS, *known])
     options: dict[str, object] = {}
     if name in ("googlenet", "inception_v3"):
-        # The loss is on the logits alone; the other initialisation takes long, and is to go from torchvision.
+        # The loss uses the logits only. The other initialization takes long, and torchvision will remove it.
         options = {"aux_logits": False, "init_weights": False}
     if name.startswith("vit_") and image_size[0] == image_size[1]:
         options = {"image_size": image_size[0]}
     try:
-        model = models.get_model(name, weights=None, num_classes=num_classes, **options)
+        model: nn.Module = models.get_model(name, weights=None, num_classes=num_classes, **options)
     except (RuntimeError, ValueError, AssertionError) as error:
         raise UserError(
             f"model {name!r} cannot be built for images of {image_size[0]}x{image_size[1]} pixels "
@@ -145,15 +162,13 @@ def _torchvision_model(name: str, in_channels: int, num_classes: int, image_size
 
 def _replace_first_convolution(model: nn.Module, in_channels: int) -> None:
     path, old = next((p, m) for p, m in model.named_modules() if isinstance(m, nn.Conv2d))
-    new = nn.Conv2d(
-        in_channels,
-        old.out_channels,
-        old.kernel_size,
-        old.stride,
-        old.padding,
-        old.dilation,
-        bias=old.bias is not None,
-    )
+    geometry: dict[str, Any] = {
+        "kernel_size": old.kernel_size,
+        "stride": old.stride,
+        "padding": old.padding,
+        "dilation": old.dilation,
+    }
+    new = nn.Conv2d(in_channels, old.out_channels, **geometry, bias=old.bias is not None)
     parent, _, attribute = path.rpartition(".")
     setattr(model.get_submodule(parent), attribute, new)
 

@@ -1,7 +1,7 @@
-"""Signals that ask a job to stop soon: all ranks agree on one step after which they save and leave.
+"""Pre-emption: on a signal, all ranks agree on one update after which they save a checkpoint and exit.
 
-Schedulers send SIGTERM, SIGUSR1 or SIGUSR2 some time before they kill (Slurm's --signal, pre-emption, requeue), to
-all ranks or to one. Imports no torch.
+Schedulers send SIGTERM, SIGUSR1 or SIGUSR2 some time before they kill a job (Slurm's --signal, pre-emption,
+requeue), to all ranks or to one. Imports no torch.
 """
 
 from __future__ import annotations
@@ -17,48 +17,49 @@ from hvd_adam.distributed.context import Cluster, horovod
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
-# Launchers hand on what their ranks have been sent already: that is no second request.
+# Launchers forward to their ranks a signal that the ranks have received already: it is no second request.
 ECHO_SECONDS = 0.2
 
 _started = time.monotonic()
-_first: float | None = None  # when the first signal came
+_first_signal: float | None = None  # its time
 
 
 def stop_requested() -> bool:
-    """Whether a signal has come to this process."""
-    return _first is not None
+    """Returns whether this process has received one of SIGNALS."""
+    return _first_signal is not None
 
 
 def install_handlers() -> None:
-    """From now on the signals are noted, where by themselves they would end this process."""
+    """Records the signals from now on, which would otherwise end this process; a second one still does."""
     for number in SIGNALS:
-        signal.signal(number, _note)
+        signal.signal(number, _record)
 
 
 def ignore_signals() -> None:
-    """All is done: what comes now must not make a failure of it, as it would once Python has begun to end."""
+    """Ignores the signals from now on, so that one during Python's exit does not fail a command that succeeded."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _note(number: int, _: FrameType | None) -> None:
-    global _first
+def _record(number: int, _: FrameType | None) -> None:
+    global _first_signal
     now = time.monotonic()
-    if _first is not None and now - _first > ECHO_SECONDS:
+    if _first_signal is not None and now - _first_signal > ECHO_SECONDS:
         os._exit(128 + number)
-    _first = _first or now
+    _first_signal = _first_signal or now
 
 
 class Preemption:
-    """Answers after each update whether to stop, or to regroup, the same on every rank.
+    """Decides after each update whether to stop, or to restart with other hosts, identically on every rank.
 
     Args:
         cluster: this process.
-        max_time: seconds since this process began after which to stop without a signal; None for never.
-        hosts_changed: whether this rank has heard of hosts that came or left; None where none can.
+        max_time: seconds after the start of this process at which to stop without a signal; None for never.
+        hosts_changed: returns whether this rank was notified of added or removed hosts; None if they cannot
+            change.
 
     Attributes:
-        regroup: after `should_stop`, whether a rank has heard of hosts that came or left.
+        regroup: after `should_stop`, whether any rank was notified of added or removed hosts.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class Preemption:
         install_handlers()
 
     def ask(self) -> None:
-        """Begins to ask all ranks, at the start of an update, so that the answer costs no time at its end."""
+        """Starts to ask all ranks, at the start of an update, so that the answer takes no time at its end."""
         if self._cluster.size > 1:
             import torch
 
@@ -80,7 +81,7 @@ class Preemption:
             self._request = horovod().allreduce_async(flags, op=horovod().Sum, name="hvd_adam.stop")
 
     def should_stop(self) -> bool:
-        """Whether to stop after this update; every rank calls it after `ask`."""
+        """Returns whether to stop after this update; every rank calls it, after `ask`."""
         if self._cluster.size == 1:
             self.regroup = self._hosts_changed()
             return self._wants_to_stop()

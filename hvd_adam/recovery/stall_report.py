@@ -1,4 +1,4 @@
-"""The report of a stalled job: which ranks are behind, what the others wait for, and what every rank does."""
+"""The report of a stalled job: which ranks are behind, what the others wait for, and what every rank is doing."""
 
 from __future__ import annotations
 
@@ -9,54 +9,63 @@ from collections.abc import Iterable, Mapping
 from types import FrameType
 from typing import Any
 
-State = Mapping[str, Any]  # of one rank: "doing", "beats", "idle" seconds, "waits_for" (or None), "stack"
+State = dict[str, Any]  # of one rank: "doing", "beats", "idle" seconds, "waits_for" (or None), "stack"
 
 
 def waits_for(frame: FrameType) -> str | None:
-    """The name of the collective that a thread waits for, or where it was called; None if it does not wait.
+    """Returns the name of the collective that a thread waits for, or its place in the code; None without one.
 
     Args:
-        frame: the thread's innermost.
+        frame: the thread's innermost frame.
     """
-    if not _is_horovods(frame):
+    caller: FrameType | None = frame
+    if not _in_horovod(caller):
         return None
-    while _is_horovods(frame) and not _name_in(frame):
-        frame = frame.f_back
-    code = frame.f_code
-    return _name_in(frame) or f"{code.co_name} ({os.path.basename(code.co_filename)}:{frame.f_lineno})"
+    while caller is not None and _in_horovod(caller):
+        if name := _collective_name(caller):
+            return name
+        caller = caller.f_back
+    if caller is None:
+        return None
+    code = caller.f_code
+    return _collective_name(caller) or f"{code.co_name} ({os.path.basename(code.co_filename)}:{caller.f_lineno})"
 
 
-def _is_horovods(frame: FrameType) -> bool:
-    return frame.f_globals.get("__name__", "").partition(".")[0] == "horovod"
+def _in_horovod(frame: FrameType | None) -> bool:
+    module = "" if frame is None else str(frame.f_globals.get("__name__", ""))
+    return module.partition(".")[0] == "horovod"
 
 
-def _name_in(frame: FrameType) -> str | None:
-    """What a frame calls its collective: a local `name`, or one that its object keeps."""
+def _collective_name(frame: FrameType) -> str | None:
+    """Returns the name that a frame gives its collective: in a local `name`, or in its object's `_name`."""
     own = frame.f_locals
-    kept = getattr(own.get("self"), "__dict__", {})
-    return next((name for name in (own.get("name"), kept.get("_name")) if isinstance(name, str)), None)
+    attributes = getattr(own.get("self"), "__dict__", {})
+    return next((name for name in (own.get("name"), attributes.get("_name")) if isinstance(name, str)), None)
 
 
 def stack_of(frame: FrameType) -> str:
-    """The stack as a traceback prints it, without source: reading it may hang with the file system."""
+    """Returns the stack as a traceback without source lines, since reading them may hang with the file system."""
     calls = [(frame.f_code, line) for frame, line in traceback.walk_stack(frame)]
     lines = [f'  File "{code.co_filename}", line {line}, in {code.co_name}\n' for code, line in reversed(calls)]
-    return "".join(line for line in lines if '"<frozen ' not in line)  # Python's own way to import and to start
+    return "".join(line for line in lines if '"<frozen ' not in line)  # Python's import system and start-up
 
 
 def behind(states: Mapping[int, State | None]) -> list[int]:
-    """The ranks that the others wait for: who does not answer, or does not wait itself.
+    """Returns the ranks that the others wait for: those that do not answer, or do not wait themselves.
 
-    If all wait, those with least progress; if they are level, those that wait for another collective than most do.
+    If all ranks wait: those with the least progress; if progress is equal too: those that wait for another
+    collective than most ranks.
 
     Args:
-        states: by rank; None for one that does not answer.
+        states: by rank; None for a rank that does not answer.
     """
-    missing = [rank for rank, state in states.items() if state is None or state["waits_for"] is None]
-    if missing:
-        return sorted(missing)
+    waiting = {
+        rank: state for rank, state in states.items() if state is not None and state["waits_for"] is not None
+    }
+    if len(waiting) < len(states):
+        return sorted(states.keys() - waiting.keys())
     for key in ("beats", "waits_for"):
-        values = {rank: state[key] for rank, state in states.items()}
+        values = {rank: state[key] for rank, state in waiting.items()}
         usual = max(values.values()) if key == "beats" else Counter(values.values()).most_common(1)[0][0]
         others = [rank for rank, value in values.items() if value != usual]
         if others:
@@ -65,11 +74,11 @@ def behind(states: Mapping[int, State | None]) -> list[int]:
 
 
 def report(states: Mapping[int, State | None], hosts: list[str], timeout: float) -> str:
-    """What is wrong in one line, then what every rank does; ranks that do the same share an entry.
+    """Returns the cause in one line, then what every rank is doing; ranks in the same state share an entry.
 
     Args:
-        states: by rank; None for one that does not answer.
-        hosts: of all ranks.
+        states: by rank; None for a rank that does not answer.
+        hosts: host names by rank.
         timeout: seconds without progress.
     """
     silent = [rank for rank, state in states.items() if state is None]
@@ -84,8 +93,8 @@ def report(states: Mapping[int, State | None], hosts: list[str], timeout: float)
     facts += [f"{name_ranks(late, hosts)} behind"] if late else []
     facts += [f"{name_ranks(ranks, hosts)} waiting for {name}" for name, ranks in waiting.items()]
     lines = [
-        f"hvd_adam: error: no progress for {timeout:g} s: {'; '.join(facts)}. The same command goes on from the "
-        "last checkpoint; if this was slow and not stuck, use a longer --stall-timeout\n"
+        f"hvd_adam: error: no progress for {timeout:g} s: {'; '.join(facts)}. The same command resumes from the "
+        "last checkpoint; if the job was only slow, use a longer --stall-timeout\n"
     ]
     for (doing, name, stack), ranks in same.items():
         what = f"waiting for {name}" if name else "not waiting for Horovod"
@@ -94,8 +103,8 @@ def report(states: Mapping[int, State | None], hosts: list[str], timeout: float)
 
 
 def name_ranks(ranks: Iterable[int], hosts: list[str]) -> str:
-    """Ranks by host: "rank 1 on a, ranks 2, 3 on b"."""
-    places = defaultdict(list)
+    """Groups ranks by host: "rank 1 on a, ranks 2, 3 on b"."""
+    by_host = defaultdict(list)
     for rank in sorted(ranks):
-        places[hosts[rank]].append(str(rank))
-    return ", ".join(f"rank{'s' * (len(r) > 1)} {', '.join(r)} on {host}" for host, r in places.items())
+        by_host[hosts[rank]].append(str(rank))
+    return ", ".join(f"rank{'s' * (len(r) > 1)} {', '.join(r)} on {host}" for host, r in by_host.items())
