@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from hvd_adam.errors import UserError
 
-BUILD_COMMAND = "bash launch/setup.sh"
+BUILD_COMMAND = "python -m hvd_adam.build_horovod --install"
+SETUP_COMMAND = "bash launch/setup.sh"  # the whole project, on a host that does not have it
 
 # In order of precedence: what runs inside an allocation or under a wrapper carries the outer variables too.
 _LAUNCHERS = (

@@ -1,0 +1,198 @@
+"""Command-line arguments and YAML files into a dataclass configuration. Imports no torch.
+
+jsonargparse does the parsing. Commands that run on the standard library alone, as the doctor does, fall back on
+argparse where jsonargparse is not installed; their `--config` then asks for the extra.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+
+from hvd_adam.errors import UserError
+
+if TYPE_CHECKING:
+    import jsonargparse
+
+Config = TypeVar("Config")
+
+# Which extra of setup.cfg brings a package that a command imports.
+EXTRAS = {
+    "jsonargparse": "train",
+    "matplotlib": "train",
+    "mpi4py": "horovod",
+    "psutil": "horovod",
+    "sklearn": "train",
+    "tensorboard": "train",
+    "torchvision": "train",
+    "tqdm": "train",
+    "yaml": "train",
+}
+
+
+# What Adam itself needs; `pip install hvd_adam` brings it.
+BASE = ("torch", "numpy", "filelock")
+
+
+def install_command(module: str) -> str | None:
+    """Returns the command that installs a missing dependency; None for modules that are none of this project's."""
+    package = module.partition(".")[0]
+    if package in EXTRAS:
+        return f"pip install 'hvd_adam[{EXTRAS[package]}]'"
+    return f"pip install {package}" if package in BASE else None
+
+
+def parse(
+    config: type[Config], name: str, argv: Sequence[str] | None = None, *, needs_extra: bool = False
+) -> Config:
+    """Parses the command line and `--config` files into a configuration.
+
+    Args:
+        config: a dataclass; the metadata of each field has its "help" (`hvd_adam.config.option`).
+        name: of the module, as in `python -m name`.
+        argv: the arguments; those of this process by default.
+        needs_extra: whether to raise ModuleNotFoundError where jsonargparse is missing, instead of falling back on
+            argparse.
+
+    Raises:
+        UserError: an unknown option, or a value of the wrong type or out of range. The message is one line.
+    """
+    arguments = _with_dashes(sys.argv[1:] if argv is None else argv)
+    try:
+        import jsonargparse  # here: the doctor runs without it
+    except ModuleNotFoundError:
+        if needs_extra:
+            raise
+        return _parse_plain(config, name, arguments)
+    try:
+        values = _parser(config, name).parse_args(arguments).as_dict()
+    except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
+        raise UserError(f"{_one_line(str(error), config)} ({_see_help(name)})") from None
+    return config(**{item.name: values[item.name] for item in fields(config)})  # type: ignore[arg-type]  # a dataclass
+
+
+def _parser(config: type, name: str) -> jsonargparse.ArgumentParser:
+    import jsonargparse
+
+    parser = jsonargparse.ArgumentParser(
+        prog=f"python -m {name}", description=_summary(config), exit_on_error=False
+    )
+    read_file = jsonargparse.ActionConfigFile  # type: ignore[attr-defined]  # documented, but not in its __all__
+    parser.add_argument("--config", action=read_file, help="YAML file with any of the options")
+    types = get_type_hints(config)
+    for item in fields(config):
+        option, text = _option(item.name), item.metadata["help"]
+        if types[item.name] is bool:
+            negation = jsonargparse.ActionYesNo(no_prefix="no-")
+            parser.add_argument(option, action=negation, default=item.default, help=text)
+        elif types[item.name] == tuple[float, float]:
+            parser.add_argument(option, type=two_numbers, default=item.default, help=text)
+        else:
+            parser.add_argument(option, type=types[item.name], default=item.default, help=text)
+    return parser
+
+
+def two_numbers(text: Any) -> tuple[float, float]:
+    """Parses two numbers, "0.9,0.999" or "[0.9, 0.999]", or takes the list of a configuration file."""
+    parts = text.strip("[]() ").replace(",", " ").split() if isinstance(text, str) else text
+    first, second = (float(part) for part in parts)
+    return first, second
+
+
+def _with_dashes(argv: Sequence[str]) -> list[str]:
+    """Replaces underscores in option names by dashes, so that the names of configuration files work too."""
+    arguments = []
+    for argument in argv:
+        option, equals, value = argument.partition("=")
+        is_option = option.startswith("--") and option != "--print_config"
+        arguments.append((option.replace("_", "-") if is_option else option) + equals + value)
+    return arguments
+
+
+def _option(field_name: str) -> str:
+    return f"--{field_name.replace('_', '-')}"
+
+
+def _summary(config: type) -> str:
+    return (config.__doc__ or "").splitlines()[0]
+
+
+def _see_help(name: str) -> str:
+    return f"see python -m {name} --help"
+
+
+def _one_line(message: str, config: type) -> str:
+    """Turns jsonargparse's report of a bad value, which has several lines, into one line."""
+    message = " ".join(message.split())
+    pair = re.fullmatch(r"argument (--[\w-]+): invalid two_numbers value: '(.*)'", message)
+    if pair:
+        return f"{pair[1]} is {pair[2]}: it must be two numbers, as in 0.9,0.999"
+    wrong = re.search(r'Parser key "(\w+)":.* (?:Got|Given) value: (.*)', message)
+    if not wrong or wrong[1] not in get_type_hints(config):
+        return re.sub(r'Parser key "(\w+)":', r"--\1:", message)
+    return f"{_option(wrong[1])} is {wrong[2]}: it must be {_expected(get_type_hints(config)[wrong[1]])}"
+
+
+def _expected(kind: Any) -> str:
+    """Describes the values of a type."""
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, get_args(kind)))}"
+    scalar = _scalar(kind)
+    if scalar in (int, float):
+        return "a whole number" if scalar is int else "a number"
+    return "a text (in quotes where it looks like a number)"
+
+
+# Without jsonargparse.
+
+
+class _PlainParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} ({_see_help(self.prog.removeprefix('python -m '))})")
+
+
+class _ConfigAction(argparse.Action):
+    def __call__(self, *_: object) -> NoReturn:
+        raise UserError(f"--config needs jsonargparse, which is not installed: {install_command('jsonargparse')}")
+
+
+def _parse_plain(config: type[Config], name: str, arguments: list[str]) -> Config:
+    """Parses with argparse: bool, int, float, str, Literal, and each of them or None."""
+    parser = _PlainParser(prog=f"python -m {name}", description=_summary(config), allow_abbrev=False)
+    parser.add_argument("--config", action=_ConfigAction, help="YAML file with any of the options")
+    types = get_type_hints(config)
+    for item in fields(config):  # type: ignore[arg-type]  # a dataclass
+        kind, text = types[item.name], item.metadata["help"]
+        if kind is bool:
+            parser.add_argument(
+                _option(item.name), action=argparse.BooleanOptionalAction, default=item.default, help=text
+            )
+        else:
+            choices = f"{{{','.join(map(str, get_args(kind)))}}}" if get_origin(kind) is Literal else None
+            parser.add_argument(_option(item.name), default=item.default, help=text, metavar=choices)
+    given = vars(parser.parse_args(arguments))
+    values = {key: _convert(key, value, types[key]) for key, value in given.items() if key in types}
+    return config(**values)
+
+
+def _convert(name: str, value: Any, kind: Any) -> Any:
+    """Converts a text from the command line to an option's type; defaults have it already."""
+    if not isinstance(value, str):
+        return value
+    try:
+        if get_origin(kind) is not Literal:
+            return _scalar(kind)(value)
+        if value in get_args(kind):
+            return value
+    except ValueError:
+        pass
+    raise UserError(f"{_option(name)} is {value}: it must be {_expected(kind)}")
+
+
+def _scalar(kind: Any) -> type:
+    """Returns int, float or str: the type itself, or the one that may also be None."""
+    return next((member for member in get_args(kind) or (kind,) if member in (int, float)), str)
