@@ -21,22 +21,22 @@ from hvd_adam.bench import (
     adam,
     allreduce,
     checkpoint,
-    footprint,
-    launching,
+    launchers,
     memory,
+    memory_worker,
     optimizers,
     report,
     step,
-    training,
+    step_worker,
     workloads,
 )
 from hvd_adam.bench.__main__ import COMMANDS, measure
-from hvd_adam.bench.clock import DROPPED, mean_seconds, seconds
 from hvd_adam.bench.config import AdamConfig, AllreduceConfig, CheckpointConfig, MemoryConfig, StepConfig
-from hvd_adam.bench.groups import Outcome, Plan, take_turns
+from hvd_adam.bench.interleave import Outcome, Plan, take_turns
 from hvd_adam.bench.processes import marked
 from hvd_adam.bench.report import Column, table
-from hvd_adam.bench.summary import add_ratio, bus_bytes, quartiles, ratio, slowest, timing
+from hvd_adam.bench.stats import add_ratio, bus_bytes, quartiles, ratio, slowest, timing
+from hvd_adam.bench.timer import DROPPED, mean_seconds, seconds
 from hvd_adam.cli import parse
 from hvd_adam.distributed.api import STRATEGIES
 from hvd_adam.distributed.launch_env import LaunchInfo
@@ -123,7 +123,7 @@ def test_memory_counts_a_shared_buffer_once_and_whole():
     optimizer = Adam(model.parameters())
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
-    kept = footprint.kept(model, optimizer)
+    kept = memory_worker.kept(model, optimizer)
     assert (kept["parameters"], kept["gradients"]) == (40, 24)
     assert kept["state"] >= 2 * 24
     assert kept["total"] <= kept["parameters"] + kept["gradients"] + kept["state"]
@@ -249,7 +249,7 @@ def test_help_lists_every_benchmark():
 RANKS = """
 import os, sys, time
 from pathlib import Path
-from hvd_adam.bench.groups import serve
+from hvd_adam.bench.interleave import serve
 
 kind, folder = sys.argv[1], Path(sys.argv[2])
 rank = 0 if os.fork() else 1
@@ -324,7 +324,7 @@ def test_a_command_that_does_not_exist_is_reported():
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_benchmark_leaves_no_process_behind(number, mark):
     script = (
-        "import functools, sys; from hvd_adam.bench.groups import Plan, take_turns; ranks = sys.argv[1]; "
+        "import functools, sys; from hvd_adam.bench.interleave import Plan, take_turns; ranks = sys.argv[1]; "
         "plans = [Plan(kind, {}, (sys.executable, '-c', ranks, kind)) for kind in ('good', 'hanging')]; "
         "take_turns(plans, ranks=2, rounds=1, timeout=60, say=functools.partial(print, flush=True))"
     )
@@ -550,10 +550,10 @@ def test_plain_pytorch_is_timed_on_one_rank_without_a_launcher(mark):
 
 def test_one_rank_needs_no_launcher_and_no_horovod(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))  # beside which there is no horovodrun
-    assert launching.horovodrun("x", {}, 1, "mpi").command == launching.WORKER
-    assert launching.horovodrun("x", {}, 1, "gloo").environ["HOROVOD_CONTROLLER"] == "gloo"
+    assert launchers.horovodrun("x", {}, 1, "mpi").command == launchers.WORKER
+    assert launchers.horovodrun("x", {}, 1, "gloo").environ["HOROVOD_CONTROLLER"] == "gloo"
     with pytest.raises(UserError, match="horovodrun does not exist"):
-        launching.horovodrun("x", {}, 2, "gloo")
+        launchers.horovodrun("x", {}, 2, "gloo")
 
 
 class Probe(torch.nn.Module):
@@ -575,14 +575,14 @@ class Probe(torch.nn.Module):
 def test_precision_order_and_compiler_are_those_asked_for(variant, monkeypatch, tmp_path):
     compiled, probes = [], []
     monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
-    monkeypatch.setattr(training, "build_model", lambda _: probes.append(Probe()) or probes[-1])
+    monkeypatch.setattr(step_worker, "build_model", lambda _: probes.append(Probe()) or probes[-1])
     task = {"variant": variant, "model": "probe", "batch_size": 2, "device": "cpu", "steps": 2}
     for options in (
         {"precision": "fp32", "channels_last": False, "compile": False},
         {"precision": "bf16", "channels_last": True, "compile": True},
     ):
         before = len(compiled)
-        times = training.prepare(task | options, LaunchInfo("none", 0, 1), tmp_path)()
+        times = step_worker.prepare(task | options, LaunchInfo("none", 0, 1), tmp_path)()
         assert len(times["step"]) == 2
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options["precision"]]
         assert {*probes[-1].seen} == {(options["channels_last"], options["channels_last"], dtype)}

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hvd_adam.bench.clock import finisher, mean_seconds
 from hvd_adam.bench.config import AdamConfig
 from hvd_adam.bench.optimizers import Call, build, first_line, limits, release
 from hvd_adam.bench.report import TIMES, Column, Result, bars, say
-from hvd_adam.bench.summary import Row, add_ratio, ratio, timing
+from hvd_adam.bench.stats import Row, add_ratio, ratio, timing
+from hvd_adam.bench.timer import finisher, mean_seconds
 from hvd_adam.bench.workloads import Workload, shapes
 from hvd_adam.errors import UserError
 

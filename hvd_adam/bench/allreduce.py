@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hvd_adam.bench import launching
-from hvd_adam.bench.clock import DROPPED
+from hvd_adam.bench import launchers
 from hvd_adam.bench.config import AllreduceConfig
-from hvd_adam.bench.groups import Outcome, Plan, take_turns
+from hvd_adam.bench.interleave import Outcome, Plan, take_turns
 from hvd_adam.bench.report import TIMES, Column, Result, say
-from hvd_adam.bench.summary import Row, add_ratio, bus_bytes, ratio, timing
+from hvd_adam.bench.stats import Row, add_ratio, bus_bytes, ratio, timing
+from hvd_adam.bench.timer import DROPPED
 from hvd_adam.distributed.context import HOROVOD_DEFAULTS
 from hvd_adam.errors import UserError
 
@@ -34,14 +34,14 @@ def measure(config: AllreduceConfig) -> Result:
     Raises:
         UserError: fewer GPUs than ranks, or no Horovod.
     """
-    device = launching.device(config, config.np)
+    device = launchers.device(config, config.np)
     plans, missing = _plans(config, device)
     outcomes = take_turns(plans, ranks=config.np, rounds=config.repeats, timeout=config.timeout, say=say)
     rows = [row for size in config.elements() for row in summarize(size, outcomes, config.np)]
     ranks = config.np
     notes = [
         f"{ranks} ranks on {device}, horovodrun --{config.launcher} (mpi: mpirun), "
-        f"threads of a rank: {launching.threads(ranks)}; float32, summed in place",
+        f"threads of a rank: {launchers.threads(ranks)}; float32, summed in place",
         f"medians and quartiles of {config.repeats} interleaved turns × {config.calls} calls, of each the slowest "
         f"rank's time; one turn of warm-up and the first {DROPPED} calls of each size in a turn are left out",
         "bus GB/s: 2(N−1)/N·S/time, what each of N ranks sends to sum S bytes in a ring",
@@ -102,7 +102,7 @@ def _plans(config: AllreduceConfig, device: str) -> tuple[list[Plan], list[str]]
     """The variants that can be had, and why others cannot."""
     task = {"kind": "allreduce", "elements": config.elements(), "calls": config.calls, "device": device}
     plans = [
-        launching.horovodrun(name, {**task, "variant": name}, config.np, config.launcher)
+        launchers.horovodrun(name, {**task, "variant": name}, config.np, config.launcher)
         for name in ("copy", "hvd_adam step", "hvd_adam", "horovod", "torch")
     ]
     if device == "cuda":
@@ -110,9 +110,9 @@ def _plans(config: AllreduceConfig, device: str) -> tuple[list[Plan], list[str]]
     settings = {name: value for name, value in HOROVOD_DEFAULTS.items() if name.startswith("OMPI_MCA_")}
     missing = [] if settings else ["mpi-tuned: hvd_adam.init leaves Open MPI as it is"]
     try:
-        plans.append(launching.mpirun("mpi", {**task, "variant": "mpi"}, config.np, {}))
+        plans.append(launchers.mpirun("mpi", {**task, "variant": "mpi"}, config.np, {}))
         if settings:
-            plans.append(launching.mpirun("mpi-tuned", {**task, "variant": "mpi-tuned"}, config.np, settings))
+            plans.append(launchers.mpirun("mpi-tuned", {**task, "variant": "mpi-tuned"}, config.np, settings))
     except UserError as error:
         missing.append(f"mpi: {error}")
     return plans, missing

@@ -10,11 +10,11 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hvd_adam.bench import launching
+from hvd_adam.bench import launchers
 from hvd_adam.bench.config import CheckpointConfig
 from hvd_adam.bench.report import TIMES, Column, Result, bars, say
-from hvd_adam.bench.summary import Row, add_ratio, timing
-from hvd_adam.bench.training import IMAGE
+from hvd_adam.bench.stats import Row, add_ratio, timing
+from hvd_adam.bench.step_worker import IMAGE
 from hvd_adam.checkpoint import storage
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def measure(config: CheckpointConfig) -> Result:
     Raises:
         UserError: fewer GPUs than ranks, or no Horovod.
     """
-    device = launching.device(config, config.np)
+    device = launchers.device(config, config.np)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="hvd_adam-bench-", dir=config.folder) as folder:
         for model in config.model_names():
@@ -50,8 +50,8 @@ def measure(config: CheckpointConfig) -> Result:
                     )
             rows += summarize(model, runs)
     notes = [
-        f"{launching.description(config.np, config.launcher)}, on {device}, threads of a rank: "
-        f"{launching.threads(config.np)}, batch {config.batch_size} a rank of {'x'.join(map(str, IMAGE))}",
+        f"{launchers.description(config.np, config.launcher)}, on {device}, threads of a rank: "
+        f"{launchers.threads(config.np)}, batch {config.batch_size} a rank of {'x'.join(map(str, IMAGE))}",
         f"an update's time, as the mean of {config.every}: medians and quartiles of {config.repeats} runs of "
         f"{config.steps} updates each, taken in turns; the first {config.every} updates of a run are left out",
         f"with: --checkpoint-every {config.every}, written to {config.folder or tempfile.gettempdir()}",
@@ -81,8 +81,8 @@ def _train(config: CheckpointConfig, device: str, model: str, variant: str, fold
     if variant == WITH:
         options["checkpoint-every"] = config.every
     arguments = [f"--{name}={value}" for name, value in options.items()]
-    plan = launching.horovodrun(variant, {}, config.np, config.launcher)
-    command = [*plan.command[: -len(launching.WORKER)], sys.executable, "-m", "hvd_adam.train", *arguments]
+    plan = launchers.horovodrun(variant, {}, config.np, config.launcher)
+    command = [*plan.command[: -len(launchers.WORKER)], sys.executable, "-m", "hvd_adam.train", *arguments]
     try:
         done = subprocess.run(
             command, env={**os.environ, **plan.environ}, capture_output=True, text=True, timeout=config.timeout

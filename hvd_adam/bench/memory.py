@@ -5,13 +5,13 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from hvd_adam.bench import launching
+from hvd_adam.bench import launchers
 from hvd_adam.bench.config import MemoryConfig
-from hvd_adam.bench.footprint import STEPS
-from hvd_adam.bench.groups import Outcome, Plan, take_turns
+from hvd_adam.bench.interleave import Outcome, Plan, take_turns
+from hvd_adam.bench.memory_worker import STEPS
 from hvd_adam.bench.report import Column, Result, say
-from hvd_adam.bench.summary import Row, ratio
-from hvd_adam.bench.training import build_model
+from hvd_adam.bench.stats import Row, ratio
+from hvd_adam.bench.step_worker import build_model
 from hvd_adam.distributed.api import STRATEGIES
 
 if TYPE_CHECKING:
@@ -37,15 +37,15 @@ def measure(config: MemoryConfig) -> Result:
     count = sum(p.numel() for p in build_model(config.model).parameters())
     rows: list[Row] = []
     for ranks in config.rank_counts():
-        task = {"kind": "memory", "model": config.model, "device": launching.device(config, ranks)}
+        task = {"kind": "memory", "model": config.model, "device": launchers.device(config, ranks)}
         plans: list[Plan] = [
-            launching.horovodrun(strategy, {**task, "strategy": strategy}, ranks, config.launcher)
+            launchers.horovodrun(strategy, {**task, "strategy": strategy}, ranks, config.launcher)
             for strategy in STRATEGIES
         ]
         say(f"{ranks} rank{'s' * (ranks > 1)}")
         outcomes = take_turns(plans, ranks=ranks, rounds=1, timeout=config.timeout, say=say)
         rows += [summarize(strategy, ranks, outcome, count) for strategy, outcome in outcomes.items()]
-    threads = ", ".join(str(launching.threads(ranks)) for ranks in config.rank_counts())
+    threads = ", ".join(str(launchers.threads(ranks)) for ranks in config.rank_counts())
     notes = [
         f"horovodrun --{config.launcher}, but for 1 rank; threads of a rank: {threads}",
         f"{config.model}, {count:,} float32 parameters; bytes per parameter on the rank that keeps most, after "

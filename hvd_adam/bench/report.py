@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hvd_adam.bench.config import BenchConfig
-from hvd_adam.bench.summary import Row
+from hvd_adam.bench.stats import Row
 from hvd_adam.distributed.placement import cores
 
 if TYPE_CHECKING:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hvd_adam.bench import launching
-from hvd_adam.bench.clock import DROPPED
+from hvd_adam.bench import launchers
 from hvd_adam.bench.config import StepConfig
-from hvd_adam.bench.groups import Outcome, take_turns
+from hvd_adam.bench.interleave import Outcome, take_turns
 from hvd_adam.bench.report import TIMES, Column, Result, bars, say
-from hvd_adam.bench.summary import Row, add_ratio, timing
-from hvd_adam.bench.training import build_model
+from hvd_adam.bench.stats import Row, add_ratio, timing
+from hvd_adam.bench.step_worker import build_model
+from hvd_adam.bench.timer import DROPPED
 from hvd_adam.distributed.api import STRATEGIES
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def measure(config: StepConfig) -> Result:
         UserError: an unknown model or variant, fewer GPUs than ranks, or no Horovod.
     """
     variants = config.variant_names(STRATEGIES)
-    device = launching.device(config, config.np)
+    device = launchers.device(config, config.np)
     sizes = {name: sum(p.numel() for p in build_model(name).parameters()) for name in config.model_names()}
     rows: list[Row] = []
     for model in sizes:
@@ -47,7 +47,7 @@ def measure(config: StepConfig) -> Result:
             **{name: getattr(config, name) for name in options},
         }
         plans = [
-            launching.horovodrun(variant, {**task, "variant": variant}, config.np, config.launcher)
+            launchers.horovodrun(variant, {**task, "variant": variant}, config.np, config.launcher)
             for variant in variants
         ]
         say(f"model {model}")
@@ -89,8 +89,8 @@ def _notes(config: StepConfig, device: str, sizes: dict[str, int]) -> list[str]:
     applied += ["torch.compile"] if config.compile else []
     counted = "steps, of each the" if device == "cpu" else "steps, of their mean the"
     notes = [
-        f"{launching.description(config.np, config.launcher)}, on {device}, threads of a rank: "
-        f"{launching.threads(config.np)}, batch {config.batch_size} a rank of 3x32x32; {', '.join(applied)}; "
+        f"{launchers.description(config.np, config.launcher)}, on {device}, threads of a rank: "
+        f"{launchers.threads(config.np)}, batch {config.batch_size} a rank of 3x32x32; {', '.join(applied)}; "
         f"parameters: {counts}",
         f"medians and quartiles of {config.repeats} interleaved turns × {config.steps} {counted} slowest "
         f"rank's time; one turn of warm-up and the first {DROPPED} steps of a turn are left out",

@@ -5,14 +5,14 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from hvd_adam.bench.groups import serve
+from hvd_adam.bench.interleave import serve
 from hvd_adam.distributed.launch_env import detect_launcher
 
 # By the task's kind. Imported one at a time: a rank that measures bare MPI must not load Horovod.
 MODULES = {
-    "allreduce": "hvd_adam.bench.collectives",
-    "memory": "hvd_adam.bench.footprint",
-    "step": "hvd_adam.bench.training",
+    "allreduce": "hvd_adam.bench.allreduce_worker",
+    "memory": "hvd_adam.bench.memory_worker",
+    "step": "hvd_adam.bench.step_worker",
 }
 
 

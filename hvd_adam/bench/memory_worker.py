@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from hvd_adam.bench.config import OURS
-from hvd_adam.bench.groups import Measure
-from hvd_adam.bench.training import build_model, connect, random_batch, training_step
+from hvd_adam.bench.interleave import Measure
+from hvd_adam.bench.step_worker import build_model, connect, random_batch, training_step
 from hvd_adam.distributed.context import init
 from hvd_adam.distributed.launch_env import LaunchInfo
 

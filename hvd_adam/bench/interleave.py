@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from hvd_adam.bench.processes import deferred_signals, is_stopped, marked, send
-from hvd_adam.bench.summary import slowest
+from hvd_adam.bench.stats import slowest
 
 # In the environment of everything that a group starts, so that nothing of it can be lost sight of: a launcher
 # puts its ranks into process groups and sessions of their own.

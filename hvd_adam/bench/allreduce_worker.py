@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from hvd_adam.bench.clock import DROPPED, finisher, seconds
-from hvd_adam.bench.groups import Measure, Times
+from hvd_adam.bench.interleave import Measure, Times
+from hvd_adam.bench.timer import DROPPED, finisher, seconds
 from hvd_adam.distributed.launch_env import LaunchInfo
 
 # Linear layers of 4 MB each are about what wide models have.
@@ -80,7 +80,7 @@ def _horovod(task: dict[str, Any], launch: LaunchInfo, folder: Path) -> Maker:
 def _torch(task: dict[str, Any], launch: LaunchInfo, folder: Path) -> Maker:
     import torch  # here: as above
 
-    from hvd_adam.bench.training import start_process_group
+    from hvd_adam.bench.step_worker import start_process_group
 
     if task["device"] == "cuda":
         torch.cuda.set_device(launch.rank)

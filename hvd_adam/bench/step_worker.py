@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hvd_adam.bench.clock import finisher, seconds
 from hvd_adam.bench.config import OURS
-from hvd_adam.bench.groups import Measure
-from hvd_adam.bench.launching import PATIENCE_SECONDS
+from hvd_adam.bench.interleave import Measure
+from hvd_adam.bench.launchers import PATIENCE_SECONDS
+from hvd_adam.bench.timer import finisher, seconds
 from hvd_adam.distributed.api import distribute
 from hvd_adam.distributed.context import horovod, init
 from hvd_adam.distributed.launch_env import LaunchInfo

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hvd_adam.bench.config import RanksConfig
-from hvd_adam.bench.groups import Plan
+from hvd_adam.bench.interleave import Plan
 from hvd_adam.distributed.launch_env import BUILD_COMMAND
 from hvd_adam.distributed.placement import cores
 from hvd_adam.errors import UserError
