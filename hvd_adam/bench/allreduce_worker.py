@@ -1,4 +1,4 @@
-"""A rank of `bench allreduce`: sums over the ranks, in place, and the copies they are compared with."""
+"""A rank of `bench allreduce`: in-place sums over the ranks, and the copies that they are compared with."""
 
 from __future__ import annotations
 
@@ -8,44 +8,44 @@ from pathlib import Path
 from typing import Any
 
 from hvd_adam.bench.interleave import Measure, Times
-from hvd_adam.bench.timer import DROPPED, finisher, seconds
+from hvd_adam.bench.timer import WARM_UP_CALLS, synchronizer, time_calls
 from hvd_adam.distributed.launch_env import LaunchInfo
 
-# Linear layers of 4 MB each are about what wide models have.
+# 4 MB per linear layer, about as in wide models.
 LAYER_ELEMENTS = 1 << 20
 
 
 def prepare(task: dict[str, Any], launch: LaunchInfo, folder: Path) -> Measure:
-    """Makes this rank one of the task's variant.
+    """Sets this rank up for the task's variant, and returns a function that times one turn.
 
     Args:
-        task: "variant", "elements" (float32s of each message), "calls" of a turn and "device".
-        launch: what the launcher says of this rank.
-        folder: shared by the ranks.
+        task: "variant", "elements" (number of float32 in each message), "calls" per turn and "device".
+        launch: launcher, rank and size of this process.
+        folder: directory shared by the ranks.
     """
     if task["variant"] == "hvd_adam step":
-        return _our_step(task)
+        return _optimizer_step(task)
     connect = {"copy": _copy, "hvd_adam": _horovod, "horovod": _horovod, "torch": _torch}.get(
         task["variant"], _mpi
     )
-    add = connect(task, launch, folder)
-    finish = finisher(task["device"])
-    calls = {str(size): add(size) for size in task["elements"]}
-    return lambda: {size: seconds(call, task["calls"], finish) for size, call in calls.items()}
+    make_call = connect(task, launch, folder)
+    synchronize = synchronizer(task["device"])
+    calls = {str(size): make_call(size) for size in task["elements"]}
+    return lambda: {size: time_calls(call, task["calls"], synchronize) for size, call in calls.items()}
 
 
-Maker = Callable[[int], Callable[[], object]]
+Factory = Callable[[int], Callable[[], object]]  # from the number of float32 to a call that sums them
 
 
 def _zeros(size: int, device: str) -> Any:
-    """Zeros, whose sums stay finite however many are made, in memory that has been written to."""
-    import torch  # here: a rank that measures bare MPI needs none
+    """Returns zeros, which stay finite after any number of sums, in memory that has been written to."""
+    import torch  # here: a rank that measures bare MPI must not load it
 
     return torch.empty(size, device=device).zero_()
 
 
-def _copy(task: dict[str, Any], launch: LaunchInfo, folder: Path) -> Maker:
-    def add(size: int) -> Callable[[], object]:
+def _copy(task: dict[str, Any], launch: LaunchInfo, folder: Path) -> Factory:
+    def make_call(size: int) -> Callable[[], object]:
         source, target = _zeros(size, task["device"]), _zeros(size, task["device"])
         return lambda: target.copy_(source)
 
@@ -53,12 +53,12 @@ def _copy(task: dict[str, Any], launch: LaunchInfo, folder: Path) -> Maker:
         import torch  # here: as above
 
         torch.cuda.set_device(launch.rank)
-    return add
+    return make_call
 
 
-def _horovod(task: dict[str, Any], launch: LaunchInfo, folder: Path) -> Maker:
-    """Horovod with what `hvd_adam.init` tells it, or as it is."""
-    import torch  # here: a rank that measures bare MPI needs neither
+def _horovod(task: dict[str, Any], launch: LaunchInfo, folder: Path) -> Factory:
+    """Horovod, with the settings of `hvd_adam.init` for variant "hvd_adam", otherwise with its defaults."""
+    import torch  # here: a rank that measures bare MPI must not load it
 
     from hvd_adam.distributed.context import horovod, init
 
@@ -70,14 +70,14 @@ def _horovod(task: dict[str, Any], launch: LaunchInfo, folder: Path) -> Maker:
         if task["device"] == "cuda":
             torch.cuda.set_device(launch.rank)
 
-    def add(size: int) -> Callable[[], object]:
+    def make_call(size: int) -> Callable[[], object]:
         tensor = _zeros(size, task["device"])
         return lambda: hvd.allreduce_(tensor, op=hvd.Sum, name=f"bench.{size}")
 
-    return add
+    return make_call
 
 
-def _torch(task: dict[str, Any], launch: LaunchInfo, folder: Path) -> Maker:
+def _torch(task: dict[str, Any], launch: LaunchInfo, folder: Path) -> Factory:
     import torch  # here: as above
 
     from hvd_adam.bench.step_worker import start_process_group
@@ -86,53 +86,54 @@ def _torch(task: dict[str, Any], launch: LaunchInfo, folder: Path) -> Maker:
         torch.cuda.set_device(launch.rank)
     start_process_group(task["device"], launch, folder)
 
-    def add(size: int) -> Callable[[], object]:
+    def make_call(size: int) -> Callable[[], object]:
         tensor = _zeros(size, task["device"])
         return lambda: torch.distributed.all_reduce(tensor)
 
-    return add
+    return make_call
 
 
-def _mpi(task: dict[str, Any], launch: LaunchInfo, folder: Path) -> Maker:
-    """Bare MPI, in a process that knows nothing of Horovod."""
+def _mpi(task: dict[str, Any], launch: LaunchInfo, folder: Path) -> Factory:
+    """MPI without Horovod."""
     import numpy
-    from mpi4py import MPI  # here: its import starts MPI
+    from mpi4py import MPI  # here: the import initializes MPI
 
-    def add(size: int) -> Callable[[], object]:
+    def make_call(size: int) -> Callable[[], object]:
         array = numpy.empty(size, dtype=numpy.float32)
         array.fill(0)
         return lambda: MPI.COMM_WORLD.Allreduce(MPI.IN_PLACE, array)
 
-    return add
+    return make_call
 
 
-def _our_step(task: dict[str, Any]) -> Measure:
-    """The gradients of one step as `distribute` sends them, after a backward pass that computes nothing.
+def _optimizer_step(task: dict[str, Any]) -> Measure:
+    """Reduces the gradients of one step as `distribute` does, after a backward pass with almost no computation.
 
-    Reports two times a size: of `synchronize` alone, and from the start of the backward pass, in which the
-    first reductions begin, to its end.
+    Returns a function that reports two times per size: of `synchronize` alone, and from the start of the backward
+    pass, in which the first reductions start, to the end of `synchronize`.
     """
     from hvd_adam.distributed.context import init  # here: as above
 
     init(task["device"])
-    finish = finisher(task["device"])
-    calls = {size: _optimizer_of(size, task["device"]) for size in task["elements"]}
+    synchronize = synchronizer(task["device"])
+    models = {size: _build(size, task["device"]) for size in task["elements"]}
 
     def measure() -> Times:
         times: Times = {}
-        for size, (parameters, optimizer) in calls.items():
+        for size, (parameters, optimizer) in models.items():
             times[str(size)], times[f"{size} backward"] = [], []
-            for number in range(DROPPED + task["calls"]):
-                exposed, whole = _reduction(parameters, optimizer, finish)
-                if number >= DROPPED:
+            for number in range(WARM_UP_CALLS + task["calls"]):
+                exposed, total = _time_reduction(parameters, optimizer, synchronize)
+                if number >= WARM_UP_CALLS:
                     times[str(size)].append(exposed)
-                    times[f"{size} backward"].append(whole)
+                    times[f"{size} backward"].append(total)
         return times
 
     return measure
 
 
-def _optimizer_of(size: int, device: str) -> tuple[list[Any], Any]:
+def _build(size: int, device: str) -> tuple[list[Any], Any]:
+    """Returns the parameters of a model with `size` elements, and its distributed optimizer."""
     import torch  # here: as above
 
     from hvd_adam.distributed.api import distribute
@@ -145,17 +146,19 @@ def _optimizer_of(size: int, device: str) -> tuple[list[Any], Any]:
     return list(model.parameters()), distribute(Adam(model.parameters()), model)
 
 
-def _reduction(parameters: Iterable[Any], optimizer: Any, finish: Callable[[], None]) -> tuple[float, float]:
-    """Seconds of `synchronize` alone, and of backward pass and `synchronize` together."""
+def _time_reduction(
+    parameters: Iterable[Any], optimizer: Any, synchronize: Callable[[], None]
+) -> tuple[float, float]:
+    """Returns the seconds of `synchronize` alone, and of the backward pass and `synchronize` together."""
     optimizer.zero_grad()
-    loss = sum(parameter.sum() for parameter in parameters)
-    finish()
+    loss: Any = sum(parameter.sum() for parameter in parameters)
+    synchronize()
     start = time.perf_counter()
     loss.backward()
     middle = time.perf_counter()
     optimizer.synchronize()
-    finish()
+    synchronize()
     end = time.perf_counter()
-    # The next zero_grad wants this update to be over; what it does to the weights does not matter here.
+    # zero_grad requires that the update has been made; the weights do not matter here.
     optimizer.step()
     return end - middle, end - start

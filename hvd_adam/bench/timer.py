@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-# At the beginning of a turn caches are cold and threads asleep: so many calls do not count.
-DROPPED = 3
+# Untimed calls at the start of a turn, while caches are cold and threads are asleep.
+WARM_UP_CALLS = 3
 
 
-def finisher(device: str) -> Callable[[], None]:
-    """What waits until the device has done what it was told."""
+def synchronizer(device: str) -> Callable[[], None]:
+    """Returns a function that waits until the device, "cpu" or "cuda", has completed all queued work."""
     if device == "cpu":
         return lambda: None
     import torch
@@ -18,24 +18,26 @@ def finisher(device: str) -> Callable[[], None]:
     return torch.cuda.synchronize
 
 
-def seconds(call: Callable[[], object], calls: int, finish: Callable[[], None], in_a_row: int = 1) -> list[float]:
-    """What each of so many calls takes, until it is finished, after the first few.
+def time_calls(
+    call: Callable[[], object], calls: int, synchronize: Callable[[], None], calls_per_sync: int = 1
+) -> list[float]:
+    """Returns the seconds of each call, after `WARM_UP_CALLS` untimed ones.
 
     Args:
-        call: what is timed.
-        calls: how many count.
-        finish: waits until a call has done its work.
-        in_a_row: calls to one wait; of those their mean. A host that waits for a GPU after each call can neither
-            run ahead of it, nor is it seen to be late.
+        call: the function to time.
+        calls: number of timed calls.
+        synchronize: waits until the device has completed a call.
+        calls_per_sync: number of calls between two synchronizations; their mean is one value. On a GPU, a
+            synchronization after each call would keep the host from queueing work ahead, as it does in training.
     """
-    mean_seconds(call, DROPPED, finish)
-    return [mean_seconds(call, in_a_row, finish) for _ in range(calls // in_a_row)]
+    mean_seconds(call, WARM_UP_CALLS, synchronize)
+    return [mean_seconds(call, calls_per_sync, synchronize) for _ in range(calls // calls_per_sync)]
 
 
-def mean_seconds(call: Callable[[], object], calls: int, finish: Callable[[], None]) -> float:
-    """What one of so many calls takes, from the start of the first until all are finished."""
+def mean_seconds(call: Callable[[], object], calls: int, synchronize: Callable[[], None]) -> float:
+    """Returns the mean seconds per call, from the start of the first until the device has completed the last."""
     start = time.perf_counter()
     for _ in range(calls):
         call()
-    finish()
+    synchronize()
     return (time.perf_counter() - start) / calls
