@@ -14,36 +14,12 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from hvd_adam.errors import UserError
+from hvd_adam.extras import install_command
 
 if TYPE_CHECKING:
     import jsonargparse
 
 Config = TypeVar("Config")
-
-# Which extra of setup.cfg brings a package that a command imports.
-EXTRAS = {
-    "jsonargparse": "train",
-    "matplotlib": "train",
-    "mpi4py": "horovod",
-    "psutil": "horovod",
-    "sklearn": "train",
-    "tensorboard": "train",
-    "torchvision": "train",
-    "tqdm": "train",
-    "yaml": "train",
-}
-
-
-# What Adam itself needs; `pip install hvd_adam` brings it.
-BASE = ("torch", "numpy", "filelock")
-
-
-def install_command(module: str) -> str | None:
-    """Returns the command that installs a missing dependency; None for modules that are none of this project's."""
-    package = module.partition(".")[0]
-    if package in EXTRAS:
-        return f"pip install 'hvd_adam[{EXTRAS[package]}]'"
-    return f"pip install {package}" if package in BASE else None
 
 
 def parse(

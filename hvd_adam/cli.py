@@ -16,10 +16,11 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from hvd_adam import log
-from hvd_adam.arguments import Config, install_command, parse
+from hvd_adam.arguments import Config, parse
 from hvd_adam.distributed.context import current_rank
 from hvd_adam.distributed.launch_env import BUILD_COMMAND, detect_launcher
 from hvd_adam.errors import CollectiveError, JobError, Preempted, RankError, UserError
+from hvd_adam.extras import install_command
 from hvd_adam.recovery.preemption import ignore_signals, stop_requested
 
 __all__ = ["parse", "run"]

@@ -50,7 +50,7 @@ def _notes(config: AllreduceConfig, device: str) -> list[str]:
         f"{config.np} ranks on {device}, horovodrun --{config.launcher} (mpi: mpirun), "
         f"{launchers.threads(config.np)} threads per rank; float32, summed in place",
         f"medians and quartiles of {config.repeats} interleaved turns × {config.calls} calls, each the time of "
-        f"the slowest rank; one warm-up turn and the first {WARM_UP_CALLS} calls per size are not counted",
+        f"the slowest rank; not counted: a warm-up turn and the first {WARM_UP_CALLS} calls per size and turn",
         "bus GB/s: 2(N−1)/N·S/time, where 2(N−1)/N·S is what each of N ranks sends to sum S bytes in a ring",
         "bound: 2(N−1)/N·S/B, where B is the bus GB/s of `copy` at this size: S over the time in which one rank "
         "copies S bytes (torch.Tensor.copy_, each byte counted once) while all other ranks copy too",

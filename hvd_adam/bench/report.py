@@ -95,8 +95,8 @@ def describe(machine: dict[str, Any]) -> str:
         f"CPU      {machine['cpu']}, {machine['cores']} cores, "
         f"load average {machine['load_average']} at the start\n"
         f"GPU      {gpu}\n"
-        f"versions Python {machine['python']}, torch {machine['torch']}, Horovod {machine['horovod'] or 'none'}, "
-        f"{machine['mpi'] or 'no MPI'}"
+        f"versions hvd_adam {machine['hvd_adam']}, Python {machine['python']}, torch {machine['torch']}, "
+        f"CUDA {machine['cuda'] or 'none'}, Horovod {machine['horovod'] or 'none'}, {machine['mpi'] or 'no MPI'}"
     )
 
 

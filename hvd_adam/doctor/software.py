@@ -17,7 +17,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 
-from hvd_adam.arguments import BASE, EXTRAS
 from hvd_adam.distributed.context import horovod
 from hvd_adam.distributed.launch_env import BUILD_COMMAND
 from hvd_adam.distributed.placement import visible_gpus
@@ -35,6 +34,7 @@ from hvd_adam.doctor.report import (
     warn,
 )
 from hvd_adam.errors import UserError
+from hvd_adam.extras import BASE, EXTRAS
 
 PACKAGE = Path(__file__).parents[1]
 BUILD = f"build it with `{BUILD_COMMAND}`"

@@ -1,0 +1,29 @@
+"""The third-party packages of this project, and how to install one that is missing. Imports nothing."""
+
+# The extra of setup.cfg that brings each optional package, by the name that is imported.
+EXTRAS = {
+    "jsonargparse": "train",
+    "matplotlib": "train",
+    "mpi4py": "horovod",
+    "psutil": "horovod",
+    "sklearn": "train",
+    "tensorboard": "train",
+    "torchvision": "train",
+    "tqdm": "train",
+    "yaml": "train",
+}
+
+# What Adam itself needs; `pip install hvd_adam` brings it.
+BASE = ("torch", "numpy", "filelock")
+
+
+def install_command(module: str) -> str | None:
+    """Returns the command that installs a missing package; None for one that this project does not use.
+
+    Args:
+        module: as it is imported, with or without submodules. Horovod has a build of its own, `BUILD_COMMAND`.
+    """
+    package = module.partition(".")[0]
+    if package in EXTRAS:
+        return f"pip install 'hvd_adam[{EXTRAS[package]}]'"
+    return f"pip install {package}" if package in BASE else None
