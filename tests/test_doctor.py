@@ -526,9 +526,8 @@ def test_the_host_in_every_slow_pair_is_named():
     assert "(1 of 2 pairs" in measurement_checks.links([link(0, 1), {"a": 0, "b": 2, "address": "x"}], four).found
     late = measurement_checks.links([*fast[1:], link(0, 1, rtt=0.02)], four)
     assert late.status == "warn" and "rank 0 on a and rank 1 on b: round trip 20.00 ms" in late.found
-    assert (
-        measurement_checks.links([link(0, 1, rate=1e6)], reports("a", "a")).status == "ok"
-    )  # no network between them
+    one_host = measurement_checks.links([link(0, 1, rate=1e6)], reports("a", "a"))
+    assert one_host.status == "ok"  # there is no network between its ranks
 
 
 def test_an_address_of_two_hosts_is_reported():
@@ -628,7 +627,7 @@ def test_missing_packages_of_training_are_a_warning_and_others_a_failure():
 
 
 def test_an_error_message_is_split_into_finding_and_remedy():
-    assert from_error_message("x", "a (b: c), says d; do e") == fail("x", "a (b: c), says d", "do e")
+    assert from_error_message("x", "a (b: c) is d; do e") == fail("x", "a (b: c) is d", "do e")
     assert from_error_message("x", "a differs: do e") == fail("x", "a differs", "do e")
     assert from_error_message("x", "odd").remedy
 
