@@ -1,28 +1,25 @@
-"""Exceptions that commands turn into exit codes; those for bad input become one line on stderr."""
+"""What a user can put right. It becomes one line on stderr and exit code 2."""
 
 
 class UserError(ValueError):
-    """Bad input. The message is one line with what is wrong, where, the value, and what to do."""
+    """Bad input. The message is one line that says what is wrong, where, which value, and what to do."""
 
 
 class CollectiveError(UserError):
-    """A `UserError` that every rank raises at the same point, so that rank 0 prints it for all."""
+    """A `UserError` that every rank raises at the same point, so that rank 0 alone needs to print it."""
 
 
 class JobError(Exception):
-    """Ends the job on every rank at the same point, for another reason than bad input.
-
-    Rank 0 prints one line; the exit code is 1.
-    """
+    """What ends the job on every rank at the same point and is no bad input: one line by rank 0, exit code 1."""
 
 
 class RankError(JobError):
-    """Ends only this rank, which prints the message itself."""
+    """Ends this rank alone, which says so itself."""
 
 
 class Preempted(Exception):
-    """The run has saved a checkpoint and ends early on every rank; the same command resumes it."""
+    """The run has saved itself and ends before its time, on every rank; the same command goes on with it."""
 
 
 class MembershipChanged(Exception):
-    """Hosts were added or removed: every rank leaves the run at the same point, and restarts with the new ranks."""
+    """Hosts have come or left: every rank leaves the run at the same point, to go on among the ranks of now."""
