@@ -10,7 +10,7 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import Field, fields
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from hvd_adam.errors import UserError
@@ -55,20 +55,24 @@ def _parser(config: type, name: str) -> jsonargparse.ArgumentParser:
     import jsonargparse
 
     parser = jsonargparse.ArgumentParser(
-        prog=f"python -m {name}", description=_summary(config), exit_on_error=False
+        prog=f"python -m {name}",
+        description=_summary(config),
+        exit_on_error=False,
+        formatter_class=argparse.HelpFormatter,  # jsonargparse's own appends Python types to every text
     )
     read_file = jsonargparse.ActionConfigFile  # type: ignore[attr-defined]  # documented, but not in its __all__
     parser.add_argument("--config", action=read_file, help="YAML file with any of the options")
     types = get_type_hints(config)
     for item in fields(config):
-        option, text = _option(item.name), item.metadata["help"]
+        option, text = _option(item.name), _help(item)
         if types[item.name] is bool:
             negation = jsonargparse.ActionYesNo(no_prefix="no-")
             parser.add_argument(option, action=negation, default=item.default, help=text)
         elif types[item.name] == tuple[float, float]:
-            parser.add_argument(option, type=two_numbers, default=item.default, help=text)
+            parser.add_argument(option, type=two_numbers, default=item.default, help=text, metavar="X,X")
         else:
-            parser.add_argument(option, type=types[item.name], default=item.default, help=text)
+            kind = types[item.name]
+            parser.add_argument(option, type=kind, default=item.default, help=text, metavar=_metavar(kind))
     return parser
 
 
@@ -95,6 +99,23 @@ def _option(field_name: str) -> str:
 
 def _summary(config: type) -> str:
     return (config.__doc__ or "").splitlines()[0]
+
+
+def _help(item: Field[Any]) -> str:
+    """Returns the help text of a field with its default, unless that is None, off or empty."""
+    text, default = str(item.metadata["help"]).replace("%", "%%"), item.default
+    if default is None or default is False or default == "":
+        return text
+    if isinstance(default, tuple):
+        default = ",".join(map(str, default))
+    return f"{text} (default: {'on' if default is True else default})"
+
+
+def _metavar(kind: Any) -> str | None:
+    """Returns what stands for the value in the help: N, X (a float) or the choices; None for the option's name."""
+    if get_origin(kind) is Literal:
+        return f"{{{','.join(map(str, get_args(kind)))}}}"
+    return {int: "N", float: "X"}.get(_scalar(kind))
 
 
 def _see_help(name: str) -> str:
@@ -138,26 +159,28 @@ class _ConfigAction(argparse.Action):
 
 def _parse_plain(config: type[Config], name: str, arguments: list[str]) -> Config:
     """Parses with argparse: bool, int, float, str, Literal, and each of them or None."""
-    parser = _PlainParser(prog=f"python -m {name}", description=_summary(config), allow_abbrev=False)
+    parser = _PlainParser(
+        prog=f"python -m {name}",
+        description=_summary(config),
+        argument_default=argparse.SUPPRESS,  # those of `config`
+        allow_abbrev=False,
+    )
     parser.add_argument("--config", action=_ConfigAction, help="YAML file with any of the options")
     types = get_type_hints(config)
     for item in fields(config):  # type: ignore[arg-type]  # a dataclass
-        kind, text = types[item.name], item.metadata["help"]
+        kind, text = types[item.name], _help(item)
         if kind is bool:
-            parser.add_argument(
-                _option(item.name), action=argparse.BooleanOptionalAction, default=item.default, help=text
-            )
+            toggle = argparse.BooleanOptionalAction
+            parser.add_argument(_option(item.name), action=toggle, help=text)
         else:
-            choices = f"{{{','.join(map(str, get_args(kind)))}}}" if get_origin(kind) is Literal else None
-            parser.add_argument(_option(item.name), default=item.default, help=text, metavar=choices)
+            parser.add_argument(_option(item.name), help=text, metavar=_metavar(kind))
     given = vars(parser.parse_args(arguments))
-    values = {key: _convert(key, value, types[key]) for key, value in given.items() if key in types}
-    return config(**values)
+    return config(**{key: _convert(key, value, types[key]) for key, value in given.items()})
 
 
 def _convert(name: str, value: Any, kind: Any) -> Any:
-    """Converts a text from the command line to an option's type; defaults have it already."""
-    if not isinstance(value, str):
+    """Converts a text from the command line to an option's type; an on-off option has its value already."""
+    if isinstance(value, bool):
         return value
     try:
         if get_origin(kind) is not Literal:
