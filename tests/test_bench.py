@@ -1,9 +1,8 @@
-"""The benchmarks: that what they print is what was measured, of everything, and that they leave nothing behind.
+"""The benchmarks: they report what was measured, of every variant, and leave no process or file behind.
 
-Hazards: a ratio that is not that of the medians beside it; a variant that is missing without a word; a
-variant that dies or hangs and takes the others, or the benchmark, with it; groups that compute while it is
-another's turn; stopped processes that outlive the benchmark; a slow import before the arguments are known to
-be good.
+Hazards: a ratio that is not the quotient of the medians in its table; a variant that is missing without a message;
+a variant that dies or hangs and ends the other variants or the benchmark; groups that compute during the turn of
+another; stopped processes that outlive the benchmark; slow imports before the arguments have been checked.
 """
 
 import json
@@ -21,22 +20,22 @@ from hvd_adam.bench import (
     adam,
     allreduce,
     checkpoint,
-    footprint,
-    launching,
+    launchers,
     memory,
+    memory_worker,
     optimizers,
     report,
     step,
-    training,
+    step_worker,
     workloads,
 )
 from hvd_adam.bench.__main__ import COMMANDS, measure
-from hvd_adam.bench.clock import DROPPED, mean_seconds, seconds
 from hvd_adam.bench.config import AdamConfig, AllreduceConfig, CheckpointConfig, MemoryConfig, StepConfig
-from hvd_adam.bench.groups import Outcome, Plan, take_turns
+from hvd_adam.bench.interleave import Outcome, Plan, take_turns
 from hvd_adam.bench.processes import marked
 from hvd_adam.bench.report import Column, table
-from hvd_adam.bench.summary import add_ratio, bus_bytes, quartiles, ratio, slowest, timing
+from hvd_adam.bench.stats import add_ratio, bus_bytes, quartiles, ratio, slowest, timing
+from hvd_adam.bench.timer import WARM_UP_CALLS, mean_seconds, time_calls
 from hvd_adam.cli import parse
 from hvd_adam.distributed.api import STRATEGIES
 from hvd_adam.distributed.launch_env import LaunchInfo
@@ -55,17 +54,17 @@ def bench(*argv, **environ):
 def bench_json(*argv):
     done = bench(*argv, "--json")
     assert done.returncode == 0, done.stderr
-    shown = json.loads(done.stdout)  # nothing else is on stdout
-    assert shown["command"] == argv[0]
-    assert shown["machine"]["torch"] == torch.__version__
-    assert [row["error"] for row in shown["rows"] if "error" in row] == []
-    return shown
+    output = json.loads(done.stdout)  # stdout has nothing else
+    assert output["command"] == argv[0]
+    assert output["machine"]["torch"] == torch.__version__
+    assert [row["error"] for row in output["rows"] if "error" in row] == []
+    return output
 
 
-# Arithmetic.
+# Statistics.
 
 
-def test_quartiles_are_interpolated_and_one_value_is_its_own():
+def test_quartiles_are_interpolated_and_one_value_is_its_own_quartile():
     assert quartiles([4.0, 1.0, 3.0, 2.0, 5.0]) == (2.0, 3.0, 4.0)
     assert quartiles([7.0]) == (7.0, 7.0, 7.0)
 
@@ -75,13 +74,13 @@ def test_timing_is_in_milliseconds():
     assert timing([1.0, 3.0, 2.0]) == pytest.approx(expected)
 
 
-def test_a_step_takes_as_long_as_its_slowest_rank():
+def test_the_time_of_a_step_is_that_of_its_slowest_rank():
     assert slowest([[1.0, 5.0], [3.0, 2.0]]) == [3.0, 5.0]
     with pytest.raises(ValueError, match="shorter"):
         slowest([[1.0, 5.0], [3.0]])
 
 
-def test_ratios_are_over_the_peers_median_and_missing_where_either_is():
+def test_a_ratio_is_over_the_peers_median_and_missing_if_either_value_is():
     rows = [{"median_ms": 6.0}, {"error": "died"}]
     add_ratio(rows, "to_peer", {"median_ms": 4.0})
     assert [row["to_peer"] for row in rows] == [1.5, None]
@@ -94,7 +93,7 @@ def test_a_ring_sends_nearly_twice_the_message():
     assert [bus_bytes(ranks, 100) for ranks in (1, 2, 4)] == [0, 100, 150]
 
 
-def test_allreduce_rows_hold_bandwidth_and_bound():
+def test_allreduce_rows_have_bandwidth_and_bound():
     times = {"copy": 0.001, "horovod": 0.004, "mpi": 0.002}
     outcomes = {name: Outcome({"1000": [seconds]}) for name, seconds in times.items()}
     outcomes["hvd_adam step"] = Outcome({"1000": [0.003], "1000 backward": [0.005]})
@@ -110,23 +109,23 @@ def test_allreduce_rows_hold_bandwidth_and_bound():
     assert rows["torch"]["error"] == "torch died"
 
 
-def test_sharding_is_predicted_to_divide_the_state():
+def test_the_predicted_state_is_divided_by_sharding():
     assert memory.predicted("allreduce", 4)["state"] == 8
     assert memory.predicted("sharded", 4)["state"] == 2
     assert memory.predicted("another", 4) is None
 
 
-def test_memory_counts_a_shared_buffer_once_and_whole():
+def test_memory_counts_a_shared_buffer_once_and_completely():
     buffer = torch.zeros(10)
     model = torch.nn.Linear(2, 2)
     model.weight.data, model.bias.data = buffer[:4].view(2, 2), buffer[4:6]
     optimizer = Adam(model.parameters())
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
-    kept = footprint.kept(model, optimizer)
-    assert (kept["parameters"], kept["gradients"]) == (40, 24)
-    assert kept["state"] >= 2 * 24
-    assert kept["total"] <= kept["parameters"] + kept["gradients"] + kept["state"]
+    held = memory_worker.held_bytes(model, optimizer)
+    assert (held["parameters"], held["gradients"]) == (40, 24)
+    assert held["state"] >= 2 * 24
+    assert held["total"] <= held["parameters"] + held["gradients"] + held["state"]
 
 
 def test_the_table_has_columns_of_fixed_width():
@@ -144,7 +143,7 @@ def test_the_table_has_columns_of_fixed_width():
         (AdamConfig, "--threads 0", "--threads is 0: it must be numbers from 1 to the"),
         (AdamConfig, "--threads x", "--threads is x: it must be numbers from 1 to the"),
         (AdamConfig, "--parameters 0", "--parameters is 0: it must be at least 1"),
-        (AdamConfig, "--tensors 3", "--tensors goes with --parameters"),
+        (AdamConfig, "--tensors 3", "--tensors needs --parameters"),
         (AdamConfig, "--parameters 2 --tensors 3", "--tensors is 3: it must be from 1 to --parameters"),
         (AdamConfig, "--parameters 2 --workloads 1M", "--parameters and --workloads exclude each other"),
         (
@@ -158,12 +157,16 @@ def test_the_table_has_columns_of_fixed_width():
         (AdamConfig, "--repeats 0", "--repeats is 0: it must be at least 1"),
         (AdamConfig, "--dtype int8", "--dtype is int8: it must be one of float32"),
         (AdamConfig, "--plot x.pdf", "--plot is x.pdf: it must be a file name that ends in .png"),
-        (AdamConfig, "--plot nowhere/x.png", "--plot is nowhere/x.png: it must be in a folder that exists"),
+        (AdamConfig, "--plot nowhere/x.png", "--plot is nowhere/x.png: it must be in a directory that exists"),
         (StepConfig, "--np 0", "--np is 0: it must be at least 1"),
         (StepConfig, "--models ,", "--models is ',': it must be names of models"),
         (StepConfig, "--variants horovd", "--variants is horovd: it must be some of hvd_adam-STRATEGY, horovod"),
         (StepConfig, "--variants ,", "--variants is ',': it must be"),
-        (StepConfig, "--variants compute,plain", "--variants plain trains each rank by itself: use --np 1"),
+        (
+            StepConfig,
+            "--variants compute,plain",
+            "--variants plain trains one rank without distribution: use --np 1",
+        ),
         (StepConfig, "--precision fp16", "--precision is fp16: it must be one of fp32, bf16"),
         (StepConfig, "--launcher slurm", "--launcher is slurm: it must be one of mpi, gloo"),
         (StepConfig, "--timeout 0", "--timeout is 0.0: it must be above 0"),
@@ -172,17 +175,17 @@ def test_the_table_has_columns_of_fixed_width():
         (AllreduceConfig, "--sizes inf", "--sizes is inf: it must be sizes in MB"),
         (CheckpointConfig, "--steps 19", "--steps is 19: it must be at least twice --every"),
         (CheckpointConfig, "--every 0", "--every is 0: it must be at least 1"),
-        (CheckpointConfig, "--folder nowhere", "--folder is nowhere: it must be a folder that exists"),
+        (CheckpointConfig, "--folder nowhere", "--folder is nowhere: it must be a directory that exists"),
         (MemoryConfig, "--np 1,two", "--np is 1,two: it must be numbers of ranks"),
     ],
 )
-def test_bad_arguments_are_named_in_one_line(config, argv, message):
+def test_bad_arguments_are_reported_in_one_line(config, argv, message):
     with pytest.raises(UserError, match=message) as error:
         parse(config, "hvd_adam.bench", argv.split())
     assert "\n" not in str(error.value)
 
 
-def test_lists_in_arguments_are_understood():
+def test_lists_in_arguments_are_parsed():
     assert parse(AdamConfig, "bench", ["--threads", "1"]).thread_counts() == (1,)
     assert AdamConfig(parameters=10, tensors=4).tensor_sizes() == (3, 3, 2, 2)
     assert AllreduceConfig(sizes="40,0.004").elements() == (1000, 10_000_000)
@@ -197,26 +200,26 @@ def test_lists_in_arguments_are_understood():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], f"hvd_adam.bench: error: which benchmark?: use one of {', '.join(COMMANDS)}"),
-        (["all"], f"hvd_adam.bench: error: 'all' is no benchmark: use one of {', '.join(COMMANDS)}"),
+        ([], f"hvd_adam.bench: error: no benchmark given: use one of {', '.join(COMMANDS)}"),
+        (["all"], f"hvd_adam.bench: error: 'all' is not a benchmark: use one of {', '.join(COMMANDS)}"),
     ],
 )
-def test_a_missing_or_unknown_benchmark_gets_one_line_and_code_2(argv, message):
+def test_a_missing_or_unknown_benchmark_is_reported_in_one_line_with_exit_code_2(argv, message):
     done = bench(*argv)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", message + "\n")
 
 
-def test_under_a_launcher_it_is_refused_in_one_line():
+def test_a_start_by_a_launcher_is_refused_in_one_line():
     done = bench("adam", "--json", HOROVOD_RANK="0", HOROVOD_SIZE="2")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        "hvd_adam.bench adam: error: it was started by horovodrun: start it without a launcher, it starts ranks "
+        "hvd_adam.bench adam: error: started by horovodrun: start it without a launcher, it starts the ranks "
         "itself\n"
     )
 
 
 @pytest.mark.parametrize(
-    ("argv", "code", "said"),
+    ("argv", "code", "text"),
     [
         (["--help"], 0, "memory     Measures bytes per parameter"),
         (["step", "--help"], 0, "--batch-size"),
@@ -224,7 +227,7 @@ def test_under_a_launcher_it_is_refused_in_one_line():
         (["allreduce", "--foo"], 2, ""),
     ],
 )
-def test_pytorch_is_not_loaded_for_help_or_a_wrong_argument(argv, code, said):
+def test_torch_is_not_imported_for_help_or_a_bad_argument(argv, code, text):
     script = (
         "import atexit, os, runpy, sys; os._exit = sys.exit; heavy = {'torch', 'horovod', 'numpy'}; "
         "atexit.register(lambda: print('heavy:', sorted(heavy & set(sys.modules)))); "
@@ -233,7 +236,7 @@ def test_pytorch_is_not_loaded_for_help_or_a_wrong_argument(argv, code, said):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == code
     assert "heavy: []" in done.stdout
-    assert said in done.stdout
+    assert text in done.stdout
     assert done.stderr.count("\n") == (code != 0)
 
 
@@ -245,36 +248,36 @@ def test_help_lists_every_benchmark():
 
 # Turns.
 
-# Two ranks, without torch; the first is what a launcher is to real ones.
+# Two ranks without torch. The first stands for the launcher of real ranks.
 RANKS = """
 import os, sys, time
 from pathlib import Path
-from hvd_adam.bench.groups import serve
+from hvd_adam.bench.interleave import serve
 
 kind, folder = sys.argv[1], Path(sys.argv[2])
 rank = 0 if os.fork() else 1
 if rank:
-    os.setsid()  # as the ranks of a real launcher, beyond the reach of a signal to its process group
+    os.setsid()  # like the ranks of a real launcher, not reached by a signal to its process group
 turns = 0
 
 
 def is_awake(process):
     stat = Path(f"/proc/{process}/stat")
-    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] not in "TZ"  # stopped, or ended
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] not in "TZ"  # stopped or ended
 
 
 def measure():
     global turns
     turns += 1
     if kind == "late" and turns == 3 and rank == 0:
-        sys.exit("fell over")
+        sys.exit("turn failed")
     others = [file.read_text() for file in folder.parent.glob("*/pid.*") if file.parent != folder]
     return {"awake": [float(sum(map(is_awake, others)))], "rank": [rank, turns]}
 
 
 def prepare():
     if kind == "early":
-        sys.exit("never stood") if rank == 0 else time.sleep(1000)
+        sys.exit("start failed") if rank == 0 else time.sleep(1000)
     if kind == "hanging":
         time.sleep(1000)
     return measure
@@ -290,26 +293,26 @@ def plans(*kinds):
 
 @pytest.fixture
 def mark(monkeypatch):
-    """A mark in the environment of everything that this test starts."""
+    """An environment variable, "NAME=value", that every process started by this test has."""
     name, value = "HVD_ADAM_TEST", uuid.uuid4().hex
     monkeypatch.setenv(name, value)
     return f"{name}={value}"
 
 
-def test_groups_take_turns_while_all_others_are_stopped(mark):
-    outcomes = take_turns(plans("a", "b", "c"), ranks=2, rounds=2, timeout=60, say=print)
+def test_groups_take_turns_while_all_other_groups_are_stopped(mark):
+    outcomes = take_turns(plans("a", "b", "c"), ranks=2, rounds=2, timeout=60, log=print)
     assert {name: outcome.error for name, outcome in outcomes.items()} == dict.fromkeys("abc")
     for outcome in outcomes.values():
         assert outcome.times["awake"] == [0.0, 0.0]
-        assert outcome.times["rank"] == [1, 2, 1, 3]  # the slowest rank's; the first turn was the warm-up
+        assert outcome.times["rank"] == [1, 2, 1, 3]  # of the slowest rank; the first turn was the warm-up
     assert marked(mark) == []
 
 
-def test_a_variant_that_dies_or_hangs_is_reported_and_the_others_go_on(mark):
+def test_a_variant_that_dies_or_hangs_is_reported_and_the_others_continue(mark):
     kinds = ("early", "good", "late", "hanging")
-    outcomes = take_turns(plans(*kinds), ranks=2, rounds=3, timeout=5, say=print)
-    assert outcomes["early"].error == "early ended with code 1:\n    never stood"
-    assert outcomes["late"].error == "late ended with code 1:\n    fell over"
+    outcomes = take_turns(plans(*kinds), ranks=2, rounds=3, timeout=5, log=print)
+    assert outcomes["early"].error == "early ended with code 1:\n    start failed"
+    assert outcomes["late"].error == "late ended with code 1:\n    turn failed"
     assert outcomes["hanging"].error == "hanging did not answer within 5 seconds:\n    (no output)"
     assert outcomes["good"].error is None
     assert len(outcomes["good"].times["awake"]) == 3
@@ -317,16 +320,16 @@ def test_a_variant_that_dies_or_hangs_is_reported_and_the_others_go_on(mark):
 
 
 def test_a_command_that_does_not_exist_is_reported():
-    outcomes = take_turns([Plan("none", {}, ("/no/such",))], ranks=1, rounds=1, timeout=5, say=print)
+    outcomes = take_turns([Plan("none", {}, ("/no/such",))], ranks=1, rounds=1, timeout=5, log=print)
     assert "none cannot be started: " in outcomes["none"].error
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_benchmark_leaves_no_process_behind(number, mark):
     script = (
-        "import functools, sys; from hvd_adam.bench.groups import Plan, take_turns; ranks = sys.argv[1]; "
+        "import functools, sys; from hvd_adam.bench.interleave import Plan, take_turns; ranks = sys.argv[1]; "
         "plans = [Plan(kind, {}, (sys.executable, '-c', ranks, kind)) for kind in ('good', 'hanging')]; "
-        "take_turns(plans, ranks=2, rounds=1, timeout=60, say=functools.partial(print, flush=True))"
+        "take_turns(plans, ranks=2, rounds=1, timeout=60, log=functools.partial(print, flush=True))"
     )
     command = [sys.executable, "-c", script, RANKS]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
@@ -337,7 +340,7 @@ def test_an_interrupted_benchmark_leaves_no_process_behind(number, mark):
     assert marked(mark) == []
 
 
-def test_a_variant_that_fails_gets_a_row_and_no_ratio():
+def test_a_failed_variant_has_a_row_without_ratios():
     outcomes = {"ddp-fused": Outcome({"step": [0.5]}), "compute": Outcome(error="compute died")}
     outcomes["plain"] = Outcome({"step": [0.4]})
     rows = step.summarize("cnn", outcomes, images=64)
@@ -348,7 +351,7 @@ def test_a_variant_that_fails_gets_a_row_and_no_ratio():
     assert table(step.COLUMNS, rows).splitlines()[3].split() == ["cnn", "compute", *"-" * 8]
 
 
-def test_where_every_variant_fails_so_does_the_benchmark(mark):
+def test_the_benchmark_fails_if_every_variant_fails(mark):
     argv = ("--variants", "compute", "--models", "cnn", "--launcher", "gloo", "--timeout", "0.01")
     done = bench("step", *argv)
     assert done.returncode == 1
@@ -356,14 +359,14 @@ def test_where_every_variant_fails_so_does_the_benchmark(mark):
     assert marked(mark) == []
 
 
-# Real runs, as small as they can be.
+# Real runs, as small as possible.
 
 
-def test_adam_times_every_optimizer_beside_a_copy(tmp_path):
+def test_adam_times_every_optimizer_and_a_copy(tmp_path):
     plot = tmp_path / "adam.png"
     argv = ("--parameters", 5000, "--tensors", 3, "--threads", "1", "--repeats", 3, "--device", "cpu")
-    shown = bench_json("adam", *argv, "--plot", plot)
-    rows = {row["name"]: row for row in shown["rows"]}
+    output = bench_json("adam", *argv, "--plot", plot)
+    rows = {row["name"]: row for row in output["rows"]}
     assert {
         "hvd_adam foreach",
         "hvd_adam reference",
@@ -379,39 +382,39 @@ def test_adam_times_every_optimizer_beside_a_copy(tmp_path):
         assert row["to_torch_foreach"] == pytest.approx(row["median_ms"] / rows["torch foreach"]["median_ms"])
         assert row["to_copy"] == pytest.approx(row["gb_per_s"] / rows["copy"]["gb_per_s"])
         assert (row["workload"], row["dtype"], row["parameters"], row["tensors"]) == ("custom", "float32", 5000, 3)
-    everything = {*rows, *(note.partition(":")[0] for note in shown["notes"])}
+    everything = {*rows, *(note.partition(":")[0] for note in output["notes"])}
     assert {"torch fused", "apex FusedAdam", "deepspeed CPUAdam", "hvd_adam fused"} <= everything
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
 def test_adam_prints_the_machine_and_a_table(capsys):
     measure("adam", AdamConfig(parameters=100, threads="1", repeats=1, device="cpu"))
-    shown = capsys.readouterr().out
-    assert "load average" in shown
-    assert f"torch {torch.__version__}" in shown
-    assert "threads  optimizer" in shown
-    assert "after 3 rounds that do not count" in shown
+    output = capsys.readouterr().out
+    assert "load average" in output
+    assert f"torch {torch.__version__}" in output
+    assert "threads  optimizer" in output
+    assert "after 3 warm-up rounds" in output
 
 
-def test_adam_takes_every_workload_in_every_dtype(monkeypatch):
-    makers = optimizers._makers
+def test_adam_times_every_workload_in_every_dtype(monkeypatch):
+    factories = optimizers.factories
 
-    def quick(*args):  # compiles nothing
-        return {name: make for name, make in makers(*args).items() if name != "hvd_adam fused"}
+    def without_fused(*args):  # which would be compiled
+        return {name: make for name, make in factories(*args).items() if name != "hvd_adam fused"}
 
-    monkeypatch.setattr(optimizers, "_makers", quick)
-    kinds = "bfloat16-master,float64"
-    shown = adam.measure(AdamConfig(workloads="30,2K", dtype=kinds, threads="1", repeats=1, device="cpu"))
-    by_kind = {}
-    for row in shown.rows:
-        by_kind.setdefault((row["parameters"], row["dtype"]), []).append(row)
-    assert [*by_kind] == [(n, kind) for n in (30, 2000) for kind in ("bfloat16-master", "float64")]
-    for (parameters, kind), rows in by_kind.items():
-        size = {"float64": 56, "bfloat16-master": 30}[kind]
+    monkeypatch.setattr(optimizers, "factories", without_fused)
+    dtypes = "bfloat16-master,float64"
+    output = adam.measure(AdamConfig(workloads="30,2K", dtype=dtypes, threads="1", repeats=1, device="cpu"))
+    by_dtype = {}
+    for row in output.rows:
+        by_dtype.setdefault((row["parameters"], row["dtype"]), []).append(row)
+    assert [*by_dtype] == [(n, dtype) for n in (30, 2000) for dtype in ("bfloat16-master", "float64")]
+    for (parameters, dtype), rows in by_dtype.items():
+        size = {"float64": 56, "bfloat16-master": 30}[dtype]
         assert {"hvd_adam foreach", "hvd_adam reference", "torch foreach", "copy"} <= {row["name"] for row in rows}
         for row in rows:
             assert row["gb_per_s"] == pytest.approx(size * parameters / row["median_ms"] / 1e6)
-    assert any("float64 56" in note and "bfloat16-master 30" in note for note in shown.notes)
+    assert any("float64 56" in note and "bfloat16-master 30" in note for note in output.notes)
 
 
 @pytest.mark.parametrize(
@@ -423,27 +426,27 @@ def test_adam_takes_every_workload_in_every_dtype(monkeypatch):
         ("16M", 1, 16_000_000),
     ],
 )
-def test_workloads_have_the_tensors_of_their_models(name, tensors, parameters):
+def test_workloads_have_the_tensor_shapes_of_their_models(name, tensors, parameters):
     shapes = workloads.shapes(AdamConfig(), name)
     assert (len(shapes), sum(map(math.prod, shapes))) == (tensors, parameters)
 
 
-def test_a_cpu_updates_resnet18_and_a_gpu_everything():
+def test_the_default_workload_is_resnet18_on_a_cpu_and_all_on_a_gpu():
     assert (AdamConfig().workload_names("cpu"), AdamConfig().dtype_names("cpu")) == (("resnet18",), ("float32",))
     names = AdamConfig().workload_names("cuda")
     assert names == ("1M", "16M", "100M", "1G", "resnet18", "resnet50", "transformer")
     assert AdamConfig().dtype_names("cuda") == ("float32", "bfloat16-master")
 
 
-def workload(*sizes, kind="float32", device="cpu"):
-    return workloads.Workload("test", kind, tuple((size,) for size in sizes), torch.device(device))
+def workload(*sizes, dtype="float32", device="cpu"):
+    return workloads.Workload("test", dtype, tuple((size,) for size in sizes), torch.device(device))
 
 
-def test_a_peer_with_master_weights_makes_the_step_that_ours_makes():
+def test_peers_with_master_weights_make_the_same_step_as_hvd_adam():
     ended = {}
-    for name, make in optimizers._makers(workload(300, 7, kind="bfloat16-master"), reference=False).items():
+    for name, make in optimizers.factories(workload(300, 7, dtype="bfloat16-master"), reference=False).items():
         if name in ("hvd_adam reference", "torch for-loop", "torch foreach"):
-            tensors = optimizers.Tensors(workload(300, 7, kind="bfloat16-master"))
+            tensors = optimizers.Tensors(workload(300, 7, dtype="bfloat16-master"))
             before = [parameter.detach().clone() for parameter in tensors.parameters]
             step = make(tensors)
             for _ in range(3):
@@ -456,25 +459,25 @@ def test_a_peer_with_master_weights_makes_the_step_that_ours_makes():
         torch.testing.assert_close(parameters, ended["hvd_adam reference"])
 
 
-def test_a_large_copy_goes_through_small_buffers_until_it_has_moved_as_many_bytes(monkeypatch):
+def test_a_large_copy_uses_small_buffers_several_times_to_move_the_same_number_of_bytes(monkeypatch):
     monkeypatch.setattr(optimizers, "COPY_BYTES", 400)
     copied = []
     monkeypatch.setattr(torch.Tensor, "copy_", lambda goal, origin: copied.append((goal.nbytes, origin.nbytes)))
-    optimizers.limits(workload(64))["copy"]()
+    optimizers.copies(workload(64))["copy"]()
     assert copied == [(400, 400), (400, 400), (96, 96)]  # half of 28 bytes for each of 64 parameters
 
 
-def test_on_a_gpu_only_what_matters_is_timed_where_there_is_much_to_update():
+def test_on_a_gpu_only_fast_implementations_are_timed_with_many_parameters():
     large, small = workload(10**9, device="cuda"), workload(10**6, device="cuda")
     fast = ["hvd_adam fused", "torch foreach", "torch fused", "apex FusedAdam"]
-    assert list(optimizers._makers(large, reference=False)) == fast
-    assert {*fast, "hvd_adam foreach", "torch for-loop"} < {*optimizers._makers(small, reference=False)}
+    assert list(optimizers.factories(large, reference=False)) == fast
+    assert {*fast, "hvd_adam foreach", "torch for-loop"} < {*optimizers.factories(small, reference=False)}
 
 
-def test_on_a_gpu_peers_share_parameters_and_one_without_room_is_said(monkeypatch):
+def test_on_a_gpu_peers_share_parameters_and_one_out_of_memory_is_reported(monkeypatch):
     given = {}
 
-    def maker(name, error=None):
+    def factory(name, error=None):
         def make(tensors):
             given[name] = tensors
             if error is not None:
@@ -484,8 +487,13 @@ def test_on_a_gpu_peers_share_parameters_and_one_without_room_is_said(monkeypatc
         return make
 
     full, odd = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried\nto"), RuntimeError("no kernel\nimage")
-    makers = {"hvd_adam fused": maker("ours"), "a": maker("a", full), "b": maker("b"), "c": maker("c", odd)}
-    monkeypatch.setattr(optimizers, "_makers", lambda *_: makers)
+    factories = {
+        "hvd_adam fused": factory("ours"),
+        "a": factory("a", full),
+        "b": factory("b"),
+        "c": factory("c", odd),
+    }
+    monkeypatch.setattr(optimizers, "factories", lambda *_: factories)
     monkeypatch.setattr(optimizers, "Tensors", lambda _: object())
     released = []
     monkeypatch.setattr(optimizers, "release", lambda _: released.append([*given]))
@@ -496,10 +504,10 @@ def test_on_a_gpu_peers_share_parameters_and_one_without_room_is_said(monkeypatc
     assert (found.errors, found.missing) == ({"a": "CUDA out of memory. Tried"}, ["c: no kernel"])
 
 
-def test_on_a_gpu_a_turn_is_a_block_of_calls_with_one_wait(monkeypatch):
-    waits, called = [], []
-    monkeypatch.setattr(adam, "finisher", lambda _: lambda: waits.append(len(called)))
-    monkeypatch.setattr(adam, "mean_seconds", lambda call, calls, finish: (finish(), call(calls))[1])
+def test_on_a_gpu_a_turn_is_a_block_of_calls_with_one_synchronization(monkeypatch):
+    synchronized, called = [], []
+    monkeypatch.setattr(adam, "synchronizer", lambda _: lambda: synchronized.append(len(called)))
+    monkeypatch.setattr(adam, "mean_seconds", lambda call, calls, synchronize: (synchronize(), call(calls))[1])
 
     def full(calls):
         raise torch.cuda.OutOfMemoryError("full")
@@ -509,23 +517,23 @@ def test_on_a_gpu_a_turn_is_a_block_of_calls_with_one_wait(monkeypatch):
     times, errors = adam.interleaved(calls | {"full": full}, 2, torch.device("cuda"))
     assert times == {name: [seconds] * 2 for name, seconds in takes.items()}
     assert errors == {"full": "full"}
-    assert {*called[-3:]} == {("short", 10), ("long", 1), ("nothing", adam.MOST_CALLS)}
+    assert {*called[-3:]} == {("short", 10), ("long", 1), ("nothing", adam.MAX_CALLS)}
     called.clear()
     adam.interleaved(calls, 2, torch.device("cpu"))
     assert {calls for _, calls in called} == {1}
 
 
-def test_a_block_is_waited_for_once_and_shared_out():
+def test_the_mean_of_a_block_of_calls_needs_one_synchronization():
     done = []
-    assert 0 <= mean_seconds(lambda: done.append("call"), 3, lambda: done.append("wait")) < 60
-    assert done == ["call", "call", "call", "wait"]
+    assert 0 <= mean_seconds(lambda: done.append("call"), 3, lambda: done.append("synchronize")) < 60
+    assert done == ["call", "call", "call", "synchronize"]
 
 
 def test_step_trains_every_variant(tmp_path, mark):
     plot = tmp_path / "step.png"
     argv = ("--models", "cnn", "--batch-size", 2, "--repeats", 1, "--steps", 2, "--device", "cpu")
-    shown = bench_json("step", *argv, "--launcher", "gloo", "--plot", plot)
-    rows = {row["variant"]: row for row in shown["rows"]}
+    output = bench_json("step", *argv, "--launcher", "gloo", "--plot", plot)
+    rows = {row["variant"]: row for row in output["rows"]}
     assert list(rows) == [*OURS, "horovod", "horovod-fused", "ddp-fused", "ddp-zero", "compute"]
     for row in rows.values():
         assert row["samples"] == 2
@@ -540,24 +548,24 @@ def test_step_trains_every_variant(tmp_path, mark):
 
 def test_plain_pytorch_is_timed_on_one_rank_without_a_launcher(mark):
     argv = ("--np", 1, "--models", "mlp", "--variants", "plain", "--batch-size", 2, "--repeats", 2, "--steps", 3)
-    shown = bench_json("step", *argv, "--precision", "bf16", "--channels-last", "--device", "cpu")
-    (row,) = shown["rows"]
+    output = bench_json("step", *argv, "--precision", "bf16", "--channels-last", "--device", "cpu")
+    (row,) = output["rows"]
     assert (row["variant"], row["samples"], row["to_plain"]) == ("plain", 6, 1.0)
-    assert shown["notes"][0].startswith("1 rank without a launcher, on cpu")
-    assert "bf16, channels-last; parameters: mlp 10.5 M" in shown["notes"][0]
+    assert output["notes"][0].startswith("1 rank without a launcher, on cpu")
+    assert "bf16, channels-last; parameters: mlp 10.5 M" in output["notes"][0]
     assert marked(mark) == []
 
 
-def test_one_rank_needs_no_launcher_and_no_horovod(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))  # beside which there is no horovodrun
-    assert launching.horovodrun("x", {}, 1, "mpi").command == launching.WORKER
-    assert launching.horovodrun("x", {}, 1, "gloo").environ["HOROVOD_CONTROLLER"] == "gloo"
+def test_one_rank_needs_neither_launcher_nor_horovod(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))  # a directory without horovodrun
+    assert launchers.horovodrun("x", {}, 1, "mpi").command == launchers.WORKER
+    assert launchers.horovodrun("x", {}, 1, "gloo").environ["HOROVOD_CONTROLLER"] == "gloo"
     with pytest.raises(UserError, match="horovodrun does not exist"):
-        launching.horovodrun("x", {}, 2, "gloo")
+        launchers.horovodrun("x", {}, 2, "gloo")
 
 
 class Probe(torch.nn.Module):
-    """A model that notes how it was called."""
+    """A model that records its inputs."""
 
     def __init__(self):
         super().__init__()
@@ -572,32 +580,32 @@ class Probe(torch.nn.Module):
 
 
 @pytest.mark.parametrize("variant", ["plain", "compute"])
-def test_precision_order_and_compiler_are_those_asked_for(variant, monkeypatch, tmp_path):
+def test_precision_memory_format_and_compilation_follow_the_options(variant, monkeypatch, tmp_path):
     compiled, probes = [], []
     monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
-    monkeypatch.setattr(training, "build_model", lambda _: probes.append(Probe()) or probes[-1])
+    monkeypatch.setattr(step_worker, "build_model", lambda _: probes.append(Probe()) or probes[-1])
     task = {"variant": variant, "model": "probe", "batch_size": 2, "device": "cpu", "steps": 2}
     for options in (
         {"precision": "fp32", "channels_last": False, "compile": False},
         {"precision": "bf16", "channels_last": True, "compile": True},
     ):
         before = len(compiled)
-        times = training.prepare(task | options, LaunchInfo("none", 0, 1), tmp_path)()
+        times = step_worker.prepare(task | options, LaunchInfo("none", 0, 1), tmp_path)()
         assert len(times["step"]) == 2
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options["precision"]]
         assert {*probes[-1].seen} == {(options["channels_last"], options["channels_last"], dtype)}
         assert (compiled[before:] == probes[-1:]) == options["compile"]
 
 
-def test_steps_in_a_row_are_waited_for_once(monkeypatch):
+def test_steps_of_a_turn_are_synchronized_once(monkeypatch):
     done = []
-    times = seconds(lambda: done.append("step"), 4, lambda: done.append("wait"), in_a_row=4)
-    assert (len(times), done) == (1, [*["step"] * DROPPED, "wait", *["step"] * 4, "wait"])
+    times = time_calls(lambda: done.append("step"), 4, lambda: done.append("synchronize"), calls_per_sync=4)
+    assert (len(times), done) == (1, [*["step"] * WARM_UP_CALLS, "synchronize", *["step"] * 4, "synchronize"])
 
 
-def test_without_mpi_the_variants_that_need_it_are_said_to_be_missing(monkeypatch):
+def test_variants_that_need_mpi_are_reported_as_missing_without_it(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    plans, missing = allreduce._plans(AllreduceConfig(launcher="gloo"), "cpu")
+    plans, missing = allreduce.plans(AllreduceConfig(launcher="gloo"), "cpu")
     assert [plan.name for plan in plans] == ["copy", "hvd_adam step", "hvd_adam", "horovod", "torch"]
     assert "mpi: there is no mpirun on PATH" in missing
     described = report.describe(report.machine(0.0))
@@ -607,13 +615,13 @@ def test_without_mpi_the_variants_that_need_it_are_said_to_be_missing(monkeypatc
 def test_allreduce_times_every_variant_at_every_size(tmp_path, mark):
     plot = tmp_path / "allreduce.png"
     argv = ("--sizes", "0.004,0.02", "--repeats", 1, "--calls", 3, "--device", "cpu", "--plot", plot)
-    shown = bench_json("allreduce", *argv)
-    assert {row["megabytes"] for row in shown["rows"]} == {0.004, 0.02}
+    output = bench_json("allreduce", *argv)
+    assert {row["megabytes"] for row in output["rows"]} == {0.004, 0.02}
     for size in (0.004, 0.02):
-        rows = {row["variant"]: row for row in shown["rows"] if row["megabytes"] == size}
+        rows = {row["variant"]: row for row in output["rows"] if row["megabytes"] == size}
         ours = ["hvd_adam step", "hvd_adam step with backward", "hvd_adam"]
         assert list(rows)[:7] == ["copy", *ours, "horovod", "torch", "mpi"]
-        assert "mpi-tuned" in rows or any(note.startswith("mpi-tuned: ") for note in shown["notes"])
+        assert "mpi-tuned" in rows or any(note.startswith("mpi-tuned: ") for note in output["notes"])
         for name in set(rows) - {"copy"}:
             row = rows[name]
             assert row["bound_ms"] == pytest.approx(rows["copy"]["median_ms"])  # 2(N−1)/N is 1 for two ranks
@@ -624,10 +632,10 @@ def test_allreduce_times_every_variant_at_every_size(tmp_path, mark):
     assert marked(mark) == []
 
 
-def test_checkpoint_times_runs_with_and_without(tmp_path, mark):
+def test_checkpoint_times_runs_with_and_without_checkpoints(tmp_path, mark):
     argv = ("--models", "mlp", "--np", 1, "--every", 2, "--steps", 6, "--repeats", 1, "--folder", tmp_path)
-    shown = bench_json("checkpoint", *argv, "--launcher", "gloo", "--device", "cpu")
-    without, with_them = shown["rows"]
+    output = bench_json("checkpoint", *argv, "--launcher", "gloo", "--device", "cpu")
+    without, with_them = output["rows"]
     assert (without["variant"], with_them["variant"]) == ("without", "with")
     assert without["samples"] == with_them["samples"] == 2  # the first interval is left out
     assert without["to_without"] == 1
@@ -644,11 +652,11 @@ def test_checkpoint_reports_the_run_that_failed():
     assert with_them == {"model": "mlp", "variant": "with", "error": "with: died", "to_without": None}
 
 
-def test_memory_of_every_strategy_is_as_predicted(tmp_path):
+def test_memory_of_every_strategy_matches_the_prediction(tmp_path):
     plot = tmp_path / "memory.png"
-    shown = bench_json("memory", "--model", "cnn", "--np", "2", "--device", "cpu", "--plot", plot)
-    assert [(row["strategy"], row["np"]) for row in shown["rows"]] == [(name, 2) for name in STRATEGIES]
-    for row in shown["rows"]:
+    output = bench_json("memory", "--model", "cnn", "--np", "2", "--device", "cpu", "--plot", plot)
+    assert [(row["strategy"], row["np"]) for row in output["rows"]] == [(name, 2) for name in STRATEGIES]
+    for row in output["rows"]:
         assert row["total"] == pytest.approx(row["parameters"] + row["gradients"] + row["state"], rel=0.01)
         assert row["total"] == pytest.approx(row["predicted_total"], rel=0.05)
         assert row["to_predicted"] == pytest.approx(row["total"] / row["predicted_total"])

@@ -1,1 +1,1 @@
-"""How fast, beside the peers and the hardware's limit: ``python -m hvd_adam.bench --help``."""
+"""Benchmarks against other implementations and the hardware's limit: ``python -m hvd_adam.bench --help``."""

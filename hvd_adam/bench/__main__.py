@@ -1,4 +1,6 @@
-"""Measures beside the peers and the hardware's limit. Start it without a launcher: it starts ranks itself.
+"""Compares the optimizer and its communication with other implementations and with the hardware's limit.
+
+Start it without a launcher; it starts the ranks itself.
 
 python -m hvd_adam.bench adam --threads 1,2
 python -m hvd_adam.bench allreduce --np 2 --sizes 0.25,4,40
@@ -11,6 +13,7 @@ import os
 import sys
 from importlib import import_module
 
+from hvd_adam import log
 from hvd_adam.bench.config import (
     AdamConfig,
     AllreduceConfig,
@@ -34,7 +37,7 @@ COMMANDS: dict[str, type[BenchConfig]] = {
 
 
 def main(argv: list[str]) -> None:
-    """Takes the subcommand from the first argument, and leaves the others to its configuration."""
+    """Takes the subcommand from the first argument, and its options from the others."""
     command = argv[0] if argv else ""
     if command in ("-h", "--help"):
         print(f"usage: python -m {NAME} {{{','.join(COMMANDS)}}} [options]\n\n{(__doc__ or '').strip()}\n")
@@ -42,23 +45,28 @@ def main(argv: list[str]) -> None:
             print(f"  {name:<10} {(config.__doc__ or '').splitlines()[0]}")
         sys.exit(0)
     if command not in COMMANDS:
-        given = f"{command!r} is no benchmark" if command else "which benchmark?"
-        print(f"{NAME}: error: {given}: use one of {', '.join(COMMANDS)}", file=sys.stderr)
+        problem = f"{command!r} is not a benchmark" if command else "no benchmark given"
+        print(f"{NAME}: error: {problem}: use one of {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
-    run(lambda config: measure(command, config), COMMANDS[command], f"{NAME} {command}", argv[1:])
+
+    def run_command(config: BenchConfig) -> None:
+        log.setup(info_on_stderr=True)  # stdout has the result only
+        measure(command, config)
+
+    run(run_command, COMMANDS[command], f"{NAME} {command}", argv[1:], needs_extra=True)
 
 
 def measure(command: str, config: BenchConfig) -> None:
-    """Runs one benchmark and prints what came of it.
+    """Runs one benchmark and prints its result.
 
     Raises:
-        UserError: started by a launcher, or something in the configuration is not to be had here.
+        UserError: the benchmark was started by a launcher, or this machine lacks something that it needs.
     """
-    load = os.getloadavg()[0]  # before anything of ours adds to it
+    load = os.getloadavg()[0]  # before the benchmark adds to it
     launcher = detect_launcher().launcher
     if launcher != "none":
-        raise UserError(f"it was started by {launcher}: start it without a launcher, it starts ranks itself")
-    from hvd_adam.bench import report  # here: --help and a bad value answer before PyTorch is loaded
+        raise UserError(f"started by {launcher}: start it without a launcher, it starts the ranks itself")
+    from hvd_adam.bench import report  # here: --help and a bad value answer before torch is loaded
 
     machine = report.machine(load)
     if not config.json:

@@ -1,4 +1,4 @@
-"""`bench adam`: one optimizer step without communication, beside a copy of as many bytes."""
+"""`bench adam`: one optimizer step without communication, compared with a copy of as many bytes."""
 
 from __future__ import annotations
 
@@ -7,23 +7,25 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hvd_adam.bench.clock import finisher, mean_seconds
 from hvd_adam.bench.config import AdamConfig
-from hvd_adam.bench.optimizers import Call, build, first_line, limits, release
-from hvd_adam.bench.report import TIMES, Column, Result, bars, say
-from hvd_adam.bench.summary import Row, add_ratio, ratio, timing
+from hvd_adam.bench.optimizers import Call, build, copies, first_line, release
+from hvd_adam.bench.report import TIMES, Column, Result, bars
+from hvd_adam.bench.stats import Row, add_ratio, ratio, timing
+from hvd_adam.bench.timer import mean_seconds, synchronizer
 from hvd_adam.bench.workloads import Workload, shapes
 from hvd_adam.errors import UserError
+from hvd_adam.log import logger
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-WARM_UP = 3
+WARM_UP_ROUNDS = 3
 
-# On a GPU a candidate's turn is a block of calls, with one wait at its end: long enough that this wait does not
-# count. A step that the host cannot launch as fast as the device makes it takes as long as its launches.
+# On a GPU a candidate's turn is a block of calls with one synchronization at its end, long enough to make the cost
+# of the synchronization negligible. If the host launches a step more slowly than the device runs it, the result is
+# the launch time.
 BLOCK_SECONDS = 0.01
-MOST_CALLS = 1000
+MAX_CALLS = 1000
 
 COLUMNS = (
     Column("workload", "workload"),
@@ -39,20 +41,20 @@ COLUMNS = (
 
 
 def measure(config: AdamConfig) -> Result:
-    """Times every optimizer that can be had, all in turn, for each workload, dtype and number of threads.
+    """Times every available optimizer, interleaved, for each workload, dtype and number of threads.
 
     Raises:
-        UserError: --device cuda where there is no GPU.
+        UserError: --device cuda without a GPU.
     """
     device = _device(config.device)
-    names, kinds = config.workload_names(device.type), config.dtype_names(device.type)
-    workloads = [Workload(name, kind, shapes(config, name), device) for name in names for kind in kinds]
+    names, dtypes = config.workload_names(device.type), config.dtype_names(device.type)
+    workloads = [Workload(name, dtype, shapes(config, name), device) for name in names for dtype in dtypes]
     rows: list[Row] = []
     missing: list[str] = []
     for workload in workloads:
-        measured, without = _measure(workload, config)
+        measured, unavailable = _measure(workload, config)
         rows += measured
-        missing += without
+        missing += unavailable
         release(device)
     panels: dict[str, list[Row]] = {}
     for row in rows:
@@ -66,12 +68,12 @@ def measure(config: AdamConfig) -> Result:
 
 
 def summarize(times: dict[str, list[float]], moved: int, labels: Row) -> list[Row]:
-    """Makes a row of each candidate's times.
+    """Returns one row per candidate.
 
     Args:
-        times: seconds by candidate; that of "copy" is the limit.
-        moved: bytes that a step must read and write.
-        labels: what all rows have in common.
+        times: seconds by candidate; "copy" is the limit.
+        moved: bytes that a step must read and write in total.
+        labels: values that all rows share.
     """
     rows = [{**labels, "name": name, **timing(seconds)} for name, seconds in times.items()]
     by_name = {row["name"]: row for row in rows}
@@ -94,21 +96,21 @@ def _thread_counts(config: AdamConfig, device: torch.device) -> tuple[int, ...]:
 
 
 def _measure(workload: Workload, config: AdamConfig) -> tuple[list[Row], list[str]]:
-    """The rows of one workload, and which optimizers cannot be had. Keeps nothing of its memory."""
-    beside = limits(workload)  # first, while there is room
+    """Returns the rows of one workload, and one line on each optimizer that is not available."""
+    copy_calls = copies(workload)  # first, while there is memory for them
     candidates = build(workload, config.reference)
-    calls = candidates.calls | beside
+    calls = candidates.calls | copy_calls
     rows: list[Row] = []
     before = torch.get_num_threads()
     for threads in _thread_counts(config, workload.device):
         torch.set_num_threads(threads)
-        say(
-            f"{workload.name} {workload.kind}: {len(calls)} candidates, {config.repeats} rounds, "
+        logger.info(
+            f"{workload.name} {workload.dtype_name}: {len(calls)} candidates, {config.repeats} rounds, "
             f"{threads} thread{'s' * (threads > 1)}"
         )
         labels = {
             "workload": workload.name,
-            "dtype": workload.kind,
+            "dtype": workload.dtype_name,
             "parameters": workload.parameters,
             "tensors": len(workload.shapes),
             "threads": threads,
@@ -116,7 +118,9 @@ def _measure(workload: Workload, config: AdamConfig) -> tuple[list[Row], list[st
         times, errors = interleaved(calls, config.repeats, workload.device)
         rows += summarize(times, workload.moved, labels)
         for name, error in (candidates.errors | errors).items():
-            rows.append({**labels, "name": name, "error": f"{workload.name} {workload.kind}, {name}: {error}"})
+            rows.append(
+                {**labels, "name": name, "error": f"{workload.name} {workload.dtype_name}, {name}: {error}"}
+            )
     torch.set_num_threads(before)
     return rows, candidates.missing
 
@@ -124,27 +128,30 @@ def _measure(workload: Workload, config: AdamConfig) -> tuple[list[Row], list[st
 def interleaved(
     calls: dict[str, Call], repeats: int, device: torch.device
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Seconds of every call in each of so many rounds, after a warm-up; and what ran out of memory, and how.
+    """Times all calls in every round, after `WARM_UP_ROUNDS` untimed rounds.
 
-    Each round has an order of its own: what a call leaves in the caches favours some successors over others, by up
-    to a tenth. What runs out of memory is left out from then on.
+    Each round has a different random order, because the contents of the caches after one call make some successors
+    up to a tenth faster than others. A call that runs out of memory is dropped.
+
+    Returns:
+        Seconds per round by name, and the errors of the dropped calls by name.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     errors: dict[str, str] = {}
-    finish = finisher(device.type)
-    finish()
-    sizes = dict.fromkeys(calls, 1)  # of the blocks of calls
+    synchronize = synchronizer(device.type)
+    synchronize()
+    sizes = dict.fromkeys(calls, 1)  # calls per block
     shuffled = random.Random(0)
-    for turn in range(-WARM_UP, repeats):
+    for turn in range(-WARM_UP_ROUNDS, repeats):
         for name in shuffled.sample([*times], len(times)):
             try:
-                seconds = mean_seconds(calls[name], sizes[name], finish)
+                seconds = mean_seconds(calls[name], sizes[name], synchronize)
             except torch.cuda.OutOfMemoryError as error:
                 errors[name] = first_line(error)
                 del times[name]
                 continue
             if device.type == "cuda":
-                sizes[name] = max(1, min(MOST_CALLS, round(BLOCK_SECONDS / seconds)))
+                sizes[name] = max(1, min(MAX_CALLS, round(BLOCK_SECONDS / seconds)))
             if turn >= 0:
                 times[name].append(seconds)
     return times, errors
@@ -152,27 +159,27 @@ def interleaved(
 
 def _notes(workloads: list[Workload], config: AdamConfig, device: torch.device) -> list[str]:
     by_name = {workload.name: workload for workload in workloads}
-    sizes = (f"{name} {w.parameters:,} in {len(w.shapes)}" for name, w in by_name.items())
-    by_kind = {workload.kind: workload for workload in workloads}
-    needed = (f"{kind} {w.moved // w.parameters}" for kind, w in by_kind.items())
+    sizes = (f"{name} {w.parameters:,} in {len(w.shapes)} tensors" for name, w in by_name.items())
+    by_dtype = {workload.dtype_name: workload for workload in workloads}
+    needed = (f"{dtype} {w.moved // w.parameters}" for dtype, w in by_dtype.items())
     threads = ", ".join(map(str, _thread_counts(config, device)))
     notes = [
-        f"on {device}; threads used: {threads}; parameters in tensors: {'; '.join(sizes)}",
-        "GB/s: what a step must move, whatever it moves besides, over its time; bytes a parameter: "
-        f"{', '.join(needed)} (parameter, gradient and moments are read, all but the gradient written)",
-        "copy: torch.Tensor.copy_ that reads and writes as many bytes in all, in the same rounds; in "
-        "place: torch.Tensor.mul_, as many (most CPUs fetch what a copy overwrites too: it is no upper limit)",
-        f"medians and quartiles of {config.repeats} rounds, each in another order, after {WARM_UP} rounds that "
-        f"do not count; ratios of times (below 1: faster), the last one of bandwidths",
+        f"device {device}; threads: {threads}; parameters: {'; '.join(sizes)}",
+        "GB/s: the bytes that a step must move, over its time, whatever else it moves; bytes per parameter: "
+        f"{', '.join(needed)} (parameter, gradient and moments are read, all but the gradient are written)",
+        "copy: torch.Tensor.copy_ that reads and writes as many bytes in total, in the same rounds; in place: "
+        "torch.Tensor.mul_ of as many bytes (most CPUs also fetch what a copy overwrites: copy is no upper limit)",
+        f"medians and quartiles of {config.repeats} rounds, each in a different random order, after "
+        f"{WARM_UP_ROUNDS} warm-up rounds; ratios of times (below 1: faster), the last one of bandwidths",
     ]
     if any(workload.master for workload in workloads):
         notes.append(
-            "-master: float32 master weights, read and written too; torch: gradients are copied to float32, the "
-            "masters updated, and copied back into the parameters"
+            "-master: float32 master weights, which are read and written too; torch: gradients are copied to "
+            "float32, the master weights are updated and copied back into the parameters"
         )
     if device.type == "cuda":
         notes.append(
-            f"a round is a block of calls that takes about {BLOCK_SECONDS * 1e3:g} ms, or of one, from its first "
-            "launch until the device is finished; peers share parameters and gradients"
+            f"a turn is a block of calls of about {BLOCK_SECONDS * 1e3:g} ms, at least one call, from the first "
+            "launch until the device has completed all; peers share parameters and gradients"
         )
     return notes

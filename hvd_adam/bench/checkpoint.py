@@ -1,4 +1,4 @@
-"""`bench checkpoint`: what checkpoints beside the training cost, in whole runs of `hvd_adam.train`."""
+"""`bench checkpoint`: the cost of writing checkpoints during training, in whole runs of `hvd_adam.train`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hvd_adam.bench import launching
+from hvd_adam.bench import launchers
 from hvd_adam.bench.config import CheckpointConfig
-from hvd_adam.bench.report import TIMES, Column, Result, bars, say
-from hvd_adam.bench.summary import Row, add_ratio, timing
-from hvd_adam.bench.training import IMAGE
+from hvd_adam.bench.report import TIMES, Column, Result, bars
+from hvd_adam.bench.stats import Row, add_ratio, timing
+from hvd_adam.bench.step_worker import IMAGE
 from hvd_adam.checkpoint import storage
+from hvd_adam.log import logger
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,28 +33,28 @@ COLUMNS = (
 
 
 def measure(config: CheckpointConfig) -> Result:
-    """Trains every model with and without checkpoints, in turns.
+    """Trains every model with and without checkpoints, interleaved.
 
     Raises:
         UserError: fewer GPUs than ranks, or no Horovod.
     """
-    device = launching.device(config, config.np)
+    device = launchers.device(config, config.np)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="hvd_adam-bench-", dir=config.folder) as folder:
         for model in config.model_names():
             runs: dict[str, list[Row]] = {WITHOUT: [], WITH: []}
             for number in range(config.repeats):
                 for variant, done in runs.items():
-                    say(f"model {model}, round {number + 1} of {config.repeats}, {variant} checkpoints")
+                    logger.info(f"model {model}, round {number + 1} of {config.repeats}, {variant} checkpoints")
                     done.append(
                         _train(config, device, model, variant, Path(folder, f"{model}-{variant}-{number}"))
                     )
             rows += summarize(model, runs)
     notes = [
-        f"{launching.description(config.np, config.launcher)}, on {device}, threads of a rank: "
-        f"{launching.threads(config.np)}, batch {config.batch_size} a rank of {'x'.join(map(str, IMAGE))}",
-        f"an update's time, as the mean of {config.every}: medians and quartiles of {config.repeats} runs of "
-        f"{config.steps} updates each, taken in turns; the first {config.every} updates of a run are left out",
+        f"{launchers.description(config.np, config.launcher)}, on {device}, {launchers.threads(config.np)} "
+        f"threads and {config.batch_size} images of {'x'.join(map(str, IMAGE))} per rank",
+        f"time per update, as the mean of {config.every}: medians and quartiles of {config.repeats} interleaved "
+        f"runs of {config.steps} updates each; the first {config.every} updates of a run are not counted",
         f"with: --checkpoint-every {config.every}, written to {config.folder or tempfile.gettempdir()}",
     ]
 
@@ -65,7 +66,11 @@ def measure(config: CheckpointConfig) -> Result:
 
 
 def _train(config: CheckpointConfig, device: str, model: str, variant: str, folder: Path) -> Row:
-    """One run: "seconds" of an update in each interval but the first, and "megabytes" of its last checkpoint."""
+    """Runs one training.
+
+    Returns:
+        "seconds" per update in each interval except the first, and "megabytes" of the last checkpoint; or "error".
+    """
     options = {
         "dataset": "synthetic",
         "synthetic-shape": "x".join(map(str, IMAGE)),
@@ -81,14 +86,14 @@ def _train(config: CheckpointConfig, device: str, model: str, variant: str, fold
     if variant == WITH:
         options["checkpoint-every"] = config.every
     arguments = [f"--{name}={value}" for name, value in options.items()]
-    plan = launching.horovodrun(variant, {}, config.np, config.launcher)
-    command = [*plan.command[: -len(launching.WORKER)], sys.executable, "-m", "hvd_adam.train", *arguments]
+    plan = launchers.horovodrun(variant, {}, config.np, config.launcher)
+    command = [*plan.command[: -len(launchers.WORKER)], sys.executable, "-m", "hvd_adam.train", *arguments]
     try:
         done = subprocess.run(
             command, env={**os.environ, **plan.environ}, capture_output=True, text=True, timeout=config.timeout
         )
     except subprocess.TimeoutExpired:
-        return {"error": f"{model} {variant} checkpoints has not ended within {config.timeout:g} seconds"}
+        return {"error": f"{model} {variant} checkpoints did not end within {config.timeout:g} seconds"}
     if done.returncode:
         return {
             "error": f"{model} {variant} checkpoints ended with code {done.returncode}:\n{done.stderr.strip()}"
@@ -101,7 +106,7 @@ def _train(config: CheckpointConfig, device: str, model: str, variant: str, fold
 
 
 def summarize(model: str, runs: dict[str, list[Row]]) -> list[Row]:
-    """Makes a row of each variant's runs; of one that failed, its first error."""
+    """Returns one row per variant; if a run of it failed, with its first error."""
     rows: list[Row] = []
     for variant, done in runs.items():
         row: Row = {"model": model, "variant": variant}

@@ -1,4 +1,4 @@
-"""What a benchmark is told: one typed configuration for each subcommand. Imports no torch."""
+"""The command-line options of the benchmarks: one dataclass for each subcommand. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,55 +15,54 @@ from hvd_adam.errors import UserError
 
 Number = TypeVar("Number", int, float)
 
-# "hvd_adam-STRATEGY" names come from distributed.api, which only the benchmark itself may import.
+# Prefix of the variants "hvd_adam-STRATEGY". Their list is in distributed.api, which imports torch.
 OURS = "hvd_adam-"
 PEERS = ("horovod", "horovod-fused", "ddp-fused", "ddp-zero", "plain", "compute")
 
-
-# The tensors of models that `bench adam` updates, and what it takes on a GPU where it is told nothing.
+# Models that `bench adam` takes its tensor shapes from, and its default workloads on a GPU.
 TENSOR_LISTS = ("resnet18", "resnet50", "transformer")
 GPU_WORKLOADS = ("1M", "16M", "100M", "1G", *TENSOR_LISTS)
-CUSTOM = "custom"  # as --parameters and --tensors have it
+CUSTOM = "custom"  # set by --parameters and --tensors
 
-# Behind a dtype: with float32 master weights.
+# Suffix of a dtype: with float32 master weights.
 MASTER = "-master"
 DTYPES = ("float32", "float64", "bfloat16", "float16", f"bfloat16{MASTER}", f"float16{MASTER}")
 
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """What all benchmarks are told."""
+    """Options of all benchmarks."""
 
     json: bool = option(False, "print one JSON object instead of a table")
     plot: str | None = option(None, "also draw the result into this PNG file")
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes a GPU where there is one")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto uses a GPU if there is one")
 
     def __post_init__(self) -> None:
         if self.plot is not None:
             path = Path(self.plot)
             require(path.suffix == ".png", "plot", self.plot, "a file name that ends in .png")
-            require(path.absolute().parent.is_dir(), "plot", self.plot, "in a folder that exists")
+            require(path.absolute().parent.is_dir(), "plot", self.plot, "in a directory that exists")
 
 
 @dataclass(frozen=True)
 class AdamConfig(BenchConfig):
-    """Times one optimizer step without communication: ours, PyTorch's, apex's and DeepSpeed's, beside a copy."""
+    """Times one optimizer step without communication: hvd_adam, PyTorch, apex, DeepSpeed, compared with a copy."""
 
     workloads: str = option(
         "auto",
-        "parameters to update: so many in one tensor, as in 16M,1G, or as in resnet18 (11.7 M in 62 tensors), "
+        "parameters to update: a number in one tensor, as in 16M,1G, or those of resnet18 (11.7 M in 62 tensors), "
         "resnet50 (25.6 M in 161), transformer (1.3 G in 292); auto: resnet18, on a GPU also the others",
     )
     parameters: int | None = option(None, "number of parameters, instead of --workloads")
-    tensors: int | None = option(None, "number of tensors that --parameters are divided among (default: 62)")
+    tensors: int | None = option(None, "number of tensors that --parameters are divided into (default: 62)")
     threads: str = option("auto", "numbers of threads to compare, as in 1,2; auto: 1, 2, 4, … up to the cores")
     dtype: str = option(
         "auto",
         f"dtypes of the parameters to compare, as in float32,bfloat16; bfloat16{MASTER}, float16{MASTER}: with "
         f"float32 master weights; auto: float32, on a GPU also bfloat16{MASTER}",
     )
-    reference: bool = option(False, "time the slow reference too, above a million parameters")
-    repeats: int = option(20, "rounds in which every optimizer makes a step in turn")
+    reference: bool = option(False, "also time the slow reference above a million parameters")
+    repeats: int = option(20, "rounds; in each, every optimizer makes a step")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,16 +70,16 @@ class AdamConfig(BenchConfig):
         require(self.parameters is None or self.parameters >= 1, "parameters", self.parameters, "at least 1")
         if self.tensors is not None:
             if self.parameters is None:
-                raise UserError("--tensors goes with --parameters: --workloads have tensors of their own")
+                raise UserError("--tensors needs --parameters: --workloads have fixed tensors")
             require(1 <= self.tensors <= self.parameters, "tensors", self.tensors, "from 1 to --parameters")
         if self.parameters is not None and self.workloads != "auto":
-            raise UserError("--parameters and --workloads exclude each other: give one")
+            raise UserError("--parameters and --workloads exclude each other: use one")
         self.thread_counts()
         self.workload_names("cpu")
         self.dtype_names("cpu")
 
     def workload_names(self, device: str) -> tuple[str, ...]:
-        """What to update on a device, "cpu" or "cuda": numbers of parameters, `TENSOR_LISTS`, or `CUSTOM`."""
+        """Returns the workloads for device "cpu" or "cuda": numbers of parameters, `TENSOR_LISTS`, or `CUSTOM`."""
         if self.parameters is not None:
             return (CUSTOM,)
         if self.workloads == "auto":
@@ -92,7 +91,7 @@ class AdamConfig(BenchConfig):
         return names
 
     def dtype_names(self, device: str) -> tuple[str, ...]:
-        """Which of `DTYPES` to compare on a device, "cpu" or "cuda"."""
+        """Returns the `DTYPES` to compare on a device, "cpu" or "cuda"."""
         if self.dtype == "auto":
             return ("float32", f"bfloat16{MASTER}") if device == "cuda" else ("float32",)
         names = _words(self.dtype)
@@ -102,7 +101,7 @@ class AdamConfig(BenchConfig):
         return names
 
     def thread_counts(self) -> tuple[int, ...]:
-        """The numbers of threads to compare."""
+        """Returns the numbers of threads to compare."""
         most = len(cores())
         if self.threads == "auto":
             return tuple(sorted({*(2**power for power in range(most.bit_length())), most}))
@@ -110,7 +109,7 @@ class AdamConfig(BenchConfig):
         return _numbers("threads", self.threads, int, lambda count: 1 <= count <= most, wanted)
 
     def tensor_sizes(self) -> tuple[int, ...] | None:
-        """Elements of each tensor where --parameters is given, else None."""
+        """Returns the number of elements of each tensor; None without --parameters."""
         if self.parameters is None:
             return None
         tensors = self.tensors or min(62, self.parameters)
@@ -120,10 +119,10 @@ class AdamConfig(BenchConfig):
 
 @dataclass(frozen=True)
 class RanksConfig(BenchConfig):
-    """What all benchmarks on several ranks are told."""
+    """Options of all benchmarks on several ranks."""
 
-    launcher: Literal["mpi", "gloo"] = option("mpi", "what horovodrun uses: --mpi or --gloo")
-    timeout: float = option(120.0, "seconds that a variant may take to start and warm up, and for each turn")
+    launcher: Literal["mpi", "gloo"] = option("mpi", "controller of horovodrun: --mpi or --gloo")
+    timeout: float = option(120.0, "time limit in seconds of a variant's start and warm-up, and of each turn")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -132,23 +131,23 @@ class RanksConfig(BenchConfig):
 
 @dataclass(frozen=True)
 class StepConfig(RanksConfig):
-    """Times whole training steps: ours by strategy, stock Horovod, DDP, ZeRO, plain PyTorch, and no optimizer."""
+    """Times whole training steps: hvd_adam by strategy, stock Horovod, DDP, ZeRO, plain PyTorch, no optimizer."""
 
     np: int = option(2, "number of ranks; one is started without a launcher")
     models: str = option(
-        "mlp,cnn,resnet18", "models to train: mlp (10.5 M parameters) or as --model of hvd_adam.train"
+        "mlp,cnn,resnet18", "models to train: mlp (10.5 M parameters) or as in --model of hvd_adam.train"
     )
     batch_size: int = option(32, "images per rank")
     precision: Literal["fp32", "bf16"] = option("fp32", "arithmetic of the model; bf16 is autocast")
     channels_last: bool = option(False, "keep images and weights in channels-last order")
     compile: bool = option(False, "compile the model with torch.compile")
-    repeats: int = option(5, "rounds in which every variant has a turn")
-    steps: int = option(10, "steps to a turn that count; on a GPU they are timed together")
+    repeats: int = option(5, "rounds; in each, every variant has a turn")
+    steps: int = option(10, "timed steps per turn; on a GPU they are timed together")
     variants: str = option(
         "all",
-        f"which to compare, as in {OURS}allreduce,{','.join(PEERS)}; plain, without distribution: --np 1 only",
+        f"variants to compare, as in {OURS}allreduce,{','.join(PEERS)}; plain, without distribution: --np 1 only",
     )
-    timeout: float = option(300.0, "seconds that a variant may take to start and warm up, and for each turn")
+    timeout: float = option(300.0, "time limit in seconds of a variant's start and warm-up, and of each turn")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -161,20 +160,20 @@ class StepConfig(RanksConfig):
             known = name in ("all", *PEERS) or name.startswith(OURS)
             require(known, "variants", name, f"some of {OURS}STRATEGY, {', '.join(PEERS)}")
         if "plain" in _words(self.variants) and self.np > 1:
-            raise UserError("--variants plain trains each rank by itself: use --np 1, or leave it out")
+            raise UserError("--variants plain trains one rank without distribution: use --np 1, or leave it out")
 
     def model_names(self) -> tuple[str, ...]:
-        """The models to train."""
+        """Returns the models to train."""
         return _words(self.models)
 
     def variant_names(self, strategies: Iterable[str]) -> tuple[str, ...]:
-        """The variants to compare.
+        """Returns the variants to compare.
 
         Args:
-            strategies: those that `hvd_adam.distribute` has.
+            strategies: the strategies of `hvd_adam.distribute`.
 
         Raises:
-            UserError: a variant is none of ours and no peer.
+            UserError: an unknown variant.
         """
         peers = (peer for peer in PEERS if peer != "plain" or self.np == 1)
         known = (*(OURS + strategy for strategy in strategies), *peers)
@@ -186,12 +185,12 @@ class StepConfig(RanksConfig):
 
 @dataclass(frozen=True)
 class AllreduceConfig(RanksConfig):
-    """Times sums over the ranks by message size: Horovod, MPI, torch.distributed, beside the ring's bound."""
+    """Times sums over the ranks by message size: Horovod, MPI, torch.distributed, compared with a ring's bound."""
 
     np: int = option(2, "number of ranks, at least 2")
     sizes: str = option("0.004,0.06,0.25,1,4,8,16,40", "message sizes in MB (a million bytes)")
-    repeats: int = option(5, "rounds in which every variant has a turn")
-    calls: int = option(10, "sums of each size to a turn that count")
+    repeats: int = option(5, "rounds; in each, every variant has a turn")
+    calls: int = option(10, "timed sums of each size per turn")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -201,7 +200,7 @@ class AllreduceConfig(RanksConfig):
         self.elements()
 
     def elements(self) -> tuple[int, ...]:
-        """The message sizes as numbers of float32, ascending."""
+        """Returns the message sizes as numbers of float32, ascending."""
         valid, wanted = (lambda size: 4e-6 <= size < math.inf), "sizes in MB, at least 0.000004, as in 0.25,1,40"
         return tuple(
             sorted({round(size * 1e6 / 4) for size in _numbers("sizes", self.sizes, float, valid, wanted)})
@@ -210,16 +209,16 @@ class AllreduceConfig(RanksConfig):
 
 @dataclass(frozen=True)
 class CheckpointConfig(RanksConfig):
-    """Times training with and without checkpoints: what writing them beside it costs."""
+    """Times training with and without checkpoints, which shows the cost of writing them during training."""
 
     np: int = option(2, "number of ranks")
-    models: str = option("cnn,resnet18", "models to train, as --model of hvd_adam.train")
+    models: str = option("cnn,resnet18", "models to train, as in --model of hvd_adam.train")
     batch_size: int = option(32, "images per rank")
     every: int = option(10, "updates between two checkpoints, at least 1")
-    steps: int = option(60, "updates of a run, at least twice as many")
-    repeats: int = option(5, "runs of each, taken in turns")
-    folder: str | None = option(None, "an existing folder to write below (default: the system's temporary one)")
-    timeout: float = option(300.0, "seconds that a run may take")
+    steps: int = option(60, "updates per run, at least twice --every")
+    repeats: int = option(5, "runs of each kind, interleaved")
+    folder: str | None = option(None, "existing directory to write to (default: the system's temporary directory)")
+    timeout: float = option(300.0, "time limit of a run, in seconds")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -227,18 +226,20 @@ class CheckpointConfig(RanksConfig):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(self.steps >= 2 * self.every, "steps", self.steps, f"at least twice --every ({2 * self.every})")
         require(bool(self.model_names()), "models", repr(self.models), "names of models, as in cnn,resnet18")
-        require(self.folder is None or Path(self.folder).is_dir(), "folder", self.folder, "a folder that exists")
+        require(
+            self.folder is None or Path(self.folder).is_dir(), "folder", self.folder, "a directory that exists"
+        )
 
     def model_names(self) -> tuple[str, ...]:
-        """The models to train."""
+        """Returns the models to train."""
         return _words(self.models)
 
 
 @dataclass(frozen=True)
 class MemoryConfig(RanksConfig):
-    """Measures bytes per parameter on a rank by strategy and number of ranks, beside what is predicted."""
+    """Measures bytes per parameter on a rank by strategy and number of ranks, compared with the prediction."""
 
-    model: str = option("mlp", "mlp (10.5 M parameters) or as --model of hvd_adam.train")
+    model: str = option("mlp", "mlp (10.5 M parameters) or as in --model of hvd_adam.train")
     np: str = option("1,2,4", "numbers of ranks to compare")
 
     def __post_init__(self) -> None:
@@ -246,12 +247,12 @@ class MemoryConfig(RanksConfig):
         self.rank_counts()
 
     def rank_counts(self) -> tuple[int, ...]:
-        """The numbers of ranks to compare."""
+        """Returns the numbers of ranks to compare."""
         return _numbers("np", self.np, int, lambda count: count >= 1, "numbers of ranks, as in 1,2,4")
 
 
 def flat_elements(workload: str) -> int | None:
-    """How many parameters "16M" or "1G" are, in one tensor; None for other words."""
+    """Returns the number of parameters of a workload such as "16M" or "1G"; None for other names."""
     match = re.fullmatch("([1-9][0-9]*)([KMG]?)", workload)
     return int(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[match[2]] if match else None
 

@@ -1,18 +1,19 @@
-"""`bench memory`: bytes per parameter on a rank, by strategy and number of ranks, beside what is predicted."""
+"""`bench memory`: bytes per parameter on a rank by strategy and number of ranks, compared with the prediction."""
 
 from __future__ import annotations
 
 from functools import partial
 from typing import TYPE_CHECKING
 
-from hvd_adam.bench import launching
+from hvd_adam.bench import launchers
 from hvd_adam.bench.config import MemoryConfig
-from hvd_adam.bench.footprint import STEPS
-from hvd_adam.bench.groups import Outcome, Plan, take_turns
-from hvd_adam.bench.report import Column, Result, say
-from hvd_adam.bench.summary import Row, ratio
-from hvd_adam.bench.training import build_model
+from hvd_adam.bench.interleave import Outcome, Plan, take_turns
+from hvd_adam.bench.memory_worker import STEPS
+from hvd_adam.bench.report import Column, Result
+from hvd_adam.bench.stats import Row, ratio
+from hvd_adam.bench.step_worker import build_model
 from hvd_adam.distributed.api import STRATEGIES
+from hvd_adam.log import logger
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,7 +30,7 @@ COLUMNS = (
 
 
 def measure(config: MemoryConfig) -> Result:
-    """Trains a few steps with every strategy on every number of ranks, and counts.
+    """Trains a few steps with every strategy on every number of ranks, and counts the bytes held.
 
     Raises:
         UserError: an unknown model, fewer GPUs than ranks, or no Horovod.
@@ -37,32 +38,39 @@ def measure(config: MemoryConfig) -> Result:
     count = sum(p.numel() for p in build_model(config.model).parameters())
     rows: list[Row] = []
     for ranks in config.rank_counts():
-        task = {"kind": "memory", "model": config.model, "device": launching.device(config, ranks)}
+        task = {"kind": "memory", "model": config.model, "device": launchers.device(config, ranks)}
         plans: list[Plan] = [
-            launching.horovodrun(strategy, {**task, "strategy": strategy}, ranks, config.launcher)
+            launchers.horovodrun(strategy, {**task, "strategy": strategy}, ranks, config.launcher)
             for strategy in STRATEGIES
         ]
-        say(f"{ranks} rank{'s' * (ranks > 1)}")
-        outcomes = take_turns(plans, ranks=ranks, rounds=1, timeout=config.timeout, say=say)
+        logger.info(f"{ranks} rank{'s' * (ranks > 1)}")
+        outcomes = take_turns(plans, ranks=ranks, rounds=1, timeout=config.timeout, log=logger.info)
         rows += [summarize(strategy, ranks, outcome, count) for strategy, outcome in outcomes.items()]
-    threads = ", ".join(str(launching.threads(ranks)) for ranks in config.rank_counts())
+    threads = ", ".join(str(launchers.threads(ranks)) for ranks in config.rank_counts())
     notes = [
-        f"horovodrun --{config.launcher}, but for 1 rank; threads of a rank: {threads}",
-        f"{config.model}, {count:,} float32 parameters; bytes per parameter on the rank that keeps most, after "
+        f"horovodrun --{config.launcher}, except for 1 rank; threads per rank: {threads}",
+        f"{config.model}, {count:,} float32 parameters; bytes per parameter on the rank that holds most, after "
         f"{2 * STEPS} steps; whole buffers are counted, each once",
-        "predicted: 4 for the parameter, 4 for its gradient, 8 for Adam's moments (8/N where they are sharded)",
+        "predicted: 4 for the parameter, 4 for its gradient, 8 for Adam's moments (8/N if they are sharded)",
     ]
     return Result(rows, COLUMNS, notes, partial(_draw, rows))
 
 
 def predicted(strategy: str, ranks: int) -> dict[str, float] | None:
-    """Bytes per float32 parameter on a rank, by part; None for a strategy that nothing is known of."""
+    """Returns the bytes per float32 parameter on a rank, by part; None for an unknown strategy."""
     state = {"allreduce": 8.0, "sharded": 8.0 / ranks}.get(strategy)
     return None if state is None else {"parameters": 4.0, "gradients": 4.0, "state": state}
 
 
 def summarize(strategy: str, ranks: int, outcome: Outcome, count: int) -> Row:
-    """Makes a row of what `count` parameters take."""
+    """Returns the row of a strategy.
+
+    Args:
+        strategy: name of the strategy.
+        ranks: number of ranks.
+        outcome: the bytes of each part, or an error.
+        count: number of parameters of the model.
+    """
     row: Row = {"strategy": strategy, "np": ranks}
     if outcome.error is not None:
         return {**row, "error": outcome.error}

@@ -1,4 +1,4 @@
-"""Candidates of `bench adam`: the step of every optimizer that can be had, and copies to compare them with."""
+"""The candidates of `bench adam`: a step of every available optimizer, and copies to compare them with."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -15,28 +16,28 @@ from hvd_adam.optim.adam import Adam
 
 Call = Callable[[], object]
 
-# The reference works in float64, one operation after the other: above this it is timed only on demand.
+# The reference computes in float64, one operation at a time: above this size it is timed only on request.
 REFERENCE_PARAMETERS = 1_000_000
 
-# On a GPU, above this: only what anybody would take there. The others are many times slower, and need room.
+# Above this size on a GPU, only the fast implementations are timed: others are many times slower and need memory.
 GPU_SMALL_PARAMETERS = 32_000_000
 
-# Of each of the two buffers that are copied between. It is beyond all caches; more would only take room.
+# Size of each of the two buffers of a copy: larger than all caches.
 COPY_BYTES = 1 << 30
 
 
 class Tensors:
-    """Parameters with gradients, as a workload has them.
+    """The parameters of a workload and their gradients.
 
     Attributes:
-        parameters: of the workload's shapes, dtype and device, filled with normal random numbers.
+        parameters: with the workload's shapes, dtype and device; normal random numbers, as are their gradients.
     """
 
     def __init__(self, workload: Workload) -> None:
         self.device = workload.device
         generator = torch.Generator(self.device).manual_seed(0)
         options: dict[str, Any] = {"device": self.device, "dtype": workload.dtype, "generator": generator}
-        self.parameters = []
+        self.parameters: list[torch.nn.Parameter] = []
         for shape in workload.shapes:
             parameter = torch.nn.Parameter(torch.randn(shape, **options))
             parameter.grad = torch.randn(shape, **options)
@@ -44,24 +45,24 @@ class Tensors:
 
     @cached_property
     def masters(self) -> list[torch.nn.Parameter]:
-        """float32 copies of the parameters, with room for float32 gradients."""
+        """float32 copies of the parameters, with zero gradients."""
         masters = [torch.nn.Parameter(parameter.detach().float()) for parameter in self.parameters]
         for master in masters:
             master.grad = torch.zeros_like(master)
         return masters
 
 
-Maker = Callable[[Tensors], Call]
+Factory = Callable[[Tensors], Call]
 
 
 @dataclass
 class Candidates:
-    """What there is to be timed.
+    """The optimizers of a workload.
 
     Attributes:
-        calls: makes a step, by name.
-        missing: why others cannot be had, one line each.
-        errors: names of those for which there is no memory left, and the line that says so.
+        calls: functions that make a step, by name of the optimizer.
+        missing: one line on each optimizer that is not available.
+        errors: first line of the error by name, of optimizers for which the memory did not suffice.
     """
 
     calls: dict[str, Call] = field(default_factory=dict)
@@ -70,19 +71,19 @@ class Candidates:
 
 
 def build(workload: Workload, reference: bool) -> Candidates:
-    """Makes every optimizer for a workload, and its first step.
+    """Builds every optimizer for a workload, and makes its first step.
 
-    Each has parameters of its own; on a GPU only ours has, and the peers share theirs: two of them beside ours,
-    with 1.3 G parameters, would not find room on a GPU of 80 GB. (On a CPU a large cache would favour those who
-    share. On a GPU each is called so often in a row that it finds its own.)
+    On a CPU each optimizer has parameters of its own, because a large cache would favour those that share them. On
+    a GPU hvd_adam has its own and the peers share theirs: with 1.3 G parameters, the memory of two peers and of
+    hvd_adam exceeds 80 GB. Sharing favours none there, because each is called many times in succession.
 
     Args:
-        workload: what they are to update.
-        reference: whether to take the slow reference whatever the size.
+        workload: the parameters to update.
+        reference: whether to time the slow reference at any size.
     """
     found = Candidates()
     shared: Tensors | None = None
-    for name, make in _makers(workload, reference).items():
+    for name, make in factories(workload, reference).items():
         try:
             if workload.device.type == "cpu" or name.startswith("hvd_adam"):
                 found.calls[name] = _started(make, Tensors(workload))
@@ -93,29 +94,30 @@ def build(workload: Workload, reference: bool) -> Candidates:
             found.missing.append(f"{name}: not installed")
         except torch.cuda.OutOfMemoryError as error:
             found.errors[name] = first_line(error)
-        except Exception as error:  # of a peer that is installed but does not work here: said, not passed on
+        except Exception as error:  # a peer that is installed but does not work here
             found.missing.append(f"{name}: {first_line(error)}")
         if name in found.errors:
-            release(workload.device)  # as much as it had got
+            release(workload.device)  # what it had allocated
     return found
 
 
 def release(device: torch.device) -> None:
-    """Gives a GPU's memory back that nothing uses any more; optimizers refer to themselves."""
+    """Frees unused GPU memory; optimizers are reference cycles, so they need the garbage collector."""
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, without its details."""
+    """Returns the first line of an error's message."""
     return (str(error) or repr(error)).splitlines()[0]
 
 
-def limits(workload: Workload) -> dict[str, Call]:
-    """What only reads half of a step's bytes and writes the other half: elsewhere, and to where it has read.
+def copies(workload: Workload) -> dict[str, Call]:
+    """Returns functions that move as many bytes as a step: half of them read and half written.
 
-    More than `COPY_BYTES` go through buffers of that size again and again.
+    "copy" writes to another buffer, "in place" to the buffer that it reads. More than `COPY_BYTES` are moved by
+    using buffers of that size several times.
     """
     dtype = torch.float32 if workload.master else workload.dtype
     repeats, rest = divmod(workload.moved // 2, COPY_BYTES)
@@ -137,17 +139,23 @@ def limits(workload: Workload) -> dict[str, Call]:
     return {"copy": copy, "in place": in_place}
 
 
-def _started(make: Maker, tensors: Tensors) -> Call:
+def _started(make: Factory, tensors: Tensors) -> Call:
     step = make(tensors)
     step()
     return step
 
 
-def _makers(workload: Workload, reference: bool) -> dict[str, Maker]:
+def factories(workload: Workload, reference: bool) -> dict[str, Factory]:
+    """Returns by name the functions that build an optimizer for tensors and return its step.
+
+    Args:
+        workload: the parameters to update.
+        reference: as in `build`.
+    """
     on_cpu = workload.device.type == "cpu"
     small = on_cpu or workload.parameters <= GPU_SMALL_PARAMETERS
     reference = reference or workload.parameters <= REFERENCE_PARAMETERS
-    makers = {
+    found = {
         "hvd_adam foreach": _ours("foreach", workload) if small else None,
         "hvd_adam fused": _ours("fused", workload),
         "hvd_adam reference": _ours("reference", workload) if reference else None,
@@ -157,53 +165,55 @@ def _makers(workload: Workload, reference: bool) -> dict[str, Maker]:
         "apex FusedAdam": _apex(workload),
         "deepspeed CPUAdam": _deepspeed(workload) if on_cpu else None,
     }
-    return {name: make for name, make in makers.items() if make is not None}
+    return {name: make for name, make in found.items() if make is not None}
 
 
-def _ours(implementation: str, workload: Workload) -> Maker:
+def _ours(implementation: str, workload: Workload) -> Factory:
     options: dict[str, Any] = {"implementation": implementation, "master_weights": workload.master}
     return lambda tensors: Adam(tensors.parameters, **options).step
 
 
-def _torch(workload: Workload, **options: bool) -> Maker:
+def _torch(workload: Workload, **options: Any) -> Factory:
     if not workload.master:
         return lambda tensors: torch.optim.Adam(tensors.parameters, **options).step
 
     def make(tensors: Tensors) -> Call:
-        """PyTorch keeps no master weights: this is the usual recipe for them."""
+        """PyTorch's Adam has no master weights; this is the usual recipe for them."""
         masters, parameters = tensors.masters, tensors.parameters
         optimizer = torch.optim.Adam(masters, **options)
-        gradients, wide = [p.grad for p in parameters], [p.grad for p in masters]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        master_gradients = [p.grad for p in masters if p.grad is not None]
 
         @torch.no_grad()
         def step() -> None:
-            torch._foreach_copy_(wide, gradients)
+            torch._foreach_copy_(master_gradients, gradients)
             optimizer.step()
-            torch._foreach_copy_(parameters, masters)
+            torch._foreach_copy_(tuple(parameters), tuple(masters))
 
         return step
 
     return make
 
 
-def _apex(workload: Workload) -> Maker:
-    # Its master weights are for steps that a CUDA graph can capture only.
+def _apex(workload: Workload) -> Factory:
+    # It supports master weights only with capturable=True, for CUDA graphs.
     options = {"master_weights": True, "capturable": True} if workload.master else {}
 
     def make(tensors: Tensors) -> Call:
-        from apex.optimizers import FusedAdam  # optional: built by hand against CUDA
-
-        return FusedAdam(tensors.parameters, adam_w_mode=False, **options).step
+        FusedAdam = import_module("apex.optimizers").FusedAdam  # optional: built by hand against CUDA
+        step: Call = FusedAdam(tensors.parameters, adam_w_mode=False, **options).step
+        return step
 
     return make
 
 
-def _deepspeed(workload: Workload) -> Maker:
+def _deepspeed(workload: Workload) -> Factory:
     def make(tensors: Tensors) -> Call:
-        from deepspeed.ops.adam import DeepSpeedCPUAdam  # optional: a large package
+        DeepSpeedCPUAdam = import_module("deepspeed.ops.adam").DeepSpeedCPUAdam  # optional: a large package
 
         if workload.master:
-            raise ValueError("keeps no master weights of its own")
-        return DeepSpeedCPUAdam(tensors.parameters, adamw_mode=False).step
+            raise ValueError("has no master weights")
+        step: Call = DeepSpeedCPUAdam(tensors.parameters, adamw_mode=False).step
+        return step
 
     return make

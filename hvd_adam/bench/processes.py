@@ -1,4 +1,4 @@
-"""Processes of this machine, as Linux shows them under /proc: which there are, and signals to them."""
+"""Finds processes of this machine, and sends signals to them."""
 
 from __future__ import annotations
 
@@ -7,48 +7,48 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+
+import psutil
 
 
 def marked(mark: str) -> list[int]:
-    """Every live process of this user that was started with `mark` ("NAME=value") in its environment."""
-    return [int(entry.name) for entry in Path("/proc").glob("[0-9]*") if mark.encode() in _environ(entry)]
+    """Returns the live processes of this user that were started with "NAME=value" in their environment."""
+    name, _, value = mark.partition("=")
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):  # it has ended, or belongs to another user
+            if process.environ().get(name) == value:
+                found.append(process.pid)
+    return found
 
 
 def is_stopped(process: int) -> bool:
-    """Whether a process has been stopped, or has ended."""
+    """Returns whether a process is stopped or has ended."""
     try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in "TZ"
-    except OSError:
+        return psutil.Process(process).status() in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
         return True
 
 
 def send(process: int, number: int) -> None:
-    """Sends a signal to a process, which may have ended by itself."""
+    """Sends a signal to a process, which may have ended already."""
     with suppress(ProcessLookupError):
         os.kill(process, number)
 
 
 @contextmanager
 def deferred_signals() -> Iterator[threading.Event]:
-    """Notes Ctrl-C and SIGTERM, and is interrupted at the end if not before.
+    """Sets the yielded event on SIGINT and SIGTERM, and raises KeyboardInterrupt at the end of the block.
 
-    Elsewhere the interrupt might come between a process's start and the moment from which it is known.
+    An immediate KeyboardInterrupt could lose a process between its start and the moment where its id is stored.
     """
-    told = threading.Event()
+    interrupted = threading.Event()
     numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda *_: told.set()) for number in numbers}
+    before = {number: signal.signal(number, lambda *_: interrupted.set()) for number in numbers}
     try:
-        yield told
+        yield interrupted
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if told.is_set():
+    if interrupted.is_set():
         raise KeyboardInterrupt
-
-
-def _environ(entry: Path) -> list[bytes]:
-    try:
-        return (entry / "environ").read_bytes().split(b"\0")
-    except OSError:
-        return []  # it has ended, or is another user's

@@ -1,4 +1,4 @@
-"""What a benchmark shows: the machine, a fixed-width table or one JSON object, and a plot."""
+"""The output of a benchmark: the machine, a fixed-width table or one JSON object, and a plot."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import json
 import platform
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hvd_adam import __version__
 from hvd_adam.bench.config import BenchConfig
-from hvd_adam.bench.summary import Row
+from hvd_adam.bench.stats import Row
 from hvd_adam.distributed.placement import cores
 
 if TYPE_CHECKING:
@@ -26,9 +26,9 @@ class Column:
     """One column of the table.
 
     Attributes:
-        head: what stands above it.
-        key: which of a row's values it shows.
-        format: how a number is written; texts are written as they are.
+        head: heading of the column.
+        key: key of the value in a row.
+        format: format specification of numbers; "" for text.
     """
 
     head: str
@@ -36,7 +36,7 @@ class Column:
     format: str = ""
 
     def text(self, row: Row) -> str:
-        """This column's cell: "-" where the row has no such value."""
+        """Returns the cell of a row; "-" if the row has no such value."""
         value = row.get(self.key)
         return "-" if value is None else value if isinstance(value, str) else format(value, self.format)
 
@@ -50,12 +50,12 @@ TIMES = (
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a benchmark has measured.
+    """The result of a benchmark.
 
     Attributes:
-        rows: one a measurement, in the order to show; a row with an "error" has not been measured.
-        columns: what of the rows the table shows, from left to right.
-        notes: what a reader must know to read the numbers, one line each.
+        rows: one per measurement, in display order; a row with "error" could not be measured.
+        columns: the columns of the table.
+        notes: how the numbers were measured and what they mean, one line each.
         draw: draws the rows into a figure.
     """
 
@@ -66,10 +66,10 @@ class Result:
 
 
 def machine(load: float) -> dict[str, Any]:
-    """Where the numbers come from.
+    """Returns the hardware and the versions of the software.
 
     Args:
-        load: the load average of the last minute before the benchmark began.
+        load: load average over the minute before the start of the benchmark.
     """
     import torch
 
@@ -80,26 +80,28 @@ def machine(load: float) -> dict[str, Any]:
         "gpus": torch.cuda.device_count(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "cuda": torch.version.cuda,
         "horovod": _version("horovod"),
         "mpi": _mpi_version(),
+        "hvd_adam": __version__,
         "load_average": round(load, 2),
     }
 
 
 def describe(machine: dict[str, Any]) -> str:
-    """The machine in three lines."""
+    """Describes the machine in three lines."""
     gpu = f"{machine['gpus']} × {machine['gpu']}" if machine["gpu"] else "none"
     return (
         f"CPU      {machine['cpu']}, {machine['cores']} cores, "
         f"load average {machine['load_average']} at the start\n"
         f"GPU      {gpu}\n"
-        f"versions Python {machine['python']}, torch {machine['torch']}, Horovod {machine['horovod'] or 'none'}, "
-        f"{machine['mpi'] or 'no MPI'}"
+        f"versions hvd_adam {machine['hvd_adam']}, Python {machine['python']}, torch {machine['torch']}, "
+        f"CUDA {machine['cuda'] or 'none'}, Horovod {machine['horovod'] or 'none'}, {machine['mpi'] or 'no MPI'}"
     )
 
 
 def show(command: str, config: BenchConfig, machine: dict[str, Any], result: Result) -> None:
-    """Prints a result as the configuration wants it, and draws it where a plot is wanted."""
+    """Prints a result in the configured format, and draws the plot if one is configured."""
     if config.plot:
         plot(Path(config.plot), f"hvd_adam.bench {command}: {machine['gpu'] or machine['cpu']}", result)
     if config.json:
@@ -118,7 +120,7 @@ def show(command: str, config: BenchConfig, machine: dict[str, Any], result: Res
 
 
 def table(columns: Sequence[Column], rows: Sequence[Row]) -> str:
-    """Rows in columns of fixed width: texts to the left, numbers to the right."""
+    """Formats rows in columns of fixed width: text left-aligned, numbers right-aligned."""
     cells = [[column.head for column in columns], *([column.text(row) for column in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
@@ -147,12 +149,12 @@ def plot(path: Path, title: str, result: Result) -> None:
 
 
 def bars(figure: Figure, panels: dict[str, list[Row]], name: str) -> None:
-    """One panel a title, three beside each other, with one bar a row: its median, and its quartiles as a line.
+    """Draws up to three panels side by side, each with one bar per row: its median, and its quartiles as a line.
 
     Args:
-        figure: what to draw into.
-        panels: rows by title; rows without a median are left out.
-        name: which of a row's values its bar is labelled with.
+        figure: the figure to draw into.
+        panels: rows by title of the panel; rows without a median are left out.
+        name: key of the label of a bar.
     """
     lines = -(-len(panels) // 3)
     figure.set_size_inches(10, 5 if lines == 1 else 3 * lines)
@@ -168,11 +170,6 @@ def bars(figure: Figure, panels: dict[str, list[Row]], name: str) -> None:
         axis.barh([row[name] for row in rows], medians, xerr=spread, color=colors)
         axis.invert_yaxis()  # the first row on top, as in the table
         axis.set(title=title, xlabel="ms")
-
-
-def say(text: str) -> None:
-    """Reports progress where it does not mix with the result."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def _cpu_model() -> str:
@@ -192,9 +189,9 @@ def _version(package: str) -> str | None:
 
 
 def _mpi_version() -> str | None:
-    # Not through mpi4py: once MPI has started in this process, no mpirun starts from it any more.
+    # Not from mpi4py: a process that has initialized MPI cannot start mpirun.
     mpirun = shutil.which("mpirun")
     if mpirun is None:
         return None
-    said = subprocess.run([mpirun, "--version"], capture_output=True, text=True, check=False).stdout
-    return said.splitlines()[0].replace("mpirun (", "").replace(")", "") if said else None
+    output = subprocess.run([mpirun, "--version"], capture_output=True, text=True, check=False).stdout
+    return output.splitlines()[0].replace("mpirun (", "").replace(")", "") if output else None

@@ -1,17 +1,18 @@
-"""`bench step`: whole training steps of every variant, in turns."""
+"""`bench step`: whole training steps of every variant, interleaved."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hvd_adam.bench import launching
-from hvd_adam.bench.clock import DROPPED
+from hvd_adam.bench import launchers
 from hvd_adam.bench.config import StepConfig
-from hvd_adam.bench.groups import Outcome, take_turns
-from hvd_adam.bench.report import TIMES, Column, Result, bars, say
-from hvd_adam.bench.summary import Row, add_ratio, timing
-from hvd_adam.bench.training import build_model
+from hvd_adam.bench.interleave import Outcome, take_turns
+from hvd_adam.bench.report import TIMES, Column, Result, bars
+from hvd_adam.bench.stats import Row, add_ratio, timing
+from hvd_adam.bench.step_worker import build_model
+from hvd_adam.bench.timer import WARM_UP_CALLS
 from hvd_adam.distributed.api import STRATEGIES
+from hvd_adam.log import logger
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,7 +36,7 @@ def measure(config: StepConfig) -> Result:
         UserError: an unknown model or variant, fewer GPUs than ranks, or no Horovod.
     """
     variants = config.variant_names(STRATEGIES)
-    device = launching.device(config, config.np)
+    device = launchers.device(config, config.np)
     sizes = {name: sum(p.numel() for p in build_model(name).parameters()) for name in config.model_names()}
     rows: list[Row] = []
     for model in sizes:
@@ -47,11 +48,13 @@ def measure(config: StepConfig) -> Result:
             **{name: getattr(config, name) for name in options},
         }
         plans = [
-            launching.horovodrun(variant, {**task, "variant": variant}, config.np, config.launcher)
+            launchers.horovodrun(variant, {**task, "variant": variant}, config.np, config.launcher)
             for variant in variants
         ]
-        say(f"model {model}")
-        outcomes = take_turns(plans, ranks=config.np, rounds=config.repeats, timeout=config.timeout, say=say)
+        logger.info(f"model {model}")
+        outcomes = take_turns(
+            plans, ranks=config.np, rounds=config.repeats, timeout=config.timeout, log=logger.info
+        )
         rows += summarize(model, outcomes, config.np * config.batch_size)
 
     def draw(figure: Figure) -> None:
@@ -61,12 +64,12 @@ def measure(config: StepConfig) -> Result:
 
 
 def summarize(model: str, outcomes: dict[str, Outcome], images: int) -> list[Row]:
-    """Makes a row of each variant's outcome.
+    """Returns one row per variant.
 
     Args:
-        model: its name.
+        model: name of the model.
         outcomes: by variant.
-        images: of one step, over all ranks.
+        images: images per step over all ranks.
     """
     rows: list[Row] = []
     for variant, outcome in outcomes.items():
@@ -87,18 +90,15 @@ def _notes(config: StepConfig, device: str, sizes: dict[str, int]) -> list[str]:
     counts = ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in sizes.items())
     applied = [config.precision, *(["channels-last"] if config.channels_last else [])]
     applied += ["torch.compile"] if config.compile else []
-    counted = "steps, of each the" if device == "cpu" else "steps, of their mean the"
+    value = "each the time" if device == "cpu" else "the mean of a turn's steps"
     notes = [
-        f"{launching.description(config.np, config.launcher)}, on {device}, threads of a rank: "
-        f"{launching.threads(config.np)}, batch {config.batch_size} a rank of 3x32x32; {', '.join(applied)}; "
-        f"parameters: {counts}",
-        f"medians and quartiles of {config.repeats} interleaved turns × {config.steps} {counted} slowest "
-        f"rank's time; one turn of warm-up and the first {DROPPED} steps of a turn are left out",
+        f"{launchers.description(config.np, config.launcher)}, on {device}, {launchers.threads(config.np)} "
+        f"threads and {config.batch_size} images of 3x32x32 per rank; {', '.join(applied)}; parameters: {counts}",
+        f"medians and quartiles of {config.repeats} interleaved turns × {config.steps} steps, {value} on the "
+        f"slowest rank; one warm-up turn and the first {WARM_UP_CALLS} steps of a turn are not counted",
         "ratios of times (below 1: faster). horovod: hvd.DistributedOptimizer around torch.optim.Adam's default; "
-        "plain: torch.optim.Adam fused, no distribution; compute: no distribution and no optimizer, the floor",
+        "plain: torch.optim.Adam fused, no distribution; compute: no distribution and no optimizer, a lower bound",
     ]
     if device == "cuda":
-        notes.append(
-            "the steps of a turn follow each other without a wait; one at its end, until the GPU is finished"
-        )
+        notes.append("the steps of a turn are queued back to back and synchronized once at the end")
     return notes

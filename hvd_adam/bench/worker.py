@@ -1,23 +1,23 @@
-"""What every rank of a benchmark runs: ``python -m hvd_adam.bench.worker FOLDER``, started by `groups`."""
+"""Entry point of a benchmark's ranks, started by `interleave`: ``python -m hvd_adam.bench.worker FOLDER``."""
 
 import json
 import sys
 from importlib import import_module
 from pathlib import Path
 
-from hvd_adam.bench.groups import serve
+from hvd_adam.bench.interleave import serve
 from hvd_adam.distributed.launch_env import detect_launcher
 
-# By the task's kind. Imported one at a time: a rank that measures bare MPI must not load Horovod.
+# By kind of task. Only one is imported, because a rank that measures bare MPI must not load Horovod.
 MODULES = {
-    "allreduce": "hvd_adam.bench.collectives",
-    "memory": "hvd_adam.bench.footprint",
-    "step": "hvd_adam.bench.training",
+    "allreduce": "hvd_adam.bench.allreduce_worker",
+    "memory": "hvd_adam.bench.memory_worker",
+    "step": "hvd_adam.bench.step_worker",
 }
 
 
 def main(folder: Path) -> None:
-    """Prepares this rank for the group's task, and measures whenever it is the group's turn."""
+    """Prepares this rank for the group's task, and measures at each turn of the group."""
     task = json.loads((folder / "task.json").read_text())
     launch = detect_launcher()
     module = import_module(MODULES[task["kind"]])

@@ -1,4 +1,4 @@
-"""What `bench adam` updates: lists of parameters as models have them, or in one flat tensor."""
+"""The parameters that `bench adam` updates: with the shapes of a model, or in one flat tensor."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from hvd_adam.models.torchvision_compat import import_torchvision
 
 Shape = tuple[int, ...]
 
-# GPT-3 XL's width and depth with GPT-2's vocabulary (Brown et al., arXiv 2005.14165, table 2.1), the output tied
-# to the embedding: 1.316 G parameters.
+# Width and depth of GPT-3 XL (Brown et al., arXiv 2005.14165, table 2.1) with GPT-2's vocabulary. The output
+# layer is tied to the embedding: 1.316 G parameters.
 LAYERS, WIDTH, VOCABULARY, CONTEXT = 24, 2048, 50257, 2048
 
 
@@ -24,41 +24,42 @@ class Workload:
 
     Attributes:
         name: as in --workloads, or "custom".
-        kind: as in --dtype.
-        shapes: of the tensors.
-        device: where they lie.
+        dtype_name: as in --dtype.
+        shapes: shapes of the tensors.
+        device: device of the tensors.
     """
 
     name: str
-    kind: str
+    dtype_name: str
     shapes: tuple[Shape, ...]
     device: torch.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of parameters and gradients."""
-        return getattr(torch, self.kind.removesuffix(MASTER))
+        """The dtype of parameters and gradients."""
+        dtype: torch.dtype = getattr(torch, self.dtype_name.removesuffix(MASTER))
+        return dtype
 
     @property
     def master(self) -> bool:
-        """Whether float32 copies of the parameters are what is updated."""
-        return self.kind.endswith(MASTER)
+        """Whether float32 master weights are updated."""
+        return self.dtype_name.endswith(MASTER)
 
     @property
     def parameters(self) -> int:
-        """How many there are in all tensors."""
+        """The number of parameters in all tensors."""
         return sum(map(math.prod, self.shapes))
 
     @property
     def moved(self) -> int:
-        """Bytes that a step must read and write: all that it keeps, but for the gradient, which it only reads."""
+        """Bytes that a step must read and write: it reads the gradient, and reads and writes everything else."""
         size = self.dtype.itemsize
-        state = 3 * torch.float32.itemsize if self.master else 2 * size  # both moments, and the master weights
+        state = 3 * torch.float32.itemsize if self.master else 2 * size  # both moments and the master weights
         return self.parameters * (2 * (size + state) + size)
 
 
 def shapes(config: AdamConfig, name: str) -> tuple[Shape, ...]:
-    """Those of the tensors of a workload, in the order of the model."""
+    """Returns the shapes of a workload's tensors, in the order of the model."""
     if name == CUSTOM:
         return tuple((size,) for size in config.tensor_sizes() or ())
     elements = flat_elements(name)
@@ -72,7 +73,7 @@ def shapes(config: AdamConfig, name: str) -> tuple[Shape, ...]:
 
 
 def _transformer() -> Iterator[Shape]:
-    """GPT-2's tensors: two embeddings, then of each layer norm, attention, norm and MLP, and a last norm."""
+    """Yields the shapes of GPT-2: two embeddings; norm, attention, norm and MLP per layer; a last norm."""
     norm = ((WIDTH,), (WIDTH,))
     yield from ((VOCABULARY, WIDTH), (CONTEXT, WIDTH))
     for _ in range(LAYERS):

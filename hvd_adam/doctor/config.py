@@ -1,4 +1,4 @@
-"""What the doctor is told. Imports no torch."""
+"""The command-line options of the doctor. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from typing import Literal
 
 from hvd_adam.config import option, require
 
-# A leading dash would be an option of ssh.
+# ssh would take a leading dash for an option.
 _HOST = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True)
 class DoctorConfig:
-    """Says what is wrong with this machine, with other hosts, or with the job that it is started in."""
+    """Diagnoses this machine, other hosts, or the job that it is started in."""
 
     json: bool = option(False, "print one JSON object instead of a table")
-    seconds: float = option(10.0, "seconds that the measurements may take together, at most 600")
-    timeout: float = option(60.0, "seconds to wait for a rank or host that does not come, at most 3600")
-    output_dir: str = option("runs", "the folder that runs will be written to")
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes a GPU where there is one")
-    hosts: str | None = option(None, "also -H: look at these hosts too, by ssh, as in host1,host2")
-    ssh_port: int | None = option(None, "ssh port of the hosts (default: as ssh is configured)")
-    ssh_key: str | None = option(None, "ssh private key (default: as ssh is configured)")
+    seconds: float = option(10.0, "time limit of all measurements together, in seconds, at most 600")
+    timeout: float = option(60.0, "seconds to wait for a rank or host that does not respond, at most 3600")
+    output_dir: str = option("runs", "the directory that runs will be written to")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto uses a GPU if there is one")
+    hosts: str | None = option(None, "also -H: check these hosts too, over ssh, as in host1,host2")
+    ssh_port: int | None = option(None, "ssh port of the hosts (default: from the ssh configuration)")
+    ssh_key: str | None = option(None, "ssh private key (default: from the ssh configuration)")
 
     def __post_init__(self) -> None:
         require(0 < self.seconds <= 600, "seconds", self.seconds, "above 0 and at most 600")
         require(0 < self.timeout <= 3600, "timeout", self.timeout, "above 0 and at most 3600")
-        require(bool(self.output_dir), "output-dir", "empty", "the name of a folder")
+        require(bool(self.output_dir), "output-dir", "empty", "the name of a directory")
         port = self.ssh_port
         require(port is None or 0 < port < 65536, "ssh-port", port, "from 1 to 65535")
         require(self.ssh_key is None or Path(self.ssh_key).is_file(), "ssh-key", self.ssh_key, "a file")
@@ -38,6 +38,6 @@ class DoctorConfig:
                 require(bool(_HOST.fullmatch(host)), "hosts", repr(self.hosts), "names, as in host1,host2")
 
     def host_names(self) -> tuple[str, ...]:
-        """The hosts to look at, each once; a number of ranks after a colon is left out."""
+        """Returns the distinct hosts to check, without a number of slots after a colon."""
         names = (re.sub(r":\d+$", "", part.strip()) for part in (self.hosts or "").split(","))
         return tuple(dict.fromkeys(filter(None, names)))

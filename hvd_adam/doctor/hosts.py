@@ -1,8 +1,9 @@
-"""A quick look at a job's hosts before the launcher goes there: one line, and exit code 2, if one does not fit.
+"""Checks the hosts of a job before the launcher starts ranks there: one line and exit code 2 on a mismatch.
 
     python -m hvd_adam.doctor.hosts --hosts host1,host2 --ssh-port 2222 --ssh-key FILE
 
-The scripts in launch/ call it. Neither torch nor Horovod is loaded, here or there: a second or two for all hosts.
+The scripts in launch/ call it. It loads neither torch nor Horovod, here or there, and takes a second or two for
+all hosts.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import re
 import shlex
 import socket
 import subprocess
-import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,36 +28,36 @@ from hvd_adam.doctor.software import PACKAGE, code_hash
 from hvd_adam.errors import UserError
 
 NAME = "hvd_adam.doctor.hosts"
-ANSWER_SECONDS = 45.0
+TIMEOUT_SECONDS = 45.0
 
-# What differs, and how it is said.
-ALIKE = {
+# The message for each key of `installed_versions` that differs.
+MISMATCHES = {
     "torch": "torch {there} is installed there, {here} here",
     "horovod": "Horovod {there} is installed there, {here} here",
-    "code": "the hvd_adam there is another one than here",
+    "code": "the code of hvd_adam there differs from the code here",
 }
 
 
 @dataclass(frozen=True)
 class _Problem:
     host: str
-    wrong: str
+    found: str
     remedy: str
 
 
-def identity() -> dict[str, str]:
-    """What must be alike on all hosts."""
+def installed_versions() -> dict[str, str]:
+    """Returns the versions that must be identical on all hosts, and a hash of the package's code."""
     return {"torch": _torch_version(), "horovod": _version("horovod"), "code": code_hash(PACKAGE)}
 
 
 def _torch_version() -> str:
-    """As torch says it itself, without loading it."""
+    """Returns `torch.__version__` without importing torch."""
     spec = find_spec("torch")
     if spec is None or spec.origin is None:
         return "none"
     file = Path(spec.origin).with_name("version.py")
-    said = re.search(r"^__version__ = '(.+)'", file.read_text(), re.MULTILINE) if file.exists() else None
-    return said[1] if said else _version("torch")
+    match = re.search(r"^__version__ = '(.+)'", file.read_text(), re.MULTILINE) if file.exists() else None
+    return match[1] if match else _version("torch")
 
 
 def _version(package: str) -> str:
@@ -67,53 +67,55 @@ def _version(package: str) -> str:
         return "none"
 
 
-def require_alike(config: DoctorConfig) -> None:
-    """Looks at all hosts at once.
+def require_identical(config: DoctorConfig) -> None:
+    """Checks all hosts in parallel.
 
     Raises:
-        UserError: one does not let us in, has not what is here, or has something else; names the first.
+        UserError: the ssh login to a host fails, or something is missing or different there. Names the first such
+            host.
     """
-    hosts = [host for host in config.host_names() if not is_here(host)]
-    here = identity()
-    with ThreadPoolExecutor(remote.AT_ONCE) as pool:
-        problems = list(pool.map(lambda host: _look_at(host, here, config), hosts))
+    hosts = [host for host in config.host_names() if not is_local(host)]
+    here = installed_versions()
+    with ThreadPoolExecutor(remote.MAX_PARALLEL) as pool:
+        problems = list(pool.map(lambda host: _check_host(host, here, config), hosts))
     for problem in filter(None, problems):
-        raise UserError(f"{problem.host}: {problem.wrong}; {problem.remedy}")
+        raise UserError(f"{problem.host}: {problem.found}; {problem.remedy}")
 
 
-def is_here(host: str) -> bool:
-    """Whether launchers start ranks there without ssh."""
+def is_local(host: str) -> bool:
+    """Returns whether launchers start ranks on this host without ssh."""
     return host in ("localhost", "127.0.0.1", socket.gethostname(), socket.gethostname().partition(".")[0])
 
 
-def _look_at(host: str, here: Mapping[str, str], config: DoctorConfig) -> _Problem | None:
-    variables = [f"{name}={shlex.quote(os.environ[name])}" for name in remote.PASSED_ON if os.environ.get(name)]
-    there = ["exec", "env", *variables, shlex.quote(sys.executable), "-m", NAME, "--json"]
-    command = [*remote.ssh(host, config), f"cd {shlex.quote(os.getcwd())} 2>/dev/null; {' '.join(there)}"]
+def _check_host(host: str, here: Mapping[str, str], config: DoctorConfig) -> _Problem | None:
+    remote_python = remote.python_command(NAME, "--json")
+    command = [*remote.ssh(host, config), f"cd {shlex.quote(os.getcwd())} 2>/dev/null; {remote_python}"]
     try:
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=False
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False
         )
     except FileNotFoundError:
-        return _Problem(host, "there is no ssh here to reach it with", "install openssh-client")
+        return _Problem(host, "no ssh client on this host", "install openssh-client")
     except subprocess.TimeoutExpired:
-        return _Problem(host, "no answer in time", f"see what `ssh -o BatchMode=yes {host} true` does")
+        return _Problem(host, "no answer in time", f"run `ssh -o BatchMode=yes {host} true` to see why")
     if done.returncode:
         check = remote.explain(host, done.returncode, done.stderr.splitlines())
         return _Problem(host, check.found.removeprefix(f"{host}: "), check.remedy)
-    theirs = json.loads(done.stdout.splitlines()[-1])
-    for name, text in ALIKE.items():
-        if theirs[name] != here[name]:
-            wrong = text.format(here=here[name], there=theirs[name])
-            return _Problem(host, wrong, "have the same on every host: a shared folder, or the same set-up")
+    there = json.loads(done.stdout.splitlines()[-1])
+    for name, text in MISMATCHES.items():
+        if there[name] != here[name]:
+            found = text.format(here=here[name], there=there[name])
+            return _Problem(
+                host, found, "install the same software on every host: a shared directory or the same set-up"
+            )
     return None
 
 
 def _main(config: DoctorConfig) -> None:
     if config.hosts is None:
-        print(json.dumps(identity()))
+        print(json.dumps(installed_versions()))
     else:
-        require_alike(config)
+        require_identical(config)
 
 
 if __name__ == "__main__":

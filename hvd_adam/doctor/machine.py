@@ -1,4 +1,4 @@
-"""What a rank sees of its machine without loading anything: limits, memory, interfaces, disk, cores."""
+"""Checks of one rank's machine that load no library: limits, memory, interfaces, disk, cores."""
 
 from __future__ import annotations
 
@@ -6,45 +6,44 @@ import os
 import platform
 import resource
 import shutil
+import socket
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-import psutil
-
 from hvd_adam.distributed.peer_server import host_addresses
 from hvd_adam.distributed.placement import cores
-from hvd_adam.doctor.checks import Check, Report, fail, look, ok, warn
+from hvd_adam.doctor.report import Check, Report, attempt, fail, ok, warn
 
 MIB = 1 << 20
-TRIED_PYTHONS = ((3, 10), (3, 13))
+TESTED_PYTHONS = ((3, 10), (3, 13))
 
-# What of /dev/shm the processes of a host need: MPI's and NCCL's segments at least, workers of loaders too.
-SHM_LEAST, SHM_ENOUGH = 32 * MIB, 1024 * MIB
-DISK_LEAST, DISK_ENOUGH = 100 * MIB, 2048 * MIB
-DISK_SPEED = 20.0  # MB/s below which checkpoints hold a training up
+# Space in /dev/shm for the processes of a host: segments of MPI and NCCL at least, and data loader workers.
+SHM_REQUIRED, SHM_ADVISED = 32 * MIB, 1024 * MIB
+DISK_REQUIRED, DISK_ADVISED = 100 * MIB, 2048 * MIB
+DISK_SPEED = 20.0  # MB/s, below which checkpoints slow training down
 WRITE_BYTES, WRITE_SECONDS = 64 * MIB, 1.0
 
-# Variables that name the interface for one of the libraries, and what they say besides names.
+# Variables that name the network interface for one of the libraries.
 INTERFACE_VARIABLES = ("HOROVOD_GLOO_IFACE", "NCCL_SOCKET_IFNAME", "OMPI_MCA_btl_tcp_if_include")
 
 
 def examine(report: Report, output_dir: str) -> None:
-    """Adds to a report what the machine shows.
+    """Adds the checks and facts of the machine to a report.
 
     Args:
         report: of this rank.
-        output_dir: where rank 0 will write; the other ranks write nothing.
+        output_dir: the directory that rank 0 will write to; the other ranks do not test it.
     """
     report.checks += [
-        look("Python", _python),
-        look("/dev/shm", lambda: shared_memory(shutil.disk_usage("/dev/shm"))),
-        look("ulimits", _limits),
-        look("interfaces", _interfaces),
+        attempt("Python", _python),
+        attempt("/dev/shm", lambda: shared_memory(shutil.disk_usage("/dev/shm"))),
+        attempt("ulimits", _limits),
+        attempt("interfaces", _interfaces),
     ]
     if report.rank == 0:
-        report.checks.append(look("output folder", lambda: _output_folder(Path(output_dir))))
+        report.checks.append(attempt("output folder", lambda: output_folder(Path(output_dir))))
     report.facts |= {
         "cores": cores(),
         "threads": os.environ.get("OMP_NUM_THREADS", ""),
@@ -55,30 +54,30 @@ def examine(report: Report, output_dir: str) -> None:
 
 
 def _python() -> Check:
-    version, first, last = sys.version_info[:2], *TRIED_PYTHONS
+    version, first, last = sys.version_info[:2], *TESTED_PYTHONS
     found = f"{platform.python_version()} at {sys.executable}"
+    remedy = "use Python 3.10 to 3.13 (PYTHON=… bash launch/setup.sh)"
     if version < first:
-        return fail("Python", f"{found} is too old", "use Python 3.10 to 3.13 (PYTHON=… bash launch/setup.sh)")
+        return fail("Python", f"{found} is too old", remedy)
     if version > last:
-        return warn("Python", f"{found} is untried", "use Python 3.10 to 3.13 (PYTHON=… bash launch/setup.sh)")
+        return warn("Python", f"{found} is newer than the tested versions", remedy)
     return ok("Python", found)
 
 
 def shared_memory(usage: tuple[int, int, int]) -> Check:
-    """Judges the size of /dev/shm.
+    """Checks the size of /dev/shm.
 
     Args:
-        usage: bytes in all, used and free.
+        usage: total, used and free bytes.
     """
     total, _, free = usage
     found = f"{total // MIB} MiB, {free // MIB} MiB free"
     remedy = "make it larger: docker run --shm-size=2g, or mount -o remount,size=2g /dev/shm"
-    if free < SHM_LEAST:
-        return fail(
-            "/dev/shm", f"{found}, {SHM_LEAST // MIB} MiB are needed", f"delete what lies there, or {remedy}"
-        )
-    if total < SHM_ENOUGH:
-        return warn("/dev/shm", f"{found}, {SHM_ENOUGH // MIB} MiB are advised", remedy)
+    if free < SHM_REQUIRED:
+        found = f"{found}, {SHM_REQUIRED // MIB} MiB required"
+        return fail("/dev/shm", found, f"delete unused files there, or {remedy}")
+    if total < SHM_ADVISED:
+        return warn("/dev/shm", f"{found}, {SHM_ADVISED // MIB} MiB advised", remedy)
     return ok("/dev/shm", found)
 
 
@@ -91,13 +90,13 @@ def _limits() -> Check:
 
 
 def limits(soft: dict[str, int | None], infiniband: bool) -> Check:
-    """Judges the soft limits.
+    """Checks the soft limits of this process.
 
     Args:
-        soft: by name as in RLIMIT_name, bytes or numbers; None for unlimited.
-        infiniband: whether the host has such a card, for which memory is locked.
+        soft: limits by name, as in RLIMIT_name, in bytes or counts; None for unlimited.
+        infiniband: whether the host has an InfiniBand adapter, which needs locked memory.
     """
-    # name, option of ulimit, below which it fails, below which it is warned of, unit
+    # name, description, option of ulimit, required value, advised value, unit
     wanted = [
         ("NOFILE", "open files", "-n", 256, 1024, 1),
         ("NPROC", "processes", "-u", 256, 1024, 1),
@@ -105,14 +104,14 @@ def limits(soft: dict[str, int | None], infiniband: bool) -> Check:
         ("MEMLOCK", "locked MiB", "-l", 64 if infiniband else 0, 1024 if infiniband else 0, MIB),
     ]
     statuses, low, remedies, values = ["ok"], [], [], []
-    for kind, words, option, least, enough, unit in wanted:
+    for kind, description, option, required, advised, unit in wanted:
         value = soft[kind]
         shown = "unlimited" if value is None else f"{value // unit}"
-        values.append(f"{words} {shown}")
-        if value is not None and value < enough * unit:
-            statuses.append("fail" if value < least * unit else "warn")
-            low.append(f"{words} {shown}, {enough} advised")
-            goal = "unlimited" if kind == "MEMLOCK" else enough * unit // (1024 if kind == "STACK" else 1)
+        values.append(f"{description} {shown}")
+        if value is not None and value < advised * unit:
+            statuses.append("fail" if value < required * unit else "warn")
+            low.append(f"{description} {shown}, {advised} advised")
+            goal = "unlimited" if kind == "MEMLOCK" else advised * unit // (1024 if kind == "STACK" else 1)
             remedies.append(f"ulimit {option} {goal}")
     if not low:
         return ok("ulimits", ", ".join(values))
@@ -121,7 +120,7 @@ def limits(soft: dict[str, int | None], infiniband: bool) -> Check:
 
 
 def chosen_interface() -> str:
-    """The network interface that the environment names; "" for none."""
+    """Returns the network interface that the environment names; "" if it names none."""
     for variable in INTERFACE_VARIABLES:
         name = os.environ.get(variable, "").split(",")[0].removeprefix("=")
         if name and name[0] not in "^0123456789":  # neither an exclusion nor a subnet
@@ -130,77 +129,92 @@ def chosen_interface() -> str:
 
 
 def interface_of(address: str) -> str:
-    """The name of the interface that has an address of this host; "" for none."""
+    """Returns the interface that has an address of this host; "" if none has it or psutil is missing."""
+    try:
+        import psutil  # here: the doctor runs without it
+    except ModuleNotFoundError:
+        return ""
     interfaces = psutil.net_if_addrs().items()
     return next((name for name, items in interfaces if any(item.address == address for item in items)), "")
 
 
+def _interface_states() -> dict[str, bool]:
+    """Returns whether each interface is up, by name."""
+    try:
+        import psutil  # here: the doctor runs without it
+    except ModuleNotFoundError:
+        names = [name for _, name in socket.if_nameindex()]
+        return {name: Path(f"/sys/class/net/{name}/operstate").read_text().strip() != "down" for name in names}
+    return {name: state.isup for name, state in psutil.net_if_stats().items()}
+
+
 def _interfaces() -> Check:
-    states = {name: state.isup for name, state in psutil.net_if_stats().items()}
-    return interfaces(states, chosen_interface(), list(host_addresses()))
+    return interfaces(_interface_states(), chosen_interface(), list(host_addresses()))
 
 
 def interfaces(states: dict[str, bool], chosen: str, addresses: list[str]) -> Check:
-    """Judges the interface that the environment names.
+    """Checks the network interface that the environment names.
 
     Args:
-        states: whether it is up, by name.
-        chosen: what the environment names, "" for none. NCCL takes a beginning for the whole.
-        addresses: the host's, without loopback.
+        states: whether each interface is up, by name.
+        chosen: name in the environment, "" if none. NCCL accepts a prefix of the name.
+        addresses: IPv4 addresses of the host, without loopback.
     """
     names_up = ", ".join(sorted(name for name, is_up in states.items() if is_up))
     names = [name for name in states if name.startswith(chosen)]
     remedy = f"name one of {names_up} (-i, {', '.join(INTERFACE_VARIABLES)})"
     if chosen and not names:
-        return fail("interfaces", f"no interface {chosen} here", remedy)
+        return fail("interfaces", f"no interface {chosen} on this host", remedy)
     if chosen and not any(states[name] for name in names):
         return fail("interfaces", f"interface {chosen} is down", f"ip link set {chosen} up, or {remedy}")
     if not addresses:
-        return warn("interfaces", "no address but loopback: one host only", "give an interface an address")
+        found = "no address other than loopback: training on this host only"
+        return warn("interfaces", found, "assign an address to an interface")
     return ok("interfaces", f"{', '.join(addresses)}; {f'{chosen} chosen' if chosen else f'up: {names_up}'}")
 
 
-def _output_folder(folder: Path) -> Check:
-    name, place = "output folder", folder.absolute()
-    while not place.exists():
-        place = place.parent
-    other = "give another --output-dir"
-    if not place.is_dir():
-        return fail(name, f"{place} is a file", other)
-    free = shutil.disk_usage(place).free
-    if free < DISK_LEAST:
-        return fail(
-            name, f"{folder}: {free // MIB} MiB free, {DISK_LEAST // MIB} MiB needed", f"make room, or {other}"
-        )
+def output_folder(folder: Path) -> Check:
+    """Checks that a directory, which need not exist yet, can be written to, its free space and its speed."""
+    name, existing = "output folder", folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    other = "choose another --output-dir"
+    if not existing.is_dir():
+        return fail(name, f"{existing} is a file", other)
+    free = shutil.disk_usage(existing).free
+    if free < DISK_REQUIRED:
+        found = f"{folder}: {free // MIB} MiB free, {DISK_REQUIRED // MIB} MiB required"
+        return fail(name, found, f"free some space, or {other}")
     try:
-        speed = _write_speed(place, min(WRITE_BYTES, free // 2))
+        speed = _write_speed(existing, min(WRITE_BYTES, free // 2))
     except OSError as error:
-        return fail(name, f"{folder} cannot be written to ({error.strerror} in {place})", f"allow it, or {other}")
+        found = f"{folder} is not writable ({error.strerror} in {existing})"
+        return fail(name, found, f"allow writing there, or {other}")
     found = f"{folder}: {free // MIB} MiB free, {speed:.0f} MB/s"
-    if free < DISK_ENOUGH:
-        return warn(name, f"{found}: little room", f"make room, or {other}")
+    if free < DISK_ADVISED:
+        return warn(name, f"{found}: little space", f"free some space, or {other}")
     if speed < DISK_SPEED:
         return warn(name, f"{found}: slow", f"{other} on a faster disk, or write fewer checkpoints")
     return ok(name, found)
 
 
-def _write_speed(folder: Path, most: int) -> float:
-    """MB/s, all the way to the disk; writes for about WRITE_SECONDS."""
-    piece, written, begin = os.urandom(MIB), 0, time.monotonic()
-    with tempfile.TemporaryFile(dir=folder) as file:  # without a name: nothing can be left behind
-        while written < most and time.monotonic() - begin < WRITE_SECONDS:
-            written += file.write(piece)
+def _write_speed(folder: Path, max_bytes: int) -> float:
+    """Returns MB/s of writes that are flushed to the disk; takes about WRITE_SECONDS."""
+    chunk, written, begin = os.urandom(MIB), 0, time.monotonic()
+    with tempfile.TemporaryFile(dir=folder) as file:  # it has no name, so nothing remains after a crash
+        while written < max_bytes and time.monotonic() - begin < WRITE_SECONDS:
+            written += file.write(chunk)
             file.flush()
             os.fsync(file.fileno())
     return written / 1e6 / (time.monotonic() - begin)
 
 
 def loaded_libraries(name: str, maps: str | None = None) -> list[str]:
-    """Files of a shared library that a process has loaded.
+    """Returns the paths of a shared library that a process has loaded, sorted.
 
     Args:
-        name: how the library's file name begins.
-        maps: of the process, as /proc/…/maps has them; this one's by default.
+        name: prefix of the library's file name.
+        maps: memory map of the process in the format of /proc/PID/maps; this process's by default.
     """
     lines = (Path("/proc/self/maps").read_text() if maps is None else maps).splitlines()
     paths = {line.split()[-1] for line in lines if "/" in line}

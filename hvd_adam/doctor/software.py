@@ -1,6 +1,6 @@
-"""What a rank sees of its software: torch, torchvision, Horovod, MPI, and a hash of our own code.
+"""Checks of one rank's software: packages, torch, torchvision, Horovod, MPI, and a hash of this package's code.
 
-It loads all of them, in the worker's process: any of them may crash it.
+It imports them, which is why it runs in the worker's process: each of them may crash it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -20,21 +21,35 @@ from hvd_adam.distributed.context import horovod
 from hvd_adam.distributed.launch_env import BUILD_COMMAND
 from hvd_adam.distributed.placement import visible_gpus
 from hvd_adam.doctor import gpu, machine
-from hvd_adam.doctor.checks import Check, Report, brief, fail, look, ok, sentence, warn
 from hvd_adam.doctor.gather import mpi
+from hvd_adam.doctor.report import (
+    INSTALL_COMMAND,
+    Check,
+    Report,
+    attempt,
+    fail,
+    from_error_message,
+    ok,
+    one_line,
+    warn,
+)
 from hvd_adam.errors import UserError
+from hvd_adam.extras import BASE, EXTRAS
 
 PACKAGE = Path(__file__).parents[1]
 BUILD = f"build it with `{BUILD_COMMAND}`"
 
+# Modules with checks of their own.
+CHECKED_MODULES = ("torch", "torchvision", "mpi4py")
+
 
 def examine(report: Report, controller: str, first: bool) -> None:
-    """Adds to a report what the software shows.
+    """Adds the checks and versions of the software to a report.
 
     Args:
         report: of this rank.
-        controller: what starts the ranks, "mpi" or "gloo"; "" without a launcher.
-        first: whether it is this report that others are compared with.
+        controller: what connects the ranks, "mpi" or "gloo"; "" without a launcher.
+        first: whether the other reports are compared with this one.
     """
     report.versions |= {
         "Python": platform.python_version(),
@@ -43,32 +58,35 @@ def examine(report: Report, controller: str, first: bool) -> None:
         "hvd_adam": _installed("hvd_adam"),
         "code hash": code_hash(PACKAGE),
     }
+    report.checks.append(attempt("packages", lambda: packages(_missing_modules())))
     try:
         import torch
     except Exception as error:
         report.versions["torch"] = _installed("torch")
-        report.checks.append(fail("torch", f"cannot be imported: {brief(error)}", f"`{BUILD_COMMAND}`"))
-        report.checks.append(look("MPI", lambda: _mpi(report, controller)))
+        report.checks.append(_torch_failure(error))
+        if importlib.util.find_spec("horovod") is None:
+            report.checks.append(fail("Horovod", f"not installed in {sys.prefix}", BUILD))
+        report.checks.append(attempt("MPI", lambda: _mpi(report, controller)))
         return
     report.versions["torch"] = torch.__version__
     report.checks += [
-        look("torch", lambda: torch_release(torch.__version__)),
-        look("torchvision", lambda: _torchvision(report, first)),
-        look("Horovod", lambda: _horovod(torch, controller)),
-        look("MPI", lambda: _mpi(report, controller)),
-        look("driver", lambda: gpu.look_at_driver(torch)),
-        look("NCCL", lambda: gpu.look_at_nccl(torch)),
+        attempt("torch", lambda: torch_release(torch.__version__)),
+        attempt("torchvision", lambda: _torchvision(report, first)),
+        attempt("Horovod", lambda: _horovod(torch, controller)),
+        attempt("MPI", lambda: _mpi(report, controller)),
+        attempt("driver", lambda: gpu.check_driver(torch)),
+        attempt("NCCL", lambda: gpu.check_nccl(torch)),
     ]
     report.facts["gpus"] = visible_gpus()
 
 
-def stops_horovod(checks: Mapping[str, str]) -> bool:
-    """Whether Horovod cannot be started, by the statuses of a rank's checks by name."""
-    return any(checks.get(name) == "fail" for name in ("torch", "Horovod"))
+def prevents_horovod(status_by_name: Mapping[str, str]) -> bool:
+    """Returns whether Horovod cannot start on a rank, given the statuses of its checks by name."""
+    return any(status_by_name.get(name) == "fail" for name in ("torch", "Horovod"))
 
 
 def code_hash(folder: Path) -> str:
-    """A hash over all that is ours in the package; equal where the same code runs."""
+    """Returns a hash over the source files of the package; equal hashes mean identical code."""
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".rules")):
         digest.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
@@ -76,8 +94,39 @@ def code_hash(folder: Path) -> str:
     return digest.hexdigest()[:12]
 
 
+def _missing_modules() -> list[str]:
+    modules = [module for module in (*BASE, *EXTRAS) if module not in CHECKED_MODULES]
+    return [module for module in modules if importlib.util.find_spec(module) is None]
+
+
+def packages(missing: Iterable[str]) -> Check:
+    """Checks that the dependencies of the package are installed.
+
+    Args:
+        missing: modules that cannot be found. Those of extra "train" are a warning: a script of the user's own may
+            not need them.
+    """
+    missing = list(missing)
+    if not missing:
+        return ok("packages", "all installed")
+    required = [module for module in missing if EXTRAS.get(module) != "train"]
+    found = f"not installed: {', '.join(missing)}"
+    remedies = dict.fromkeys(_install_command(module) for module in missing)
+    return (fail if required else warn)("packages", found, "; ".join(remedies))
+
+
+def _install_command(module: str) -> str:
+    return f"pip install 'hvd_adam[{EXTRAS.get(module, 'train')}]'"
+
+
+def _torch_failure(error: Exception) -> Check:
+    if isinstance(error, ModuleNotFoundError) and error.name == "torch":
+        return fail("torch", "not installed", INSTALL_COMMAND)
+    return fail("torch", f"cannot be imported: {one_line(error)}", f"reinstall torch, then `{BUILD_COMMAND}`")
+
+
 def torch_release(version: str) -> Check:
-    """Judges the version of torch."""
+    """Checks the version of torch."""
     release = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
     if release < (2, 1):
         return fail("torch", f"{version} is too old", f"install torch 2.1 or newer, then `{BUILD_COMMAND}`")
@@ -86,26 +135,25 @@ def torch_release(version: str) -> Check:
 
 def _torchvision(report: Report, first: bool) -> Check:
     version = report.versions["torchvision"] = _installed("torchvision")
-    if (
-        report.rank == 0
-    ):  # the others must have the same: `versions`; to import it everywhere takes as long as torch
-        from hvd_adam.models.torchvision_compat import (
-            import_torchvision,  # here: it needs a torch that can be imported
-        )
+    if version == "not installed":
+        return warn("torchvision", version, INSTALL_COMMAND)
+    # Rank 0 only, because the import takes as long as torch's; the check of versions covers the other ranks.
+    if report.rank == 0:
+        from hvd_adam.models.torchvision_compat import import_torchvision  # here: it imports torch
 
         try:
             import_torchvision()
         except UserError as error:
-            return warn("torchvision", *str(error).rsplit(": ", 1))  # only its own models need it
+            return warn("torchvision", *str(error).rsplit(": ", 1))  # a warning: only torchvision's models need it
     return torchvision_release(version, report.versions["torch"])
 
 
 def torchvision_release(version: str, torch: str) -> Check:
-    """Judges whether a torchvision goes with a torch: 0.(N+15) does with 2.N."""
+    """Checks that the versions of torchvision and torch match: torchvision 0.(N+15) belongs to torch 2.N."""
     major, minor = (int(part) for part in re.findall(r"\d+", torch)[:2])
     wanted = f"0.{minor + 15}"
     if major == 2 and not version.startswith(f"{wanted}."):
-        found = f"{version}, but {wanted} goes with torch {torch}"
+        found = f"{version}, but torch {torch} needs {wanted}"
         return warn("torchvision", found, f"`pip install --no-deps torchvision=={wanted}.*`")
     return ok("torchvision", version)
 
@@ -116,31 +164,32 @@ def _horovod(torch: ModuleType, controller: str) -> Check:
     try:
         hvd = horovod()
     except UserError as error:
-        check = sentence("Horovod", str(error))
-        if folder and (other := other_abi(folder, torch._C._GLIBCXX_USE_CXX11_ABI)):
-            return fail(check.name, f"{check.found}; {other}", check.remedy)
+        check = from_error_message("Horovod", str(error))
+        if folder and (mismatch := abi_mismatch(folder, torch._C._GLIBCXX_USE_CXX11_ABI)):
+            return fail(check.name, f"{check.found}; {mismatch}", check.remedy)
         return check
     built = [name for name in ("mpi", "gloo", "nccl") if getattr(hvd, f"{name}_built")()]
-    found = f"{_installed('horovod')} for torch {torch.__version__}, with {', '.join(built) or 'nothing'}"
+    found = f"{_installed('horovod')} for torch {torch.__version__}, with {', '.join(built) or 'no controller'}"
     if controller and controller not in built:
         return fail("Horovod", f"{found}, but the launcher uses {controller}", BUILD)
     if "mpi" not in built:
-        return warn("Horovod", f"{found}: not for mpirun and srun", f"use horovodrun --gloo, or {BUILD}")
+        return warn("Horovod", f"{found}: mpirun and srun need MPI", f"use horovodrun --gloo, or {BUILD}")
     return ok("Horovod", f"{found}, C++11 ABI {'yes' if torch._C._GLIBCXX_USE_CXX11_ABI else 'no'}")
 
 
-def other_abi(horovod: Path, torch_has_new: bool) -> str:
-    """Says how the C++ ABI of a Horovod differs from torch's; "" where it does not, or there is no library.
+def abi_mismatch(horovod: Path, torch_cxx11_abi: bool) -> str:
+    """Describes how the C++ ABI of Horovod's library differs from torch's; "" if they match or no library exists.
 
     Args:
-        horovod: its folder.
-        torch_has_new: whether torch has strings of the C++11 ABI in its interfaces.
+        horovod: directory of the package.
+        torch_cxx11_abi: whether torch uses the C++11 ABI of libstdc++.
     """
     for library in (horovod / "torch").glob("mpi_lib_v2*.so"):
-        # With the other ABI no symbol of the library names this type.
-        has_new = b"St7__cxx1112basic_string" in library.read_bytes()
-        if has_new != torch_has_new:
-            return f"it has the {'new' if has_new else 'old'} C++ ABI, torch the {'old' if has_new else 'new'} one"
+        # A library of the old ABI has no symbol with this type in its name.
+        cxx11_abi = b"St7__cxx1112basic_string" in library.read_bytes()
+        if cxx11_abi != torch_cxx11_abi:
+            own, other = ("new", "old") if cxx11_abi else ("old", "new")
+            return f"it was built with the {own} C++ ABI, torch with the {other} one"
     return ""
 
 
@@ -149,16 +198,19 @@ def _mpi(report: Report, controller: str) -> Check:
         return ok("MPI", "not used: the launcher uses Gloo")
     try:
         library = " ".join(mpi().Get_library_version().split(",")[0].split())
+    except ModuleNotFoundError:
+        return (fail if controller == "mpi" else warn)(
+            "MPI", "mpi4py is not installed", _install_command("mpi4py")
+        )
     except Exception as error:
-        found = f"mpi4py cannot be imported: {brief(error)}"
+        found = f"mpi4py cannot be imported: {one_line(error)}"
         remedy = f"load the MPI that Horovod was built with, or {BUILD}"
         return (fail if controller == "mpi" else warn)("MPI", found, remedy)
     report.versions["MPI"] = library
     loaded = machine.loaded_libraries("libmpi.so")
     if len(loaded) > 1:
-        return fail(
-            "MPI", f"Horovod and mpi4py use two MPIs: {', '.join(loaded)}", f"build both: `{BUILD_COMMAND}`"
-        )
+        found = f"Horovod and mpi4py use different MPI libraries: {', '.join(loaded)}"
+        return fail("MPI", found, f"build both with the same MPI: `{BUILD_COMMAND}`")
     return mpi_and_mpirun(library, _mpirun_version())
 
 
@@ -170,21 +222,20 @@ def _mpirun_version() -> str:
 
 
 def mpi_and_mpirun(library: str, mpirun: str) -> Check:
-    """Judges whether the mpirun on PATH belongs to the MPI library.
+    """Checks that the mpirun on PATH belongs to the MPI library.
 
     Args:
         library: as in "Open MPI v4.1.4".
-        mpirun: the first line of its --version; "" if there is none.
+        mpirun: first line of `mpirun --version`; "" if there is no mpirun.
     """
     if not mpirun:
-        return warn(
-            "MPI", f"{library}, but no mpirun on PATH", "load your cluster's MPI module, or use srun or Gloo"
-        )
+        remedy = "load your cluster's MPI module, or use srun or Gloo"
+        return warn("MPI", f"{library}, but no mpirun on PATH", remedy)
     found, numbers = re.search(r"\d+\.\d+(\.\d+)?", library), re.search(r"\d+\.\d+(\.\d+)?", mpirun)
     if ("Open MPI" in library) != ("Open MPI" in mpirun) or (found and numbers and found[0] != numbers[0]):
         remedy = f"put the mpirun of {library} first on PATH on all hosts, or rebuild: `{BUILD_COMMAND}`"
         return warn("MPI", f"the library is {library}, but mpirun on PATH is {mpirun}", remedy)
-    return ok("MPI", f"{library}, and its mpirun")
+    return ok("MPI", f"{library}, with a matching mpirun")
 
 
 def _installed(name: str) -> str:

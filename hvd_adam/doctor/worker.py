@@ -1,7 +1,7 @@
-"""A rank's examination, in a process of its own: what is broken may hang or crash it, and is then still told.
+"""Runs one rank's checks in a separate process, so that a library that hangs or crashes can still be reported.
 
-Reads its task as a line of JSON, writes what it finds as lines of JSON (other lines are of libraries or of a
-shell), and ends when its input does.
+Reads its task from stdin as one line of JSON, writes its results to stdout as lines of JSON that start with
+`PREFIX` (other lines are the output of libraries or of a shell), and ends when its stdin is closed.
 """
 
 from __future__ import annotations
@@ -18,119 +18,122 @@ from typing import Any
 from hvd_adam.distributed.context import init
 from hvd_adam.distributed.launch_env import LaunchInfo, detect_launcher, gloo_store_address
 from hvd_adam.doctor import gather, machine, software
-from hvd_adam.doctor.checks import Report, brief, fail, sentence
 from hvd_adam.doctor.links import Point
+from hvd_adam.doctor.report import Report, fail, from_error_message, one_line
 from hvd_adam.errors import UserError
 
-MARK = "hvd_adam.doctor "  # before each line of ours
-SLACK = 20.0  # seconds for what takes none by itself, on a busy machine
-LOAD_SECONDS = 60.0  # allowed at least for what a rank does by itself: torch may come from a slow file system
+PREFIX = "hvd_adam.doctor "
+SLACK = 20.0  # seconds for stages without a time limit of their own, on a busy machine
+LOAD_SECONDS = 60.0  # shortest time limit of a rank's own checks: torch may be on a slow file system
 
 
 def main() -> None:
-    """The process."""
+    """Runs all stages of the task."""
     task = json.loads(sys.stdin.readline())
-    sys.stdout = sys.stderr  # for what libraries print
-    threading.Thread(target=_end_with_input, daemon=True).start()
-    launch = LaunchInfo("none", 0, 1) if task["alone"] else detect_launcher()
-    report = _look_alone(task, launch)
+    sys.stdout = sys.stderr  # libraries print to it
+    threading.Thread(target=_exit_with_stdin, daemon=True).start()
+    launch = LaunchInfo("none", 0, 1) if task["single_rank"] else detect_launcher()
+    report = _check_rank(task, launch)
     try:
         if task["local"]:
             pass
         elif launch.size > 1:
-            _examine_job(task, launch, report)
+            _check_job(task, launch, report)
         else:
-            _run(task, [report], None)
+            _start_horovod(task, [report], None)
     except gather.MissingError as error:
-        here = [plain for plain in error.values if plain is not None and "checks" in plain]
-        _say(missing=error.ranks, **({"reports": here} if here else {}))
+        present = [values for values in error.values if values is not None and "checks" in values]
+        _send(missing=error.ranks, **({"reports": present} if present else {}))
     except UserError as error:
-        _say(check=asdict(sentence("launcher", str(error))))
+        _send(check=asdict(from_error_message("launcher", str(error))))
     except OSError as error:
-        found = f"where the ranks meet, {gloo_store_address()}, does not answer: {brief(error)}"
-        remedy = "see that this host reaches the one where horovodrun runs, on any port; name the interface (-i)"
-        _say(check=asdict(fail("ranks", found, remedy)))
-    _say(done=True)
+        found = f"horovodrun's rendezvous server at {gloo_store_address()} does not answer: {one_line(error)}"
+        remedy = "check that this host reaches the host of horovodrun on any port; name the interface (-i)"
+        _send(check=asdict(fail("ranks", found, remedy)))
+    _send(done=True)
 
 
-def _look_alone(task: dict[str, Any], launch: LaunchInfo) -> Report:
+def _check_rank(task: dict[str, Any], launch: LaunchInfo) -> Report:
     report = Report(launch.rank, socket.gethostname())
-    allowed = max(LOAD_SECONDS, task["timeout"])
-    _say(doing="machine", seconds=allowed)
+    limit = max(LOAD_SECONDS, task["timeout"])
+    _send(doing="machine", seconds=limit)
     machine.examine(report, task["output_dir"])
-    _say(doing="software", seconds=allowed, report=report.plain())
+    _send(doing="software", seconds=limit, report=report.to_json())
     controller = "" if launch.size == 1 else "gloo" if gloo_store_address() else "mpi"
     software.examine(report, controller, first=report.rank == 0 and not task["local"])
     report.facts["time"] = time.time()
-    _say(doing="software", seconds=allowed, report=report.plain())
+    _send(doing="software", seconds=limit, report=report.to_json())
     return report
 
 
-def _examine_job(task: dict[str, Any], launch: LaunchInfo, report: Report) -> None:
-    point = Point(report.rank, report.host, _best_first(report))
+def _check_job(task: dict[str, Any], launch: LaunchInfo, report: Report) -> None:
+    point = Point(report.rank, report.host, _sorted_addresses(report))
     report.facts["peer"] = point.peer
     store = gloo_store_address()
-    # There rank 0 waits for the others, who wait for it; MPI's start cannot be ended from within.
-    _say(doing="arrival", seconds=task["timeout"] if store is None else 2 * task["timeout"] + SLACK)
+    # With the store, rank 0 waits for the other ranks, which wait for rank 0. MPI_Init cannot be interrupted from
+    # within.
+    _send(doing="arrival", seconds=task["timeout"] if store is None else 2 * task["timeout"] + SLACK)
     ranks = gather.connect(launch, store, task["timeout"])
-    reports = [Report.of(plain) for plain in ranks.all(report.plain())]
-    _say(doing="links", seconds=task["seconds"] + task["timeout"], reports=[one.plain() for one in reports])
-    peers = [reports[rank].facts["peer"] for rank in points([one.host for one in reports])]
-    mine = point.measure(peers, task["seconds"] / 2) if point.peer in peers else []
-    links = [entry for entries in ranks.all(mine) for entry in entries]
-    _say(links=links)
-    if not any("error" in link for link in links):  # Horovod would wait, and end without a word on who it is
-        _run(task, reports, ranks)
+    reports = [Report.from_json(values) for values in ranks.all(report.to_json())]
+    _send(doing="links", seconds=task["seconds"] + task["timeout"], reports=[one.to_json() for one in reports])
+    peers = [reports[rank].facts["peer"] for rank in measured_ranks([one.host for one in reports])]
+    own_links = point.measure(peers, task["seconds"] / 2) if point.peer in peers else []
+    links = [entry for entries in ranks.all(own_links) for entry in entries]
+    _send(links=links)
+    if not any("error" in link for link in links):  # otherwise Horovod would wait and not name the rank
+        _start_horovod(task, reports, ranks)
 
 
-def points(hosts: list[str]) -> list[int]:
-    """The ranks whose links are measured: the first of each host; all, if there is one host.
+def measured_ranks(hosts: list[str]) -> list[int]:
+    """Returns the ranks between which links are measured: the first of each host, or all if there is one host.
 
     Args:
-        hosts: by rank.
+        hosts: host names by rank.
     """
     first = [hosts.index(host) for host in dict.fromkeys(hosts)]
     return first if len(first) > 1 else list(range(len(hosts)))
 
 
-def _best_first(report: Report) -> list[str]:
-    """The host's addresses; first those of the interface that the environment names."""
+def _sorted_addresses(report: Report) -> list[str]:
+    """Returns the host's addresses, those of the interface that the environment names first."""
     chosen = report.facts["interface"]
     return sorted(report.facts["addresses"], key=lambda address: machine.interface_of(address) != chosen)
 
 
-def _run(task: dict[str, Any], reports: list[Report], ranks: gather.Gathering | None) -> None:
+def _start_horovod(task: dict[str, Any], reports: list[Report], ranks: gather.Gathering | None) -> None:
     """Starts Horovod and measures with it, unless a rank cannot load it."""
     statuses = [{check.name: check.status for check in report.checks} for report in reports]
-    if any(software.stops_horovod(mine) for mine in statuses):
+    if any(software.prevents_horovod(status_by_name) for status_by_name in statuses):
         return
-    _say(doing="start", seconds=task["timeout"])
+    _send(doing="start", seconds=task["timeout"])
     try:
         cluster = init(task["device"])
     except UserError as error:
-        _say(check=asdict(sentence("Horovod starts", str(error))))
+        _send(check=asdict(from_error_message("Horovod starts", str(error))))
         return
-    _say(
+    _send(
         started=cluster.size,
         device=cluster.device.type,
         doing="speed",
         seconds=task["seconds"] + SLACK + task["timeout"],
     )
-    from hvd_adam.doctor import speed
+    from hvd_adam.doctor import throughput
 
-    mine: dict[str, Any] = {"compute": speed.compute(cluster, min(1.0, task["seconds"] / 6))}
+    own_speeds: dict[str, Any] = {"compute": throughput.compute(cluster, min(1.0, task["seconds"] / 6))}
     if ranks is not None:
-        mine |= speed.sums(cluster, task["seconds"] / 3)
-    _say(speeds=[mine] if ranks is None else ranks.all(mine))
+        own_speeds |= throughput.sums(cluster, task["seconds"] / 3)
+    _send(speeds=[own_speeds] if ranks is None else ranks.all(own_speeds))
 
 
-def _say(**message: Any) -> None:
-    sys.__stdout__.write(f"\n{MARK}{json.dumps(message)}\n")
-    sys.__stdout__.flush()
+def _send(**message: Any) -> None:
+    stdout = sys.__stdout__
+    assert stdout is not None
+    stdout.write(f"\n{PREFIX}{json.dumps(message)}\n")
+    stdout.flush()
 
 
-def _end_with_input() -> None:
-    while os.read(0, 1000):  # not through sys.stdin, whose lock Python's end wants
+def _exit_with_stdin() -> None:
+    while os.read(0, 1000):  # not sys.stdin.read: the interpreter's shutdown needs the lock of sys.stdin
         pass
     os._exit(1)
 

@@ -1,4 +1,4 @@
-"""A rank of `bench step`: whole training steps of ours and of the peers, each as its own manual has it."""
+"""A rank of `bench step`: whole training steps of each variant, each set up as its own documentation shows."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hvd_adam.bench.clock import finisher, seconds
 from hvd_adam.bench.config import OURS
-from hvd_adam.bench.groups import Measure
-from hvd_adam.bench.launching import PATIENCE_SECONDS
+from hvd_adam.bench.interleave import Measure
+from hvd_adam.bench.launchers import COLLECTIVE_TIMEOUT_SECONDS
+from hvd_adam.bench.timer import synchronizer, time_calls
 from hvd_adam.distributed.api import distribute
 from hvd_adam.distributed.context import horovod, init
 from hvd_adam.distributed.launch_env import LaunchInfo
@@ -25,15 +25,15 @@ from hvd_adam.training.precision import autocast
 IMAGE = (3, 32, 32)
 CLASSES = 10
 
-# So small that the weights stay where they are: a batch learned by heart has gradients, and moments, so small
-# that the processor is slow on them.
+# So small that the weights hardly change: a memorized batch has denormal gradients and moments, which slow
+# processors down.
 LEARNING_RATE = 1e-6
 
 Wrapped = tuple[nn.Module, Any]
 
 
 def build_model(name: str) -> nn.Module:
-    """Builds the model to train: "mlp" is large and quick, so bound by communication; others as `models.zoo`.
+    """Builds the model to train: "mlp" has many parameters and little computation; others as in `models.zoo`.
 
     Raises:
         UserError: there is no such model.
@@ -45,34 +45,38 @@ def build_model(name: str) -> nn.Module:
 
 
 def prepare(task: dict[str, Any], launch: LaunchInfo, folder: Path) -> Measure:
-    """Makes this rank one of the task's variant.
+    """Sets this rank up for the task's variant, and returns a function that times one turn.
 
-    On a GPU the steps of a turn are made one after the other, and waited for once, at the end: a wait after each
-    would keep the host from running ahead of the device, as it does in a training.
+    On a GPU the steps of a turn are queued back to back and synchronized once at the end: a synchronization after
+    each step would prevent the host from queueing ahead, as it does in training.
 
     Args:
         task: "variant", "model", "batch_size", "precision", "channels_last", "compile", "device" ("cpu" or "cuda")
-            and "steps" of a turn.
-        launch: what the launcher says of this rank.
-        folder: shared by the ranks.
+            and "steps" per turn.
+        launch: launcher, rank and size of this process.
+        folder: directory shared by the ranks.
     """
     wrap = connect(task["variant"], task["device"], launch, folder)
     device = torch.device("cpu") if task["device"] == "cpu" else torch.device("cuda", torch.cuda.current_device())
     memory_format = torch.channels_last if task["channels_last"] else torch.preserve_format
     torch.manual_seed(0)
-    model, optimizer = wrap(build_model(task["model"]).to(device, memory_format=memory_format))
+    # torch's stubs lack the overload of Module.to with a memory format.
+    model, optimizer = wrap(build_model(task["model"]).to(device, memory_format=memory_format))  # type: ignore[call-overload]
     images, labels = random_batch(task["batch_size"], launch.rank, device)
     images = images.to(memory_format=memory_format)
     forward = torch.compile(model) if task["compile"] else model
     step = training_step(forward, optimizer, images, labels, task["precision"])
-    finish, steps = finisher(task["device"]), task["steps"]
-    return lambda: {"step": seconds(step, steps, finish, in_a_row=1 if task["device"] == "cpu" else steps)}
+    synchronize, steps = synchronizer(task["device"]), task["steps"]
+    steps_per_sync = 1 if task["device"] == "cpu" else steps
+    return lambda: {"step": time_calls(step, steps, synchronize, steps_per_sync)}
 
 
 def connect(variant: str, device: str, launch: LaunchInfo, folder: Path) -> Callable[[nn.Module], Wrapped]:
-    """Connects this rank with the others as the variant does; returns what distributes a model.
+    """Connects this rank with the others.
 
-    Stock Horovod is never told what `hvd_adam.init` would tell it.
+    Returns a function from a model to the distributed model and its optimizer (None for "compute").
+
+    Variants with stock Horovod do not get the settings that `hvd_adam.init` makes.
     """
     if variant.startswith(OURS):
         init(device)
@@ -86,58 +90,59 @@ def connect(variant: str, device: str, launch: LaunchInfo, folder: Path) -> Call
         return lambda model: (model, torch.optim.Adam(model.parameters(), LEARNING_RATE, fused=True))
     if variant.startswith("horovod"):
         horovod().init()
-        return lambda model: _stock(model, fused=variant == "horovod-fused")
+        return lambda model: _stock_horovod(model, fused=variant == "horovod-fused")
     start_process_group(device, launch, folder)
     return _ddp_zero if variant == "ddp-zero" else _ddp_fused
 
 
 def start_process_group(device: str, launch: LaunchInfo, folder: Path) -> None:
-    """Starts torch.distributed, the ranks meeting through a file of the group's folder."""
+    """Starts torch.distributed with a rendezvous file in the group's directory."""
     torch.distributed.init_process_group(
         "nccl" if device == "cuda" else "gloo",
         init_method=f"file://{folder}/rendezvous",
         rank=launch.rank,
         world_size=launch.size,
-        timeout=timedelta(seconds=PATIENCE_SECONDS),
+        timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_SECONDS),
     )
 
 
 def random_batch(size: int, rank: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """This rank's images, always the same, and their labels, on the device."""
+    """Returns float32 images of shape (size, *IMAGE) and labels of shape (size,) on the device, seeded by rank."""
     generator = torch.Generator().manual_seed(rank)
     images = torch.randn(size, *IMAGE, generator=generator).to(device)
     return images, torch.randint(CLASSES, (size,), generator=generator).to(device)
 
 
 def training_step(
-    model: nn.Module, optimizer: Any, images: torch.Tensor, labels: torch.Tensor, precision: str = "fp32"
+    model: Callable[..., Any], optimizer: Any, images: torch.Tensor, labels: torch.Tensor, precision: str = "fp32"
 ) -> Callable[[], None]:
-    """A step on one batch, which lies on the device already; without optimizer no update.
+    """Returns a function that makes one training step on a batch that is on the device already.
 
     Args:
-        model: it, distributed, and compiled where that is wanted.
-        optimizer: what distributes its gradients and updates it, or None.
-        images: of the batch.
-        labels: of the batch.
-        precision: as of `hvd_adam.training.precision.autocast`.
+        model: the model, distributed and, if wanted, compiled.
+        optimizer: distributes its gradients and updates it; None for no update.
+        images: images of the batch.
+        labels: labels of the batch.
+        precision: as in `hvd_adam.training.precision.autocast`.
     """
+    gradients: Any = optimizer or model
 
     def step() -> None:
-        (optimizer or model).zero_grad()
+        gradients.zero_grad()
         with autocast(precision, images.device):
             logits = model(images)
-        F.cross_entropy(logits.float(), labels).backward()
+        loss: Any = F.cross_entropy(logits.float(), labels)
+        loss.backward()
         if optimizer is not None:
             optimizer.step()
 
     return step
 
 
-def _stock(model: nn.Module, fused: bool) -> Wrapped:
-    """As in Horovod's examples, with torch.optim.Adam as it is by default or fused."""
+def _stock_horovod(model: nn.Module, fused: bool) -> Wrapped:
+    """As in Horovod's examples, with torch.optim.Adam's default or fused implementation."""
     hvd = horovod()
-    options = {"fused": True} if fused else {}
-    optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE, **options)
+    optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE, fused=fused or None)
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
     hvd.broadcast_optimizer_state(optimizer, root_rank=0)
     return model, hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters())
@@ -152,5 +157,5 @@ def _ddp_zero(model: nn.Module) -> Wrapped:
     from torch.distributed.optim import ZeroRedundancyOptimizer  # optional: a torch without distributed has none
 
     model = nn.parallel.DistributedDataParallel(model)
-    options = {"lr": LEARNING_RATE, "fused": True}
+    options: dict[str, Any] = {"lr": LEARNING_RATE, "fused": True}
     return model, ZeroRedundancyOptimizer(model.parameters(), torch.optim.Adam, **options)

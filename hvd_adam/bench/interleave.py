@@ -1,17 +1,17 @@
-"""Turn taking: variants run as groups of ranks side by side, but only one at a time is awake.
+"""Interleaves the turns of several variants, each a group of ranks: one runs while all others are stopped.
 
-    outcomes = take_turns([Plan("a", task, command), …], ranks=2, rounds=5, timeout=120, say=print)
+    outcomes = take_turns([Plan("a", task, command), …], ranks=2, rounds=5, timeout=120, log=print)
 
-Every variant is started once, warms up, and is stopped by SIGSTOP, so that not even its background threads
-take a core from the one whose turn it is. That makes A B C A B C … as cheap as A A B B C C …, and a machine
-that becomes slower for a while is slower for all. What both sides tell each other are files, renamed into place:
+Every variant is started once, warms up, and is stopped with SIGSTOP, so that not even its background threads use a
+core during the turns of others. The order A B C A B C … then costs no more than A A B B C C …, and a slow phase of
+the machine affects all variants. The launcher and the ranks communicate by files, which are renamed into place:
 
-    task.json            what the ranks are to do, for `hvd_adam.bench.worker`
-    pid.RANK             a rank's process
-    ready.RANK           it has warmed up
-    turn.NUMBER          it is to measure
-    times.NUMBER.RANK    what it has measured
-    end                  it is to leave
+    task.json            the task of the ranks, read by `hvd_adam.bench.worker`
+    pid.RANK             process id of a rank
+    ready.RANK           the rank has warmed up
+    turn.NUMBER          asks the ranks to measure
+    times.NUMBER.RANK    the measured times
+    end                  asks the ranks to exit
 """
 
 from __future__ import annotations
@@ -29,30 +29,31 @@ from pathlib import Path
 from typing import Any
 
 from hvd_adam.bench.processes import deferred_signals, is_stopped, marked, send
-from hvd_adam.bench.summary import slowest
+from hvd_adam.bench.stats import slowest
 
-# In the environment of everything that a group starts, so that nothing of it can be lost sight of: a launcher
-# puts its ranks into process groups and sessions of their own.
+# In the environment of every process of a group, so that all can be found: launchers give ranks process groups and
+# sessions of their own.
 MARK = "HVD_ADAM_BENCH_GROUP"
 
 Times = dict[str, list[float]]
 Measure = Callable[[], Times]
+Log = Callable[[str], object]
 
 _POLL_SECONDS = 0.002
-_LEAVE_SECONDS = 10.0
+_EXIT_SECONDS = 10.0
 _KILL_SECONDS = 3.0
 _TAIL_LINES = 20
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One variant.
+    """How to run one variant.
 
     Attributes:
         name: unique among the plans.
-        task: what the ranks read, of JSON's types.
-        command: starts all its ranks; the group's folder is appended to it.
-        environ: is added to the environment.
+        task: JSON values that the ranks read.
+        command: starts all ranks; the group's directory is appended to it.
+        environ: variables added to the environment.
     """
 
     name: str
@@ -63,11 +64,11 @@ class Plan:
 
 @dataclass
 class Outcome:
-    """What came of a variant.
+    """The result of a variant.
 
     Attributes:
-        times: what its turns measured, by what was measured: of each value the slowest rank's.
-        error: why it was given up, or None.
+        times: by name of the measurement, the values of all turns; each is the slowest rank's.
+        error: why the variant failed, or None.
     """
 
     times: Times = field(default_factory=dict)
@@ -75,56 +76,57 @@ class Outcome:
 
 
 class GroupError(Exception):
-    """A group died, or did not answer in time; the message says so with the end of its output."""
+    """A group ended, or did not answer in time. The message contains the end of its output."""
 
 
-def take_turns(
-    plans: Sequence[Plan], *, ranks: int, rounds: int, timeout: float, say: Callable[[str], None]
-) -> dict[str, Outcome]:
-    """Starts every variant, gives each a turn in every round, and ends all of them whatever happens.
+def take_turns(plans: Sequence[Plan], *, ranks: int, rounds: int, timeout: float, log: Log) -> dict[str, Outcome]:
+    """Starts every variant, runs one turn of each in every round, and ends all of them, also on errors.
 
     Args:
         plans: the variants, in the order of their turns.
-        ranks: how many processes each of them has.
-        rounds: turns for each.
-        timeout: seconds that a variant may take to start and warm up, and for each turn; then it is given up.
-        say: is told of progress.
+        ranks: number of processes of each.
+        rounds: number of turns of each.
+        timeout: time limit in seconds of a variant's start and warm-up, and of each turn.
+        log: called with progress messages.
     """
     outcomes = {plan.name: Outcome() for plan in plans}
-    with deferred_signals() as told, tempfile.TemporaryDirectory(prefix="hvd_adam-bench-") as folder:
-        groups = [Group(plan, Path(folder, str(index)), ranks, timeout, told) for index, plan in enumerate(plans)]
+    with (
+        deferred_signals() as interrupted,
+        tempfile.TemporaryDirectory(prefix="hvd_adam-bench-") as folder,
+    ):
+        groups = [
+            Group(plan, Path(folder, str(index)), ranks, timeout, interrupted) for index, plan in enumerate(plans)
+        ]
         try:
             for group in groups:
-                say(f"starting {group.plan.name}")
-                _attempt(group, outcomes, group.start, say)
+                log(f"starting {group.plan.name}")
+                _attempt(group, outcomes, group.start, log)
             for number in range(rounds):
-                say(f"round {number + 1} of {rounds}")
+                log(f"round {number + 1} of {rounds}")
                 for group in groups:
                     if outcomes[group.plan.name].error is None:
-                        _attempt(group, outcomes, group.turn, say)
+                        _attempt(group, outcomes, group.turn, log)
         finally:
             _end(groups)
     return outcomes
 
 
-def _attempt(
-    group: Group, outcomes: dict[str, Outcome], action: Callable[[], Times], say: Callable[[str], None]
-) -> None:
+def _attempt(group: Group, outcomes: dict[str, Outcome], action: Callable[[], Times], log: Log) -> None:
     outcome = outcomes[group.plan.name]
     try:
         for key, values in action().items():
             outcome.times.setdefault(key, []).extend(values)
     except GroupError as error:
         outcome.error = f"{group.plan.name} {error}"
-        say(outcome.error)
+        log(outcome.error)
         group.kill()
 
 
 def _end(groups: Sequence[Group]) -> None:
-    """Lets groups leave by themselves, that MPI may clear up after itself; what stays is killed."""
+    """Asks all groups to exit, so that MPI can clean up, and kills those that do not."""
     for group in groups:
-        group.dismiss()
-    deadline = time.monotonic() + _LEAVE_SECONDS
+        group.request_exit()
+    deadline = time.monotonic() + _EXIT_SECONDS
     while time.monotonic() < deadline and any(group.processes() for group in groups):
         time.sleep(0.05)
     for group in groups:
@@ -135,25 +137,25 @@ class Group:
     """The ranks of one variant.
 
     Args:
-        plan: what they are and do.
-        folder: for their files; is made.
-        ranks: how many.
-        timeout: seconds to wait for them at most.
-        told: set when to wait no longer, but to raise KeyboardInterrupt.
+        plan: how to run them.
+        folder: directory for their files; created by `start`.
+        ranks: number of processes.
+        timeout: time limit in seconds of each wait for them.
+        interrupted: once set, waiting raises KeyboardInterrupt.
     """
 
-    def __init__(self, plan: Plan, folder: Path, ranks: int, timeout: float, told: threading.Event) -> None:
+    def __init__(self, plan: Plan, folder: Path, ranks: int, timeout: float, interrupted: threading.Event) -> None:
         self.plan = plan
         self._folder = folder
         self._ranks = range(ranks)
         self._timeout = timeout
-        self._told = told
+        self._interrupted = interrupted
         self._turns = 0
         self._ready = False
-        self._process: subprocess.Popen | None = None
+        self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Times:
-        """Starts the ranks, and stops them once they have warmed up; measures nothing."""
+        """Starts the ranks and stops them when they have warmed up; measures nothing."""
         self._folder.mkdir()
         write(self._folder / "task.json", self.plan.task)
         environ = {**os.environ, **self.plan.environ, MARK: str(self._folder)}
@@ -165,7 +167,7 @@ class Group:
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
-                    start_new_session=True,  # Ctrl-C is ours to pass on: stopped ranks would not hear it
+                    start_new_session=True,  # the terminal must not send Ctrl-C to it: a stopped rank cannot react
                 )
             except OSError as error:
                 raise GroupError(f"cannot be started: {error}") from error
@@ -175,7 +177,7 @@ class Group:
         return {}
 
     def turn(self) -> Times:
-        """Wakes the ranks, lets them measure, and stops them again."""
+        """Continues the ranks, lets them measure, and stops them again."""
         self._turns += 1
         write(self._folder / f"turn.{self._turns}", None)
         self._signal(signal.SIGCONT)
@@ -183,8 +185,8 @@ class Group:
         self._stop()
         return {key: slowest(report[key] for report in reports) for key in reports[0]}
 
-    def dismiss(self) -> None:
-        """Tells the ranks to leave; those that have not warmed up would not hear it, and are killed."""
+    def request_exit(self) -> None:
+        """Asks the ranks to exit; kills ranks that have not warmed up, which do not poll for the request."""
         if self._process is not None and self._ready:
             write(self._folder / "end", None)
             self._signal(signal.SIGCONT)
@@ -192,11 +194,11 @@ class Group:
             self.kill()
 
     def kill(self) -> None:
-        """Ends every process of the group, at once where it does not end by itself."""
+        """Ends every process of the group with SIGTERM, then with SIGKILL."""
         if self._process is None:
             return
         for number in (signal.SIGTERM, signal.SIGKILL):
-            # The launcher hears of the end, and clears up after its ranks, only if they are awake.
+            # The launcher ends and cleans up after its ranks only if they are not stopped.
             for process in self.processes():
                 send(process, signal.SIGCONT)
                 send(process, number)
@@ -207,36 +209,36 @@ class Group:
         self._process = None
 
     def processes(self) -> list[int]:
-        """Every live process that this group has started, at any remove."""
+        """Returns every live process that this group has started, directly or indirectly."""
         if self._process is None:
             return []
-        self._process.poll()  # it would stay a zombie
+        self._process.poll()  # reaps it if it has ended
         return marked(f"{MARK}={self._folder}")
 
     def _await(self, name: str) -> list[Any]:
-        """What every rank has written into its file of this name.
+        """Returns what the ranks have written into their files of this name.
 
         Raises:
-            GroupError: the launcher has ended, or the time is over.
-            KeyboardInterrupt: the benchmark was told to end.
+            GroupError: the launcher has ended, or the time limit has passed.
+            KeyboardInterrupt: the benchmark was interrupted.
         """
         files = [self._folder / f"{name}.{rank}" for rank in self._ranks]
         deadline = time.monotonic() + self._timeout
         assert self._process is not None
         while True:
-            ended = self._process.poll()  # first: what was written before the end counts
+            code = self._process.poll()  # before the files: a rank may write its file and then end
             if all(file.exists() for file in files):
                 return [json.loads(file.read_text()) for file in files]
-            if self._told.is_set():
+            if self._interrupted.is_set():
                 raise KeyboardInterrupt
-            if ended is not None:
-                raise GroupError(f"ended with code {ended}:\n{self._tail()}")
+            if code is not None:
+                raise GroupError(f"ended with code {code}:\n{self._tail()}")
             if time.monotonic() > deadline:
                 raise GroupError(f"did not answer within {self._timeout:g} seconds:\n{self._tail()}")
             time.sleep(0.01)
 
     def _stop(self) -> None:
-        """Stops the ranks, and waits until they are: on a busy machine a signal takes its time."""
+        """Stops the ranks and waits until they have stopped: on a busy machine a signal takes effect late."""
         self._signal(signal.SIGSTOP)
         deadline = time.monotonic() + self._timeout
         while not all(map(is_stopped, self._pids())) and time.monotonic() < deadline:
@@ -255,7 +257,7 @@ class Group:
 
 
 def serve(folder: Path, rank: int, prepare: Callable[[], Measure]) -> None:
-    """What a rank does: prepares itself, warms up by a turn that does not count, measures at each turn."""
+    """Runs a rank: prepares, warms up with one unreported measurement, and measures at each turn."""
     write(folder / f"pid.{rank}", os.getpid())
     measure = prepare()
     measure()
@@ -269,7 +271,7 @@ def serve(folder: Path, rank: int, prepare: Callable[[], Measure]) -> None:
 
 
 def write(path: Path, value: object) -> None:
-    """Writes JSON into a file that is there whole or not at all."""
+    """Writes JSON into a file atomically."""
     temporary = path.with_name(f".{path.name}")
     temporary.write_text(json.dumps(value))
     temporary.rename(path)

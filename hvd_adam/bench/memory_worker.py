@@ -1,4 +1,4 @@
-"""A rank of `bench memory`: the bytes of what a training step keeps."""
+"""A rank of `bench memory`: counts the bytes that are held between training steps."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from hvd_adam.bench.config import OURS
-from hvd_adam.bench.groups import Measure
-from hvd_adam.bench.training import build_model, connect, random_batch, training_step
+from hvd_adam.bench.interleave import Measure
+from hvd_adam.bench.step_worker import build_model, connect, random_batch, training_step
 from hvd_adam.distributed.context import init
 from hvd_adam.distributed.launch_env import LaunchInfo
 
@@ -19,7 +19,13 @@ BATCH_SIZE = 4
 
 
 def prepare(task: dict[str, Any], launch: LaunchInfo, folder: Path) -> Measure:
-    """Makes this rank one that trains with the task's "strategy" its "model" on "device"."""
+    """Returns a function that trains `STEPS` steps and counts the bytes held after them.
+
+    Args:
+        task: "strategy", "model" and "device".
+        launch: launcher, rank and size of this process.
+        folder: directory shared by the ranks.
+    """
     wrap = connect(OURS + task["strategy"], task["device"], launch, folder)
     device = init().device
     model, optimizer = wrap(build_model(task["model"]).to(device))
@@ -28,15 +34,15 @@ def prepare(task: dict[str, Any], launch: LaunchInfo, folder: Path) -> Measure:
     def measure() -> dict[str, list[float]]:
         for _ in range(STEPS):
             step()
-        return {name: [size] for name, size in kept(model, optimizer).items()}
+        return {name: [size] for name, size in held_bytes(model, optimizer).items()}
 
     return measure
 
 
-def kept(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """Bytes of parameters, gradients and the optimizer's state on this rank, and of all together.
+def held_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """Returns bytes of "parameters", "gradients", optimizer "state" and the "total" on this rank.
 
-    What several tensors share is counted once; a tensor that is part of a larger buffer keeps the whole of it.
+    Counts whole storages: a storage that several tensors share once, and all of it if a tensor is part of it.
     """
     parameters = list(model.parameters())
     parts = {
@@ -54,7 +60,7 @@ def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
 
 
 def _tensors(value: object) -> Iterator[torch.Tensor]:
-    """Every tensor inside dictionaries and sequences."""
+    """Yields every tensor inside nested dictionaries and sequences."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, Mapping):

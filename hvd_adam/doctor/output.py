@@ -1,4 +1,4 @@
-"""What the doctor prints: a table, or one JSON object."""
+"""The output of the doctor: a table, or one JSON object."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from hvd_adam.doctor.checks import OK, STATUSES, Check, worst
-from hvd_adam.doctor.follow import Findings
+from hvd_adam.doctor.report import OK, STATUSES, Check, worst
+from hvd_adam.doctor.worker_process import Findings
 
 WIDTH = 115
 NAME_WIDTH = 15
 
 
 def table(title: str, checks: Sequence[Check]) -> str:
-    """A line for each check, longer ones over several, with the remedy below."""
+    """Formats one line per check, wrapped to `WIDTH` columns, with the remedy of a warning or failure below it."""
     lines = [title, ""]
     indent = " " * (NAME_WIDTH + 7)
     for check in checks:
@@ -29,7 +29,7 @@ def table(title: str, checks: Sequence[Check]) -> str:
 
 
 def as_json(title: str, checks: Sequence[Check], findings: Findings) -> str:
-    """One object: status, checks as the table has them, what each rank has found, and what was measured."""
+    """Formats one JSON object: status, the checks of the table, the report of each rank, and the measurements."""
     return json.dumps(
         {
             "title": title,

@@ -1,4 +1,4 @@
-"""Pure arithmetic of a benchmark: from measured times to a row's numbers."""
+"""Statistics of measured times. Pure functions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Row = dict[str, Any]
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """The lower quartile, the median and the upper quartile of at least one value, interpolated."""
+    """Returns the lower quartile, the median and the upper quartile of at least one value, interpolated."""
     if len(values) == 1:
         return values[0], values[0], values[0]
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -18,27 +18,27 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def timing(seconds: Sequence[float]) -> Row:
-    """The median and the quartiles of times, in milliseconds, and how many there are."""
+    """Returns the median and the quartiles of times, in milliseconds, and the number of samples."""
     low, median, high = (value * 1e3 for value in quartiles(seconds))
     return {"median_ms": median, "low_ms": low, "high_ms": high, "samples": len(seconds)}
 
 
 def slowest(ranks: Iterable[Sequence[float]]) -> list[float]:
-    """What each step took on the rank that took longest; every rank has measured the same steps."""
+    """Returns the time of each step on its slowest rank; every rank must have timed the same steps."""
     return [max(step) for step in zip(*ranks, strict=True)]
 
 
 def ratio(numerator: float | None, denominator: float | None) -> float | None:
-    """One number over another; None where either is missing or there is nothing to divide by."""
+    """Returns a quotient; None if a value is missing or the denominator is zero."""
     return None if numerator is None or not denominator else numerator / denominator
 
 
 def add_ratio(rows: Iterable[Row], key: str, peer: Mapping[str, Any] | None) -> None:
-    """Sets row[key] to the row's median over the peer's: below 1 is faster than the peer."""
+    """Sets row[key] to the row's median over the peer's median; below 1 means faster than the peer."""
     for row in rows:
         row[key] = ratio(row.get("median_ms"), peer.get("median_ms") if peer else None)
 
 
 def bus_bytes(ranks: int, size: int) -> float:
-    """What each rank must send, and receive, to sum `size` bytes over all ranks: 2(N−1)/N·S."""
+    """Returns the bytes that each rank must send, and receive, to sum `size` bytes over all ranks: 2(N−1)/N·S."""
     return 2 * (ranks - 1) / ranks * size

@@ -1,4 +1,4 @@
-"""How fast a rank computes, and how fast all ranks sum: on the device, and by the way, that a training uses."""
+"""Measures how fast a rank computes and how fast Horovod sums over all ranks, on the device of the training."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from hvd_adam.distributed.context import Cluster, horovod
 
 SMALL_SUMS = 20
-FIRST_BYTES, MOST_BYTES = 1 << 20, 40 << 20
-MOST_SUMS = 20
+FIRST_BYTES, MAX_BYTES = 1 << 20, 40 << 20
+MAX_SUMS = 20
 
 
 def compute(cluster: Cluster, seconds: float) -> float:
-    """Matrix products of float32 for some seconds, on all ranks at once; GFLOP/s of this rank."""
+    """Multiplies float32 matrices for `seconds` on all ranks at once. Collective. Returns GFLOP/s of this rank."""
     import torch
 
     size = 4096 if cluster.device.type == "cuda" else 512
@@ -23,10 +23,10 @@ def compute(cluster: Cluster, seconds: float) -> float:
     if cluster.size > 1:
         horovod().allreduce(torch.zeros(1), name="hvd_adam.doctor.compute")
     count, begin = 0, time.perf_counter()
-    while (took := time.perf_counter() - begin) < seconds:
+    while (elapsed := time.perf_counter() - begin) < seconds:
         _multiply(matrix)
         count += 1
-    return count * 2 * size**3 / took / 1e9
+    return count * 2 * size**3 / elapsed / 1e9
 
 
 def _multiply(matrix: Any) -> None:
@@ -38,23 +38,23 @@ def _multiply(matrix: Any) -> None:
 
 
 def sums(cluster: Cluster, seconds: float) -> dict[str, float]:
-    """Sums over all ranks, as many and as large as fit into some seconds; collective.
+    """Measures all-reduces whose size and number are chosen to fit into `seconds`. Collective.
 
     Returns:
-        "latency" (seconds of a sum of 4 bytes), "bytes" of a large one and its "seconds", medians.
+        Medians: "latency" (seconds of an all-reduce of 4 bytes), "bytes" and "seconds" of a large all-reduce.
     """
     import torch
 
-    small = [_sum(torch.zeros(1, device=cluster.device)) for _ in range(SMALL_SUMS)]
+    small = [_time_sum(torch.zeros(1, device=cluster.device)) for _ in range(SMALL_SUMS)]
     first = torch.zeros(FIRST_BYTES // 4, device=cluster.device)
-    _sum(first)
-    took = _agreed(_sum(first))
-    # A third of the time for the first sum of the final size, which may be slower than it should.
-    size = min(MOST_BYTES, max(FIRST_BYTES, int(FIRST_BYTES * seconds / (3 * took))))
+    _time_sum(first)
+    elapsed = _max_over_ranks(_time_sum(first))
+    # A third of the time is reserved for the first sum of the final size, which may be slower than the others.
+    size = min(MAX_BYTES, max(FIRST_BYTES, int(FIRST_BYTES * seconds / (3 * elapsed))))
     large = torch.zeros(size // 4, device=cluster.device)
-    took = _agreed(_sum(large))
-    count = max(1, min(MOST_SUMS, int(seconds / (2 * took))))
-    times = [_sum(large) for _ in range(count)]
+    elapsed = _max_over_ranks(_time_sum(large))
+    count = max(1, min(MAX_SUMS, int(seconds / (2 * elapsed))))
+    times = [_time_sum(large) for _ in range(count)]
     return {
         "latency": statistics.median(small),
         "bytes": float(large.numel() * 4),
@@ -62,7 +62,7 @@ def sums(cluster: Cluster, seconds: float) -> dict[str, float]:
     }
 
 
-def _sum(tensor: Any) -> float:
+def _time_sum(tensor: Any) -> float:
     hvd = horovod()
     begin = time.perf_counter()
     hvd.allreduce_(tensor, op=hvd.Sum, name="hvd_adam.doctor.sum")
@@ -73,8 +73,8 @@ def _sum(tensor: Any) -> float:
     return time.perf_counter() - begin
 
 
-def _agreed(seconds: float) -> float:
-    """The longest of all ranks, so that all decide alike."""
+def _max_over_ranks(seconds: float) -> float:
+    """Returns the longest time of all ranks, so that all ranks choose the same size and number."""
     import torch
 
     hvd = horovod()

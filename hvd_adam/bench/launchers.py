@@ -1,4 +1,4 @@
-"""How the ranks of a variant are started, alike for all variants. Imports no torch."""
+"""The commands that start the ranks of a variant. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from pathlib import Path
 from typing import Any
 
 from hvd_adam.bench.config import RanksConfig
-from hvd_adam.bench.groups import Plan
+from hvd_adam.bench.interleave import Plan
 from hvd_adam.distributed.launch_env import BUILD_COMMAND
 from hvd_adam.distributed.placement import cores
 from hvd_adam.errors import UserError
 
 WORKER = (sys.executable, "-m", "hvd_adam.bench.worker")
 
-# A rank that is stopped between two turns must not be taken for dead by its peer when they wake up.
-PATIENCE_SECONDS = 86_400
+# Time-out of the ranks' collectives: a peer that is stopped between two turns must not be considered dead.
+COLLECTIVE_TIMEOUT_SECONDS = 86_400
 
 
 def threads(ranks: int) -> int:
-    """How many threads each rank computes with."""
+    """Returns the number of threads of each rank."""
     return max(1, len(cores()) // ranks)
 
 
 def device(config: RanksConfig, ranks: int) -> str:
-    """The kind of device that ranks compute on: "cpu" or "cuda".
+    """Returns the type of device that ranks compute on: "cpu" or "cuda".
 
     Raises:
         UserError: there are GPUs, but fewer than ranks.
@@ -43,21 +43,26 @@ def device(config: RanksConfig, ranks: int) -> str:
 
 
 def description(ranks: int, launcher: str) -> str:
-    """How so many ranks are started, for a reader."""
+    """Describes how the ranks are started."""
     return "1 rank without a launcher" if ranks == 1 else f"{ranks} ranks, horovodrun --{launcher}"
 
 
 def horovodrun(name: str, task: Mapping[str, Any], ranks: int, launcher: str) -> Plan:
-    """Plans a variant that horovodrun starts; those that do not use Horovod get only rank and size from it.
+    """Plans a variant that horovodrun starts. Variants without Horovod only read rank and size from it.
 
-    One rank is started without it, so that it needs no Horovod, and none built for this launcher, if its variant
-    does not.
+    A single rank is started without horovodrun, so that a variant without Horovod does not need it installed.
+
+    Args:
+        name: name of the variant.
+        task: task of its ranks.
+        ranks: number of ranks.
+        launcher: "mpi" or "gloo".
 
     Raises:
-        UserError: Horovod is not installed beside this Python.
+        UserError: this Python's environment has no horovodrun.
     """
     if ranks == 1:
-        gloo = {"HOROVOD_CONTROLLER": "gloo", "HOROVOD_CPU_OPERATIONS": "gloo"}  # as horovodrun tells its ranks
+        gloo = {"HOROVOD_CONTROLLER": "gloo", "HOROVOD_CPU_OPERATIONS": "gloo"}  # horovodrun --gloo sets them
         return Plan(name, task, WORKER, {**_environ(ranks), **(gloo if launcher == "gloo" else {})})
     script = Path(sys.executable).with_name("horovodrun")
     if not script.exists():
@@ -66,16 +71,16 @@ def horovodrun(name: str, task: Mapping[str, Any], ranks: int, launcher: str) ->
 
 
 def mpirun(name: str, task: Mapping[str, Any], ranks: int, settings: Mapping[str, str]) -> Plan:
-    """Plans a variant that Open MPI's mpirun starts, with processes bound to nothing as horovodrun has it.
+    """Plans a variant that Open MPI's mpirun starts, without binding processes to cores, as horovodrun does.
 
     Args:
-        name: the variant's.
-        task: what its ranks are to do.
-        ranks: how many.
-        settings: environment variables besides.
+        name: name of the variant.
+        task: task of its ranks.
+        ranks: number of ranks.
+        settings: additional environment variables.
 
     Raises:
-        UserError: there is no mpirun, or no mpi4py.
+        UserError: there is no mpirun or no mpi4py.
     """
     script = shutil.which("mpirun")
     if script is None:
@@ -87,4 +92,7 @@ def mpirun(name: str, task: Mapping[str, Any], ranks: int, settings: Mapping[str
 
 
 def _environ(ranks: int) -> dict[str, str]:
-    return {"OMP_NUM_THREADS": str(threads(ranks)), "HOROVOD_GLOO_TIMEOUT_SECONDS": str(PATIENCE_SECONDS)}
+    return {
+        "OMP_NUM_THREADS": str(threads(ranks)),
+        "HOROVOD_GLOO_TIMEOUT_SECONDS": str(COLLECTIVE_TIMEOUT_SECONDS),
+    }
