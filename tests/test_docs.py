@@ -1,7 +1,7 @@
 """The README and docs/ stay short, and everything they name exists: links, files, options, scripts.
 
 Hazards: a page that grows too long; a link to a page or a heading that was renamed; an option, a file or a module
-that no longer exists; a script without its execute bit; pages that MkDocs cannot build; a figure without a command.
+that no longer exists; a script without its execute bit; pages that MkDocs cannot build; a figure without command.
 """
 
 import os

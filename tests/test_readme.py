@@ -1,7 +1,7 @@
 """The commands and the Python examples of the README and of docs/ run as written.
 
-Hazards: a command that the new name of an option broke; an example that needs what the reader does not have. A command
-that several pages show runs once.
+Hazards: a command that the new name of an option broke; an example that needs what the reader does not have.
+A command that several pages show runs once.
 """
 
 import os
