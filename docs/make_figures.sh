@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the figures of the README and of docs/ anew: one log per command in FOLDER, and a note of the machine.
+# Measures the figures of the README and of docs/ again: one log per command in FOLDER, and a note of the machine.
 #
 #   docs/make_figures.sh [FOLDER]      default: runs/figures
 #   docs/make_figures.sh --list        print the commands instead

@@ -73,7 +73,9 @@ def test_every_option_named_exists(document):
 
 
 def test_every_file_named_exists(document):
-    for path in re.findall(r"`((?:launch|docker|tests|docs|hvd_adam)/[\w./*]*)`", documents.prose(document)):
+    for path in re.findall(
+        r"`((?:launch|docker|tests|docs|examples|hvd_adam)/[\w./*]*)`", documents.prose(document)
+    ):
         assert list(ROOT.glob(path.rstrip("/"))), path
 
 
@@ -92,7 +94,7 @@ def test_every_module_and_script_in_a_command_exists_and_can_be_executed():
             assert script.endswith(".py") or sourced or os.access(ROOT / script, os.X_OK), script
 
 
-def test_every_figure_has_a_command_that_makes_it_anew():
+def test_every_figure_has_a_command():
     table = (ROOT / "docs/figures.md").read_text()
     figures = subprocess.run(["bash", ROOT / "docs/make_figures.sh", "--list"], capture_output=True, text=True)
     for command in figures.stdout.splitlines():
@@ -106,6 +108,11 @@ def test_the_scripts_of_the_figures_parse():
     subprocess.run(["bash", "-n", ROOT / "docs/make_figures.sh"], check=True)
     for script in (ROOT / "docs").glob("*.py"):
         subprocess.run([sys.executable, script, "--help"], check=True, capture_output=True)
+
+
+def test_the_examples_are_those_of_the_documents():
+    examples = {path.name: path.read_text() for path in (ROOT / "examples").glob("*.py")}
+    assert examples == documents.scripts()
 
 
 def test_mkdocs_builds_the_pages_without_a_warning(tmp_path):
