@@ -32,7 +32,7 @@ def main() -> None:
     nodes = ["node1", "node2"]
     with tempfile.TemporaryDirectory(prefix="hvd_adam-slow-link-") as folder, Hosts(Path(folder), nodes) as hosts:
         for host in nodes:
-            limit = f"tc qdisc add dev eth0 root tbf rate {given.rate} burst 256kb latency 50ms"
+            limit = f"tc qdisc add dev eth0 root tbf rate {given.rate} burst 1mb latency 50ms"
             hosts.run(host, limit.split(), check=True)
         for controller in ("mpi", "gloo"):
             for strategy in ("allreduce", "sharded"):
