@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Measures the figures of the README and of docs/ again: one log per command in FOLDER, and a note of the machine.
+#
+#   docs/make_figures.sh [FOLDER]      default: runs/figures
+#   docs/make_figures.sh --list        print the commands instead
+#
+# Takes about an hour on two cores. Run it on an idle machine, in the environment that launch/setup.sh made.
+# The commands on hosts (tests/recovery.py, docs/slow_link.py) need root.
+set -euo pipefail
+
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." >/dev/null
+
+# A name of the log, and the command.
+FIGURES=(
+  "quickstart|bash launch/quickstart.sh"
+  "adam|python -m hvd_adam.bench adam --repeats 40"
+  "step|python -m hvd_adam.bench step --models mlp,cnn --repeats 4 --steps 10"
+  "step-resnet18|python -m hvd_adam.bench step --models resnet18 --repeats 3 --steps 5"
+  "allreduce|python -m hvd_adam.bench allreduce --sizes 40"
+  "memory|python -m hvd_adam.bench memory"
+  "checkpoint|python -m hvd_adam.bench checkpoint --models cnn --every 10 --steps 100 --repeats 11"
+  "adam-details|python docs/adam_figures.py"
+  "slow-link|python docs/slow_link.py"
+  "recovery|python tests/recovery.py"
+)
+
+if [[ ${1:-} == --list ]]; then
+  printf '%s\n' "${FIGURES[@]#*|}"
+  exit 0
+fi
+
+folder=${1:-runs/figures}
+mkdir -p "$folder"
+{
+  date -u +%Y-%m-%dT%H:%MZ
+  uname -srm
+  grep -m1 'model name' /proc/cpuinfo || true
+  nproc
+  python -c 'import torch; print("torch", torch.__version__)'
+  python -c 'import horovod; print("Horovod", horovod.__version__)'
+  mpirun --version | head -1
+} >"$folder/machine.txt"
+
+failed=0
+for figure in "${FIGURES[@]}"; do
+  name=${figure%%|*} command=${figure#*|}
+  echo "$command"
+  bash -euo pipefail -c "$command" >"$folder/$name.log" 2>&1 || { echo "failed: see $folder/$name.log" >&2; failed=1; }
+done
+echo "The figures are in $folder."
+exit "$failed"

@@ -1,0 +1,34 @@
+"""Trains a classifier of handwritten digits: horovodrun -np 2 python mine.py."""
+
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from hvd_adam import Adam, distribute, init
+
+cluster = init()  # starts Horovod; holds the rank, the world size and the device of this process
+digits = load_digits()  # 1,797 images of 8×8 pixels, 10 classes
+images = torch.tensor(digits.data / 16, dtype=torch.float32)
+labels = torch.tensor(digits.target)
+train_set = TensorDataset(images[:1440], labels[:1440])
+sampler = DistributedSampler(train_set, num_replicas=cluster.size, rank=cluster.rank)
+loader = DataLoader(train_set, batch_size=32, sampler=sampler)  # 32 images per rank
+
+model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 10))
+model.to(cluster.device)
+optimizer = distribute(Adam(model.parameters(), lr=3e-3), model)  # all ranks now hold rank 0's weights
+
+for epoch in range(20):
+    sampler.set_epoch(epoch)  # a new order in every epoch
+    for x, y in loader:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x.to(cluster.device)), y.to(cluster.device)).backward()
+        optimizer.step()  # averages the gradients over the ranks, then updates
+
+if cluster.rank == 0:
+    with torch.no_grad():
+        predicted = model(images[1440:].to(cluster.device)).argmax(dim=1).cpu()
+    accuracy = (predicted == labels[1440:]).float().mean().item()
+    print(f"test accuracy {accuracy:.3f} after training on {cluster.size} rank(s)")
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, "mine.pt")
