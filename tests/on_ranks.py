@@ -54,7 +54,7 @@ def launch(arguments: list[str], ranks: int, controller: str, **options: object)
     launcher = []
     if ranks:
         if controller == "elastic":
-            horovodrun = [sys.executable, str(TESTS.parent / "launch" / "run_horovod.py")]
+            horovodrun = [sys.executable, "-m", "hvd_adam.launch.horovodrun"]
             # With an interface: to find one itself it waits for a second host.
             how = ["--min-np", str(ranks), "--network-interfaces", "lo"]
             how += ["--host-discovery-script", f"echo localhost:{ranks}"]

@@ -306,7 +306,7 @@ def start_two(controller, other, place):
         f'if [ "${{HOROVOD_RANK:-$OMPI_COMM_WORLD_RANK}}" = 1 ]; then {other}; fi; '
         f"exec {sys.executable} -m hvd_adam.doctor --json --timeout 4 --output-dir {place / 'runs'}"
     )
-    launcher = [sys.executable, ROOT / "launch" / "run_horovod.py", controller, "-np", "2", "bash", "-c", script]
+    launcher = [sys.executable, "-m", "hvd_adam.launch.horovodrun", controller, "-np", "2", "bash", "-c", script]
     env = environment(place / "overlay")
     return Outcome(subprocess.run(launcher, env=env, capture_output=True, text=True, timeout=150))
 

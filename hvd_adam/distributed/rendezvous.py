@@ -2,7 +2,7 @@
 
 Horovod 0.28.1 connects ranks in a thread that catches nothing (BackgroundThreadLoop in operations.cc). If one is
 lost meanwhile, the others wait for Gloo's time-out, and are then aborted, all of them. So ranks make sure first,
-through the launcher's key-value store, that all are there. If one has ended (launch/run_horovod.py says so in the
+through the launcher's key-value store, that all are there. If one has ended (launch/horovodrun.py says so in the
 store) they ask the launcher for their places anew, as Horovod itself does after a loss.
 """
 
@@ -18,12 +18,12 @@ from hvd_adam.errors import RankError
 # Scopes of the store; the launcher empties it whenever it gives out places.
 PLACES = "rank_and_size"  # Horovod's: answers once all ranks have asked, or ended
 MEETING = "hvd_adam_meeting"  # RANK: that rank is there; ALL: rank 0 has seen all
-GONE = "hvd_adam_gone"  # ANY: a rank has ended since
+LOSSES_SCOPE = "hvd_adam_gone"  # LOSSES_KEY: a rank has ended since
 ALL = "all"
-ANY = "any"
+LOSSES_KEY = "any"
 
-# Set by launch/run_horovod.py: it says who has ended. Under another launcher only time tells.
-TOLD = "HVD_ADAM_TOLD_OF_LOSSES"
+# Set by launch/horovodrun.py: it says who has ended. Under another launcher only time tells.
+REPORTS_LOSSES_VARIABLE = "HVD_ADAM_TOLD_OF_LOSSES"
 
 VARIABLES = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE")
 POLL_SECONDS = 0.05
@@ -73,7 +73,7 @@ def _meet() -> bool:
         missing = [key for key in missing if _get(MEETING, key) is None]
         if not missing:
             break
-        if _get(GONE, ANY) is not None or time.monotonic() > deadline:
+        if _get(LOSSES_SCOPE, LOSSES_KEY) is not None or time.monotonic() > deadline:
             return False
         time.sleep(POLL_SECONDS)
     if rank == 0:
@@ -83,7 +83,7 @@ def _meet() -> bool:
 
 def _patience() -> float:
     """Seconds to wait for ranks that say nothing."""
-    if TOLD in os.environ:
+    if REPORTS_LOSSES_VARIABLE in os.environ:
         return float(os.environ.get("HOROVOD_ELASTIC_TIMEOUT", 600))
     return float(os.environ.get("HOROVOD_GLOO_TIMEOUT_SECONDS", 30))
 

@@ -14,11 +14,9 @@ from types import FrameType
 from typing import Any
 
 from hvd_adam.distributed.context import Cluster, horovod
+from hvd_adam.launch.signal_proxy import ECHO_SECONDS
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-
-# Launchers hand on what their ranks have been sent already: that is no second request.
-ECHO_SECONDS = 0.2
 
 _started = time.monotonic()
 _first: float | None = None  # when the first signal came
