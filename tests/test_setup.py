@@ -4,9 +4,9 @@ There is no full installation here: tests/run.sh has just made one.
 
 Hazards: a second run repeats work; a damaged or empty wheel in the cache is installed; two different builds have
 one key; apt completes an MPI with parts of another one; missing packages give many errors instead of the command
-that installs them; a failed step hides the reason; an interrupted step leaves compilers running;
-an environment made from another one does not see its torch; the nvcc on PATH is outside its toolkit; GPU tests seem to pass without a
-GPU; the wheel lacks files, so that the build of Horovod works in a clone only.
+that installs them; a failed step hides the reason; an interrupted step leaves compilers running; an environment
+made from another one does not see its torch; the nvcc on PATH is outside its toolkit; GPU tests seem to pass
+without a GPU; the wheel lacks files, so that the build of Horovod works in a clone only.
 """
 
 import hashlib
