@@ -1,9 +1,9 @@
 """docker/: the files are linted, the CPU image is built, and its commands run in it.
 
 Hazards: a layer contains a key, a secret of the build or a cache, which deleting it later does not remove; the
-user is root, cannot read files or cannot write folders; versions differ from the pinned ones; the entry point drops
-a command; sshd runs without being requested, or accepts any login; a login lacks variables that the ranks need; the
-health check always succeeds; two containers do not connect.
+user is root, cannot read files or cannot write folders; versions differ from the pinned ones; the entry point
+drops a command; sshd runs without being requested, or accepts any login; a login lacks variables that the ranks
+need; the health check always succeeds; two containers do not connect.
 """
 
 import json
