@@ -134,7 +134,7 @@ read_key() {
   # Not `read < <(...)`: the exit code would be lost.
   description=$(describe_torch)
   read -r torch tag torch_cuda packages <<<"$description"
-  recipe=$(cat "$here"/*.cmake | sha256sum | cut -c1-6)
+  recipe=$(sed '/^#/d' "$here"/*.cmake | sha256sum | cut -c1-6) # without comments
   key_of_device=cpu cuda_home=
   if [[ $torch_cuda != none ]]; then
     read_toolkit
