@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
 # The image's entry point: docker run [--gpus all] IMAGE [COMMAND [ARGUMENTS]]
 #
-#   (nothing), options, or train [OPTIONS]   trains, one rank on each GPU of the machine (one rank without any)
-#   quickstart [OPTIONS]                     trains on two ranks, as launch/quickstart.sh does
+#   (nothing), options, or train [OPTIONS]   trains, one rank on each GPU of the machine (one rank without GPUs)
+#   quickstart [OPTIONS]                     trains on two ranks, like launch/quickstart.sh
 #   evaluate | bench | doctor [ARGUMENTS]    python -m hvd_adam.NAME
-#   sshd                                     waits for ranks of other hosts: docker/sshd.sh
-#   ssh-keys                                 makes the key pair for that in ~/.ssh, a volume, unless there is one
-#   anything else                            is run as it is
+#   sshd                                     waits for launchers on other hosts: docker/sshd.sh
+#   ssh-keys                                 makes the key pair for them in ~/.ssh, a volume, if there is none
+#   anything else                            is run unchanged
 set -euo pipefail
 
-home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+self=${BASH_SOURCE[0]}
+if [[ -L $self ]]; then self=$(readlink -f "$self"); fi
+home=$(CDPATH='' cd "$(dirname "$self")/.." && pwd)
 if (($# == 0)) || [[ $1 == -* ]]; then set -- train "$@"; fi
 command=$1
 case $command in

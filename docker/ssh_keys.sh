@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes the key pair with which the containers of one job reach each other, in ~/.ssh, and lets it in. What is there
-# already is kept. ~/.ssh must be a volume that all of them mount; the image has no key.
+# Makes the key pair with which the containers of one job connect, in ~/.ssh, and authorizes it. An existing key pair is
+# kept. ~/.ssh must be a volume that all containers mount; the image contains no key.
 set -euo pipefail
 
 folder=~/.ssh

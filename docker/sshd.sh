@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Waits for launchers on other hosts, as the container's own user, who needs no privilege for that.
+# Waits for launchers on other hosts, as the container's own user, without privileges.
 #
 #   SSHD_PORT         the port (default 2222, which the image's ssh uses too)
-#   AUTHORIZED_KEYS   whom to let in (default ~/.ssh/authorized_keys): a file that must be mounted
+#   AUTHORIZED_KEYS   the keys that may log in (default ~/.ssh/authorized_keys): a file that must be mounted
 #
-# The host key is made here, at each start, and lies in the container's /run.
+# The host key is generated at each start, in the container's /run.
 set -euo pipefail
 
 port=${SSHD_PORT:-2222} authorized=${AUTHORIZED_KEYS:-$HOME/.ssh/authorized_keys} folder=/run/hvd_adam
@@ -14,12 +14,12 @@ if [[ ! -s $authorized ]]; then
 fi
 rm -f "$folder/host_key" "$folder/host_key.pub"
 ssh-keygen -q -t ed25519 -N '' -C '' -f "$folder/host_key"
-# Of a container's environment a login gets nothing by itself: what the ranks need is set here.
+# A login does not inherit the container's environment: the variables that the ranks need are set here.
 environment=
 for name in PATH LD_LIBRARY_PATH $(compgen -e | grep -E '^(OMPI_MCA|NCCL|NVIDIA|CUDA)_' || true); do
   if [[ -n ${!name:-} && ${!name} != *[[:space:]\"]* ]]; then environment+=" $name=${!name}"; fi
 done
-# StrictModes: a mounted file belongs to whom the mount says. MaxStartups: a launcher comes with all ranks at once.
+# StrictModes: the owner of a mounted file depends on the mount. MaxStartups: a launcher connects for all ranks at once.
 cat >"$folder/sshd_config" <<END
 Port $port
 HostKey $folder/host_key

@@ -1,78 +1,81 @@
 #!/usr/bin/env bash
-# Starts a training that survives the loss of ranks, hosts and links, and takes up hosts that are added, through an
-# elastic horovodrun (Gloo).
+# Trains with an elastic horovodrun (Gloo): training survives the loss of ranks, hosts and links, and uses hosts that are
+# added while it runs.
 #
 #   launch/elastic.sh -np 4 --min-np 2 --hostfile hosts -- --epochs 20
 #   launch/elastic.sh -np 4 --min-np 2 --max-np 8 --discovery ./my_hosts.sh -- --epochs 20
 #
-#   -np N                 ranks to begin with (default: all that the hosts offer)
-#   --min-np N            wait where fewer ranks are left (default: 1)
-#   --max-np N            never more ranks than that (default: as many as the hosts offer)
-#   --hostfile FILE       lines "HOST slots=N"; the file may change while the job runs. Without it, and without
-#                         --discovery: the hosts of the Slurm allocation
-#   --discovery COMMAND   prints the hosts of now, "HOST:SLOTS" a line, instead (see launch/discover_hosts.sh)
-#   --cooldown MIN MAX    seconds for which a host that has failed is left out (default: 10 60)
-#   --gloo-timeout S      seconds after which a rank that does not answer counts as lost (default: 30)
+#   -np N                 number of ranks at the start (default: all slots of the hosts)
+#   --min-np N            pause while fewer ranks are left (default: 1)
+#   --max-np N            maximum number of ranks (default: all slots of the hosts)
+#   --hostfile FILE       lines "HOST slots=N"; the file may change while the job runs. Default without --discovery: the
+#                         hosts of the Slurm allocation
+#   --discovery COMMAND   a command that prints the current hosts instead, "HOST:SLOTS" per line (see
+#                         launch/discover_hosts.sh)
+#   --cooldown MIN MAX    seconds during which a failed host is not used (default: 10 60)
+#   --gloo-timeout S      seconds after which a rank that does not respond counts as lost (default: 30)
 #   -i, --network-interface NAME[,NAME]   network interface(s) to use (default: horovodrun probes, for which it waits for
 #                         a second host)
-#   -x NAME[=VALUE]       a variable the ranks must have; horovodrun hands on the whole environment as well
+#   -x NAME[=VALUE]       set a variable for the ranks; horovodrun also passes on the whole environment
 #   --ssh-port PORT       ssh port of the hosts
 #   --ssh-key FILE        ssh private key
 #   --module NAME         Python module to run (default: hvd_adam.train, with --elastic)
 #   --dry-run             print the command instead of running it
-#   -- ARGUMENTS          go to the module
+#   -- ARGUMENTS          arguments of the module
 #
-# At least two hosts are needed to survive a rank: horovodrun leaves the host of a failed rank alone for a while.
-# Exit code: as launch/horovodrun.sh.
+# At least two hosts are needed to survive the loss of a rank: horovodrun does not use the host of a failed rank during
+# the cooldown. Exit code: as for launch/horovodrun.sh.
 set -euo pipefail
 
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-# shellcheck source=launch/common.sh
-source "$here/common.sh"
-# shellcheck source=launch/options.sh
-source "$here/options.sh"
+self=${BASH_SOURCE[0]}
+if [[ -L $self ]]; then self=$(readlink -f "$self"); fi
+here=$(CDPATH='' cd "$(dirname "$self")" && pwd)
+# shellcheck source=launch/lib/common.sh
+source "$here/lib/common.sh"
+# shellcheck source=launch/lib/options.sh
+source "$here/lib/options.sh"
 
-min_ranks=1 max_ranks='' discovery='' cooldown=(10 60) gloo_timeout=30 others=()
+min_ranks=1 max_ranks='' discovery='' cooldown=(10 60) gloo_timeout=30 launcher_arguments=()
 
-# need_number OPTION VALUE
-need_number() { [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || stop "$1 ${2:-}: a whole number of at least 1 is needed"; }
+# require_positive OPTION VALUE
+require_positive() { [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || fail "$1 ${2:-}: must be a whole number of at least 1"; }
 
-# settle_ranks: instead of the one of options.sh; how many ranks there are is for the hosts of each moment to say.
-settle_ranks() { [[ -z $hosts || -n $hostfile ]] || stop "-H cannot change while the job runs: use --hostfile"; }
+# set_rank_count: replaces the function of options.sh, because the hosts change while the job runs.
+set_rank_count() { [[ -z $hosts || -n $hostfile ]] || fail "-H cannot change while the job runs: use --hostfile"; }
 
 while (($#)); do
   case $1 in
-    --min-np) need_number "${@:1:2}"; min_ranks=$2; shift ;;
-    --max-np) need_number "${@:1:2}"; max_ranks=$2; shift ;;
-    --gloo-timeout) need_number "${@:1:2}"; gloo_timeout=$2; shift ;;
-    --cooldown) need_number "$1" "${2:-}"; need_number "$1" "${3:-}"; cooldown=("$2" "$3"); shift 2 ;;
-    --discovery) need_value "$@"; discovery=$2; shift ;;
-    --) others+=("$@"); break ;;
-    *) others+=("$1") ;;
+    --min-np) require_positive "${@:1:2}"; min_ranks=$2; shift ;;
+    --max-np) require_positive "${@:1:2}"; max_ranks=$2; shift ;;
+    --gloo-timeout) require_positive "${@:1:2}"; gloo_timeout=$2; shift ;;
+    --cooldown) require_positive "$1" "${2:-}"; require_positive "$1" "${3:-}"; cooldown=("$2" "$3"); shift 2 ;;
+    --discovery) require_value "$@"; discovery=$2; shift ;;
+    --) launcher_arguments+=("$@"); break ;;
+    *) launcher_arguments+=("$1") ;;
   esac
   shift
 done
-parse_options '' "${others[@]}"
-[[ -z $hostfile || -z $discovery ]] || stop "--hostfile and --discovery exclude each other"
+parse_options '' "${launcher_arguments[@]}"
+[[ -z $hostfile || -z $discovery ]] || fail "--hostfile and --discovery exclude each other"
 if [[ -z $discovery ]]; then
   [[ -n $hostfile || -n ${SLURM_JOB_NODELIST:-} ]] ||
-    stop "which hosts? give --hostfile or --discovery, or start it in a Slurm allocation"
+    fail "no hosts given: use --hostfile or --discovery, or start it in a Slurm allocation"
   printf -v discovery '%q ' bash "$here/discover_hosts.sh" "${hostfile:-slurm}" "${ssh_port:-22}"
 fi
 if [[ -z $ranks ]]; then
   ranks=$(bash -c "$discovery" | awk -F: '{ sum += NF > 1 ? $2 : 1 } END { print sum + 0 }')
-  ((ranks > 0)) || stop "no host answers: $discovery names none"
+  ((ranks > 0)) || fail "no host is reachable: $discovery prints none"
 fi
-((min_ranks <= ranks)) || stop "--min-np $min_ranks is more than the $ranks ranks to begin with"
+((min_ranks <= ranks)) || fail "--min-np $min_ranks is more than the $ranks ranks at the start"
 python=$(find_python)
 export PATH=${python%/*}:$PATH
 if [[ $module == hvd_adam.train ]]; then module_arguments=(--elastic "${module_arguments[@]}"); fi
 
-command=("$python" "$here/run_horovod.py" -np "$ranks" --min-np "$min_ranks")
+command=("$python" -m hvd_adam.launch.horovodrun -np "$ranks" --min-np "$min_ranks")
 if [[ -n $max_ranks ]]; then command+=(--max-np "$max_ranks"); fi
 command+=(--host-discovery-script "$discovery" --blacklist-cooldown-range "${cooldown[@]}")
 command+=(--gloo-timeout-seconds "$gloo_timeout")
 if [[ -n $interface ]]; then command+=(--network-interfaces "$interface"); fi
 if [[ -n $ssh_port ]]; then command+=(--ssh-port "$ssh_port"); fi
 if [[ -n $ssh_key ]]; then command+=(--ssh-identity-file "$ssh_key"); fi
-launch "$python" "${command[@]}" "$python" -m "$module" "${module_arguments[@]}"
+exec_launcher "$python" "${command[@]}" "$python" -m "$module" "${module_arguments[@]}"

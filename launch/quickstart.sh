@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
-# From nothing to a trained network: sets everything up, then trains on the embedded data set on two ranks.
+# Sets everything up on a fresh machine, then trains a network on the embedded data set on two ranks.
 #
 #   bash launch/quickstart.sh [--cpu | --cuda] [--without-mpi] [-- ARGUMENTS OF THE TRAINING]
 #
-#   --cpu | --cuda, --without-mpi   as for launch/setup.sh, which this runs first
-#   -- ARGUMENTS                    go to python -m hvd_adam.train, for example: -- --epochs 3
+#   --cpu | --cuda, --without-mpi   options of launch/setup.sh, which runs first
+#   -- ARGUMENTS                    arguments of python -m hvd_adam.train, for example: -- --epochs 3
 set -euo pipefail
 
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-# shellcheck source=launch/common.sh
-source "$here/common.sh"
+self=${BASH_SOURCE[0]}
+if [[ -L $self ]]; then self=$(readlink -f "$self"); fi
+here=$(CDPATH='' cd "$(dirname "$self")" && pwd)
+# shellcheck source=launch/lib/common.sh
+source "$here/lib/common.sh"
 
 setup_options=()
 while (($#)); do
@@ -17,7 +19,7 @@ while (($#)); do
     --cpu | --cuda | --without-mpi) setup_options+=("$1") ;;
     -h | --help) print_usage; exit 0 ;;
     --) shift; break ;;
-    *) stop "unknown option $1; options of the training go after --, see --help" ;;
+    *) fail "unknown option $1; options of the training go after --, see --help" ;;
   esac
   shift
 done

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Trains in a Slurm job as launch/slurm.sh does, each rank in a container of the image that docker/Dockerfile builds.
+# Trains in a Slurm job like launch/slurm.sh, each rank in a container of the image that docker/Dockerfile builds.
 # Submit it from the repository's root:
 #
 #   sbatch --nodes=2 --ntasks-per-node=4 --gpus-per-node=4 launch/slurm_container.sh hvd_adam.sif -- --epochs 20
 #   sbatch --nodes=2 --ntasks-per-node=4 --gpus-per-node=4 launch/slurm_container.sh registry#hvd_adam -- --epochs 20
 #
-# Through pyxis and enroot where srun has --container-image (IMAGE is a .sqsh file, or REGISTRY#NAME:TAG), else through
-# Apptainer or Singularity (a .sif file, or docker://NAME). Ranks start by srun --mpi=pmix, which Slurm must have.
+# Uses pyxis and enroot if srun has --container-image (IMAGE is a .sqsh file, or REGISTRY#NAME:TAG), else Apptainer or
+# Singularity (IMAGE is a .sif file, or docker://NAME). Slurm must have PMIx: srun --mpi=pmix starts the ranks.
 #
-#   --mount PATH          a folder that the ranks need besides this one (data, say), under the same path; may be
+#   --mount PATH          also mount this folder (for example the data) in the container, under the same path; may be
 #                         repeated
 #   --module NAME         Python module to run (default: hvd_adam.train)
-#   -- ARGUMENTS          go to the module
+#   -- ARGUMENTS          arguments of the module
 #
-# HVD_ADAM_CONTAINER_PYTHON names another Python in the image. Everything else is as in launch/slurm.sh.
+# HVD_ADAM_CONTAINER_PYTHON names another Python in the image. Everything else works as in launch/slurm.sh.
 #
 #SBATCH --job-name=hvd_adam
 #SBATCH --nodes=1
@@ -25,28 +25,28 @@
 set -euo pipefail
 
 home=${SLURM_SUBMIT_DIR:-$PWD}
-if [[ ! -f $home/launch/common.sh ]]; then
-  echo "slurm_container.sh: no launch/common.sh in $home: call sbatch from the repository's root" >&2
+if [[ ! -f $home/launch/lib/common.sh ]]; then
+  echo "slurm_container.sh: no launch/lib/common.sh in $home: call sbatch from the repository's root" >&2
   exit 2
 fi
 cd "$home"
-# shellcheck source=launch/common.sh
-source launch/common.sh
-# shellcheck source=launch/slurm_job.sh
-source launch/slurm_job.sh
+# shellcheck source=launch/lib/common.sh
+source launch/lib/common.sh
+# shellcheck source=launch/lib/slurm_job.sh
+source launch/lib/slurm_job.sh
 
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then print_usage; exit 0; fi
-[[ -n ${SLURM_JOB_ID:-} ]] || stop "this is no Slurm job; submit it: sbatch launch/slurm_container.sh IMAGE"
-[[ $# -gt 0 && $1 != -* ]] || stop "which image? sbatch launch/slurm_container.sh IMAGE [-- arguments]"
+[[ -n ${SLURM_JOB_ID:-} ]] || fail "this is not a Slurm job; submit it: sbatch launch/slurm_container.sh IMAGE"
+[[ $# -gt 0 && $1 != -* ]] || fail "no image given: sbatch launch/slurm_container.sh IMAGE [-- ARGUMENTS]"
 image=$1
 shift
-mounts=("$home") others=()
+mounts=("$home") job_arguments=()
 while (($#)); do
   case $1 in
-    --mount) [[ -d ${2:-} ]] || stop "--mount ${2:-}: no such folder"; mounts+=("$2"); shift ;;
-    --launcher | -i | --network-interface) stop "$1: in containers ranks start by srun --mpi=pmix" ;;
-    --) others+=("$@"); break ;;
-    *) others+=("$1") ;;
+    --mount) [[ -d ${2:-} ]] || fail "--mount ${2:-}: no such folder"; mounts+=("$2"); shift ;;
+    --launcher | -i | --network-interface) fail "$1: in containers, srun --mpi=pmix starts the ranks" ;;
+    --) job_arguments+=("$@"); break ;;
+    *) job_arguments+=("$1") ;;
   esac
   shift
 done
@@ -57,12 +57,12 @@ if srun --help 2>/dev/null | grep -q -- --container-image; then
   for folder in "${mounts[@]}"; do binds+=${binds:+,}$folder:$folder; done
   container_options=(--container-image="$image" --container-mounts="$binds" --container-workdir="$home")
   container_command=("$python")
-elif have apptainer || have singularity; then
-  if have apptainer; then container_command=(apptainer); else container_command=(singularity); fi
+elif has_command apptainer || has_command singularity; then
+  if has_command apptainer; then container_command=(apptainer); else container_command=(singularity); fi
   container_command+=(exec --nv --pwd "$home")
   for folder in "${mounts[@]}"; do container_command+=(--bind "$folder"); done
   container_command+=("$image" "$python")
 else
-  stop "this node has neither pyxis (srun --container-image) nor Apptainer; use launch/slurm.sh, or install one"
+  fail "this node has neither pyxis (srun --container-image) nor Apptainer: install one, or use launch/slurm.sh"
 fi
-run_job --launcher srun "${others[@]}"
+run_job --launcher srun "${job_arguments[@]}"

@@ -340,7 +340,7 @@ def run_two_ranks(controller, other, workdir):
         f'if [ "${{HOROVOD_RANK:-$OMPI_COMM_WORLD_RANK}}" = 1 ]; then {other}; fi; '
         f"exec {sys.executable} -m hvd_adam.doctor --json --timeout 4 --output-dir {workdir / 'runs'}"
     )
-    launcher = [sys.executable, ROOT / "launch" / "run_horovod.py", controller, "-np", "2", "bash", "-c", script]
+    launcher = [sys.executable, "-m", "hvd_adam.launch.horovodrun", controller, "-np", "2", "bash", "-c", script]
     env = environment(workdir / "overlay")
     return Result(subprocess.run(launcher, env=env, capture_output=True, text=True, timeout=150))
 

@@ -1,8 +1,8 @@
-"""launch/mpirun.sh and horovodrun.sh over several hosts, with real ssh between them (hosts out of namespaces).
+"""launch/mpirun.sh and horovodrun.sh on several hosts, with real ssh between them (hosts made of namespaces).
 
-Hazards: ranks that train alone; variables that do not travel; a port, a key or an interface that is not used;
-slots that are dealt out otherwise than asked for; a host that cannot be reached, or has other software or
-arguments, and is found out late, in many lines, without its name, or never.
+Hazards: each rank trains by itself; variables do not reach remote ranks; a port, a key or an interface is ignored;
+ranks are not placed as the slots require; a host that is unreachable or has different software or arguments is
+detected late or never, or is reported in many lines or without its name.
 """
 
 import subprocess
@@ -16,9 +16,9 @@ from helpers.cluster.hosts import HEAD, SSHD, Hosts, skip_reason
 from helpers.training_runs import ROOT, checkpoint, events, train
 from recovery import MODEL
 
-pytestmark = pytest.mark.skipif(skip_reason() is not None, reason=f"no hosts out of namespaces: {skip_reason()}")
+pytestmark = pytest.mark.skipif(skip_reason() is not None, reason=f"no hosts made of namespaces: {skip_reason()}")
 
-ALIKE = "--model paced:build --precision fp64 --log-every 1 --epochs 2".split()
+OPTIONS = "--model paced:build --precision fp64 --log-every 1 --epochs 2".split()
 BOTH = "node1:2,node2:2"
 
 
@@ -36,11 +36,11 @@ def hosts(folder):
 
 
 @pytest.fixture(scope="module")
-def here(folder):
-    """The weights that 4 ranks on this machine end with."""
+def expected(folder):
+    """The final weights of 4 ranks on this machine."""
     environ = {"PYTHONPATH": f"{folder}:{ROOT}", "PAUSE": "0"}
-    assert train(*ALIKE, ranks=4, folder=folder / "here", env=environ).returncode == 0
-    return checkpoint(folder / "here")["model"]
+    assert train(*OPTIONS, ranks=4, folder=folder / "one_host", env=environ).returncode == 0
+    return checkpoint(folder / "one_host")["model"]
 
 
 def launch(hosts, folder, script, *arguments):
@@ -53,7 +53,7 @@ def launch(hosts, folder, script, *arguments):
 
 @contextmanager
 def another_sshd(hosts, folder):
-    """On every host, at port 2222; lets in with a key of its own, and with no other."""
+    """Runs a second sshd on every host, at port 2222, which accepts only a key of its own."""
     key = folder / "another_key"
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
     servers = []
@@ -69,28 +69,28 @@ def another_sshd(hosts, folder):
 
 
 @pytest.mark.parametrize("script", ["mpirun.sh", "horovodrun.sh --mpi", "horovodrun.sh --gloo"])
-def test_two_hosts_train_as_one_does(script, hosts, folder, here, tmp_path):
-    where = ["-i", "eth0", "-x", "PAUSE=0"]
-    arguments = ["--", *ALIKE, "--output-dir", tmp_path / "run"]
+def test_two_hosts_train_like_one(script, hosts, folder, expected, tmp_path):
+    common = ["-i", "eth0", "-x", "PAUSE=0"]
+    arguments = ["--", *OPTIONS, "--output-dir", tmp_path / "run"]
     if script == "mpirun.sh":
-        done = launch(hosts, folder, script, "-np", 4, "-H", BOTH, *where, *arguments)
+        done = launch(hosts, folder, script, "-np", 4, "-H", BOTH, *common, *arguments)
     elif "mpi" in script:
-        (tmp_path / "hosts").write_text("# uneven\nnode1 slots=1\nnode2 slots=3\n")
-        done = launch(hosts, folder, script, "--hostfile", tmp_path / "hosts", *where, *arguments)
+        (tmp_path / "hosts").write_text("# different slots\nnode1 slots=1\nnode2 slots=3\n")
+        done = launch(hosts, folder, script, "--hostfile", tmp_path / "hosts", *common, *arguments)
     else:
         with another_sshd(hosts, tmp_path) as key:
             ssh = ["--ssh-port", 2222, "--ssh-key", key]
-            done = launch(hosts, folder, script, "-H", BOTH, *ssh, *where, *arguments)
+            done = launch(hosts, folder, script, "-H", BOTH, *ssh, *common, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     assert events(tmp_path / "run", "end")[0]["world_size"] == 4
     for name, weight in checkpoint(tmp_path / "run")["model"].items():
-        # 22 updates of float64, whose sums may be added in another order.
-        assert (weight - here[name]).abs().max() <= 1e-12, name
+        # 22 updates in float64, with sums in a possibly different order.
+        assert (weight - expected[name]).abs().max() <= 1e-12, name
 
 
 @contextmanager
-def instead(hosts, host, path, other):
-    """On that host alone another file or folder is at this path."""
+def replaced(hosts, host, path, other):
+    """Replaces a file or folder on one host."""
     hosts.run(host, ["mount", "--bind", other, path], check=True)
     yield
     hosts.run(host, ["umount", path], check=True)
@@ -103,29 +103,32 @@ def one_line(done):
 
 
 @pytest.mark.parametrize("script", ["mpirun.sh", "horovodrun.sh --gloo"])
-def test_a_host_that_does_not_fit_is_named_with_the_remedy_in_one_line(script, hosts, folder, tmp_path):
-    def said(*arguments):
-        return one_line(launch(hosts, folder, script, *arguments, "--", *ALIKE, "--output-dir", tmp_path / "run"))
+def test_unusable_host_is_named_with_the_remedy_in_one_line(script, hosts, folder, tmp_path):
+    def error_of(*arguments):
+        return one_line(
+            launch(hosts, folder, script, *arguments, "--", *OPTIONS, "--output-dir", tmp_path / "run")
+        )
 
-    assert "node9: unknown host; " in said("-H", "node1:2,node9:2")
-    assert "node1: its ssh port is closed; start sshd there" in said("-H", BOTH, "--ssh-port", 2299)
+    assert "node9: unknown host; " in error_of("-H", "node1:2,node9:2")
+    assert "node1: its ssh port is closed; start sshd there" in error_of("-H", BOTH, "--ssh-port", 2299)
     with another_sshd(hosts, tmp_path):
-        assert "node1: ssh key rejected; ssh-copy-id node1" in said("-H", BOTH, "--ssh-port", 2222)
+        line = error_of("-H", BOTH, "--ssh-port", 2222)
+        assert "node1: ssh " in line and "; ssh-copy-id node1" in line
     (tmp_path / "empty").mkdir()
-    with instead(hosts, "node2", ROOT / "hvd_adam", tmp_path / "empty"):
-        line = said("-H", BOTH)
+    with replaced(hosts, "node2", ROOT / "hvd_adam", tmp_path / "empty"):
+        line = error_of("-H", BOTH)
         assert "node2: No module named" in line and "launch/setup.sh" in line
     (tmp_path / "version.py").write_text("__version__ = '2.9.1'\n")
-    with instead(hosts, "node2", Path(torch.__file__).with_name("version.py"), tmp_path / "version.py"):
-        assert f"node2: torch 2.9.1 is installed there, {torch.__version__} here; " in said("-H", BOTH)
+    with replaced(hosts, "node2", Path(torch.__file__).with_name("version.py"), tmp_path / "version.py"):
+        assert f"node2: torch 2.9.1 is installed there, {torch.__version__} here; " in error_of("-H", BOTH)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("script", ["mpirun.sh", "horovodrun.sh --gloo"])
-def test_a_host_with_other_arguments_is_named(script, hosts, folder, tmp_path):
+def test_host_with_different_arguments_is_named(script, hosts, folder, tmp_path):
     (tmp_path / "run.yaml").write_text("lr: 0.002\n")
     (tmp_path / "other.yaml").write_text("lr: 0.003\n")
-    with instead(hosts, "node2", tmp_path / "run.yaml", tmp_path / "other.yaml"):
+    with replaced(hosts, "node2", tmp_path / "run.yaml", tmp_path / "other.yaml"):
         arguments = ["--", "--config", tmp_path / "run.yaml", "--output-dir", tmp_path / "run"]
         done = launch(hosts, folder, script, "-H", BOTH, "-i", "eth0", *arguments)
     assert "lr is 0.002 on rank 0 and 0.003 on rank 2 on node2" in one_line(done)

@@ -1,9 +1,9 @@
-"""docker/: the files are linted, the CPU image is built for real, and what it promises is run in it.
+"""docker/: the files are linted, the CPU image is built, and its commands run in it.
 
-Hazards: a key, a secret of the build or a cache in a layer, where deleting it later does not help; a root user;
-files that the user may not read, or folders that it cannot write; versions that differ from the pinned ones; a
-command that the entry point swallows; sshd that runs unasked, or lets anybody in; a login without what the ranks
-need; a health check that is always well; two containers that do not find each other.
+Hazards: a layer contains a key, a secret of the build or a cache, which deleting it later does not remove; the
+user is root, cannot read files or cannot write folders; versions differ from the pinned ones; the entry point
+drops a command; sshd runs without being requested, or accepts any login; a login lacks variables that the ranks
+need; the health check always succeeds; two containers do not connect.
 """
 
 import json
@@ -26,12 +26,12 @@ DOCKER = ROOT / "docker"
 COMPOSE = yaml.safe_load((DOCKER / "compose.yaml").read_text())
 TRAINER = 10001
 
-# Building takes four minutes beside another test process, and three more where Horovod has to be compiled.
+# Building takes four minutes next to another test process, and three more if Horovod has to be compiled.
 pytestmark = pytest.mark.timeout(1800)
 no_image = cpu_image.skip_reason()
 needs_image = pytest.mark.skipif(no_image is not None, reason=f"no image can be built: {no_image}")
 no_hosts = namespaces.skip_reason()
-needs_hosts = pytest.mark.skipif(no_hosts is not None, reason=f"no hosts out of namespaces: {no_hosts}")
+needs_hosts = pytest.mark.skipif(no_hosts is not None, reason=f"no hosts made of namespaces: {no_hosts}")
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ ENTRIES = {
 
 
 @pytest.mark.parametrize("arguments", ENTRIES)
-def test_the_entry_point_starts_what_it_says(arguments, tmp_path):
+def test_entry_point_starts_the_documented_command(arguments, tmp_path):
     for name in ("launch/mpirun.sh", "launch/horovodrun.sh", "docker/sshd.sh", "docker/ssh_keys.sh", "bin/python"):
         program = tmp_path / name
         program.parent.mkdir(exist_ok=True)
@@ -81,23 +81,36 @@ def test_the_entry_point_starts_what_it_says(arguments, tmp_path):
         program.chmod(0o755)
     entry = shutil.copy(DOCKER / "entrypoint.sh", tmp_path / "docker")
     environ = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
-    said = subprocess.run([entry, *arguments.split()], env=environ, capture_output=True, text=True, check=True)
-    assert said.stdout == ENTRIES[arguments] + "\n"
+    done = subprocess.run([entry, *arguments.split()], env=environ, capture_output=True, text=True, check=True)
+    assert done.stdout == ENTRIES[arguments] + "\n"
 
 
-def test_an_argument_with_spaces_reaches_the_command_whole(tmp_path):
-    said = subprocess.run([DOCKER / "entrypoint.sh", "echo", "a  b"], capture_output=True, text=True, check=True)
-    assert said.stdout == "a  b\n"
+def test_argument_with_spaces_reaches_the_command_unchanged():
+    done = subprocess.run([DOCKER / "entrypoint.sh", "echo", "a  b"], capture_output=True, text=True, check=True)
+    assert done.stdout == "a  b\n"
 
 
-def test_the_versions_are_those_of_the_set_up():
+@pytest.mark.parametrize("call", ["CDPATH", "symbolic link"])
+def test_entry_point_finds_its_scripts_with(call, tmp_path):
+    environ, command = {**os.environ}, "docker/entrypoint.sh"
+    if call == "CDPATH":
+        environ["CDPATH"] = f".:{ROOT}"
+    else:
+        command = str(tmp_path / "link")
+        Path(command).symlink_to(DOCKER / "entrypoint.sh")
+    arguments = [command, "train", "--help"]
+    done = subprocess.run(arguments, cwd=ROOT, env=environ, capture_output=True, text=True, check=True)
+    assert "usage:" in done.stdout and "--output-dir" in done.stdout
+
+
+def test_versions_are_those_of_the_set_up():
     dockerfile, setup = (DOCKER / "Dockerfile").read_text(), (ROOT / "launch" / "setup.sh").read_text()
     torch = re.search(r"^ARG TORCH_VERSION=(.*)$", dockerfile, re.MULTILINE)[1]
     assert torch == re.search(r"^TORCH_PIN=(.*)$", setup, re.MULTILINE)[1]
     assert f"ARG TORCHVISION_VERSION=0.{int(torch.split('.')[1]) + 15}.{torch.split('.')[2]}" in dockerfile
 
 
-def test_nothing_but_what_the_image_holds_goes_to_the_builder():
+def test_only_the_contents_of_the_image_are_sent_to_the_builder():
     patterns = (ROOT / ".dockerignore").read_text().splitlines()
     allowed = {line[1:] for line in patterns if line.startswith("!")}
     assert "*" in patterns and "**/__pycache__" in patterns
@@ -114,7 +127,7 @@ def test_docker_compose_accepts_its_files(files):
     assert (checked.returncode, checked.stdout) == (0, ""), checked.stderr
 
 
-def test_the_compose_files_agree_with_each_other_and_with_the_image():
+def test_compose_files_agree_with_each_other_and_with_the_image():
     services = COMPOSE["services"]
     assert set(services) == {"ssh-keys", "host1", "host2"}
     gpu = yaml.safe_load((DOCKER / "compose.gpu.yaml").read_text())["services"]
@@ -133,7 +146,7 @@ def test_the_compose_files_agree_with_each_other_and_with_the_image():
 
 
 @needs_image
-def test_it_runs_as_a_user_without_rights(image):
+def test_image_runs_as_an_unprivileged_user(image):
     assert image.config["User"] == str(TRAINER)
     assert docker_run(image, "id", "-u").stdout == f"{TRAINER}\n"
     for folder in ("/opt/hvd_adam", "/etc", "/usr"):
@@ -143,7 +156,7 @@ def test_it_runs_as_a_user_without_rights(image):
 
 
 @needs_image
-def test_it_holds_the_pinned_versions_and_nothing_else(image):
+def test_image_contains_exactly_the_pinned_versions(image):
     freeze = ["python", "-m", "pip", "freeze", "--all", "--exclude-editable"]
     installed = dict(
         re.split("==| @ ", line, maxsplit=1) for line in docker_run(image, *freeze).stdout.splitlines()
@@ -156,7 +169,7 @@ def test_it_holds_the_pinned_versions_and_nothing_else(image):
 
 
 @needs_image
-def test_it_trains_on_two_ranks_and_evaluates(image):
+def test_image_trains_on_two_ranks_and_evaluates(image):
     trained = docker_run(image, "quickstart", "--epochs", "2", "--output-dir", "runs/first")
     assert trained.returncode == 0, trained.stderr
     accuracy = float(re.findall(r"test accuracy ([\d.]+)$", trained.stdout, re.MULTILINE)[-1])
@@ -170,7 +183,7 @@ def test_it_trains_on_two_ranks_and_evaluates(image):
 
 
 @needs_image
-def test_it_trains_for_any_other_user_too(image):
+def test_image_trains_as_any_other_user(image):
     trained = docker_run(image, "--epochs", "1", "--output-dir", "/tmp/mine", user="12345:12345")
     assert trained.returncode == 0, trained.stderr
     assert (image.rootfs / "tmp/mine/checkpoints/latest").stat().st_uid == 12345
@@ -178,29 +191,29 @@ def test_it_trains_for_any_other_user_too(image):
 
 @needs_image
 @pytest.mark.parametrize("name", ["bench", "doctor"])
-def test_the_packages_other_commands_are_there(name, image):
+def test_image_has_the_other_commands(name, image):
     if not list((ROOT / "hvd_adam").glob(f"{name}*")):
         pytest.skip(f"there is no hvd_adam.{name}")
     assert docker_run(image, name, "--help").returncode == 0
 
 
 def healthcheck(image):
-    (how, *command) = image.config["Healthcheck"]["Test"]
-    assert how == "CMD"
-    return docker_run(image, *command, whole=False)
+    (form, *command) = image.config["Healthcheck"]["Test"]
+    assert form == "CMD"
+    return docker_run(image, *command, entry_point=False)
 
 
 @needs_image
-def test_the_health_check_tells_well_from_ill(image):
+def test_health_check_detects_failures(image):
     checked = healthcheck(image)
     assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
     state = image.rootfs / "run/hvd_adam"
-    assert (state / "loads").exists()  # so that the next check costs nothing
+    assert (state / "loads").exists()  # so that the next check is fast
     try:
         (state / "sshd.pid").write_text("1\n")
         (state / "sshd_config").write_text("Port 1\n")
         checked = healthcheck(image)
-        assert (checked.returncode, checked.stdout) == (1, "sshd does not answer on port 1\n")
+        assert (checked.returncode, checked.stdout) == (1, "sshd does not respond on port 1\n")
         (state / "sshd.pid").unlink()
 
         (state / "loads").unlink()
@@ -216,7 +229,7 @@ def test_the_health_check_tells_well_from_ill(image):
 
 
 @needs_image
-def test_sshd_starts_on_request_only_and_not_without_keys(image):
+def test_sshd_starts_only_on_request_and_with_keys(image):
     assert image.config["Entrypoint"] == ["/opt/hvd_adam/docker/entrypoint.sh"] and not image.config["Cmd"]
     refused = docker_run(image, "sshd")
     assert (refused.returncode, refused.stdout) == (2, "")
@@ -224,7 +237,7 @@ def test_sshd_starts_on_request_only_and_not_without_keys(image):
     assert not (image.rootfs / "run/hvd_adam/sshd.pid").exists()
 
 
-# What has no business in any layer.
+# Files that must not be in any layer.
 LITTER = re.compile(
     r"""(^|/)(ssh_host_\w+_key(\.pub)?|id_(rsa|dsa|ecdsa|ed25519)(\.pub)?|authorized_keys|known_hosts
     |pip\.conf|\.netrc|\.pypirc|\.git|\.docker|\.aws|\.cache|\.ssh/.+|.*\.(key|p12|pfx|whl|deb))$
@@ -235,7 +248,7 @@ PRIVATE_KEY = re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----\s+[A-Za-z0-9+/]{4
 
 
 @needs_image
-def test_no_layer_holds_a_secret_a_key_or_a_cache(image):
+def test_no_layer_contains_a_secret_a_key_or_a_cache(image):
     secrets = {path.read_bytes() for path in image.secrets.values()}
     sizes = {len(secret) for secret in secrets}
     seen = 0
@@ -249,13 +262,13 @@ def test_no_layer_holds_a_secret_a_key_or_a_cache(image):
             content = tar.extractfile(entry).read()
             assert content not in secrets and not PRIVATE_KEY.search(content), f"layer {number}: {name}"
     assert seen > 10_000
-    told = json.dumps([image.config, image.history])
-    assert not any(word in told for word in image.settings.get("find-links", "").split())
+    metadata = json.dumps([image.config, image.history])
+    assert not any(word in metadata for word in image.settings.get("find-links", "").split())
 
 
 # --- two containers -----------------------------------------------------------------------------------------
 
-# The volumes of compose.yaml and mpijob.yaml, and folders that each container has for itself.
+# The volumes of compose.yaml and mpijob.yaml, and folders that each container has of its own.
 VOLUMES = """
 mount -t tmpfs -o mode=1777 tmpfs "$1/tmp"
 mount -t tmpfs -o mode=700,uid=10001,gid=10001 tmpfs "$1/run/hvd_adam"
@@ -268,7 +281,7 @@ mount --bind "$2/mpi" "$1/etc/mpi"
 
 @pytest.fixture
 def containers(image, tmp_path):
-    """host1 and host2 with the image as their system; run_in(host, command), start_in(host, command)."""
+    """The hosts host1 and host2 with the image as their system, with run_in(host, command) and start_in(...)."""
     for volume in ("ssh", "runs", "mpi"):
         (tmp_path / volume).mkdir()
         os.chown(tmp_path / volume, TRAINER, TRAINER)
@@ -290,7 +303,7 @@ def containers(image, tmp_path):
 
 @needs_image
 @needs_hosts
-def test_two_containers_train_together_as_compose_and_the_mpi_operator_start_them(containers, tmp_path):
+def test_two_containers_train_together_under_compose_and_the_mpi_operator(containers, tmp_path):
     services = COMPOSE["services"]
     assert containers.run_in("host1", *services["ssh-keys"]["command"]).returncode == 0
     key = (tmp_path / "ssh/id_ed25519").read_bytes()
@@ -308,8 +321,8 @@ def test_two_containers_train_together_as_compose_and_the_mpi_operator_start_the
     assert "over 2 rank(s)" in trained.stdout
     assert (tmp_path / "runs/compose/checkpoints/latest").stat().st_uid == TRAINER
 
-    # The launcher of launch/mpijob.yaml, with the host file and the variables that the operator gives it. It is on
-    # a host without ranks; both are host2's.
+    # The launcher of launch/mpijob.yaml, with the operator's host file and variables. It runs on a host without
+    # ranks: both ranks are on host2.
     (tmp_path / "mpi/hostfile").write_text("host2 slots=2\n")
     (_, job) = yaml.safe_load_all((ROOT / "launch/mpijob.yaml").read_text())
     (launcher,) = job["spec"]["mpiReplicaSpecs"]["Launcher"]["template"]["spec"]["containers"]
@@ -323,7 +336,7 @@ def test_two_containers_train_together_as_compose_and_the_mpi_operator_start_the
     assert "over 2 rank(s)" in trained.stdout
     assert (tmp_path / "runs/hvd-adam/checkpoints/latest").exists()
 
-    # Who has no key does not get in.
+    # A login without a key is refused.
     for name in ("id_ed25519", "id_ed25519.pub"):
         (tmp_path / "ssh" / name).unlink()
     refused = containers.run_in("host1", "ssh", "host2", "true")

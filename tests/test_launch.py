@@ -1,14 +1,17 @@
-"""launch/horovodrun.sh, mpirun.sh, slurm.sh and the filter of mpirun's stderr, with real launchers and real ranks.
+"""launch/*.sh and hvd_adam/launch/, with real launchers and real ranks.
 
-Hazards: a rank's exit code lost by a launcher (horovodrun with Gloo turns it into 1 and a traceback); a launcher's
-boxes and tracebacks around a one-line message; helpful reports hidden with them; progress bars held back until a
-line's end; signals that stop at the script and leave ranks behind; quoting of arguments; environment that remote
-ranks do not get; a SIGTERM that mpirun takes for an order to kill; fewer cores than ranks; bad options answered by
-anything but one line and 2.
+Hazards: a launcher loses a rank's exit code (horovodrun with Gloo exits with 1 and a traceback); a launcher's
+boxes and tracebacks hide a one-line message; the filter removes helpful reports with them, or delays progress bars
+until the end of the line; a signal reaches only the script, and ranks keep running; mpirun kills at a SIGTERM;
+Horovod's helper processes run without the patches; arguments lose their quoting; remote ranks do not get the
+environment; there are more ranks than cores; bad options do not get one line and exit code 2; a script does not
+find its files because of CDPATH, a symbolic link or a space.
 """
 
 import os
 import re
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,13 +21,15 @@ from pathlib import Path
 
 import pytest
 
-LAUNCH = Path(__file__).parents[1] / "launch"
+ROOT = Path(__file__).parents[1]
+LAUNCH = ROOT / "launch"
+PACKAGE = ROOT / "hvd_adam" / "launch"
 BIN = str(Path(sys.executable).parent)
 LAUNCHERS = [["mpirun.sh"], ["horovodrun.sh", "--mpi"], ["horovodrun.sh", "--gloo"]]
 RULE = b"-" * 74 + b"\n"
 
-# A stand-in for the training. Rank 0 says one line; the others wait for that, as the training's ranks do, because
-# horovodrun with Gloo ends all ranks as soon as one has ended.
+# A stub of the training. Rank 0 prints one line. The others wait for it, as the training's ranks do, because
+# horovodrun with Gloo terminates all ranks as soon as one has exited.
 RANKS = """
 import os, signal, sys, time
 from pathlib import Path
@@ -42,8 +47,8 @@ if mode == "show":
     sys.exit(0)
 if rank == 0:
     print("rank 0: one line", file=sys.stderr, flush=True)
-    (folder / "said").touch()
-while not (folder / "said").exists():
+    (folder / "printed").touch()
+while not (folder / "printed").exists():
     time.sleep(0.01)
 sys.exit(int(mode))
 """
@@ -55,7 +60,7 @@ def environment(tmp_path):
     unwanted = ("HOROVOD_", "OMPI_", "PMIX_", "NCCL_", "OMP_", "SLURM_", "HVD_ADAM_")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
     clean.pop("LD_LIBRARY_PATH", None)
-    return clean | {"PYTHONPATH": str(tmp_path), "HVD_ADAM_PYTHON": sys.executable}
+    return clean | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "HVD_ADAM_PYTHON": sys.executable}
 
 
 def run(script, *arguments, env):
@@ -64,33 +69,35 @@ def run(script, *arguments, env):
 
 
 def untagged(text):
-    """The lines that hold more than the launchers' rank tags, without these."""
+    """The lines without the launchers' rank tags; lines with nothing else are left out."""
     return list(filter(None, (re.sub(r"\[[\d,]+\]<std(out|err)>:", "", line) for line in text.splitlines())))
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS, ids=" ".join)
 @pytest.mark.parametrize("code", [2, 75])
-def test_ranks_that_say_why_they_end_are_heard_alone_and_keep_their_code(launcher, code, environment, tmp_path):
+def test_message_of_a_rank_that_exits_with_2_or_75_is_the_only_line_on_stderr(
+    launcher, code, environment, tmp_path
+):
     script, *options = launcher
     ended = run(script, "-np", 2, *options, "--module", "ranks", "--", code, tmp_path, env=environment)
     assert ended.returncode == code
     assert untagged(ended.stderr) == ["rank 0: one line"]
 
 
-def test_other_exit_codes_pass_with_mpiruns_report_of_them(environment, tmp_path):
+def test_mpirun_passes_other_exit_codes_and_its_report(environment, tmp_path):
     ended = run("mpirun.sh", "-np", 2, "--module", "ranks", "--", 3, tmp_path, env=environment)
     assert ended.returncode == 3
     assert "rank 0: one line" in ended.stderr and "Exit code:    3" in ended.stderr
 
 
-def test_gloo_passes_other_exit_codes_and_the_ranks_own_words(environment, tmp_path):
+def test_gloo_passes_other_exit_codes_and_the_message_of_the_rank(environment, tmp_path):
     ended = run("horovodrun.sh", "-np", 2, "--gloo", "--module", "ranks", "--", 3, tmp_path, env=environment)
     assert ended.returncode == 3
     assert untagged(ended.stderr) == ["rank 0: one line"]
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS, ids=" ".join)
-def test_arguments_and_variables_reach_more_ranks_than_there_are_cores(launcher, environment, tmp_path):
+def test_arguments_and_variables_reach_every_rank_with_more_ranks_than_cores(launcher, environment, tmp_path):
     script, *options = launcher
     ranks = (os.cpu_count() or 1) + 1
     arguments = ["--module", "ranks", "-x", "FOO=a b", "--", "show", tmp_path, "it's", "a b", "$HOME"]
@@ -110,8 +117,8 @@ def start_waiting_ranks(launcher, environment, folder, mode="wait"):
     return process, [int((folder / f"pid.{rank}").read_text()) for rank in (0, 1)]
 
 
-def wait_for_end(pids):
-    """The test's own time limit ends this where a rank is left behind."""
+def wait_for_exit(pids):
+    """Waits for all processes to exit; the test's time limit fails it if one keeps running."""
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
         time.sleep(0.02)
 
@@ -119,38 +126,40 @@ def wait_for_end(pids):
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("launcher", LAUNCHERS, ids=" ".join)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_the_script_leaves_no_rank_behind(launcher, number, environment, tmp_path):
+def test_signal_to_the_script_ends_every_rank(launcher, number, environment, tmp_path):
     process, pids = start_waiting_ranks(launcher, environment, tmp_path)
     process.send_signal(number)
     assert process.wait() != 0
-    wait_for_end(pids)
+    wait_for_exit(pids)
 
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("launcher", LAUNCHERS[:2], ids=" ".join)
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_mpirun_hands_usr1_to_every_rank_and_their_75_comes_back(launcher, number, environment, tmp_path):
+def test_mpirun_forwards_usr1_to_every_rank_and_returns_their_exit_code_75(
+    launcher, number, environment, tmp_path
+):
     process, pids = start_waiting_ranks(launcher, environment, tmp_path)
-    # To its group, as a scheduler or "timeout" does it, of which mpirun must hear nothing.
+    # To its process group, like a scheduler or "timeout"; mpirun must not receive it directly.
     os.killpg(process.pid, number)
     assert process.wait() == 75
-    wait_for_end(pids)
+    wait_for_exit(pids)
     assert any((tmp_path / f"usr1.{rank}").exists() for rank in (0, 1))
 
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("launcher", LAUNCHERS, ids=" ".join)
-def test_a_second_sigterm_ends_ranks_that_do_not_stop(launcher, environment, tmp_path):
+def test_second_sigterm_ends_ranks_that_ignore_the_first(launcher, environment, tmp_path):
     process, pids = start_waiting_ranks(launcher, environment, tmp_path, "stubborn")
     while process.poll() is None:
         process.send_signal(signal.SIGTERM)
         time.sleep(0.3)
     assert process.returncode != 0
-    wait_for_end(pids)
+    wait_for_exit(pids)
 
 
-def test_a_rank_that_horovodrun_ends_is_not_taken_for_one_that_is_done():
-    # As Horovod's helper does it, one after the other, where it is a race.
+def test_rank_that_horovodrun_terminates_does_not_count_as_successful():
+    # The steps of Horovod's helper process in the order that fails; there they are a race.
     code = """if True:
         import subprocess, psutil
         rank = subprocess.Popen(["sleep", "60"])
@@ -158,27 +167,44 @@ def test_a_rank_that_horovodrun_ends_is_not_taken_for_one_that_is_done():
         psutil.Process(rank.pid).wait(timeout=30)
         print(rank.wait())
     """
-    for before, said in (("", "0"), ("import run_horovod\n", str(-signal.SIGTERM))):
-        command = [sys.executable, "-c", before + code]
-        done = subprocess.run(command, cwd=LAUNCH, capture_output=True, text=True, timeout=60)
-        assert done.stdout.strip() == said, done.stderr
+    for setup, exit_code in (("", "0"), ("import hvd_adam.launch.horovodrun\n", str(-signal.SIGTERM))):
+        command = [sys.executable, "-c", setup + code]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert done.stdout.strip() == exit_code, done.stderr
+
+
+def test_helper_processes_of_horovodrun_get_the_patches_under_python_m():
+    # horovodrun starts its helpers with "spawn", which imports the main module again.
+    code = """if True:
+        import multiprocessing, runpy
+        import horovod.runner.launch
+        def run_commandline():
+            show = "import psutil, sys; print(psutil.Process.wait.__name__, sys.modules['__mp_main__'].__name__)"
+            helper = multiprocessing.get_context("spawn").Process(target=exec, args=(show,))
+            helper.start()
+            helper.join()
+        horovod.runner.launch.run_commandline = run_commandline
+        runpy.run_module("hvd_adam.launch.horovodrun", run_name="__main__", alter_sys=True)
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "wait_without_reaping __mp_main__\n", done.stderr
 
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("launcher", LAUNCHERS, ids=" ".join)
-def test_a_launcher_that_is_killed_takes_its_ranks_along(launcher, environment, tmp_path):
+def test_ranks_end_when_the_launcher_is_killed(launcher, environment, tmp_path):
     process, pids = start_waiting_ranks(launcher, environment, tmp_path)
     process.kill()
-    wait_for_end(pids)
+    wait_for_exit(pids)
 
 
 def dry_run(script, *arguments, env):
     shown = run(script, "--dry-run", *arguments, env=env)
     assert shown.returncode == 0, shown.stderr
-    return shown.stdout.replace(sys.executable, "PYTHON").replace(str(LAUNCH), "LAUNCH")
+    return shown.stdout.replace(sys.executable, "PYTHON").replace(str(ROOT), "ROOT")
 
 
-def test_horovodrun_shows_its_command(environment, tmp_path):
+def test_dry_run_of_horovodrun_prints_the_command(environment, tmp_path):
     (tmp_path / "key").touch()
     arguments = [
         "-np",
@@ -194,12 +220,12 @@ def test_horovodrun_shows_its_command(environment, tmp_path):
         "--gloo",
     ]
     assert dry_run("horovodrun.sh", *arguments, "--", "--lr", "1e-3", "x y", env=environment) == (
-        "PYTHON LAUNCH/run_horovod.py -np 6 -H a:4\\,b:4 --network-interfaces eth0 --ssh-port 2222 "
+        "PYTHON -m hvd_adam.launch.horovodrun -np 6 -H a:4\\,b:4 --network-interfaces eth0 --ssh-port 2222 "
         f"--ssh-identity-file {tmp_path}/key --gloo PYTHON -m hvd_adam.train --lr 1e-3 x\\ y\n"
     )
 
 
-def test_mpirun_shows_its_command(environment, tmp_path):
+def test_dry_run_of_mpirun_prints_the_command(environment, tmp_path):
     (tmp_path / "key").touch()
     environment |= {"NCCL_DEBUG": "INFO", "OMP_NUM_THREADS": "2", "HOROVOD_CYCLE_TIME": "5", "SECRET": "x"}
     arguments = [
@@ -220,24 +246,24 @@ def test_mpirun_shows_its_command(environment, tmp_path):
     shown = dry_run("mpirun.sh", *arguments, "--module", "hvd_adam.evaluate", env=environment)
     before, after = shown.split(" -x ", 1)
     assert before == (
-        f"PYTHON -I LAUNCH/pass_signals.py mpirun -np 6 -H a:4\\,b:4 {root}--bind-to none --map-by slot "
-        "--mca pml ob1 --mca btl \\^openib "
+        "PYTHON -I ROOT/hvd_adam/launch/signal_proxy.py mpirun "
+        f"-np 6 -H a:4\\,b:4 {root}--bind-to none --map-by slot --mca pml ob1 --mca btl \\^openib "
         f"--mca btl_tcp_if_include eth0 --mca plm_rsh_args -p\\ 2222\\ -i\\ {tmp_path}/key"
     )
     *names, last = after.split(" -x ")
-    handed_on = {"PATH", "PYTHONPATH", "NCCL_DEBUG", "NCCL_SOCKET_IFNAME", "OMP_NUM_THREADS", "HOROVOD_CYCLE_TIME"}
-    assert {*names, last.split()[0]} == handed_on | {"HOROVOD_GLOO_IFACE", "HOME"}
+    exported = {"PATH", "PYTHONPATH", "NCCL_DEBUG", "NCCL_SOCKET_IFNAME", "OMP_NUM_THREADS", "HOROVOD_CYCLE_TIME"}
+    assert {*names, last.split()[0]} == exported | {"HOROVOD_GLOO_IFACE", "HOME"}
     assert last == "HOME PYTHON -m hvd_adam.evaluate\n"
 
 
-def test_without_hosts_this_machine_gets_all_ranks_and_in_slurm_the_allocation(environment):
+def test_default_hosts_are_this_machine_or_the_slurm_allocation(environment):
     assert " -H localhost:3 " in dry_run("mpirun.sh", "-np", 3, env=environment)
     assert " -H localhost:3 " in dry_run("horovodrun.sh", "-np", 3, env=environment)
     assert " -H " not in dry_run("mpirun.sh", "-np", 3, env=environment | {"SLURM_JOB_ID": "1"})
 
 
 @pytest.mark.parametrize("script", ["mpirun.sh", "horovodrun.sh"])
-def test_a_host_file_may_have_comments_and_sets_the_number_of_ranks(script, environment, tmp_path):
+def test_host_file_sets_the_number_of_ranks_and_may_have_comments(script, environment, tmp_path):
     (tmp_path / "hosts").write_text("# the cluster\nnode1 slots=4\n\nnode2   slots=2  # half\n")
     shown = dry_run(script, "--hostfile", tmp_path / "hosts", env=environment)
     assert "-np 6 -H node1:4\\,node2:2 " in shown
@@ -253,7 +279,7 @@ def test_a_host_file_may_have_comments_and_sets_the_number_of_ranks(script, envi
         (["-np", "--", "x"], "-np needs a value"),
         (["-np", "two"], "-np two"),
         (["-np", "0"], "-np 0"),
-        (["-np", "3", "-H", "a:1,b:1"], "the hosts offer 2"),
+        (["-np", "3", "-H", "a:1,b:1"], "only 2 slots"),
         (["-H", "a,b"], "host1:4"),
         (["-H", "a:1", "--hostfile", "/dev/null"], "exclude"),
         (["--hostfile", "/no/such"], "/no/such"),
@@ -265,29 +291,29 @@ def test_a_host_file_may_have_comments_and_sets_the_number_of_ranks(script, envi
     ],
     ids=lambda value: "_".join(value) if isinstance(value, list) else None,
 )
-def test_bad_options_get_one_line_and_2(script, arguments, named, environment):
+def test_bad_options_get_one_line_and_exit_code_2(script, arguments, named, environment):
     answer = run(script, *arguments, env=environment)
     assert (answer.returncode, answer.stdout) == (2, "")
     assert answer.stderr.count("\n") == 1 and named in answer.stderr and answer.stderr.startswith(script)
 
 
-def test_the_two_controllers_exclude_each_other(environment):
+def test_both_controllers_together_are_refused(environment):
     answer = run("horovodrun.sh", "--gloo", "--mpi", env=environment)
     assert answer.returncode == 2 and "exclude" in answer.stderr
 
 
 @pytest.mark.parametrize("script", ["mpirun.sh", "horovodrun.sh", "slurm.sh", "quickstart.sh", "setup.sh"])
-def test_help_shows_how_to_call_the_script(script, environment):
+def test_help_prints_how_to_call_the_script(script, environment):
     answer = run(script, "--help", env=environment | {"SLURM_SUBMIT_DIR": str(LAUNCH.parent)})
     assert answer.returncode == 0 and f"launch/{script}" in answer.stdout and "set -euo" not in answer.stdout
 
 
 def filtered(text):
-    command = [sys.executable, LAUNCH / "filter_stderr.py"]
+    command = [sys.executable, "-I", PACKAGE / "stderr_filter.py"]
     return subprocess.run(command, input=text, capture_output=True, check=True).stdout
 
 
-def test_the_filter_drops_reports_of_2_and_75_alone():
+def test_filter_drops_only_reports_of_exit_codes_2_and_75():
     general = (
         RULE + b"Primary job  terminated normally, but 1 process returned\na non-zero exit code. Per\n" + RULE
     )
@@ -312,7 +338,7 @@ def test_the_filter_drops_reports_of_2_and_75_alone():
         assert filtered(b"a\n" + general + kept) == b"a\n" + kept
 
 
-def test_the_filter_drops_the_shells_word_on_ranks_that_horovodrun_ended():
+def test_filter_drops_terminated_lines_of_ranks_that_horovodrun_terminated():
     assert filtered(b"[1]<stderr>:Terminated\n[12]<stderr>:Terminated\n[0]<stderr>:a\n") == b"[0]<stderr>:a\n"
     for kept in (
         b"Terminated\n",
@@ -324,8 +350,8 @@ def test_the_filter_drops_the_shells_word_on_ranks_that_horovodrun_ended():
         assert filtered(kept) == kept
 
 
-def test_the_filter_passes_half_lines_at_once():
-    command = [sys.executable, LAUNCH / "filter_stderr.py"]
+def test_filter_passes_incomplete_lines_immediately():
+    command = [sys.executable, "-I", PACKAGE / "stderr_filter.py"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         os.write(process.stdin.fileno(), b"10%|#")
         assert os.read(process.stdout.fileno(), 100) == b"10%|#"
@@ -333,7 +359,7 @@ def test_the_filter_passes_half_lines_at_once():
         assert os.read(process.stdout.fileno(), 100) == b"\r20%|##\n"
 
 
-# Slurm has no GPUs here: these stand in for its commands, and say that it has.
+# Stubs of Slurm's commands that report GPUs.
 SRUN = """#!/bin/sh
 if [ "$1" = --mpi=list ]; then printf 'MPI plugin types are...\\n\\tnone\\n'; exit; fi
 exit 1
@@ -356,19 +382,19 @@ def slurm(environment, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "gpus", "message"),
     [
-        ([], "4", "4 GPUs but 2 tasks a node: give sbatch --ntasks-per-node=4"),
-        ([], "0", "partition p has GPUs, but this job has none: give sbatch --gpus-per-node=N"),
+        ([], "4", "4 GPUs but 2 tasks per node: use sbatch --ntasks-per-node=4"),
+        ([], "0", "partition p has GPUs, but this job has none: use sbatch --gpus-per-node=N"),
         (["--launcher", "srun"], "2", "--launcher srun: this Slurm has no PMIx"),
-        (["--launcher", "torchrun"], "2", "--launcher torchrun: srun, mpirun or horovodrun"),
+        (["--launcher", "torchrun"], "2", "--launcher torchrun: must be srun, mpirun or horovodrun"),
         (["--epochs", "2"], "2", "unknown option --epochs; options of the training go after --"),
     ],
 )
-def test_slurm_refuses_what_would_not_train_as_meant(arguments, gpus, message, slurm):
+def test_slurm_script_refuses_wrong_resources_and_options(arguments, gpus, message, slurm):
     ended = run("slurm.sh", *arguments, env=slurm | {"SLURM_GPUS_ON_NODE": gpus})
     assert ended.returncode == 2 and message in ended.stderr and ended.stderr.count("\n") == 1
 
 
-def test_slurm_says_what_to_do_outside_a_job_and_outside_the_repository(environment, slurm, tmp_path):
+def test_slurm_scripts_explain_how_to_submit_them(environment, slurm, tmp_path):
     home = {"SLURM_SUBMIT_DIR": str(LAUNCH.parent)}
     for script in ("slurm.sh", "slurm_container.sh image.sif"):
         name, *image = script.split()
@@ -376,10 +402,10 @@ def test_slurm_says_what_to_do_outside_a_job_and_outside_the_repository(environm
         elsewhere = run(name, *image, env=slurm | {"SLURM_SUBMIT_DIR": str(tmp_path)})
         assert "repository's root" in elsewhere.stderr
     assert "neither pyxis" in run("slurm_container.sh", "image.sif", env=slurm).stderr
-    assert "which image?" in run("slurm_container.sh", env=slurm).stderr
+    assert "no image given" in run("slurm_container.sh", env=slurm).stderr
 
 
-def test_elastic_sh_hands_on_what_horovodrun_needs_to_ask_for_hosts(environment, tmp_path):
+def test_elastic_script_passes_the_hosts_and_limits_to_horovodrun(environment, tmp_path):
     (tmp_path / "hosts").write_text("a slots=2\nb slots=2\n")
     shown = dry_run(
         "elastic.sh",
@@ -397,7 +423,7 @@ def test_elastic_sh_hands_on_what_horovodrun_needs_to_ask_for_hosts(environment,
         env=environment,
     )
     for part in (
-        f"-np 3 --min-np 2 --host-discovery-script bash\\ LAUNCH/discover_hosts.sh\\ {tmp_path}/hosts\\ 22",
+        f"-np 3 --min-np 2 --host-discovery-script bash\\ ROOT/launch/discover_hosts.sh\\ {tmp_path}/hosts\\ 22",
         "--blacklist-cooldown-range 10 60 --gloo-timeout-seconds 30 --network-interfaces eth0",
         "-m hvd_adam.train --elastic --lr 1",
     ):
@@ -412,26 +438,90 @@ def test_elastic_sh_hands_on_what_horovodrun_needs_to_ask_for_hosts(environment,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("-np 2", "which hosts?"),
+        ("-np 2", "no hosts given"),
         ("-np 2 -H a:2", "use --hostfile"),
-        ("--min-np 0", "--min-np 0: a whole number"),
-        ("--cooldown 5", "--cooldown : a whole number"),
-        ("--discovery true", "no host answers"),
+        ("--min-np 0", "--min-np 0: must be a whole number"),
+        ("--cooldown 5", "--cooldown : must be a whole number"),
+        ("--discovery true", "no host is reachable"),
         ("-np 2 --min-np 3 --discovery true", "--min-np 3 is more than the 2 ranks"),
         ("--discovery true --hostfile /none", "no such readable file"),
     ],
 )
-def test_elastic_sh_answers_bad_options_with_one_line(arguments, message, environment):
+def test_bad_options_of_the_elastic_script_get_one_line(arguments, message, environment):
     ended = run("elastic.sh", *arguments.split(), env=environment)
     assert ended.returncode == 2
     assert message in ended.stderr
     assert ended.stderr.count("\n") == 1
 
 
-def test_hosts_that_do_not_answer_are_not_discovered(environment, tmp_path):
+def test_unreachable_hosts_are_not_discovered(environment, tmp_path):
     with socket.create_server(("127.0.0.2", 0)) as server:
-        (tmp_path / "hosts").write_text("# ours\n127.0.0.2 slots=3\n127.0.0.3 slots=1\n\nlocalhost slots=2\n")
+        (tmp_path / "hosts").write_text("# a comment\n127.0.0.2 slots=3\n127.0.0.3 slots=1\n\nlocalhost slots=2\n")
         found = run("discover_hosts.sh", tmp_path / "hosts", server.getsockname()[1], env=environment)
     assert sorted(found.stdout.splitlines()) == ["127.0.0.2:3", "localhost:2"]
     (tmp_path / "hosts").write_text("a 2\n")
     assert "not of the form" in run("discover_hosts.sh", tmp_path / "hosts", env=environment).stderr
+
+
+# --- CDPATH, symbolic links, spaces -------------------------------------------------------------------------
+
+SCRIPTS = sorted(str(path.relative_to(ROOT)) for path in [*LAUNCH.glob("*.sh"), ROOT / "tests" / "gpu" / "run.sh"])
+
+
+@pytest.fixture(scope="module")
+def folder_with_spaces(tmp_path_factory):
+    """A copy of the scripts in a folder with spaces and quotes in its name."""
+    root = tmp_path_factory.mktemp("copy") / "my project's  clone"
+    for name in ("launch", "hvd_adam/build_horovod", "hvd_adam/launch", "tests/gpu"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return root
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("call", ["CDPATH", "symbolic link", "spaces"])
+def test_script_finds_its_files_with(call, script, environment, folder_with_spaces, tmp_path):
+    command, folder = script, ROOT
+    if call == "CDPATH":
+        environment |= {"CDPATH": f".:{ROOT}:{LAUNCH}"}
+    elif call == "symbolic link":
+        (tmp_path / "link").symlink_to(ROOT / script)
+        command = str(tmp_path / "link")
+    else:
+        folder = folder_with_spaces
+    done = subprocess.run([command, "--help"], cwd=folder, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    usage = {"launch/build_horovod.sh": "python -m hvd_adam.build_horovod"}.get(script, script)
+    assert usage in done.stdout
+
+
+def test_command_line_of_the_launcher_keeps_spaces_and_ignores_cdpath(environment, folder_with_spaces, tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    environment |= {"CDPATH": f".:{tmp_path}", "HVD_ADAM_PYTHON": "bin/python"}
+    script = folder_with_spaces / "launch" / "mpirun.sh"
+    command = [script, "-np", "1", "--dry-run"]
+    shown = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    words = shlex.split(shown.stdout)
+    proxy = str(folder_with_spaces / "hvd_adam" / "launch" / "signal_proxy.py")
+    assert words[:4] == [str(tmp_path / "bin" / "python"), "-I", proxy, "mpirun"]
+
+
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*"), ROOT / ".ci" / "run"]
+DOCUMENTED_SCRIPTS = sorted(
+    {
+        name
+        for document in DOCUMENTS
+        if document.is_file()
+        for name in re.findall(r"(?<![\w./-])(?:launch|docker|tests)/[\w/]+\.sh\b", document.read_text())
+    }
+)
+
+
+def test_documents_call_scripts():
+    assert {"launch/quickstart.sh", "launch/elastic.sh", "launch/mpirun.sh"} <= set(DOCUMENTED_SCRIPTS)
+
+
+@pytest.mark.parametrize("script", DOCUMENTED_SCRIPTS)
+def test_documented_script_is_executable(script):
+    assert os.access(ROOT / script, os.X_OK)
+    assert (ROOT / script).read_text().startswith("#!")

@@ -1,14 +1,14 @@
-"""launch/mpijob.yaml, against what Kubernetes and the MPI operator accept; no cluster is asked.
+"""launch/mpijob.yaml, checked against the schema of Kubernetes and the MPI operator, without a cluster.
 
-Hazards: a field that the API server drops in silence because it is misspelled or a level too high; a number where
-a string belongs; the launcher, host file or ssh keys looked for where the operator does not put them; pods that
-run as another user than the image's; GPUs, slots and workers that disagree; 64 MB of shared memory; a job that is
-not started again, or whose pods hold GPUs after its end.
+Hazards: the API server silently drops a field that is misspelled or on the wrong level; a value has the wrong
+type; the operator puts the launcher, host file or ssh keys elsewhere; pods run as another user than the image's;
+GPUs, slots and workers disagree; shared memory has only 64 MB; a job is not restarted, or its pods keep GPUs after
+it ends.
 
-The facts about the API are those of the published CRD and its Go types, as of v0.6, in
-github.com/kubeflow/mpi-operator: manifests/base/kubeflow.org_mpijobs.yaml, pkg/apis/kubeflow/v2beta1/types.go;
-below a pod template those of the Kubernetes API reference (core/v1). Of a pod only fields that a job like this one
-may use are listed: any other one is an error here.
+The schema is that of the published CRD and its Go types, as of v0.6, in github.com/kubeflow/mpi-operator:
+manifests/base/kubeflow.org_mpijobs.yaml, pkg/apis/kubeflow/v2beta1/types.go; below a pod template that of the
+Kubernetes API reference (core/v1). Of a pod, only the fields that such a job may use are listed: any other field
+is an error here.
 """
 
 import copy
@@ -119,7 +119,7 @@ VOLUME_CLAIM = {
 
 
 def errors(value, schema, where=""):
-    """What of the value does not fit the schema, as lines "path: reason"."""
+    """Returns the differences between the value and the schema, as lines "path: reason"."""
     if isinstance(schema, dict):
         if not isinstance(value, dict):
             return [f"{where}: not an object"]
@@ -142,7 +142,7 @@ def errors(value, schema, where=""):
     return [] if schema(value) else [f"{where}: {value!r} is not valid"]
 
 
-def test_both_objects_have_known_fields_of_the_right_types():
+def test_both_objects_match_the_schema():
     assert errors(CLAIM, VOLUME_CLAIM, "claim") == []
     assert errors(JOB, MPI_JOB, "job") == []
 
@@ -156,7 +156,7 @@ def at(job, path):
 WORKER = "spec.mpiReplicaSpecs.Worker.template.spec"
 MISTAKES = [
     ("spec", "slotPerWorker", 8, "job.spec.slotPerWorker: unknown"),
-    ("spec", "cleanPodPolicy", "Running", "job.spec.cleanPodPolicy: unknown"),  # of the older API
+    ("spec", "cleanPodPolicy", "Running", "job.spec.cleanPodPolicy: unknown"),  # a field of the older API
     ("spec", "waitForWorkers", True, "job.spec.waitForWorkers: unknown"),
     ("spec", "slotsPerWorker", "8", "job.spec.slotsPerWorker: '8' is no int"),
     ("spec", "slotsPerWorker", True, "job.spec.slotsPerWorker: True is no int"),
@@ -173,32 +173,32 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("path", "field", "value", "error"), MISTAKES, ids=[error for *_, error in MISTAKES])
-def test_a_mistake_is_found(path, field, value, error):
+def test_mistake_in_the_job_is_detected(path, field, value, error):
     job = copy.deepcopy(JOB)
     at(job, path)[field] = value
     (found,) = errors(job, MPI_JOB, "job")
     assert error in found
 
 
-def test_what_is_required_is_missed():
+def test_missing_required_field_is_detected():
     job = copy.deepcopy(JOB)
     del job["spec"]["mpiReplicaSpecs"]["Launcher"]
     assert errors(job, MPI_JOB, "job") == ["job.spec.mpiReplicaSpecs.Launcher: missing"]
 
 
-# --- what this job is about ---------------------------------------------------------------------------------
+# --- the values ---------------------------------------------------------------------------------------------
 
 SPEC = JOB["spec"]
 PODS = {name: replica["template"]["spec"] for name, replica in SPEC["mpiReplicaSpecs"].items()}
 (LAUNCHER,), (WORKERS,) = PODS["Launcher"]["containers"], PODS["Worker"]["containers"]
 
 
-def test_the_essentials_are_these():
+def test_job_has_the_required_policies():
     assert (JOB["apiVersion"], JOB["kind"]) == ("kubeflow.org/v2beta1", "MPIJob")
     assert SPEC["mpiImplementation"] == "OpenMPI"
-    # The workers' sshd needs a moment, and mpirun does not wait for one.
+    # mpirun does not wait until the workers' sshd has started.
     assert SPEC["launcherCreationPolicy"] == "WaitForWorkersReady" and WORKERS["readinessProbe"]["tcpSocket"]
-    # The launcher's pod keeps its log; the workers let go of their GPUs.
+    # The launcher's pod keeps its log; the workers release their GPUs.
     assert SPEC["runPolicy"]["cleanPodPolicy"] == "Running" and SPEC["runPolicy"]["backoffLimit"] > 0
     policies = {name: replica["restartPolicy"] for name, replica in SPEC["mpiReplicaSpecs"].items()}
     assert policies == {"Launcher": "OnFailure", "Worker": "OnFailure"}
@@ -208,14 +208,14 @@ def test_the_essentials_are_these():
     )  # which would replace the entry point
 
 
-def test_there_is_one_rank_for_each_gpu_and_none_on_the_launcher():
+def test_each_gpu_has_one_rank_and_the_launcher_has_none():
     limits = WORKERS["resources"]["limits"]
     assert limits["nvidia.com/gpu"] == SPEC["slotsPerWorker"]
     assert "nvidia.com/gpu" not in LAUNCHER["resources"]["limits"]
     assert not SPEC.get("runLauncherAsWorker")
 
 
-def test_the_launcher_reads_the_operators_host_file_and_resumes_its_own_run():
+def test_launcher_uses_the_operators_host_file_and_resumes_its_run():
     script, option, hostfile, separator, *arguments = LAUNCHER["args"]
     assert script == "/opt/hvd_adam/launch/mpirun.sh" and (ROOT / "launch/mpirun.sh").exists()
     assert (option, hostfile, separator) == ("--hostfile", "/etc/mpi/hostfile", "--")
@@ -223,7 +223,7 @@ def test_the_launcher_reads_the_operators_host_file_and_resumes_its_own_run():
     assert arguments[0] == "--output-dir" and arguments[1].startswith(f"{runs}/")
 
 
-def test_the_pods_run_as_the_images_user_whose_keys_the_operator_mounts():
+def test_pods_run_as_the_images_user_and_mount_its_keys():
     user = int(re.search(r"^USER (\d+)$", DOCKERFILE, re.MULTILINE)[1])
     home = re.search(r"-m 700 (\S+/\.ssh)", DOCKERFILE)[1]
     assert SPEC["sshAuthMountPath"] == home

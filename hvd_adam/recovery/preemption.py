@@ -14,11 +14,9 @@ from types import FrameType
 from typing import Any
 
 from hvd_adam.distributed.context import Cluster, horovod
+from hvd_adam.launch.signal_proxy import ECHO_SECONDS
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-
-# Launchers forward to their ranks a signal that the ranks have received already: it is no second request.
-ECHO_SECONDS = 0.2
 
 _started = time.monotonic()
 _first_signal: float | None = None  # its time

@@ -1,33 +1,35 @@
 #!/usr/bin/env bash
-# Proves the GPU path on this machine: sets everything up with NCCL, runs the tests that need a GPU, then two benchmarks.
+# Tests the GPU code on this machine: sets everything up with NCCL, runs the tests that need a GPU, then two benchmarks.
 #
 #   tests/gpu/run.sh [--carried FOLDER] [--minutes N] [--no-gpu]
 #   tests/gpu/run.sh --pack [--carried FOLDER] [--python VERSION]
 #
-#   --carried FOLDER   what a machine without a network is to install from (default: .carried of this repository). Where
-#                      the folder is not there, pip asks its index
-#   --minutes N        cut tests and benchmarks off, so that the whole ends after N minutes (default: no limit)
-#   --no-gpu           set up, collect the tests and let them skip, without a GPU: this proves the set-up alone
+#   --carried FOLDER   the packages from which a machine without a network installs (default: .carried of this
+#                      repository). If the folder does not exist, pip uses its index
+#   --minutes N        stop tests and benchmarks so that the script ends after N minutes (default: no limit)
+#   --no-gpu           set up, then collect and skip the tests, on a machine without a GPU: this checks only the set-up
 #   --pack             fill FOLDER instead, on a machine with a network
-#   --python VERSION   for which Python (default: this machine's), as in 3.12
+#   --python VERSION   the Python version to pack for, as in 3.12 (default: this machine's)
 #
 # python3, or PYTHON, must have what is too large to carry: a CUDA build of torch with its NCCL, torchvision, numpy,
-# scikit-learn, tensorboard and matplotlib. Needs nvcc, cmake and g++; MPI is used where there is one.
-# NCCL wants a GPU for each rank. Where there is only one, tests of two ranks run with a second Horovod, which sends
-# tensors through the host's memory.
+# scikit-learn, tensorboard and matplotlib. Needs nvcc, cmake and g++; uses MPI if it is installed.
+# NCCL needs a GPU for each rank. On a machine with a single GPU, tests on two ranks use a second build of Horovod, which
+# copies tensors through host memory.
 #
-# What is said is also written to ${OUT:-runs/gpu}: setup.log, tests.log, tests*.xml (JUnit), adam.json, step.json, and
+# Output is also written to ${OUT:-runs/gpu}: setup.log, tests.log, tests*.xml (JUnit), adam.json, step.json, and
 # bench.txt with both tables.
 #
-# Exit code: 0 all well; 1 the set-up or a test failed, or none ran; 2 bad arguments, or something is missing, as a GPU;
-# 3 the tests passed and a benchmark failed.
+# Exit code: 0 success; 1 the set-up or a test failed, or no test ran; 2 bad arguments, or something is missing, for
+# example a GPU; 3 the tests passed and a benchmark failed.
 set -euo pipefail
 
-launch=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../launch" && pwd)
-# shellcheck source=launch/common.sh
-source "$launch/common.sh"
+self=${BASH_SOURCE[0]}
+if [[ -L $self ]]; then self=$(readlink -f "$self"); fi
+launch=$(CDPATH='' cd "$(dirname "$self")/../../launch" && pwd)
+# shellcheck source=launch/lib/common.sh
+source "$launch/lib/common.sh"
 
-# What the project, its tests and Horovod's build ask for, as far as it is small.
+# The small requirements of the project, its tests and Horovod's build.
 CARRIED=(
   'setuptools>=64,<81' wheel packaging cloudpickle psutil pyyaml cffi
   jsonargparse filelock tqdm mpi4py
@@ -41,21 +43,21 @@ parse_arguments() {
       --pack) action=pack ;;
       --no-gpu) gpu=false ;;
       --carried | --minutes | --python)
-        [[ $# -ge 2 && -n $2 ]] || stop "$1 needs a value; see --help"
+        [[ $# -ge 2 && -n $2 ]] || fail "$1 needs a value; see --help"
         case $1 in --carried) carried=$2 ;; --minutes) minutes=$2 ;; --python) version=$2 ;; esac
         shift
         ;;
       -h | --help) print_usage; exit 0 ;;
-      *) stop "unknown option $1; see --help" ;;
+      *) fail "unknown option $1; see --help" ;;
     esac
     shift
   done
-  [[ $minutes =~ ^([1-9][0-9]*)?$ ]] || stop "--minutes $minutes: a whole number of at least 1 is needed"
-  [[ $version =~ ^(3\.[0-9]+)?$ ]] || stop "--python $version: write it as 3.12"
-  have "$base" || stop "there is no $base: name a Python in PYTHON"
+  [[ $minutes =~ ^([1-9][0-9]*)?$ ]] || fail "--minutes $minutes: must be a whole number of at least 1"
+  [[ $version =~ ^(3\.[0-9]+)?$ ]] || fail "--python $version: must have the form 3.12"
+  has_command "$base" || fail "$base does not exist: set PYTHON to a Python"
 }
 
-# pack: Horovod as source, for it is built where it runs; the others as wheels for the other machine's Python.
+# pack: download Horovod as source, because it is built on the other machine, and the others as wheels for its Python.
 pack() {
   local glibc platforms=()
   version=${version:-$("$base" -c 'import sys; print("%d.%d" % sys.version_info[:2])')}
@@ -64,27 +66,27 @@ pack() {
   "$base" -m pip download --dest "$carried" --no-deps --no-binary horovod "horovod==$HOROVOD_VERSION"
   "$base" -m pip download --dest "$carried" --only-binary :all: --implementation cp --python-version "$version" \
     "${platforms[@]}" "${CARRIED[@]}"
-  echo "$carried holds $(du -sh "$carried" | cut -f1) for Python $version."
+  echo "$carried contains $(du -sh "$carried" | cut -f1) for Python $version."
 }
 
 # --- set-up -------------------------------------------------------------------------------------------------
 
 check_machine() {
   if [[ $gpu == true ]]; then
-    (($(count_gpus) > 0)) || stop "no NVIDIA GPU here: nothing to test (--no-gpu tries the set-up all the same)"
+    (($(count_gpus) > 0)) || fail "no NVIDIA GPU here: nothing to test (--no-gpu checks the set-up without one)"
   else
     export CUDA_VISIBLE_DEVICES=
   fi
   [[ -d $carried ]] || return 0
   compgen -G "$carried/horovod-*.tar.gz" >/dev/null ||
-    stop "$carried holds no source of Horovod: fill it with --pack where there is a network, or remove it"
+    fail "$carried contains no source of Horovod: fill it with --pack on a machine with a network, or remove it"
   "$base" -c 'import torch' 2>/dev/null ||
-    stop "$(command -v "$base") cannot import torch, which is too large to carry: name a Python that has it in PYTHON"
+    fail "$(command -v "$base") cannot import torch, which is too large to carry: set PYTHON to a Python that has it"
   PIP_FIND_LINKS=$(cd "$carried" && pwd)
   export PIP_FIND_LINKS PIP_NO_INDEX=1
 }
 
-# set_up: all logs of the set-up become one file, also of one that fails.
+# set_up: all logs of the set-up are collected in one file, even if it fails.
 set_up() {
   local status=0
   bash "$launch/setup.sh" --cuda "${without_mpi[@]}" || status=$?
@@ -98,7 +100,7 @@ print(f"Horovod with NCCL {hvd.nccl_built()} for torch {torch.__version__}, CUDA
 
 collect_logs() { if compgen -G "$VENV/log/*.log" >/dev/null; then tail -n +1 "$VENV"/log/*.log >"$OUT/setup.log"; fi; }
 
-# start_second_build: beside the tests, for it takes as long as the first. Ended with this script.
+# start_second_build: build during the tests, because it takes minutes. The build ends with this script.
 start_second_build() {
   set -m
   PYTHON=$python "$launch/build_horovod.sh" --cpu "${without_mpi[@]}" >"$VENV/log/second_horovod.log" 2>&1 &
@@ -107,21 +109,21 @@ start_second_build() {
   trap 'kill -- "-$second_build" 2>/dev/null || true' EXIT
 }
 
-# install_second_build: into a folder that PYTHONPATH puts before the first.
+# install_second_build: install into a folder that precedes the first build on PYTHONPATH.
 install_second_build() {
   local status=0
-  echo "Waiting for a Horovod that sends tensors through the host's memory"
+  echo "Waiting for the build of Horovod that copies tensors through host memory"
   wait "$second_build" || status=$?
   collect_logs
-  ((status == 0)) || { echo "that build failed: see $OUT/setup.log" >&2 && return 1; }
+  ((status == 0)) || { echo "this build failed: see $OUT/setup.log" >&2 && return 1; }
   "$python" -m pip install --quiet --no-deps --upgrade --target "$VENV/second_horovod" \
     "$(tail -n 1 "$VENV/log/second_horovod.log")"
 }
 
 # --- tests and benchmarks -----------------------------------------------------------------------------------
 
-# in_time COMMAND...: cut off where --minutes ends.
-in_time() {
+# run_in_time COMMAND...: stop the command when --minutes have passed.
+run_in_time() {
   local left=$((60 * ${minutes:-0} - SECONDS))
   if [[ -z $minutes ]]; then
     "$@"
@@ -130,15 +132,15 @@ in_time() {
   fi
 }
 
-# run_pytest NAME ARGUMENTS...: fails also where every test was skipped, with which pytest is content.
+# run_pytest NAME ARGUMENTS...: also fails if every test was skipped, which pytest counts as success.
 run_pytest() {
   local name=$1
   shift
-  # The three files side by side: most of the time a GPU waits for processes to start.
-  in_time "$python" -m pytest -m gpu -n 3 --dist loadfile -rs --junitxml "$OUT/$name.xml" "$@" 2>&1 |
+  # Three files in parallel: most of the time the GPU is idle while processes start.
+  run_in_time "$python" -m pytest -m gpu -n 3 --dist loadfile -rs --junitxml "$OUT/$name.xml" "$@" 2>&1 |
     tee -a "$OUT/tests.log" || return
   if [[ $gpu == false ]] || tail -n 1 "$OUT/tests.log" | grep -q '[0-9] passed'; then return; fi
-  echo "no test has passed: see why they were skipped" >&2
+  echo "no test has passed; the reasons for skipping are above" >&2
   return 1
 }
 
@@ -154,11 +156,11 @@ run_tests() {
   return "$status"
 }
 
-# bench NAME ARGUMENTS...: measures once, and makes the table out of the JSON.
+# bench NAME ARGUMENTS...: run the benchmark once and make the table from its JSON.
 bench() {
   local name=$1
   echo "python -m hvd_adam.bench $*"
-  in_time "$python" -m hvd_adam.bench "$@" --device cuda --json >"$OUT/$name.json" || return
+  run_in_time "$python" -m hvd_adam.bench "$@" --device cuda --json >"$OUT/$name.json" || return
   "$python" - "$OUT/$name.json" <<'PY' | tee -a "$OUT/bench.txt"
 import importlib, json, sys
 from hvd_adam.bench.report import describe, table
@@ -174,8 +176,8 @@ run_all() {
   local tests=0 failed=()
   run_tests || tests=$?
   if [[ $gpu == false ]]; then
-    ((tests == 0)) || stop "without a GPU: the set-up works, but pytest ended with $tests; see above" 1
-    echo "Without a GPU: the set-up works, and the tests were collected and skipped. Nothing was tested on a GPU."
+    ((tests == 0)) || fail "without a GPU: the set-up works, but pytest exited with $tests; see above" 1
+    echo "Without a GPU: the set-up works; the tests were collected and skipped. Nothing was tested on a GPU."
     exit
   fi
   rm -f "$OUT/bench.txt"
@@ -194,7 +196,7 @@ if [[ $action == pack ]]; then
   exit
 fi
 OUT=${OUT:-$ROOT/runs/gpu} python=$VENV/bin/python second_build='' without_mpi=()
-have mpicxx && have mpirun || without_mpi=(--without-mpi)
+has_command mpicxx && has_command mpirun || without_mpi=(--without-mpi)
 check_machine
 mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)

@@ -1,8 +1,8 @@
-"""Builds the CPU image of docker/Dockerfile with buildah, and runs commands in it.
+"""Build the CPU image of docker/Dockerfile with buildah, and run commands in it.
 
-Everything lies in one folder, storage and layers, and `remove` leaves nothing of it. The Debian system that the
-image starts from is made by debootstrap, once, and kept as ~/.cache/hvd_adam/debian-*.tar; Horovod's wheel is from
-the cache beside it where it was built for the same distribution, else it is compiled (3 minutes).
+Storage and layers are in one folder, which `remove` deletes. debootstrap makes the Debian system of the base image
+once, as ~/.cache/hvd_adam/debian-*.tar. Horovod's wheel comes from the same cache if it was built for the same
+distribution; otherwise it is compiled (3 minutes).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SUITE = "bookworm"
 DEBOOTSTRAP = "/usr/sbin/debootstrap"
 TOOLS = ("buildah", DEBOOTSTRAP, "tar", "unshare", "chroot")
 
-# What makes Debian's own image for containers quick and slim: no waiting for the disk, no translations or manuals.
+# The settings of Debian's own container image: no fsync, no translations, no manuals.
 SLIM = {
     "etc/apt/apt.conf.d/slim": 'Acquire::Languages "none";\n',
     "etc/dpkg/dpkg.cfg.d/slim": "force-unsafe-io\n"
@@ -34,7 +34,7 @@ SLIM = {
 
 
 def skip_reason() -> str | None:
-    """Why no image can be built on this machine, in one line; None where it can."""
+    """Returns the reason why this machine cannot build an image, in one line, or None if it can."""
     if os.geteuid() != 0:
         return "debootstrap and buildah's chroot isolation need root"
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
@@ -42,7 +42,7 @@ def skip_reason() -> str | None:
 
 
 def base_system() -> Path:
-    """A tar of a minimal Debian, made by debootstrap where there is none yet."""
+    """Returns the path of a tar of a minimal Debian, which debootstrap makes if it does not exist yet."""
     tar = CACHE / f"debian-{SUITE}-minbase-{platform.machine()}.tar"
     if not tar.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
@@ -60,18 +60,18 @@ def base_system() -> Path:
 
 
 def run(command: list[object], timeout: float, **options: object) -> str:
-    """Runs a command to its end and returns its stdout; where it fails, its output is in the exception."""
+    """Runs a command and returns its stdout; if it fails, the exception contains its output."""
     done = subprocess.run(
         list(map(str, command)), capture_output=True, text=True, timeout=timeout, check=False, **options
     )
     if done.returncode != 0:
         end = "\n".join((done.stdout + done.stderr).splitlines()[-40:])
-        raise RuntimeError(f"{shlex.join(map(str, command))[:200]} ended with {done.returncode}:\n{end}")
+        raise RuntimeError(f"{shlex.join(map(str, command))[:200]} exited with {done.returncode}:\n{end}")
     return done.stdout
 
 
 def pip_settings() -> dict[str, str]:
-    """What this machine's pip is told, by file or environment: {"find-links": ..., "cert": ...}."""
+    """Returns the settings of this machine's pip, from files and environment: {"find-links": ..., "cert": ...}."""
     settings = {}
     for line in run(["python3", "-m", "pip", "config", "list"], timeout=60).splitlines():
         name, _, value = line.partition("=")
@@ -80,7 +80,7 @@ def pip_settings() -> dict[str, str]:
 
 
 def pip_conf(settings: dict[str, str]) -> str:
-    """The part of the settings that holds inside of a build too: indexes that are reached over a network."""
+    """Returns the settings that also work inside a build, as a pip.conf: indexes on the network."""
     lines = ["[global]"]
     for name in ("index-url", "extra-index-url", "trusted-host", "proxy"):
         words = [word for word in settings.get(name, "").split() if not word.startswith(("file:", "/"))]
@@ -90,7 +90,7 @@ def pip_conf(settings: dict[str, str]) -> str:
 
 
 def build_contexts(settings: dict[str, str]) -> list[str]:
-    """The optional contexts of the Dockerfile, as far as this machine has them."""
+    """Returns options for the Dockerfile's optional contexts that this machine has."""
     options = []
     links = settings.get("find-links", "").split()
     if links and Path(links[0]).is_dir():
@@ -101,7 +101,7 @@ def build_contexts(settings: dict[str, str]) -> list[str]:
     return options
 
 
-# What a container has besides its image; $1 is the image's file system. The namespaces are there.
+# The mounts that a container has in addition to its image. $1 is the image's file system. Runs in namespaces.
 MOUNT = """
 set -e
 for place in proc sys dev; do mount --rbind /$place "$1/$place"; done
@@ -111,13 +111,13 @@ mount --bind /etc/hosts "$1/etc/hosts"
 
 
 class CpuImage:
-    """The image, built anew into `folder`, with its file system unpacked to be run.
+    """The image, built in `folder`, with its file system unpacked.
 
     Attributes:
-        config: the image's configuration, as docker has it (Env, User, Entrypoint, Healthcheck, ...).
-        layers: their tars.
+        config: the image's configuration in docker's format (Env, User, Entrypoint, Healthcheck, ...).
+        layers: the tars of the layers.
         rootfs: the file system. Unlike in docker, all runs share and change it.
-        secrets: the files that the build was given in confidence.
+        secrets: the files of the build's secrets, by name.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -137,7 +137,7 @@ class CpuImage:
         bundle = self.settings.get("cert") or os.environ.get("SSL_CERT_FILE")
         if bundle:
             secrets["ca_bundle"] = Path(bundle).read_text()
-        # Marked, so that none of them is, to the byte, what the system has in any case.
+        # Marked, so that none of them is identical to a file of the system.
         for name, text in secrets.items():
             (self.folder / name).write_text(f"# a secret of this build\n{text}")
         return {name: self.folder / name for name in secrets}
@@ -146,8 +146,8 @@ class CpuImage:
         base = self._run("from", "scratch").strip()
         self._run("add", "--quiet", base, base_system(), "/")
         self._run("commit", "--quiet", "--rm", base, f"localhost/debian:{SUITE}")
-        # The layers go to a folder, uncompressed: to look through them there, and to unpack them, takes less than
-        # half of the time that buildah takes to store them.
+        # The layers are written to a folder, uncompressed: reading and unpacking them there takes less than half
+        # of the time that buildah needs to store them.
         self._run(
             *"build --isolation chroot --network host --format docker --disable-compression".split(),
             *("--build-arg=DEVICE=cpu", f"--build-arg=BASE_IMAGE=localhost/debian:{SUITE}"),
@@ -175,7 +175,7 @@ class CpuImage:
             run(tar, timeout=300)
 
     def _white_out(self, mark: Path) -> None:
-        """Deletes what a mark of the layer's format says: a name, or all that a folder held before."""
+        """Deletes what a whiteout file of a layer stands for: one name, or the earlier contents of its folder."""
         opaque = mark.name == ".wh..wh..opq"
         for gone in mark.parent.iterdir() if opaque else [mark.with_name(mark.name.removeprefix(".wh."))]:
             if gone.is_dir() and not gone.is_symlink():
@@ -183,43 +183,46 @@ class CpuImage:
             else:
                 gone.unlink()
 
-    def chroot(self, *arguments: object, user: str = "", whole: bool = True, **variables: str) -> list[str]:
-        """What `docker run [--user USER] IMAGE ARGUMENTS` runs, once in a container's namespaces and after MOUNT.
+    def chroot(self, *arguments: object, user: str = "", entry_point: bool = True, **variables: str) -> list[str]:
+        """Returns the command of `docker run [--user USER] IMAGE ARGUMENTS`, to run in namespaces after MOUNT.
 
         Args:
-            whole: with the entry point, as `docker run` and unlike `docker exec`.
+            arguments: the command and its arguments.
+            user: the user, as for `docker run --user`.
+            entry_point: with the entry point, like `docker run` and unlike `docker exec`.
+            variables: additional environment variables.
         """
         user = user or f"{self.config['User']}:{self.config['User']}"
         environ = [*self.config["Env"], *(f"{name}={value}" for name, value in variables.items())]
         command = ["chroot", f"--userspec={user}", "--groups=", self.rootfs, "env", "-i"]
         home = "/home/trainer" if user.startswith(self.config["User"]) else "/"
         command += [f"--chdir={self.config['WorkingDir']}", f"HOME={home}", *environ]
-        entry = self.config["Entrypoint"] if whole else []
+        entry = self.config["Entrypoint"] if entry_point else []
         return list(map(str, [*command, *entry, *arguments]))
 
     def command(self, *arguments: object, **options: object) -> list[str]:
-        """The same with namespaces of its own, all but the network's."""
+        """Returns the same command with its own namespaces, except the network's."""
         namespaces = "unshare --mount --pid --ipc --uts --fork --kill-child --mount-proc".split()
         mount = ["bash", "-c", f'{MOUNT}\nshift; exec "$@"', "mount", str(self.rootfs)]
         return [*namespaces, *mount, *self.chroot(*arguments, **options)]
 
     def files(self) -> Iterator[tuple[int, tarfile.TarFile, tarfile.TarInfo]]:
-        """Every entry of every layer's tar, with the layer's number."""
+        """Yields every entry of every layer's tar, with the layer's number."""
         for number, layer in enumerate(self.layers):
             with tarfile.open(layer) as tar:
                 for entry in tar:
                     yield number, tar, entry
 
     def table(self) -> str:
-        """Sizes of the layers, from the base up. buildah makes one of each stage."""
+        """Returns a table of the layers' sizes, from the base up. buildah makes one layer of each stage."""
         sizes = [layer.stat().st_size / 1e6 for layer in self.layers]
         rows = [f"{size:7.0f} MB  layer {number}" for number, size in enumerate(sizes)]
-        return "\n".join([*rows, f"{sum(sizes):7.0f} MB  in all"])
+        return "\n".join([*rows, f"{sum(sizes):7.0f} MB  total"])
 
     def remove(self) -> None:
         """Unmounts and deletes everything."""
         for command in (["umount", "--all"], ["rm", "--all"]):
             subprocess.run([*map(str, self._buildah), *command], capture_output=True, check=False)
-        # The storage's own mount, which outlives its containers.
+        # The storage's own mount remains after its containers are gone.
         subprocess.run(["umount", self.folder / "storage" / "overlay"], capture_output=True, check=False)
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -121,7 +121,7 @@ def launch(arguments: list[str], ranks: int, controller: str, **options: object)
     if ranks:
         assert may_start_ranks, f"a test that starts ranks needs one of the marks {MARKS_OF_LAUNCHES}"
         if controller == "elastic":
-            horovodrun = [sys.executable, str(TESTS.parent / "launch" / "run_horovod.py")]
+            horovodrun = [sys.executable, "-m", "hvd_adam.launch.horovodrun"]
             # The interface is named because Horovod waits for a second host to find one.
             how = ["--min-np", str(ranks), "--network-interfaces", "lo"]
             how += ["--host-discovery-script", f"echo localhost:{ranks}"]

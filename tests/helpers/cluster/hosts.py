@@ -1,12 +1,12 @@
-"""Hosts for tests, out of Linux namespaces: each with its own name, network, processes, /dev/shm and sshd.
+"""Hosts for tests, made of Linux namespaces: each has its own name, network, processes, /dev/shm and sshd.
 
     with Hosts(folder, ["node1", "node2"]) as hosts:
         hosts.run("head", ["ssh", "node1", "hostname"])
 
-"head" is there beside those asked for, without sshd: where launchers run. All are on one bridge, 10.77.0.0/24, in
-head's network. Nothing outside of the namespaces changes, and all ends with this process, even if that is killed.
-Files, users and the installed Python are those of this machine, but for ~/.bashrc: what it says when several log
-in at once would stand among the launchers' words. Needs root, unshare, nsenter, ip and sshd.
+The host "head" always exists; launchers run on it, and it has no sshd. All hosts are on one bridge, 10.77.0.0/24,
+in head's network. Nothing changes outside the namespaces. All hosts end with this process, even if it is killed.
+Files, users and the installed Python are those of this machine, except ~/.bashrc, which may print messages at
+logins. Needs root, unshare, nsenter, ip and sshd.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SSHD = "/usr/sbin/sshd"
 TOOLS = ("unshare", "nsenter", "setpriv", "ip", "ssh", "ssh-keygen", SSHD)
 HEAD = "head"
 
-# The first process of a host: makes what it does not share with this machine, says so, and reaps.
+# The first process of a host: sets up what it does not share with this machine, then reaps children.
 INIT = """
 set -e
 hostname "$1"
@@ -64,9 +64,9 @@ PidFile none
 
 
 def skip_reason() -> str | None:
-    """Why there can be no such hosts on this machine, in one line; None where there can."""
+    """Returns the reason why this machine cannot make such hosts, in one line, or None if it can."""
     if os.geteuid() != 0:
-        return "namespaces with networks of their own need root"
+        return "network namespaces need root"
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
     if missing:
         return f"{', '.join(missing)} is not installed"
@@ -77,18 +77,18 @@ def skip_reason() -> str | None:
 
 
 class Hosts:
-    """See the module.
+    """A cluster of hosts, as described above.
 
     Args:
-        folder: for keys and logs.
+        folder: folder for keys and logs.
         names: the hosts besides "head".
-        spare: hosts that are known, and not yet started.
+        spare: names of hosts that are started later.
     """
 
     def __init__(self, folder: Path, names: list[str], spare: Sequence[str] = ()) -> None:
         self.folder, self.names = folder, names
-        everyone = [HEAD, *names, *spare]
-        self.addresses = {name: f"10.77.0.{number}" for number, name in enumerate(everyone, start=1)}
+        all_names = [HEAD, *names, *spare]
+        self.addresses = {name: f"10.77.0.{number}" for number, name in enumerate(all_names, start=1)}
         self._inits: dict[str, subprocess.Popen] = {}
 
     def __enter__(self) -> Hosts:
@@ -119,12 +119,12 @@ class Hosts:
         return subprocess.Popen([*self._enter(host), f"--wd={os.getcwd()}", "--", *map(str, command)], **options)
 
     def run(self, host: str, command: list[str | Path], **options: object) -> subprocess.CompletedProcess:
-        """Runs a command on a host to its end; output as text."""
+        """Runs a command on a host and waits for it; output as text."""
         command = [*self._enter(host), f"--wd={os.getcwd()}", "--", *map(str, command)]
         return subprocess.run(command, capture_output=True, text=True, **options)
 
     def start(self, host: str) -> None:
-        """Starts a host, or starts it again after `kill`."""
+        """Starts a host, also after `kill`."""
         self._start_namespace(host)
         self.link(host)
         config = self.folder / f"sshd_{host}"
@@ -132,17 +132,17 @@ class Hosts:
         self.run(host, [SSHD, "-f", config, "-E", self.folder / f"sshd_{host}.log"], check=True)
 
     def kill(self, host: str) -> None:
-        """Ends a host with all its processes at once, as a power failure does."""
+        """Ends a host with all its processes immediately, like a power failure."""
         init = self._inits.pop(host)
         init.kill()
         init.wait()
 
     def cut(self, host: str) -> None:
-        """Takes a host off the network; its processes live on."""
+        """Disconnects a host from the network; its processes keep running."""
         self._ip(HEAD, f"link del {self._port(host)}")
 
     def link(self, host: str) -> None:
-        """Connects a host with the bridge, also again after `cut`."""
+        """Connects a host to the bridge, also after `cut`."""
         ends = f"veth peer name eth0 address {self._mac(host)} netns {self._pid(host)}"
         self._ip(HEAD, f"link add {self._port(host)} type {ends}")
         self._ip(HEAD, f"link set {self._port(host)} master eth0 up")
@@ -151,15 +151,15 @@ class Hosts:
 
     def _start_namespace(self, host: str) -> None:
         kinds = "--net --uts --ipc --mount --propagation private --pid --fork --kill-child --mount-proc".split()
-        # Ends with this process, whichever way that ends.
+        # It ends with this process, even if that is killed.
         command = ["setpriv", "--pdeathsig", "KILL", "unshare", *kinds, "bash", "-c", INIT, "init"]
         init = subprocess.Popen([*command, host, str(self.folder)], stdout=subprocess.PIPE, text=True)
         self._inits[host] = init
         if init.stdout.readline() != "ready\n":
-            raise RuntimeError(f"{host} has not started")
+            raise RuntimeError(f"{host} did not start")
 
     def _pid(self, host: str) -> int:
-        """The host's first process, as this machine numbers it."""
+        """Returns the process number of the host's first process on this machine."""
         parent = self._inits[host].pid
         for _ in range(100):
             children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
@@ -172,11 +172,11 @@ class Hosts:
         return ["nsenter", "-t", str(self._pid(host)), "--net", "--uts", "--ipc", "--pid", "--mount"]
 
     def _ip(self, host: str, arguments: str) -> None:
-        # With this machine's process numbers: `ip` takes one to name a network.
+        # In this machine's process namespace: `ip` identifies a network by a process number.
         subprocess.run(["nsenter", "-t", str(self._pid(host)), "--net", "ip", *arguments.split()], check=True)
 
     def _mac(self, host: str) -> str:
-        """The same each time: others remember it."""
+        """Returns a fixed address: the other hosts cache it."""
         return "02:00:" + ":".join(f"{int(part):02x}" for part in self.addresses[host].split("."))
 
     def _port(self, host: str) -> str:

@@ -1,11 +1,11 @@
-"""A real Slurm for tests, on hosts out of namespaces: its controller on "head", a node on each of the others.
+"""A real Slurm for tests, on hosts made of namespaces: its controller on "head", a node on each other host.
 
     with Hosts(folder, ["node1", "node2"]) as hosts, Slurm(hosts, folder / "slurm") as slurm:
         job = slurm.submit("launch/slurm.sh", "--", "--epochs", 2)
-        slurm.until(job, "COMPLETED")
+        slurm.wait_for_state(job, "COMPLETED")
 
-Two partitions on the same nodes: jobs in "high" pre-empt those in "low", the default, which are queued anew. Needs
-what `hosts` needs, and Debian's slurmctld, slurmd, slurm-client, slurm-wlm-basic-plugins and munge.
+Two partitions share the nodes: jobs in "high" pre-empt those in "low", the default, which are requeued. Needs the
+tools of `hosts`, and Debian's slurmctld, slurmd, slurm-client, slurm-wlm-basic-plugins and munge.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from helpers.cluster.hosts import HEAD, Hosts
 
 TOOLS = ("munged", "slurmctld", "slurmd", "srun", "sbatch")
 
-# Times are short, where a cluster's own are minutes: a job that is queued anew starts within seconds, a node that
-# has died is noticed after 20 s.
+# Times are seconds instead of a real cluster's minutes: a requeued job starts within seconds, a failed node is
+# detected after 20 s.
 CONFIG = """
 ClusterName=tests
 SlurmctldHost={head}({head_address})
@@ -60,8 +60,8 @@ PartitionName=low Nodes={names} Default=YES MaxTime=INFINITE PriorityTier=1 Grac
 PartitionName=high Nodes={names} MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF State=UP
 """
 
-# slurmd always loads a cgroup plugin; an empty hierarchy of a name of its own satisfies it. PMIx's folder must not
-# be shared by the nodes.
+# slurmd always loads a cgroup plugin; an empty hierarchy with its own name satisfies it. The nodes must not share
+# PMIx's folder.
 PREPARE = """
 set -e
 mkdir -p /run/munge /run/pmix
@@ -74,17 +74,17 @@ munged --key-file="$1/munge.key" --log-file="$1/munged_$2.log" --seed-file=/run/
 
 
 def skip_reason() -> str | None:
-    """Why there can be no Slurm on this machine, in one line; None where there can."""
+    """Returns the reason why Slurm cannot run on this machine, in one line, or None if it can."""
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
     return namespaces.skip_reason() or (f"{', '.join(missing)} is not installed" if missing else None)
 
 
 class Slurm:
-    """See the module.
+    """A running Slurm, as described above.
 
     Args:
-        hosts: on which it runs.
-        folder: for its configuration, state and logs.
+        hosts: the hosts on which it runs.
+        folder: folder for its configuration, state and logs.
     """
 
     def __init__(self, hosts: Hosts, folder: Path) -> None:
@@ -111,51 +111,51 @@ class Slurm:
         self._run(HEAD, "slurmctld")
         for name in self.hosts.names:
             self.start(name)
-        self.until_idle()
+        self.wait_until_idle()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Its processes end with the hosts."""
+        """Does nothing: Slurm's processes end with the hosts."""
 
     def start(self, host: str) -> None:
-        """Starts a node's daemons; again after the host was killed and started."""
+        """Starts a node's daemons, also after the host was killed and restarted."""
         (self.folder / f"spool_{host}").mkdir(exist_ok=True)
         self._prepare(host)
         self._run(host, "slurmd", "-N", host)
 
-    def until_idle(self) -> None:
-        """Waits until all nodes may take jobs."""
+    def wait_until_idle(self) -> None:
+        """Waits until all nodes accept jobs."""
         for _ in range(300):
-            if self.ask("sinfo", "-h", "-p", "low", "-t", "idle", "-o", "%D") == str(len(self.hosts.names)):
+            if self.run("sinfo", "-h", "-p", "low", "-t", "idle", "-o", "%D") == str(len(self.hosts.names)):
                 return
             time.sleep(0.2)
-        raise RuntimeError(f"Slurm's nodes are not idle: {self.ask('sinfo', '-l')}; see {self.folder}")
+        raise RuntimeError(f"Slurm's nodes are not idle: {self.run('sinfo', '-l')}; see {self.folder}")
 
-    def ask(self, *command: object) -> str:
-        """What a command of Slurm's says."""
+    def run(self, *command: object) -> str:
+        """Runs one of Slurm's commands and returns its output."""
         return self._run(HEAD, *command).strip()
 
     def submit(
         self, *arguments: object, environ: Mapping[str, str] | None = None, folder: Path | None = None
     ) -> int:
-        """Submits a job from a folder (this one by default); its number."""
+        """Submits a job from a folder (default: the current one) and returns its number."""
         move = [] if folder is None else ["env", "-C", folder]
         return int(self._run(HEAD, *move, "sbatch", "--parsable", *arguments, environ=environ or {}))
 
     def state(self, job: int) -> str:
-        """A job's state, as COMPLETED."""
+        """Returns a job's state, for example COMPLETED."""
         return self.facts(job)["JobState"]
 
     def facts(self, job: int) -> dict[str, str]:
-        """What `scontrol show job` says."""
-        words = self.ask("scontrol", "show", "job", "--oneliner", job).split()
+        """Returns the fields of `scontrol show job`."""
+        words = self.run("scontrol", "show", "job", "--oneliner", job).split()
         return dict(word.partition("=")[::2] for word in words)
 
-    def until(self, job: int, *states: str, seconds: float = 200.0) -> str:
-        """Waits until a job is in one of these states; which.
+    def wait_for_state(self, job: int, *states: str, seconds: float = 200.0) -> str:
+        """Waits until a job is in one of these states and returns it.
 
         Raises:
-            AssertionError: it takes too long, or the job ends in another one.
+            AssertionError: the job ends in another state, or does not reach one of these in time.
         """
         ended = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
         deadline = time.monotonic() + seconds

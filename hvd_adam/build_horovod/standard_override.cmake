@@ -1,5 +1,5 @@
-# Horovod asks for C++14 (and C++11 in its CUDA kernels); PyTorch's headers need C++17 from 2.1 on and C++20
-# from 2.15 on. Whichever of the older standards is asked for, the compiler is told C++20.
+# Horovod requests C++14 (and C++11 in its CUDA kernels). PyTorch's headers need C++17 from 2.1 on and C++20 from
+# 2.15 on. This file replaces the flag of each older standard by that of C++20.
 foreach(language CXX CUDA)
   foreach(standard 11 14 17)
     if(DEFINED CMAKE_${language}${standard}_STANDARD_COMPILE_OPTION)

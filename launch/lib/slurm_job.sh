@@ -1,20 +1,20 @@
 # shellcheck shell=bash
-# Sourced by slurm.sh and slurm_container.sh: the job, from its arguments to its end.
+# Sourced by slurm.sh and slurm_container.sh: the job, from its arguments to its exit.
 
 launcher='' interface='' module=hvd_adam.train arguments=()
-container_options=() container_command=() # srun's options, and what the ranks run in place of the Python of here
+container_options=() container_command=() # further options of srun, and the command that replaces Python
 
 # Seconds until the ranks have started Python.
-STARTED_SECONDS=10
+STARTUP_SECONDS=10
 
-# Seconds until a node that does not answer is given up; Slurm itself notices after its SlurmdTimeout (300 s).
-NODE_ANSWERS_SECONDS=60
-SLURM_NOTICES_SECONDS=900
+# Seconds to wait for the response of a node. Slurm itself notices a lost node after its SlurmdTimeout (300 s).
+NODE_RESPONSE_SECONDS=60
+SLURM_DETECTION_SECONDS=900
 
 run_job() {
   parse_job "$@"
   require_job
-  settle_output
+  set_output_dir
   choose_launcher
   share_cores
   training_command
@@ -26,38 +26,38 @@ run_job() {
 parse_job() {
   while (($#)); do
     case $1 in
-      --launcher) choose "${2:-}"; shift ;;
+      --launcher) set_launcher "${2:-}"; shift ;;
       -i | --network-interface) interface=${2:?"$1 needs a value"}; shift ;;
       --module) module=${2:?"$1 needs a value"}; shift ;;
       -h | --help) print_usage; exit 0 ;;
       --) shift; arguments=("$@"); break ;;
-      *) stop "unknown option $1; options of the training go after --" ;;
+      *) fail "unknown option $1; options of the training go after --" ;;
     esac
     shift
   done
 }
 
-choose() {
-  [[ $1 =~ ^(srun|mpirun|horovodrun)$ ]] || stop "--launcher $1: srun, mpirun or horovodrun"
+set_launcher() {
+  [[ $1 =~ ^(srun|mpirun|horovodrun)$ ]] || fail "--launcher $1: must be srun, mpirun or horovodrun"
   launcher=$1
 }
 
 require_job() {
   local gpus=${SLURM_GPUS_ON_NODE:-0} per_node=${SLURM_TASKS_PER_NODE:-${SLURM_NTASKS_PER_NODE:-1}}
-  [[ -n ${SLURM_JOB_ID:-} ]] || stop "this is no Slurm job; submit it: sbatch launch/slurm.sh"
+  [[ -n ${SLURM_JOB_ID:-} ]] || fail "this is not a Slurm job; submit it: sbatch launch/slurm.sh"
   per_node=${per_node%%[^0-9]*} # "2(x3),1": two tasks on each of the first three nodes
   SLURM_NTASKS=${SLURM_NTASKS:-1} SLURM_JOB_NODELIST=${SLURM_JOB_NODELIST:-this node}
   ((gpus == 0 || gpus == per_node)) ||
-    stop "$gpus GPUs but $per_node tasks a node: give sbatch --ntasks-per-node=$gpus, for one rank a GPU"
+    fail "$gpus GPUs but $per_node tasks per node: use sbatch --ntasks-per-node=$gpus, for one rank per GPU"
   if ((gpus == 0)) && [[ " ${arguments[*]} " != *" --device"[\ =]"cpu "* ]] && partition_has_gpus; then
-    stop "partition $SLURM_JOB_PARTITION has GPUs, but this job has none: give sbatch --gpus-per-node=N, or -- --device cpu"
+    fail "partition $SLURM_JOB_PARTITION has GPUs, but this job has none: use sbatch --gpus-per-node=N, or -- --device cpu"
   fi
 }
 
 partition_has_gpus() { sinfo --noheader --partition "${SLURM_JOB_PARTITION:-}" --format %G 2>/dev/null | grep -q gpu; }
 
-# settle_output: the same run folder at every start of the job, another for every task of an array.
-settle_output() {
+# set_output_dir: use the same run directory at every start of the job, and one for every task of an array.
+set_output_dir() {
   local task=${SLURM_ARRAY_TASK_ID:-} folder i
   [[ $module == hvd_adam.train ]] || return 0
   if [[ -n $task ]]; then
@@ -69,7 +69,7 @@ settle_output() {
     done
   fi
   folder=runs/slurm-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${task:+/$task}
-  # Of an option that is given twice the last one counts.
+  # If an option is given twice, the last value counts.
   arguments=(--output-dir "$folder" ${task:+--seed "$task"} "${arguments[@]}")
 }
 
@@ -77,20 +77,20 @@ choose_launcher() {
   local pmix=false
   if srun --mpi=list 2>&1 | grep -qw pmix; then pmix=true; fi
   if [[ -z $launcher ]]; then
-    if [[ $pmix == true ]]; then launcher=srun; elif have mpirun; then launcher=mpirun; else launcher=horovodrun; fi
+    if [[ $pmix == true ]]; then launcher=srun; elif has_command mpirun; then launcher=mpirun; else launcher=horovodrun; fi
   elif [[ $launcher == srun && $pmix == false ]]; then
-    stop "--launcher srun: this Slurm has no PMIx (srun --mpi=list), by which ranks find each other: use mpirun"
+    fail "--launcher srun: this Slurm has no PMIx (srun --mpi=list), which ranks need to connect: use mpirun"
   fi
 }
 
-# Slurm binds a rank to its --cpus-per-task; without, all ranks of a node share what the job has there.
+# Slurm binds a rank to its --cpus-per-task. Without it, all ranks of a node share the job's cores on this node.
 share_cores() {
   [[ -n ${SLURM_CPUS_PER_TASK:-} ]] || return 0
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}
-  export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # since Slurm 22.05 srun does not take it over from sbatch
+  export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # since Slurm 22.05, srun does not inherit it from sbatch
 }
 
-# training_command: `command` starts all ranks; `started_by` says how.
+# training_command: set `command`, which starts all ranks, and `started_by`, the name of the launcher.
 training_command() {
   local python options=(${interface:+-i "$interface"} --module "$module" -- "${arguments[@]}")
   python=$(find_python)
@@ -98,7 +98,7 @@ training_command() {
   case $launcher in
     srun)
       started_by="srun --mpi=pmix"
-      command=("$python" "$ROOT/launch/run_srun.py" srun --mpi=pmix --kill-on-bad-exit=1 "${container_options[@]}")
+      command=("$python" -m hvd_adam.launch.srun srun --mpi=pmix --kill-on-bad-exit=1 "${container_options[@]}")
       command+=("${container_command[@]:-$python}" -m "$module" "${arguments[@]}")
       ;;
     mpirun)
@@ -112,7 +112,7 @@ training_command() {
   esac
 }
 
-# job_hosts: the nodes of the job with their tasks, as node1:2,node2:2.
+# job_hosts: print the nodes of the job with their tasks, as node1:2,node2:2.
 job_hosts() {
   local host hosts='' counts
   mapfile -t counts < <(tasks_of_nodes)
@@ -123,7 +123,7 @@ job_hosts() {
   echo "$hosts"
 }
 
-# tasks_of_nodes: "2(x2),1" as the lines 2, 2, 1.
+# tasks_of_nodes: print the number of tasks of each node, for "2(x2),1" the lines 2, 2, 1.
 tasks_of_nodes() {
   local part count times
   for part in ${SLURM_TASKS_PER_NODE//,/ }; do
@@ -133,9 +133,9 @@ tasks_of_nodes() {
   done
 }
 
-# train: runs the command to its end, and hands on signals; `code` is its exit code.
+# train: run the command, forward signals to it, and set `code` to its exit code.
 train() {
-  trap hand_on USR1 USR2 TERM
+  trap forward_signal USR1 USR2 TERM
   SECONDS=0
   "${command[@]}" &
   training=$!
@@ -144,42 +144,42 @@ train() {
   wait "$training" || code=$?
 }
 
-# hand_on: Slurm's warnings (--signal, pre-emption, the end of the grace time) tell the ranks: save and stop. Before
-# they have started they could not hear it.
-hand_on() {
-  if ((SECONDS < STARTED_SECONDS)); then sleep $((STARTED_SECONDS - SECONDS)); fi
+# forward_signal: forward Slurm's warnings (--signal, pre-emption, the end of the grace time) to the ranks as SIGUSR1,
+# which means: save and stop. Before Python has started, the signal would kill a rank.
+forward_signal() {
+  if ((SECONDS < STARTUP_SECONDS)); then sleep $((STARTUP_SECONDS - SECONDS)); fi
   kill -USR1 "$training" 2>/dev/null || true
 }
 
-# end_job: after 75 the job is queued anew, unless Slurm is doing so, or somebody has cancelled it.
+# end_job: exit with the training's code. After 75 the job is requeued, unless Slurm does so or the job was cancelled.
 end_job() {
   case $code in
     0 | 2) ;;
-    75) queue_anew "the training has saved itself" ;;
-    138 | 140 | 143) queue_anew "it was told to stop before it could save itself" ;; # USR1, USR2, TERM
-    *) if ! nodes_answer; then await_slurm; fi ;;
+    75) requeue_job "the training has saved a checkpoint" ;;
+    138 | 140 | 143) requeue_job "it was stopped before it could save a checkpoint" ;; # USR1, USR2, TERM
+    *) if ! nodes_respond; then wait_for_slurm; fi ;;
   esac
   exit "$code"
 }
 
-queue_anew() {
+requeue_job() {
   local state
   state=$(scontrol show job --oneliner "$SLURM_JOB_ID" | grep -o ' JobState=[A-Z_]*') || state=
   [[ $state == " JobState=RUNNING" ]] || return 0
-  echo "The job is queued anew: $1"
-  scontrol requeue "$SLURM_JOB_ID" || echo "It cannot be: submit it again with --output-dir, and it goes on" >&2
+  echo "Requeueing the job: $1"
+  scontrol requeue "$SLURM_JOB_ID" || echo "Requeueing failed: submit the job again with the same --output-dir to resume" >&2
 }
 
-nodes_answer() {
+nodes_respond() {
   local nodes=${SLURM_JOB_NUM_NODES:-1}
-  ((nodes == 1)) || timeout "$NODE_ANSWERS_SECONDS" \
+  ((nodes == 1)) || timeout "$NODE_RESPONSE_SECONDS" \
     srun --overlap --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --gpus=0 true >/dev/null 2>&1
 }
 
-# A dead node looks like a failed rank at first. Queued anew at once, the job might be given the same node.
-await_slurm() {
-  echo "A node of the job does not answer: waiting for Slurm to notice, which then starts the job anew"
-  sleep "$SLURM_NOTICES_SECONDS" &
+# A failed node looks like a failed rank at first. A job that is requeued immediately might get the same node again.
+wait_for_slurm() {
+  echo "A node of the job does not respond: waiting for Slurm to detect this and to requeue the job"
+  sleep "$SLURM_DETECTION_SECONDS" &
   wait $! || true
-  queue_anew "Slurm has not noticed"
+  requeue_job "Slurm has not detected the failed node"
 }

@@ -1,0 +1,141 @@
+"""Run horovodrun and exit with the code of the rank that failed, instead of a traceback and 1.
+
+    python -m hvd_adam.launch.horovodrun -np 2 python -m hvd_adam.train
+
+With the Gloo controller, horovodrun raises a RuntimeError that contains the exit code (launch_gloo in gloo_run.py
+of Horovod 0.28.1). The ranks' output has passed by then, so nothing is lost without that traceback. Any other
+exception is not caught.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+from horovod.runner.elastic.registration import WorkerStateRegistry
+from horovod.runner.elastic.worker import WorkerNotificationClient
+from horovod.runner.launch import run_commandline
+from horovod.runner.util import remote
+
+from hvd_adam.distributed.rendezvous import LOSSES_KEY, LOSSES_SCOPE, REPORTS_LOSSES_VARIABLE
+
+RANK_FAILED = re.compile(r"one or more processes exited with non-zero status.*Exit code: (-?\d+)", re.DOTALL)
+UNREACHABLE = "could not connect to some hosts via ssh"
+
+SIGNAL_PROXY = (sys.executable, "-I", str(Path(__file__).with_name("signal_proxy.py")))
+
+# Without these, ssh never notices that a host has become unreachable.
+KEEP_ALIVE = " -o ServerAliveInterval=5 -o ServerAliveCountMax=3 -o ConnectTimeout=10"
+
+POLL_SECONDS = 0.02
+
+_execve = os.execve
+_psutil_wait: Callable[..., int | None] = psutil.Process.wait
+
+
+def patch(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
+    """Replaces a function of a module or a method of a class."""
+    setattr(owner, name, replacement)
+
+
+def execve_without_shell(path: str, arguments: list[str], environment: Mapping[str, str]) -> None:
+    """Replaces os.execve, with which horovodrun becomes ``sh -c mpirun...``: the shell is replaced by mpirun.
+
+    Otherwise a signal reaches only the shell, which exits or waits and leaves mpirun and the ranks running. mpirun
+    runs under signal_proxy.py, which forwards SIGTERM to the ranks; mpirun itself does not.
+    """
+    *options, command = arguments
+    _execve(path, [*options, f"exec {shlex.join(SIGNAL_PROXY)} {command}"], environment)
+
+
+def wait_without_reaping(process: psutil.Process, timeout: float | None = None) -> int | None:
+    """Replaces psutil.Process.wait, which reaps a child and so hides its exit code from the parent's own wait.
+
+    Horovod's helper process waits this way for a rank that it terminates: Popen.wait then returns 0, and the job
+    seems to have succeeded.
+    """
+    start = time.monotonic()
+    try:
+        while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            if timeout is not None and time.monotonic() - start > timeout:
+                raise psutil.TimeoutExpired(timeout, process.pid)
+            time.sleep(POLL_SECONDS)
+    except ChildProcessError:  # not a child of this process
+        return _psutil_wait(process, timeout)
+    return None
+
+
+# At import: Horovod's helper processes need it too, and they import this module (see the end of this file).
+patch(psutil.Process, "wait", wait_without_reaping)
+
+
+def report_losses() -> None:
+    """Puts a mark into the ranks' key-value store when a rank ends, for ranks that wait for it to connect.
+
+    See hvd_adam/distributed/rendezvous.py. The store is emptied whenever ranks are assigned again, and Horovod
+    waits for this.
+    """
+    record_failure: Callable[[Any, str, int], int] = WorkerStateRegistry.record_failure
+
+    def record_and_report(registry: Any, host: str, slot: int) -> int:
+        registry._action_event.wait()  # an assignment in progress does not take this failure into account
+        server = registry._driver._rendezvous._httpd
+        with server.cache_lock:
+            server.cache.setdefault(LOSSES_SCOPE, {})[LOSSES_KEY] = b"1"
+        return record_failure(registry, host, slot)
+
+    patch(WorkerStateRegistry, "record_failure", record_and_report)
+    os.environ[REPORTS_LOSSES_VARIABLE] = "1"
+
+
+def notify_in_threads() -> None:
+    """Notifies each rank in its own thread: a rank on a host that has just died would delay the others by 80 s."""
+    notify_hosts_updated = WorkerNotificationClient.notify_hosts_updated
+
+    def notify(*arguments: Any) -> None:
+        with suppress(Exception):  # as Horovod's driver does: the rank may have ended
+            notify_hosts_updated(*arguments)
+
+    def start_notifying(*arguments: Any) -> None:
+        threading.Thread(target=notify, args=arguments, daemon=True).start()
+
+    patch(WorkerNotificationClient, "notify_hosts_updated", start_notifying)
+
+
+def main() -> None:
+    """Runs horovodrun's command line; exits with the failed rank's code (128 + n for signal n), 1 if ssh fails."""
+    patch(os, "execve", execve_without_shell)
+    report_losses()
+    notify_in_threads()
+    remote.SSH_COMMAND_PREFIX += KEEP_ALIVE
+    # horovodrun forwards only SIGTERM and would be killed by these. To the ranks all three mean: save and stop.
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        run_commandline()
+    except RuntimeError as error:
+        if str(error) == UNREACHABLE:
+            sys.exit(f"horovodrun.sh: {error}: see above; each host must accept ssh without a password")
+        failed = RANK_FAILED.search(str(error))
+        if failed is None:
+            raise
+        code = int(failed[1])
+        # Threads of horovodrun that still run are killed now: their tracebacks would be of no use to the user.
+        threading.excepthook = lambda _: None
+        sys.exit(code if code >= 0 else 128 - code)
+
+
+# The guard is essential: horovodrun starts helper processes with multiprocessing's "spawn", which import this
+# module again under the name __mp_main__.
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+# shellcheck shell=bash
+# shellcheck disable=SC2034  # the scripts that source this use the variables
+# Sourced by the scripts in launch/: paths, and functions that several of them need.
+
+# Symbolic links in the path stay as they are: on another host they may point elsewhere.
+ROOT=$(CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+VENV=${HVD_ADAM_VENV:-$ROOT/.venv}
+# shellcheck source=hvd_adam/build_horovod/shell.sh
+source "$ROOT/hvd_adam/build_horovod/shell.sh"
+
+# find_python: print the absolute path of the Python that trains, so that other hosts start the same one.
+find_python() {
+  local path
+  if [[ -n ${HVD_ADAM_PYTHON:-} ]]; then
+    path=$(command -v "$HVD_ADAM_PYTHON") || fail "HVD_ADAM_PYTHON=$HVD_ADAM_PYTHON is not a program"
+    printf '%s/%s\n' "$(cd "$(dirname "$path")" && pwd)" "${path##*/}"
+  elif [[ -x $VENV/bin/python ]]; then
+    printf '%s\n' "$VENV/bin/python"
+  else
+    command -v python3 || fail "no python3 found: run 'bash launch/setup.sh', or set HVD_ADAM_PYTHON"
+  fi
+}
+
+# count_gpus: print the number of GPUs of this machine, 0 without a driver.
+count_gpus() {
+  local listing=
+  if has_command nvidia-smi; then listing=$(nvidia-smi --list-gpus 2>/dev/null) || listing=; fi
+  grep -c '^GPU ' <<<"$listing" || true
+}

@@ -1,0 +1,114 @@
+# shellcheck shell=bash
+# shellcheck disable=SC2034  # the scripts that source this use the variables
+# Sourced by horovodrun.sh, mpirun.sh and elastic.sh: their common options, and the values derived from them.
+
+ranks='' hosts='' hostfile='' interface='' ssh_port='' ssh_key='' controller=''
+module=hvd_adam.train
+dry_run=false check=true
+pass_variables=() module_arguments=()
+
+# require_value OPTION ARGUMENTS...: check that the option is followed by a value.
+require_value() { [[ $# -ge 2 && -n $2 && $2 != -- ]] || fail "$1 needs a value; see --help"; }
+
+# parse_options ALLOWED_CONTROLLERS ARGUMENTS...
+parse_options() {
+  local controllers=$1
+  shift
+  while (($#)); do
+    case $1 in
+      -np | -n | --num-proc) require_value "$@"; ranks=$2; shift ;;
+      -H | --hosts) require_value "$@"; hosts=$2; shift ;;
+      --hostfile | -hostfile) require_value "$@"; hostfile=$2; shift ;;
+      -i | --network-interface) require_value "$@"; interface=$2; shift ;;
+      -x) require_value "$@"; pass_variables+=("$2"); shift ;;
+      --ssh-port) require_value "$@"; ssh_port=$2; shift ;;
+      --ssh-key) require_value "$@"; ssh_key=$2; shift ;;
+      --module) require_value "$@"; module=$2; shift ;;
+      --dry-run) dry_run=true ;;
+      --no-check) check=false ;;
+      -h | --help) print_usage; exit 0 ;;
+      --) shift; module_arguments=("$@"); break ;;
+      *) accept_controller "$controllers" "$1" ;;
+    esac
+    shift
+  done
+  check_options
+}
+
+accept_controller() {
+  [[ " $1 " == *" $2 "* ]] || fail "unknown option $2; options of the training go after --, see --help"
+  [[ -z $controller || $controller == "$2" ]] || fail "$controller and $2 exclude each other"
+  controller=$2
+}
+
+check_options() {
+  [[ -z $ranks || $ranks =~ ^[1-9][0-9]*$ ]] || fail "-np $ranks: must be a whole number of at least 1"
+  [[ -z $hosts || -z $hostfile ]] || fail "-H and --hostfile exclude each other"
+  [[ -z $hosts || $hosts =~ ^[A-Za-z0-9_.-]+:[0-9]+(,[A-Za-z0-9_.-]+:[0-9]+)*$ ]] ||
+    fail "-H $hosts: must have the form host1:4,host2:4, each host with its number of ranks"
+  [[ -z $ssh_port || $ssh_port =~ ^[0-9]+$ ]] || fail "--ssh-port $ssh_port is not a port number"
+  [[ -z $ssh_key || -r $ssh_key ]] || fail "--ssh-key $ssh_key: no such readable file"
+  [[ -z $hostfile ]] || read_hostfile
+  export_variables
+  set_rank_count
+}
+
+# read_hostfile: convert the lines "host slots=N" to the value of -H, because the launchers disagree on the format of a
+# host file. Blank lines and comments are skipped.
+read_hostfile() {
+  [[ -r $hostfile ]] || fail "--hostfile $hostfile: no such readable file"
+  local line
+  while read -r line || [[ -n $line ]]; do
+    line=${line%%#*}
+    [[ -n ${line//[[:space:]]/} ]] || continue
+    [[ $line =~ ^([A-Za-z0-9_.-]+)[[:space:]]+slots=([0-9]+)[[:space:]]*$ ]] ||
+      fail "--hostfile $hostfile: '$line' is not of the form 'host slots=4'"
+    hosts+=${hosts:+,}${BASH_REMATCH[1]}:${BASH_REMATCH[2]}
+  done <"$hostfile"
+  [[ -n $hosts ]] || fail "--hostfile $hostfile names no host"
+}
+
+# export_variables: -x NAME=VALUE sets the variable, -x NAME passes on the current value; both reach all ranks.
+export_variables() {
+  local variable name
+  for variable in "${pass_variables[@]}"; do
+    name=${variable%%=*}
+    [[ $name =~ ^[A-Za-z_][A-Za-z0-9_]*$ ]] || fail "-x $variable: '$name' is not a valid variable name"
+    if [[ $variable == *=* ]]; then export "$name=${variable#*=}"; fi
+    [[ -n ${!name+set} ]] || fail "-x $name: this variable is not set"
+  done
+}
+
+# set_rank_count: by default one rank per slot of the hosts; on this machine one per GPU, or one.
+set_rank_count() {
+  local host slots=0
+  for host in ${hosts//,/ }; do slots=$((slots + 10#${host##*:})); done
+  if [[ -z $hosts ]]; then
+    [[ -n $ranks ]] || ranks=$(count_gpus)
+    ((ranks > 0)) || ranks=1
+  else
+    ranks=${ranks:-$slots}
+    ((ranks <= slots)) || fail "-np $ranks: the hosts have only $slots slots (${hosts})"
+    ((ranks > 0)) || fail "-H $hosts has no slots"
+  fi
+}
+
+# check_hosts PYTHON: exit with one line if SSH login fails on a host or if its software differs from this machine's.
+# Launchers report this in many lines, or start ranks that fail.
+check_hosts() {
+  if [[ -z $hosts || $dry_run == true || $check == false || -n ${OMPI_MCA_plm_rsh_agent:-} ]]; then return; fi
+  "$1" -m hvd_adam.doctor.hosts --hosts "$hosts" ${ssh_port:+--ssh-port "$ssh_port"} ${ssh_key:+--ssh-key "$ssh_key"} ||
+    exit $?
+}
+
+# exec_launcher PYTHON COMMAND...: replace this process by the command, so that signals and the exit code are the
+# command's. After exit codes 2 and 75 the filter removes what only repeats a rank's own message from stderr.
+exec_launcher() {
+  local python=$1
+  shift
+  if [[ $dry_run == true ]]; then
+    printf '%q ' "$@" | sed 's/ $/\n/'
+    exit 0
+  fi
+  exec "$@" 2> >(exec "$python" -I "$ROOT/hvd_adam/launch/stderr_filter.py" >&2)
+}
