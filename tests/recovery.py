@@ -2,8 +2,8 @@
 
     python tests/recovery.py [--slots 2] [SCENARIO ...]
 
-Every scenario is one job on hosts out of namespaces (`helpers/cluster/hosts.py`). Prints for each the seconds from the
-fault to the first update after it, and the final accuracy, next to that of an undisturbed job.
+Every scenario is one job on hosts in network namespaces (`helpers/cluster/hosts.py`). Prints for each the seconds
+from the fault to the first update after it, and the final accuracy, next to that of an undisturbed job.
 """
 
 from __future__ import annotations

@@ -41,7 +41,9 @@ from hvd_adam.errors import UserError
 ROOT = Path(__file__).parents[1]
 PACKAGES = next(Path(path) for path in sys.path if Path(path, "torch", "version.py").exists())
 MIB = 1 << 20
-needs_hosts = pytest.mark.skipif(skip_reason() is not None, reason=f"no hosts out of namespaces: {skip_reason()}")
+needs_hosts = pytest.mark.skipif(
+    skip_reason() is not None, reason=f"no hosts in network namespaces: {skip_reason()}"
+)
 
 # Variables of the launcher of the test run itself, which the doctor must not see.
 UNWANTED = ("HOROVOD_", "OMPI_", "PMIX_", "PMI_", "NCCL_", "OMP_", "SLURM_", "HVD_ADAM_")
@@ -105,7 +107,7 @@ def outside_repository(workdir, monkeypatch):
 @pytest.fixture(scope="module")
 def hosts(workdir):
     if skip_reason() is not None:
-        pytest.skip(f"no hosts out of namespaces: {skip_reason()}")
+        pytest.skip(f"no hosts in network namespaces: {skip_reason()}")
     with Hosts(workdir / "namespaces", ["node1", "node2", "node3"]) as hosts:
         yield hosts
 

@@ -25,7 +25,9 @@ from hvd_adam.distributed.launch_env import LaunchInfo, detect_launcher
 from hvd_adam.errors import RankError
 from hvd_adam.recovery.elastic import Connections, InMemoryCheckpoint, _established
 
-needs_hosts = pytest.mark.skipif(skip_reason() is not None, reason=f"no hosts out of namespaces: {skip_reason()}")
+needs_hosts = pytest.mark.skipif(
+    skip_reason() is not None, reason=f"no hosts in network namespaces: {skip_reason()}"
+)
 
 
 @needs_hosts
@@ -127,7 +129,7 @@ def store(monkeypatch):
     place |= {"HOSTNAME": "node1", "GLOO_RENDEZVOUS_ADDR": "127.0.0.1", "GLOO_RENDEZVOUS_PORT": port}
     for name, value in place.items():
         monkeypatch.setenv(f"HOROVOD_{name}", str(value))
-    monkeypatch.setenv("HVD_ADAM_TOLD_OF_LOSSES", "1")
+    monkeypatch.setenv("HVD_ADAM_REPORTS_LOSSES", "1")
     yield server._httpd.cache
     server.stop()
 
@@ -149,7 +151,7 @@ def test_ranks_ask_for_new_places_if_a_rank_is_lost_before_all_have_met(store):
 
 
 def test_a_meeting_ends_after_gloos_timeout_if_the_launcher_reports_no_losses(store, monkeypatch):
-    monkeypatch.delenv("HVD_ADAM_TOLD_OF_LOSSES")
+    monkeypatch.delenv("HVD_ADAM_REPORTS_LOSSES")
     monkeypatch.setenv("HOROVOD_GLOO_TIMEOUT_SECONDS", "1")
     assert not rendezvous._meet()
 

@@ -25,7 +25,7 @@ LOSSES_SCOPE = "hvd_adam_gone"  # LOSSES_KEY is set: a rank has ended since rank
 LOSSES_KEY = "any"
 
 # Set by hvd_adam/launch/horovodrun.py, which reports losses. Under another launcher only a time-out detects them.
-REPORTS_LOSSES_VARIABLE = "HVD_ADAM_TOLD_OF_LOSSES"
+REPORTS_LOSSES_VARIABLE = "HVD_ADAM_REPORTS_LOSSES"
 
 # Fields of Horovod's answer under SLOTS_SCOPE, and of its environment.
 VARIABLES = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE")

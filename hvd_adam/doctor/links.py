@@ -1,4 +1,4 @@
-"""Measures the network between ranks over plain TCP: who reaches whom, at what rate, and how far clocks differ.
+"""Measures the network between ranks over plain TCP: reachability, bandwidth, latency and clock differences.
 
 Each point (the first rank of each host; on one host each rank) listens, tries to reach all others, then measures
 with each: a few pings, then a short stream of data in either direction. A point takes part in one measurement at a
