@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from hvd_adam.optim.adam import Adam
+from hvd_adam.optim.adam import Adam, PlainOptimizer
 
 IMPLEMENTATIONS = ("reference", "foreach", "fused")
 ALL_OPTIONS = dict(
@@ -85,7 +85,11 @@ def test_signature_is_the_documented_one():
 
 
 @pytest.mark.parametrize(
-    "name", sorted(set(vars(torch.optim.Optimizer)) & set(vars(Adam)) - {"__init__", "__module__", "__doc__"})
+    "name",
+    sorted(
+        set(vars(torch.optim.Optimizer))
+        & {*vars(Adam), *vars(PlainOptimizer)} - {"__init__", "__module__", "__doc__"}
+    ),
 )
 def test_overridden_methods_have_the_signatures_of_the_base_class(name):
     ours, base = getattr(Adam, name), getattr(torch.optim.Optimizer, name)
