@@ -89,7 +89,7 @@ def test_a_command_gets_its_own_arguments_and_exit_code():
 
 
 @pytest.mark.parametrize(
-    ("name", "near"), [("trian", "train"), ("doktor", "doctor"), ("build-horovd", "build_horovod")]
+    ("name", "near"), [("trainn", "train"), ("doktor", "doctor"), ("build-horovd", "build_horovod")]
 )
 def test_an_unknown_command_is_refused_in_one_line_with_near_names(bare_python, name, near):
     done = run("-m", "hvd_adam", name, python=bare_python)

@@ -14,9 +14,23 @@ def write_atomically(path: Path, text: str) -> None:
     Raises:
         OSError: the file cannot be written; the old content is unchanged.
     """
+    publish(write_draft(path, text), path)
+
+
+def write_draft(path: Path, text: str) -> Path:
+    """Writes the future content of a file next to it and returns the draft, which `publish` renames.
+
+    Raises:
+        OSError: the draft cannot be written.
+    """
     draft = path.with_name(f".{path.name}.new")
     draft.write_text(text)
     fsync(draft)
+    return draft
+
+
+def publish(draft: Path, path: Path) -> None:
+    """Renames a draft to its final path, and flushes the folder's entries to disk."""
     draft.replace(path)
     fsync(path.parent)
 

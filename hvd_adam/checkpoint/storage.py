@@ -20,7 +20,7 @@ from typing import IO, Any, cast
 import torch
 
 from hvd_adam._version import __version__
-from hvd_adam.checkpoint.files import HashingFile, fsync, sha256, write_atomically
+from hvd_adam.checkpoint.files import HashingFile, fsync, publish, sha256, write_draft
 from hvd_adam.errors import UserError
 
 STATE = "state.pt"
@@ -78,8 +78,10 @@ def save(checkpoints: Path, step: int, state: dict[str, Any]) -> Path:
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         _write(draft, step, state)
+        # Written before the checkpoint appears: a disk that fills up here must not leave `latest` behind it.
+        latest = write_draft(checkpoints / LATEST, final.name + "\n")
         _replace(draft, final)
-        write_atomically(checkpoints / LATEST, final.name + "\n")
+        publish(latest, checkpoints / LATEST)
     except (OSError, RuntimeError) as error:  # torch.save turns an OSError into a RuntimeError
         shutil.rmtree(draft, ignore_errors=True)
         cause = error.__context__ if isinstance(error.__context__, OSError) else error

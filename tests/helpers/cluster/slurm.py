@@ -4,7 +4,7 @@
         job = slurm.submit("launch/slurm.sh", "--", "--epochs", 2)
         slurm.wait_for_state(job, "COMPLETED")
 
-Two partitions share the nodes: jobs in "high" pre-empt those in "low", the default, which are requeued. Needs the
+Two partitions share the nodes: jobs in "high" preempt those in "low", the default, which are requeued. Needs the
 tools of `hosts`, and Debian's slurmctld, slurmd, slurm-client, slurm-wlm-basic-plugins and munge.
 """
 
