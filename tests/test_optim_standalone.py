@@ -32,7 +32,8 @@ class Finder:
     @staticmethod
     def find_spec(name, path=None, target=None):
         package, _, rest = name.partition(".")
-        if package in optional or (package == "hvd_adam" and rest.partition(".")[0] not in ("", "_version", "optim")):
+        part = rest.partition(".")[0]
+        if package in optional or (package == "hvd_adam" and part not in ("", "_version", "optim")):
             return None
         return next((spec for finder in finders if (spec := finder.find_spec(name, path, target))), None)
 
