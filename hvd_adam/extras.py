@@ -1,4 +1,6 @@
-"""The third-party packages of this project, and how to install one that is missing. Imports nothing."""
+"""The third-party packages of this project, and how to install one that is missing. Imports none of them."""
+
+from importlib.util import find_spec
 
 # The extra of setup.cfg that brings each optional package, by the name that is imported.
 EXTRAS = {
@@ -27,3 +29,13 @@ def install_command(module: str) -> str | None:
     if package in EXTRAS:
         return f"pip install 'hvd_adam[{EXTRAS[package]}]'"
     return f"pip install {package}" if package in BASE else None
+
+
+def require(*modules: str) -> None:
+    """Raises ModuleNotFoundError for the first module that is not installed, without importing any.
+
+    A command calls it for what it needs only at its end, so that it fails at its start.
+    """
+    for module in modules:
+        if find_spec(module) is None:
+            raise ModuleNotFoundError(f"No module named {module!r}", name=module)

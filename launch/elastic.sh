@@ -71,7 +71,7 @@ python=$(find_python)
 export PATH=${python%/*}:$PATH
 if [[ $module == hvd_adam.train ]]; then module_arguments=(--elastic "${module_arguments[@]}"); fi
 
-command=("$python" -m hvd_adam.launch.horovodrun -np "$ranks" --min-np "$min_ranks")
+command=("$python" "$ROOT/hvd_adam/launch/horovodrun.py" -np "$ranks" --min-np "$min_ranks")
 if [[ -n $max_ranks ]]; then command+=(--max-np "$max_ranks"); fi
 command+=(--host-discovery-script "$discovery" --blacklist-cooldown-range "${cooldown[@]}")
 command+=(--gloo-timeout-seconds "$gloo_timeout")

@@ -34,7 +34,7 @@ parse_options '--gloo --mpi' "$@"
 python=$(find_python)
 export PATH=${python%/*}:$PATH
 
-command=("$python" -m hvd_adam.launch.horovodrun -np "$ranks" -H "${hosts:-localhost:$ranks}")
+command=("$python" "$ROOT/hvd_adam/launch/horovodrun.py" -np "$ranks" -H "${hosts:-localhost:$ranks}")
 if [[ -n $interface ]]; then command+=(--network-interfaces "$interface"); fi
 if [[ -n $ssh_port ]]; then command+=(--ssh-port "$ssh_port"); fi
 if [[ -n $ssh_key ]]; then command+=(--ssh-identity-file "$ssh_key"); fi

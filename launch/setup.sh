@@ -301,7 +301,7 @@ main() {
   exec 8>"$CACHE/setup-$(sha256sum <<<"$VENV" | cut -c1-12).lock"
   flock --nonblock 8 || { echo "Waiting for another set-up of $VENV." && flock 8; }
   # An environment that was set up with --dev keeps these tools.
-  if [[ -f $STAMP ]] && grep -q '^options [a-z]* true\b' "$STAMP"; then dev=true; fi
+  if [[ -f $STAMP ]] && grep -Eq '^(asked|options) [a-z]* true\b' "$STAMP"; then dev=true; fi
   if is_up_to_date; then
     echo "Everything is set up in $VENV."
     return

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from helpers import on_ranks
+from hypothesis import settings
 
 LONGEST = (
     "test_images test_train test_slurm test_resume test_readme test_doctor test_kernels test_zero_equivalence "
@@ -20,11 +21,14 @@ LONGEST = (
 
 MARK_OF_MODULE = {
     "test_crash_matrix": "multirank",
+    "test_disks": "multirank",
     "test_hosts": "cluster",
     "test_images": "image",
     "test_readme": "multirank",
     "test_resume": "multirank",
+    "test_run_folder": "multirank",
     "test_slurm": "slurm",
+    "test_train": "multirank",
 }
 MARK_OF_FIXTURE = {"containers": "image", "hosts": "cluster", "image": "image", "odd_hosts": "cluster"}
 MARK_OF_SKIP_REASON = {"no hosts": "cluster", "no Slurm": "slurm", "no image": "image"}
@@ -35,6 +39,13 @@ STARTS_RANKS = re.compile(
 )
 # Modules whose tests name launchers without starting them: command lines that are only printed or parsed.
 ONLY_NAMES_LAUNCHERS = {"test_mpijob", "test_setup"}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Draws fewer cases in a run that marks select: the quick tests; all tests together draw all of them."""
+    if config.option.markexpr:
+        settings.register_profile("quick", max_examples=8)
+        settings.load_profile("quick")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest evaluates -m

@@ -127,6 +127,15 @@ def test_training_without_a_package_is_refused_in_one_line_with_the_remedy(hide,
     assert remedy in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("package", ["matplotlib", "tensorboard"])
+def test_the_training_command_names_a_missing_package_at_its_start(hide, tmp_path, package):
+    done = run("-m", "hvd_adam.train", "--output-dir", str(tmp_path / "run"), **hide(package))
+    assert (done.returncode, done.stdout) == (2, "")
+    remedy = f"{package} is not installed: pip install 'hvd_adam[train]'"
+    assert done.stderr == f"hvd_adam.train: error: {remedy}\n"
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_single_process_needs_no_psutil(hide):
     program = (
         "from hvd_adam.distributed.peer_server import host_addresses; import hvd_adam.recovery.watchdog, "

@@ -56,7 +56,9 @@ print(json.dumps({
 
 def start(cache, code=RUN, **environment):
     """Starts a process with its kernel cache below `cache`; a value of None unsets a variable."""
-    environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(ROOT), **environment}
+    # PyTorch first compiles and loads a program to test the vector instructions of the CPU: `warm` does so.
+    known = {"TORCHINDUCTOR_VEC_ISA_OK": "1", "XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, **known, **environment}
     return subprocess.Popen(
         [sys.executable, "-c", code],
         env={key: value for key, value in environment.items() if value is not None},
@@ -90,7 +92,9 @@ def kernels_directory(cache):
 def warm(tmp_path_factory):
     """A cache with the kernel of RUN, and the output of the run that compiled it."""
     cache = tmp_path_factory.mktemp("cache")
-    return cache, finish(start(cache, TORCHINDUCTOR_CACHE_DIR=str(cache / "of-the-user")))
+    return cache, finish(
+        start(cache, TORCHINDUCTOR_CACHE_DIR=str(cache / "of-the-user"), TORCHINDUCTOR_VEC_ISA_OK=None)
+    )
 
 
 # --- compilations -----------------------------------------------------------------------------------------

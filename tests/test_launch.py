@@ -173,9 +173,17 @@ def test_rank_that_horovodrun_terminates_does_not_count_as_successful():
         assert done.stdout.strip() == exit_code, done.stderr
 
 
-def test_helper_processes_of_horovodrun_get_the_patches_under_python_m():
+@pytest.mark.parametrize(
+    "start",
+    [
+        'runpy.run_module("hvd_adam.launch.horovodrun", run_name="__main__", alter_sys=True)',
+        'runpy.run_path("hvd_adam/launch/horovodrun.py", run_name="__main__")',
+    ],
+    ids=["python -m", "by its path"],
+)
+def test_helper_processes_of_horovodrun_get_the_patches(start):
     # horovodrun starts its helpers with "spawn", which imports the main module again.
-    code = """if True:
+    code = f"""if True:
         import multiprocessing, runpy
         import horovod.runner.launch
         def run_commandline():
@@ -184,10 +192,19 @@ def test_helper_processes_of_horovodrun_get_the_patches_under_python_m():
             helper.start()
             helper.join()
         horovod.runner.launch.run_commandline = run_commandline
-        runpy.run_module("hvd_adam.launch.horovodrun", run_name="__main__", alter_sys=True)
+        {start}
     """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout == "wait_without_reaping __mp_main__\n", done.stderr
+
+
+def test_the_launcher_uses_the_package_that_it_lies_in(tmp_path):
+    # Not the one that this Python has installed, which may be another version or missing.
+    shutil.copytree(ROOT / "hvd_adam", tmp_path / "hvd_adam", ignore=shutil.ignore_patterns("__pycache__"))
+    code = "import runpy, sys; runpy.run_path(sys.argv[1]); import hvd_adam; print(hvd_adam.__file__)"
+    command = [sys.executable, "-c", code, tmp_path / "hvd_adam" / "launch" / "horovodrun.py"]
+    done = subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=60)
+    assert done.stdout == f"{tmp_path / 'hvd_adam' / '__init__.py'}\n", done.stderr
 
 
 @pytest.mark.timeout(60)
@@ -220,7 +237,7 @@ def test_dry_run_of_horovodrun_prints_the_command(environment, tmp_path):
         "--gloo",
     ]
     assert dry_run("horovodrun.sh", *arguments, "--", "--lr", "1e-3", "x y", env=environment) == (
-        "PYTHON -m hvd_adam.launch.horovodrun -np 6 -H a:4\\,b:4 --network-interfaces eth0 --ssh-port 2222 "
+        "PYTHON ROOT/hvd_adam/launch/horovodrun.py -np 6 -H a:4\\,b:4 --network-interfaces eth0 --ssh-port 2222 "
         f"--ssh-identity-file {tmp_path}/key --gloo PYTHON -m hvd_adam.train --lr 1e-3 x\\ y\n"
     )
 

@@ -51,8 +51,8 @@ class Progress:
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> Progress:
-        """Builds it from a checkpoint's `progress`."""
-        return cls(**{field.name: saved[field.name] for field in fields(cls)})
+        """Builds it from a checkpoint's `progress`; missing keys have their defaults."""
+        return cls(**{field.name: saved[field.name] for field in fields(cls) if field.name in saved})
 
 
 @dataclass

@@ -95,9 +95,13 @@ class HorovodAdapter:
         """Whether gradients have been computed since the last update or `rearm`."""
         return bool(self._wrapper._handles)
 
-    def has_hook(self, parameter: Tensor) -> bool:
-        """Returns whether backward reports the gradient of a parameter. On one rank Horovod registers no hooks."""
-        return parameter in self._wrapper._requires_update
+    def first_unhooked(self, parameters: Iterable[Tensor]) -> Tensor | None:
+        """Returns the first parameter that has a gradient but no hook, so that backward does not report it.
+
+        Not for one rank, where Horovod registers no hooks.
+        """
+        hooked = self._wrapper._requires_update
+        return next((p for p in parameters if p.grad is not None and p not in hooked), None)
 
     def share(self, optimizer: torch.optim.Optimizer) -> None:
         """Makes the wrapper use the parameter groups, state and defaults of an optimizer, instead of copies."""

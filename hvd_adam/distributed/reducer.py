@@ -185,12 +185,12 @@ class AveragingAdam(Adam):
         return torch.stack([value.to(sums[0].device) for value in sums]).sum() if sums else None
 
     def _refuse_unhooked(self) -> None:
-        for parameter in self._parameters():
-            if parameter.grad is not None and not self._horovod.has_hook(parameter):
-                raise RuntimeError(
-                    f"{self._names()[parameter]} has a gradient but was frozen when distribute() was called, so "
-                    "it would not be averaged; freeze it again, or call distribute() after unfreezing"
-                )
+        parameter = self._horovod.first_unhooked(self._parameters())
+        if parameter is not None:
+            raise RuntimeError(
+                f"{self._names()[parameter]} has a gradient but was frozen when distribute() was called, so "
+                "it would not be averaged; freeze it again, or call distribute() after unfreezing"
+            )
 
     # Storage.
 

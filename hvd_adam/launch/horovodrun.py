@@ -2,6 +2,9 @@
 
     python -m hvd_adam.launch.horovodrun -np 2 python -m hvd_adam.train
 
+The launch scripts run it by its path. It then uses the package that it lies in; the Python that trains need not
+have one.
+
 With the Gloo controller, horovodrun raises a RuntimeError that contains the exit code (launch_gloo in gloo_run.py
 of Horovod 0.28.1). The ranks' output has passed by then, so nothing is lost without that traceback. Any other
 exception is not caught.
@@ -26,6 +29,9 @@ from horovod.runner.elastic.registration import WorkerStateRegistry
 from horovod.runner.elastic.worker import WorkerNotificationClient
 from horovod.runner.launch import run_commandline
 from horovod.runner.util import remote
+
+if not __package__:  # run by its path
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from hvd_adam.distributed.rendezvous import LOSSES_KEY, LOSSES_SCOPE, REPORTS_LOSSES_VARIABLE
 

@@ -193,8 +193,9 @@ def oracles(case, dtype, arithmetic=None):
 
 
 def sweep(examples):
+    """Settings for a sweep of so many drawn cases; fewer in the quick tests, see conftest."""
     return settings(
-        max_examples=examples,
+        max_examples=min(examples, settings.default.max_examples),
         derandomize=True,
         deadline=None,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
