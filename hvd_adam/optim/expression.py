@@ -40,7 +40,8 @@ class KernelSpec:
     @property
     def compute_dtype(self) -> torch.dtype:
         """float64 for float64 parameters, float32 for all others."""
-        return torch.promote_types(self.dtype, torch.float32)
+        # Not torch.promote_types: torch 2.1 cannot compile it.
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     @property
     def name(self) -> str:

@@ -313,6 +313,6 @@ def _increment_versions(params: list[Tensor]) -> None:
         return
     try:
         torch.autograd.graph.increment_version(params)
-    except TypeError:  # an older PyTorch takes one tensor per call
+    except (TypeError, RuntimeError):  # an older PyTorch takes one tensor per call
         for p in params:
             torch.autograd.graph.increment_version(p)
