@@ -141,7 +141,7 @@ class TrainConfig(DataConfig):
     compile: bool = option(False, "compile the model with torch.compile")
 
     seed: int = option(0, "seed of weights, sample order and augmentation, in [0, 2^63)")
-    output_dir: str | None = option(None, "run directory (default: runs/<date>-<dataset>-<model>)")
+    output_dir: str | None = option(None, "run folder (default: runs/<date>-<dataset>-<model>)")
     resume: str = option(
         "auto",
         "auto: resume the run in --output-dir if there is one; never; or the path of a checkpoint to start from",
@@ -250,7 +250,7 @@ class TrainConfig(DataConfig):
 class EvaluateConfig:
     """Evaluates a checkpoint; each test image is counted exactly once at any number of ranks."""
 
-    checkpoint: str = option("", "run directory, its checkpoints folder or one checkpoint; required")
+    checkpoint: str = option("", "run folder, its checkpoints folder or one checkpoint; required")
     dataset: str | None = option(
         None, "data set to evaluate on, with the same classes (default: the one trained on)"
     )

@@ -3,7 +3,7 @@
 #
 #   sbatch launch/slurm.sh
 #   sbatch --nodes=2 --ntasks-per-node=4 --gpus-per-node=4 --cpus-per-task=8 launch/slurm.sh -- --epochs 20
-#   sbatch --array=1-5 launch/slurm.sh                 five seeds, each with its own run directory
+#   sbatch --array=1-5 launch/slurm.sh                 five seeds, each with its own run folder
 #
 #   --launcher srun|mpirun|horovodrun   program that starts the ranks (default: srun --mpi=pmix if Slurm has PMIx,
 #                         else mpirun, else horovodrun, which needs ssh between the nodes)
@@ -14,7 +14,7 @@
 # Options on sbatch's command line override the lines below. These name no GPUs, because a cluster without GPUs rejects
 # a job that does. The Python is $HVD_ADAM_PYTHON, else the one that launch/setup.sh installed, else python3.
 #
-# The run directory is runs/slurm-JOB, in an array runs/slurm-JOB/TASK; with --output-dir DIR it is DIR, or DIR/TASK. A
+# The run folder is runs/slurm-JOB, in an array runs/slurm-JOB/TASK; with --output-dir DIR it is DIR, or DIR/TASK. A
 # task of an array trains with its number as the seed. Two minutes before the time limit, on pre-emption, and on
 # `scontrol requeue` the training saves a checkpoint, and the job is requeued, as it is when a node fails. It then
 # resumes from its newest checkpoint and appends to its log. The job's exit code is the training's.

@@ -296,7 +296,7 @@ def test_host_file_sets_the_number_of_ranks_and_may_have_comments(script, enviro
         (["-np", "--", "x"], "-np needs a value"),
         (["-np", "two"], "-np two"),
         (["-np", "0"], "-np 0"),
-        (["-np", "3", "-H", "a:1,b:1"], "only 2 slots"),
+        (["-np", "3", "-H", "a:1,b:1"], "only 2 slot"),
         (["-H", "a,b"], "host1:4"),
         (["-H", "a:1", "--hostfile", "/dev/null"], "exclude"),
         (["--hostfile", "/no/such"], "/no/such"),

@@ -31,7 +31,8 @@ class DistributedAdam(AveragingAdam):
     | after `backward` of the last micro-batch | undefined: the reduction is in flight; do not read or change it |
     | after `synchronize` | mean over ranks and micro-batches, without loss scale, not clipped |
     | after `step` that counted a micro-batch | unchanged |
-    | after `step` that updated | unchanged since `synchronize`; without that call undefined |
+    | after `step` that updated, with `synchronize` before it | unchanged |
+    | after `step` that updated, without it | sum over ranks and micro-batches, times the loss scale |
     | after `zero_grad` | None; zero with `set_to_none=False`; unchanged between micro-batches of one update |
 
     If no rank has a gradient for a parameter, its `p.grad` is None after `synchronize` and `step`, and it is not

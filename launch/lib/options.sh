@@ -88,7 +88,7 @@ set_rank_count() {
     ((ranks > 0)) || ranks=1
   else
     ranks=${ranks:-$slots}
-    ((ranks <= slots)) || fail "-np $ranks: the hosts have only $slots slots (${hosts})"
+    ((ranks <= slots)) || fail "-np $ranks: the hosts have only $slots slot(s) (${hosts})"
     ((ranks > 0)) || fail "-H $hosts has no slots"
   fi
 }

@@ -56,7 +56,7 @@ require_job() {
 
 partition_has_gpus() { sinfo --noheader --partition "${SLURM_JOB_PARTITION:-}" --format %G 2>/dev/null | grep -q gpu; }
 
-# set_output_dir: use the same run directory at every start of the job, and one for every task of an array.
+# set_output_dir: use the same run folder at every start of the job, and one for every task of an array.
 set_output_dir() {
   local task=${SLURM_ARRAY_TASK_ID:-} folder i
   [[ $module == hvd_adam.train ]] || return 0
