@@ -138,7 +138,7 @@ def test_the_training_command_names_a_missing_package_at_its_start(hide, tmp_pat
 
 def test_a_single_process_needs_no_psutil(hide):
     program = (
-        "from hvd_adam.distributed.peer_server import host_addresses; import hvd_adam.recovery.watchdog, "
+        "from hvd_adam.recovery.peer_server import host_addresses; import hvd_adam.recovery.watchdog, "
         "hvd_adam.recovery.elastic; print(*host_addresses())"
     )
     done, whole = run("-c", program, **hide("psutil")), run("-c", program)

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from hvd_adam.distributed.peer_server import BAD_MESSAGE, JsonStream, PeerServer, Request, send_request
+from hvd_adam.recovery.peer_server import BAD_MESSAGE, JsonStream, PeerServer, Request, send_request
 
 CONNECT_SECONDS = 3.0
 ANSWER_SECONDS = 10.0

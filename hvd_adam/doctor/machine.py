@@ -12,9 +12,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from hvd_adam.distributed.peer_server import host_addresses
 from hvd_adam.distributed.placement import cores
 from hvd_adam.doctor.report import Check, Report, attempt, fail, ok, warn
+from hvd_adam.recovery.peer_server import host_addresses
 
 MIB = 1 << 20
 TESTED_PYTHONS = ((3, 10), (3, 13))

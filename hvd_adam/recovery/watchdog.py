@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hvd_adam.distributed.context import Cluster, horovod
-from hvd_adam.distributed.peer_server import JsonStream, PeerServer, Request, host_addresses, send_request
+from hvd_adam.recovery.peer_server import JsonStream, PeerServer, Request, host_addresses, send_request
 from hvd_adam.recovery.stall_report import State, report, stack_of, waits_for
 
 CONNECT_SECONDS = 2.0  # for a connection to one address of another rank
