@@ -48,10 +48,13 @@ def run(
         needs_extra: as in `hvd_adam.arguments.parse`.
     """
     log.setup()
+    starting = True
     try:
-        main(parse(config, name, argv, needs_extra=needs_extra))
+        values = parse(config, name, argv, needs_extra=needs_extra)
+        starting = False
+        main(values)
     except UserError as error:
-        _exit_with(error, f"{name}: error: {error}", 2)
+        _exit_with(error, f"{name}: error: {error}", 2, starting=starting)
     except JobError as error:
         _exit_with(error, f"{name}: error: {error}", 1)
     except Preempted:
@@ -62,7 +65,7 @@ def run(
         command = _install_command(error.name or "")
         if command is None:
             _fail(error, name)
-        _exit_with(error, f"{name}: error: {error.name} is not installed: {command}", 2)
+        _exit_with(error, f"{name}: error: {error.name} is not installed: {command}", 2, starting=starting)
     except Exception as error:
         _fail(error, name)
     ignore_signals()
@@ -78,12 +81,12 @@ def _install_command(module: str) -> str | None:
     return BUILD_COMMAND if module.partition(".")[0] == "horovod" else install_command(module)
 
 
-def _exit_with(error: Exception, line: str, code: int) -> NoReturn:
+def _exit_with(error: Exception, line: str, code: int, *, starting: bool = False) -> NoReturn:
     """Prints the line once for the job: rank 0 prints it, another rank only if rank 0 does not fail too."""
     rank = current_rank()
     if rank == 0 or isinstance(error, RankError):
         print(line, file=sys.stderr, flush=True)
-    elif not isinstance(error, CollectiveError | JobError) and not _stopped_by_launcher(GRACE_SECONDS):
+    elif not isinstance(error, CollectiveError | JobError) and not _stopped_by_launcher(GRACE_SECONDS, starting):
         print(f"{line} [rank {rank} on {socket.gethostname()}]", file=sys.stderr, flush=True)
     _leave(code)
 
@@ -106,9 +109,13 @@ def _fail(error: Exception, name: str) -> NoReturn:
     _leave(1)
 
 
-def _stopped_by_launcher(seconds: float) -> bool:
-    """Waits for the launcher to stop this rank, as it does once another rank has printed the error and exited."""
-    before, end = stop_requested(), time.monotonic() + seconds
+def _stopped_by_launcher(seconds: float, starting: bool = False) -> bool:
+    """Waits for the launcher to stop this rank, as it does once another rank has printed the error and exited.
+
+    A signal that came before is a request to stop the job, unless this rank is still starting: then rank 0, which
+    started faster, has printed the error already.
+    """
+    before, end = stop_requested() and not starting, time.monotonic() + seconds
     while time.monotonic() < end:
         if stop_requested() and not before:
             return True

@@ -4,6 +4,7 @@ Hazards: a slow import before the arguments are known to be good; a traceback or
 options that are accepted and ignored; impossible combinations that fail hours later.
 """
 
+import os
 import subprocess
 import sys
 
@@ -140,6 +141,20 @@ def test_a_bad_argument_prints_one_line_on_stderr_and_exits_with_2():
     done = run("hvd_adam.train", "--lr", "-1")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "hvd_adam.train: error: --lr is -1.0: it must be 0 or above\n"
+
+
+def test_a_rank_that_is_stopped_while_it_starts_leaves_a_bad_argument_to_rank_0():
+    # Rank 0 may have printed the error and exited before this rank has read its arguments.
+    script = (
+        "import os, signal; from hvd_adam import cli; from hvd_adam.config import TrainConfig; "
+        "from hvd_adam.recovery.preemption import install_handlers; install_handlers(); "
+        "os.kill(os.getpid(), signal.SIGTERM); cli.run(print, TrainConfig, 'hvd_adam.train', ['--lr', '-1'])"
+    )
+    environment = {**os.environ, "HOROVOD_RANK": "1", "HOROVOD_SIZE": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=40
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
 
 
 def test_a_finished_command_exits_even_if_horovods_shutdown_hangs():
