@@ -32,10 +32,11 @@ MARK_OF_MODULE = {
 }
 MARK_OF_FIXTURE = {"containers": "image", "hosts": "cluster", "image": "image", "odd_hosts": "cluster"}
 MARK_OF_SKIP_REASON = {"no hosts": "cluster", "no Slurm": "slurm", "no image": "image"}
-# What the body of a test that starts ranks itself contains: `train(..., ranks=2)`, `launch(...)`, "mpirun", "-np",
-# a benchmark other than that of the optimizer alone.
+# What the body of a test that starts ranks or compilations contains: `train(..., ranks=2)`, `launch(...)`, "mpirun",
+# "-np", a benchmark other than that of the optimizer alone, `finish(start(...))` of test_kernels.
 STARTS_RANKS = re.compile(
-    r"\branks=(?!0\b)|\"ranks\"|\blaunch\(|horovodrun|mpirun|\"-np\"|\"--launcher\"|bench_json\(\"(?!adam)"
+    r"\branks=(?!0\b)|\"ranks\"|\blaunch\(|horovodrun|mpirun|\"-np\"|\"--launcher\"|"
+    r"(?<!\.)\bfinish\(|bench_json\(\"(?!adam)"
 )
 # Modules whose tests name launchers without starting them: command lines that are only printed or parsed.
 ONLY_NAMES_LAUNCHERS = {"test_mpijob", "test_setup"}
