@@ -32,8 +32,8 @@ MARK_OF_MODULE = {
 }
 MARK_OF_FIXTURE = {"containers": "image", "hosts": "cluster", "image": "image", "odd_hosts": "cluster"}
 MARK_OF_SKIP_REASON = {"no hosts": "cluster", "no Slurm": "slurm", "no image": "image"}
-# What the body of a test that starts ranks or compilations contains: `train(..., ranks=2)`, `launch(...)`, "mpirun",
-# "-np", a benchmark other than that of the optimizer alone, `finish(start(...))` of test_kernels.
+# What the body of a test that starts ranks or compilations contains: `train(..., ranks=2)`, `launch(...)`,
+# "mpirun", "-np", a benchmark other than that of the optimizer alone, `finish(start(...))` of test_kernels.
 STARTS_RANKS = re.compile(
     r"\branks=(?!0\b)|\"ranks\"|\blaunch\(|horovodrun|mpirun|\"-np\"|\"--launcher\"|"
     r"(?<!\.)\bfinish\(|bench_json\(\"(?!adam)"
