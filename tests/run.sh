@@ -16,10 +16,8 @@ mypy
 lint-imports
 find . -path ./.venv -prune -o -name '*.sh' -print0 | xargs -0 shellcheck -x .ci/run
 codespell
-if [[ -f mkdocs.yml ]]; then
-  site=$(mktemp -d)
-  mkdocs build --strict --quiet --site-dir "$site"
-  rm -r "$site"
-fi
+site=$(mktemp -d)
+mkdocs build --strict --quiet --site-dir "$site"
+rm -r "$site"
 # Three at a time, by file: most of the time goes to launches (ranks, Slurm, lost hosts), which leave cores idle.
 python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"
