@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from itertools import chain
+from collections.abc import Callable, Iterable
+from functools import cached_property
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from hvd_adam.optim import expression, fused, validation
-from hvd_adam.optim.flat_layout import Layout, flattenable
-from hvd_adam.optim.flat_storage import FlatStorage
-from hvd_adam.optim.functional import UPDATES, rounding_seed, signed_scale, update_pieces
-from hvd_adam.optim.implementation import (
-    first_compile_error,
-    kernel_spec,
-    layout_signature,
-    resolve_auto,
-    without_fused,
-)
+from hvd_adam.optim import validation
 from hvd_adam.optim.optimizer_state import (
     Group,
     complete_loaded_groups,
     copy_loaded_state,
     ensure_state,
-    moment_dtype,
     saved_states,
-    state_dtypes,
 )
+from hvd_adam.optim.parameter_store import ParameterStore
 from hvd_adam.optim.plain_optimizer import PlainOptimizer
-from hvd_adam.optim.tensor_lists import group_tensors
 
 __all__ = ["Adam", "PlainOptimizer"]
 
@@ -79,19 +65,6 @@ class Adam(PlainOptimizer):
         ValueError: a hyper-parameter out of range, a complex or sparse parameter, an unknown implementation,
             both ``master_weights`` and ``stochastic_rounding``.
     """
-
-    # Whether parameters move into flat buffers for implementations other than "fused", too.
-    _always_flat = False
-
-    # What the last layout was built for, and the layout. Not part of the state: rebuilt where it is missing.
-    _signature: object = None
-    _state_ids: Sequence[int] = ()
-    _implementations: Sequence[str] = ()
-    _unflattened_implementations: Sequence[str] = ()  # what cannot be flat has no fused form
-    _storages: Sequence[FlatStorage] = ()
-    _specs: Mapping[tuple[int, torch.device, torch.dtype], expression.KernelSpec]  # by group, device, dtype
-    _unflattened: Set[Tensor] = frozenset()
-    _frozen: Sequence[Tensor] = ()  # would be flat if they were trained
 
     _source: dict[str, Any] | None = None  # the state dictionary that load_state_dict is loading
 
@@ -222,98 +195,32 @@ class Adam(PlainOptimizer):
             if p.requires_grad:
                 ensure_state(self.state, p, group)
 
-    # One step.
+    @cached_property
+    def _store(self) -> ParameterStore:
+        """Layout and kernels; not part of the state, so that copies and unpickled optimizers build their own."""
+        return ParameterStore()
 
-    def _update(self, grad_scale: Tensor | None = None) -> None:
-        """Takes one step with the gradients times `grad_scale`, 0-dimensional, on their device or the CPU.
+    _superseded: str | None = None  # why this optimizer must not step
 
-        Where everything is fused on a GPU, a NaN `grad_scale` on that device makes a step that changes nothing but
-        the step counts, which `FlatStorage.undo_step_counts` restores.
+    def supersede(self, reason: str) -> None:
+        """Makes every further `step` raise a RuntimeError: another optimizer updates the parameters now.
+
+        Args:
+            reason: continues "this optimizer must not step: ".
         """
-        self._ensure_layout()
-        if any(flat.device.type == "cuda" for flat in self._storages):
-            validation.refuse_graph_capture()
-        present = [flat.collect() for flat in self._storages]
-        groups = range(len(self.param_groups)) if self._unflattened else ()
-        # Before anything changes: both check gradients.
-        unflattened = [
-            (lists, i)
-            for i in groups
-            for lists in group_tensors(self.param_groups[i], self._unflattened, self.state)
-        ]
-        for flat, has_grad in zip(self._storages, present, strict=True):
-            self._update_flat(flat, has_grad, grad_scale)
-        for lists, i in unflattened:
-            torch._foreach_add_(lists.counts, 1)
-            UPDATES[self._unflattened_implementations[i]](lists, self.param_groups[i], grad_scale)
+        self._superseded = reason
 
-    def _update_flat(self, flat: FlatStorage, present: list[bool], grad_scale: Tensor | None) -> None:
-        for segment in flat.segments(present):
-            group, name = self.param_groups[segment.group], self._implementations[segment.group]
-            for position, buffers in flat.buffers(segment, state_dtypes(group, flat.dtype)):
-                if name != "fused":
-                    update_pieces(name, buffers, segment.step, position, group, grad_scale)
-                    continue
-                spec = self._specs[segment.group, flat.device, flat.dtype]
-                scalars, seed = expression.scalars(group, segment.step), rounding_seed(segment.step, position)
-                fused.update(spec, buffers, signed_scale(group, grad_scale), scalars, seed)
+    def refuse_superseded(self) -> None:
+        """Raises the RuntimeError that `supersede` announces."""
+        if self._superseded is not None:
+            raise RuntimeError(f"this optimizer must not step: {self._superseded}")
 
-    # Layout and kernels.
+    def update_by(self, update: Callable[[], None]) -> None:
+        """Makes `step`, which a derived class may extend, call `update` instead of updating by itself."""
+        self.__dict__["_update"] = update
 
-    def _ensure_layout(self) -> None:
-        """Builds the layout where there is none, or where it no longer fits parameters, state and options."""
-        signature = layout_signature(self.param_groups)
-        thawed = any(p.grad is not None for p in self._frozen)
-        kept = self._state_ids == self._ids_of_state()
-        fit = all((kept and flat.holds_params()) or flat.fits(self.state) for flat in self._storages)
-        if thawed or signature != self._signature or not fit:
-            self._build_layout()
-            self._signature, kept = signature, False
-        if not kept:
-            self._state_ids = self._ids_of_state()
-
-    def _ids_of_state(self) -> list[int]:
-        """Returns the ids of all state tensors; flat storage keeps its views alive, so no id is reused."""
-        return list(map(id, chain.from_iterable(map(dict.values, self.state.values()))))
-
-    def _build_layout(self) -> None:
-        """Decides what is fused, and moves that into flat buffers."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.requires_grad or p.grad is not None:
-                    ensure_state(self.state, p, group)
-        self._implementations = self._resolve_implementations()
-        self._unflattened_implementations = without_fused(self._implementations)
-        params = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
-        wanted = [p for p, i in params.items() if self._always_flat or self._implementations[i] == "fused"]
-        candidates = flattenable(wanted, among=list(params))
-        flat = {p: params[p] for p in candidates if self.state.get(p)}
-        self._frozen = [p for p in candidates if p not in flat]
-        kinds: dict[tuple[object, ...], list[Tensor]] = defaultdict(list)
-        for p, i in flat.items():
-            kinds[p.device, p.dtype, moment_dtype(self.param_groups[i], p.dtype)].append(p)
-        self._storages = [self._make_storage(kind, [flat[p] for p in kind]) for kind in kinds.values()]
-        self._specs = {
-            (i, flat.device, flat.dtype): kernel_spec(self.param_groups[i], flat.device, flat.dtype)
-            for flat in self._storages
-            for i in set(flat.groups)
-        }
-        self._unflattened = params.keys() - flat.keys()
-
-    def _make_storage(self, params: list[Tensor], groups: list[int]) -> FlatStorage:
-        return FlatStorage(params, groups, self.state, Layout.of(params))
-
-    def _resolve_implementations(self) -> list[str]:
-        """Returns each group's implementation; "fused" only where its kernels compile, otherwise "foreach"."""
-        resolved = resolve_auto(self.param_groups)
-        if "fused" in resolved and (error := self._compile_error(resolved)):
-            self._warn_unfused(error)
-            return without_fused(resolved)
-        return resolved
-
-    def _warn_unfused(self, error: str) -> None:
-        warnings.warn(f"hvd_adam: no fused update here, using foreach ({error})", RuntimeWarning, stacklevel=2)
-
-    def _compile_error(self, resolved: list[str]) -> str | None:
-        """Compiles the kernels that these implementations need; returns the first error, or None."""
-        return first_compile_error(self.param_groups, resolved)
+    def _update(self) -> None:
+        """Takes one step with the gradients as they are."""
+        self.refuse_superseded()
+        self._store.ensure_layout(self.param_groups, self.state)
+        self._store.update(self.param_groups, self.state)

@@ -20,6 +20,7 @@ class Bucket:
         start, end: elements [start, end) of the buffers; elements that belong to no parameter are padding.
         flags: start of `last - first` elements of padding, in which each rank flags the parameters that it has
             gradients for.
+        control: end of the flags and start of the elements reserved for messages between ranks.
     """
 
     first: int
@@ -27,6 +28,7 @@ class Bucket:
     start: int
     end: int
     flags: int
+    control: int
 
     def shard(self, rank: int, ranks: int) -> tuple[int, int]:
         """Returns (start, end) of this rank's shard of the bucket, one of `ranks` equal ones."""
@@ -49,7 +51,7 @@ class Layout:
     total: int = 0
 
     @classmethod
-    def of(cls, params: list[Tensor], bucket_bytes: int | None = None, ranks: int = 1) -> Layout:
+    def of(cls, params: list[Tensor], bucket_bytes: int | None = None, ranks: int = 1, control: int = 0) -> Layout:
         """Returns a layout of parameters in order.
 
         Buckets are filled from the last parameter backwards, since backward computes its gradient first. A
@@ -59,6 +61,7 @@ class Layout:
             params: of one dtype.
             bucket_bytes: limit of a bucket's gradients; None for one bucket.
             ranks: each bucket is padded so that it divides into this many equal shards.
+            control: elements to reserve after the flags of the first bucket.
         """
         layout = cls()
         for first, last in pairwise(_bounds(params, bucket_bytes)):
@@ -67,8 +70,10 @@ class Layout:
                 layout.offsets.append(layout.total)
                 layout.total += _aligned(p.numel())
             flags = layout.total
-            layout.total = start + _aligned(flags + last - first - start, ALIGNMENT * ranks)
-            layout.buckets.append(Bucket(first, last, start, layout.total, flags))
+            end = flags + last - first
+            reserved = 0 if layout.buckets else control
+            layout.total = start + _aligned(end + reserved - start, ALIGNMENT * ranks)
+            layout.buckets.append(Bucket(first, last, start, layout.total, flags, end))
         return layout
 
 

@@ -126,8 +126,13 @@ class FlatStorage:
             state[p] = dict(views)
             ids[:] = map(id, views.values())
 
-    def collect(self, first: int = 0, last: int | None = None) -> list[bool]:
+    def collect(self, first: int = 0, last: int | None = None, scale: float = 1.0) -> list[bool]:
         """Copies the gradients of parameters [first, last) into the buffer, unless they are views of it.
+
+        Args:
+            first: index of the first parameter.
+            last: index after the last one; None for all.
+            scale: multiplies their gradients. A fresh gradient is multiplied while it is copied.
 
         Returns:
             For each of these parameters whether it has a gradient. The buffer's elements of the others keep their
@@ -139,6 +144,9 @@ class FlatStorage:
         params, views = self.params[first:last], self._grad_views[first:last]
         grads, places = list(map(_grad, params)), self._grad_pointers[first:last]
         if all(map(operator.is_, grads, views)) and list(map(Tensor.data_ptr, grads)) == places:
+            if scale != 1.0 and grads:
+                end = self.layout.offsets[first + len(grads) - 1] + params[-1].numel()
+                self.grad[self.layout.offsets[first] : end].mul_(scale)
             return [True] * len(grads)
         # `p.grad.data = …`, as in Module.to, keeps the object and changes its memory.
         replaced = [
@@ -152,7 +160,9 @@ class FlatStorage:
             if views[i].data_ptr() != places[i]:
                 views[i] = self._grad_views[first + i] = self.view(self.grad, first + i)
         if replaced:
-            torch._foreach_copy_([views[i] for i in replaced], [grads[i] for i in replaced])
+            _copy_scaled([views[i] for i in replaced], [grads[i] for i in replaced], scale)
+        if scale != 1.0 and (kept := [g for i, g in enumerate(grads) if g is not None and i not in set(replaced)]):
+            torch._foreach_mul_(kept, scale)
         for i in replaced:
             params[i].grad = views[i]
         return [grad is not None for grad in grads]
@@ -161,6 +171,12 @@ class FlatStorage:
         """Sets the gradient of parameter `i` to zeros, as a view of the buffer."""
         self._grad_views[i] = self.view(self.grad, i)
         self.params[i].grad = self._grad_views[i].zero_()
+
+    def grad_view(self, i: int) -> Tensor:
+        """Returns the view of the buffer that `collect` makes the gradient of parameter `i`."""
+        if self._grad_views[i].data_ptr() != self._grad_pointers[i]:  # moved by `p.grad.data = …`
+            self._grad_views[i] = self.view(self.grad, i)
+        return self._grad_views[i]
 
     def _take_param(self, i: int) -> None:
         self.params[i].data = self._param_views[i].copy_(self.params[i].data)
@@ -185,7 +201,7 @@ class FlatStorage:
 
     def view(self, buffer: Tensor, i: int) -> Tensor:
         """Returns parameter `i`'s elements of a buffer of `layout.total` elements, with its shape and strides."""
-        return buffer.as_strided(self.params[i].shape, self._strides[i], self.layout.offsets[i])
+        return _in_place(buffer.as_strided(self.params[i].shape, self._strides[i], self.layout.offsets[i]))
 
     def segments(self, present: list[bool]) -> list[Segment]:
         """Counts the step of the parameters that have gradients, and returns them joined into segments.
@@ -272,7 +288,7 @@ class FlatStorage:
         names = {name: t for p in self.params for name, t in self._state_of[p].items()}
         for name, like in names.items():
             self.state[name] = zeros(length, like.dtype, self.device)
-        self.state["step"] = torch.zeros(len(self.params), dtype=torch.float32)
+        self.state["step"] = torch.zeros(len(self.params), dtype=torch.float32, device="cpu")
         self._steps = self.state["step"].numpy()  # the same memory; NumPy is faster for so few numbers
         for i, p in enumerate(self.params):
             for name in self._state_of[p]:
@@ -280,11 +296,11 @@ class FlatStorage:
 
     def _state_view(self, name: str, i: int) -> Tensor:
         if name == "step":
-            return self.state[name][i]
+            return _in_place(self.state[name][i])
         if self._whole:
             return self.view(self.state[name], i)
         _, count, place = self._shard_of_param(i)
-        return self.state[name][place : place + count]
+        return _in_place(self.state[name][place : place + count])
 
     def _shard_of_param(self, i: int) -> tuple[int, int, int]:
         """Returns (skip, count, place) of this rank's shard of parameter `i`.
@@ -303,6 +319,26 @@ class FlatStorage:
         skip, count, _ = self._shard_of_param(i)
         in_memory = torch.empty_like(self._param_views[i], dtype=whole.dtype).copy_(whole)
         return in_memory.as_strided((in_memory.numel(),), (1,))[skip : skip + count]
+
+
+def _in_place(view: Tensor) -> Tensor:
+    """Returns a tensor at the same place in memory with a storage of its own.
+
+    `torch.save` and `copy.deepcopy` copy whole storages: of a view of the buffer they would copy all of it. The
+    tensor also counts its in-place changes by itself, which tells whose gradient was changed.
+    """
+    return torch.from_dlpack(view) if view.numel() else view  # type: ignore[attr-defined]
+
+
+def _copy_scaled(places: list[Tensor], gradients: list[Tensor], scale: float) -> None:
+    """Copies gradients times `scale`, in one pass over memory on a CPU."""
+    if scale == 1.0 or places[0].is_cuda:
+        torch._foreach_copy_(places, gradients)
+        if scale != 1.0:
+            torch._foreach_mul_(places, scale)
+        return
+    for place, gradient in zip(places, gradients, strict=True):
+        torch.mul(gradient, scale, out=place)
 
 
 def _increment_versions(params: list[Tensor]) -> None:
