@@ -9,15 +9,14 @@ from typing import Any
 import torch
 
 from hvd_adam.distributed.agreement import require_same
-from hvd_adam.distributed.broadcast import require_same_layout
-from hvd_adam.distributed.compression import COMPRESSIONS
+from hvd_adam.distributed.broadcast import require_parameters_of, require_same_layout
 from hvd_adam.distributed.context import current_cluster, horovod
+from hvd_adam.distributed.gradients.compression import COMPRESSIONS
 from hvd_adam.distributed.optimizer import DistributedAdam
-from hvd_adam.distributed.zero import ShardedAdam
 from hvd_adam.errors import UserError
 from hvd_adam.optim.adam import Adam
 
-STRATEGIES = {"allreduce": DistributedAdam, "sharded": ShardedAdam}
+STRATEGIES = ("allreduce", "sharded")
 OPS = ("average", "adasum")
 
 
@@ -32,13 +31,14 @@ def distribute(
     max_grad_norm: float | None = None,
     loss_scaler: Any | None = None,
     skip_nonfinite: bool = True,
+    defer_averaging: bool = False,
 ) -> DistributedAdam:
-    """Distributes an optimizer: its `step` then updates with the mean of the gradients of all ranks.
+    """Distributes an optimizer: when `backward` returns, gradients are the mean over all ranks.
 
-    Every rank calls it once, after `init`, with its own copy of the same model. It copies rank 0's parameters,
+    Every rank calls it, after `init`, with its own copy of the same model. It copies rank 0's parameters,
     buffers, optimizer state and hyper-parameters to all ranks, bit for bit; rank 0's are not changed. From then on
     N ranks with batch size b make the update that one rank makes with batch size N·b, up to floating-point
-    rounding.
+    rounding. A second call for the same parameters, such as after unfreezing some, retires the first optimizer.
 
     Args:
         optimizer: the `Adam` of this process, new or with state; state is needed on rank 0 only.
@@ -55,10 +55,14 @@ def distribute(
         max_grad_norm: clip the averaged, unscaled gradient to this global 2-norm, greater than 0. None: do not
             clip.
         loss_scaler: a `torch.amp.GradScaler`. Call only `loss_scaler.scale(loss).backward()` and `step`, which
-            unscales, skips updates and updates the loss scale, identically on all ranks.
+            unscales, skips updates and updates the loss scale, identically on all ranks. Optimizers may share one:
+            the scale is then updated once all of them have stepped. None: the scaler's own `unscale_`, `step` and
+            `update` work as in one process.
         skip_nonfinite: skip an update, on all ranks, if an element of the averaged gradient is infinite or NaN;
             otherwise it would make weights and moments NaN for good. `skipped_updates` counts them. With a
             `loss_scaler` such updates are always skipped, with Adasum never.
+        defer_averaging: `step` waits for the reductions, not `backward`. Gradients must then not be used between
+            the two. A loop that needs only `backward` and `step` saves the wait between them.
 
     Returns:
         The optimizer to use in place of `optimizer`. See `DistributedAdam` for what `p.grad` holds when, and for
@@ -66,18 +70,23 @@ def distribute(
 
     Raises:
         UserError: an invalid option or combination of options; a model or options that differ from rank 0's, on
-            every rank; `init` has not been called; the parameters are on several devices.
+            every rank; `init` has not been called; the parameters are on several devices, or the model does not
+            have one of them.
         TypeError: the optimizer is not an `hvd_adam.Adam`.
 
     Example:
         >>> optimizer = distribute(Adam(model.parameters(), lr=1e-3), model)
         >>> for images, labels in batches:
         ...     optimizer.zero_grad()
-        ...     loss_function(model(images), labels).backward()  # reductions start while backward is running
-        ...     optimizer.step()  # waits for them, then updates
+        ...     loss_function(model(images), labels).backward()  # then p.grad is the mean over all ranks
+        ...     optimizer.step()
     """
     if not isinstance(optimizer, Adam):
-        raise TypeError(f"distribute takes an hvd_adam.Adam, not {type(optimizer).__name__}")
+        kind = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+        raise TypeError(
+            f"distribute() takes an hvd_adam.Adam, not a {kind}: `from hvd_adam import Adam` has the arguments of "
+            "torch.optim.Adam"
+        )
     if isinstance(optimizer, DistributedAdam):
         raise UserError("this optimizer is distributed already; call distribute once")
     hvd = horovod()
@@ -95,16 +104,16 @@ def distribute(
             raise UserError("adasum combines updates of whole tensors: use strategy=allreduce, or op=average")
         _require_adasum(compression, max_grad_norm, loss_scaler)
     _require_one_device(model, optimizer)
+    require_parameters_of(model, optimizer.param_groups)
     options = {"accumulate": accumulate, "compression": compression, "op": op, "max_grad_norm": max_grad_norm}
-    options["skip_nonfinite"] = bool(skip_nonfinite)
+    options |= {"skip_nonfinite": bool(skip_nonfinite), "defer_averaging": bool(defer_averaging)}
     require_same(
         current_cluster(),
         "options of distribute",
         {"strategy": strategy, "scaler": loss_scaler is not None, **options},
     )
     require_same_layout(model, optimizer)
-    strategy_class = STRATEGIES[strategy] if hvd.size() > 1 else DistributedAdam  # one shard is the whole state
-    return strategy_class(optimizer, model, loss_scaler=loss_scaler, **options)
+    return DistributedAdam(optimizer, model, strategy=strategy, loss_scaler=loss_scaler, **options)
 
 
 def _require_choice(what: str, value: object, choices: Collection[str]) -> None:

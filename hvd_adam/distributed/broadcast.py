@@ -6,7 +6,7 @@ buffers) arrive unchanged. Unlike Horovod's `broadcast_optimizer_state`, no step
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,18 +21,19 @@ CHUNK_BYTES = 64 * 2**20  # smaller tensors are packed into chunks of this size
 
 
 @torch.no_grad()
-def broadcast_tensors(tensors: Iterable[torch.Tensor], name: str) -> None:
-    """Overwrites the tensors with rank 0's. Every rank calls it.
+def broadcast_tensors(tensors: Iterable[torch.Tensor], name: str, root: int = ROOT) -> None:
+    """Overwrites the tensors with those of one rank. Every rank calls it.
 
     Args:
         tensors: of any dtype, memory format and device; shapes and dtypes identical on all ranks.
         name: prefix of the names of the collectives, identical on all ranks.
+        root: the rank.
     """
     for number, chunk in enumerate(_chunks(tensors)):
         packed = torch.cat([_to_bytes(tensor) for tensor in chunk])
         for part, piece in enumerate(torch.split(packed, CHUNK_BYTES)):  # MPI counts elements in 31 bits
-            horovod().broadcast_(piece, root_rank=ROOT, name=f"{name}.{number}.{part}")
-        if horovod().rank() == ROOT:
+            horovod().broadcast_(piece, root_rank=root, name=f"{name}.{number}.{part}")
+        if horovod().rank() == root:
             continue
         sizes = [tensor.numel() * tensor.element_size() for tensor in chunk]
         for tensor, received in zip(chunk, torch.split(packed, sizes), strict=True):
@@ -88,6 +89,30 @@ def require_same_layout(model: torch.nn.Module, optimizer: torch.optim.Optimizer
     roots = horovod().broadcast_object(mine, ROOT, name="hvd_adam.layout")
     with raise_on_all_ranks(cluster):
         _compare(mine, roots)
+
+
+def broadcast_hyper_parameters(optimizer: torch.optim.Optimizer, root: int) -> None:
+    """Copies the hyper-parameters of one rank to all ranks. Every rank calls it."""
+    hyper = horovod().broadcast_object(_hyper_parameters(optimizer), root, name="hvd_adam.hyper_parameters")
+    if horovod().rank() != root:
+        _adopt_hyper_parameters(optimizer, hyper)
+
+
+def require_parameters_of(model: torch.nn.Module, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Checks that a model has all parameters of an optimizer: only those would be broadcast under a name.
+
+    Raises:
+        UserError: it lacks one.
+    """
+    known = set(model.parameters())
+    for i, group in enumerate(groups):
+        for j, p in enumerate(group["params"]):
+            if p not in known:
+                raise UserError(
+                    f"parameter {j} of group {i}, of shape {tuple(p.shape)}, is not one of the model's: give "
+                    "distribute() the model that the optimizer was built for, or with parameters outside of it, "
+                    "such as a loss's, torch.nn.ModuleList([model, loss])"
+                )
 
 
 def broadcast_buffers(model: torch.nn.Module, cluster: Cluster) -> None:
@@ -174,16 +199,20 @@ def _small_values(optimizer: torch.optim.Optimizer, loss_scaler: Any | None) -> 
     """Returns hyper-parameters, the layout of the state, and the loss scale, to be sent as one object."""
     numbers = {parameter: number for number, parameter in enumerate(_optimized(optimizer))}
     return {
-        "hyper": [
-            {key: None if key == "params" else _packed(value) for key, value in group.items()}
-            for group in optimizer.param_groups
-        ],
+        "hyper": _hyper_parameters(optimizer),
         "state": {
             numbers[parameter]: {key: _state_layout(value) for key, value in state.items()}
             for parameter, state in optimizer.state.items()
         },
         "loss_scaler": None if loss_scaler is None else loss_scaler.state_dict(),
     }
+
+
+def _hyper_parameters(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    return [
+        {key: None if key == "params" else _packed(value) for key, value in group.items()}
+        for group in optimizer.param_groups
+    ]
 
 
 def _optimized(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
@@ -220,7 +249,13 @@ def _state_layout(value: object) -> tuple[Any, ...]:
 
 def _adopt_values(optimizer: torch.optim.Optimizer, loss_scaler: Any | None, roots: dict[str, Any]) -> None:
     """Sets hyper-parameters and loss scale to rank 0's."""
-    for group, hyper in zip(optimizer.param_groups, roots["hyper"], strict=True):
+    _adopt_hyper_parameters(optimizer, roots["hyper"])
+    if loss_scaler is not None and roots["loss_scaler"]:
+        loss_scaler.load_state_dict(roots["loss_scaler"])
+
+
+def _adopt_hyper_parameters(optimizer: torch.optim.Optimizer, hypers: list[dict[str, Any]]) -> None:
+    for group, hyper in zip(optimizer.param_groups, hypers, strict=True):
         own = dict(group)
         group.clear()
         for key, value in hyper.items():
@@ -230,8 +265,6 @@ def _adopt_values(optimizer: torch.optim.Optimizer, loss_scaler: Any | None, roo
                 group[key] = value.unpacked(own.get(key), own["params"])
             else:
                 group[key] = value
-    if loss_scaler is not None and roots["loss_scaler"]:
-        loss_scaler.load_state_dict(roots["loss_scaler"])
 
 
 def _adopt_state(optimizer: torch.optim.Optimizer, layouts: dict[int, dict[str, tuple[Any, ...]]]) -> None:

@@ -6,6 +6,8 @@ what it does is replaced, because the wrapper
 - creates the optimizer again and loses its state and step hooks,
 - sums over accumulated micro-batches where the mean is wanted,
 - averages in `step`, so that clipping and unscaling before it see gradients of one rank,
+- ends a second backward pass before `step` with an `AssertionError` without a message,
+- has hooks that cannot be removed, and that outlive it,
 - updates parameters that have no gradient on any rank,
 - calls step hooks twice,
 - copies every gradient into and out of a buffer, in an order of additions that depends on timing.
@@ -13,6 +15,9 @@ what it does is replaced, because the wrapper
 
 from __future__ import annotations
 
+import functools
+import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +26,7 @@ from torch import Tensor
 
 from hvd_adam.distributed.context import horovod
 from hvd_adam.distributed.launch_env import elastic_disabled
+from hvd_adam.optim.parameter_store import ParameterStore
 
 # Private names of Horovod 0.28.1 (horovod/torch/optimizer.py). A test checks that the installed version has them.
 WRAPPER_NAMES = (
@@ -50,9 +56,10 @@ class HorovodAdapter:
         compression: has the methods of `horovod.torch.Compression`; Horovod uses it for Adasum only.
         adasum: combine updates by Adasum instead of reducing gradients.
         buckets: the parameters of each bucket; None with Adasum and on one rank.
-        reduce_bucket: called in backward with the parameters of a bucket once their gradients are complete; starts
-            the reduction. Not called with Adasum.
-        overrides: methods of the optimizer that the wrapper gets instead of its own, by name.
+        before_accumulation: called in backward before autograd adds to the gradient of a parameter, or None. It
+            calls `expect` on several ranks without Adasum.
+        bucket_complete: called in backward with the parameters of a bucket once `expect` has counted all of them.
+            Not called with Adasum.
     """
 
     def __init__(
@@ -64,10 +71,13 @@ class HorovodAdapter:
         compression: object,
         adasum: bool,
         buckets: Buckets | None,
-        reduce_bucket: Callable[[tuple[Tensor, ...]], None],
-        overrides: Mapping[str, Callable[..., Any]],
+        before_accumulation: Callable[[Tensor], None] | None,
+        bucket_complete: Callable[[tuple[Tensor, ...]], None],
     ) -> None:
         hvd = horovod()
+        self._before_accumulation = before_accumulation
+        self._pre_hooks: list[Any] = []  # handles of hooks, and the nodes that keep them alive
+        self._adapted = optimizer
         self._accumulate, self._adasum = accumulate, adasum
         with elastic_disabled():  # Horovod would register hooks on one rank too
             self._wrapper: Any = hvd.DistributedOptimizer(
@@ -78,22 +88,29 @@ class HorovodAdapter:
                 op=hvd.Adasum if adasum else hvd.Sum,
                 groups=None if buckets is None else [list(bucket) for bucket in buckets],
             )
-        for name, method in overrides.items():
-            setattr(self._wrapper, name, method)
         if adasum:
             self._average_micro_batches()
         else:
 
             def start(bucket: tuple[Tensor, ...]) -> tuple[None, None]:
-                reduce_bucket(bucket)
+                bucket_complete(bucket)
                 return None, None  # no handle: `Reducer` waits for the reduction
 
             self._wrapper._grouped_allreduce_grad_async = start
+        self._add_pre_hooks(p for p in names if p.requires_grad)
 
     @property
     def in_flight(self) -> bool:
-        """Whether gradients have been computed since the last update or `rearm`."""
+        """Whether Adasum has gradients or updates in flight."""
         return bool(self._wrapper._handles)
+
+    def expect(self, p: Tensor, *, counts: bool) -> None:
+        """Prepares the wrapper's hook, which runs next, to count the gradient of `p` as complete, or not to."""
+        self._wrapper._allreduce_delay[p] = 1 if counts else 2  # the hook subtracts one, and counts at zero
+
+    def has_hook(self, parameter: Tensor) -> bool:
+        """Returns whether backward reports the gradient of a parameter."""
+        return parameter in self._wrapper._requires_update
 
     def first_unhooked(self, parameters: Iterable[Tensor]) -> Tensor | None:
         """Returns the first parameter that has a gradient but no hook, so that backward does not report it.
@@ -104,9 +121,13 @@ class HorovodAdapter:
         return next((p for p in parameters if p.grad is not None and p not in hooked), None)
 
     def share(self, optimizer: torch.optim.Optimizer) -> None:
-        """Makes the wrapper use the parameter groups, state and defaults of an optimizer, instead of copies."""
-        self._wrapper.param_groups, self._wrapper.state = optimizer.param_groups, optimizer.state
-        self._wrapper.defaults = optimizer.defaults
+        """Makes the wrapper use the parameter groups, state and defaults of an optimizer, instead of copies.
+
+        So does the optimizer that was wrapped: a scheduler may have been made for it.
+        """
+        for other in (self._wrapper, self._adapted):
+            other.param_groups, other.state = optimizer.param_groups, optimizer.state
+            other.defaults = optimizer.defaults
 
     def set_buckets(self, buckets: Buckets) -> None:
         """Replaces the buckets; the hooks count the gradients of each from zero."""
@@ -114,21 +135,44 @@ class HorovodAdapter:
         self._wrapper._group_counts = dict.fromkeys(buckets, 0)
 
     def rearm(self) -> None:
-        """Prepares the hooks for the next update; not with Adasum, where `step` does."""
-        wrapper = self._wrapper
-        wrapper._handles.clear()
-        wrapper._group_counts = dict.fromkeys(wrapper._group_counts, 0)
-        wrapper._allreduce_delay = dict.fromkeys(wrapper._allreduce_delay, self._accumulate)
+        """Counts complete gradients from zero, for the next round; not with Adasum, where `step` does."""
+        self._wrapper._handles.clear()
+        self._wrapper._group_counts = dict.fromkeys(self._wrapper._group_counts, 0)
 
-    def step(self) -> None:
-        """Runs the optimizer's own `step`; with Adasum once per parameter, and combines the ranks' updates."""
-        if self._adasum:
-            self._wrapper.step()
-            return
+    def step(self, update: Callable[[], None]) -> None:
+        """Runs the optimizer's own `step`, which may be that of a user's subclass, with `update` as its update."""
+        self._wrapper.update_by(update)
         with self._wrapper.skip_synchronize():
             self._wrapper.step()
+        self._adapted._opt_called = True  # type: ignore[attr-defined]  # what a scheduler made for it looks for
 
-    @torch.enable_grad()
+    def step_adasum(self, store: ParameterStore) -> None:
+        """Runs the optimizer's own `step` for each parameter, and combines the ranks' updates.
+
+        Args:
+            store: updates the parameters.
+        """
+        wrapper = self._wrapper
+
+        def update() -> None:  # Horovod leaves one parameter in the groups
+            store.ensure_layout(wrapper.param_groups, wrapper.state)
+            store.update(wrapper.param_groups, wrapper.state)
+
+        wrapper.update_by(update)
+        wrapper.step()
+        self._adapted._opt_called = True  # type: ignore[attr-defined]
+
+    def retire(self) -> None:
+        """Makes the hooks do nothing, for good. Horovod's cannot be removed while a graph holds them."""
+        for handle, _ in self._pre_hooks:
+            handle.remove()
+        self._pre_hooks.clear()
+        wrapper = self._wrapper
+        wrapper._allreduce_delay = defaultdict(lambda: math.inf)  # never reaches zero
+        wrapper._handles = _Nothing()
+        wrapper._grad_accs.clear()  # the nodes, and their hooks, go with the last graph
+        wrapper.param_groups, wrapper.state = [], {}
+
     def add_hooks(self, names: Mapping[Tensor, str]) -> None:
         """Does for added parameters what the wrapper's constructor did for the first ones.
 
@@ -142,10 +186,26 @@ class HorovodAdapter:
             wrapper._requires_update.add(parameter)
             if self._adasum:
                 wrapper._starting_models[parameter] = torch.zeros_like(parameter, requires_grad=False)
-            view: Any = parameter.expand_as(parameter)
-            accumulator = view.grad_fn.next_functions[0][0]
+            accumulator = _accumulator(parameter)
             accumulator.register_hook(wrapper._make_hook(parameter))
             wrapper._grad_accs.append(accumulator)
+        self._add_pre_hooks(names)
+
+    def _add_pre_hooks(self, parameters: Iterable[Tensor]) -> None:
+        before = self._refuse_second_pass if self._adasum else self._before_accumulation
+        if before is None:
+            return
+        for parameter in parameters:
+            accumulator = _accumulator(parameter)
+            hook = functools.partial(_call_with, before, parameter)
+            self._pre_hooks.append((accumulator.register_prehook(hook), accumulator))
+
+    def _refuse_second_pass(self, p: Tensor) -> None:
+        if self._wrapper._allreduce_delay.get(p, 1) <= 0:
+            raise RuntimeError(
+                "op='adasum' takes one backward pass for each step(), whose updates it combines while the pass "
+                "is running: add the losses and call backward() once, or use op='average'"
+            )
 
     def _average_micro_batches(self) -> None:
         """Divides gradients by the number of micro-batches; Horovod's Adasum steps on their sum."""
@@ -157,6 +217,25 @@ class HorovodAdapter:
             return combine(parameter)
 
         self._wrapper._allreduce_grad_async = step_and_combine
+
+
+class _Nothing(dict[Any, Any]):
+    """A dictionary that stays empty."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Forgets the item."""
+
+
+def _call_with(callback: Callable[[Tensor], None], parameter: Tensor, *_: object) -> None:
+    """Calls back with the parameter; as a hook it returns None, and so leaves gradients as they are."""
+    callback(parameter)
+
+
+@torch.enable_grad()
+def _accumulator(parameter: Tensor) -> Any:
+    """Returns autograd's node that adds to the gradient of a parameter."""
+    view: Any = parameter.expand_as(parameter)
+    return view.grad_fn.next_functions[0][0]
 
 
 def move_step_hooks(source: torch.optim.Optimizer, target: torch.optim.Optimizer) -> None:

@@ -138,6 +138,7 @@ def build_run(config: TrainConfig, memory: InMemoryCheckpoint | None, resources:
         op=config.op,
         max_grad_norm=config.max_grad_norm,
         loss_scaler=scaler,
+        defer_averaging=True,  # nothing here looks at gradients
     )
     return Run(
         cluster=cluster,

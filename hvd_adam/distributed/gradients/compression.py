@@ -6,6 +6,7 @@ does not.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -26,47 +27,71 @@ class Reduction(Protocol):
         """Waits until the bucket holds the result."""
 
 
+@dataclass(frozen=True)
+class Scaling:
+    """A factor for the first elements of a bucket, applied in float32.
+
+    Attributes:
+        factor: 1 if the gradients have been multiplied already.
+        elements: number of elements; the rest are flags.
+    """
+
+    factor: float = 1.0
+    elements: int = 0
+
+    def apply(self, values: torch.Tensor, start: int = 0) -> None:
+        """Multiplies float32 values, which are those of the bucket from index `start` on."""
+        if self.factor != 1.0:
+            values[: max(0, self.elements - start)].mul_(self.factor)
+
+
+def is_half(dtype: torch.dtype) -> bool:
+    """Returns whether gradients of this dtype are reduced, and scaled, in float32."""
+    return dtype in _HALF
+
+
 def start_reduction(
-    bucket: torch.Tensor, name: str, compression: str, divisor: int, scatter: bool = False
+    bucket: torch.Tensor, name: str, compression: str, scatter: bool = False, scaling: Scaling | None = None
 ) -> Reduction:
-    """Starts to reduce a bucket of gradients in place, over all ranks.
+    """Starts to add a bucket of gradients over all ranks, in place.
 
     Args:
         bucket: contiguous and 1-dimensional; must be neither read nor changed until `wait` has returned.
         name: name of the collectives, identical on all ranks and unique among reductions in flight.
         compression: "none", "fp16" or "bf16".
-        divisor: world size × micro-batches; "fp16" divides by it before adding.
         scatter: put the result into this rank's shard of the bucket only, the rank-th of N equal parts, with half
             the traffic. The length of the bucket must be a multiple of N.
+        scaling: a factor for half-precision gradients, which they are too coarse for.
     """
     if compression == "bf16":
-        return Bf16AllReduce(bucket, name, scatter)
-    return AllReduce(bucket, name, compression, divisor, scatter)
-
-
-def applied_divisor(compression: str, ranks: int, divisor: int) -> int:
-    """Returns the part of `divisor` = ranks × micro-batches by which `start_reduction` has divided its result."""
-    return {"none": 1, "fp16": divisor, "bf16": ranks}[compression]
+        return Bf16AllReduce(bucket, name, scatter, scaling)
+    return AllReduce(bucket, name, compression, scatter, scaling)
 
 
 class AllReduce:
     """The sum over the ranks, in place where the dtype allows.
 
     "none": float32 and float64 are reduced as they are, half-precision gradients as float32, so that the sum is
-    not rounded. "fp16": all gradients are reduced as float16 and divided by `divisor` first, so that the sum over
-    any number of ranks and micro-batches stays in float16's range (6e-8 to 65504).
+    not rounded. "fp16": all gradients are reduced as float16 (6e-8 to 65504).
     """
 
     def __init__(
-        self, bucket: torch.Tensor, name: str, compression: str, divisor: int, scatter: bool = False
+        self,
+        bucket: torch.Tensor,
+        name: str,
+        compression: str,
+        scatter: bool = False,
+        scaling: Scaling | None = None,
     ) -> None:
         self._hvd = hvd = horovod()
         self._bucket = self._wire = bucket
-        self._name, self._scatter = name, scatter
-        if compression == "fp16":
-            self._wire = (bucket / divisor).half()
-        elif bucket.dtype in _HALF:
+        self._name, self._scatter, self._scaling = name, scatter, scaling or Scaling()
+        if is_half(bucket.dtype):
             self._wire = bucket.float()
+        if compression == "fp16":
+            self._scaling.apply(self._wire)  # a sum in float16 might overflow
+            self._scaling = Scaling()
+            self._wire = self._wire.half()
         if scatter:
             self._handle = hvd.reducescatter_async(self._wire, op=hvd.Sum, name=name)
         else:  # a group of one: Horovod does not fuse it with others, and reduces it without a copy
@@ -79,23 +104,28 @@ class AllReduce:
         """Waits for the sum."""
         received = self._hvd.synchronize(self._handle)
         if self._scatter:
+            self._scaling.apply(received, start=self._hvd.rank() * len(received))
             _own_shard(self._bucket).copy_(received)
         elif self._wire is not self._bucket:
+            self._scaling.apply(self._wire)
             self._bucket.copy_(self._wire)
 
 
 class Bf16AllReduce:
-    """The mean over the ranks, sent as bfloat16 and added in float32.
+    """The sum over the ranks, sent as bfloat16 and added in float32.
 
     Every rank sends the r-th part of its bucket to rank r, which adds the parts in rank order and sends the sum to
     all ranks: 2·(N−1)/N·n elements of 2 bytes per rank, as many as a ring all-reduce. Each gradient is rounded
-    once before it is sent, and the mean once (relative error ≤ 2⁻⁸ each). The range is float32's. Elements are
+    once before it is sent, and the sum once (relative error ≤ 2⁻⁸ each). The range is float32's. Elements are
     sent as bytes, which every transport of Horovod supports.
     """
 
-    def __init__(self, bucket: torch.Tensor, name: str, scatter: bool = False) -> None:
+    def __init__(
+        self, bucket: torch.Tensor, name: str, scatter: bool = False, scaling: Scaling | None = None
+    ) -> None:
         self._hvd = horovod()
         self._bucket, self._name, self._scatter = bucket, name, scatter
+        self._scaling = scaling or Scaling()
         ranks = self._hvd.size()
         part = -(-bucket.numel() // ranks)
         parts = torch.zeros(ranks * part, dtype=torch.bfloat16, device=bucket.device)
@@ -103,21 +133,22 @@ class Bf16AllReduce:
         self._sent = self._hvd.alltoall_async(parts.view(torch.uint8), name=f"{name}.parts")
 
     def start_gather(self) -> None:
-        """Waits for the parts of all ranks, adds them, and unless scattered starts to send the mean."""
+        """Waits for the parts of all ranks, adds them, and unless scattered starts to send the sum."""
         received, _ = self._hvd.synchronize(self._sent)
         parts = received.view(torch.bfloat16).view(self._hvd.size(), -1)
-        self._mean = parts.float().sum(dim=0) / self._hvd.size()
+        self._sum = parts.float().sum(dim=0)
+        self._scaling.apply(self._sum, start=self._hvd.rank() * len(self._sum))
         if not self._scatter:
-            mean = self._mean.bfloat16().view(torch.uint8)
-            self._gathered = self._hvd.allgather_async(mean, name=f"{self._name}.mean")
+            rounded = self._sum.bfloat16().view(torch.uint8)
+            self._gathered = self._hvd.allgather_async(rounded, name=f"{self._name}.sum")
 
     def wait(self) -> None:
-        """Waits for the mean."""
+        """Waits for the sum."""
         if self._scatter:
-            _own_shard(self._bucket).copy_(self._mean)
+            _own_shard(self._bucket).copy_(self._sum)
         else:
-            mean = self._hvd.synchronize(self._gathered).view(torch.bfloat16)
-            self._bucket.copy_(mean[: self._bucket.numel()])
+            received = self._hvd.synchronize(self._gathered).view(torch.bfloat16)
+            self._bucket.copy_(received[: self._bucket.numel()])
 
 
 def _own_shard(bucket: torch.Tensor) -> torch.Tensor:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hvd_adam.optim.flat_storage import FlatStorage
+
 _NORM_ELEMENTS = 1 << 18  # the norm of a float32 tensor is computed from pieces of this size, for precision
+
+# For each loss scaler the optimizers that were given it.
+_sharing: weakref.WeakKeyDictionary[Any, weakref.WeakSet[GradScaling]] = weakref.WeakKeyDictionary()
 
 
 class GradScaling:
@@ -31,16 +37,36 @@ class GradScaling:
         self.probes = self.loss_scaler is not None or skip_nonfinite
         self.needs_norm = self.clips or self.loss_scaler is not None
         self.needs_sum = skip_nonfinite and not self.needs_norm
+        self._scale: Tensor | float | None = None  # the loss scale of the gradients
+        if self.loss_scaler is not None:
+            _sharing.setdefault(self.loss_scaler, weakref.WeakSet()).add(self)
 
-    def unscaled(self, mean_scale: float) -> float | Tensor:
-        """Returns `mean_scale` divided by the loss scale. Does not wait for the device."""
+    def remember_scale(self) -> None:
+        """Called at the end of a backward pass: its gradients have the loss scale of now."""
+        if self.loss_scaler is not None:
+            self._scale = self._current_scale(self.loss_scaler)
+
+    def unscale_factor(self) -> float | Tensor:
+        """Returns the inverse of the gradients' loss scale. Does not wait for the device."""
         if self.loss_scaler is None:
-            return mean_scale
-        scale: Tensor | None = self.loss_scaler._get_scale_async()  # get_scale() would wait for the device
-        return mean_scale / (float(self.loss_scaler.get_scale()) if scale is None else scale.double())
+            return 1.0
+        return 1 / (self._current_scale(self.loss_scaler) if self._scale is None else self._scale)
+
+    @staticmethod
+    def _current_scale(loss_scaler: Any) -> float | Tensor:
+        scale: Tensor | None = loss_scaler._get_scale_async()  # get_scale() would wait for the device
+        return float(loss_scaler.get_scale()) if scale is None else scale.double()  # a copy
+
+    def close(self) -> None:
+        """Called when another optimizer takes over: the loss scaler no longer waits for this one."""
+        if self.loss_scaler is not None:
+            _sharing[self.loss_scaler].discard(self)
 
     def found_inf(self, finite_probe: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
         """Returns whether to skip the update, and updates the loss scale accordingly.
+
+        Where optimizers share a loss scaler, the scale is updated once all of them have stepped, as by
+        `scaler.step(a); scaler.step(b); scaler.update()`, or before one steps again.
 
         Args:
             finite_probe: 0-dimensional.
@@ -51,10 +77,16 @@ class GradScaling:
         """
         skip = ~finite_probe.isfinite()
         if self.loss_scaler is not None:
+            states = self.loss_scaler._per_optimizer_states
+            if states[id(optimizer)]["found_inf_per_device"]:
+                self.loss_scaler.update()  # which clears the results of all optimizers
+                states = self.loss_scaler._per_optimizer_states
             # What GradScaler.unscale_ records after a pass over all gradients, which the norm has made already.
-            found = {skip.device: skip.float()}
-            self.loss_scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = found
-            self.loss_scaler.update()
+            states[id(optimizer)]["found_inf_per_device"] = {skip.device: skip.float()}
+            self._scale = None
+            results = [state for state in states.values() if state["found_inf_per_device"]]
+            if len(results) >= len(_sharing[self.loss_scaler]):
+                self.loss_scaler.update()
         return skip
 
     def combined(
@@ -76,7 +108,7 @@ class GradScaling:
             if carries_found_inf:
                 grad_scale = grad_scale + finite_probe * 0  # 0 if finite, else NaN
         if isinstance(grad_scale, float):
-            return None if grad_scale == 1 else torch.tensor(grad_scale, dtype=torch.float64)
+            return None if grad_scale == 1 else torch.tensor(grad_scale, dtype=torch.float64, device="cpu")
         return grad_scale
 
 
@@ -91,7 +123,9 @@ class DeferredFlag:
         self._flag = flag
         self._arrived: torch.cuda.Event | None = None
         if flag.is_cuda:
-            self._flag = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(flag, non_blocking=True)
+            self._flag = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True).copy_(
+                flag, non_blocking=True
+            )
             self._arrived = torch.cuda.current_stream(flag.device).record_event()
 
     def read(self) -> bool:
@@ -101,19 +135,73 @@ class DeferredFlag:
         return bool(self._flag)
 
 
+class SkipCounter:
+    """The number of skipped updates.
+
+    The last update may have been skipped by its kernel on a GPU: the host learns of it with the next one, and then
+    takes back the step counts, which it had counted.
+    """
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._last: DeferredFlag | None = None
+        self._storages: Sequence[FlatStorage] = ()
+
+    @property
+    def count(self) -> int:
+        """The number of skipped updates; waits for an update that is still running on a GPU. May be set."""
+        self.record()
+        return self._count
+
+    @count.setter
+    def count(self, count: int) -> None:
+        self.record()
+        self._count = count
+
+    def add(self) -> None:
+        """Counts an update that the host has skipped."""
+        self._count += 1
+
+    def defer(self, skipped: Tensor, storages: Sequence[FlatStorage]) -> None:
+        """Remembers an update that the device may have skipped.
+
+        Args:
+            skipped: whether it has; 0-dimensional, bool.
+            storages: of the parameters, all of which were updated by the kernel.
+        """
+        self._last, self._storages = DeferredFlag(skipped), storages
+
+    def record(self) -> None:
+        """Counts the last update if the device has skipped it; call it before state or layout change."""
+        last, self._last = self._last, None
+        if last is not None and last.read():
+            self._count += 1
+            for flat in self._storages:
+                flat.undo_step_counts()
+        self._storages = ()
+
+
 def element_sum(gradients: Tensor) -> Tensor:
     """Returns the sum of all elements, 0-dim float64, added in float32 or wider; finite only if all are finite."""
     return gradients.sum(dtype=torch.promote_types(gradients.dtype, torch.float32)).double()
 
 
 def norms_of_pieces(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Returns the 2-norms of pieces of the tensors that are small enough not to lose precision; 0-dim each."""
+    """Returns the 2-norms of pieces of the tensors that are small enough not to lose precision.
+
+    Half-precision tensors are converted first: in float16 a norm above 65504 is infinite.
+
+    Returns:
+        0-dimensional tensors, float32 or wider.
+    """
     pieces = [piece for g in gradients for piece in torch.split(g.reshape(-1), _NORM_ELEMENTS)]
+    pieces = [piece.float() if piece.dtype in (torch.float16, torch.bfloat16) else piece for piece in pieces]
     return torch._foreach_norm(pieces) if pieces else ()
 
 
 def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     """Returns the 2-norm of all elements of some tensors, at least one; 0-dimensional."""
     norms = norms_of_pieces(gradients)
-    total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    widest = torch.float64 if any(norm.dtype == torch.float64 for norm in norms) else torch.float32
+    total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device, widest) for norm in norms]))
     return total

@@ -1,0 +1,261 @@
+"""`AveragedAdam`: state, layout and hyper-parameters of an `Adam` that belongs to all ranks."""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvd_adam.distributed.averaged_step import AveragedStep
+from hvd_adam.distributed.broadcast import ROOT, broadcast_training_state
+from hvd_adam.distributed.context import collective_prefix, horovod
+from hvd_adam.distributed.gradients.averager import GradientAverager
+from hvd_adam.distributed.gradients.backward_pass import Callbacks
+from hvd_adam.distributed.gradients.grad_scaling import GradScaling
+from hvd_adam.distributed.gradients.lockstep import LOADED, UPDATES, Lockstep, facts_of_groups
+from hvd_adam.distributed.horovod_adapter import HorovodAdapter, move_step_hooks
+from hvd_adam.distributed.join import REDUCE, Join
+from hvd_adam.distributed.layout import DistributedLayout
+from hvd_adam.distributed.strategy import Strategy
+from hvd_adam.distributed.zero import ZeroStrategy
+from hvd_adam.optim.adam import Adam, PlainOptimizer
+from hvd_adam.optim.parameter_store import States
+
+_live: weakref.WeakSet[AveragedAdam] = weakref.WeakSet()  # the optimizers that have hooks
+
+
+class AveragedAdam(Adam):
+    """An `Adam` with state that is the same on all ranks, or sharded over them; the base of `DistributedAdam`.
+
+    It has a store and a layout of its parameters, a strategy, an averager of its gradients and Horovod's hooks.
+
+    Args:
+        optimizer: the optimizer that was given to `distribute`, whose arguments the others are.
+    """
+
+    _adapter: HorovodAdapter | None = None  # from the end of construction on
+
+    def __init__(
+        self,
+        optimizer: Adam,
+        model: torch.nn.Module,
+        *,
+        strategy: str,
+        accumulate: int,
+        compression: str,
+        op: str,
+        max_grad_norm: float | None,
+        loss_scaler: Any | None,
+        skip_nonfinite: bool,
+        defer_averaging: bool,
+    ) -> None:
+        # Not Adam's constructor: parameters, state and hyper-parameters are those of the given optimizer.
+        torch.optim.Optimizer.__init__(self, optimizer.param_groups, optimizer.defaults)
+        self.state = optimizer.state
+        self._model, self._accumulate = model, accumulate
+        self._rank, self._ranks = int(horovod().rank()), int(horovod().size())
+        self._adasum = op == "adasum" and self._ranks > 1
+        retire_others(self)
+        move_step_hooks(optimizer, self)
+        prefix = collective_prefix()  # of the names of its collectives
+        sharded = strategy == "sharded" and self._ranks > 1  # on one rank, the shard is the whole state
+        self._strategy = ZeroStrategy(prefix, self._parameters()[0].device) if sharded else Strategy(prefix)
+        self._scaling = GradScaling(max_grad_norm, loss_scaler, skip_nonfinite)
+        self._lockstep = Lockstep(self._rank, self._ranks)
+        self._averager = GradientAverager(
+            Callbacks(
+                parameters=self._parameters,
+                names=self._names,
+                ensure_layout=self._ensure_layout,
+                facts=self._facts,
+                averaging_begins=self._averaging_begins,
+                backward_ended=self._scaling.remember_scale,
+            ),
+            self._lockstep,
+            accumulate=accumulate,
+            deferred=defer_averaging,
+            add=self._scaling.needs_sum,
+        )
+        self._layout = DistributedLayout(
+            self._strategy,
+            self._averager,
+            self._lockstep,
+            compression=compression,
+            accumulate=accumulate,
+            adasum=self._adasum,
+        )
+        self._store = self._layout.store
+        self._step = AveragedStep(self._parameters, self._averager, self._scaling, self._strategy, self._store)
+        self._join: Join | None = None
+        self._updates = self._loads = 0
+        # GradScaler.step unscales gradients, unless an optimizer has this attribute: then step() refuses it.
+        if loss_scaler is not None or self._strategy.scatters or defer_averaging or self._adasum:
+            self._step_supports_amp_scaling = True
+        broadcast_training_state(model, self, loss_scaler)
+        self._ensure_layout()
+        follows_passes = accumulate > 1 or loss_scaler is not None
+        self._adapter = self._layout.connect(optimizer, self._names(), follows_passes=follows_passes)
+        self._adapter.share(self)
+        if self._adasum:  # Horovod has set zero gradients, with which unused parameters would be updated
+            PlainOptimizer.zero_grad(self)
+        optimizer.supersede("distribute() has returned another optimizer for its parameters; call step() on that")
+        _live.add(self)
+
+    # State.
+
+    def broadcast(self) -> None:
+        """Copies rank 0's parameters, buffers, state and hyper-parameters to all ranks. Every rank must call it.
+
+        `distribute` has done so. Call it after `load_state_dict` on rank 0 only. If the state is sharded, each
+        rank keeps its shard of it.
+        """
+        self._averager.start_meeting()()
+        self._step.skips.record()
+        with_state = self._strategy.state_is_broadcast(self._replace_state, self._reclaim_state)
+        broadcast_training_state(self._model, self, self._scaling.loss_scaler, with_state=with_state)
+        self._loads = 0
+        self._ensure_layout()
+
+    def _replace_state(self) -> None:
+        self.state.clear()
+        for group in self.param_groups:
+            self._make_missing_state(group)
+
+    def _reclaim_state(self) -> None:
+        for flat in self._store.storages:
+            flat.reclaim(self.state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state in the format of `torch.optim.Adam`. If it is sharded, every rank must call it."""
+        return self._state_dict_of(self._whole_state())
+
+    def state_dict_on_root(self) -> dict[str, Any] | None:
+        """Returns `state_dict` on rank 0 and None on the others. Every rank must call it if the state is sharded.
+
+        A sharded state is then in host memory; the other ranks need memory for one gathered buffer at a time.
+        """
+        whole = self._whole_state(on_root_only=True)
+        return self._state_dict_of(whole) if self._rank == ROOT else None
+
+    def _whole_state(self, *, on_root_only: bool = False) -> States:
+        self._averager.start_meeting()()
+        self._step.skips.record()
+        return self._strategy.whole_state(self.state, self._store.storages, on_root_only=on_root_only)
+
+    def _state_dict_of(self, whole: States) -> dict[str, Any]:
+        own, self.state = self.state, defaultdict(dict, whole)
+        try:
+            return dict(super().state_dict())
+        finally:
+            self.state = own
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a whole state, as `Adam.load_state_dict` does: call it on every rank, or `broadcast` afterwards.
+
+        Args:
+            state_dict: of this class, of `Adam`, or of `torch.optim.Adam` or `AdamW`.
+
+        Raises:
+            RuntimeError: called after `backward` and before `step`, while reductions are in flight.
+            ValueError: it does not fit the parameters; nothing has been changed then.
+        """
+        self._refuse_in_flight("load_state_dict() between backward() and step() would mix two states")
+        self._step.skips.record()  # belongs to the state that is replaced
+        super().load_state_dict(state_dict)
+        self._horovod.share(self)
+        self._loads += 1
+        self._strategy.loaded = True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds parameters to train, with rank 0's values and options on every rank. Every rank must call it.
+
+        Args:
+            param_group: as `torch.optim.Optimizer.add_param_group` takes it.
+
+        Raises:
+            UserError: the group differs from rank 0's.
+            RuntimeError: called after `backward` and before `step`, while reductions are in flight.
+            ValueError: as `Adam` raises it.
+        """
+        if self._adapter is None:  # the constructor of torch.optim.Optimizer: the state exists already
+            PlainOptimizer.add_param_group(self, param_group)
+            return
+        self._refuse_in_flight("add_param_group() between backward() and step() would change what is in flight")
+        super().add_param_group(param_group)
+        self._horovod.share(self)
+        self.broadcast()
+        self._layout.add_hooks(self._parameters(), self._names())
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("a distributed optimizer is tied to its process; copy or save its state_dict() instead")
+
+    def retire(self) -> None:
+        """Called when another optimizer takes over its parameters: it reduces nothing and steps no more."""
+        self.supersede("distribute() has been called again for its parameters; use the optimizer it returned")
+        self._horovod.retire()
+        self._scaling.close()
+
+    # Layout, names and facts.
+
+    @property
+    def _horovod(self) -> HorovodAdapter:
+        assert self._adapter is not None  # the constructor has ended
+        return self._adapter
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _names(self) -> dict[Tensor, str]:
+        """Returns a name for every parameter, identical on all ranks: the model's, where it has one."""
+        names = {
+            p: f"param_groups.{i}.{j}"
+            for i, group in enumerate(self.param_groups)
+            for j, p in enumerate(group["params"])
+        }
+        return names | {p: name for name, p in self._model.named_parameters() if p in names}
+
+    def _ensure_layout(self) -> None:
+        """Moves parameters and state where they belong, if they do not lie there. Nothing may be in flight."""
+        if not self._store.fits(self.param_groups, self.state):
+            self._step.skips.record()  # while the buffers are those of the last step
+            if self._store.storages and self._strategy.shard[1] > 1:
+                self.state.update(self._whole_state())
+            self._layout.build(self.param_groups, self.state, self._names())
+        self._strategy.loaded = False
+
+    def _facts(self) -> dict[str, object]:
+        """Returns what must be identical on all ranks."""
+        steps = sum(float(flat.state["step"].sum()) for flat in self._store.storages)
+        facts = {UPDATES: self._updates, LOADED: self._loads, "sum of step counts": steps}
+        return facts | facts_of_groups(self.param_groups)
+
+    def _averaging_begins(self) -> None:
+        if self._join is not None:
+            self._join.announce(REDUCE)
+            self._layout.divide_by(self._join.divisor)
+
+    def _in_flight(self) -> bool:
+        return self._averager.in_flight or (self._adasum and self._horovod.in_flight)
+
+    def _refuse_in_flight(self, problem: str) -> None:
+        self._averager.leave_aborted_pass()
+        if self._in_flight():
+            remedy = "call it before backward() or after step()"
+            option = "adasum" if self._adasum else "defer_averaging"
+            raise RuntimeError(f"{problem}; {remedy}, or distribute() without {option}")
+
+    def _refuse_adasum(self) -> None:
+        if self._adasum:
+            raise RuntimeError("adasum combines updates, not gradients: there is no averaged gradient")
+
+
+def retire_others(optimizer: AveragedAdam) -> None:
+    """Retires the optimizers that have reduced gradients of some of the same parameters until now."""
+    mine = {p for group in optimizer.param_groups for p in group["params"]}
+    for other in list(_live):
+        if any(p in mine for group in other.param_groups for p in group["params"]):
+            other.retire()
+            _live.discard(other)

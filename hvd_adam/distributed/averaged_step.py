@@ -1,0 +1,120 @@
+"""`AveragedStep`: one update from the averaged gradients: unscale, clip, skip or update, exchange."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvd_adam.distributed.gradients.averager import GradientAverager
+from hvd_adam.distributed.gradients.grad_scaling import GradScaling, SkipCounter
+from hvd_adam.distributed.strategy import Strategy
+from hvd_adam.optim.fused import backend
+from hvd_adam.optim.parameter_store import ParameterStore
+
+Update = Callable[[Tensor | None], None]
+
+
+class AveragedStep:
+    """The gradients of an optimizer from the end of backward to the end of the update.
+
+    Args:
+        parameters: returns the parameters.
+        averager: makes `p.grad` the mean over the ranks.
+        scaling: loss scale, clipping and the decision to skip.
+        strategy: of the optimizer.
+        store: of the parameters.
+
+    Attributes:
+        grad_norm, skipped: as in `DistributedAdam`.
+        skips: counts skipped updates.
+    """
+
+    def __init__(
+        self,
+        parameters: Callable[[], list[Tensor]],
+        averager: GradientAverager,
+        scaling: GradScaling,
+        strategy: Strategy,
+        store: ParameterStore,
+    ) -> None:
+        self._parameters, self._averager, self._scaling = parameters, averager, scaling
+        self._strategy, self._store = strategy, store
+        self.grad_norm: Tensor | None = None
+        self.skipped: Tensor | None = None
+        self.skips = SkipCounter()
+        # Factor that makes the averaged gradients the unscaled mean; None until they are averaged.
+        self._unscale: float | Tensor | None = None
+
+    def forget(self) -> None:
+        """Called when gradients have been cleared or used: what is known of them no longer holds."""
+        self._unscale = None
+
+    def synchronize(self) -> float | Tensor:
+        """Waits until `p.grad` is the mean. Returns the factor that makes it the unscaled mean."""
+        self.skips.record()  # by now the device has work queued after what this waits for
+        self._averager.finish()
+        if self._unscale is None:
+            self._unscale = self._scaling.unscale_factor()
+        return self._unscale
+
+    def unscale(self) -> None:
+        """Makes `p.grad` the unscaled mean: of this rank's shard, where gradients are reduce-scattered."""
+        factor = self.synchronize()
+        self._averager.refuse_changed_shards()
+        if isinstance(factor, Tensor) or factor != 1.0:
+            self._multiply(factor)
+            self._unscale = 1.0
+        self._averager.look()
+
+    def clip(self, max_norm: float) -> Tensor:
+        """Clips the unscaled mean to a norm. Returns the norm before clipping, 0-dimensional."""
+        self.unscale()
+        norm = self._strategy.norm(self._parameters(), self._store.storages)
+        self._multiply((max_norm / (norm + 1e-6)).clamp(max=1.0))  # as torch.nn.utils.clip_grad_norm_
+        self._averager.look()
+        return norm
+
+    def update(self, optimizer: torch.optim.Optimizer, run: Callable[[Tensor | None], Any]) -> None:
+        """Makes an update, or skips it if the averaged gradient is not finite, identically on all ranks.
+
+        Args:
+            optimizer: the optimizer that a loss scaler knows.
+            run: updates the parameters with the gradients times a factor, 0-dimensional or None for 1.
+        """
+        unscale = self.synchronize()
+        self._averager.refuse_changed_shards()
+        parameters, scaling, storages = self._parameters(), self._scaling, self._store.storages
+        if all(p.grad is None for p in parameters):
+            return
+        finite_probe = None
+        if scaling.needs_norm:
+            finite_probe = self._strategy.norm(parameters, storages) * unscale
+        elif scaling.needs_sum:
+            finite_probe = self._averager.total
+            if finite_probe is None:
+                finite_probe = self._strategy.element_sum(self._store)
+        self.skipped, deferred = None, False
+        if scaling.probes and finite_probe is not None:
+            self.skipped = scaling.found_inf(finite_probe, optimizer)
+            deferred = self._store.all_fused and backend(self.skipped.device.type).skips_nan
+            if not deferred and self.skipped:  # if deferred, the kernel skips, and the host need not wait
+                self.skips.add()
+                return
+        if scaling.clips:
+            self.grad_norm = finite_probe
+        # In flight while the kernel runs, so that it takes no time of its own.
+        meet = self._averager.start_meeting() if self._strategy.exchanges else None
+        run(scaling.combined(unscale, finite_probe, carries_found_inf=deferred))
+        if meet is not None:
+            meet()
+        self._strategy.exchange_parameters(storages)
+        if deferred and self.skipped is not None:
+            self.skips.defer(self.skipped, storages)
+
+    def _multiply(self, factor: float | Tensor) -> None:
+        gradients = [p.grad for p in self._parameters() if p.grad is not None]
+        if gradients:
+            torch._foreach_mul_(gradients, factor)

@@ -1,0 +1,293 @@
+"""`GradientAverager`: makes every gradient the mean over the ranks by the time `backward` returns."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from hvd_adam.distributed.context import horovod
+from hvd_adam.distributed.gradients.backward_pass import Callbacks, Hooks, at_end_of_backward
+from hvd_adam.distributed.gradients.lockstep import ABORTED, PASSES, Lockstep
+from hvd_adam.distributed.gradients.reducer import Reducer
+
+_grad = operator.attrgetter("grad")
+
+
+class GradientAverager:
+    """Follows the backward passes of an optimizer, and averages gradients over ranks and micro-batches.
+
+    A backward pass outside `no_sync`, of the last micro-batch of an update, averages: its buckets are sent as they
+    become complete, the one of the first parameters at the end of the pass, which waits for all. Every gradient is
+    then the mean over the ranks of what it was on each of them, earlier gradients included, as under
+    DistributedDataParallel. Other passes only add to local gradients.
+
+    A gradient may become complete twice in one pass: reentrant checkpointing runs passes within the pass. What
+    arrives after its bucket was sent is kept apart, and reduced in another round.
+
+    Args:
+        optimizer: see `Callbacks`.
+        lockstep: writes and reads the message that travels with the gradients.
+        accumulate: micro-batches per update.
+        deferred: `finish` waits, which the optimizer's step calls, instead of the end of the pass.
+        add: compute the sum of all elements of the averaged gradients.
+
+    Attributes:
+        reducer: the buckets; None on one rank.
+        hooks: Horovod's wrapper; None on one rank.
+        micro_batch: index of the current micro-batch of the update.
+    """
+
+    reducer: Reducer | None = None
+    hooks: Hooks | None = None
+
+    def __init__(
+        self, optimizer: Callbacks, lockstep: Lockstep, *, accumulate: int, deferred: bool, add: bool
+    ) -> None:
+        self._optimizer, self._lockstep = optimizer, lockstep
+        self._accumulate, self._deferred, self._add = accumulate, deferred, add
+        self.micro_batch = 0
+        self._syncs = True  # False inside no_sync
+        self._tasks: set[int] = set()  # autograd's numbers of the passes that are running
+        self._local = False  # whether the pass that is running averages nothing
+        self._announced = False  # whether a round has begun
+        self._counted: set[Tensor] = set()  # parameters whose gradients are complete in this round
+        self._late: set[Tensor] = set()  # parameters with gradients that came after their bucket was sent
+        self._averaged = False  # whether every gradient is the mean
+        self._divided = False  # whether gradients have been divided by the numbers of ranks and micro-batches
+        self._passes = self._aborted = 0  # since the last update
+        self._total: Tensor | None = None
+        self._seen: list[tuple[Tensor, Tensor, int]] = []  # parameter, gradient and version, when last seen
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether reductions have begun that `finish` has not waited for."""
+        return self._announced
+
+    # Called by autograd.
+
+    def before_accumulation(self, p: Tensor) -> None:
+        """Called before autograd adds to the gradient of a parameter."""
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "backward(create_graph=True) gives gradients a graph, which cannot be averaged over ranks; use "
+                "torch.autograd.grad(…, create_graph=True) for the inner gradient, and backward() for the loss"
+            )
+        task = torch._C._current_graph_task_id()
+        if task not in self._tasks:
+            if not self._tasks:
+                self._begin_pass()
+            self._tasks.add(task)
+            at_end_of_backward(self._end_pass)
+        if self.reducer is None:
+            return
+        if p not in self._late and self.reducer.sent(p):
+            self._late.add(p)
+            p.grad = None
+        counts = not self._local and p not in self._counted
+        if counts:
+            self._counted.add(p)
+        if self.hooks is not None:
+            self.hooks.expect(p, counts=counts)
+
+    @torch.no_grad()
+    def _begin_pass(self) -> None:
+        if self.micro_batch and self._accumulate > 1:
+            self._refuse_cleared()
+        self._local = not self._syncs or self.micro_batch < self._accumulate - 1
+        if not self._local:
+            self._announce()
+            if self.reducer is not None and not self.reducer.in_flight:
+                self._optimizer.ensure_layout()
+        self._undo_division()
+        self._averaged = False
+
+    def _end_pass(self) -> None:
+        if not self._tasks:
+            return  # this pass has ended: it ran others within it
+        self._tasks.clear()
+        self._optimizer.backward_ended()
+        self.look()
+        if not self._local and not self._deferred:
+            self.finish()
+
+    # Called by the optimizer.
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Makes backward passes in this block add to local gradients only."""
+        before, self._syncs = self._syncs, False
+        try:
+            yield
+        finally:
+            self._syncs = before
+
+    @torch.no_grad()
+    def finish(self, *, again: bool = False) -> None:
+        """Makes every gradient the mean over ranks and micro-batches, unless it is. Every rank must call it.
+
+        Args:
+            again: reduce even if it is, because other ranks have more to add.
+
+        Raises:
+            RuntimeError: deferred, and a gradient was changed since the pass.
+            JobError: on every rank: the ranks have parted.
+            HorovodInternalError: another rank has ended, or is in another collective.
+        """
+        self.leave_aborted_pass()
+        if self._averaged and not again:
+            return
+        if self._deferred and self._announced:
+            self._refuse_changed()
+        if self._averaged:
+            self._undo_division()
+        self._announce()
+        if self.reducer is None:
+            self._average_micro_batches()
+        else:
+            self._reduce(self.reducer)
+        self._announced, self._averaged, self._divided = False, True, True
+        self._passes += 1
+        self.look()
+
+    def start_meeting(self) -> Callable[[], None]:
+        """Called before other collectives of the optimizer: ranks that wait for gradients then fail, not hang.
+
+        Returns:
+            Waits for the other ranks.
+        """
+        return (lambda: None) if self.reducer is None else self.reducer.start_meeting()
+
+    def require_same(self, facts: Mapping[str, object]) -> None:
+        """Compares facts of all ranks without gradients, for Adasum. Every rank must call it."""
+        message = self._lockstep.message(facts, again=False)
+        total = horovod().allreduce(message, op=horovod().Sum, name="hvd_adam.facts")
+        self._lockstep.check(total.tolist(), facts)
+
+    def updated(self) -> None:
+        """Called after an update: gradients are to be reduced again, even if there is no pass before the next."""
+        self._averaged = False
+        self._passes = self._aborted = self.micro_batch = 0
+
+    def cleared(self) -> None:
+        """Called after all gradients have been cleared."""
+        self._averaged = self._divided = False
+        self._seen = []
+
+    def leave_aborted_pass(self) -> None:
+        """Called outside backward: ends a pass that an exception has ended, with what it has sent."""
+        if self._tasks:
+            self._tasks.clear()
+            self._aborted += 1
+            if self._announced:
+                self.finish()
+
+    @property
+    def total(self) -> Tensor | None:
+        """The sum of all elements from the reduction, 0-dimensional float64, where no gradient was changed since.
+
+        It is finite if all elements are. None if it is not known.
+        """
+        return None if self._total is None or self._changed() is not None else self._total
+
+    def _changed(self) -> Tensor | None:
+        """Returns a parameter whose gradient was replaced or changed in place since it was averaged, or None."""
+        return next((p for p, grad, version in self._seen if p.grad is not grad or grad._version != version), None)
+
+    def refuse_changed_shards(self) -> None:
+        """Refuses gradients that were changed while this rank had the mean of its own shard only."""
+        if self.reducer is not None and self.reducer.scatters:
+            self._refuse_changed()
+
+    def changes_are_welcome(self) -> None:
+        """Called once gradients are the mean, and whole, on this rank: from now on they may be changed."""
+        self._seen, self._total = [], None
+
+    def _refuse_changed(self) -> None:
+        p = self._changed()
+        if p is not None:
+            raise RuntimeError(
+                f"the gradient of {self._optimizer.names()[p]} was changed between backward() and step(), where "
+                "it is not the mean over the ranks: call optimizer.synchronize() before changing it, "
+                "optimizer.clip_grad_norm_() to clip it, or distribute() without defer_averaging"
+            )
+
+    # One round.
+
+    def _announce(self) -> None:
+        if not self._announced:
+            self._optimizer.averaging_begins()
+            self._announced = True
+
+    def _reduce(self, reducer: Reducer) -> None:
+        if not reducer.in_flight:
+            self._optimizer.ensure_layout()
+            reducer = self.reducer or reducer
+        assert self.hooks is not None
+        again = True
+        while again:
+            facts = self._optimizer.facts() | {PASSES: self._passes, ABORTED: self._aborted}
+            message = self._lockstep.message(facts, again=bool(self._late))
+            reduced = reducer.finish(message, add=self._add)
+            again = self._lockstep.check(reduced.message, facts)
+            if again:
+                self._take_late(reducer)
+        self._total = reduced.total
+        self._counted.clear()
+        self.hooks.rearm()
+
+    def _take_late(self, reducer: Reducer) -> None:
+        """Adds the gradients that came after their bucket was sent to the mean, to be reduced in another round."""
+        late = {p: p.grad for p in self._late}
+        for p in self._late:
+            p.grad = reducer.place(p)
+        self._late.clear()
+        self._divided = True
+        self._undo_division()
+        for p, grad in late.items():
+            if grad is not None and p.grad is not None:
+                p.grad.add_(grad)
+
+    def _undo_division(self) -> None:
+        """Makes the mean a local gradient again, to which more can be added."""
+        if not self._divided:
+            return
+        self._divided = False
+        if self.reducer is not None and self.reducer.scatters:
+            self.reducer.spread()
+        elif self._accumulate > 1:
+            self._multiply(self._accumulate)
+
+    def _average_micro_batches(self) -> None:
+        if not self._divided:
+            self._multiply(1 / self._accumulate)
+        self._total = None
+
+    def _multiply(self, factor: float) -> None:
+        gradients = [grad for grad in map(_grad, self._optimizer.parameters()) if grad is not None]
+        if factor != 1 and gradients:
+            torch._foreach_mul_(gradients, factor)
+
+    # Changes by the user.
+
+    def look(self) -> None:
+        """Remembers gradients and their versions."""
+        if self.reducer is None and self._accumulate == 1:
+            return  # nothing depends on them
+        self._seen = [
+            (p, grad, grad._version) for p in self._optimizer.parameters() if (grad := p.grad) is not None
+        ]
+
+    def _refuse_cleared(self) -> None:
+        """Refuses gradients that something else than the optimizer has cleared between two micro-batches."""
+        for p, grad, version in self._seen:
+            zeroed = p.grad is grad and grad._version != version and not grad.any()
+            if p.grad is None or zeroed:
+                raise RuntimeError(
+                    f"the gradient of {self._optimizer.names()[p]} was cleared after {self.micro_batch} of "
+                    f"{self._accumulate} micro-batches: call optimizer.zero_grad(), which keeps gradients until "
+                    "the update, instead of model.zero_grad()"
+                )

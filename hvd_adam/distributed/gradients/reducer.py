@@ -1,0 +1,218 @@
+"""`Reducer`: adds gradients over the ranks, bucket by bucket, while backward is still running."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hvd_adam.distributed.context import horovod
+from hvd_adam.distributed.gradients.compression import AllReduce, Reduction, Scaling, is_half, start_reduction
+from hvd_adam.distributed.gradients.grad_scaling import element_sum
+from hvd_adam.optim.flat_layout import Bucket
+from hvd_adam.optim.flat_storage import FlatStorage
+
+# Gradients are reduced in fixed buckets, so that sums do not depend on timing. Large enough to use the network's
+# bandwidth, small enough that the first reduction starts while backward is still running.
+BUCKET_BYTES = 8 * 2**20
+
+_LAST = 0  # the bucket of the first parameters: backward completes it last, and it carries the message
+
+
+class Reduced(NamedTuple):
+    """The result of one round of reductions.
+
+    Attributes:
+        message: the sum of the messages of all ranks.
+        total: the sum of all elements of the gradients, 0-dimensional float64, or None. It is finite if all
+            elements are, and that on all ranks or on none.
+    """
+
+    message: list[float]
+    total: Tensor | None
+
+
+class Reducer:
+    """The buckets of flat gradients, and one round of reductions: every bucket once.
+
+    Every rank multiplies its gradients by `scale` on their way into the bucket, so that their sum over the ranks
+    is the mean; of half-precision gradients the sum is multiplied, in float32.
+    Next to its gradients a bucket has one flag per parameter, 1 if this rank has a gradient. The sum
+    of the flags shows all ranks which parameters no rank has used, without another message.
+
+    Attributes:
+        scale, scatters: as the arguments `scale` and `scatter`.
+
+    Args:
+        storages: identical on all ranks, at least one, with `control` elements reserved for the message.
+        prefix: prefix of the names of the collectives, identical on all ranks and used by no other reducer.
+        compression: as in `start_reduction`.
+        scale: factor that makes the mean of a sum over ranks and micro-batches.
+        scatter: reduce each shard of a bucket to its owner only; flags and message are then reduced separately.
+    """
+
+    def __init__(
+        self, storages: Sequence[FlatStorage], prefix: str, compression: str, scale: float, scatter: bool = False
+    ) -> None:
+        self._buckets = [(flat, bucket) for flat in storages for bucket in flat.layout.buckets]
+        self._number = {
+            p: number
+            for number, (flat, bucket) in enumerate(self._buckets)
+            for p in flat.params[bucket.first : bucket.last]
+        }
+        self._index = {p: i for flat in storages for i, p in enumerate(flat.params)}
+        self._prefix, self._compression, self.scale = prefix, compression, scale
+        self.scatters = scatter
+        self._in_flight: dict[int, Reduction] = {}
+
+    @property
+    def parameters(self) -> list[tuple[Tensor, ...]]:
+        """The parameters of each bucket."""
+        return [tuple(flat.params[bucket.first : bucket.last]) for flat, bucket in self._buckets]
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a round has begun."""
+        return bool(self._in_flight)
+
+    def sent(self, p: Tensor) -> bool:
+        """Returns whether the bucket of `p` has been sent in this round, so that its gradient must not change."""
+        return self._number.get(p) in self._in_flight
+
+    def send(self, p: Tensor) -> None:
+        """Starts to reduce the bucket that contains `p`, unless it waits for the message; see `finish`."""
+        if self._number[p] != _LAST:
+            self._send(self._number[p])
+
+    def _send(self, number: int) -> None:
+        flat, bucket = self._buckets[number]
+        half = is_half(flat.dtype)
+        present = flat.collect(bucket.first, bucket.last, 1.0 if half else self.scale)
+        for i, has_grad in enumerate(present, start=bucket.first):
+            if not has_grad:
+                flat.clear(i)
+        _flags(flat, bucket).copy_(torch.tensor(present, device="cpu"))
+        self._in_flight[number] = start_reduction(
+            flat.grad[bucket.start : bucket.end],
+            f"{self._prefix}.{number}",
+            self._compression,
+            self.scatters,
+            Scaling(self.scale, bucket.flags - bucket.start) if half else None,
+        )
+
+    def finish(self, message: Tensor, *, add: bool = False) -> Reduced:
+        """Sends the remaining buckets and the message, and waits for all. Sets gradients that no rank has to None.
+
+        Args:
+            message: at most as many elements as are reserved for it.
+            add: also compute the sum of all elements, each bucket's as soon as it arrives, while it is in cache
+                and others are in flight.
+
+        Raises:
+            HorovodInternalError: another rank has ended, or is in another collective.
+        """
+        flat, bucket = self._buckets[_LAST]
+        _message(flat, bucket, message).copy_(message)
+        with explained():
+            for number in reversed(range(len(self._buckets))):
+                if number not in self._in_flight:
+                    self._send(number)
+            for reduction in self._in_flight.values():
+                reduction.start_gather()
+            sums = []
+            for number, reduction in self._in_flight.items():
+                reduction.wait()
+                if add:
+                    flat, bucket = self._buckets[number]
+                    sums.append(element_sum(self._own(flat.grad, bucket)))
+            self._in_flight.clear()
+            return self._read(message, torch.stack(sums).sum() if add else None)
+
+    def start_meeting(self) -> Callable[[], None]:
+        """Makes ranks that reduce gradients fail, instead of waiting for this one for ever, and this one too.
+
+        It reduces one element under the name of the last bucket: Horovod refuses tensors of different shapes. It
+        does nothing where gradients are scattered or sent as bfloat16, by other collectives.
+
+        Returns:
+            Waits until all ranks have called this.
+        """
+        if self.scatters or self._compression == "bf16":
+            return lambda: None
+        one = torch.zeros(1, device=self._buckets[_LAST][0].device)
+        meeting = AllReduce(one, f"{self._prefix}.{_LAST}", "none")
+
+        def wait() -> None:
+            with explained():
+                meeting.wait()
+
+        return wait
+
+    def place(self, p: Tensor) -> Tensor:
+        """Returns the view of the buffer that holds the averaged gradient of `p`."""
+        flat, _ = self._buckets[self._number[p]]
+        return flat.grad_view(self._index[p])
+
+    def spread(self) -> None:
+        """After a scattered round, makes the averaged shards what the ranks contribute to another round.
+
+        Each rank contributes its own shard, undivided, and zeros for the others.
+        """
+        for flat, bucket in self._buckets:
+            own = self._own(flat.grad, bucket)
+            mean = own / self.scale
+            flat.grad[bucket.start : bucket.end].zero_()
+            own.copy_(mean)
+
+    def _own(self, gradients: Tensor, bucket: Bucket) -> Tensor:
+        """Returns the gradients of a bucket that this rank has the sum of."""
+        start, end = (
+            bucket.shard(horovod().rank(), horovod().size()) if self.scatters else (bucket.start, bucket.end)
+        )
+        return gradients[start:end]
+
+    def _read(self, message: Tensor, total: Tensor | None) -> Reduced:
+        """Reads flags and message of all ranks, and drops the gradients that no rank has."""
+        first_flat, first_bucket = self._buckets[_LAST]
+        place = _message(first_flat, first_bucket, message)
+        flags = [_flags(flat, bucket) for flat, bucket in self._buckets]
+        small = torch.cat([values.float() for values in (*flags, place)]).cpu()
+        if self.scatters:
+            rest = [] if total is None else [total.float().cpu().reshape(1)]
+            small = horovod().allreduce(torch.cat([small, *rest]), op=horovod().Sum, name=f"{self._prefix}.used")
+            if total is not None:
+                total, small = small[-1].double(), small[:-1]
+        *used, received = torch.split(small, [*map(len, flags), len(message)])
+        for (flat, bucket), counts in zip(self._buckets, used, strict=True):
+            for p, ranks in zip(flat.params[bucket.first : bucket.last], counts.tolist(), strict=True):
+                if ranks == 0:
+                    p.grad = None
+        for values in (*flags, place):
+            values.zero_()
+        return Reduced(received.tolist(), total)
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Replaces Horovod's message about ranks that do not take part in a collective by what it means here."""
+    from horovod.common.exceptions import HorovodInternalError
+
+    try:
+        yield
+    except HorovodInternalError as error:
+        raise HorovodInternalError(
+            "some ranks wait for gradients, while another has ended, failed, or left its training loop for "
+            "another collective. If that rank has shown an error, that is the cause. If ranks have different "
+            f"numbers of batches, use `with optimizer.join():` around the loop. (Horovod: {error})"
+        ) from error
+
+
+def _flags(flat: FlatStorage, bucket: Bucket) -> Tensor:
+    return flat.grad[bucket.flags : bucket.flags + bucket.last - bucket.first]
+
+
+def _message(flat: FlatStorage, bucket: Bucket, message: Tensor) -> Tensor:
+    return flat.grad[bucket.control : bucket.control + len(message)]

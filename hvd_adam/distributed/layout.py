@@ -1,0 +1,149 @@
+"""`DistributedLayout`: flat storage, buckets and backward hooks of an optimizer's parameters on several ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from hvd_adam.distributed.broadcast import broadcast_tensors
+from hvd_adam.distributed.context import collective_prefix, horovod
+from hvd_adam.distributed.gradients.averager import GradientAverager
+from hvd_adam.distributed.gradients.compression import AdasumCompression
+from hvd_adam.distributed.gradients.lockstep import Lockstep
+from hvd_adam.distributed.gradients.reducer import BUCKET_BYTES, Reducer
+from hvd_adam.distributed.horovod_adapter import HorovodAdapter, prefixed
+from hvd_adam.distributed.strategy import Strategy
+from hvd_adam.errors import UserError
+from hvd_adam.optim.adam import Adam
+from hvd_adam.optim.optimizer_state import Group
+from hvd_adam.optim.parameter_store import ParameterStore, States, StorePolicy
+
+Names = Mapping[Tensor, str]
+
+
+class DistributedLayout:
+    """Builds flat storage, and with it the buckets that are reduced; connects both with Horovod's hooks.
+
+    Args:
+        strategy: decides what this rank keeps of the state, and how gradients are reduced.
+        averager: follows the backward passes.
+        lockstep: of the averager.
+        compression: format in which gradients are sent.
+        accumulate: micro-batches per update.
+        adasum: combine updates by Adasum; parameters then stay where they are.
+
+    Attributes:
+        store: of the parameters.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        averager: GradientAverager,
+        lockstep: Lockstep,
+        *,
+        compression: str,
+        accumulate: int,
+        adasum: bool,
+    ) -> None:
+        self._strategy, self._averager, self._lockstep = strategy, averager, lockstep
+        self._compression, self._accumulate, self._adasum = compression, accumulate, adasum
+        self._ranks = int(horovod().size())
+        self._flat = self._ranks > 1 and not adasum
+        self._adapter: HorovodAdapter | None = None  # from `connect` on
+        self.store = ParameterStore(self._policy())
+
+    def _policy(self) -> StorePolicy:
+        warns = horovod().rank() == 0
+        if not self._flat:
+            # Adasum steps one parameter at a time: a flat buffer for each would gain nothing.
+            return StorePolicy(foreach_only=self._adasum, agree=self._agree, warns=warns)
+        return StorePolicy(
+            always_flat=True,
+            bucket_bytes=BUCKET_BYTES,
+            shard=self._strategy.shard,
+            control=self._lockstep.length,
+            agree=self._agree,
+            warns=warns,
+        )
+
+    def _agree(self, error: str | None) -> str | None:
+        """Returns the same on all ranks: if one rank cannot compile, none must, or the ranks would drift apart."""
+        errors = [error]
+        if self._ranks > 1:
+            errors = horovod().allgather_object(error, name="hvd_adam.kernels")
+        return next((f"rank {rank}: {error}" for rank, error in enumerate(errors) if error), None)
+
+    def build(self, groups: Sequence[Group], state: States, names: Names) -> None:
+        """Moves parameters, gradients and state into new buffers, and makes buckets of them."""
+        self.store.build_layout(groups, state)
+        if not self._flat:
+            return
+        for p in self.store.unflattened:
+            if p.requires_grad:
+                raise UserError(
+                    f"{names[p]} shares memory with another parameter, or is no ordinary tensor, and cannot be "
+                    "averaged: to tie parameters, use the same torch.nn.Parameter object"
+                )
+        reducer = Reducer(
+            self.store.storages,
+            collective_prefix(),
+            self._compression,
+            1 / (self._ranks * self._accumulate),
+            self._strategy.scatters,
+        )
+        self._averager.reducer = reducer
+        if self._adapter is not None:
+            self._adapter.set_buckets(reducer.parameters)
+            self.add_hooks(names, names)  # parameters may have been unfrozen
+
+    def divide_by(self, ranks: int) -> None:
+        """Divides gradients by another number of ranks from now on."""
+        if self._averager.reducer is not None:
+            self._averager.reducer.scale = 1 / (ranks * self._accumulate)
+
+    def broadcast_gradients(self, root: int) -> None:
+        """Copies the gradients of one rank to all ranks. Every rank must call it."""
+        for number, flat in enumerate(self.store.storages):
+            present = torch.tensor(flat.collect(), device="cpu")
+            name = f"{self._strategy.prefix}.join.gradients.{number}"
+            broadcast_tensors([present, flat.grad], name, root)
+            for i, (p, has_grad) in enumerate(zip(flat.params, present.tolist(), strict=True)):
+                p.grad = flat.grad_view(i) if has_grad else None
+
+    # Hooks.
+
+    def connect(self, optimizer: Adam, names: Names, *, follows_passes: bool) -> HorovodAdapter:
+        """Wraps an optimizer in Horovod's, whose hooks then start the reductions.
+
+        Args:
+            optimizer: the optimizer that was given to `distribute`.
+            names: a name for every parameter.
+            follows_passes: on one rank, where nothing is reduced: whether the averager needs its backward passes.
+        """
+        averager, reducer = self._averager, self._averager.reducer
+        self._adapter = HorovodAdapter(
+            optimizer,
+            prefixed(self._strategy.prefix, names, names),
+            accumulate=self._accumulate,
+            compression=AdasumCompression(self._compression),
+            adasum=self._adasum,
+            buckets=reducer.parameters if reducer else None,
+            before_accumulation=averager.before_accumulation if self._flat or follows_passes else None,
+            bucket_complete=self._send,
+        )
+        if self._flat:
+            averager.hooks = self._adapter
+        return self._adapter
+
+    def _send(self, bucket: tuple[Tensor, ...]) -> None:
+        if self._averager.reducer is not None:
+            self._averager.reducer.send(bucket[0])
+
+    def add_hooks(self, parameters: Iterable[Tensor], names: Names) -> None:
+        """Connects the parameters that are trained and have no hooks."""
+        if self._adapter is not None and self._ranks > 1:
+            new = [p for p in parameters if p.requires_grad and not self._adapter.has_hook(p)]
+            self._adapter.add_hooks(prefixed(collective_prefix(), names, new) if new else {})

@@ -1,0 +1,72 @@
+"""`Strategy`: what the strategies of `distribute` do differently; here as "allreduce" does it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from hvd_adam.distributed.context import horovod
+from hvd_adam.distributed.gradients.grad_scaling import element_sum, total_norm
+from hvd_adam.optim.flat_storage import FlatStorage
+from hvd_adam.optim.parameter_store import ParameterStore, States
+
+
+class Strategy:
+    """Every rank has all averaged gradients and the whole optimizer state, and updates all parameters.
+
+    Args:
+        prefix: prefix of the names of the collectives, identical on all ranks and used by no other optimizer.
+    """
+
+    exchanges = False  # whether `exchange_parameters` sends anything
+    loaded = False  # whether a whole state has been loaded that is not yet sharded
+
+    def __init__(self, prefix: str) -> None:
+        self.hvd = horovod()
+        self.prefix = prefix
+
+    @property
+    def shard(self) -> tuple[int, int]:
+        """The (rank, ranks) for which this rank keeps state: see `StorePolicy`."""
+        return 0, 1
+
+    @property
+    def scatters(self) -> bool:
+        """Whether each rank gets the averaged gradients of its own shard only."""
+        return False
+
+    def norm(self, parameters: Sequence[Tensor], storages: Sequence[FlatStorage]) -> Tensor:
+        """Returns the 2-norm of all gradients, 0-dimensional, with identical bits on all ranks."""
+        return total_norm([p.grad for p in parameters if p.grad is not None])
+
+    def element_sum(self, store: ParameterStore) -> Tensor | None:
+        """Returns the sum of all elements of all gradients, 0-dimensional float64, or None without gradients.
+
+        It is finite if all elements are. Every rank has the whole gradients, or the sum is known already.
+        """
+        spans = [(flat, span) for flat in store.storages for span in flat.spans(flat.collect())]
+        sums = [element_sum(flat.grad[start:end]) for flat, (start, end) in spans]
+        sums += [element_sum(p.grad) for p in store.unflattened if p.grad is not None]
+        return torch.stack([value.to(sums[0].device) for value in sums]).sum() if sums else None
+
+    def gather_gradients(self, storages: Sequence[FlatStorage]) -> None:
+        """Makes every gradient whole on every rank. Every rank must call it."""
+
+    def exchange_parameters(self, storages: Sequence[FlatStorage]) -> None:
+        """Sends what this rank has updated to the others. Every rank must call it."""
+
+    def state_is_broadcast(self, missing: Callable[[], None], own: Callable[[], None]) -> bool:
+        """Returns whether `broadcast` is to copy rank 0's state."""
+        return True
+
+    def whole_state(self, state: States, storages: Sequence[FlatStorage], *, on_root_only: bool = False) -> States:
+        """Returns the whole state of every parameter. Every rank must call it if the state is sharded.
+
+        Args:
+            state: this rank's.
+            storages: the flat buffers that it lies in.
+            on_root_only: rank 0 only needs it, in host memory if it is gathered.
+        """
+        return state
