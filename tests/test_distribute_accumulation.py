@@ -62,7 +62,7 @@ def test_a_float16_sum_over_micro_batches_does_not_overflow(cluster, strategy):
     optimizer = distribute(Adam(model.parameters()), model, compression="fp16", accumulate=8, strategy=strategy)
     for _ in range(8):
         (model.weight * 2e4).sum().backward()
-        if optimizer._micro_batches < 7:
+        if optimizer._averager.micro_batch < 7:
             optimizer.step()
     optimizer.synchronize()
     assert model.weight.grad[0].tolist() == [2e4] * 3

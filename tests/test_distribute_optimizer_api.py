@@ -66,7 +66,7 @@ def test_step_hooks_of_stock_horovod_are_called_twice(cluster):
 @each_strategy
 def test_zero_grad_accepts_set_to_none_and_refuses_gradients_in_flight(cluster, strategy):
     model = small_model()
-    optimizer = distribute(Adam(model.parameters()), model, strategy=strategy)
+    optimizer = distribute(Adam(model.parameters()), model, strategy=strategy, defer_averaging=True)
     model(torch.ones(2, 6, dtype=torch.float64)).sum().backward()
     with pytest.raises(RuntimeError, match="in flight"):
         optimizer.zero_grad()

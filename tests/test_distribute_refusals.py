@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers.branching_model import Branches
 from helpers.on_ranks import on_ranks
-from helpers.small_training import digest, same_everywhere, small_model, train
+from helpers.small_training import digest, same_everywhere, small_model
 from helpers.strategies import each_strategy
 
 from hvd_adam import Adam, distribute
@@ -96,7 +96,7 @@ def test_invalid_options_are_refused_with_the_remedy(cluster):
     ):
         with pytest.raises(UserError, match=message):
             distribute(adam, model, **options)
-    with pytest.raises(TypeError, match=r"hvd_adam\.Adam, not SGD"):
+    with pytest.raises(TypeError, match=r"hvd_adam\.Adam, not a torch\.optim\.sgd\.SGD"):
         distribute(torch.optim.SGD(model.parameters(), lr=1.0), model)
     optimizer = distribute(adam, model)
     with pytest.raises(UserError, match="distributed already"):
@@ -117,46 +117,15 @@ def test_sparse_gradients_are_refused_with_the_remedy(cluster, strategy):
 def test_a_gradscaler_that_calls_step_is_refused(cluster, strategy):
     model = small_model()
     scaler = torch.amp.GradScaler("cpu")
-    optimizer = distribute(Adam(model.parameters()), model, strategy=strategy)
+    optimizer = distribute(Adam(model.parameters()), model, strategy=strategy, loss_scaler=scaler)
     scaler.scale(model(torch.ones(1, 6, dtype=torch.float64)).sum()).backward()
     with pytest.raises(RuntimeError, match="give the GradScaler to distribute"):
         scaler.step(optimizer)
-    optimizer.synchronize()
 
 
 @on_ranks(2)
-@each_strategy
-def test_a_parameter_unfrozen_after_distribute_is_refused(cluster, strategy):
-    model = small_model()
-    model[0].weight.requires_grad_(False)
-    optimizer = distribute(Adam(model.parameters()), model, strategy=strategy)
-    train(model, optimizer, cluster)
-    model[0].weight.requires_grad_(True)
-    optimizer.zero_grad()
-    model(torch.ones(2, 6, dtype=torch.float64)).sum().backward()
-    with pytest.raises(RuntimeError, match=r"0\.weight has a gradient but was frozen"):
-        optimizer.step()
-    optimizer._reducer.finish()
-
-
-@on_ranks(2)
-@each_strategy
-def test_a_closure_on_several_ranks_is_refused_where_ranks_of_stock_horovod_diverge(cluster, strategy):
-    def closure_step(optimizer, model):
-        def closure():
-            optimizer.zero_grad()
-            loss = model(torch.ones(2, 6, dtype=torch.float64) * (1 + cluster.rank)).sum()
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
-
-    model = small_model()
-    optimizer = distribute(Adam(model.parameters()), model, strategy=strategy)
-    with pytest.raises(RuntimeError, match=r"step\(closure\) works on one rank"):
-        closure_step(optimizer, model)
-
-    model = Branches()  # stock Horovod runs the closure after it has reduced the gradients
+def test_ranks_of_stock_horovod_diverge_with_a_closure(cluster):
+    model = Branches()  # it runs the closure after it has reduced the gradients
     stock = hvd.DistributedOptimizer(Adam(model.parameters()), model.named_parameters())
 
     def closure():

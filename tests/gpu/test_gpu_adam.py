@@ -199,8 +199,8 @@ def test_small_models_are_fused_and_flat():
     optimizer = Adam(model.parameters())
     backward(model)
     optimizer.step()
-    flat = optimizer._storages[0]
-    assert optimizer._implementations == ["fused"]
+    flat = optimizer._store.storages[0]
+    assert optimizer._store.implementations == ["fused"]
     for p in model.parameters():
         moment = optimizer.state[p]["exp_avg"]
         for tensor, buffer in ((p, flat.param), (p.grad, flat.grad), (moment, flat.state["exp_avg"])):

@@ -16,7 +16,7 @@ from helpers.skipping import check_skipping
 
 from hvd_adam import Adam, distribute
 from hvd_adam.distributed.context import horovod
-from hvd_adam.distributed.reducer import Reducer
+from hvd_adam.distributed.gradients.reducer import Reducer
 from hvd_adam.optim.flat_layout import Layout
 from hvd_adam.optim.flat_storage import FlatStorage
 

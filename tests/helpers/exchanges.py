@@ -2,15 +2,15 @@
 
 from contextlib import contextmanager
 
-from hvd_adam.distributed.zero import ShardedAdam
+from hvd_adam.distributed.zero import ZeroStrategy
 
 
 @contextmanager
 def scattering():
     """Makes the sharded strategy use reduce-scatter and all-gather, as it does on GPUs."""
-    chosen = ShardedAdam.scatters
-    ShardedAdam.scatters = True
+    chosen = ZeroStrategy.scatters
+    ZeroStrategy.scatters = True
     try:
         yield
     finally:
-        ShardedAdam.scatters = chosen
+        ZeroStrategy.scatters = chosen

@@ -1,0 +1,306 @@
+"""A loop that is right in one process is right on several ranks, or is refused in one sentence.
+
+The loops themselves are in test_idioms.py. Hazards here: hooks that outlive their optimizer; hyper-parameters,
+states and numbers of calls that part between ranks in silence; gradients that are cleared at the wrong time;
+float16 norms; a loss scaler with two optimizers; passes that an exception ends.
+"""
+
+import gc
+import warnings
+
+import pytest
+import torch
+from helpers.on_ranks import on_ranks
+from helpers.small_training import everything, largest_difference, same_everywhere, small_model, train
+from helpers.strategies import each_strategy
+from horovod.common.exceptions import HorovodInternalError
+
+from hvd_adam import Adam, distribute
+from hvd_adam.errors import JobError, UserError
+
+
+def ones(rank=0):
+    return torch.ones(2, 6, dtype=torch.float64) * (1 + rank)
+
+
+def one_update(model, optimizer, cluster):
+    optimizer.zero_grad()
+    model(ones(cluster.rank)).square().sum().backward()
+    optimizer.step()
+
+
+# A second optimizer.
+
+
+@on_ranks(1, 2)
+@each_strategy
+@pytest.mark.parametrize("deleted", [False, True])
+def test_a_second_distribute_of_the_same_parameters_retires_the_first(cluster, strategy, deleted):
+    model, oracle = small_model(), small_model()
+    for trainer, wrap in (
+        (oracle, lambda adam: adam),
+        (model, lambda adam: distribute(adam, model, strategy=strategy)),
+    ):
+        torch.manual_seed(0)
+        trainer[0].bias.requires_grad_(False)
+        first = wrap(Adam(trainer.parameters(), eps=1e-2))
+        for _ in range(3):
+            first.zero_grad()
+            trainer(ones()).square().sum().backward()
+            first.step()
+        trainer[0].bias.requires_grad_(True)
+        if deleted:
+            del first
+        second = wrap(Adam(trainer.parameters(), eps=1e-2))
+        for _ in range(3):
+            second.zero_grad()
+            trainer(ones()).square().sum().backward()
+            second.step()
+    assert largest_difference(model, oracle) < 1e-12
+    if not deleted:
+        with pytest.raises(RuntimeError, match=r"must not step: distribute\(\) has been called again"):
+            first.step()
+
+
+@on_ranks(2)
+def test_a_retired_optimizer_frees_its_state_and_leaves_one_hook_with_each_parameter(cluster):
+    model = small_model()
+    for _ in range(4):
+        optimizer = distribute(Adam(model.parameters()), model)
+        one_update(model, optimizer, cluster)
+    gc.collect()
+    kept = [o for o in gc.get_objects() if type(o).__name__ == "FlatStorage" and o.params[0] is model[0].weight]
+    assert len(kept) == 1
+
+
+@on_ranks(1, 2)
+def test_the_optimizer_given_to_distribute_must_not_step_and_its_scheduler_goes_on(cluster):
+    model = small_model()
+    adam = Adam(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(adam, 1, gamma=0.5)
+    optimizer = distribute(adam, model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        one_update(model, optimizer, cluster)
+        scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 0.05
+    optimizer.load_state_dict(optimizer.state_dict())
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 0.025
+    with pytest.raises(RuntimeError, match=r"must not step: distribute\(\) has returned another optimizer"):
+        adam.step()
+
+
+# What parts between ranks.
+
+
+@on_ranks(2, 3)
+@each_strategy
+def test_a_learning_rate_from_each_ranks_own_metric_ends_the_job(cluster, strategy):
+    model = small_model()
+    optimizer = distribute(Adam(model.parameters(), lr=0.1), model, strategy=strategy)
+    one_update(model, optimizer, cluster)
+    optimizer.param_groups[0]["lr"] = 0.1 if cluster.rank == 0 else 1e-4
+    others = "rank 1" if cluster.size == 2 else "ranks 1, 2"
+    expected = f"lr of parameter group 0: 0.1 on rank 0, 0.0001 on {others}; set hyper-parameters from values"
+    with pytest.raises(JobError, match=expected):
+        one_update(model, optimizer, cluster)
+
+
+@on_ranks(2)
+@each_strategy
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("betas", (0.5, 0.9)), ("eps", 1e-3), ("weight_decay", 0.5), ("maximize", True), ("lr", torch.tensor(0.5))],
+)
+def test_every_hyper_parameter_is_compared(cluster, strategy, option, value):
+    model = small_model()
+    optimizer = distribute(Adam(model.parameters(), weight_decay=0.1), model, strategy=strategy)
+    if cluster.rank == 1:
+        optimizer.param_groups[0][option] = value
+    with pytest.raises(JobError, match=rf"the ranks have parted: {option} of parameter group 0: .* on rank 0"):
+        one_update(model, optimizer, cluster)
+
+
+@on_ranks(2, "mpi")
+def test_hyper_parameters_are_compared_with_adasum_too(cluster):
+    model = small_model()
+    optimizer = distribute(Adam(model.parameters(), lr=0.1), model, op="adasum")
+    one_update(model, optimizer, cluster)
+    optimizer.param_groups[0]["lr"] = 0.1 + cluster.rank
+    with pytest.raises(JobError, match=r"lr of parameter group 0: 0\.1 on rank 0, 1\.1 on rank 1"):
+        one_update(model, optimizer, cluster)
+
+
+@on_ranks(2)
+@each_strategy
+def test_a_state_loaded_on_one_rank_alone_ends_the_job_unless_it_is_broadcast(cluster, strategy):
+    model = small_model()
+    optimizer = distribute(Adam(model.parameters()), model, strategy=strategy)
+    train(model, optimizer, cluster)
+    saved = optimizer.state_dict()
+    train(model, optimizer, cluster)
+    if cluster.rank == 0:
+        optimizer.load_state_dict(saved)
+    optimizer.broadcast()
+    one_update(model, optimizer, cluster)
+    assert same_everywhere(everything(model, optimizer))
+    optimizer.zero_grad()
+    if cluster.rank == 0:
+        optimizer.load_state_dict(saved)
+    with pytest.raises(
+        (JobError, RuntimeError), match=r"load_state_dict .*call .*broadcast\(\)|loaded on rank 0 only"
+    ):
+        one_update(model, optimizer, cluster)
+
+
+@on_ranks(2)
+@each_strategy
+def test_ranks_with_unequal_numbers_of_backward_passes_end_the_job(cluster, strategy):
+    model = small_model()
+    optimizer = distribute(Adam(model.parameters()), model, strategy=strategy)
+    loss = model(ones()).square().sum()
+    loss.backward(retain_graph=True)
+    parted = r"updates since distribute\(\): 0 on rank 0, 1 on rank 1; .*join|some ranks wait for gradients"
+    with pytest.raises((JobError, HorovodInternalError), match=parted):
+        if cluster.rank == 0:
+            loss.backward()
+        else:
+            optimizer.step()
+            one_update(model, optimizer, cluster)
+
+
+@on_ranks(2)
+@each_strategy
+def test_a_pass_that_ends_with_an_exception_on_one_rank_is_named_by_all(cluster, strategy):
+    model = small_model()
+    optimizer = distribute(Adam(model.parameters()), model, strategy=strategy)
+    one_update(model, optimizer, cluster)
+
+    def fail(gradient):
+        raise MemoryError("as an out-of-memory error in the pass")
+
+    optimizer.zero_grad()
+    outputs = model[1](model[0](ones()))
+    if cluster.rank == 1:
+        outputs.register_hook(fail)
+    with pytest.raises(
+        JobError, match=r"backward passes that ended with an exception: 0\S* on rank 0, 1\S* on rank 1"
+    ):
+        try:
+            model[2](outputs).sum().backward()
+        except MemoryError:
+            one_update(model, optimizer, cluster)
+
+
+@on_ranks(2)
+@each_strategy
+def test_a_pass_that_ends_with_an_exception_on_all_ranks_leaves_nothing_behind(cluster, strategy):
+    model, oracle = small_model(), small_model()
+    optimizer = distribute(Adam(model.parameters(), eps=1e-2), model, strategy=strategy)
+    reference = Adam(oracle.parameters(), eps=1e-2)
+
+    def fail(gradient):
+        raise MemoryError("as an out-of-memory error in the pass")
+
+    for trained, its in ((model, optimizer), (oracle, reference)):
+        its.zero_grad()
+        outputs = trained[1](trained[0](ones()))
+        outputs.register_hook(fail)
+        with pytest.raises(MemoryError):
+            trained[2](outputs).sum().backward()
+        for _ in range(2):
+            its.zero_grad()
+            trained(ones()).square().sum().backward()
+            its.step()
+    assert largest_difference(model, oracle) < 1e-12
+
+
+@on_ranks(2)
+@each_strategy
+def test_parameters_that_the_model_does_not_have_are_refused(cluster, strategy):
+    model, other = small_model(), small_model()
+    with pytest.raises(UserError, match=r"parameter 0 of group 0, of shape \(8, 6\), is not one of the model's"):
+        distribute(Adam(other.parameters()), model, strategy=strategy)
+
+
+@on_ranks(2)
+def test_another_optimizer_is_refused_by_its_full_name_with_the_remedy(cluster):
+    model = small_model()
+    with pytest.raises(TypeError, match=r"not a torch\.optim\.adam\.Adam: `from hvd_adam import Adam`"):
+        distribute(torch.optim.Adam(model.parameters()), model)
+
+
+# Gradients.
+
+
+@on_ranks(1, 2)
+@each_strategy
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_clearing_gradients_between_micro_batches_is_refused(cluster, strategy, set_to_none):
+    model = small_model()
+    optimizer = distribute(Adam(model.parameters()), model, accumulate=4, strategy=strategy)
+    for micro_batch in range(2):
+        model.zero_grad(set_to_none=set_to_none)
+        if micro_batch == 0:
+            model(ones()).sum().backward()
+            optimizer.step()
+            continue
+        with pytest.raises(
+            RuntimeError, match=r"0\.weight was cleared after 1 of 4 micro-batches: call optimizer"
+        ):
+            model(ones()).sum().backward()
+
+
+@on_ranks(1, 2)
+@each_strategy
+def test_float16_gradients_with_a_norm_above_65504_are_clipped_and_not_skipped(cluster, strategy):
+    model = torch.nn.Module()
+    model.w = torch.nn.Parameter(torch.zeros(10**6, dtype=torch.float16))
+    adam = Adam(model.parameters(), lr=1e-2, eps=1e-3, master_weights=True, implementation="foreach")
+    optimizer = distribute(adam, model, max_grad_norm=1.0, strategy=strategy)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (model.w.float() * 100).sum().backward()
+        optimizer.step()
+    assert optimizer.skipped_updates == 0
+    # A vector lane adds at most 2**15 squares in float32, each sum with an error of 2**-24; the root halves that.
+    assert optimizer.grad_norm.item() == pytest.approx(1e5, rel=2**-10)
+    optimizer.zero_grad()
+    (model.w.float() * 100).sum().backward()
+    assert optimizer.clip_grad_norm_(1.0).item() == pytest.approx(1e5, rel=2**-10)
+
+
+@on_ranks(1, 2)
+@each_strategy
+@pytest.mark.parametrize("order", ["both backward first", "one after the other"])
+def test_a_loss_scaler_of_two_optimizers_unscales_each_by_the_scale_of_its_loss(cluster, strategy, order):
+    def weights():
+        return [torch.nn.Linear(2, 1, bias=False) for _ in range(2)]
+
+    models, oracles = weights(), weights()
+    for scaler, pair in ((torch.amp.GradScaler("cpu"), models), (torch.amp.GradScaler("cpu"), oracles)):
+        ours = pair is models
+        optimizers = [
+            distribute(Adam(m.parameters()), m, loss_scaler=scaler, strategy=strategy)
+            if ours
+            else torch.optim.Adam(m.parameters())
+            for m in pair
+        ]
+        losses = [(m.weight * factor).sum() for m, factor in zip(pair, (float("inf"), 1.0), strict=True)]
+        if order == "both backward first" or not ours:
+            for loss in losses:
+                scaler.scale(loss).backward()
+            for optimizer in optimizers:
+                optimizer.step() if ours else scaler.step(optimizer)
+        else:
+            for loss, optimizer in zip(losses, optimizers, strict=True):
+                scaler.scale(loss).backward()
+                optimizer.step()
+        if not ours:
+            scaler.update()
+        moments = [
+            optimizer.state_dict()["state"][0]["exp_avg"].flatten().tolist() for optimizer in optimizers[1:]
+        ]
+        assert moments == [pytest.approx([0.1, 0.1])]
+        assert scaler.get_scale() == 2.0**15

@@ -1,0 +1,141 @@
+"""Ranks with different numbers of batches: `optimizer.join()`, and what happens without it.
+
+Hazards: ranks that have left while others wait; old states that are broadcast; hyper-parameters that a rank which
+has left no longer sets; a mean over the wrong number of ranks; a rank that leaves in silence.
+"""
+
+import horovod.torch as hvd
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.on_ranks import on_ranks
+from helpers.small_training import batches, everything, largest_difference, same_everywhere, small_model
+from helpers.strategies import each_strategy
+
+from hvd_adam import Adam, distribute
+from hvd_adam.errors import JobError
+
+
+def uneven(cluster, most=6):
+    """Returns this rank's batches: rank 0 has the fewest."""
+    count = most - (cluster.size - 1 - cluster.rank) * 2
+    return [
+        (x.chunk(cluster.size)[cluster.rank], y.chunk(cluster.size)[cluster.rank]) for x, y in batches(count, 12)
+    ]
+
+
+@on_ranks(1, 2, 3)
+@each_strategy
+@pytest.mark.parametrize("by_all", [True, False])
+def test_ranks_that_have_left_take_part_until_all_have(cluster, strategy, by_all):
+    model, oracle = small_model(), small_model()
+    optimizer = distribute(Adam(model.parameters(), lr=0.1, eps=1e-2), model, strategy=strategy)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    with optimizer.join(divide_by_initial_world_size=by_all):
+        for inputs, targets in uneven(cluster):
+            optimizer.zero_grad()
+            F.mse_loss(model(inputs), targets).backward()
+            optimizer.step()
+            scheduler.step()
+    assert same_everywhere(everything(model, optimizer))
+
+    reference = torch.optim.Adam(oracle.parameters(), lr=0.1, eps=1e-2)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(reference, 0.9)
+    for step, (x, y) in enumerate(batches(6, 12)):
+        parts = list(zip(x.chunk(cluster.size), y.chunk(cluster.size), strict=True))
+        active = [r for r in range(cluster.size) if step < 6 - (cluster.size - 1 - r) * 2]
+        reference.zero_grad()
+        for rank in active:
+            divisor = cluster.size if by_all else len(active)
+            (F.mse_loss(oracle(parts[rank][0]), parts[rank][1]) / divisor).backward()
+        reference.step()
+        scheduler.step()
+    assert largest_difference(model, oracle) < 1e-12
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(reference.param_groups[0]["lr"])
+
+
+@on_ranks(2)
+@each_strategy
+def test_clipping_accumulation_and_several_passes_work_in_the_block(cluster, strategy):
+    model = small_model()
+    optimizer = distribute(Adam(model.parameters()), model, strategy=strategy)
+    with optimizer.join():
+        for inputs, targets in uneven(cluster):
+            optimizer.zero_grad()
+            with optimizer.no_sync():
+                F.mse_loss(model(inputs[:3]), targets[:3]).backward()
+            F.mse_loss(model(inputs[3:]), targets[3:]).backward()
+            model(inputs).abs().mean().backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            optimizer.step()
+    assert same_everywhere(everything(model, optimizer))
+    optimizer.zero_grad()
+    model(torch.ones(2, 6, dtype=torch.float64)).sum().backward()  # after the block as before it
+    optimizer.step()
+    assert same_everywhere(everything(model, optimizer))
+
+
+@on_ranks(2)
+@each_strategy
+def test_micro_batches_work_in_the_block(cluster, strategy):
+    model = small_model()
+    optimizer = distribute(Adam(model.parameters()), model, strategy=strategy, accumulate=2, max_grad_norm=0.1)
+    with optimizer.join(divide_by_initial_world_size=False):
+        for inputs, targets in uneven(cluster):
+            for part in (slice(3), slice(3, 6)):
+                optimizer.zero_grad()
+                F.mse_loss(model(inputs[part]), targets[part]).backward()
+                optimizer.step()
+    assert same_everywhere(everything(model, optimizer))
+
+
+@on_ranks(2)
+def test_buffers_become_those_of_a_rank_that_went_farthest(cluster):
+    model = torch.nn.Sequential(torch.nn.Linear(6, 3), torch.nn.BatchNorm1d(3)).double()
+    optimizer = distribute(Adam(model.parameters()), model)
+    with optimizer.join():
+        for inputs, _ in uneven(cluster):
+            optimizer.zero_grad()
+            model(inputs).square().sum().backward()
+            optimizer.step()
+    assert model[1].num_batches_tracked.item() == 6
+    assert same_everywhere(everything(model, optimizer))
+
+
+@on_ranks(2)
+@each_strategy
+def test_different_calls_in_the_block_end_the_job(cluster, strategy):
+    model = small_model()
+    optimizer = distribute(Adam(model.parameters()), model, strategy=strategy)
+    expected = r"backward\(\) on rank 0, step\(\) on rank 1; call backward\(\) equally"
+    with pytest.raises(JobError, match=expected), optimizer.join():
+        for _ in range(2 - cluster.rank):
+            model(torch.ones(2, 6, dtype=torch.float64)).sum().backward()
+        optimizer.step()
+
+
+@on_ranks(2)
+def test_a_rank_that_calls_horovods_join_ends_the_job_of_the_others(cluster):
+    model = small_model()
+    distribute(Adam(model.parameters()), model)
+    if cluster.rank == 0:
+        hvd.join()
+        return
+    with pytest.raises(JobError, match=r"hvd\.join\(\) and is behind the others: use `with optimizer\.join\(\):`"):
+        model(torch.ones(2, 6, dtype=torch.float64)).sum().backward()
+    hvd.join()
+
+
+@on_ranks(2)
+@each_strategy
+@pytest.mark.parametrize("call", ["broadcast", "state_dict"])
+def test_a_rank_that_leaves_early_for_another_call_of_the_optimizer_ends_the_job(cluster, strategy, call):
+    if (strategy, call) == ("allreduce", "state_dict"):
+        pytest.skip("concerns one rank only")
+    model = small_model()
+    optimizer = distribute(Adam(model.parameters()), model, strategy=strategy)
+    with pytest.raises(Exception, match=r"another collective|has left its training loop"):
+        if cluster.rank == 0:
+            getattr(optimizer, call)()
+        else:
+            model(torch.ones(2, 6, dtype=torch.float64)).sum().backward()
