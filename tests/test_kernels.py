@@ -54,14 +54,18 @@ print(json.dumps({
 """
 
 
-def start(cache, code=RUN, **environment):
-    """Starts a process with its kernel cache below `cache`; a value of None unsets a variable."""
-    # PyTorch first compiles and loads a program to test the vector instructions of the CPU: `warm` does so.
-    known = {"TORCHINDUCTOR_VEC_ISA_OK": "1", "XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(ROOT)}
-    environment = {**os.environ, **known, **environment}
+# PyTorch first compiles and loads programs to test the vector instructions of the CPU. PyTorch 2.1 does so in
+# every process and does not know the variable that leaves this out, TORCHINDUCTOR_VEC_ISA_OK.
+VECTORS_WORK = "from torch._inductor import config; config.cpp.vec_isa_ok = True"
+
+
+def start(cache, code=RUN, before=VECTORS_WORK, **environment):
+    """Starts a process with its kernel cache below `cache`; it runs the line `before` and then `code`."""
+    code = f"{before}\n{code}"
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(ROOT), **environment}
     return subprocess.Popen(
         [sys.executable, "-c", code],
-        env={key: value for key, value in environment.items() if value is not None},
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -92,9 +96,7 @@ def kernels_directory(cache):
 def warm(tmp_path_factory):
     """A cache with the kernel of RUN, and the output of the run that compiled it."""
     cache = tmp_path_factory.mktemp("cache")
-    return cache, finish(
-        start(cache, TORCHINDUCTOR_CACHE_DIR=str(cache / "of-the-user"), TORCHINDUCTOR_VEC_ISA_OK=None)
-    )
+    return cache, finish(start(cache, before="", TORCHINDUCTOR_CACHE_DIR=str(cache / "of-the-user")))
 
 
 # --- compilations -----------------------------------------------------------------------------------------
@@ -110,6 +112,38 @@ def test_the_users_compiler_cache_is_neither_used_nor_redirected(warm):
     assert result["inductor"] == str(cache / "of-the-user")
     assert not [path for path in (cache / "of-the-user").rglob("*") if path.is_file()]
     assert list((kernels_directory(cache) / "inductor").rglob("*.so"))
+
+
+OF_THE_USER = """
+import json, os, warnings
+from pathlib import Path
+import torch
+from hvd_adam.optim.adam import Adam
+
+def files():
+    return sorted(str(path) for path in Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).rglob("*.cpp"))
+
+def compile_and_run(scale):
+    torch.compile(lambda x: (x * scale).sin())(torch.ones(100))
+    return files()
+
+warnings.simplefilter("error", RuntimeWarning)
+before = compile_and_run(2.0)
+p = torch.nn.Parameter(torch.ones(50))
+optimizer = Adam([p], implementation="fused")
+p.grad = torch.ones(50)
+optimizer.step()
+print(json.dumps({"before": before, "adam": files(), "after": compile_and_run(3.0)}))
+"""
+
+
+def test_the_users_compilations_before_and_after_stay_in_the_users_cache(tmp_path):
+    mine = tmp_path / "of-the-user"
+    result = finish(start(tmp_path / "cache", OF_THE_USER, TORCHINDUCTOR_CACHE_DIR=str(mine)))
+    assert result["before"]
+    assert result["adam"] == result["before"]
+    assert set(result["after"]) > set(result["before"])
+    assert list((kernels_directory(tmp_path / "cache") / "inductor").rglob("*.cpp"))
 
 
 def logging_compiler(directory, before=""):

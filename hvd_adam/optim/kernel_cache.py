@@ -14,11 +14,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
 
 _VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+
+# Functions of PyTorch's compiler that in some releases (2.1) remember the first directory for the whole process.
+_REMEMBER_DIRECTORY = ("cache_dir", "cpp_prefix_path")
 
 
 @contextmanager
@@ -91,10 +95,17 @@ def _empty(directory: Path) -> None:
 @contextmanager
 def _inductor_cache(directory: Path) -> Iterator[None]:
     """Makes PyTorch's compiler use this directory, not the one of the user's own kernels."""
-    from torch._inductor import config  # here, since importing it takes a second
+    from torch._inductor import codecache, config  # here, since importing them takes a second
+
+    def forget_directory() -> None:
+        for name in _REMEMBER_DIRECTORY:
+            function: Any = getattr(codecache, name, None)
+            if hasattr(function, "cache_clear"):
+                function.cache_clear()
 
     before = os.environ.get(_VARIABLE)
     os.environ[_VARIABLE] = str(directory / "inductor")
+    forget_directory()
     # Compile in this process: a pool of others is slower for one kernel, and would outlive an MPI rank.
     single_process = config.patch(compile_threads=1) if hasattr(config, "compile_threads") else nullcontext()
     try:
@@ -105,3 +116,4 @@ def _inductor_cache(directory: Path) -> Iterator[None]:
             os.environ.pop(_VARIABLE, None)
         else:
             os.environ[_VARIABLE] = before
+        forget_directory()
