@@ -9,6 +9,7 @@ from hvd_adam.config import DataConfig, TrainConfig
 from hvd_adam.data.loader import DeviceLoader
 from hvd_adam.distributed.context import Cluster, horovod
 from hvd_adam.distributed.sync_batchnorm import convert
+from hvd_adam.errors import UserError
 from hvd_adam.models import zoo
 from hvd_adam.optim.adam import Adam
 from hvd_adam.schedule import LearningRateSchedule, Scaled, scale
@@ -46,7 +47,7 @@ def build_model(config: TrainConfig, loader: DeviceLoader) -> torch.nn.Module:
     """Builds the model with its initial weights, with the device and dtype of the loader's images.
 
     Raises:
-        UserError: no model has that name, or it does not fit the images.
+        UserError: no model has that name, it does not fit the images, or --sync-batchnorm cannot synchronize it.
     """
     torch.manual_seed(config.seed)
     model: torch.nn.Module = zoo.build(
@@ -57,7 +58,10 @@ def build_model(config: TrainConfig, loader: DeviceLoader) -> torch.nn.Module:
         dropout=config.dropout,
     )
     if config.sync_batchnorm:
-        convert(model)
+        try:
+            convert(model, strict=True)
+        except UserError as error:
+            raise UserError(f"--sync-batchnorm: {error}") from None
     model.to(loader.device, loader.dtype)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
