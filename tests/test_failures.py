@@ -176,7 +176,7 @@ def ended(monkeypatch):
 
 def test_requests_without_the_token_get_no_answer_and_the_set_up_may_take_longer(ended, capsys):
     dog = Watchdog(SINGLE_RANK, 0.4)
-    port = dog._server.port
+    port = dog._peers.server.port
     for line in (b"GET / HTTP/1.0\n", b"[1]\n", b"\xff\n", b'{"token": "x", "what": "end"}\n', b"{}\n", b""):
         with socket.create_connection(("127.0.0.1", port)) as connection:
             connection.sendall(line)
@@ -258,10 +258,10 @@ def test_behind_returns_the_ranks_that_the_others_wait_for(states, expected):
 
 def test_ranks_are_grouped_by_host_and_those_in_the_same_state_share_a_stack():
     states = {0: state("a"), 1: state("a"), 2: None, 3: state("a")}
-    lines = report(states, ["head", "head", "node1", "node1"], 600.0).splitlines()
+    lines = report(states, ["head", "head", "node1", "node1"], 600.0, "Use a longer limit").splitlines()
     assert lines[0].startswith(
         "hvd_adam: error: no progress for 600 s: rank 2 on node1 not answering (frozen, dead or cut off); "
-        "ranks 0, 1 on head, rank 3 on node1 waiting for a. "
+        "ranks 0, 1 on head, rank 3 on node1 waiting for a. Use a longer limit"
     )
     assert lines[1] == "ranks 0, 1 on head, rank 3 on node1, waiting for a, without progress since update 5:"
     assert lines[2:] == ["  File x"]

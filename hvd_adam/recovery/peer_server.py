@@ -23,6 +23,7 @@ from typing import Any
 BAD_MESSAGE = (OSError, ValueError, TypeError, KeyError)
 
 LONGEST_REQUEST = 1000  # bytes
+_CLOSE_SECONDS = 5.0  # for the thread that listens to end
 _RETRY_SECONDS = 1.0  # after a failed accept, for instance without a free file descriptor
 
 Request = dict[str, Any]  # what JSON can hold
@@ -85,13 +86,14 @@ class PeerServer:
         self._closed = False
         self.port: int = self._listener.getsockname()[1]
         self.token = secrets.token_hex(16)
-        _start_thread(self._accept)
+        self._thread = _start_thread(self._accept)
 
     def close(self) -> None:
         """Stops listening; a request that arrives from now on gets no answer."""
         self._closed = True
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread
+        self._thread.join(_CLOSE_SECONDS)
 
     def _accept(self) -> None:
         with self._listener:
@@ -158,5 +160,7 @@ def _primary_address(interface: str) -> str | None:
     return None
 
 
-def _start_thread(target: Callable[..., None], *arguments: object) -> None:
-    threading.Thread(target=target, args=arguments, name="hvd_adam.peer_server", daemon=True).start()
+def _start_thread(target: Callable[..., None], *arguments: object) -> threading.Thread:
+    thread = threading.Thread(target=target, args=arguments, name="hvd_adam.peer_server", daemon=True)
+    thread.start()
+    return thread

@@ -73,13 +73,14 @@ def behind(states: Mapping[int, State | None]) -> list[int]:
     return []
 
 
-def report(states: Mapping[int, State | None], hosts: list[str], timeout: float) -> str:
+def report(states: Mapping[int, State | None], hosts: list[str], timeout: float, remedy: str) -> str:
     """Returns the cause in one line, then what every rank is doing; ranks in the same state share an entry.
 
     Args:
         states: by rank; None for a rank that does not answer.
         hosts: host names by rank.
         timeout: seconds without progress.
+        remedy: what the user can do, as a sentence without its full stop.
     """
     silent = [rank for rank, state in states.items() if state is None]
     late = [rank for rank in behind(states) if rank not in silent]
@@ -92,10 +93,7 @@ def report(states: Mapping[int, State | None], hosts: list[str], timeout: float)
     facts = [f"{name_ranks(silent, hosts)} not answering (frozen, dead or cut off)"] if silent else []
     facts += [f"{name_ranks(late, hosts)} behind"] if late else []
     facts += [f"{name_ranks(ranks, hosts)} waiting for {name}" for name, ranks in waiting.items()]
-    lines = [
-        f"hvd_adam: error: no progress for {timeout:g} s: {'; '.join(facts)}. The same command resumes from the "
-        "last checkpoint; if the job was only slow, use a longer --stall-timeout\n"
-    ]
+    lines = [f"hvd_adam: error: no progress for {timeout:g} s: {'; '.join(facts)}. {remedy}\n"]
     for (doing, name, stack), ranks in same.items():
         what = f"waiting for {name}" if name else "not waiting for Horovod"
         lines.append(f"{name_ranks(ranks, hosts)}, {what}, without progress since {doing}:\n{stack}")

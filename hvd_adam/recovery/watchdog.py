@@ -9,28 +9,21 @@ rank that does not answer.
 
 from __future__ import annotations
 
-import json
 import os
-import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
 
-from hvd_adam.distributed.context import Cluster, horovod
-from hvd_adam.recovery.peer_server import JsonStream, PeerServer, Request, host_addresses, send_request
+from hvd_adam.distributed.context import Cluster
+from hvd_adam.recovery.peer_server import Request
+from hvd_adam.recovery.peers import CONCURRENT_REQUESTS, Peers
 from hvd_adam.recovery.stall_report import State, report, stack_of, waits_for
 
-CONNECT_SECONDS = 2.0  # for a connection to one address of another rank
-ANSWER_SECONDS = 5.0  # for another rank's answer; a frozen rank accepts the connection and never answers
 SETUP_SECONDS = 600.0  # the least limit until the second update: data are downloaded and kernels compiled
 REPORT_SECONDS = 60.0  # the most that a report may take; a rank that nobody has asked by then ends itself
-CONCURRENT_REQUESTS = 16
-LONGEST_ANSWER = 1 << 20  # bytes
+REMEDY = "If the job was only slow, use a longer timeout, or call beat() more often"
+CLOSE_SECONDS = 5.0  # for this rank's thread to end
 
 
 def defer_horovod_stall_shutdown(timeout: float) -> None:
@@ -45,41 +38,28 @@ def defer_horovod_stall_shutdown(timeout: float) -> None:
     os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", str(round(longest)))
 
 
-@dataclass(frozen=True)
-class _Peer:
-    host: str
-    addresses: tuple[str, ...]
-    port: int
-    token: str
-
-
 class Watchdog:
     """Watches this rank from its construction, which is collective, until `close`.
 
     Progress of any rank is progress of the job. Time in which this whole process was stopped (suspended by a
-    scheduler) does not count. Each rank listens at a port of its own, on loopback if all ranks are on one host.
-    It answers only requests that carry its token, which the other ranks have.
+    scheduler) does not count.
 
     Args:
         cluster: this process.
         timeout: seconds without progress after which the job ends with exit code 1, above 0. A stall is detected
             up to half as much, or 10 seconds, later. Until the second `beat` the limit is at least SETUP_SECONDS.
+        remedy: what the report recommends, as a sentence without its full stop.
     """
 
-    def __init__(self, cluster: Cluster, timeout: float) -> None:
+    def __init__(self, cluster: Cluster, timeout: float, remedy: str = REMEDY) -> None:
         self._rank, self._timeout, self._interval = cluster.rank, timeout, min(timeout / 4, 5.0)
+        self._remedy = remedy
         self._beats, self._doing = 0, "the set-up"
         self._last_progress = time.monotonic()
         self._closed = threading.Event()
         self._investigating = threading.Lock()
-        one_host = cluster.local_size == cluster.size
-        self._server = PeerServer(self._answer, "127.0.0.1" if one_host else "", timeout=ANSWER_SECONDS)
-        addresses = ("127.0.0.1",) if one_host else host_addresses()
-        here = _Peer(socket.gethostname(), addresses, self._server.port, self._server.token)
-        self._peers = [here]
-        if cluster.size > 1:
-            self._peers = horovod().allgather_object(here, name="hvd_adam.watchdog")
-        _start_thread(self._watch)
+        self._peers = Peers(cluster, self._answer, "hvd_adam.watchdog")
+        self._thread = _start_thread(self._watch)
 
     def beat(self, doing: str) -> None:
         """Records progress; costs two assignments.
@@ -93,7 +73,8 @@ class Watchdog:
     def close(self) -> None:
         """Stops watching."""
         self._closed.set()
-        self._server.close()
+        self._peers.close()
+        self._thread.join(CLOSE_SECONDS)
 
     def _watch(self) -> None:
         """Checks for progress at each interval; runs in a thread of its own."""
@@ -129,44 +110,17 @@ class Watchdog:
             "stack": stack_of(waiting),
         }
 
-    # Between ranks: a request and an answer, each one line of JSON.
-
-    def _answer(self, request: Request, stream: JsonStream) -> None:
-        answer: State = {}
+    def _answer(self, request: Request) -> State:
         what = request["what"]
         if what == "state":
-            answer = self._state()
-        elif what == "stalled":
+            return self._state()
+        if what == "stalled":
             self._investigate()
         elif what == "moved":
             self._last_progress = max(self._last_progress, time.monotonic() - request["idle"])
         elif what == "end":
             os._exit(1)
-        stream.write(answer)
-
-    def _ask(self, rank: int, **request: object) -> State | None:
-        """Returns the answer of a rank; None if there is none."""
-        peer = self._peers[rank]
-        for address in peer.addresses:
-            with (
-                suppress(OSError, ValueError),
-                send_request(
-                    address,
-                    peer.port,
-                    peer.token,
-                    request,
-                    connect_timeout=CONNECT_SECONDS,
-                    timeout=ANSWER_SECONDS,
-                ) as stream,
-            ):
-                answer: State = json.loads(stream.readline(LONGEST_ANSWER))
-                return answer
-        return None
-
-    def _ask_all(self, ranks: Iterable[int], **request: object) -> dict[int, State | None]:
-        ranks = list(ranks)
-        with ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
-            return dict(zip(ranks, pool.map(lambda rank: self._ask(rank, **request), ranks), strict=True))
+        return {}
 
     # A stall.
 
@@ -179,7 +133,7 @@ class Watchdog:
         try:
             for first in range(0, self._rank, CONCURRENT_REQUESTS):
                 lower = range(first, min(first + CONCURRENT_REQUESTS, self._rank))
-                if any(answer is not None for answer in self._ask_all(lower, what="stalled").values()):
+                if any(answer is not None for answer in self._peers.ask_all(lower, what="stalled").values()):
                     return  # the lowest rank that answers continues from here
             self._collect_and_end()
         finally:
@@ -189,14 +143,14 @@ class Watchdog:
         """Collects all states and ends the job, unless another rank makes progress; no lower rank has answered."""
         states: dict[int, State | None] = dict.fromkeys(range(self._rank))
         states[self._rank] = self._state()
-        states |= self._ask_all(range(self._rank + 1, len(self._peers)), what="state")
+        states |= self._peers.ask_all(range(self._rank + 1, len(self._peers)), what="state")
         idle = min(state["idle"] for state in states.values() if state)
         answering = [rank for rank, state in states.items() if state and rank != self._rank]
         if (
             idle < self._limit() - 2 * self._interval
         ):  # another rank works, on its share of the test set for instance
             self._last_progress = max(self._last_progress, time.monotonic() - idle)
-            self._ask_all(answering, what="moved", idle=idle)
+            self._peers.ask_all(answering, what="moved", idle=idle)
         elif not self._closed.is_set():
             self._end_job(states, answering)
 
@@ -204,11 +158,13 @@ class Watchdog:
         timer = threading.Timer(REPORT_SECONDS, os._exit, [1])  # in case nobody reads stderr
         timer.daemon = True
         timer.start()
-        sys.stderr.write(report(states, [peer.host for peer in self._peers], self._limit()))
+        sys.stderr.write(report(states, self._peers.hosts, self._limit(), self._remedy))
         sys.stderr.flush()
-        self._ask_all(answering, what="end")
+        self._peers.ask_all(answering, what="end")
         os._exit(1)
 
 
-def _start_thread(target: Any) -> None:
-    threading.Thread(target=target, name="hvd_adam.watchdog", daemon=True).start()
+def _start_thread(target: Callable[[], None]) -> threading.Thread:
+    thread = threading.Thread(target=target, name="hvd_adam.watchdog", daemon=True)
+    thread.start()
+    return thread

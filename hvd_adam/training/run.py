@@ -27,6 +27,10 @@ from hvd_adam.training.builders import build_model, make_adam, make_loader, make
 from hvd_adam.training.precision import loss_scaler, make_deterministic
 from hvd_adam.training.run_dir import ResumePoint
 
+STALL_REMEDY = (
+    "The same command resumes from the last checkpoint; if the job was only slow, use a longer --stall-timeout"
+)
+
 
 @dataclass(frozen=True)
 class BatchSizes:
@@ -115,7 +119,7 @@ def build_run(config: TrainConfig, memory: InMemoryCheckpoint | None, resources:
         make_deterministic()
     defer_horovod_stall_shutdown(config.stall_timeout)
     cluster = init(config.device)
-    watchdog = Watchdog(cluster, config.stall_timeout)
+    watchdog = Watchdog(cluster, config.stall_timeout, STALL_REMEDY)
     resources.callback(watchdog.close)
     preemption = Preemption(cluster, config.max_time, None if memory is None else memory.hosts_changed)
     require_same(cluster, "arguments", asdict(config))
