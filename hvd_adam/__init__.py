@@ -13,13 +13,15 @@ if TYPE_CHECKING:
     from hvd_adam.distributed.api import distribute
     from hvd_adam.distributed.context import Cluster, init
     from hvd_adam.optim.adam import Adam
+    from hvd_adam.recovery.guard import guard
 
-__all__ = ["Adam", "Cluster", "distribute", "init"]
+__all__ = ["Adam", "Cluster", "distribute", "guard", "init"]
 
 _MODULES = {
     "Adam": "optim.adam",
     "Cluster": "distributed.context",
     "distribute": "distributed.api",
+    "guard": "recovery.guard",
     "init": "distributed.context",
 }
 

@@ -15,8 +15,8 @@ from hypothesis import settings
 
 LONGEST = (
     "test_images test_train test_slurm test_resume test_readme test_doctor test_kernels test_zero_equivalence "
-    "test_bench test_hosts test_failures test_distribute_average test_elastic test_crash_matrix test_cluster "
-    "test_adam test_launch"
+    "test_bench test_hosts test_failures test_guard test_distribute_average test_elastic test_crash_matrix "
+    "test_cluster test_adam test_launch"
 ).split()
 
 MARK_OF_MODULE = {

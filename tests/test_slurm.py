@@ -2,8 +2,8 @@
 
 Hazards: ranks do not connect; another launcher than the requested one is used; the time limit, another job, the
 administrator or a failed node ends a job permanently; a job is requeued twice, or does not resume; a cancelled job
-restarts; srun loses a rank's exit code among those of the ranks that it kills; tasks of an array write into one
-folder.
+restarts; srun loses a rank's exit code among those of the ranks that it kills, or lets ranks wait for ever for one
+that failed; tasks of an array write into one folder.
 """
 
 import json
@@ -22,6 +22,15 @@ pytestmark = pytest.mark.skipif(skip_reason() is not None, reason=f"no Slurm for
 
 RANKS = 4
 OPTIONS = "--model paced:build --precision fp64 --log-every 1 --checkpoint-every 10".split()
+SCRIPT_WITH_GUARD = """import torch, horovod.torch as hvd
+from hvd_adam import guard, init
+cluster = init()
+with guard(cluster):
+    for update in range(9):
+        if update == 5 and cluster.rank == 2:
+            raise ArithmeticError("the first cause")
+        hvd.allreduce(torch.zeros(1), name="loss")
+"""
 TWO_BY_TWO = ("--nodes=2", "--ntasks-per-node=2")
 
 
@@ -109,6 +118,19 @@ def test_doctor_passes_in_a_job_that_srun_started(cluster, tmp_path):
     # Not all of them: the measurements may warn on a busy machine.
     for name in ("launcher", "network", "Horovod starts", "versions", "MPI"):
         assert checks[name]["status"] == "ok", checks[name]
+
+
+def test_an_exception_in_a_script_ends_ranks_that_srun_does_not_end(cluster, tmp_path):
+    (tmp_path / "mine.py").write_text(SCRIPT_WITH_GUARD)
+    srun = f"srun --mpi=pmix --kill-on-bad-exit=0 {sys.executable} {tmp_path}/mine.py"
+    options = [*TWO_BY_TWO, f"--output={cluster.folder}/%j.log", f"--wrap={srun}"]
+    job = cluster.slurm.submit(*options, environ={"PYTHONPATH": str(ROOT)}, folder=ROOT)
+    assert cluster.slurm.wait_for_state(job, "FAILED") == "FAILED"
+    log = cluster.log(job)
+    assert cluster.code(job) == 1, log
+    assert log.count("Traceback") == 1, log
+    assert "mine.py:7: rank 2 on node2 failed: ArithmeticError('the first cause')\n" in log
+    assert "HorovodInternalError" not in log
 
 
 def test_job_resumes_exactly_after_requeue_preemption_and_node_failure(cluster, tmp_path):
