@@ -2,6 +2,7 @@
 
 Hazards covered:
 - a bad value is accepted, or one that PyTorch accepts is refused;
+- an argument of PyTorch's Adam or AdamW is missing, or has no effect;
 - a refused call leaves the optimizer half changed;
 - state is missing before the first step, so that a broadcast has to fake one;
 - a state dictionary loses or changes something on its way to torch.optim or back, or its tensors stay shared;
@@ -78,10 +79,139 @@ def test_signature_is_the_documented_one():
     assert [f"{p.name}={p.default}" for p in signature.parameters.values() if p.default is not p.empty] == [
         *("lr=0.001", "betas=(0.9, 0.999)", "eps=1e-08", "weight_decay=0.0", "amsgrad=False"),
         *("decoupled_weight_decay=False", "maximize=False", "implementation=auto"),
-        *("master_weights=False", "stochastic_rounding=False"),
+        *("master_weights=False", "stochastic_rounding=False", "foreach=None", "fused=None"),
+        *("capturable=False", "differentiable=False"),
     ]
     assert signature.parameters["amsgrad"].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
     assert signature.parameters["decoupled_weight_decay"].kind is inspect.Parameter.KEYWORD_ONLY
+
+
+def arguments(optimizer):
+    return list(inspect.signature(optimizer.__init__).parameters.values())[1:]
+
+
+@pytest.mark.parametrize("theirs", [torch.optim.Adam, torch.optim.AdamW])
+def test_every_argument_of_torch_is_taken_in_the_same_place_with_the_same_default(theirs):
+    ours = {p.name: p for p in arguments(Adam)}
+    missing = [p.name for p in arguments(theirs) if p.name not in ours]
+    assert not missing, (
+        f"torch.optim.{theirs.__name__} of PyTorch {torch.__version__} takes {', '.join(missing)}, and Adam does "
+        "not: take these arguments, or refuse them with a remedy as `capturable` is refused"
+    )
+    assert [p.name for p in ours.values() if p.kind is p.POSITIONAL_OR_KEYWORD] == [
+        p.name for p in arguments(theirs) if p.kind is p.POSITIONAL_OR_KEYWORD
+    ]
+    differing = {
+        p.name for p in arguments(theirs) if (p.kind, p.default) != (ours[p.name].kind, ours[p.name].default)
+    }
+    assert differing == ({"weight_decay"} if theirs is torch.optim.AdamW else set())
+
+
+@pytest.mark.parametrize("theirs", [torch.optim.Adam, torch.optim.AdamW])
+def test_default_arguments_of_torch_train_as_torch_does(theirs):
+    defaults = {p.name: p.default for p in arguments(theirs) if p.default is not p.empty}
+    if theirs is torch.optim.AdamW:
+        defaults["decoupled_weight_decay"] = True
+    p, q = parameters(torch.float64), parameters(torch.float64)
+    train(theirs(q), 0, 3)
+    train(Adam(p, **defaults), 0, 3)
+    for ours, expected in zip(p, q, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "implementation"),
+    [
+        *(
+            ({"foreach": True}, "foreach"),
+            ({"fused": True}, "fused"),
+            ({"foreach": True, "fused": False}, "foreach"),
+        ),
+        *(({"foreach": None, "fused": None}, "auto"), ({"foreach": False, "fused": False}, "auto")),
+        *(({"fused": True, "foreach": False}, "fused"), ({"fused": True, "implementation": "auto"}, "fused")),
+        *(({"fused": True, "implementation": "fused"}, "fused"), ({"fused": 1}, "fused")),
+        ({"foreach": None, "fused": False, "implementation": "reference"}, "reference"),
+        ({"capturable": False, "differentiable": None}, "auto"),
+    ],
+    ids=str,
+)
+def test_names_of_implementations_in_torch_choose_ours(options, implementation):
+    in_group = Adam([{"params": parameters(), **options}])
+    for optimizer in (Adam(parameters(), **options), in_group):
+        assert optimizer.param_groups[0]["implementation"] == implementation
+    assert Adam(parameters(), **options).defaults["implementation"] == implementation
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"foreach": True, "fused": True}, "`fused` and `foreach` cannot be `True` together"),
+        ({"fused": True, "implementation": "foreach"}, "implementation='foreach' and fused=True contradict"),
+        (
+            {"foreach": True, "implementation": "reference"},
+            "implementation='reference' and foreach=True contradict",
+        ),
+        ({"fused": False, "implementation": "fused"}, "implementation='fused' and fused=False contradict"),
+        ({"capturable": True}, r"capturable=True is not supported: .*capture forward and backward only"),
+        ({"differentiable": True}, r"differentiable=True is not supported: .*use torch\.optim\.Adam"),
+    ],
+    ids=str,
+)
+def test_arguments_of_torch_that_cannot_be_followed_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Adam(parameters(), **options)
+    optimizer = Adam(parameters()[:1])
+    group = {"params": parameters()[1:], **options}
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group(group)
+    assert len(optimizer.param_groups) == len(optimizer.state) == 1
+    assert group.keys() == {"params", *options}
+
+
+@pytest.mark.parametrize(
+    ("default", "options", "implementation"),
+    [
+        *(("foreach", {"fused": True}, "fused"), ("fused", {"foreach": True}, "foreach")),
+        *(("fused", {"fused": False}, "auto"), ("foreach", {"foreach": False}, "auto")),
+        *(("foreach", {"fused": False}, "foreach"), ("reference", {"foreach": None}, "reference")),
+        ("fused", {"fused": None, "foreach": None}, "fused"),
+        ("fused", {"implementation": "reference", "fused": False}, "reference"),
+    ],
+    ids=str,
+)
+def test_a_groups_own_choice_precedes_the_constructors(default, options, implementation):
+    optimizer = Adam([{"params": parameters(), **options}], implementation=default)
+    assert optimizer.param_groups[0]["implementation"] == implementation
+
+
+def test_groups_of_an_optimizer_of_torch_are_taken():
+    theirs = torch.optim.Adam(parameters(), lr=0.5, foreach=True)
+    (group,) = Adam(theirs.param_groups).param_groups
+    assert (group["lr"], group["implementation"], group["foreach"]) == (0.5, "foreach", True)
+
+
+def test_positional_arguments_mean_what_they_mean_in_torch():
+    given = (0.1, (0.8, 0.95), 1e-6, 0.1, True)
+    ours, theirs = Adam(parameters(), *given).defaults, torch.optim.Adam(parameters(), *given).defaults
+    assert {key: ours[key] for key in ours.keys() & theirs.keys()} == {
+        key: theirs[key] for key in ours.keys() & theirs.keys()
+    }
+    with pytest.raises(TypeError):
+        Adam(parameters(), *given, True)
+
+
+def test_parameters_of_a_lazy_module_are_refused_until_they_have_a_shape():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LazyLinear(3))
+    with pytest.raises(ValueError, match=r"parameter 2 is of a lazy module: run one batch through the model"):
+        Adam(model.parameters())
+    optimizer = Adam(model[0].parameters())
+    with pytest.raises(ValueError, match=r"parameter 0 is of a lazy module"):
+        optimizer.add_param_group({"params": model[1].parameters()})
+    assert len(optimizer.param_groups) == 1
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.add_param_group({"params": model[1].parameters()})
+    optimizer.step()
+    assert all(state["step"].item() == 1 for state in optimizer.state.values())
 
 
 @pytest.mark.parametrize(
@@ -120,10 +250,24 @@ def test_values_that_torch_rejects_are_rejected(bad):
         Adam([{"params": parameters(), **bad}])
 
 
-@pytest.mark.parametrize("betas", [(0.9,), (0.9, 0.99, 0.999), (0, 0.999), (torch.tensor(0.9), 0.999)], ids=str)
-def test_betas_must_be_two_floats(betas):
-    with pytest.raises(ValueError, match="betas must be two floats"):
+@pytest.mark.parametrize(
+    "betas",
+    [
+        *((0.9,), (0.9, 0.99, 0.999), (0, 0.999), (torch.tensor(0.9), 0.999), (0.9, torch.tensor(0.999))),
+        (torch.tensor(0.9),),
+    ],
+    ids=str,
+)
+def test_betas_must_be_two_floats_or_two_tensors(betas):
+    with pytest.raises(ValueError, match="betas must be two floats, or two tensors"):
         Adam(parameters(), betas=betas)
+
+
+def test_tensor_betas_must_have_one_element_and_a_value_in_range():
+    with pytest.raises(ValueError, match="Tensor betas must be 1-element"):
+        Adam(parameters(), betas=(torch.tensor([0.9, 0.9]), torch.tensor(0.999)))
+    with pytest.raises(ValueError, match="Invalid beta parameter at index 1"):
+        Adam(parameters(), betas=(torch.tensor(0.9), torch.tensor(1.0)))
 
 
 @pytest.mark.parametrize("implementation", ["turbo", None])
@@ -194,7 +338,19 @@ def test_parameters_are_accepted_in_the_forms_that_torch_accepts():
         torch.optim.Adam(model.named_parameters())
     except TypeError:
         return  # this PyTorch has no named parameters
-    assert Adam(model.named_parameters()).param_groups[0]["param_names"] == ["weight", "bias"]
+    optimizer = Adam(model.named_parameters())
+    assert optimizer.param_groups[0]["param_names"] == ["weight", "bias"]
+    train(optimizer, 0, 1)
+    theirs = torch.optim.Adam(model.named_parameters())
+    theirs.load_state_dict(snapshot(optimizer))
+    optimizer.load_state_dict(theirs.state_dict())
+    assert optimizer.param_groups[0]["param_names"] == ["weight", "bias"]
+    assert optimizer.state[model.weight]["step"].item() == 1
+    again = type("Adam", (Adam,), {})(optimizer.param_groups)
+    assert again.param_groups[0]["param_names"] == ["weight", "bias"]
+    with pytest.raises(ValueError, match="with/without names"):
+        optimizer.add_param_group({"params": parameters()})
+    assert len(optimizer.param_groups) == 1
 
 
 def test_state_exists_from_construction_on_for_trained_parameters():
@@ -322,6 +478,26 @@ def test_tensor_learning_rate_is_read_on_every_step(implementation, shape):
         train(with_tensor, step, step + 1)
         train(with_float, step, step + 1)
     assert_same(by_tensor, by_float)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_tensor_betas_are_read_on_every_step(implementation, shape):
+    betas = tuple(torch.full(shape, beta, dtype=torch.float64) for beta in (0.8, 0.95))
+    by_tensor, by_float = (parameters(torch.float64) for _ in range(2))
+    with_tensors = Adam(by_tensor, betas=betas, implementation=implementation)
+    with_floats = Adam(by_float, betas=(0.8, 0.95), implementation=implementation)
+    for step in range(4):
+        betas[0].fill_(0.8 - step / 10)
+        with_floats.param_groups[0]["betas"] = (betas[0].item(), 0.95)
+        train(with_tensors, step, step + 1)
+        train(with_floats, step, step + 1)
+    assert_same(by_tensor, by_float)
+    file = io.BytesIO()
+    torch.save(with_tensors.state_dict(), file)
+    file.seek(0)
+    with_floats.load_state_dict(torch.load(file, weights_only=True))
+    assert with_floats.param_groups[0]["betas"] == (betas[0].item(), 0.95)
 
 
 SCHEDULERS = {
@@ -469,6 +645,9 @@ def test_options_of_other_optimizers_are_kept_and_have_no_effect():
     train(marked, 0, 3)
     assert_same(values(marked), values(plain))
     assert foreign.items() <= marked.state_dict()["param_groups"][0].items()
+    (group,) = type("Adam", (Adam,), {})(marked.param_groups).param_groups  # as Horovod does
+    assert foreign.items() <= group.items()
+    assert group["implementation"] == "auto"
 
 
 def test_options_that_a_saved_group_lacks_keep_this_optimizers_values():

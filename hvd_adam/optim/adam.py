@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hvd_adam.optim import validation
+from hvd_adam.optim.implementation import choose_group_implementation, choose_implementation
 from hvd_adam.optim.optimizer_state import (
     Group,
     complete_loaded_groups,
@@ -28,23 +29,20 @@ Params = Iterable[Tensor] | Iterable[Group] | Iterable[tuple[str, Tensor]]
 class Adam(PlainOptimizer):
     """Adam (Kingma & Ba, arXiv 1412.6980, algorithm 1) with the interface of ``torch.optim.Adam``.
 
-    With ``decoupled_weight_decay`` it is AdamW (Loshchilov & Hutter, arXiv 1711.05101, algorithm 2), with
-    ``amsgrad`` AMSGrad (Reddi, Kale & Kumar 2018, algorithm 2). State is kept in each parameter's own
-    dtype, half precision included, as in PyTorch: two tensors of the parameter's size (three with
-    ``amsgrad``) and a step count. It exists from construction on for every parameter that requires
-    a gradient. A step takes O(n) time for n elements. Every hyper-parameter is kept in the parameter groups,
-    where it may be changed between steps. ``state_dict`` is interchangeable with those of ``torch.optim.Adam``
-    and ``AdamW``. The step count is a float32 and exact up to 2**24 steps, where every bias correction has long
-    been 1.
+    With ``decoupled_weight_decay`` it is AdamW (Loshchilov & Hutter, arXiv 1711.05101, algorithm 2), whose default
+    in PyTorch is ``weight_decay=0.01``; with ``amsgrad`` AMSGrad (Reddi, Kale & Kumar 2018, algorithm 2). State is
+    kept in each parameter's own dtype, half precision included, as in PyTorch: two tensors of the parameter's size
+    (three with ``amsgrad``) and a step count. It exists from construction on for every parameter that requires a
+    gradient. A step takes O(n) time for n elements. Every hyper-parameter is kept in the parameter groups, where
+    it may be changed between steps. ``state_dict`` is interchangeable with those of ``torch.optim.Adam`` and
+    ``AdamW``. The step count is a float32 and exact up to 2**24 steps, where every bias correction is 1.
 
     Args:
         params: parameters, or dictionaries of groups, or (name, parameter) pairs where PyTorch accepts them.
             Real floating point, dense, on any mixture of devices and dtypes.
-        lr: learning rate α, at least 0. A 1-element tensor is read on every step; on a GPU each read
-            waits for the device.
-        betas: decay rates of the moments, floats in [0, 1).
-        eps: ε, added to the root of the second moment, at least 0. In float16 everything below 6e-8 is 0,
-            including the default.
+        lr: learning rate α, at least 0. A 1-element tensor is read on every step; each read waits for a GPU.
+        betas: decay rates of the moments in [0, 1): floats, or 1-element tensors, which are read like ``lr``.
+        eps: ε, at least 0, added to the root of the second moment. In float16 the default is 0 (below 6e-8).
         weight_decay: λ, at least 0.
         amsgrad: divide by the largest second moment so far.
         decoupled_weight_decay: shrink the parameters by lr · weight_decay instead of adding
@@ -60,10 +58,14 @@ class Adam(PlainOptimizer):
             the parameters' dtype, "fused" one compiled pass over flat buffers (``optim.flat_storage``: parameters,
             gradients and state become views of them), "auto" picks: fused on a GPU, and from 2**20 elements on
             elsewhere. Without a compiler (Triton on a GPU) it warns and uses foreach.
+        foreach: as in PyTorch: True is ``implementation="foreach"``; False and None leave the choice to that.
+        fused: as in PyTorch: True is ``implementation="fused"``; False and None leave the choice to that.
+        capturable: only False: a step cannot be captured in a CUDA graph.
+        differentiable: only False: a step is not recorded for gradients.
 
     Raises:
-        ValueError: a hyper-parameter out of range, a complex or sparse parameter, an unknown implementation,
-            both ``master_weights`` and ``stochastic_rounding``.
+        ValueError: a hyper-parameter out of range, a complex, sparse or lazy parameter, an unknown implementation,
+            or arguments that exclude each other.
     """
 
     _source: dict[str, Any] | None = None  # the state dictionary that load_state_dict is loading
@@ -72,7 +74,7 @@ class Adam(PlainOptimizer):
         self,
         params: Params,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         amsgrad: bool = False,
@@ -82,19 +84,16 @@ class Adam(PlainOptimizer):
         implementation: str = "auto",
         master_weights: bool = False,
         stochastic_rounding: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "amsgrad": amsgrad,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "maximize": maximize,
-            "master_weights": master_weights,
-            "stochastic_rounding": stochastic_rounding,
-            "implementation": implementation,
-        }
+        choices = {"foreach": foreach, "fused": fused, "capturable": capturable, "differentiable": differentiable}
+        defaults: Group = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
+        defaults |= {"decoupled_weight_decay": decoupled_weight_decay, "maximize": maximize}
+        defaults |= {"master_weights": master_weights, "stochastic_rounding": stochastic_rounding}
+        defaults["implementation"] = choose_implementation(implementation, choices)
         validation.check_hyper_parameters(defaults)
         super().__init__(params, defaults)
 
@@ -102,11 +101,12 @@ class Adam(PlainOptimizer):
         """Adds a group of parameters and creates their state.
 
         Args:
-            param_group: "params" and any hyper-parameters; missing ones have the constructor's values.
+            param_group: "params" and any arguments of the constructor; missing ones have its values.
 
         Raises:
             ValueError: as the constructor; the optimizer is then unchanged.
         """
+        choose_group_implementation(param_group, self.defaults)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:

@@ -97,7 +97,7 @@ def scalars(group: Mapping[str, Any], step: float) -> Scalars:
     With c₁ = 1−β₁ᵗ and c₂ = 1−β₂ᵗ the update α·(m/c₁) / (√(v/c₂) + ε) is (α·√c₂/c₁)·m / (√v + ε·√c₂), the
     form at the end of section 2 of Kingma & Ba, arXiv 1412.6980, with their ε̂ = ε·√c₂.
     """
-    beta1, beta2 = group["betas"]
+    beta1, beta2 = map(float, group["betas"])
     lr, weight_decay = float(group["lr"]), group["weight_decay"]
     root = (1 - beta2**step) ** 0.5
     decay = -weight_decay * lr if group["decoupled_weight_decay"] else weight_decay

@@ -40,7 +40,7 @@ def update_reference(lists: TensorLists, group: Group, grad_scale: Tensor | None
         group: the hyper-parameters.
         grad_scale: multiplies the gradients; 0-dimensional; None for 1.
     """
-    beta1, beta2 = group["betas"]
+    beta1, beta2 = map(float, group["betas"])
     thetas = _thetas(lists, group, torch.float64)
     maxima: Sequence[Tensor | None] = lists.max_exp_avg_sqs or [None] * len(lists.params)
     columns = (thetas, lists.grads, lists.exp_avgs, lists.exp_avg_sqs, maxima, lists.steps)
@@ -77,7 +77,7 @@ def update_foreach(lists: TensorLists, group: Group, grad_scale: Tensor | None) 
         grad_scale: multiplies the gradients; 0-dimensional; None for 1.
     """
     lr, weight_decay = float(group["lr"]), group["weight_decay"]
-    beta1, beta2 = group["betas"]
+    beta1, beta2 = map(float, group["betas"])
     thetas = _thetas(lists, group, torch.float32)
     grads: list[Tensor] | tuple[Tensor, ...] = [
         g.to(m.dtype) for g, m in zip(lists.grads, lists.exp_avgs, strict=True)

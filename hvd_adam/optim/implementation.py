@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from hvd_adam.optim import fused
+from hvd_adam.optim import fused, validation
 from hvd_adam.optim.expression import KernelSpec
 from hvd_adam.optim.optimizer_state import Group, moment_dtype, rounding
 
@@ -16,6 +16,67 @@ AUTO_FUSED_ELEMENTS = 1 << 20
 
 # The options that decide about layout and kernels.
 _LAYOUT_OPTIONS = ("implementation", "amsgrad", "decoupled_weight_decay", "master_weights", "stochastic_rounding")
+
+
+# What torch.optim.Adam calls its implementations, and what it can do and `Adam` cannot, with the remedy.
+_NAMES_OF_TORCH = ("foreach", "fused")
+_REFUSED = {
+    "capturable": "learning rate and step count are numbers of the host; capture forward and backward only, with "
+    "capturable=False, and call step() after each replay",
+    "differentiable": "step() changes the parameters in place and is not recorded; use torch.optim.Adam to "
+    "differentiate through an update",
+}
+
+
+def choose_implementation(implementation: str, choices: Mapping[str, object]) -> str:
+    """Returns the implementation that `implementation` and the arguments of ``torch.optim.Adam`` name together.
+
+    Args:
+        implementation: the argument of `Adam`.
+        choices: values of "foreach", "fused", "capturable" and "differentiable"; missing ones are None.
+
+    Raises:
+        ValueError: they exclude each other, the implementation is unknown, or one is refused.
+    """
+    validation.check_implementation(implementation)
+    for name, remedy in _REFUSED.items():
+        if choices.get(name):
+            raise ValueError(f"{name}=True is not supported: {remedy}")
+    named = [name for name in _NAMES_OF_TORCH if choices.get(name)]
+    if len(named) > 1:
+        raise ValueError("`fused` and `foreach` cannot be `True` together.")
+    if implementation == "auto":
+        return named[0] if named else implementation
+    for name in _NAMES_OF_TORCH:
+        value = choices.get(name)
+        excluded = name == implementation and value is not None and not value
+        if excluded or (value and name != implementation):
+            raise ValueError(f"implementation={implementation!r} and {name}={value!r} contradict: leave out one")
+    return implementation
+
+
+def choose_group_implementation(group: Group, defaults: Group) -> None:
+    """Sets the implementation of a new group that has arguments of ``torch.optim.Adam``.
+
+    The group's own arguments take precedence over the constructor's. In a group that has every hyper-parameter,
+    such as one of another `Adam` that has loaded a state of ``torch.optim.Adam``, they have no effect.
+
+    Args:
+        group: the group, changed in place.
+        defaults: the constructor's hyper-parameters.
+
+    Raises:
+        ValueError: as `choose_implementation`; the group is then unchanged.
+    """
+    if not isinstance(group, dict) or defaults.keys() <= group.keys():  # PyTorch refuses what is no dictionary
+        return
+    choices = {name: group[name] for name in (*_NAMES_OF_TORCH, *_REFUSED) if name in group}
+    if not choices:
+        return
+    inherited = defaults["implementation"]
+    overridden = any(choices.get(name) for name in _NAMES_OF_TORCH) or choices.get(inherited) is not None
+    own = {"implementation": "auto" if overridden else inherited, **group}
+    group["implementation"] = choose_implementation(own["implementation"], choices)
 
 
 def layout_signature(groups: Sequence[Group]) -> list[tuple[object, ...]]:

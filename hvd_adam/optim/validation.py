@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from hvd_adam.optim.optimizer_state import Group
 
@@ -28,8 +29,10 @@ def check_hyper_parameters(group: Group) -> None:
         raise ValueError(f"Invalid learning rate: {lr}")
     if not group["eps"] >= 0.0:
         raise ValueError(f"Invalid epsilon value: {group['eps']}")
-    if len(betas) != 2 or not all(isinstance(beta, float) for beta in betas):
-        raise ValueError(f"betas must be two floats, but got {betas}")
+    if len(betas) != 2 or not any(all(isinstance(beta, kind) for beta in betas) for kind in (float, Tensor)):
+        raise ValueError(f"betas must be two floats, or two tensors, but got {betas}")
+    if any(isinstance(beta, Tensor) and beta.numel() != 1 for beta in betas):
+        raise ValueError(f"Tensor betas must be 1-element, but are {betas}")
     for i, beta in enumerate(betas):
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
@@ -52,12 +55,17 @@ def check_implementation(implementation: object) -> None:
 
 
 def check_parameters(params: list[Tensor]) -> None:
-    """Checks that parameters are dense and real.
+    """Checks that parameters have a shape, and are dense and real.
 
     Raises:
-        ValueError: one is sparse or complex.
+        ValueError: one is uninitialized, sparse or complex.
     """
     for i, p in enumerate(params):
+        if is_lazy(p):
+            raise ValueError(
+                f"Adam needs the shapes of all parameters, but parameter {i} is of a lazy module: run one batch "
+                "through the model before the optimizer is built"
+            )
         if p.layout != torch.strided:
             raise ValueError(f"Adam does not support sparse parameters, but parameter {i} is {p.layout}")
         if p.is_complex():
