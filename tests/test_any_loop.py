@@ -5,7 +5,9 @@ states and numbers of calls that part between ranks in silence; gradients that a
 float16 norms; a loss scaler with two optimizers; passes that an exception ends.
 """
 
+import copy
 import gc
+import io
 import warnings
 
 import pytest
@@ -304,3 +306,57 @@ def test_a_loss_scaler_of_two_optimizers_unscales_each_by_the_scale_of_its_loss(
         ]
         assert moments == [pytest.approx([0.1, 0.1])]
         assert scaler.get_scale() == 2.0**15
+
+
+@on_ranks(1, 2)
+@each_strategy
+@pytest.mark.parametrize("implementation", ["reference", "foreach", "fused"])
+@pytest.mark.parametrize("options", [{}, {"master_weights": True, "amsgrad": True}, {"stochastic_rounding": True}])
+def test_the_default_device_of_the_process_does_not_matter(cluster, strategy, implementation, options):
+    torch.manual_seed(0)
+    model, inputs = torch.nn.Linear(6, 5).bfloat16(), torch.ones(3, 6).bfloat16()
+    torch.set_default_device("meta")  # on which no value exists
+    try:
+        adam = Adam(model.parameters(), implementation=implementation, maximize=True, **options)
+        optimizer = distribute(adam, model, strategy=strategy, max_grad_norm=0.1, accumulate=2)
+        with optimizer.join():
+            for _ in range(4):
+                optimizer.zero_grad()
+                model(inputs).sum().backward()
+                optimizer.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+        optimizer.broadcast()
+        optimizer.synchronize()
+    finally:
+        torch.set_default_device("cpu")
+    assert optimizer.skipped_updates == 0
+    assert not torch.equal(model.weight, torch.zeros(()))
+    assert same_everywhere(everything(model, optimizer))
+
+
+@on_ranks(1, 2)
+@each_strategy
+def test_a_part_of_the_model_is_saved_and_copied_at_its_own_size(cluster, strategy):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(12)))
+    optimizer = distribute(Adam(model.parameters(), implementation="fused"), model, strategy=strategy)
+    model(torch.ones(2, 64)).sum().backward()
+    optimizer.step()
+
+    def size(saved):
+        file = io.BytesIO()
+        torch.save(saved, file)
+        return file.tell()
+
+    part = torch.nn.Linear(64, 64)
+    slack = 64 * 3  # the storages' names in the archive are longer, and records are padded to 64 bytes
+    assert size(model[10].state_dict()) <= size(part.state_dict()) + slack
+    assert size(model[10].weight) <= size(part.weight) + slack
+    assert size(model[10].weight.grad) <= size(part.weight.detach()) + slack
+    assert size(copy.deepcopy(model[10]).state_dict()) <= size(part.state_dict()) + slack
+    model[10].state_dict()["weight"].fill_(3.0)  # still the parameter's memory
+    assert torch.all(model[10].weight == 3.0)
+    optimizer.zero_grad()
+    model(torch.ones(2, 64)).sum().backward()
+    optimizer.step()
+    assert not torch.any(model[10].weight == 3.0)

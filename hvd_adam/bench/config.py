@@ -17,6 +17,7 @@ Number = TypeVar("Number", int, float)
 
 # Prefix of the variants "hvd_adam-STRATEGY". Their list is in distributed.api, which imports torch.
 OURS = "hvd_adam-"
+DEFERRED = "-deferred"  # after the strategy: with defer_averaging, as `train` has it
 PEERS = ("horovod", "horovod-fused", "ddp-fused", "ddp-zero", "plain", "compute")
 
 # Models that `bench adam` takes its tensor shapes from, and its default workloads on a GPU.
@@ -176,7 +177,8 @@ class StepConfig(RanksConfig):
             UserError: an unknown variant.
         """
         peers = (peer for peer in PEERS if peer != "plain" or self.np == 1)
-        known = (*(OURS + strategy for strategy in strategies), *peers)
+        ours = (OURS + strategy + suffix for strategy in strategies for suffix in ("", DEFERRED))
+        known = (*ours, *peers)
         names = known if self.variants == "all" else _words(self.variants)
         for name in names:
             require(name in known, "variants", name, f"some of {', '.join(known)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hvd_adam.bench.config import OURS
+from hvd_adam.bench.config import DEFERRED, OURS
 from hvd_adam.bench.interleave import Measure
 from hvd_adam.bench.launchers import COLLECTIVE_TIMEOUT_SECONDS
 from hvd_adam.bench.timer import synchronizer, time_calls
@@ -80,8 +81,9 @@ def connect(variant: str, device: str, launch: LaunchInfo, folder: Path) -> Call
     """
     if variant.startswith(OURS):
         init(device)
-        strategy = variant.removeprefix(OURS)
-        return lambda model: (model, distribute(Adam(model.parameters(), LEARNING_RATE), model, strategy=strategy))
+        strategy, deferred = variant.removeprefix(OURS).removesuffix(DEFERRED), variant.endswith(DEFERRED)
+        wrap = functools.partial(distribute, strategy=strategy, defer_averaging=deferred)
+        return lambda model: (model, wrap(Adam(model.parameters(), LEARNING_RATE), model))
     if device == "cuda":
         torch.cuda.set_device(launch.rank)
     if variant == "compute":

@@ -156,7 +156,7 @@ def gather_rank_states(cluster: Cluster, own: dict[str, Any]) -> list[dict[str, 
     """
     if cluster.size == 1:
         return [own]
-    loss = torch.tensor(own["loss"], dtype=torch.float64).view(torch.uint8)
+    loss = torch.tensor(own["loss"], dtype=torch.float64, device="cpu").view(torch.uint8)
     parts = [own["cpu"], *([] if own["cuda"] is None else [own["cuda"]]), loss]  # of equal sizes on all ranks
     sizes = [part.numel() for part in parts]
     gathered = horovod().allgather(torch.cat(parts).unsqueeze(0), name="hvd_adam.ranks")

@@ -58,7 +58,7 @@ class DeviceLoader:
         self._shift, self._divisor = (self._per_channel(values) for values in (self.mean, self.std))
 
     def _per_channel(self, values: tuple[float, ...]) -> torch.Tensor:
-        scaled = torch.tensor(values, dtype=torch.float64) * 255
+        scaled = torch.tensor(values, dtype=torch.float64, device="cpu") * 255
         return scaled.to(self.device, self._working_dtype).view(1, -1, 1, 1)
 
     def steps_per_epoch(self, global_batch_size: int) -> int:

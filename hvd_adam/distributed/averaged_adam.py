@@ -19,8 +19,8 @@ from hvd_adam.distributed.gradients.lockstep import LOADED, UPDATES, Lockstep, f
 from hvd_adam.distributed.horovod_adapter import HorovodAdapter, move_step_hooks
 from hvd_adam.distributed.join import REDUCE, Join
 from hvd_adam.distributed.layout import DistributedLayout
-from hvd_adam.distributed.strategy import Strategy
-from hvd_adam.distributed.zero import ZeroStrategy
+from hvd_adam.distributed.strategies.allreduce import AllReduceStrategy
+from hvd_adam.distributed.strategies.zero import ZeroStrategy
 from hvd_adam.optim.adam import Adam, PlainOptimizer
 from hvd_adam.optim.parameter_store import States
 
@@ -62,7 +62,9 @@ class AveragedAdam(Adam):
         move_step_hooks(optimizer, self)
         prefix = collective_prefix()  # of the names of its collectives
         sharded = strategy == "sharded" and self._ranks > 1  # on one rank, the shard is the whole state
-        self._strategy = ZeroStrategy(prefix, self._parameters()[0].device) if sharded else Strategy(prefix)
+        self._strategy = (
+            ZeroStrategy(prefix, self._parameters()[0].device) if sharded else AllReduceStrategy(prefix)
+        )
         self._scaling = GradScaling(max_grad_norm, loss_scaler, skip_nonfinite)
         self._lockstep = Lockstep(self._rank, self._ranks)
         self._averager = GradientAverager(

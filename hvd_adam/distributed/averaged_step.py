@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hvd_adam.distributed.gradients.averager import GradientAverager
 from hvd_adam.distributed.gradients.grad_scaling import GradScaling, SkipCounter
-from hvd_adam.distributed.strategy import Strategy
+from hvd_adam.distributed.strategies.allreduce import AllReduceStrategy
 from hvd_adam.optim.fused import backend
 from hvd_adam.optim.parameter_store import ParameterStore
 
@@ -37,7 +37,7 @@ class AveragedStep:
         parameters: Callable[[], list[Tensor]],
         averager: GradientAverager,
         scaling: GradScaling,
-        strategy: Strategy,
+        strategy: AllReduceStrategy,
         store: ParameterStore,
     ) -> None:
         self._parameters, self._averager, self._scaling = parameters, averager, scaling

@@ -232,13 +232,23 @@ class _Scalar:
         if isinstance(own, torch.Tensor) and own.dtype == self.dtype:
             return own.fill_(self.value)
         on_device = parameters and self.device_type == parameters[0].device.type
-        return torch.tensor(self.value, dtype=self.dtype, device=parameters[0].device if on_device else None)
+        return torch.tensor(self.value, dtype=self.dtype, device=parameters[0].device if on_device else "cpu")
 
 
 def _packed(value: object) -> object:
+    if isinstance(value, tuple):  # betas
+        return tuple(map(_packed, value))
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         return _Scalar(value.item(), value.dtype, value.device.type)
     return value
+
+
+def _unpacked(value: object, own: object, parameters: list[torch.Tensor]) -> object:
+    """Returns a value that `_packed` has packed; tensors are this rank's own where they fit."""
+    if isinstance(value, tuple):
+        owns = own if isinstance(own, tuple) and len(own) == len(value) else (None,) * len(value)
+        return tuple(_unpacked(item, mine, parameters) for item, mine in zip(value, owns, strict=True))
+    return value.unpacked(own, parameters) if isinstance(value, _Scalar) else value
 
 
 def _state_layout(value: object) -> tuple[Any, ...]:
@@ -261,10 +271,8 @@ def _adopt_hyper_parameters(optimizer: torch.optim.Optimizer, hypers: list[dict[
         for key, value in hyper.items():
             if key == "params":
                 group[key] = own[key]
-            elif isinstance(value, _Scalar):
-                group[key] = value.unpacked(own.get(key), own["params"])
             else:
-                group[key] = value
+                group[key] = _unpacked(value, own.get(key), own["params"])
 
 
 def _adopt_state(optimizer: torch.optim.Optimizer, layouts: dict[int, dict[str, tuple[Any, ...]]]) -> None:

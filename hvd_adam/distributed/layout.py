@@ -14,7 +14,7 @@ from hvd_adam.distributed.gradients.compression import AdasumCompression
 from hvd_adam.distributed.gradients.lockstep import Lockstep
 from hvd_adam.distributed.gradients.reducer import BUCKET_BYTES, Reducer
 from hvd_adam.distributed.horovod_adapter import HorovodAdapter, prefixed
-from hvd_adam.distributed.strategy import Strategy
+from hvd_adam.distributed.strategies.allreduce import AllReduceStrategy
 from hvd_adam.errors import UserError
 from hvd_adam.optim.adam import Adam
 from hvd_adam.optim.optimizer_state import Group
@@ -40,7 +40,7 @@ class DistributedLayout:
 
     def __init__(
         self,
-        strategy: Strategy,
+        strategy: AllReduceStrategy,
         averager: GradientAverager,
         lockstep: Lockstep,
         *,

@@ -236,5 +236,5 @@ def update_arguments(
         buffers.master_param,
         _one(device, dtype) if grad_scale is None else grad_scale.to(device, dtype),
         torch.from_numpy(numbers).to(device),
-        torch.tensor(seed) if spec.rounding == "stochastic" else None,
+        torch.tensor(seed, device="cpu") if spec.rounding == "stochastic" else None,
     )

@@ -29,7 +29,7 @@ def signed_scale(group: Group, grad_scale: Tensor | None) -> Tensor | None:
     """Returns `grad_scale`, negated where the group maximizes."""
     if not group["maximize"]:
         return grad_scale
-    return torch.tensor(-1.0) if grad_scale is None else -grad_scale
+    return torch.tensor(-1.0, device="cpu") if grad_scale is None else -grad_scale
 
 
 def update_reference(lists: TensorLists, group: Group, grad_scale: Tensor | None) -> None:
@@ -146,7 +146,9 @@ def _store(lists: TensorLists, group: Group, thetas: list[Tensor]) -> None:
     if rounding(group, lists.params[0].dtype) == "stochastic":
         for p, theta, step, position in zip(lists.params, thetas, lists.steps, lists.positions, strict=True):
             wide = theta.float().contiguous().reshape(-1)
-            p.copy_(round_stochastically(wide, torch.tensor(rounding_seed(step, position))).view(p.shape))
+            p.copy_(
+                round_stochastically(wide, torch.tensor(rounding_seed(step, position), device="cpu")).view(p.shape)
+            )
     elif lists.masters:
         for p, master in zip(lists.params, lists.masters, strict=True):
             p.copy_(master)

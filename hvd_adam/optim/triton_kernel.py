@@ -159,7 +159,7 @@ def arguments(
         device_scale, host_scale = None, float(grad_scale)
     float64_scalars = None
     if param.dtype == torch.float64:
-        numbers = torch.tensor((host_scale, *scalars), dtype=torch.float64, pin_memory=param.is_cuda)
+        numbers = torch.tensor((host_scale, *scalars), dtype=torch.float64, device="cpu", pin_memory=param.is_cuda)
         float64_scalars = numbers.to(param.device, non_blocking=True)
     return {
         "param": param,

@@ -126,6 +126,6 @@ def check_loaded_state(state: dict[str, Any]) -> None:
                     f"loaded {key} of parameter {i} has shape {tuple(loaded[key].shape)}, "
                     f"but the parameter has shape {tuple(p.shape)}"
                 )
-        step = torch.as_tensor(loaded["step"])
+        step = torch.as_tensor(loaded["step"], device="cpu")
         if step.numel() != 1 or not step.item() >= 0:
             raise ValueError(f"loaded step of parameter {i} must be one count of at least 0, but is {step}")

@@ -75,7 +75,7 @@ class Preemption:
         if self._cluster.size > 1:
             import torch
 
-            flags = torch.tensor([self._wants_to_stop(), self._hosts_changed()], dtype=torch.int32)
+            flags = torch.tensor([self._wants_to_stop(), self._hosts_changed()], dtype=torch.int32, device="cpu")
             self._request = horovod().allreduce_async(flags, op=horovod().Sum, name="hvd_adam.stop")
 
     def should_stop(self) -> bool:

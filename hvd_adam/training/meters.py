@@ -42,7 +42,7 @@ class RunningMean:
 
     def load_state(self, total: float, samples: float) -> None:
         """Restores what `state` returned."""
-        self._sums.copy_(torch.tensor([total, samples], dtype=torch.float64))
+        self._sums.copy_(torch.tensor([total, samples], dtype=torch.float64, device="cpu"))
 
     def read(self) -> float:
         """Returns the mean over all ranks (NaN without samples) and resets it; every rank must call it."""

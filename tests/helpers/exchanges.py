@@ -2,7 +2,7 @@
 
 from contextlib import contextmanager
 
-from hvd_adam.distributed.zero import ZeroStrategy
+from hvd_adam.distributed.strategies.zero import ZeroStrategy
 
 
 @contextmanager

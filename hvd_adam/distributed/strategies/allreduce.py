@@ -1,4 +1,4 @@
-"""`Strategy`: what the strategies of `distribute` do differently; here as "allreduce" does it."""
+"""`AllReduceStrategy`: what the strategies of `distribute` do differently; here as "allreduce" does it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hvd_adam.optim.flat_storage import FlatStorage
 from hvd_adam.optim.parameter_store import ParameterStore, States
 
 
-class Strategy:
+class AllReduceStrategy:
     """Every rank has all averaged gradients and the whole optimizer state, and updates all parameters.
 
     Args:

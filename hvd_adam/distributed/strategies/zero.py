@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hvd_adam.distributed.broadcast import ROOT
 from hvd_adam.distributed.gradients.grad_scaling import norms_of_pieces
-from hvd_adam.distributed.strategy import Strategy
+from hvd_adam.distributed.strategies.allreduce import AllReduceStrategy
 from hvd_adam.optim.flat_storage import FlatStorage
 from hvd_adam.optim.parameter_store import States
 
@@ -28,14 +28,14 @@ from hvd_adam.optim.parameter_store import States
 _CARRIER = {torch.bfloat16: torch.float16}
 
 
-class ZeroStrategy(Strategy):
+class ZeroStrategy(AllReduceStrategy):
     """Sharded optimizer state; `distribute(strategy="sharded")` uses it on several ranks.
 
     `state[p]` then holds this rank's shard of each tensor: 1-dimensional, in the order of the parameter's memory,
     possibly empty. `state_dict` returns the whole state in the common format.
 
     Attributes:
-        exchanges: as in `Strategy`.
+        exchanges: as in `AllReduceStrategy`.
         loaded: whether `state` is whole on this rank, after load_state_dict.
     """
 

@@ -1,0 +1,1 @@
+"""What the strategies of `distribute` do differently."""
