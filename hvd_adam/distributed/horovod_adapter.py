@@ -56,10 +56,10 @@ class HorovodAdapter:
         compression: has the methods of `horovod.torch.Compression`; Horovod uses it for Adasum only.
         adasum: combine updates by Adasum instead of reducing gradients.
         buckets: the parameters of each bucket; None with Adasum and on one rank.
-        before_accumulation: called in backward before autograd adds to the gradient of a parameter, or None. It
-            calls `expect` on several ranks without Adasum.
-        bucket_complete: called in backward with the parameters of a bucket once `expect` has counted all of them.
-            Not called with Adasum.
+        before_accumulation: called in backward before autograd adds to the gradient of a parameter; returns
+            whether the gradient is complete then. None if nothing is to be called.
+        bucket_complete: called in backward with the parameters of a bucket once all of them are complete. Not
+            called with Adasum.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class HorovodAdapter:
         compression: object,
         adasum: bool,
         buckets: Buckets | None,
-        before_accumulation: Callable[[Tensor], None] | None,
+        before_accumulation: Callable[[Tensor], bool] | None,
         bucket_complete: Callable[[tuple[Tensor, ...]], None],
     ) -> None:
         hvd = horovod()
@@ -103,10 +103,6 @@ class HorovodAdapter:
     def in_flight(self) -> bool:
         """Whether Adasum has gradients or updates in flight."""
         return bool(self._wrapper._handles)
-
-    def expect(self, p: Tensor, *, counts: bool) -> None:
-        """Prepares the wrapper's hook, which runs next, to count the gradient of `p` as complete, or not to."""
-        self._wrapper._allreduce_delay[p] = 1 if counts else 2  # the hook subtracts one, and counts at zero
 
     def has_hook(self, parameter: Tensor) -> bool:
         """Returns whether backward reports the gradient of a parameter."""
@@ -192,15 +188,21 @@ class HorovodAdapter:
         self._add_pre_hooks(names)
 
     def _add_pre_hooks(self, parameters: Iterable[Tensor]) -> None:
-        before = self._refuse_second_pass if self._adasum else self._before_accumulation
-        if before is None:
+        before = self._refuse_second_pass if self._adasum else self._prepare_hook
+        if before == self._prepare_hook and self._before_accumulation is None:
             return
         for parameter in parameters:
             accumulator = _accumulator(parameter)
-            hook = functools.partial(_call_with, before, parameter)
+            hook = functools.partial(before, parameter)
             self._pre_hooks.append((accumulator.register_prehook(hook), accumulator))
 
-    def _refuse_second_pass(self, p: Tensor) -> None:
+    def _prepare_hook(self, p: Tensor, *_: object) -> None:
+        assert self._before_accumulation is not None
+        complete = self._before_accumulation(p)
+        # The wrapper's hook, which runs next, subtracts one. At zero it counts the gradient as complete.
+        self._wrapper._allreduce_delay[p] = 1 if complete else 2
+
+    def _refuse_second_pass(self, p: Tensor, *_: object) -> None:
         if self._wrapper._allreduce_delay.get(p, 1) <= 0:
             raise RuntimeError(
                 "op='adasum' takes one backward pass for each step(), whose updates it combines while the pass "
@@ -224,11 +226,6 @@ class _Nothing(dict[Any, Any]):
 
     def __setitem__(self, key: Any, value: Any) -> None:
         """Forgets the item."""
-
-
-def _call_with(callback: Callable[[Tensor], None], parameter: Tensor, *_: object) -> None:
-    """Calls back with the parameter; as a hook it returns None, and so leaves gradients as they are."""
-    callback(parameter)
 
 
 @torch.enable_grad()

@@ -69,8 +69,12 @@ class GradientAverager:
 
     # Called by autograd.
 
-    def before_accumulation(self, p: Tensor) -> None:
-        """Called before autograd adds to the gradient of a parameter."""
+    def before_accumulation(self, p: Tensor) -> bool:
+        """Called before autograd adds to the gradient of a parameter.
+
+        Returns:
+            Whether the gradient is complete for this round afterwards, so that its bucket may be sent.
+        """
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "backward(create_graph=True) gives gradients a graph, which cannot be averaged over ranks; use "
@@ -83,15 +87,14 @@ class GradientAverager:
             self._tasks.add(task)
             at_end_of_backward(self._end_pass)
         if self.reducer is None:
-            return
+            return False
         if p not in self._late and self.reducer.sent(p):
             self._late.add(p)
             p.grad = None
         counts = not self._local and p not in self._counted
         if counts:
             self._counted.add(p)
-        if self.hooks is not None:
-            self.hooks.expect(p, counts=counts)
+        return counts
 
     @torch.no_grad()
     def _begin_pass(self) -> None:

@@ -13,9 +13,6 @@ from torch import Tensor
 class Hooks(Protocol):
     """What Horovod's wrapper, which counts complete buckets, has to be told."""
 
-    def expect(self, p: Tensor, *, counts: bool) -> None:
-        """Prepares the wrapper's hook, which runs next, to count the gradient of `p`, or not to."""
-
     def rearm(self) -> None:
         """Counts complete gradients from zero."""
 
