@@ -76,7 +76,7 @@ def test_a_retired_optimizer_frees_its_state_and_leaves_one_hook_with_each_param
 
 
 @on_ranks(1, 2)
-def test_the_optimizer_given_to_distribute_must_not_step_and_its_scheduler_goes_on(cluster):
+def test_the_optimizer_given_to_distribute_must_not_step_and_its_scheduler_continues(cluster):
     model = small_model()
     adam = Adam(model.parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.StepLR(adam, 1, gamma=0.5)

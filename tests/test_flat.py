@@ -26,9 +26,9 @@ from hvd_adam.optim import fused as fused_module
 from hvd_adam.optim.adam import Adam
 from hvd_adam.optim.expression import KernelSpec, scalars
 from hvd_adam.optim.flat_layout import ALIGNMENT, Layout
+from hvd_adam.optim.flat_memory import zeros
 from hvd_adam.optim.flat_storage import FlatStorage
 from hvd_adam.optim.functional import rounding_seed
-from hvd_adam.optim.huge_pages import zeros
 from hvd_adam.optim.optimizer_state import state_dtypes
 
 SHAPES = ((3, 5), (), (7,), (0,), (2, 3, 4, 4), (1,), (33,))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hvd_adam.optim.expression import Buffers
 from hvd_adam.optim.flat_layout import Layout
-from hvd_adam.optim.huge_pages import zeros
+from hvd_adam.optim.flat_memory import copy_scaled, in_place, increment_versions, zeros
 from hvd_adam.optim.validation import check_gradient
 
 _grad = operator.attrgetter("grad")
@@ -157,10 +157,9 @@ class FlatStorage:
         for i in replaced:
             check_gradient(params[i])
         for i in replaced:
-            if views[i].data_ptr() != places[i]:
-                views[i] = self._grad_views[first + i] = self.view(self.grad, first + i)
+            views[i] = self.grad_view(first + i)
         if replaced:
-            _copy_scaled([views[i] for i in replaced], [grads[i] for i in replaced], scale)
+            copy_scaled([views[i] for i in replaced], [grads[i] for i in replaced], scale)
         if scale != 1.0 and (kept := [g for i, g in enumerate(grads) if g is not None and i not in set(replaced)]):
             torch._foreach_mul_(kept, scale)
         for i in replaced:
@@ -201,7 +200,7 @@ class FlatStorage:
 
     def view(self, buffer: Tensor, i: int) -> Tensor:
         """Returns parameter `i`'s elements of a buffer of `layout.total` elements, with its shape and strides."""
-        return _in_place(buffer.as_strided(self.params[i].shape, self._strides[i], self.layout.offsets[i]))
+        return in_place(buffer.as_strided(self.params[i].shape, self._strides[i], self.layout.offsets[i]))
 
     def segments(self, present: list[bool]) -> list[Segment]:
         """Counts the step of the parameters that have gradients, and returns them joined into segments.
@@ -212,7 +211,7 @@ class FlatStorage:
         Args:
             present: for each parameter whether it has a gradient.
         """
-        _increment_versions([*itertools.compress(self.params, present)])
+        increment_versions([*itertools.compress(self.params, present)])
         self._counted = 1 if all(present) else present
         self._steps += self._counted
         counts = self._steps.tolist()
@@ -296,11 +295,11 @@ class FlatStorage:
 
     def _state_view(self, name: str, i: int) -> Tensor:
         if name == "step":
-            return _in_place(self.state[name][i])
+            return in_place(self.state[name][i])
         if self._whole:
             return self.view(self.state[name], i)
         _, count, place = self._shard_of_param(i)
-        return _in_place(self.state[name][place : place + count])
+        return in_place(self.state[name][place : place + count])
 
     def _shard_of_param(self, i: int) -> tuple[int, int, int]:
         """Returns (skip, count, place) of this rank's shard of parameter `i`.
@@ -319,36 +318,3 @@ class FlatStorage:
         skip, count, _ = self._shard_of_param(i)
         in_memory = torch.empty_like(self._param_views[i], dtype=whole.dtype).copy_(whole)
         return in_memory.as_strided((in_memory.numel(),), (1,))[skip : skip + count]
-
-
-def _in_place(view: Tensor) -> Tensor:
-    """Returns a tensor at the same place in memory with a storage of its own.
-
-    `torch.save` and `copy.deepcopy` copy whole storages: of a view of the buffer they would copy all of it. The
-    tensor also counts its in-place changes by itself, which tells whose gradient was changed.
-    """
-    return torch.from_dlpack(view) if view.numel() else view  # type: ignore[attr-defined]
-
-
-def _copy_scaled(places: list[Tensor], gradients: list[Tensor], scale: float) -> None:
-    """Copies gradients times `scale`, in one pass over memory on a CPU."""
-    if scale == 1.0 or places[0].is_cuda:
-        torch._foreach_copy_(places, gradients)
-        if scale != 1.0:
-            torch._foreach_mul_(places, scale)
-        return
-    for place, gradient in zip(places, gradients, strict=True):
-        torch.mul(gradient, scale, out=place)
-
-
-def _increment_versions(params: list[Tensor]) -> None:
-    """Increments autograd's version counters of parameters."""
-    if not hasattr(torch.autograd.graph, "increment_version"):
-        for p in params:
-            p.detach().as_strided((0,), (1,)).zero_()
-        return
-    try:
-        torch.autograd.graph.increment_version(params)
-    except (TypeError, RuntimeError):  # an older PyTorch takes one tensor per call
-        for p in params:
-            torch.autograd.graph.increment_version(p)

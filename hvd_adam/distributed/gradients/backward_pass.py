@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Hooks(Protocol):
-    """What Horovod's wrapper, which counts complete buckets, has to be told."""
+    """What Horovod's wrapper, which counts complete buckets, needs."""
 
     def rearm(self) -> None:
         """Counts complete gradients from zero."""

@@ -138,8 +138,8 @@ class DeferredFlag:
 class SkipCounter:
     """The number of skipped updates.
 
-    The last update may have been skipped by its kernel on a GPU: the host learns of it with the next one, and then
-    takes back the step counts, which it had counted.
+    The last update may have been skipped by its kernel on a GPU: the host reads that with the next one, and then
+    takes back the step counts.
     """
 
     def __init__(self) -> None:
