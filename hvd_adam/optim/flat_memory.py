@@ -1,8 +1,8 @@
 """Memory of flat buffers: pages, tensors inside a buffer, and copies into it.
 
-Buffers are in pages of 2 MiB, where the system grants them. With pages of 4 KiB the processor translates an address
-for every thousand floats. On a virtual machine (each translation walks two page tables) the fused update of 11 M
-parameters took 7.4 ms with small pages and 6.5 ms with huge ones. Most systems grant them only on request
+Buffers are in pages of 2 MiB, where the system grants them. With pages of 4 KiB the processor translates an
+address for every thousand floats. On a virtual machine (each translation walks two page tables) the fused update
+of 11 M parameters took 7.4 ms with small pages and 6.5 ms with huge ones. Most systems grant them only on request
 (`/sys/kernel/mm/transparent_hugepage/enabled`: madvise).
 """
 

@@ -72,8 +72,8 @@ class FlatStorage:
         self._strides = [torch.empty_like(p, device="meta").stride() for p in params]
         self.param = zeros(layout.total, self.dtype, self.device)
         self.grad = zeros(layout.total, self.dtype, self.device)
-        self._param_views = [self.view(self.param, i) for i in range(len(params))]
-        self._grad_views = [self.view(self.grad, i) for i in range(len(params))]
+        self._param_views = [in_place(self.view(self.param, i)) for i in range(len(params))]
+        self._grad_views = [in_place(self.view(self.grad, i)) for i in range(len(params))]
         self._pointers = [view.data_ptr() for view in self._param_views]
         self._grad_pointers = [view.data_ptr() for view in self._grad_views]
         self.shard_spans = self._spans_of_shard(*shard)
@@ -95,7 +95,8 @@ class FlatStorage:
         if not self.holds_params():
             for i, (p, view) in enumerate(zip(self.params, self._param_views, strict=True)):
                 if p.data_ptr() != self._pointers[i] or p.stride() != self._strides[i]:
-                    if (p.device, p.dtype) != (self.device, self.dtype) or p.shape != view.shape:
+                    moved = view.data_ptr() != self._pointers[i]  # with its parameter, by share_memory()
+                    if moved or (p.device, p.dtype) != (self.device, self.dtype) or p.shape != view.shape:
                         return False
                     self._take_param(i)
         for i, p in enumerate(self.params):
@@ -168,13 +169,12 @@ class FlatStorage:
 
     def clear(self, i: int) -> None:
         """Sets the gradient of parameter `i` to zeros, as a view of the buffer."""
-        self._grad_views[i] = self.view(self.grad, i)
-        self.params[i].grad = self._grad_views[i].zero_()
+        self._grad_views[i] = self.params[i].grad = in_place(self.view(self.grad, i)).zero_()
 
     def grad_view(self, i: int) -> Tensor:
         """Returns the view of the buffer that `collect` makes the gradient of parameter `i`."""
         if self._grad_views[i].data_ptr() != self._grad_pointers[i]:  # moved by `p.grad.data = …`
-            self._grad_views[i] = self.view(self.grad, i)
+            self._grad_views[i] = in_place(self.view(self.grad, i))
         return self._grad_views[i]
 
     def _take_param(self, i: int) -> None:
@@ -200,7 +200,7 @@ class FlatStorage:
 
     def view(self, buffer: Tensor, i: int) -> Tensor:
         """Returns parameter `i`'s elements of a buffer of `layout.total` elements, with its shape and strides."""
-        return in_place(buffer.as_strided(self.params[i].shape, self._strides[i], self.layout.offsets[i]))
+        return buffer.as_strided(self.params[i].shape, self._strides[i], self.layout.offsets[i])
 
     def segments(self, present: list[bool]) -> list[Segment]:
         """Counts the step of the parameters that have gradients, and returns them joined into segments.
@@ -295,11 +295,11 @@ class FlatStorage:
 
     def _state_view(self, name: str, i: int) -> Tensor:
         if name == "step":
-            return in_place(self.state[name][i])
+            return self.state[name][i]
         if self._whole:
             return self.view(self.state[name], i)
         _, count, place = self._shard_of_param(i)
-        return in_place(self.state[name][place : place + count])
+        return self.state[name][place : place + count]
 
     def _shard_of_param(self, i: int) -> tuple[int, int, int]:
         """Returns (skip, count, place) of this rank's shard of parameter `i`.
