@@ -360,3 +360,31 @@ def test_a_part_of_the_model_is_saved_and_copied_at_its_own_size(cluster, strate
     model(torch.ones(2, 64)).sum().backward()
     optimizer.step()
     assert not torch.any(model[10].weight == 3.0)
+
+
+@on_ranks(2)
+def test_an_adam_whose_state_is_sharded_is_refused_by_another_distribute(cluster):
+    model = small_model()
+    adam = Adam(model.parameters())
+    first = distribute(adam, model, strategy="sharded")
+    one_update(model, first, cluster)
+    saved = first.state_dict()
+    with pytest.raises(UserError, match=r"sharded by an earlier distribute\(\): save state_dict"):
+        distribute(adam, model)
+    again = Adam(model.parameters())
+    again.load_state_dict(saved)
+    second = distribute(again, model)
+    one_update(model, second, cluster)
+    assert second.state[model[0].weight]["step"].item() == 2
+    assert same_everywhere(everything(model, second))
+
+
+@on_ranks(2)
+def test_an_adam_may_be_distributed_again_with_its_state(cluster):
+    model = small_model()
+    adam = Adam(model.parameters())
+    one_update(model, distribute(adam, model), cluster)
+    second = distribute(adam, model)
+    one_update(model, second, cluster)
+    assert second.state[model[0].weight]["step"].item() == 2
+    assert same_everywhere(everything(model, second))

@@ -89,6 +89,11 @@ def distribute(
         )
     if isinstance(optimizer, DistributedAdam):
         raise UserError("this optimizer is distributed already; call distribute once")
+    if optimizer.state_is_sharded:
+        raise UserError(
+            "the state of this Adam is sharded by an earlier distribute(): save state_dict() of the optimizer "
+            "that it returned, and load it into a new Adam"
+        )
     hvd = horovod()
     if not hvd.is_initialized():
         raise UserError("call hvd_adam.init() before distribute()")

@@ -15,7 +15,7 @@ from hvd_adam.distributed.context import collective_prefix, horovod
 from hvd_adam.distributed.gradients.averager import GradientAverager
 from hvd_adam.distributed.gradients.backward_pass import Callbacks
 from hvd_adam.distributed.gradients.grad_scaling import GradScaling
-from hvd_adam.distributed.gradients.lockstep import LOADED, UPDATES, Lockstep, facts_of_groups
+from hvd_adam.distributed.gradients.lockstep import LOADED, STEPS, UPDATES, Lockstep, facts_of_groups
 from hvd_adam.distributed.horovod_adapter import HorovodAdapter, move_step_hooks
 from hvd_adam.distributed.join import REDUCE, Join
 from hvd_adam.distributed.layout import DistributedLayout
@@ -103,7 +103,8 @@ class AveragedAdam(Adam):
         self._adapter.share(self)
         if self._adasum:  # Horovod has set zero gradients, with which unused parameters would be updated
             PlainOptimizer.zero_grad(self)
-        optimizer.supersede("distribute() has returned another optimizer for its parameters; call step() on that")
+        reason = "distribute() has returned another optimizer for its parameters; call step() on that"
+        optimizer.supersede(reason, state_is_sharded=sharded)
         _live.add(self)
 
     # State.
@@ -231,7 +232,7 @@ class AveragedAdam(Adam):
     def _facts(self) -> dict[str, object]:
         """Returns what must be identical on all ranks."""
         steps = sum(float(flat.state["step"].sum()) for flat in self._store.storages)
-        facts = {UPDATES: self._updates, LOADED: self._loads, "sum of step counts": steps}
+        facts = {UPDATES: self._updates, LOADED: self._loads, STEPS: steps}
         return facts | facts_of_groups(self.param_groups)
 
     def _averaging_begins(self) -> None:

@@ -201,14 +201,16 @@ class Adam(PlainOptimizer):
         return ParameterStore()
 
     _superseded: str | None = None  # why this optimizer must not step
+    state_is_sharded = False  # whether this process has a part of the state only
 
-    def supersede(self, reason: str) -> None:
+    def supersede(self, reason: str, *, state_is_sharded: bool = False) -> None:
         """Makes every further `step` raise a RuntimeError: another optimizer updates the parameters now.
 
         Args:
             reason: continues "this optimizer must not step: ".
+            state_is_sharded: whether this process has a part of the state only.
         """
-        self._superseded = reason
+        self._superseded, self.state_is_sharded = reason, state_is_sharded
 
     def refuse_superseded(self) -> None:
         """Raises the RuntimeError that `supersede` announces."""

@@ -176,8 +176,9 @@ class GradientAverager:
         self._passes = self._aborted = self.micro_batch = 0
 
     def cleared(self) -> None:
-        """Called after all gradients have been cleared."""
+        """Called after all gradients have been cleared: an update starts."""
         self._averaged = self._divided = False
+        self.micro_batch = 0
         self._seen = []
 
     def leave_aborted_pass(self) -> None:
