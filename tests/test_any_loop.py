@@ -388,3 +388,22 @@ def test_an_adam_may_be_distributed_again_with_its_state(cluster):
     one_update(model, second, cluster)
     assert second.state[model[0].weight]["step"].item() == 2
     assert same_everywhere(everything(model, second))
+
+
+@on_ranks(2, 3)
+@each_strategy
+def test_optimizers_that_share_a_pass_may_meet_it_in_another_order_on_each_rank(cluster, strategy):
+    models, oracles = ([small_model(seed=seed) for seed in range(2)] for _ in range(2))
+    optimizers = [distribute(Adam(m.parameters(), eps=1e-2), m, strategy=strategy) for m in models]
+    references = [torch.optim.Adam(m.parameters(), eps=1e-2) for m in oracles]
+    for step in range(3):
+        for trained, its in ((models, optimizers), (oracles, references)):
+            for optimizer in its:
+                optimizer.zero_grad()
+            # Backward visits the part that was computed last first.
+            order = (0, 1) if (cluster.rank + step) % 2 else (1, 0)
+            sum(trained[i](ones()).square().sum() for i in order).backward()
+            for optimizer in its:
+                optimizer.step()
+    for model, oracle in zip(models, oracles, strict=True):
+        assert largest_difference(model, oracle) < 1e-12

@@ -56,6 +56,7 @@ class GradientAverager:
         self._announced = False  # whether a round has begun
         self._counted: set[Tensor] = set()  # parameters whose gradients are complete in this round
         self._late: set[Tensor] = set()  # parameters with gradients that came after their bucket was sent
+        self._sent: tuple[dict[str, object], Tensor] | None = None  # facts and message of this round, once sent
         self._averaged = False  # whether every gradient is the mean
         self._divided = False  # whether gradients have been divided by the numbers of ranks and micro-batches
         self._passes = self._aborted = 0  # since the last update
@@ -75,7 +76,7 @@ class GradientAverager:
         Returns:
             Whether the gradient is complete for this round afterwards, so that its bucket may be sent.
         """
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and self.reducer is not None:
             raise RuntimeError(
                 "backward(create_graph=True) gives gradients a graph, which cannot be averaged over ranks; use "
                 "torch.autograd.grad(…, create_graph=True) for the inner gradient, and backward() for the loss"
@@ -115,7 +116,9 @@ class GradientAverager:
         self._optimizer.backward_ended()
         self.look()
         if not self._local and not self._deferred:
-            self.finish()
+            self._send_rest()
+            # Optimizers that share the pass all send before one waits: ranks may end it in different orders.
+            at_end_of_backward(self.finish)
 
     # Called by the optimizer.
 
@@ -151,7 +154,7 @@ class GradientAverager:
         if self.reducer is None:
             self._average_micro_batches()
         else:
-            self._reduce(self.reducer)
+            self._reduce()
         self._announced, self._averaged, self._divided = False, True, True
         self._passes += 1
         self.look()
@@ -226,22 +229,31 @@ class GradientAverager:
             self._optimizer.averaging_begins()
             self._announced = True
 
-    def _reduce(self, reducer: Reducer) -> None:
-        if not reducer.in_flight:
+    def _send_rest(self) -> None:
+        """Sends what has not been sent in this round, and a message."""
+        if self.reducer is None or self._sent is not None:
+            return
+        if not self.reducer.in_flight:
             self._optimizer.ensure_layout()
-            reducer = self.reducer or reducer
-        assert self.hooks is not None
+        facts = self._optimizer.facts() | {PASSES: self._passes, ABORTED: self._aborted}
+        self._sent = facts, self._lockstep.message(facts, again=bool(self._late))
+        self.reducer.send_rest(self._sent[1])
+
+    def _reduce(self) -> None:
         again = True
         while again:
-            facts = self._optimizer.facts() | {PASSES: self._passes, ABORTED: self._aborted}
-            message = self._lockstep.message(facts, again=bool(self._late))
-            reduced = reducer.finish(message, add=self._add)
+            self._send_rest()
+            assert self.reducer is not None and self._sent is not None
+            facts, message = self._sent
+            reduced = self.reducer.finish(message, add=self._add)
+            self._sent = None
             again = self._lockstep.check(reduced.message, facts)
             if again:
-                self._take_late(reducer)
+                self._take_late(self.reducer)
         self._total = reduced.total
         self._counted.clear()
-        self.hooks.rearm()
+        if self.hooks is not None:
+            self.hooks.rearm()
 
     def _take_late(self, reducer: Reducer) -> None:
         """Adds the gradients that came after their bucket was sent to the mean, to be reduced in another round."""

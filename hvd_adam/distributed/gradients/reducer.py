@@ -103,23 +103,30 @@ class Reducer:
             Scaling(self.scale, bucket.flags - bucket.start) if half else None,
         )
 
-    def finish(self, message: Tensor, *, add: bool = False) -> Reduced:
-        """Sends the remaining buckets and the message, and waits for all. Sets gradients that no rank has to None.
+    def send_rest(self, message: Tensor) -> None:
+        """Sends the remaining buckets, and with the last one the message.
 
         Args:
             message: at most as many elements as are reserved for it.
+        """
+        flat, bucket = self._buckets[_LAST]
+        _message(flat, bucket, message).copy_(message)
+        for number in reversed(range(len(self._buckets))):
+            if number not in self._in_flight:
+                self._send(number)
+
+    def finish(self, message: Tensor, *, add: bool = False) -> Reduced:
+        """Waits for all buckets, which have been sent. Sets gradients that no rank has to None.
+
+        Args:
+            message: as sent.
             add: also compute the sum of all elements, each bucket's as soon as it arrives, while it is in cache
                 and others are in flight.
 
         Raises:
             HorovodInternalError: another rank has ended, or is in another collective.
         """
-        flat, bucket = self._buckets[_LAST]
-        _message(flat, bucket, message).copy_(message)
         with explained():
-            for number in reversed(range(len(self._buckets))):
-                if number not in self._in_flight:
-                    self._send(number)
             for reduction in self._in_flight.values():
                 reduction.start_gather()
             sums = []
