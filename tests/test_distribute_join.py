@@ -53,6 +53,16 @@ def test_ranks_that_have_left_take_part_until_all_have(cluster, strategy, by_all
     assert largest_difference(model, oracle) < 1e-12
     assert optimizer.param_groups[0]["lr"] == pytest.approx(reference.param_groups[0]["lr"])
 
+    for inputs, targets in batches(2, 12):  # after the block as before it
+        optimizer.zero_grad()
+        part = [tensor.chunk(cluster.size)[cluster.rank] for tensor in (inputs, targets)]
+        F.mse_loss(model(part[0]), part[1]).backward()
+        optimizer.step()
+        reference.zero_grad()
+        F.mse_loss(oracle(inputs), targets).backward()
+        reference.step()
+    assert largest_difference(model, oracle) < 1e-12
+
 
 @on_ranks(2)
 @each_strategy

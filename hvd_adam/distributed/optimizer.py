@@ -213,6 +213,7 @@ class DistributedAdam(AveragedAdam):
             self._join.leave({REDUCE: self._reduce_after_leaving, STEP: self._step_after_leaving}, self._model)
         finally:
             self._join = None
+            self._layout.divide_by(self._ranks)
 
     def _reduce_after_leaving(self) -> None:
         if self._join is not None and not self._join.divides_by_all:

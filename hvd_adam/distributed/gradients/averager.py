@@ -233,7 +233,7 @@ class GradientAverager:
         """Sends what has not been sent in this round, and a message."""
         if self.reducer is None or self._sent is not None:
             return
-        if not self.reducer.in_flight:
+        if not self.reducer.in_flight and not self._counted:  # no pass has begun, which would have done it
             self._optimizer.ensure_layout()
         facts = self._optimizer.facts() | {PASSES: self._passes, ABORTED: self._aborted}
         self._sent = facts, self._lockstep.message(facts, again=bool(self._late))
