@@ -24,7 +24,7 @@ for epoch in range(20):
     for x, y in loader:
         optimizer.zero_grad()
         F.cross_entropy(model(x.to(cluster.device)), y.to(cluster.device)).backward()
-        optimizer.step()  # averages the gradients over the ranks, then updates
+        optimizer.step()  # updates with the mean of the gradients over the ranks
 
 if cluster.rank == 0:
     with torch.no_grad():
