@@ -16,6 +16,8 @@ FIGURES=(
   "adam|python -m hvd_adam.bench adam --repeats 40"
   "step|python -m hvd_adam.bench step --models mlp,cnn --repeats 4 --steps 10"
   "step-resnet18|python -m hvd_adam.bench step --models resnet18 --repeats 3 --steps 5"
+  "step-deferred-mlp|python -m hvd_adam.bench step --models mlp --variants hvd_adam-allreduce,hvd_adam-allreduce-deferred,hvd_adam-sharded,hvd_adam-sharded-deferred,ddp-fused --repeats 4"
+  "step-deferred-cnn|python -m hvd_adam.bench step --models cnn --variants hvd_adam-allreduce,hvd_adam-allreduce-deferred,ddp-fused --repeats 6"
   "allreduce|python -m hvd_adam.bench allreduce --sizes 40"
   "memory|python -m hvd_adam.bench memory"
   "checkpoint|python -m hvd_adam.bench checkpoint --models cnn --every 10 --steps 100 --repeats 11"
