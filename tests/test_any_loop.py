@@ -354,6 +354,7 @@ def test_a_part_of_the_model_is_saved_and_copied_at_its_own_size(cluster, strate
     assert size(model[10].weight) <= size(part.weight) + slack
     assert size(model[10].weight.grad) <= size(part.weight.detach()) + slack
     assert size(copy.deepcopy(model[10]).state_dict()) <= size(part.state_dict()) + slack
+    assert size(optimizer.state_dict()["state"][20]) <= 3 * size(part.weight.detach())
     model[10].state_dict()["weight"].fill_(3.0)  # still the parameter's memory
     assert torch.all(model[10].weight == 3.0)
     optimizer.zero_grad()
@@ -407,3 +408,58 @@ def test_optimizers_that_share_a_pass_may_meet_it_in_another_order_on_each_rank(
                 optimizer.step()
     for model, oracle in zip(models, oracles, strict=True):
         assert largest_difference(model, oracle) < 1e-12
+
+
+@on_ranks(1, 2)
+@each_strategy
+def test_gradients_that_carry_the_loss_scale_must_not_be_changed_before_they_are_unscaled(cluster, strategy):
+    def started():
+        model, scaler = small_model(), torch.amp.GradScaler("cpu")
+        optimizer = distribute(Adam(model.parameters(), eps=1e-2), model, loss_scaler=scaler, strategy=strategy)
+        scaler.scale(model(ones()).square().sum()).backward()
+        return model, scaler, optimizer
+
+    model, _, optimizer = started()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    with pytest.raises(
+        RuntimeError, match=r"was changed .* by the loss scale: call optimizer.synchronize"
+    ):
+        optimizer.step()
+
+    oracle = small_model()
+    reference = torch.optim.Adam(oracle.parameters(), eps=1e-2)
+    oracle(ones()).square().sum().backward()
+    torch.nn.utils.clip_grad_norm_(oracle.parameters(), 0.1)
+    reference.step()
+    ways = {
+        "GradScaler.unscale_": lambda scaler, optimizer: scaler.unscale_(optimizer),
+        "synchronize": lambda scaler, optimizer: optimizer.synchronize(),
+    }
+    for way, unscale in ways.items():
+        model, scaler, optimizer = started()
+        unscale(scaler, optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+        assert largest_difference(model, oracle) < 1e-12, way
+        assert optimizer.skipped_updates == 0
+
+
+@on_ranks(1, 2)
+@each_strategy
+def test_a_gradscaler_that_steps_after_each_micro_batch_is_refused(cluster, strategy):
+    model, scaler = small_model(), torch.amp.GradScaler("cpu")
+    optimizer = distribute(Adam(model.parameters()), model, accumulate=2, strategy=strategy)
+    scaler.scale(model(ones()).sum()).backward()
+    with pytest.raises(RuntimeError, match=r"give the GradScaler to distribute\(loss_scaler=…\)"):
+        scaler.step(optimizer)
+
+
+@on_ranks(2)
+def test_a_state_that_is_not_sharded_may_be_saved_on_one_rank(cluster):
+    model = small_model()
+    optimizer = distribute(Adam(model.parameters()), model)
+    one_update(model, optimizer, cluster)
+    if cluster.rank == 0:
+        assert len(optimizer.state_dict()["state"]) == 4
+    one_update(model, optimizer, cluster)
+    assert same_everywhere(everything(model, optimizer))

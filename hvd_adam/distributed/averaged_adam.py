@@ -80,6 +80,7 @@ class AveragedAdam(Adam):
             accumulate=accumulate,
             deferred=defer_averaging,
             add=self._scaling.needs_sum,
+            watch=loss_scaler is not None,
         )
         self._layout = DistributedLayout(
             self._strategy,
@@ -90,11 +91,14 @@ class AveragedAdam(Adam):
             adasum=self._adasum,
         )
         self._store = self._layout.store
-        self._step = AveragedStep(self._parameters, self._averager, self._scaling, self._strategy, self._store)
+        self._step = AveragedStep(
+            self, self._parameters, self._averager, self._scaling, self._strategy, self._store
+        )
         self._join: Join | None = None
         self._updates = self._loads = 0
         # GradScaler.step unscales gradients, unless an optimizer has this attribute: then step() refuses it.
-        if loss_scaler is not None or self._strategy.scatters or defer_averaging or self._adasum:
+        own_scaling = loss_scaler is not None or accumulate > 1 or defer_averaging
+        if own_scaling or self._strategy.scatters or self._adasum:
             self._step_supports_amp_scaling = True
         broadcast_training_state(model, self, loss_scaler)
         self._ensure_layout()
@@ -144,7 +148,8 @@ class AveragedAdam(Adam):
         return self._state_dict_of(whole) if self._rank == ROOT else None
 
     def _whole_state(self, *, on_root_only: bool = False) -> States:
-        self._averager.start_meeting()()
+        if self._strategy.exchanges:
+            self._averager.start_meeting()()
         self._step.skips.record()
         return self._strategy.whole_state(self.state, self._store.storages, on_root_only=on_root_only)
 

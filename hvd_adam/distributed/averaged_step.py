@@ -21,7 +21,8 @@ class AveragedStep:
     """The gradients of an optimizer from the end of backward to the end of the update.
 
     Args:
-        parameters: returns the parameters.
+        optimizer: the optimizer that a loss scaler knows.
+        parameters: returns its parameters.
         averager: makes `p.grad` the mean over the ranks.
         scaling: loss scale, clipping and the decision to skip.
         strategy: of the optimizer.
@@ -34,13 +35,15 @@ class AveragedStep:
 
     def __init__(
         self,
+        optimizer: torch.optim.Optimizer,
         parameters: Callable[[], list[Tensor]],
         averager: GradientAverager,
         scaling: GradScaling,
         strategy: AllReduceStrategy,
         store: ParameterStore,
     ) -> None:
-        self._parameters, self._averager, self._scaling = parameters, averager, scaling
+        self._optimizer, self._parameters = optimizer, parameters
+        self._averager, self._scaling = averager, scaling
         self._strategy, self._store = strategy, store
         self.grad_norm: Tensor | None = None
         self.skipped: Tensor | None = None
@@ -57,13 +60,20 @@ class AveragedStep:
         self.skips.record()  # by now the device has work queued after what this waits for
         self._averager.finish()
         if self._unscale is None:
-            self._unscale = self._scaling.unscale_factor()
+            self._unscale = self._scaling.unscale_factor(self._optimizer)
         return self._unscale
+
+    def _refuse_changed(self, unscale: float | Tensor) -> None:
+        """Refuses gradients that were changed while they were not the mean: scattered, or times the loss scale."""
+        if self._strategy.scatters:
+            self._averager.refuse_changed("is the mean of this rank's shard only")
+        elif isinstance(unscale, Tensor) or unscale != 1.0:
+            self._averager.refuse_changed("is multiplied by the loss scale")
 
     def unscale(self) -> None:
         """Makes `p.grad` the unscaled mean: of this rank's shard, where gradients are reduce-scattered."""
         factor = self.synchronize()
-        self._averager.refuse_changed_shards()
+        self._refuse_changed(factor)
         if isinstance(factor, Tensor) or factor != 1.0:
             self._multiply(factor)
             self._unscale = 1.0
@@ -72,20 +82,19 @@ class AveragedStep:
     def clip(self, max_norm: float) -> Tensor:
         """Clips the unscaled mean to a norm. Returns the norm before clipping, 0-dimensional."""
         self.unscale()
-        norm = self._strategy.norm(self._parameters(), self._store.storages)
+        norm = self._strategy.norm_of_gradients(self._parameters(), self._store.storages)
         self._multiply((max_norm / (norm + 1e-6)).clamp(max=1.0))  # as torch.nn.utils.clip_grad_norm_
         self._averager.look()
         return norm
 
-    def update(self, optimizer: torch.optim.Optimizer, run: Callable[[Tensor | None], Any]) -> None:
+    def update(self, run: Callable[[Tensor | None], Any]) -> None:
         """Makes an update, or skips it if the averaged gradient is not finite, identically on all ranks.
 
         Args:
-            optimizer: the optimizer that a loss scaler knows.
             run: updates the parameters with the gradients times a factor, 0-dimensional or None for 1.
         """
         unscale = self.synchronize()
-        self._averager.refuse_changed_shards()
+        self._refuse_changed(unscale)
         parameters, scaling, storages = self._parameters(), self._scaling, self._store.storages
         if all(p.grad is None for p in parameters):
             return
@@ -98,7 +107,7 @@ class AveragedStep:
                 finite_probe = self._strategy.element_sum(self._store)
         self.skipped, deferred = None, False
         if scaling.probes and finite_probe is not None:
-            self.skipped = scaling.found_inf(finite_probe, optimizer)
+            self.skipped = scaling.found_inf(finite_probe, self._optimizer)
             deferred = self._store.all_fused and backend(self.skipped.device.type).skips_nan
             if not deferred and self.skipped:  # if deferred, the kernel skips, and the host need not wait
                 self.skips.add()

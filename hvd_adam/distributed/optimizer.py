@@ -131,7 +131,7 @@ class DistributedAdam(AveragedAdam):
         self._ensure_layout()
         if self._join is not None and self._join.some_have_left and not self._strategy.scatters:
             self._layout.broadcast_gradients(self._join.root)  # the loop may have changed them since backward
-        self._step.update(self, run)
+        self._step.update(run)
 
     def _count_update(self) -> None:
         self._averager.updated()
@@ -149,6 +149,7 @@ class DistributedAdam(AveragedAdam):
             RuntimeError: with Adasum, which averages no gradients; as `step`.
         """
         self._refuse_adasum()
+        self._refuse_scattered_in_join("synchronize()")
         self._step.unscale()
         self._strategy.gather_gradients(self._store.storages)
         self._averager.changes_are_welcome()
@@ -169,7 +170,15 @@ class DistributedAdam(AveragedAdam):
             RuntimeError: as `synchronize`.
         """
         self._refuse_adasum()
+        self._refuse_scattered_in_join("clip_grad_norm_()")
         return self._step.clip(max_norm)
+
+    def _refuse_scattered_in_join(self, call: str) -> None:
+        if self._join is not None and self._strategy.scatters:
+            raise RuntimeError(
+                f"{call} in join() would wait for ranks that have left, where gradients are scattered: use "
+                "max_grad_norm of distribute() to clip, or strategy='allreduce'"
+            )
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Returns a context in which `backward` adds to this rank's gradients without averaging them.

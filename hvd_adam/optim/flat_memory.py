@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import mmap
 from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,14 @@ def in_place(view: Tensor) -> Tensor:
     tensor also counts its in-place changes by itself, which tells whose gradient was changed.
     """
     return torch.from_dlpack(view) if view.numel() else view  # type: ignore[attr-defined]
+
+
+def own_storages(state: dict[str, Any]) -> dict[str, Any]:
+    """Returns the state of a parameter with tensors of the same memory that have storages of their own."""
+    return {
+        name: in_place(t) if isinstance(t, Tensor) and t.untyped_storage().nbytes() > t.nbytes else t
+        for name, t in state.items()
+    }
 
 
 def copy_scaled(places: list[Tensor], gradients: list[Tensor], scale: float) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hvd_adam.distributed.context import horovod
 from hvd_adam.distributed.gradients.backward_pass import Callbacks, Hooks, at_end_of_backward
-from hvd_adam.distributed.gradients.lockstep import ABORTED, PASSES, Lockstep
+from hvd_adam.distributed.gradients.lockstep import ABORTED, Lockstep
 from hvd_adam.distributed.gradients.reducer import Reducer
 
 _grad = operator.attrgetter("grad")
@@ -34,6 +34,7 @@ class GradientAverager:
         accumulate: micro-batches per update.
         deferred: `finish` waits, which the optimizer's step calls, instead of the end of the pass.
         add: compute the sum of all elements of the averaged gradients.
+        watch: notice changes of gradients on one rank, too.
 
     Attributes:
         reducer: the buckets; None on one rank.
@@ -45,10 +46,10 @@ class GradientAverager:
     hooks: Hooks | None = None
 
     def __init__(
-        self, optimizer: Callbacks, lockstep: Lockstep, *, accumulate: int, deferred: bool, add: bool
+        self, optimizer: Callbacks, lockstep: Lockstep, *, accumulate: int, deferred: bool, add: bool, watch: bool
     ) -> None:
         self._optimizer, self._lockstep = optimizer, lockstep
-        self._accumulate, self._deferred, self._add = accumulate, deferred, add
+        self._accumulate, self._deferred, self._add, self._watch = accumulate, deferred, add, watch
         self.micro_batch = 0
         self._syncs = True  # False inside no_sync
         self._tasks: set[int] = set()  # autograd's numbers of the passes that are running
@@ -59,7 +60,7 @@ class GradientAverager:
         self._sent: tuple[dict[str, object], Tensor] | None = None  # facts and message of this round, once sent
         self._averaged = False  # whether every gradient is the mean
         self._divided = False  # whether gradients have been divided by the numbers of ranks and micro-batches
-        self._passes = self._aborted = 0  # since the last update
+        self._aborted = 0  # passes that ended with an exception, since the last update
         self._total: Tensor | None = None
         self._seen: list[tuple[Tensor, Tensor, int]] = []  # parameter, gradient and version, when last seen
 
@@ -147,7 +148,7 @@ class GradientAverager:
         if self._averaged and not again:
             return
         if self._deferred and self._announced:
-            self._refuse_changed()
+            self.refuse_changed("is being reduced (defer_averaging)")
         if self._averaged:
             self._undo_division()
         self._announce()
@@ -156,7 +157,6 @@ class GradientAverager:
         else:
             self._reduce()
         self._announced, self._averaged, self._divided = False, True, True
-        self._passes += 1
         self.look()
 
     def start_meeting(self) -> Callable[[], None]:
@@ -176,7 +176,7 @@ class GradientAverager:
     def updated(self) -> None:
         """Called after an update: gradients are to be reduced again, even if there is no pass before the next."""
         self._averaged = False
-        self._passes = self._aborted = self.micro_batch = 0
+        self._aborted = self.micro_batch = 0
 
     def cleared(self) -> None:
         """Called after all gradients have been cleared: an update starts."""
@@ -204,22 +204,22 @@ class GradientAverager:
         """Returns a parameter whose gradient was replaced or changed in place since it was averaged, or None."""
         return next((p for p, grad, version in self._seen if p.grad is not grad or grad._version != version), None)
 
-    def refuse_changed_shards(self) -> None:
-        """Refuses gradients that were changed while this rank had the mean of its own shard only."""
-        if self.reducer is not None and self.reducer.scatters:
-            self._refuse_changed()
-
     def changes_are_welcome(self) -> None:
         """Called once gradients are the mean, and whole, on this rank: from now on they may be changed."""
         self._seen, self._total = [], None
 
-    def _refuse_changed(self) -> None:
+    def refuse_changed(self, state: str) -> None:
+        """Refuses gradients that were changed while they were not the mean.
+
+        Args:
+            state: what they were instead, as in "it STATE".
+        """
         p = self._changed()
         if p is not None:
             raise RuntimeError(
                 f"the gradient of {self._optimizer.names()[p]} was changed between backward() and step(), where "
-                "it is not the mean over the ranks: call optimizer.synchronize() before changing it, "
-                "optimizer.clip_grad_norm_() to clip it, or distribute() without defer_averaging"
+                f"it {state}: call optimizer.synchronize() before changing it, or optimizer.clip_grad_norm_() to "
+                "clip it"
             )
 
     # One round.
@@ -235,7 +235,7 @@ class GradientAverager:
             return
         if not self.reducer.in_flight and not self._counted:  # no pass has begun, which would have done it
             self._optimizer.ensure_layout()
-        facts = self._optimizer.facts() | {PASSES: self._passes, ABORTED: self._aborted}
+        facts = self._optimizer.facts() | {ABORTED: self._aborted}
         self._sent = facts, self._lockstep.message(facts, again=bool(self._late))
         self.reducer.send_rest(self._sent[1])
 
@@ -291,7 +291,7 @@ class GradientAverager:
 
     def look(self) -> None:
         """Remembers gradients and their versions."""
-        if self.reducer is None and self._accumulate == 1:
+        if self.reducer is None and self._accumulate == 1 and not self._watch:
             return  # nothing depends on them
         self._seen = [
             (p, grad, grad._version) for p in self._optimizer.parameters() if (grad := p.grad) is not None

@@ -46,11 +46,16 @@ class GradScaling:
         if self.loss_scaler is not None:
             self._scale = self._current_scale(self.loss_scaler)
 
-    def unscale_factor(self) -> float | Tensor:
-        """Returns the inverse of the gradients' loss scale. Does not wait for the device."""
-        if self.loss_scaler is None:
+    def unscale_factor(self, optimizer: torch.optim.Optimizer) -> float | Tensor:
+        """Returns the inverse of the gradients' loss scale, 1 after `unscale_`. Does not wait for the device."""
+        if self.loss_scaler is None or self._is_unscaled(optimizer):
             return 1.0
         return 1 / (self._current_scale(self.loss_scaler) if self._scale is None else self._scale)
+
+    def _is_unscaled(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Returns whether the loop has called `unscale_` of the loss scaler."""
+        states = {} if self.loss_scaler is None else self.loss_scaler._per_optimizer_states
+        return id(optimizer) in states and states[id(optimizer)]["stage"].name == "UNSCALED"
 
     @staticmethod
     def _current_scale(loss_scaler: Any) -> float | Tensor:
@@ -78,7 +83,7 @@ class GradScaling:
         skip = ~finite_probe.isfinite()
         if self.loss_scaler is not None:
             states = self.loss_scaler._per_optimizer_states
-            if states[id(optimizer)]["found_inf_per_device"]:
+            if states[id(optimizer)]["found_inf_per_device"] and not self._is_unscaled(optimizer):
                 self.loss_scaler.update()  # which clears the results of all optimizers
                 states = self.loss_scaler._per_optimizer_states
             # What GradScaler.unscale_ records after a pass over all gradients, which the norm has made already.

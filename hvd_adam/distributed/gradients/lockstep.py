@@ -16,17 +16,15 @@ from hvd_adam.errors import JobError
 _BITS = 32
 _RANKS_PER_COUNT = 32  # counts up to 32 are exact in every dtype, also as a sum of bfloat16
 
-PASSES = "number of backward passes since the last update"
 LOADED = "number of calls of load_state_dict since the last broadcast"
 ABORTED = "backward passes that ended with an exception"
 UPDATES = "number of updates since distribute()"
 STEPS = "sum of the step counts in the optimizer state"
 _REMEDIES = {
-    PASSES: "run equally many backward passes on all ranks, all but the last in `with optimizer.no_sync():`",
     LOADED: "load the state on every rank, or call optimizer.broadcast() on every rank after loading it on rank 0",
     STEPS: "load the same state on every rank, or call optimizer.broadcast() on every rank",
     ABORTED: "leave the loop on all ranks when one of them fails",
-    UPDATES: "call step() equally often on all ranks, or put the loop into `with optimizer.join():`",
+    UPDATES: "call backward() and step() equally often on all ranks, or use `with optimizer.join():`",
 }
 _GROUP_REMEDY = (
     "set hyper-parameters from values that are identical on all ranks, such as the mean of a metric over the ranks"

@@ -41,6 +41,10 @@ class AllReduceStrategy:
         """Returns the 2-norm of all gradients, 0-dimensional, with identical bits on all ranks."""
         return total_norm([p.grad for p in parameters if p.grad is not None])
 
+    def norm_of_gradients(self, parameters: Sequence[Tensor], storages: Sequence[FlatStorage]) -> Tensor:
+        """Returns the same as `norm`, without a collective where every rank has the whole gradients."""
+        return AllReduceStrategy.norm(self, parameters, storages)
+
     def element_sum(self, store: ParameterStore) -> Tensor | None:
         """Returns the sum of all elements of all gradients, 0-dimensional float64, or None without gradients.
 

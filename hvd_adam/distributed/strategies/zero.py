@@ -68,6 +68,12 @@ class ZeroStrategy(AllReduceStrategy):
         total: Tensor = squares.sum().sqrt()
         return total.to(torch.promote_types(storages[0].dtype, torch.float32))
 
+    def norm_of_gradients(self, parameters: Sequence[Tensor], storages: Sequence[FlatStorage]) -> Tensor:
+        """Returns the norm of the whole gradients of this rank; where they are scattered, that of all shards."""
+        if self.scatters:
+            return self.norm(parameters, storages)
+        return super().norm_of_gradients(parameters, storages)
+
     # Exchange of shards.
 
     def gather_gradients(self, storages: Sequence[FlatStorage]) -> None:
