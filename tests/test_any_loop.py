@@ -421,9 +421,7 @@ def test_gradients_that_carry_the_loss_scale_must_not_be_changed_before_they_are
 
     model, _, optimizer = started()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-    with pytest.raises(
-        RuntimeError, match=r"was changed .* by the loss scale: call optimizer.synchronize"
-    ):
+    with pytest.raises(RuntimeError, match=r"was changed .* by the loss scale: call optimizer.synchronize"):
         optimizer.step()
 
     oracle = small_model()

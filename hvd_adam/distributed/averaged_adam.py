@@ -17,7 +17,7 @@ from hvd_adam.distributed.gradients.backward_pass import Callbacks
 from hvd_adam.distributed.gradients.grad_scaling import GradScaling
 from hvd_adam.distributed.gradients.lockstep import LOADED, STEPS, UPDATES, Lockstep, facts_of_groups
 from hvd_adam.distributed.horovod_adapter import HorovodAdapter, move_step_hooks
-from hvd_adam.distributed.join import REDUCE, Join
+from hvd_adam.distributed.join import REDUCE, Join, refuse_in_join
 from hvd_adam.distributed.layout import DistributedLayout
 from hvd_adam.distributed.strategies.allreduce import AllReduceStrategy
 from hvd_adam.distributed.strategies.zero import ZeroStrategy
@@ -185,13 +185,21 @@ class AveragedAdam(Adam):
 
         Raises:
             UserError: the group differs from rank 0's.
-            RuntimeError: called after `backward` and before `step`, while reductions are in flight.
+            RuntimeError: called after `backward` and before `step`, while reductions are in flight, or with
+                parameters that have gradients.
             ValueError: as `Adam` raises it.
         """
         if self._adapter is None:  # the constructor of torch.optim.Optimizer: the state exists already
             PlainOptimizer.add_param_group(self, param_group)
             return
         self._refuse_in_flight("add_param_group() between backward() and step() would change what is in flight")
+        added = param_group["params"]
+        added = param_group["params"] = [added] if isinstance(added, Tensor) else list(added)
+        if self._averager.averaged and any(_has_gradient(p) for p in added):
+            raise RuntimeError(
+                "add_param_group() between backward() and step(): the added parameters have gradients of this "
+                "rank alone; call it before backward() or after step()"
+            )
         super().add_param_group(param_group)
         self._horovod.share(self)
         self.broadcast()
@@ -205,6 +213,14 @@ class AveragedAdam(Adam):
         self.supersede("distribute() has been called again for its parameters; use the optimizer it returned")
         self._horovod.retire()
         self._scaling.close()
+
+    def refuse_unfinished(self) -> None:
+        """Raises a RuntimeError if this rank has gradients that are not yet the mean, or of its shard only."""
+        if self._averager.in_flight or (self._averager.averaged and self._strategy.scatters):
+            raise RuntimeError(
+                "distribute() between backward() and step() of the optimizer that it replaces would lose averaged "
+                "gradients; call it before backward() or after step()"
+            )
 
     # Layout, names and facts.
 
@@ -244,6 +260,8 @@ class AveragedAdam(Adam):
         if self._join is not None:
             self._join.announce(REDUCE)
             self._layout.divide_by(self._join.divisor)
+        else:
+            refuse_in_join()
 
     def _in_flight(self) -> bool:
         return self._averager.in_flight or (self._adasum and self._horovod.in_flight)
@@ -260,10 +278,16 @@ class AveragedAdam(Adam):
             raise RuntimeError("adasum combines updates, not gradients: there is no averaged gradient")
 
 
+def _has_gradient(item: Any) -> bool:
+    p = item[1] if isinstance(item, tuple) else item  # torch takes names, too
+    return isinstance(p, Tensor) and p.grad is not None
+
+
 def retire_others(optimizer: AveragedAdam) -> None:
     """Retires the optimizers that have reduced gradients of some of the same parameters until now."""
     mine = {p for group in optimizer.param_groups for p in group["params"]}
     for other in list(_live):
         if any(p in mine for group in other.param_groups for p in group["params"]):
+            other.refuse_unfinished()
             other.retire()
             _live.discard(other)

@@ -17,8 +17,10 @@ from __future__ import annotations
 
 import functools
 import math
+import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -58,6 +60,8 @@ class HorovodAdapter:
         buckets: the parameters of each bucket; None with Adasum and on one rank.
         before_accumulation: called in backward before autograd adds to the gradient of a parameter; returns
             whether the gradient is complete then. None if nothing is to be called.
+        after_accumulation: called in backward after autograd has added to the gradient of a parameter, even if the
+            parameter's dtype has changed since, at which autograd drops other hooks; or None.
         bucket_complete: called in backward with the parameters of a bucket once all of them are complete. Not
             called with Adasum.
     """
@@ -72,11 +76,16 @@ class HorovodAdapter:
         adasum: bool,
         buckets: Buckets | None,
         before_accumulation: Callable[[Tensor], bool] | None,
+        after_accumulation: Callable[[Tensor], None] | None,
         bucket_complete: Callable[[tuple[Tensor, ...]], None],
     ) -> None:
         hvd = horovod()
         self._before_accumulation = before_accumulation
+        self._after_accumulation = None
+        if after_accumulation is not None:  # the garbage collector does not look into hooks of this kind
+            self._after_accumulation = functools.partial(_call_if_alive, weakref.WeakMethod(after_accumulation))
         self._pre_hooks: list[Any] = []  # handles of hooks, and the nodes that keep them alive
+        self._post_hooks: dict[Tensor, Any] = {}  # handles of hooks
         self._adapted = optimizer
         self._accumulate, self._adasum = accumulate, adasum
         with elastic_disabled():  # Horovod would register hooks on one rank too
@@ -88,16 +97,18 @@ class HorovodAdapter:
                 op=hvd.Adasum if adasum else hvd.Sum,
                 groups=None if buckets is None else [list(bucket) for bucket in buckets],
             )
+        self._nodes = set(self._wrapper._grad_accs)
         if adasum:
             self._average_micro_batches()
         else:
+            self.set_buckets(buckets or ())
 
             def start(bucket: tuple[Tensor, ...]) -> tuple[None, None]:
                 bucket_complete(bucket)
                 return None, None  # no handle: `Reducer` waits for the reduction
 
             self._wrapper._grouped_allreduce_grad_async = start
-        self._add_pre_hooks(p for p in names if p.requires_grad)
+        self._add_pre_hooks(names)
 
     @property
     def in_flight(self) -> bool:
@@ -105,8 +116,9 @@ class HorovodAdapter:
         return bool(self._wrapper._handles)
 
     def has_hook(self, parameter: Tensor) -> bool:
-        """Returns whether backward reports the gradient of a parameter."""
-        return parameter in self._wrapper._requires_update
+        """Returns whether backward reports the gradient of a parameter that is trained."""
+        # For a parameter whose dtype has changed, autograd has made another node.
+        return parameter in self._wrapper._requires_update and _accumulator(parameter) in self._nodes
 
     def first_unhooked(self, parameters: Iterable[Tensor]) -> Tensor | None:
         """Returns the first parameter that has a gradient but no hook, so that backward does not report it.
@@ -127,8 +139,9 @@ class HorovodAdapter:
 
     def set_buckets(self, buckets: Buckets) -> None:
         """Replaces the buckets; the hooks count the gradients of each from zero."""
-        self._wrapper._p_to_group = {p: bucket for bucket in buckets for p in bucket}
-        self._wrapper._group_counts = dict.fromkeys(buckets, 0)
+        keys = [_Key(bucket) for bucket in buckets]
+        self._wrapper._p_to_group = {p: key for key in keys for p in key}
+        self._wrapper._group_counts = dict.fromkeys(keys, 0)
 
     def rearm(self) -> None:
         """Counts complete gradients from zero, for the next round; not with Adasum, where `step` does."""
@@ -163,9 +176,13 @@ class HorovodAdapter:
         for handle, _ in self._pre_hooks:
             handle.remove()
         self._pre_hooks.clear()
+        for handle in self._post_hooks.values():
+            handle.remove()
+        self._post_hooks.clear()
         wrapper = self._wrapper
         wrapper._allreduce_delay = defaultdict(lambda: math.inf)  # never reaches zero
         wrapper._handles = _Nothing()
+        self._nodes.clear()
         wrapper._grad_accs.clear()  # the nodes, and their hooks, go with the last graph
         wrapper.param_groups, wrapper.state = [], {}
 
@@ -185,16 +202,24 @@ class HorovodAdapter:
             accumulator = _accumulator(parameter)
             accumulator.register_hook(wrapper._make_hook(parameter))
             wrapper._grad_accs.append(accumulator)
+            self._nodes.add(accumulator)
         self._add_pre_hooks(names)
 
     def _add_pre_hooks(self, parameters: Iterable[Tensor]) -> None:
+        """Adds the hooks that run before Horovod's. Frozen parameters get them too: they may be unfrozen."""
         before = self._refuse_second_pass if self._adasum else self._prepare_hook
-        if before == self._prepare_hook and self._before_accumulation is None:
+        if not self._adasum and self._before_accumulation is None:
             return
+        hooked = {accumulator for _, accumulator in self._pre_hooks}
         for parameter in parameters:
             accumulator = _accumulator(parameter)
-            hook = functools.partial(before, parameter)
-            self._pre_hooks.append((accumulator.register_prehook(hook), accumulator))
+            if accumulator not in hooked:
+                hook = functools.partial(before, parameter)
+                self._pre_hooks.append((accumulator.register_prehook(hook), accumulator))
+            if self._after_accumulation is not None and parameter not in self._post_hooks:
+                with _trained(parameter):
+                    register: Any = parameter.register_post_accumulate_grad_hook  # PyTorch's is untyped
+                    self._post_hooks[parameter] = register(self._after_accumulation)
 
     def _prepare_hook(self, p: Tensor, *_: object) -> None:
         assert self._before_accumulation is not None
@@ -221,6 +246,14 @@ class HorovodAdapter:
         self._wrapper._allreduce_grad_async = step_and_combine
 
 
+class _Key(tuple[Tensor, ...]):
+    """A bucket that is hashed by identity: Horovod's hooks look it up for each of its parameters."""
+
+    __slots__ = ()
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
+
+
 class _Nothing(dict[Any, Any]):
     """A dictionary that stays empty."""
 
@@ -228,11 +261,31 @@ class _Nothing(dict[Any, Any]):
         """Forgets the item."""
 
 
+def _call_if_alive(method: weakref.WeakMethod[Callable[[Tensor], None]], parameter: Tensor) -> None:
+    callback = method()
+    if callback is not None:
+        callback(parameter)
+
+
 @torch.enable_grad()
 def _accumulator(parameter: Tensor) -> Any:
     """Returns autograd's node that adds to the gradient of a parameter."""
-    view: Any = parameter.expand_as(parameter)
-    return view.grad_fn.next_functions[0][0]
+    with _trained(parameter):
+        view: Any = parameter.expand_as(parameter)
+        return view.grad_fn.next_functions[0][0]
+
+
+@contextmanager
+def _trained(parameter: Tensor) -> Iterator[None]:
+    """Makes a frozen parameter require gradients in this block: autograd has hooks for such parameters only."""
+    frozen = not parameter.requires_grad
+    if frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        if frozen:
+            parameter.requires_grad_(False)
 
 
 def move_step_hooks(source: torch.optim.Optimizer, target: torch.optim.Optimizer) -> None:

@@ -13,6 +13,17 @@ from hvd_adam.errors import JobError
 REDUCE, STEP, LEFT = range(3)
 _CALLS = {REDUCE: "backward()", STEP: "step()"}
 
+_open: set[Join] = set()  # the blocks that this process is in
+
+
+def refuse_in_join() -> None:
+    """Refuses what sends messages of its own, in the block of another optimizer's join: not all ranks would."""
+    if _open:
+        raise RuntimeError(
+            "ranks that have left the block of join() take part in what its optimizer does, and in nothing else: "
+            "nest no second join(), and train with no other optimizer in the block"
+        )
+
 
 class Join:
     """Tells all ranks, before each reduction and each update, what comes, and which ranks still have batches.
@@ -33,12 +44,18 @@ class Join:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, prefix: str, divide_by_initial_world_size: bool) -> None:
+        refuse_in_join()
         self._optimizer, self._prefix = optimizer, prefix
         self.divides_by_all = divide_by_initial_world_size
         self.divisor = int(horovod().size())
         self.has_left = False
         self.some_have_left = False
         self.root = 0
+        _open.add(self)
+
+    def close(self) -> None:
+        """Called at the end of the block."""
+        _open.discard(self)
 
     def announce(self, call: int) -> None:
         """Called before each reduction and each update; waits for all ranks.

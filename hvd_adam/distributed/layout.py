@@ -132,6 +132,7 @@ class DistributedLayout:
             adasum=self._adasum,
             buckets=reducer.parameters if reducer else None,
             before_accumulation=averager.before_accumulation if self._flat or follows_passes else None,
+            after_accumulation=averager.after_accumulation if self._flat else None,
             bucket_complete=self._send,
         )
         if self._flat:

@@ -85,6 +85,7 @@ class DistributedAdam(AveragedAdam):
         super().zero_grad(set_to_none)
         self._averager.cleared()
 
+    @torch.inference_mode(False)  # the loop may be in that mode; what is received could not be used after it
     @torch.no_grad()
     def step(  # type: ignore[override]  # PyTorch declares two overloads
         self, closure: Callable[[], float] | None = None
@@ -101,12 +102,18 @@ class DistributedAdam(AveragedAdam):
             The closure's loss on this rank, or None.
 
         Raises:
-            RuntimeError: `distribute` has been called again for these parameters; with Adasum, a closure or a
+            RuntimeError: `distribute` has been called again for these parameters; called in a hook of backward, on
+                several ranks; with Adasum, a closure or a
                 parameter that was frozen when `distribute` was called; a GradScaler calls it that was given to
                 `distribute`.
             JobError: on every rank: hyper-parameters, loaded states or numbers of calls differ between ranks.
         """
         self.refuse_superseded()
+        if self._ranks > 1 and torch._C._current_graph_task_id() >= 0:
+            raise RuntimeError(
+                "step() inside backward(), such as in a hook, comes before the gradients are averaged: call it "
+                "after backward()"
+            )
         loss = self._evaluate(closure)
         self._averager.micro_batch += 1
         if self._averager.micro_batch < self._accumulate:
@@ -209,18 +216,20 @@ class DistributedAdam(AveragedAdam):
                 number of ranks that still have batches.
 
         Raises:
-            RuntimeError: the optimizer uses Adasum.
+            RuntimeError: the optimizer uses Adasum; in the block of another join, or another optimizer trains in
+                this one.
         """
         self._refuse_adasum()
         if self._ranks == 1:
             yield
             return
-        self._join = Join(self, self._strategy.prefix, divide_by_initial_world_size)
+        join = self._join = Join(self, self._strategy.prefix, divide_by_initial_world_size)
         try:
             yield
             self._clear()
-            self._join.leave({REDUCE: self._reduce_after_leaving, STEP: self._step_after_leaving}, self._model)
+            join.leave({REDUCE: self._reduce_after_leaving, STEP: self._step_after_leaving}, self._model)
         finally:
+            join.close()
             self._join = None
             self._layout.divide_by(self._ranks)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -10,11 +12,12 @@ import torch
 from torch import Tensor
 
 from hvd_adam.distributed.context import horovod
-from hvd_adam.distributed.gradients.backward_pass import Callbacks, Hooks, at_end_of_backward
+from hvd_adam.distributed.gradients.backward_pass import Callbacks, Hooks, at_end_of_backward, once_all_have_sent
 from hvd_adam.distributed.gradients.lockstep import ABORTED, Lockstep
 from hvd_adam.distributed.gradients.reducer import Reducer
 
 _grad = operator.attrgetter("grad")
+_numbers = itertools.count()
 
 
 class GradientAverager:
@@ -48,11 +51,12 @@ class GradientAverager:
     def __init__(
         self, optimizer: Callbacks, lockstep: Lockstep, *, accumulate: int, deferred: bool, add: bool, watch: bool
     ) -> None:
-        self._optimizer, self._lockstep = optimizer, lockstep
+        self._optimizer, self._lockstep, self._number = optimizer, lockstep, next(_numbers)
         self._accumulate, self._deferred, self._add, self._watch = accumulate, deferred, add, watch
         self.micro_batch = 0
         self._syncs = True  # False inside no_sync
-        self._tasks: set[int] = set()  # autograd's numbers of the passes that are running
+        # Autograd's numbers of the passes that are running, with what `at_end_of_backward` returns.
+        self._tasks: dict[int, weakref.ref[Callable[[], None]]] = {}
         self._local = False  # whether the pass that is running averages nothing
         self._announced = False  # whether a round has begun
         self._counted: set[Tensor] = set()  # parameters whose gradients are complete in this round
@@ -84,10 +88,10 @@ class GradientAverager:
             )
         task = torch._C._current_graph_task_id()
         if task not in self._tasks:
-            if not self._tasks:
+            if not any(reference() for reference in self._tasks.values()):
+                self.leave_aborted_pass()
                 self._begin_pass()
-            self._tasks.add(task)
-            at_end_of_backward(self._end_pass)
+            self._tasks[task] = at_end_of_backward(self._end_pass)
         if self.reducer is None:
             return False
         if p not in self._late and self.reducer.sent(p):
@@ -97,6 +101,14 @@ class GradientAverager:
         if counts:
             self._counted.add(p)
         return counts
+
+    def after_accumulation(self, p: Tensor) -> None:
+        """Called after autograd has added to the gradient of a parameter.
+
+        If the parameter's dtype has changed, autograd has dropped the hook that calls the other method.
+        """
+        if torch._C._current_graph_task_id() not in self._tasks:
+            self.before_accumulation(p)
 
     @torch.no_grad()
     def _begin_pass(self) -> None:
@@ -118,8 +130,7 @@ class GradientAverager:
         self.look()
         if not self._local and not self._deferred:
             self._send_rest()
-            # Optimizers that share the pass all send before one waits: ranks may end it in different orders.
-            at_end_of_backward(self.finish)
+            once_all_have_sent(self._number, self.finish)
 
     # Called by the optimizer.
 
@@ -149,11 +160,10 @@ class GradientAverager:
             return
         if self._deferred and self._announced:
             self.refuse_changed("is being reduced (defer_averaging)")
-        if self._averaged:
-            self._undo_division()
+        self._undo_division()  # also of gradients that an update has used, and that are not cleared
         self._announce()
         if self.reducer is None:
-            self._average_micro_batches()
+            self._multiply(1 / self._accumulate)
         else:
             self._reduce()
         self._announced, self._averaged, self._divided = False, True, True
@@ -204,6 +214,11 @@ class GradientAverager:
         """Returns a parameter whose gradient was replaced or changed in place since it was averaged, or None."""
         return next((p for p, grad, version in self._seen if p.grad is not grad or grad._version != version), None)
 
+    @property
+    def averaged(self) -> bool:
+        """Whether every gradient is the mean, or every one of this rank's shard."""
+        return self._averaged
+
     def changes_are_welcome(self) -> None:
         """Called once gradients are the mean, and whole, on this rank: from now on they may be changed."""
         self._seen, self._total = [], None
@@ -218,8 +233,7 @@ class GradientAverager:
         if p is not None:
             raise RuntimeError(
                 f"the gradient of {self._optimizer.names()[p]} was changed between backward() and step(), where "
-                f"it {state}: call optimizer.synchronize() before changing it, or optimizer.clip_grad_norm_() to "
-                "clip it"
+                f"it {state}: call optimizer.synchronize() first, or clip with optimizer.clip_grad_norm_()"
             )
 
     # One round.
@@ -229,6 +243,7 @@ class GradientAverager:
             self._optimizer.averaging_begins()
             self._announced = True
 
+    @torch.no_grad()
     def _send_rest(self) -> None:
         """Sends what has not been sent in this round, and a message."""
         if self.reducer is None or self._sent is not None:
@@ -276,11 +291,6 @@ class GradientAverager:
             self.reducer.spread()
         elif self._accumulate > 1:
             self._multiply(self._accumulate)
-
-    def _average_micro_batches(self) -> None:
-        if not self._divided:
-            self._multiply(1 / self._accumulate)
-        self._total = None
 
     def _multiply(self, factor: float) -> None:
         gradients = [grad for grad in map(_grad, self._optimizer.parameters()) if grad is not None]

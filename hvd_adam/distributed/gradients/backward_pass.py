@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -39,23 +40,55 @@ class Callbacks:
     backward_ended: Callable[[], None]
 
 
-def at_end_of_backward(callback: Callable[[], None]) -> None:
+def at_end_of_backward(callback: Callable[[], None]) -> weakref.ref[Callable[[], None]]:
     """Runs `callback` at the end of the backward pass that is running; of the outermost one, if passes are nested.
 
     Reentrant checkpointing runs backward passes inside a node of another one. Autograd's callbacks run at the end
     of the innermost pass: there, this waits for that node to end, and queues the callback with the pass around.
-    """
 
-    def end() -> None:
+    Returns:
+        A reference that is dead once an exception has ended the pass; autograd drops the callback then.
+    """
+    end = _End(callback)
+    torch.autograd.Variable._execution_engine.queue_callback(end)
+    return weakref.ref(end)
+
+
+class _End:
+    """Calls back at the end of the outermost pass; in no reference cycle, so that it goes with its pass."""
+
+    def __init__(self, callback: Callable[[], None]) -> None:
+        self._callback = callback
+
+    def __call__(self) -> None:
         node = torch._C._current_autograd_node()
         if node is None:
-            callback()
-            return
+            self._callback()
+        else:
+            self._handle = node.register_hook(self._queue_again)
 
-        def queue_again(*_: object) -> None:
-            handle.remove()
-            torch.autograd.Variable._execution_engine.queue_callback(end)
+    def _queue_again(self, *_: object) -> None:
+        self._handle.remove()
+        torch.autograd.Variable._execution_engine.queue_callback(self)
 
-        handle = node.register_hook(queue_again)
 
-    torch.autograd.Variable._execution_engine.queue_callback(end)
+_waiting: dict[int, Callable[[], None]] = {}
+
+
+def once_all_have_sent(number: int, wait: Callable[[], None]) -> None:
+    """Called by a callback at the end of a backward pass: calls `wait` after all those callbacks.
+
+    The gradients of several optimizers may come from one pass, which may reach them in another order on other
+    ranks, or leave one out. Every rank must then have sent all before it waits for one, and wait in one order.
+
+    Args:
+        number: those with lower numbers wait first.
+        wait: waits for other ranks.
+    """
+    _waiting[number] = wait
+    torch.autograd.Variable._execution_engine.queue_callback(_wait_for_all)
+
+
+def _wait_for_all() -> None:
+    for number in sorted(_waiting):
+        _waiting.pop(number)()

@@ -82,6 +82,8 @@ class GradScaling:
         """
         skip = ~finite_probe.isfinite()
         if self.loss_scaler is not None:
+            if self.loss_scaler._scale is None:  # a rank that has had no batch yet
+                self.loss_scaler._lazy_init_scale_growth_tracker(skip.device)
             states = self.loss_scaler._per_optimizer_states
             if states[id(optimizer)]["found_inf_per_device"] and not self._is_unscaled(optimizer):
                 self.loss_scaler.update()  # which clears the results of all optimizers

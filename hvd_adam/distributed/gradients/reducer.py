@@ -110,7 +110,7 @@ class Reducer:
             message: at most as many elements as are reserved for it.
         """
         flat, bucket = self._buckets[_LAST]
-        _message(flat, bucket, message).copy_(message)
+        _message(flat, bucket, len(message)).copy_(message)
         for number in reversed(range(len(self._buckets))):
             if number not in self._in_flight:
                 self._send(number)
@@ -136,7 +136,7 @@ class Reducer:
                     flat, bucket = self._buckets[number]
                     sums.append(element_sum(self._own(flat.grad, bucket)))
             self._in_flight.clear()
-            return self._read(message, torch.stack(sums).sum() if add else None)
+            return self._read(len(message), torch.stack(sums).sum() if add else None)
 
     def start_meeting(self) -> Callable[[], None]:
         """Makes ranks that reduce gradients fail, instead of waiting for this one for ever, and this one too.
@@ -181,10 +181,10 @@ class Reducer:
         )
         return gradients[start:end]
 
-    def _read(self, message: Tensor, total: Tensor | None) -> Reduced:
+    def _read(self, length: int, total: Tensor | None) -> Reduced:
         """Reads flags and message of all ranks, and drops the gradients that no rank has."""
         first_flat, first_bucket = self._buckets[_LAST]
-        place = _message(first_flat, first_bucket, message)
+        place = _message(first_flat, first_bucket, length)
         flags = [_flags(flat, bucket) for flat, bucket in self._buckets]
         small = torch.cat([values.float() for values in (*flags, place)]).cpu()
         if self.scatters:
@@ -192,7 +192,7 @@ class Reducer:
             small = horovod().allreduce(torch.cat([small, *rest]), op=horovod().Sum, name=f"{self._prefix}.used")
             if total is not None:
                 total, small = small[-1].double(), small[:-1]
-        *used, received = torch.split(small, [*map(len, flags), len(message)])
+        *used, received = torch.split(small, [*map(len, flags), length])
         for (flat, bucket), counts in zip(self._buckets, used, strict=True):
             for p, ranks in zip(flat.params[bucket.first : bucket.last], counts.tolist(), strict=True):
                 if ranks == 0:
@@ -221,5 +221,5 @@ def _flags(flat: FlatStorage, bucket: Bucket) -> Tensor:
     return flat.grad[bucket.flags : bucket.flags + bucket.last - bucket.first]
 
 
-def _message(flat: FlatStorage, bucket: Bucket, message: Tensor) -> Tensor:
-    return flat.grad[bucket.control : bucket.control + len(message)]
+def _message(flat: FlatStorage, bucket: Bucket, length: int) -> Tensor:
+    return flat.grad[bucket.control : bucket.control + length]
