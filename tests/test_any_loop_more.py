@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import time
+import warnings
 import weakref
 
 import pytest
@@ -308,3 +309,19 @@ def test_other_optimizers_in_the_block_of_a_join_are_refused(cluster):
             backward(other, next(batches(1, 12)))
         second.zero_grad()
         backward(other, next(batches(1, 12)))
+
+
+@on_ranks(2)
+@each_strategy
+def test_gradients_that_no_optimizer_averages_are_reported_once(cluster, strategy):
+    model = small_model()
+    optimizer = distribute(Adam(model[2].parameters()), model, strategy=strategy)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(torch.ones(2, 6, dtype=torch.float64)).sum().backward()
+            optimizer.step()
+    messages = [str(warning.message) for warning in caught if "no distributed optimizer" in str(warning.message)]
+    assert len(messages) == (cluster.rank == 0)
+    assert all(message.startswith("hvd_adam: 0.weight and 1 more of the model") for message in messages)

@@ -145,7 +145,7 @@ def test_a_rank_that_leaves_early_for_another_call_of_the_optimizer_ends_the_job
         pytest.skip("concerns one rank only")
     model = small_model()
     optimizer = distribute(Adam(model.parameters()), model, strategy=strategy)
-    with pytest.raises(Exception, match=r"another collective|has left its training loop"):
+    with pytest.raises(Exception, match=r"something else that every rank must call"):
         if cluster.rank == 0:
             getattr(optimizer, call)()
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections import defaultdict
 from typing import Any
@@ -74,7 +75,7 @@ class AveragedAdam(Adam):
                 ensure_layout=self._ensure_layout,
                 facts=self._facts,
                 averaging_begins=self._averaging_begins,
-                backward_ended=self._scaling.remember_scale,
+                backward_ended=self._backward_ended,
             ),
             self._lockstep,
             accumulate=accumulate,
@@ -96,6 +97,7 @@ class AveragedAdam(Adam):
         )
         self._join: Join | None = None
         self._updates = self._loads = 0
+        self._looked_for_others = False  # among the gradients of a backward pass
         # GradScaler.step unscales gradients, unless an optimizer has this attribute: then step() refuses it.
         own_scaling = loss_scaler is not None or accumulate > 1 or defer_averaging
         if own_scaling or self._strategy.scatters or self._adasum:
@@ -255,6 +257,26 @@ class AveragedAdam(Adam):
         steps = sum(float(flat.state["step"].sum()) for flat in self._store.storages)
         facts = {UPDATES: self._updates, LOADED: self._loads, STEPS: steps}
         return facts | facts_of_groups(self.param_groups)
+
+    def _backward_ended(self) -> None:
+        self._scaling.remember_scale()
+        if not self._looked_for_others and self._ranks > 1:
+            self._looked_for_others = True
+            self._warn_of_others()
+
+    def _warn_of_others(self) -> None:
+        """Warns of gradients of the model that no optimizer averages: each rank would have its own."""
+        averaged = {p for other in _live for p in other._parameters()}
+        names = [name for name, p in self._model.named_parameters() if p.grad is not None and p not in averaged]
+        if names and self._rank == ROOT:
+            warnings.warn(
+                f"hvd_adam: {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} of the model have "
+                "gradients but no distributed optimizer, so each rank has its own: a norm or a clipping over "
+                "model.parameters() differs between ranks. Freeze them by requires_grad_(False), or give them to "
+                "the optimizer",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _averaging_begins(self) -> None:
         if self._join is not None:

@@ -21,7 +21,7 @@ from hvd_adam.recovery.preemption import stop_requested
 
 # The launcher ends the other ranks once one has exited. They print their errors too if it has not by then.
 GRACE_SECONDS = 8.0  # on a busy machine horovodrun --gloo takes more than 3
-LONGEST_REASON = 200  # characters of Horovod's error
+LONGEST_REASON = 400  # characters of the error
 FLUSH_SECONDS = 5.0  # for output that nobody reads
 
 
@@ -33,7 +33,7 @@ class Failure:
         code: the exit code.
         line: the error in one line, without the program's name; empty if there is nothing to print.
         traceback: the traceback of an error that is not expected, else empty.
-        lost_ranks: "lost the connection…" in one line if Horovod ended a collective, most likely because another
+        lost_ranks: "lost the other ranks…" in one line if Horovod ended a collective, most likely because another
             rank has ended; else empty.
     """
 
@@ -58,7 +58,8 @@ class Failure:
         text = "".join(traceback.format_exception(error))
         root, lost_ranks = _root(error), ""
         if type(root).__name__ == "HorovodInternalError":
-            lost_ranks = f"lost the connection to the other ranks: {textwrap.shorten(str(root), LONGEST_REASON)}"
+            reason = str(error if type(error) is type(root) else root).partition(" (Horovod:")[0]
+            lost_ranks = f"lost the other ranks: {textwrap.shorten(reason, LONGEST_REASON)}"
         return cls(1, f"failed: {error!r}", text, lost_ranks)
 
 

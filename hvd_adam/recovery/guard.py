@@ -182,7 +182,7 @@ class Guard:
             line = failure.lost_ranks
             silent = [rank for rank, answer in self._ask_others("alive").items() if answer is None]
             if silent:
-                line += f"; {name_ranks(silent, self._hosts())} not answering (frozen, dead or cut off)"
+                line += f"; {name_ranks(silent, self._hosts())} has ended or does not answer"
             return f"{script}: {where} {line}\n"
         if failure.traceback:
             return f"{failure.traceback}{script}: {where} {failure.line}\n"

@@ -95,13 +95,10 @@ class Reducer:
             if not has_grad:
                 flat.clear(i)
         _flags(flat, bucket).copy_(torch.tensor(present, device="cpu"))
-        self._in_flight[number] = start_reduction(
-            flat.grad[bucket.start : bucket.end],
-            f"{self._prefix}.{number}",
-            self._compression,
-            self.scatters,
-            Scaling(self.scale, bucket.flags - bucket.start) if half else None,
-        )
+        scaling = Scaling(self.scale, bucket.flags - bucket.start) if half else None
+        gradients, name = flat.grad[bucket.start : bucket.end], f"{self._prefix}.{number}"
+        with explained():
+            self._in_flight[number] = start_reduction(gradients, name, self._compression, self.scatters, scaling)
 
     def send_rest(self, message: Tensor) -> None:
         """Sends the remaining buckets, and with the last one the message.
@@ -211,9 +208,10 @@ def explained() -> Iterator[None]:
         yield
     except HorovodInternalError as error:
         raise HorovodInternalError(
-            "some ranks wait for gradients, while another has ended, failed, or left its training loop for "
-            "another collective. If that rank has shown an error, that is the cause. If ranks have different "
-            f"numbers of batches, use `with optimizer.join():` around the loop. (Horovod: {error})"
+            "some ranks wait for gradients, while another has ended, failed, or called something else that every "
+            "rank must call (broadcast, add_param_group, state_dict if sharded). If that rank has shown an error, "
+            "that is the cause. If ranks have different numbers of batches, use `with optimizer.join():` around "
+            f"the loop. (Horovod: {error})"
         ) from error
 
 
