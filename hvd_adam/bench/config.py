@@ -177,9 +177,10 @@ class StepConfig(RanksConfig):
             UserError: an unknown variant.
         """
         peers = (peer for peer in PEERS if peer != "plain" or self.np == 1)
-        ours = (OURS + strategy + suffix for strategy in strategies for suffix in ("", DEFERRED))
-        known = (*ours, *peers)
-        names = known if self.variants == "all" else _words(self.variants)
+        ours = [OURS + strategy for strategy in strategies]
+        usual = (*ours, *peers)
+        known = (*usual, *(name + DEFERRED for name in ours))
+        names = usual if self.variants == "all" else _words(self.variants)
         for name in names:
             require(name in known, "variants", name, f"some of {', '.join(known)}")
         return names
