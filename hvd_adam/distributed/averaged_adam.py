@@ -307,9 +307,9 @@ def _has_gradient(item: Any) -> bool:
 
 def retire_others(optimizer: AveragedAdam) -> None:
     """Retires the optimizers that have reduced gradients of some of the same parameters until now."""
-    mine = {p for group in optimizer.param_groups for p in group["params"]}
+    mine = set(optimizer._parameters())
     for other in list(_live):
-        if any(p in mine for group in other.param_groups for p in group["params"]):
+        if not mine.isdisjoint(other._parameters()):
             other.refuse_unfinished()
             other.retire()
             _live.discard(other)

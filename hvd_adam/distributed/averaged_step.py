@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hvd_adam.distributed.gradients.averager import GradientAverager
-from hvd_adam.distributed.gradients.grad_scaling import GradScaling, SkipCounter
+from hvd_adam.distributed.gradients.grad_scaling import GradScaling, SkipCounter, multiply_gradients
 from hvd_adam.distributed.strategies.allreduce import AllReduceStrategy
 from hvd_adam.optim.fused import backend
 from hvd_adam.optim.parameter_store import ParameterStore
@@ -74,16 +74,16 @@ class AveragedStep:
         """Makes `p.grad` the unscaled mean: of this rank's shard, where gradients are reduce-scattered."""
         factor = self.synchronize()
         self._refuse_changed(factor)
-        if isinstance(factor, Tensor) or factor != 1.0:
-            self._multiply(factor)
-            self._unscale = 1.0
+        multiply_gradients(self._parameters(), factor)
+        self._unscale = 1.0
         self._averager.look()
 
     def clip(self, max_norm: float) -> Tensor:
         """Clips the unscaled mean to a norm. Returns the norm before clipping, 0-dimensional."""
         self.unscale()
         norm = self._strategy.norm_of_gradients(self._parameters(), self._store.storages)
-        self._multiply((max_norm / (norm + 1e-6)).clamp(max=1.0))  # as torch.nn.utils.clip_grad_norm_
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
+        multiply_gradients(self._parameters(), factor)
         self._averager.look()
         return norm
 
@@ -122,8 +122,3 @@ class AveragedStep:
         self._strategy.exchange_parameters(storages)
         if deferred and self.skipped is not None:
             self.skips.defer(self.skipped, storages)
-
-    def _multiply(self, factor: float | Tensor) -> None:
-        gradients = [p.grad for p in self._parameters() if p.grad is not None]
-        if gradients:
-            torch._foreach_mul_(gradients, factor)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import operator
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,10 +12,10 @@ from torch import Tensor
 
 from hvd_adam.distributed.context import horovod
 from hvd_adam.distributed.gradients.backward_pass import Callbacks, Hooks, at_end_of_backward, once_all_have_sent
+from hvd_adam.distributed.gradients.grad_scaling import multiply_gradients
 from hvd_adam.distributed.gradients.lockstep import ABORTED, Lockstep
 from hvd_adam.distributed.gradients.reducer import Reducer
 
-_grad = operator.attrgetter("grad")
 _numbers = itertools.count()
 
 
@@ -163,7 +162,7 @@ class GradientAverager:
         self._undo_division()  # also of gradients that an update has used, and that are not cleared
         self._announce()
         if self.reducer is None:
-            self._multiply(1 / self._accumulate)
+            multiply_gradients(self._optimizer.parameters(), 1 / self._accumulate)
         else:
             self._reduce()
         self._announced, self._averaged, self._divided = False, True, True
@@ -289,13 +288,8 @@ class GradientAverager:
         self._divided = False
         if self.reducer is not None and self.reducer.scatters:
             self.reducer.spread()
-        elif self._accumulate > 1:
-            self._multiply(self._accumulate)
-
-    def _multiply(self, factor: float) -> None:
-        gradients = [grad for grad in map(_grad, self._optimizer.parameters()) if grad is not None]
-        if factor != 1 and gradients:
-            torch._foreach_mul_(gradients, factor)
+        else:
+            multiply_gradients(self._optimizer.parameters(), self._accumulate)
 
     # Changes by the user.
 

@@ -188,6 +188,15 @@ class SkipCounter:
         self._storages = ()
 
 
+def multiply_gradients(parameters: Sequence[Tensor], factor: float | Tensor) -> None:
+    """Multiplies all gradients in place; a number 1 costs nothing."""
+    if not isinstance(factor, Tensor) and factor == 1.0:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if gradients:
+        torch._foreach_mul_(gradients, factor)
+
+
 def element_sum(gradients: Tensor) -> Tensor:
     """Returns the sum of all elements, 0-dim float64, added in float32 or wider; finite only if all are finite."""
     return gradients.sum(dtype=torch.promote_types(gradients.dtype, torch.float32)).double()
