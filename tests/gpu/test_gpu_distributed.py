@@ -90,16 +90,19 @@ def test_buckets_reduced_by_nccl_on_one_rank_are_unchanged(cluster):
         shapes = ((300, 70), (7,), (1000, 33), (5, 5))
         params = [torch.nn.Parameter(torch.zeros(shape, device=cluster.device)) for shape in shapes]
         optimizer = Adam(params, implementation="foreach")
-        flat = FlatStorage(params, [0] * 4, optimizer.state, Layout.of(params, 60_000, 1))
+        flat = FlatStorage(params, [0] * 4, optimizer.state, Layout.of(params, 60_000, 1, control=2))
         assert len(flat.layout.buckets) > 1
         reducer = Reducer([flat], f"test.{compression}.{scatter}", compression, 1, scatter)
         sent = [torch.randint(-99, 99, shape, device=cluster.device).float() for shape in shapes]
         for p, gradient in zip(params[:-1], sent, strict=False):
             p.grad = gradient.clone()
-        assert reducer.finish(add=True).isfinite()
+        reducer.send_rest(torch.tensor([1.0, 2.0]))
+        reduced = reducer.finish(torch.tensor([1.0, 2.0]), add=True)
+        assert reduced.message == [1.0, 2.0]
+        assert reduced.total is not None and reduced.total.isfinite()
         assert params[-1].grad is None  # no rank has used it
         for p, gradient in zip(params[:-1], sent, strict=False):
-            assert torch.equal(p.grad, gradient), (compression, scatter)  # whole numbers below 2⁸
+            assert torch.equal(reducer.place(p), gradient), (compression, scatter)  # whole numbers below 2⁸
 
 
 @on_ranks(1)
