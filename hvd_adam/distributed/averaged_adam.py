@@ -23,7 +23,7 @@ from hvd_adam.distributed.layout import DistributedLayout
 from hvd_adam.distributed.strategies.allreduce import AllReduceStrategy
 from hvd_adam.distributed.strategies.zero import ZeroStrategy
 from hvd_adam.optim.adam import Adam, PlainOptimizer
-from hvd_adam.optim.parameter_store import States
+from hvd_adam.optim.optimizer_state import States
 
 _live: weakref.WeakSet[AveragedAdam] = weakref.WeakSet()  # the optimizers that have hooks
 
@@ -93,10 +93,11 @@ class AveragedAdam(Adam):
         )
         self._store = self._layout.store
         self._step = AveragedStep(
-            self, self._parameters, self._averager, self._scaling, self._strategy, self._store
+            self, self._parameters, self._averager, self._scaling, self._strategy, self._layout
         )
         self._join: Join | None = None
         self._updates = self._loads = 0
+        self._replaced: States = {}  # the state before the one that has been loaded, until that is broadcast
         self._looked_for_others = False  # among the gradients of a backward pass
         # GradScaler.step unscales gradients, unless an optimizer has this attribute: then step() refuses it.
         own_scaling = loss_scaler is not None or accumulate > 1 or defer_averaging
@@ -126,6 +127,7 @@ class AveragedAdam(Adam):
         with_state = self._strategy.state_is_broadcast(self._replace_state, self._reclaim_state)
         broadcast_training_state(self._model, self, self._scaling.loss_scaler, with_state=with_state)
         self._loads = 0
+        self._replaced = {}
         self._ensure_layout()
 
     def _replace_state(self) -> None:
@@ -134,8 +136,7 @@ class AveragedAdam(Adam):
             self._make_missing_state(group)
 
     def _reclaim_state(self) -> None:
-        for flat in self._store.storages:
-            flat.reclaim(self.state)
+        self.state.update({p: dict(tensors) for p, tensors in self._replaced.items()})
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state in the format of `torch.optim.Adam`. If it is sharded, every rank must call it."""
@@ -153,7 +154,7 @@ class AveragedAdam(Adam):
         if self._strategy.exchanges:
             self._averager.start_meeting()()
         self._step.skips.record()
-        return self._strategy.whole_state(self.state, self._store.storages, on_root_only=on_root_only)
+        return self._strategy.whole_state(self.state, self._layout.buffers, on_root_only=on_root_only)
 
     def _state_dict_of(self, whole: States) -> dict[str, Any]:
         own, self.state = self.state, defaultdict(dict, whole)
@@ -174,6 +175,8 @@ class AveragedAdam(Adam):
         """
         self._refuse_in_flight("load_state_dict() between backward() and step() would mix two states")
         self._step.skips.record()  # belongs to the state that is replaced
+        if not self._strategy.loaded:
+            self._replaced = {p: dict(tensors) for p, tensors in self.state.items()}
         super().load_state_dict(state_dict)
         self._horovod.share(self)
         self._loads += 1
@@ -244,17 +247,17 @@ class AveragedAdam(Adam):
         return names | {p: name for name, p in self._model.named_parameters() if p in names}
 
     def _ensure_layout(self) -> None:
-        """Moves parameters and state where they belong, if they do not lie there. Nothing may be in flight."""
-        if not self._store.fits(self.param_groups, self.state):
-            self._step.skips.record()  # while the buffers are those of the last step
-            if self._store.storages and self._strategy.shard[1] > 1:
+        """Builds the layout unless it fits parameters and state. Nothing may be in flight."""
+        if not self._layout.fits(self.param_groups, self.state):
+            self._step.skips.record()  # while the layout is that of the last step
+            if self._layout.buffers and self._strategy.shard[1] > 1:
                 self.state.update(self._whole_state())
             self._layout.build(self.param_groups, self.state, self._names())
         self._strategy.loaded = False
 
     def _facts(self) -> dict[str, object]:
         """Returns what must be identical on all ranks."""
-        steps = sum(float(flat.state["step"].sum()) for flat in self._store.storages)
+        steps = sum(tensors["step"].item() for tensors in self.state.values() if tensors)
         facts = {UPDATES: self._updates, LOADED: self._loads, STEPS: steps}
         return facts | facts_of_groups(self.param_groups)
 

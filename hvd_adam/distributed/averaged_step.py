@@ -10,9 +10,9 @@ from torch import Tensor
 
 from hvd_adam.distributed.gradients.averager import GradientAverager
 from hvd_adam.distributed.gradients.grad_scaling import GradScaling, SkipCounter, multiply_gradients
+from hvd_adam.distributed.layout import DistributedLayout
 from hvd_adam.distributed.strategies.allreduce import AllReduceStrategy
 from hvd_adam.optim.fused import backend
-from hvd_adam.optim.parameter_store import ParameterStore
 
 Update = Callable[[Tensor | None], None]
 
@@ -26,7 +26,7 @@ class AveragedStep:
         averager: makes `p.grad` the mean over the ranks.
         scaling: loss scale, clipping and the decision to skip.
         strategy: of the optimizer.
-        store: of the parameters.
+        layout: of the parameters and their gradients.
 
     Attributes:
         grad_norm, skipped: as in `DistributedAdam`.
@@ -40,11 +40,11 @@ class AveragedStep:
         averager: GradientAverager,
         scaling: GradScaling,
         strategy: AllReduceStrategy,
-        store: ParameterStore,
+        layout: DistributedLayout,
     ) -> None:
         self._optimizer, self._parameters = optimizer, parameters
         self._averager, self._scaling = averager, scaling
-        self._strategy, self._store = strategy, store
+        self._strategy, self._layout = strategy, layout
         self.grad_norm: Tensor | None = None
         self.skipped: Tensor | None = None
         self.skips = SkipCounter()
@@ -81,7 +81,7 @@ class AveragedStep:
     def clip(self, max_norm: float) -> Tensor:
         """Clips the unscaled mean to a norm. Returns the norm before clipping, 0-dimensional."""
         self.unscale()
-        norm = self._strategy.norm_of_gradients(self._parameters(), self._store.storages)
+        norm = self._strategy.norm_of_gradients(self._parameters(), self._layout.buffers)
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
         multiply_gradients(self._parameters(), factor)
         self._averager.look()
@@ -95,20 +95,20 @@ class AveragedStep:
         """
         unscale = self.synchronize()
         self._refuse_changed(unscale)
-        parameters, scaling, storages = self._parameters(), self._scaling, self._store.storages
+        parameters, scaling, buffers = self._parameters(), self._scaling, self._layout.buffers
         if all(p.grad is None for p in parameters):
             return
         finite_probe = None
         if scaling.needs_norm:
-            finite_probe = self._strategy.norm(parameters, storages) * unscale
+            finite_probe = self._strategy.norm(parameters, buffers) * unscale
         elif scaling.needs_sum:
             finite_probe = self._averager.total
             if finite_probe is None:
-                finite_probe = self._strategy.element_sum(self._store)
+                finite_probe = self._strategy.element_sum(parameters, buffers)
         self.skipped, deferred = None, False
         if scaling.probes and finite_probe is not None:
             self.skipped = scaling.found_inf(finite_probe, self._optimizer)
-            deferred = self._store.all_fused and backend(self.skipped.device.type).skips_nan
+            deferred = self._layout.store.all_fused and backend(self.skipped.device.type).skips_nan
             if not deferred and self.skipped:  # if deferred, the kernel skips, and the host need not wait
                 self.skips.add()
                 return
@@ -119,6 +119,6 @@ class AveragedStep:
         run(scaling.combined(unscale, finite_probe, carries_found_inf=deferred))
         if meet is not None:
             meet()
-        self._strategy.exchange_parameters(storages)
+        self._strategy.exchange_parameters(buffers)
         if deferred and self.skipped is not None:
-            self.skips.defer(self.skipped, storages)
+            self.skips.defer(self.skipped, self._layout.store.undo_step_counts)

@@ -1,7 +1,8 @@
-"""`DistributedLayout`: flat storage, buckets and backward hooks of an optimizer's parameters on several ranks."""
+"""`DistributedLayout`: buckets, tables and backward hooks of an optimizer's parameters on several ranks."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -10,21 +11,26 @@ from torch import Tensor
 from hvd_adam.distributed.broadcast import broadcast_tensors
 from hvd_adam.distributed.context import collective_prefix, horovod
 from hvd_adam.distributed.gradients.averager import GradientAverager
+from hvd_adam.distributed.gradients.bucket_layout import Layout
 from hvd_adam.distributed.gradients.compression import AdasumCompression
+from hvd_adam.distributed.gradients.gradient_buffer import GradientBuffer
 from hvd_adam.distributed.gradients.lockstep import Lockstep
 from hvd_adam.distributed.gradients.reducer import BUCKET_BYTES, Reducer
 from hvd_adam.distributed.horovod_adapter import HorovodAdapter, prefixed
 from hvd_adam.distributed.strategies.allreduce import AllReduceStrategy
 from hvd_adam.errors import UserError
 from hvd_adam.optim.adam import Adam
-from hvd_adam.optim.optimizer_state import Group
-from hvd_adam.optim.parameter_store import ParameterStore, States, StorePolicy
+from hvd_adam.optim.memory import is_dense, is_ordinary, overlapping
+from hvd_adam.optim.optimizer_state import Group, States
+from hvd_adam.optim.parameter_store import ParameterStore, StorePolicy
 
 Names = Mapping[Tensor, str]
 
+_REMEDY = "give it memory of its own, p.data = p.detach().clone(), or use the same torch.nn.Parameter object twice"
+
 
 class DistributedLayout:
-    """Builds flat storage, and with it the buckets that are reduced; connects both with Horovod's hooks.
+    """Makes the buckets that are reduced, and the tables that are updated; connects both with Horovod's hooks.
 
     Args:
         strategy: decides what this rank keeps of the state, and how gradients are reduced.
@@ -32,10 +38,11 @@ class DistributedLayout:
         lockstep: of the averager.
         compression: format in which gradients are sent.
         accumulate: micro-batches per update.
-        adasum: combine updates by Adasum; parameters then stay where they are.
+        adasum: combine updates by Adasum; gradients are then not reduced.
 
     Attributes:
         store: of the parameters.
+        buffers: of their gradients, one for each device and dtype; none on one rank and with Adasum.
     """
 
     def __init__(
@@ -53,21 +60,10 @@ class DistributedLayout:
         self._ranks = int(horovod().size())
         self._flat = self._ranks > 1 and not adasum
         self._adapter: HorovodAdapter | None = None  # from `connect` on
-        self.store = ParameterStore(self._policy())
-
-    def _policy(self) -> StorePolicy:
-        warns = horovod().rank() == 0
-        if not self._flat:
-            # Adasum steps one parameter at a time: a flat buffer for each would gain nothing.
-            return StorePolicy(foreach_only=self._adasum, agree=self._agree, warns=warns)
-        return StorePolicy(
-            always_flat=True,
-            bucket_bytes=BUCKET_BYTES,
-            shard=self._strategy.shard,
-            control=self._lockstep.length,
-            agree=self._agree,
-            warns=warns,
-        )
+        # Adasum steps one parameter at a time.
+        policy = StorePolicy(foreach_only=adasum, agree=self._agree, warns=bool(horovod().rank() == 0))
+        self.store = ParameterStore(policy)
+        self.buffers: Sequence[GradientBuffer] = ()
 
     def _agree(self, error: str | None) -> str | None:
         """Returns the same on all ranks: if one rank cannot compile, none must, or the ranks would drift apart."""
@@ -76,19 +72,33 @@ class DistributedLayout:
             errors = horovod().allgather_object(error, name="hvd_adam.kernels")
         return next((f"rank {rank}: {error}" for rank, error in enumerate(errors) if error), None)
 
+    def fits(self, groups: Sequence[Group], state: States) -> bool:
+        """Returns whether the layout fits parameters, state and options, after reading replaced tensors."""
+        return all(buffer.fits() for buffer in self.buffers) and self.store.fits(groups, state)
+
     def build(self, groups: Sequence[Group], state: States, names: Names) -> None:
-        """Moves parameters, gradients and state into new buffers, and makes buckets of them."""
-        self.store.build_layout(groups, state)
+        """Makes buffers for the gradients, and buckets of them, and decides what this rank updates."""
         if not self._flat:
+            self.store.build_layout(groups, state)
             return
-        for p in self.store.unflattened:
-            if p.requires_grad:
-                raise UserError(
-                    f"{names[p]} shares memory with another parameter, or is no ordinary tensor, and cannot be "
-                    "averaged: to tie parameters, use the same torch.nn.Parameter object"
-                )
+        trained = [p for group in groups for p in group["params"] if p.requires_grad or p.grad is not None]
+        self._refuse_unusual(trained, names)
+        kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+        for p in trained:
+            kinds[p.device, p.dtype].append(p)
+        rank, ranks = self._strategy.shard
+        self.buffers = [
+            GradientBuffer(params, Layout.of(params, BUCKET_BYTES, ranks, self._lockstep.length))
+            for params in kinds.values()
+        ]
+        parts = {
+            p: part
+            for buffer in self.buffers
+            for p, part in zip(buffer.params, buffer.parts(rank, ranks), strict=True)
+        }
+        self.store.build_layout(groups, state, parts if ranks > 1 else None)
         reducer = Reducer(
-            self.store.storages,
+            self.buffers,
             collective_prefix(),
             self._compression,
             1 / (self._ranks * self._accumulate),
@@ -99,6 +109,19 @@ class DistributedLayout:
             self._adapter.set_buckets(reducer.parameters)
             self.add_hooks(names, names)  # parameters may have been unfrozen
 
+    def _refuse_unusual(self, trained: Sequence[Tensor], names: Names) -> None:
+        """Refuses parameters whose gradients cannot be averaged, or that cannot be sharded."""
+        shared = overlapping(trained) if self._strategy.shard[1] > 1 else ()
+        for p in trained:
+            problem = "is no ordinary tensor, and cannot be averaged" if not is_ordinary(p) else ""
+            if self._strategy.shard[1] > 1 and not problem:
+                if p in shared:
+                    problem = "shares memory with another parameter, and cannot be sharded"
+                elif not is_dense(p):
+                    problem = "has gaps in memory, and cannot be sharded"
+            if problem:
+                raise UserError(f"{names[p]} {problem}: {_REMEDY}")
+
     def divide_by(self, ranks: int) -> None:
         """Divides gradients by another number of ranks from now on."""
         if self._averager.reducer is not None:
@@ -106,12 +129,12 @@ class DistributedLayout:
 
     def broadcast_gradients(self, root: int) -> None:
         """Copies the gradients of one rank to all ranks. Every rank must call it."""
-        for number, flat in enumerate(self.store.storages):
-            present = torch.tensor(flat.collect(), device="cpu")
+        for number, buffer in enumerate(self.buffers):
+            present = torch.tensor(buffer.collect(), dtype=torch.bool, device="cpu")
             name = f"{self._strategy.prefix}.join.gradients.{number}"
-            broadcast_tensors([present, flat.grad], name, root)
-            for i, (p, has_grad) in enumerate(zip(flat.params, present.tolist(), strict=True)):
-                p.grad = flat.grad_view(i) if has_grad else None
+            broadcast_tensors([present, buffer.grad], name, root)
+            for i, (p, has_grad) in enumerate(zip(buffer.params, present.tolist(), strict=True)):
+                p.grad = buffer.grad_view(i) if has_grad else None
 
     # Hooks.
 

@@ -158,7 +158,7 @@ class DistributedAdam(AveragedAdam):
         self._refuse_adasum()
         self._refuse_scattered_in_join("synchronize()")
         self._step.unscale()
-        self._strategy.gather_gradients(self._store.storages)
+        self._strategy.gather_gradients(self._layout.buffers)
         self._averager.changes_are_welcome()
 
     @torch.no_grad()

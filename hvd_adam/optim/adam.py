@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from hvd_adam.optim import validation
-from hvd_adam.optim.flat_memory import own_storages
 from hvd_adam.optim.implementation import choose_group_implementation, choose_implementation
 from hvd_adam.optim.optimizer_state import (
     Group,
@@ -146,16 +145,6 @@ class Adam(PlainOptimizer):
                 loss = closure()
         self._update()
         return loss
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the state and the groups in the format of ``torch.optim.Adam``.
-
-        The tensors are those of the state, as in PyTorch; each has a storage of its own, so that ``torch.save`` of
-        some of them writes no others.
-        """
-        saved = super().state_dict()
-        saved["state"] = {key: own_storages(value) for key, value in saved["state"].items()}
-        return dict(saved)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dictionary of this class, or of ``torch.optim.Adam`` or ``AdamW``.

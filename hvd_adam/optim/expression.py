@@ -1,4 +1,4 @@
-"""The fused update as one expression over flat buffers, with its arguments; fused.py compiles it.
+"""The fused update as one expression over 1-dimensional tensors: what the kernels of fused.py must compute.
 
 Reading p, g, m, v and writing p, m, v once each is the least memory traffic that Adam can have: everything else of
 a step (averaging, unscaling, clipping, weight decay, rounding) is computed in registers on the way.
@@ -6,26 +6,24 @@ a step (averaging, unscaling, clipping, weight decay, rounding) is computed in r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass
-from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
+
+Whole = TypeVar("Whole", int, Any)
 
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """What is compiled into a kernel. Everything else (length, learning rate, step, grad_scale) is an argument.
+    """What is compiled into a kernel. Everything else (tensors, hyper-parameters, step, grad_scale) is data.
 
     Attributes:
         device: "cpu" or "cuda".
         dtype: of parameters and gradients.
         moment_dtype: of the moments.
-        amsgrad: keep and use the largest second moment.
-        decay: "none", "coupled" (added to the gradient) or "decoupled" (applied to the parameter).
         rounding: how half-precision parameters are stored: "nearest", "master" (float32 copies are updated) or
             "stochastic".
     """
@@ -33,15 +31,12 @@ class KernelSpec:
     device: str
     dtype: torch.dtype
     moment_dtype: torch.dtype
-    amsgrad: bool
-    decay: str
     rounding: str
 
     @property
     def compute_dtype(self) -> torch.dtype:
         """float64 for float64 parameters, float32 for all others."""
-        # Not torch.promote_types: torch 2.1 cannot compile it.
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
+        return torch.promote_types(self.dtype, torch.float32)
 
     @property
     def name(self) -> str:
@@ -50,8 +45,8 @@ class KernelSpec:
 
 
 @dataclass
-class Buffers:
-    """The tensors of an update: 1-dimensional, contiguous, of one length and device; None if a spec has none."""
+class Tensors:
+    """The tensors of one parameter's update, of one shape; None if there is none."""
 
     param: Tensor
     grad: Tensor
@@ -60,11 +55,12 @@ class Buffers:
     max_exp_avg_sq: Tensor | None = None
     master_param: Tensor | None = None
 
-    def split(self, elements: int) -> list[Buffers]:
-        """Returns views of at most this number of elements each, in order."""
-        fields = vars(self).items()
-        pieces = {name: t.split(elements) for name, t in fields if t is not None}
-        return [Buffers(**dict(zip(pieces, row, strict=True))) for row in zip(*pieces.values(), strict=True)]
+
+def decay_of(group: Mapping[str, Any]) -> str:
+    """Returns "none", "coupled" (decay is added to the gradient) or "decoupled" (applied to the parameter)."""
+    if group["weight_decay"] == 0:
+        return "none"
+    return "decoupled" if group["decoupled_weight_decay"] else "coupled"
 
 
 class Scalars(NamedTuple):
@@ -87,10 +83,6 @@ class Scalars(NamedTuple):
     eps: float
 
 
-# Updates whole buffers in place; takes the buffers, a grad_scale or None, the scalars and a seed.
-Kernel = Callable[[Buffers, "Tensor | None", Scalars, int], None]
-
-
 def scalars(group: Mapping[str, Any], step: float) -> Scalars:
     """Returns the numbers of step number `step` ≥ 1 with the hyper-parameters of `group`.
 
@@ -100,10 +92,14 @@ def scalars(group: Mapping[str, Any], step: float) -> Scalars:
     beta1, beta2 = map(float, group["betas"])
     lr, weight_decay = float(group["lr"]), group["weight_decay"]
     root = (1 - beta2**step) ** 0.5
-    decay = -weight_decay * lr if group["decoupled_weight_decay"] else weight_decay
-    step_size = lr * root / (1 - beta1**step)
-    # Positional: keywords would add half a microsecond to each step.
-    return Scalars(decay, 1 - beta1, beta2, 1 - beta2, step_size, group["eps"] * root)
+    return Scalars(
+        weight_decay=-weight_decay * lr if group["decoupled_weight_decay"] else weight_decay,
+        one_minus_beta1=1 - beta1,
+        beta2=beta2,
+        one_minus_beta2=1 - beta2,
+        step_size=lr * root / (1 - beta1**step),
+        eps=group["eps"] * root,
+    )
 
 
 def adam_expression(
@@ -126,7 +122,7 @@ def adam_expression(
         v_max: largest second moment; None without AMSGrad.
         grad_scale: multiplies the gradient first; 0-dimensional.
         scalars: the fields of `Scalars`, in order.
-        decay: as in `KernelSpec`.
+        decay: as `decay_of` returns it.
     """
     weight_decay, one_minus_beta1, beta2, one_minus_beta2, step_size, eps = scalars.unbind()
     g = g * grad_scale
@@ -174,67 +170,57 @@ def current_master(p: Tensor, master: Tensor) -> Tensor:
     return torch.where(kept, master, wide)
 
 
-def update_tensors(
+def rounding_seed(step: Whole, position: Whole) -> Whole:
+    """Returns the seed of stochastic rounding, in [0, 2³¹).
+
+    Steps and elements have different random bits; ranks and repeated runs have identical ones.
+
+    Args:
+        step: number of the step, from 1; also an int64 array.
+        position: index of the first element among all of the optimizer's.
+    """
+    return (step * 0x9E3779B1 + position) % 2**31
+
+
+def update_uncompiled(
     spec: KernelSpec,
-    p: Tensor,
-    g: Tensor,
-    m: Tensor,
-    v: Tensor,
-    v_max: Tensor | None,
-    master: Tensor | None,
-    grad_scale: Tensor,
-    scalars: Tensor,
-    seed: Tensor | None,
+    tensors: Tensors,
+    grad_scale: Tensor | None,
+    group: Mapping[str, Any],
+    step: float,
+    position: int,
 ) -> None:
-    """Takes one step in place: the function that is compiled."""
-    dtype = spec.compute_dtype
-    theta = p.to(dtype) if master is None else current_master(p, master)
-    theta, new_m, new_v, new_v_max = adam_expression(
-        theta,
-        g.to(dtype),
-        m.to(dtype),
-        v.to(dtype),
+    """Updates one parameter in place in PyTorch's own operations: the reference that kernels are compared with.
+
+    Args:
+        spec: fits the tensors.
+        tensors: 1-dimensional.
+        grad_scale: multiplies the gradient; 0-dimensional; None for 1.
+        group: the hyper-parameters.
+        step: number of the step, from 1.
+        position: index of the first element among all of the optimizer's, for stochastic rounding.
+    """
+    dtype, device = spec.compute_dtype, tensors.param.device
+    scale = torch.ones((), dtype=dtype, device=device) if grad_scale is None else grad_scale.to(device, dtype)
+    numbers = torch.tensor(scalars(group, step), dtype=torch.float64, device="cpu").to(device, dtype)
+    p, v_max, master = tensors.param, tensors.max_exp_avg_sq, tensors.master_param
+    theta, m, v, new_v_max = adam_expression(
+        p.to(dtype) if master is None else current_master(p, master),
+        tensors.grad.to(dtype),
+        tensors.exp_avg.to(dtype),
+        tensors.exp_avg_sq.to(dtype),
         None if v_max is None else v_max.to(dtype),
-        grad_scale,
-        scalars,
-        spec.decay,
+        -scale if group["maximize"] else scale,
+        numbers,
+        decay_of(group),
     )
-    m.copy_(new_m)
-    v.copy_(new_v)
+    tensors.exp_avg.copy_(m)
+    tensors.exp_avg_sq.copy_(v)
     if v_max is not None and new_v_max is not None:
         v_max.copy_(new_v_max)
     if master is not None:
         master.copy_(theta)
-    p.copy_(theta if seed is None else round_stochastically(theta, seed))
-
-
-@cache
-def _one(device: torch.device, dtype: torch.dtype) -> Tensor:
-    return torch.ones((), dtype=dtype, device=device)
-
-
-def update_uncompiled(
-    spec: KernelSpec, buffers: Buffers, grad_scale: Tensor | None, scalars: Scalars, seed: int
-) -> None:
-    """Computes what `update` does in PyTorch's own operations: the reference that kernels are compared with."""
-    update_tensors(spec, *update_arguments(spec, buffers, grad_scale, scalars, seed))
-
-
-def update_arguments(
-    spec: KernelSpec, buffers: Buffers, grad_scale: Tensor | None, scalars: Scalars, seed: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None]:
-    """Returns the arguments of `update_tensors` after `spec`."""
-    device, dtype = buffers.param.device, spec.compute_dtype
-    # NumPy converts so few numbers faster than torch.tensor.
-    numbers = np.array(scalars, dtype=np.float64 if dtype == torch.float64 else np.float32)
-    return (
-        buffers.param,
-        buffers.grad,
-        buffers.exp_avg,
-        buffers.exp_avg_sq,
-        buffers.max_exp_avg_sq,
-        buffers.master_param,
-        _one(device, dtype) if grad_scale is None else grad_scale.to(device, dtype),
-        torch.from_numpy(numbers).to(device),
-        torch.tensor(seed, device="cpu") if spec.rounding == "stochastic" else None,
-    )
+    if spec.rounding == "stochastic":
+        seed = torch.tensor(rounding_seed(int(step), position), dtype=torch.int64, device="cpu")
+        theta = round_stochastically(theta, seed)
+    p.copy_(theta)

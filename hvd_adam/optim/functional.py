@@ -7,29 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from hvd_adam.optim.expression import Buffers, current_master, round_stochastically
+from hvd_adam.optim.expression import current_master, round_stochastically, rounding_seed
 from hvd_adam.optim.optimizer_state import Group, rounding
 from hvd_adam.optim.reference import adam_update
-from hvd_adam.optim.tensor_lists import CPU_CHUNK_ELEMENTS, TensorLists
-
-
-def rounding_seed(step: float, position: int) -> int:
-    """Returns the seed of stochastic rounding, in [0, 2³¹).
-
-    Steps and elements have different random bits; ranks and repeated runs have identical ones.
-
-    Args:
-        step: number of the step, from 1.
-        position: index of the first element among all of the optimizer's.
-    """
-    return (int(step) * 0x9E3779B1 + position) % 2**31
-
-
-def signed_scale(group: Group, grad_scale: Tensor | None) -> Tensor | None:
-    """Returns `grad_scale`, negated where the group maximizes."""
-    if not group["maximize"]:
-        return grad_scale
-    return torch.tensor(-1.0, device="cpu") if grad_scale is None else -grad_scale
+from hvd_adam.optim.tensor_lists import TensorLists
 
 
 def update_reference(lists: TensorLists, group: Group, grad_scale: Tensor | None) -> None:
@@ -114,24 +95,6 @@ UPDATES: dict[str, Callable[[TensorLists, Group, Tensor | None], None]] = {
 }
 
 
-def update_pieces(
-    implementation: str, buffers: Buffers, step: float, position: int, group: Group, grad_scale: Tensor | None
-) -> None:
-    """Takes one step over flat buffers with a function of `UPDATES`, on CPUs in pieces that fit the cache.
-
-    Args:
-        implementation: key of `UPDATES`.
-        buffers: what to update, in place.
-        step: number of the step, from 1.
-        position: index of the buffers' first element among all of the optimizer's.
-        group: the hyper-parameters.
-        grad_scale: multiplies the gradients; 0-dimensional; None for 1.
-    """
-    size = CPU_CHUNK_ELEMENTS if buffers.param.is_cpu else buffers.param.numel()
-    for number, piece in enumerate(buffers.split(size)):
-        UPDATES[implementation](TensorLists.of(piece, step, position + number * size), group, grad_scale)
-
-
 def _thetas(lists: TensorLists, group: Group, dtype: torch.dtype) -> list[Tensor]:
     """Returns the tensors to update: the parameters, their masters, or copies in `dtype`."""
     if rounding(group, lists.params[0].dtype) == "stochastic":
@@ -145,10 +108,8 @@ def _store(lists: TensorLists, group: Group, thetas: list[Tensor]) -> None:
     """Rounds the updated tensors into the parameters, unless they are the parameters themselves."""
     if rounding(group, lists.params[0].dtype) == "stochastic":
         for p, theta, step, position in zip(lists.params, thetas, lists.steps, lists.positions, strict=True):
-            wide = theta.float().contiguous().reshape(-1)
-            p.copy_(
-                round_stochastically(wide, torch.tensor(rounding_seed(step, position), device="cpu")).view(p.shape)
-            )
+            seed = torch.tensor(rounding_seed(int(step), position), dtype=torch.int64, device="cpu")
+            p.copy_(round_stochastically(theta.float().contiguous().reshape(-1), seed).view(p.shape))
     elif lists.masters:
         for p, master in zip(lists.params, lists.masters, strict=True):
             p.copy_(master)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from hvd_adam.optim import fused, validation
 from hvd_adam.optim.expression import KernelSpec
+from hvd_adam.optim.memory import is_dense, is_ordinary
 from hvd_adam.optim.optimizer_state import Group, moment_dtype, rounding
 
 # On a CPU "auto" uses the fused kernel from this number of elements on. Below it a step takes a millisecond or two
@@ -15,7 +17,7 @@ from hvd_adam.optim.optimizer_state import Group, moment_dtype, rounding
 AUTO_FUSED_ELEMENTS = 1 << 20
 
 # The options that decide about layout and kernels.
-_LAYOUT_OPTIONS = ("implementation", "amsgrad", "decoupled_weight_decay", "master_weights", "stochastic_rounding")
+_LAYOUT_OPTIONS = ("implementation", "amsgrad", "master_weights", "stochastic_rounding")
 
 
 # What torch.optim.Adam calls its implementations, and what it can do and `Adam` cannot, with the remedy.
@@ -81,15 +83,12 @@ def choose_group_implementation(group: Group, defaults: Group) -> None:
 
 def layout_signature(groups: Sequence[Group]) -> list[tuple[object, ...]]:
     """Returns everything in the groups that a layout and its kernels depend on, to compare with another step's."""
-    return [
-        (*map(group.get, _LAYOUT_OPTIONS), group["weight_decay"] != 0, *map(id, group["params"]))
-        for group in groups
-    ]
+    return [(*map(group.get, _LAYOUT_OPTIONS), *map(id, group["params"])) for group in groups]
 
 
 def resolve_auto(groups: Sequence[Group]) -> list[str]:
     """Returns the implementation of each group, with "auto" replaced by "fused" or "foreach"."""
-    elements = sum(p.numel() for group in groups for p in group["params"])
+    elements = sum(p.numel() for group in groups for p in group["params"] if p.requires_grad)
     resolved = []
     for group in groups:
         implementation = group["implementation"]
@@ -107,17 +106,14 @@ def without_fused(implementations: Iterable[str]) -> list[str]:
     return ["foreach" if name == "fused" else name for name in implementations]
 
 
+def can_be_fused(p: Tensor) -> bool:
+    """Returns whether a kernel can read a parameter at its address: an ordinary tensor without gaps."""
+    return is_ordinary(p) and is_dense(p)
+
+
 def kernel_spec(group: Group, device: torch.device, dtype: torch.dtype) -> KernelSpec:
     """Returns the kernel that updates the group's parameters of this device and dtype."""
-    coupling = "decoupled" if group["decoupled_weight_decay"] else "coupled"
-    return KernelSpec(
-        device=device.type,
-        dtype=dtype,
-        moment_dtype=moment_dtype(group, dtype),
-        amsgrad=group["amsgrad"],
-        decay=coupling if group["weight_decay"] != 0 else "none",
-        rounding=rounding(group, dtype),
-    )
+    return KernelSpec(device.type, dtype, moment_dtype(group, dtype), rounding(group, dtype))
 
 
 def first_compile_error(groups: Sequence[Group], implementations: Sequence[str]) -> str | None:
@@ -127,5 +123,6 @@ def first_compile_error(groups: Sequence[Group], implementations: Sequence[str])
         for group, implementation in zip(groups, implementations, strict=True)
         if implementation == "fused"
         for p in group["params"]
+        if (p.requires_grad or p.grad is not None) and can_be_fused(p)
     }
     return next((error for spec in specs if (error := fused.compile_error(spec))), None)

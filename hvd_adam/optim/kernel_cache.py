@@ -8,64 +8,60 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
-import torch
 from filelock import FileLock
 
-_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
-# Functions of PyTorch's compiler that in some releases (2.1) remember the first directory for the whole process.
-_REMEMBER_DIRECTORY = ("cache_dir", "cpp_prefix_path")
+def cached(name: str, recipe: str, build: Callable[[Path], None]) -> Path:
+    """Returns a compiled library from this host's cache; one process of the host builds it, the others wait.
 
-
-@contextmanager
-def host_cache(name: str) -> Iterator[None]:
-    """Makes `torch.compile` use this host's cache in the body of the `with` statement.
-
-    The first process of the host compiles. The others wait for it and then read its files concurrently. Files of a
-    process that was killed while it compiled are deleted.
+    A file that is damaged, or that a killed process has left, is built again.
 
     Args:
-        name: of the kernel, identical in all processes; part of a file name.
+        name: of the library, part of a file name.
+        recipe: everything that the result depends on, but the host.
+        build: writes the library to a path.
     """
     directory = cache_dir()
-    made, begun = directory / f"{name}.made", directory / "begun"
-    lock = FileLock(directory / "lock")
-    with lock:
-        if begun.exists():
-            _empty(directory)
-        first = not made.exists()
-        if first:
-            begun.touch()
-            with _inductor_cache(directory):
-                yield
-            made.touch()
-            begun.unlink(missing_ok=True)
-    if not first:
-        with _inductor_cache(directory):
-            yield
-
-
-def clear_cache() -> None:
-    """Deletes every kernel in this host's cache."""
-    directory = cache_dir()
+    library = directory / f"{name}-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.so"
+    if _is_whole(library):
+        return library
     with FileLock(directory / "lock"):
-        _empty(directory)
+        if not _is_whole(library):
+            for left in directory.glob("*.partial"):
+                left.unlink()
+            partial = library.with_suffix(".partial")
+            build(partial)
+            _digest_file(library).write_text(_digest(partial))
+            partial.replace(library)
+    return library
+
+
+def _is_whole(library: Path) -> bool:
+    try:
+        return _digest_file(library).read_text() == _digest(library)
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _digest_file(library: Path) -> Path:
+    return library.with_suffix(".sha256")
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @cache
 def cache_dir() -> Path:
-    """Returns the directory for this kind of host: machine code for one processor may not run on another."""
+    """Returns the directory for this kind of host: machine code for one may not run on another."""
     try:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hvd_adam" / "kernels"
-        directory = root / f"torch{torch.__version__}-{platform.python_version()}-{_processor()}"
+        directory = root / f"{'-'.join(filter(None, platform.libc_ver()))}-{_processor()}"
         directory.mkdir(parents=True, exist_ok=True)
         directory.chmod(0o700)
         with tempfile.TemporaryFile(dir=directory):
@@ -82,38 +78,3 @@ def _processor() -> str:
     except OSError:
         kind = platform.processor()
     return f"{platform.machine()}-{hashlib.sha256(kind.encode()).hexdigest()[:12]}"
-
-
-def _empty(directory: Path) -> None:
-    for path in directory.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        elif path.name != "lock":
-            path.unlink(missing_ok=True)
-
-
-@contextmanager
-def _inductor_cache(directory: Path) -> Iterator[None]:
-    """Makes PyTorch's compiler use this directory, not the one of the user's own kernels."""
-    from torch._inductor import codecache, config  # here, since importing them takes a second
-
-    def forget_directory() -> None:
-        for name in _REMEMBER_DIRECTORY:
-            function: Any = getattr(codecache, name, None)
-            if hasattr(function, "cache_clear"):
-                function.cache_clear()
-
-    before = os.environ.get(_VARIABLE)
-    os.environ[_VARIABLE] = str(directory / "inductor")
-    forget_directory()
-    # Compile in this process: a pool of others is slower for one kernel, and would outlive an MPI rank.
-    single_process = config.patch(compile_threads=1) if hasattr(config, "compile_threads") else nullcontext()
-    try:
-        with single_process:
-            yield
-    finally:
-        if before is None:
-            os.environ.pop(_VARIABLE, None)
-        else:
-            os.environ[_VARIABLE] = before
-        forget_directory()

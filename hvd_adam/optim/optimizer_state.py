@@ -3,13 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, MutableMapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from hvd_adam.optim.memory import zeros_like
+
 Group = dict[str, Any]
 State = dict[str, Tensor]
+States = MutableMapping[Tensor, Any]  # `Optimizer.state`, a defaultdict
+
+
+class Part(NamedTuple):
+    """The elements of a parameter that this process updates: all of them, or this rank's shard.
+
+    Attributes:
+        skip: index of the first one, in the order of the parameter's memory.
+        length: their number.
+        whole: whether state tensors have the parameter's shape; otherwise they have `length` elements.
+    """
+
+    skip: int
+    length: int
+    whole: bool = True
+
+    @classmethod
+    def of(cls, p: Tensor) -> Part:
+        """Returns all elements of a parameter."""
+        return cls(0, p.numel())
+
+
+class Member(NamedTuple):
+    """A parameter that an optimizer updates.
+
+    Attributes:
+        param: the parameter.
+        group: index of its group.
+        position: index of its first element among all of the optimizer's.
+        part: what is updated of it.
+    """
+
+    param: Tensor
+    group: int
+    position: int
+    part: Part
+
+
+STATE_NAMES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master_param")
 
 
 def rounding(group: Group, dtype: torch.dtype) -> str:
@@ -35,24 +76,63 @@ def state_dtypes(group: Group, dtype: torch.dtype) -> dict[str, torch.dtype]:
     return dtypes
 
 
-def ensure_state(states: MutableMapping[Tensor, Any], p: Tensor, group: Group) -> State:
-    """Returns the complete state of a parameter; creates missing tensors and converts those of another dtype.
+def ensure_state(states: States, p: Tensor, group: Group, part: Part | None = None) -> State:
+    """Makes the state of a parameter complete, and lie in memory as the parameter, or its shard, does.
 
     Args:
-        states: `Optimizer.state`, a defaultdict.
-        p: the parameter; its state tensors have its shape and strides.
+        states: `Optimizer.state`, a defaultdict; missing tensors are created, and those that do not fit replaced.
+        p: the parameter.
         group: its parameter group.
+        part: what this process updates of the parameter; None for all. If it is not whole, tensors are
+            1-dimensional.
+
+    Returns:
+        The tensors that the update uses; there may be others.
+
+    Raises:
+        RuntimeError: a tensor has another shape than the parameter.
     """
-    state: State = states[p]
-    if not state:
-        state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
+    part = part or Part.of(p)
+    state = states[p]
+    state["step"] = _step_count(state.get("step"))
+    used = {"step": state["step"]}
+    dense = torch.empty_like(p, device="meta")
     for name, dtype in state_dtypes(group, p.dtype).items():
         if name not in state:
-            initial = p.detach() if name == "master_param" else torch.zeros_like(p, dtype=dtype)
-            state[name] = initial.to(dtype)
-        elif state[name].dtype != dtype:  # an option has changed since
-            state[name] = state[name].to(dtype)
-    return state
+            state[name] = _initial(name, p, dtype, part)
+        found = state[name]
+        shape, strides = (p.shape, dense.stride()) if part.whole else ((part.length,), (1,))
+        if found.shape != shape and found.shape != p.shape:
+            raise RuntimeError(
+                f"{name} has shape {tuple(found.shape)}, but its parameter has shape {tuple(p.shape)}"
+            )
+        if found.shape != shape:
+            state[name] = shard_of(found, p, dtype, part)
+        elif (found.dtype, found.device, found.stride()) != (dtype, p.device, strides) or found.is_neg():
+            state[name] = torch.empty_strided(shape, strides, dtype=dtype, device=p.device).copy_(found)
+        used[name] = state[name]
+    return used
+
+
+def _step_count(found: Any) -> Tensor:
+    """Returns a step count as the update needs it: float32, 0-dimensional, on the CPU."""
+    if isinstance(found, Tensor) and found.is_cpu and found.dtype == torch.float32 and found.dim() == 0:
+        return found
+    return torch.tensor(0.0 if found is None else float(found), dtype=torch.float32, device="cpu")
+
+
+def _initial(name: str, p: Tensor, dtype: torch.dtype, part: Part) -> Tensor:
+    if name == "master_param":
+        return p.detach().to(dtype) if part.whole else shard_of(p.detach(), p, dtype, part)
+    if part.whole:
+        return zeros_like(p, dtype)
+    return torch.zeros(part.length, dtype=dtype, device=p.device)
+
+
+def shard_of(whole: Tensor, p: Tensor, dtype: torch.dtype, part: Part) -> Tensor:
+    """Returns a copy of a part of a tensor, in the order of the parameter's memory."""
+    in_memory = torch.empty_like(p, dtype=dtype).copy_(whole)
+    return in_memory.as_strided((p.numel(),), (1,))[part.skip : part.skip + part.length].clone()
 
 
 def complete_loaded_groups(loaded: list[Group], own: list[Group], options: Iterable[str]) -> None:

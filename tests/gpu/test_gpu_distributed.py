@@ -13,12 +13,12 @@ import pytest
 import torch
 from helpers.on_ranks import on_ranks
 from helpers.skipping import check_skipping
+from hvd_adam.optim.flat_layout import Layout
+from hvd_adam.optim.flat_storage import FlatStorage
 
 from hvd_adam import Adam, distribute
 from hvd_adam.distributed.context import horovod
 from hvd_adam.distributed.gradients.reducer import Reducer
-from hvd_adam.optim.flat_layout import Layout
-from hvd_adam.optim.flat_storage import FlatStorage
 
 # Two ranks can share a GPU only with a Horovod built without NCCL; tests/gpu/run.sh builds one.
 THROUGH_HOST = "HVD_ADAM_THROUGH_HOST" in os.environ

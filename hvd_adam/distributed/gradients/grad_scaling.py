@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from hvd_adam.optim.flat_storage import FlatStorage
 
 _NORM_ELEMENTS = 1 << 18  # the norm of a float32 tensor is computed from pieces of this size, for precision
 
@@ -152,7 +150,7 @@ class SkipCounter:
     def __init__(self) -> None:
         self._count = 0
         self._last: DeferredFlag | None = None
-        self._storages: Sequence[FlatStorage] = ()
+        self._undo: Callable[[], None] = lambda: None
 
     @property
     def count(self) -> int:
@@ -169,23 +167,21 @@ class SkipCounter:
         """Counts an update that the host has skipped."""
         self._count += 1
 
-    def defer(self, skipped: Tensor, storages: Sequence[FlatStorage]) -> None:
+    def defer(self, skipped: Tensor, undo: Callable[[], None]) -> None:
         """Remembers an update that the device may have skipped.
 
         Args:
             skipped: whether it has; 0-dimensional, bool.
-            storages: of the parameters, all of which were updated by the kernel.
+            undo: takes its step counts back.
         """
-        self._last, self._storages = DeferredFlag(skipped), storages
+        self._last, self._undo = DeferredFlag(skipped), undo
 
     def record(self) -> None:
         """Counts the last update if the device has skipped it; call it before state or layout change."""
         last, self._last = self._last, None
         if last is not None and last.read():
             self._count += 1
-            for flat in self._storages:
-                flat.undo_step_counts()
-        self._storages = ()
+            self._undo()
 
 
 def multiply_gradients(parameters: Sequence[Tensor], factor: float | Tensor) -> None:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from hvd_adam.distributed.context import horovod
+from hvd_adam.distributed.gradients.bucket_layout import Bucket
 from hvd_adam.distributed.gradients.compression import AllReduce, Reduction, Scaling, is_half, start_reduction
 from hvd_adam.distributed.gradients.grad_scaling import element_sum
-from hvd_adam.optim.flat_layout import Bucket
-from hvd_adam.optim.flat_storage import FlatStorage
+from hvd_adam.distributed.gradients.gradient_buffer import GradientBuffer
 
 # Gradients are reduced in fixed buckets, so that sums do not depend on timing. Large enough to use the network's
 # bandwidth, small enough that the first reduction starts while backward is still running.
@@ -47,7 +47,7 @@ class Reducer:
         scale, scatters: as the arguments `scale` and `scatter`.
 
     Args:
-        storages: identical on all ranks, at least one, with `control` elements reserved for the message.
+        buffers: identical on all ranks, at least one, with `control` elements reserved for the message.
         prefix: prefix of the names of the collectives, identical on all ranks and used by no other reducer.
         compression: as in `start_reduction`.
         scale: factor that makes the mean of a sum over ranks and micro-batches.
@@ -55,15 +55,15 @@ class Reducer:
     """
 
     def __init__(
-        self, storages: Sequence[FlatStorage], prefix: str, compression: str, scale: float, scatter: bool = False
+        self, buffers: Sequence[GradientBuffer], prefix: str, compression: str, scale: float, scatter: bool = False
     ) -> None:
-        self._buckets = [(flat, bucket) for flat in storages for bucket in flat.layout.buckets]
+        self._buckets = [(buffer, bucket) for buffer in buffers for bucket in buffer.layout.buckets]
         self._number = {
             p: number
-            for number, (flat, bucket) in enumerate(self._buckets)
-            for p in flat.params[bucket.first : bucket.last]
+            for number, (buffer, bucket) in enumerate(self._buckets)
+            for p in buffer.params[bucket.first : bucket.last]
         }
-        self._index = {p: i for flat in storages for i, p in enumerate(flat.params)}
+        self._index = {p: i for buffer in buffers for i, p in enumerate(buffer.params)}
         self._prefix, self._compression, self.scale = prefix, compression, scale
         self.scatters = scatter
         self._in_flight: dict[int, Reduction] = {}
@@ -71,7 +71,7 @@ class Reducer:
     @property
     def parameters(self) -> list[tuple[Tensor, ...]]:
         """The parameters of each bucket."""
-        return [tuple(flat.params[bucket.first : bucket.last]) for flat, bucket in self._buckets]
+        return [tuple(buffer.params[bucket.first : bucket.last]) for buffer, bucket in self._buckets]
 
     @property
     def in_flight(self) -> bool:
@@ -88,15 +88,15 @@ class Reducer:
             self._send(self._number[p])
 
     def _send(self, number: int) -> None:
-        flat, bucket = self._buckets[number]
-        half = is_half(flat.dtype)
-        present = flat.collect(bucket.first, bucket.last, 1.0 if half else self.scale)
+        buffer, bucket = self._buckets[number]
+        half = is_half(buffer.dtype)
+        present = buffer.collect(bucket.first, bucket.last, 1.0 if half else self.scale)
         for i, has_grad in enumerate(present, start=bucket.first):
             if not has_grad:
-                flat.clear(i)
-        _flags(flat, bucket).copy_(torch.tensor(present, device="cpu"))
+                buffer.clear(i)
+        _flags(buffer, bucket).copy_(torch.tensor(present, device="cpu"))
         scaling = Scaling(self.scale, bucket.flags - bucket.start) if half else None
-        gradients, name = flat.grad[bucket.start : bucket.end], f"{self._prefix}.{number}"
+        gradients, name = buffer.grad[bucket.start : bucket.end], f"{self._prefix}.{number}"
         with explained():
             self._in_flight[number] = start_reduction(gradients, name, self._compression, self.scatters, scaling)
 
@@ -106,8 +106,8 @@ class Reducer:
         Args:
             message: at most as many elements as are reserved for it.
         """
-        flat, bucket = self._buckets[_LAST]
-        _message(flat, bucket, len(message)).copy_(message)
+        buffer, bucket = self._buckets[_LAST]
+        _message(buffer, bucket, len(message)).copy_(message)
         for number in reversed(range(len(self._buckets))):
             if number not in self._in_flight:
                 self._send(number)
@@ -130,8 +130,8 @@ class Reducer:
             for number, reduction in self._in_flight.items():
                 reduction.wait()
                 if add:
-                    flat, bucket = self._buckets[number]
-                    sums.append(element_sum(self._own(flat.grad, bucket)))
+                    buffer, bucket = self._buckets[number]
+                    sums.append(element_sum(self._own(buffer.grad, bucket)))
             self._in_flight.clear()
             return self._read(len(message), torch.stack(sums).sum() if add else None)
 
@@ -157,18 +157,18 @@ class Reducer:
 
     def place(self, p: Tensor) -> Tensor:
         """Returns the view of the buffer that holds the averaged gradient of `p`."""
-        flat, _ = self._buckets[self._number[p]]
-        return flat.grad_view(self._index[p])
+        buffer, _ = self._buckets[self._number[p]]
+        return buffer.grad_view(self._index[p])
 
     def spread(self) -> None:
         """After a scattered round, makes the averaged shards what the ranks contribute to another round.
 
         Each rank contributes its own shard, undivided, and zeros for the others.
         """
-        for flat, bucket in self._buckets:
-            own = self._own(flat.grad, bucket)
+        for buffer, bucket in self._buckets:
+            own = self._own(buffer.grad, bucket)
             mean = own / self.scale
-            flat.grad[bucket.start : bucket.end].zero_()
+            buffer.grad[bucket.start : bucket.end].zero_()
             own.copy_(mean)
 
     def _own(self, gradients: Tensor, bucket: Bucket) -> Tensor:
@@ -180,9 +180,9 @@ class Reducer:
 
     def _read(self, length: int, total: Tensor | None) -> Reduced:
         """Reads flags and message of all ranks, and drops the gradients that no rank has."""
-        first_flat, first_bucket = self._buckets[_LAST]
-        place = _message(first_flat, first_bucket, length)
-        flags = [_flags(flat, bucket) for flat, bucket in self._buckets]
+        first_buffer, first_bucket = self._buckets[_LAST]
+        place = _message(first_buffer, first_bucket, length)
+        flags = [_flags(buffer, bucket) for buffer, bucket in self._buckets]
         small = torch.cat([values.float() for values in (*flags, place)]).cpu()
         if self.scatters:
             rest = [] if total is None else [total.float().cpu().reshape(1)]
@@ -190,8 +190,8 @@ class Reducer:
             if total is not None:
                 total, small = small[-1].double(), small[:-1]
         *used, received = torch.split(small, [*map(len, flags), length])
-        for (flat, bucket), counts in zip(self._buckets, used, strict=True):
-            for p, ranks in zip(flat.params[bucket.first : bucket.last], counts.tolist(), strict=True):
+        for (buffer, bucket), counts in zip(self._buckets, used, strict=True):
+            for p, ranks in zip(buffer.params[bucket.first : bucket.last], counts.tolist(), strict=True):
                 if ranks == 0:
                     p.grad = None
         for values in (*flags, place):
@@ -215,9 +215,9 @@ def explained() -> Iterator[None]:
         ) from error
 
 
-def _flags(flat: FlatStorage, bucket: Bucket) -> Tensor:
-    return flat.grad[bucket.flags : bucket.flags + bucket.last - bucket.first]
+def _flags(buffer: GradientBuffer, bucket: Bucket) -> Tensor:
+    return buffer.grad[bucket.flags : bucket.flags + bucket.last - bucket.first]
 
 
-def _message(flat: FlatStorage, bucket: Bucket, length: int) -> Tensor:
-    return flat.grad[bucket.control : bucket.control + length]
+def _message(buffer: GradientBuffer, bucket: Bucket, length: int) -> Tensor:
+    return buffer.grad[bucket.control : bucket.control + length]

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from hvd_adam.distributed.context import horovod
 from hvd_adam.distributed.gradients.grad_scaling import element_sum, total_norm
-from hvd_adam.optim.flat_storage import FlatStorage
-from hvd_adam.optim.parameter_store import ParameterStore, States
+from hvd_adam.distributed.gradients.gradient_buffer import GradientBuffer
+from hvd_adam.optim.optimizer_state import States
 
 
 class AllReduceStrategy:
@@ -29,7 +29,7 @@ class AllReduceStrategy:
 
     @property
     def shard(self) -> tuple[int, int]:
-        """The (rank, ranks) for which this rank keeps state: see `StorePolicy`."""
+        """(rank, ranks): this rank keeps the state of the rank-th part of each bucket. (0, 1): all state."""
         return 0, 1
 
     @property
@@ -37,40 +37,43 @@ class AllReduceStrategy:
         """Whether each rank gets the averaged gradients of its own shard only."""
         return False
 
-    def norm(self, parameters: Sequence[Tensor], storages: Sequence[FlatStorage]) -> Tensor:
+    def norm(self, parameters: Sequence[Tensor], buffers: Sequence[GradientBuffer]) -> Tensor:
         """Returns the 2-norm of all gradients, 0-dimensional, with identical bits on all ranks."""
         return total_norm([p.grad for p in parameters if p.grad is not None])
 
-    def norm_of_gradients(self, parameters: Sequence[Tensor], storages: Sequence[FlatStorage]) -> Tensor:
+    def norm_of_gradients(self, parameters: Sequence[Tensor], buffers: Sequence[GradientBuffer]) -> Tensor:
         """Returns the same as `norm`, without a collective where every rank has the whole gradients."""
-        return AllReduceStrategy.norm(self, parameters, storages)
+        return AllReduceStrategy.norm(self, parameters, buffers)
 
-    def element_sum(self, store: ParameterStore) -> Tensor | None:
+    def element_sum(self, parameters: Sequence[Tensor], buffers: Sequence[GradientBuffer]) -> Tensor | None:
         """Returns the sum of all elements of all gradients, 0-dimensional float64, or None without gradients.
 
         It is finite if all elements are. Every rank has the whole gradients, or the sum is known already.
         """
-        spans = [(flat, span) for flat in store.storages for span in flat.spans(flat.collect())]
-        sums = [element_sum(flat.grad[start:end]) for flat, (start, end) in spans]
-        sums += [element_sum(p.grad) for p in store.unflattened if p.grad is not None]
+        spans = [(buffer, span) for buffer in buffers for span in buffer.spans(buffer.collect())]
+        sums = [element_sum(buffer.grad[start:end]) for buffer, (start, end) in spans]
+        if not buffers:
+            sums = [element_sum(p.grad) for p in parameters if p.grad is not None]
         return torch.stack([value.to(sums[0].device) for value in sums]).sum() if sums else None
 
-    def gather_gradients(self, storages: Sequence[FlatStorage]) -> None:
+    def gather_gradients(self, buffers: Sequence[GradientBuffer]) -> None:
         """Makes every gradient whole on every rank. Every rank must call it."""
 
-    def exchange_parameters(self, storages: Sequence[FlatStorage]) -> None:
+    def exchange_parameters(self, buffers: Sequence[GradientBuffer]) -> None:
         """Sends what this rank has updated to the others. Every rank must call it."""
 
     def state_is_broadcast(self, missing: Callable[[], None], own: Callable[[], None]) -> bool:
         """Returns whether `broadcast` is to copy rank 0's state."""
         return True
 
-    def whole_state(self, state: States, storages: Sequence[FlatStorage], *, on_root_only: bool = False) -> States:
+    def whole_state(
+        self, state: States, buffers: Sequence[GradientBuffer], *, on_root_only: bool = False
+    ) -> States:
         """Returns the whole state of every parameter. Every rank must call it if the state is sharded.
 
         Args:
             state: this rank's.
-            storages: the flat buffers that it lies in.
+            buffers: of the gradients, whose buckets are sharded.
             on_root_only: rank 0 only needs it, in host memory if it is gathered.
         """
         return state

@@ -1,11 +1,10 @@
-"""The positions of parameters in flat buffers, and which parameters flat buffers can hold. Moves nothing."""
+"""The positions of gradients in a flat buffer, and its buckets."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-import torch
 from torch import Tensor
 
 ALIGNMENT = 16  # elements: 64 bytes of float32, a cache line and the widest vector register
@@ -16,8 +15,8 @@ class Bucket:
     """Neighbouring parameters with gradients that are reduced together.
 
     Attributes:
-        first, last: parameters [first, last) of the storage.
-        start, end: elements [start, end) of the buffers; elements that belong to no parameter are padding.
+        first, last: parameters [first, last) of the buffer.
+        start, end: elements [start, end) of the buffer; elements that belong to no parameter are padding.
         flags: start of `last - first` elements of padding, in which each rank flags the parameters that it has
             gradients for.
         control: end of the flags and start of the elements reserved for messages between ranks.
@@ -91,39 +90,3 @@ def _bounds(params: list[Tensor], bucket_bytes: int | None) -> list[int]:
 
 def _aligned(elements: int, multiple: int = ALIGNMENT) -> int:
     return -(-elements // multiple) * multiple
-
-
-def can_be_flattened(p: Tensor) -> bool:
-    """Returns whether a flat buffer can hold a parameter: an ordinary tensor without overlapping elements."""
-    ordinary = type(p) in (torch.nn.Parameter, Tensor) and p.device.type in ("cpu", "cuda")
-    extent = 1
-    for stride, size in sorted(zip(p.stride(), p.shape, strict=True)):
-        if size > 1 and stride < extent:
-            return False
-        extent += stride * (size - 1)
-    # Other processes would not see a parameter that leaves shared memory. (On GPUs every tensor counts as shared.)
-    return ordinary and not (p.is_cpu and p.is_shared())  # type: ignore[no-untyped-call]  # PyTorch's is untyped
-
-
-def overlapping(params: list[Tensor]) -> set[Tensor]:
-    """Returns the parameters that share memory with another; moved apart they would no longer be equal."""
-    shared: set[Tensor] = set()
-    reach, owner = 0, None
-    for p in sorted((p for p in params if p.numel() and p.layout == torch.strided), key=lambda p: p.data_ptr()):
-        if owner is not None and p.data_ptr() < reach:
-            shared |= {owner, p}
-        extent = sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True)) + 1
-        if p.data_ptr() + extent * p.element_size() > reach:
-            reach, owner = p.data_ptr() + extent * p.element_size(), p
-    return shared
-
-
-def flattenable(params: list[Tensor], among: list[Tensor]) -> list[Tensor]:
-    """Returns the parameters that flat buffers can hold, in order.
-
-    Args:
-        params: the candidates.
-        among: all parameters of the optimizer; one that shares memory with any of these is left where it is.
-    """
-    shared = overlapping(among)
-    return [p for p in params if can_be_flattened(p) and p not in shared]

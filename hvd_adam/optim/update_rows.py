@@ -1,0 +1,161 @@
+"""`UpdateRows`: the parameters that one kernel updates, as a table of addresses. Nothing is moved or copied."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hvd_adam.optim.expression import KernelSpec
+from hvd_adam.optim.memory import ORDINARY, placed_like, shape_in_memory
+from hvd_adam.optim.optimizer_state import Group, Member, States, ensure_state
+from hvd_adam.optim.validation import check_gradient
+
+# As `Row` and `Group` in cpu_kernel.cpp.
+ADDRESSES = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master_param", "step")
+ROW = np.dtype([(name, np.int64) for name in (*ADDRESSES, "elements", "position", "group")])
+GROUP = np.dtype(
+    [(name, np.float64) for name in ("lr", "beta1", "beta2", "eps", "weight_decay", "decoupled", "sign")]
+)
+
+Numbers = np.ndarray[Any, np.dtype[Any]]
+
+_EXPECTED = {*ORDINARY, type(None)}
+
+_grad = operator.attrgetter("grad")
+_layout = operator.attrgetter("layout")
+
+
+class Batch(NamedTuple):
+    """What a kernel updates in one step.
+
+    Attributes:
+        rows: of dtype ROW, one for each parameter that has a gradient.
+        params: these parameters.
+        counts: their step counts: float32, 0-dimensional, on the CPU.
+        grads: their gradients, which the rows point to.
+    """
+
+    rows: Numbers
+    params: list[Tensor]
+    counts: list[Tensor]
+    grads: list[Tensor]
+
+
+# Counts a step of every parameter of a batch and updates it in place. The other arguments are the hyper-parameters
+# of all groups, of dtype GROUP, and a factor for the gradients, 0-dimensional or None.
+Kernel = Callable[[Batch, Numbers, "Tensor | None"], None]
+
+
+def hyper_parameters(groups: Iterable[Group]) -> Numbers:
+    """Returns the hyper-parameters of all groups, of dtype GROUP."""
+    return np.array(
+        [
+            (
+                float(group["lr"]),
+                *map(float, group["betas"]),
+                group["eps"],
+                group["weight_decay"],
+                group["decoupled_weight_decay"],
+                -1 if group["maximize"] else 1,
+            )
+            for group in groups
+        ],
+        GROUP,
+    )
+
+
+class UpdateRows:
+    """The parameters of one kernel, with their state.
+
+    The addresses of parameters and state are read again on every step, since `p.data = …`, `load_state_dict` and
+    others replace tensors. No Python code runs for each parameter, unless something was replaced.
+
+    Args:
+        spec: of the kernel.
+        members: of the spec's device and dtype, at least one.
+        groups: all parameter groups.
+        states: `Optimizer.state`; made complete for these parameters.
+
+    Attributes:
+        spec: as the argument.
+        params: the parameters.
+    """
+
+    def __init__(
+        self, spec: KernelSpec, members: Sequence[Member], groups: Sequence[Group], states: States
+    ) -> None:
+        self.spec, self._members = spec, members
+        self.params = [member.param for member in members]
+        self._shape = shape_in_memory(self.params)
+        self._rows = np.zeros(len(members), ROW)
+        self._rows["elements"] = [member.part.length for member in members]
+        self._rows["position"] = [member.position + member.part.skip for member in members]
+        self._rows["group"] = [member.group for member in members]
+        self._skipped_bytes = np.array([member.part.skip for member in members]) * spec.dtype.itemsize
+        self._addresses: list[int] = []
+        self._read_params()
+        self._read_state(groups, states)
+
+    def fits(self, groups: Sequence[Group], states: States) -> bool:
+        """Returns whether the table fits the parameters, after reading the addresses of replaced tensors."""
+        if shape_in_memory(self.params) != self._shape:
+            return False
+        self._read_params()
+        found = itertools.chain.from_iterable(map(dict.values, map(states.__getitem__, self.params)))
+        if (
+            list(map(id, found)) != self._state_ids
+            or list(map(Tensor.data_ptr, self._state_tensors)) != self._state_addresses
+        ):
+            self._read_state(groups, states)
+        return True
+
+    def batch(self) -> Batch:
+        """Returns the rows of the parameters that have gradients.
+
+        Raises:
+            RuntimeError: a gradient is sparse or of another dtype than its parameter.
+        """
+        grads = list(map(_grad, self.params))
+        rows, params, counts, skipped = self._rows, self.params, self._counts, self._skipped_bytes
+        kinds = set(map(type, grads))
+        if type(None) in kinds:
+            present = [i for i, grad in enumerate(grads) if grad is not None]
+            rows, skipped = rows[present], skipped[present]
+            params, counts, grads = ([column[i] for i in present] for column in (params, counts, grads))
+        if not kinds <= _EXPECTED or not _lie_like(grads, params):
+            for p in params:
+                check_gradient(p)
+            grads = [placed_like(p, grad) for p, grad in zip(params, grads, strict=True)]
+        rows["grad"] = np.array(list(map(Tensor.data_ptr, grads)), np.int64) + skipped
+        return Batch(rows, params, counts, grads)
+
+    def _read_params(self) -> None:
+        addresses = list(map(Tensor.data_ptr, self.params))
+        if addresses != self._addresses:
+            self._addresses = addresses
+            self._rows["param"] = np.array(addresses, np.int64) + self._skipped_bytes
+
+    def _read_state(self, groups: Sequence[Group], states: States) -> None:
+        used = [ensure_state(states, member.param, groups[member.group], member.part) for member in self._members]
+        self._entries = [dict(states[p]) for p in self.params]  # also keeps the tensors alive, so no id is reused
+        self._state_ids = [id(value) for entries in self._entries for value in entries.values()]
+        self._state_tensors = [t for state in used for t in state.values()]
+        self._state_addresses = list(map(Tensor.data_ptr, self._state_tensors))
+        self._counts = [state["step"] for state in used]
+        for name in ADDRESSES[2:]:
+            self._rows[name] = [state[name].data_ptr() if name in state else 0 for state in used]
+
+
+def _lie_like(grads: Sequence[Tensor], params: Sequence[Tensor]) -> bool:
+    """Returns whether all gradients lie in memory as their parameters do."""
+    return (
+        set(map(_layout, grads)) == {torch.strided}
+        and shape_in_memory(grads) == shape_in_memory(params)
+        and not any(map(Tensor.is_neg, grads))
+    )
