@@ -71,7 +71,7 @@ def test_a_retired_optimizer_frees_its_state_and_leaves_one_hook_with_each_param
         optimizer = distribute(Adam(model.parameters()), model)
         one_update(model, optimizer, cluster)
     gc.collect()
-    kept = [o for o in gc.get_objects() if type(o).__name__ == "FlatStorage" and o.params[0] is model[0].weight]
+    kept = [o for o in gc.get_objects() if type(o).__name__ == "GradientBuffer" and o.params[0] is model[0].weight]
     assert len(kept) == 1
 
 

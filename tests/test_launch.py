@@ -356,6 +356,8 @@ def test_filter_drops_only_reports_of_exit_codes_2_and_75():
 
 
 def test_filter_drops_terminated_lines_of_ranks_that_horovodrun_terminated():
+    race = b"[head:00597] plm:rsh: Warning: setpgid(602,602) failed in parent with errno=Permission denied(13)\n"
+    assert filtered(race + b"a\n" + race) == b"a\n"
     assert filtered(b"[1]<stderr>:Terminated\n[12]<stderr>:Terminated\n[0]<stderr>:a\n") == b"[0]<stderr>:a\n"
     for kept in (
         b"Terminated\n",

@@ -39,19 +39,20 @@ def run(*argv, **environ):
 
 
 def test_interpreted_kernel_passes_the_tests_of_adam():
-    chosen = "(fused or test_flat) and not too_small_for_nearest"  # which takes a minute
+    chosen = "(fused or test_update_rows) and not too_small_for_nearest"  # which takes a minute
     options = "-q -p helpers.interpreted -p no:cacheprovider -W ignore::RuntimeWarning".split()
-    output = run("-m", "pytest", *options, "-k", chosen, "tests/test_adam.py", "tests/test_flat.py", **INTERPRETED)
+    output = run(
+        "-m", "pytest", *options, "-k", chosen, "tests/test_adam.py", "tests/test_update_rows.py", **INTERPRETED
+    )
     assert int(output.rpartition(" passed")[0].split()[-1]) > 100, output
 
 
 def test_kernel_compiles_for_hopper_to_accesses_of_16_bytes():
+    """In whole blocks of aligned tensors; the last block of a tensor, and tensors elsewhere, have narrow ones."""
     cases = json.loads(run("tests/helpers/compiled_ahead.py", **ENVIRON))["cases"]
     for name, case in cases.items():
         assert case["bytes"] > 1000, name
-        kind = "v2.b64" if name == "float64" else "v4.b32"
-        scalar = {"grad_scale on the device": {"ld.global.b32"}, "float64": {"ld.global.b64"}}.get(name, set())
-        assert set(case["instructions"]) == {f"ld.global.{kind}", f"st.global.{kind}"} | scalar, name
+        assert case["wide"] == case["expected"], name
 
 
 def use_interpreted_kernel():
@@ -60,22 +61,24 @@ def use_interpreted_kernel():
 
 
 @on_ranks(0, **INTERPRETED)
-def test_kernel_neither_reads_nor_writes_beyond_a_buffers_end(cluster):
+def test_kernel_neither_reads_nor_writes_beyond_the_end_of_a_tensor(cluster):
     use_interpreted_kernel()
-    from hvd_adam.optim import triton_kernel
-    from hvd_adam.optim.expression import Buffers, Scalars
+    from hvd_adam import Adam
 
-    scalars = Scalars(
-        weight_decay=0.1, one_minus_beta1=0.1, beta2=0.9, one_minus_beta2=0.1, step_size=0.1, eps=1e-8
-    )
-    names = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-    for elements in (1, 15, 16, 1023, 1024, 1025, 2600):
-        around = {name: torch.full((elements + 32,), float("nan")) for name in names}
-        buffers = Buffers(**{name: poisoned[16 : 16 + elements].fill_(0.5) for name, poisoned in around.items()})
-        triton_kernel.update("nearest", "coupled", buffers, None, scalars, seed=0)
-        for name, poisoned in around.items():
-            assert poisoned.isnan().sum() == 32, (name, elements)
-        assert (buffers.param != 0.5).all()
+    kinds = ("param", "grad", "exp_avg", "exp_avg_sq")
+    around = [
+        {kind: torch.full((elements + 32,), float("nan")) for kind in kinds}
+        for elements in (1, 15, 16, 1023, 1024, 1025, 2600)
+    ]
+    params = [torch.nn.Parameter(places["param"][16:-16].fill_(0.5)) for places in around]
+    optimizer = Adam(params, implementation="fused")
+    for p, places in zip(params, around, strict=True):
+        p.grad = places["grad"][16:-16].fill_(0.5)
+        optimizer.state[p].update({kind: places[kind][16:-16].fill_(0.5) for kind in kinds[2:]})
+    optimizer.step()
+    for p, places in zip(params, around, strict=True):
+        assert all(place.isnan().sum() == 32 for place in places.values()), p.numel()
+        assert (p != 0.5).all()
 
 
 @on_ranks(0, **INTERPRETED)

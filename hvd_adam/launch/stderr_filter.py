@@ -2,7 +2,9 @@
 
 A rank that exits with 2 (bad input) or 75 (stopped, try again) has printed one line with the reason. mpirun then
 adds two boxes of text, and horovodrun with Gloo a "Terminated" for every rank that it terminated after the first.
-Every other report passes, as does every box that this filter does not recognize. Text passes immediately.
+mpirun also warns if a child that starts ssh has made itself the leader of its process group before mpirun could:
+both try, so that no time passes without one. Every other report passes, as does every box that this filter does
+not recognize. Text passes immediately.
 
 The launch scripts run this file by its path with ``python -I``: it imports nothing but the standard library and
 starts in a few hundredths of a second.
@@ -18,6 +20,7 @@ MAX_BOX_LINES = 12  # the reports have four and eight
 OPENING = re.compile(rb"Primary job +terminated|\w+ detected that one or more processes exited with non-zero")
 GENERAL_REPORT = re.compile(rb"^Primary job .* non-zero exit code", re.DOTALL)
 EXIT_CODE_REPORT = re.compile(rb"Exit code: +(2|75)\s")
+SETPGID = re.compile(rb"\[[^]]+:\d+\] plm:rsh: Warning: setpgid\(\d+,\d+\) failed in parent .*Permission denied")
 TERMINATED = b"]<stderr>:Terminated\n"  # after "[" and the rank
 
 
@@ -45,7 +48,7 @@ def relay(source: int, target: int) -> None:
         out = b""
         while end := line.find(b"\n") + 1:
             complete, line = line[:end], line[end:]
-            if may_be_terminated_line(complete):
+            if may_be_terminated_line(complete) or SETPGID.match(complete):
                 continue
             is_rule = complete.rstrip() == RULE
             if not box and not is_rule:

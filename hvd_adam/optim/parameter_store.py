@@ -154,7 +154,7 @@ class ParameterStore:
         if any(rows.spec.device == "cuda" for rows in self._rows):
             validation.refuse_graph_capture()
         # Before anything changes: both check gradients.
-        batches = [(rows.spec, rows.batch()) for rows in self._rows]
+        batches = [(rows.spec, batch) for rows in self._rows if (batch := rows.batch()).params]
         rest = chunks(self._others, groups, state) if self._others else Chunks()
         numbers = hyper_parameters(groups)
         for spec, batch in batches:

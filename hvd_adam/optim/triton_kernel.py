@@ -209,7 +209,8 @@ def launches(batch: Batch, numbers: Numbers) -> list[Launch]:
 
 
 @cache
-def _constants(spec: KernelSpec) -> dict[str, Any]:
+def constants(spec: KernelSpec) -> dict[str, Any]:
+    """Returns the arguments of `adam` that are compiled into the kernel of a spec."""
     info = torch.finfo(spec.dtype)
     has_masters = spec.rounding == "master"
     return {
@@ -265,7 +266,7 @@ def arguments(
         "AMSGRAD": launch.amsgrad,
         "DECAY": launch.decay,
         "ALIGNED": not (whole[:, :6] % 16).any(),
-        **_constants(spec),
+        **constants(spec),
     }
 
 

@@ -5,6 +5,7 @@ python tests/helpers/compiled_ahead.py
 
 import json
 import re
+from collections import Counter
 
 import torch
 import triton
@@ -12,13 +13,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from hvd_adam.optim import triton_kernel
-from hvd_adam.optim.expression import Buffers, Scalars
+from hvd_adam.optim.expression import KernelSpec
 
 HOPPER = GPUTarget("cuda", 90, 32)
-POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-SCALARS = Scalars(
-    weight_decay=0.01, one_minus_beta1=0.1, beta2=0.999, one_minus_beta2=0.001, step_size=1e-3, eps=1e-8
-)
+POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64"}
 
 
 def source(arguments):
@@ -29,52 +27,42 @@ def source(arguments):
         value = arguments[name]
         if value is None or name.isupper():
             signature[name], constants[place,] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
+        else:
             signature[name] = POINTERS[value.dtype]
             divisible[place,] = [["tt.divisibility", 16]]
-        elif isinstance(value, int):
-            signature[name] = "i32" if value < 2**31 else "i64"
-            if value % 16 == 0:
-                divisible[place,] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "fp32"
     return ASTSource(triton_kernel.adam, signature, constants, divisible)
 
 
-def buffers(dtype, moments, amsgrad=False, master=False):
-    """Returns the buffers of one case; their values do not matter."""
-    return Buffers(
-        param=torch.zeros(1024, dtype=dtype),
-        grad=torch.zeros(1024, dtype=dtype),
-        exp_avg=torch.zeros(1024, dtype=moments),
-        exp_avg_sq=torch.zeros(1024, dtype=moments),
-        max_exp_avg_sq=torch.zeros(1024, dtype=moments) if amsgrad else None,
-        master_param=torch.zeros(1024, dtype=torch.float32) if master else None,
-    )
-
-
-def compiled(rounding, decay, given, grad_scale=None, elements=1024):
-    """Returns the size of the machine code and the instructions that access memory."""
-    arguments = triton_kernel.arguments(rounding, decay, given, grad_scale, SCALARS, seed=7)
-    arguments["elements"] = elements
+def compiled(dtype, moments, rounding="nearest", decay="none", amsgrad=False, grad_scale=None, aligned=True):
+    """Returns the size of the machine code, and how many accesses of 16 bytes it has and should have."""
+    spec = KernelSpec("cuda", dtype, moments, rounding)
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    tables = {"whole": torch.int64, "real": real, "tensor_of_block": torch.int64}
+    arguments = {name: torch.zeros(1, dtype=table) for name, table in tables.items()}
+    arguments |= {"device_scale": grad_scale, "ALIGNED": aligned, **triton_kernel.constants(spec)}
+    arguments |= {"AMSGRAD": amsgrad, "DECAY": decay}
     kernel = triton.compile(source(arguments), target=HOPPER, options={"num_warps": triton_kernel.WARPS})
-    accesses = re.findall(r"(?:ld|st)\.global\S*", kernel.asm["ptx"])
-    return {"bytes": len(kernel.asm["cubin"]), "instructions": sorted(set(accesses))}
+    accesses = Counter(re.findall(r"(ld|st)\.global\.v(?:4.b32|2.b64)", kernel.asm["ptx"]))
+    state = [moments] * (3 if amsgrad else 2) + [torch.float32] * (rounding == "master")
+    elements = triton_kernel.BLOCK // (32 * triton_kernel.WARPS)  # of a thread
+    wide = {"st": [dtype, *state], "ld": [dtype, dtype, *state]}
+    expected = {name: sum(t.itemsize for t in read) * elements // 16 for name, read in wide.items()}
+    return {"bytes": len(kernel.asm["cubin"]), "wide": accesses, "expected": expected if aligned else {}}
 
 
 def main():
     """Compiles one case of each kind of code and prints the results."""
     single, double, brain, half = torch.float32, torch.float64, torch.bfloat16, torch.float16
     cases = {
-        "float32": compiled("nearest", "none", buffers(single, single)),
-        "float32, AMSGrad, coupled decay": compiled("nearest", "coupled", buffers(single, single, amsgrad=True)),
-        "more than 2³¹ elements": compiled("nearest", "none", buffers(single, single), elements=2**31),
-        "grad_scale on the device": compiled("nearest", "none", buffers(single, single), torch.ones(())),
-        "bfloat16 with masters": compiled("master", "decoupled", buffers(brain, single, master=True)),
-        "float16 with masters": compiled("master", "none", buffers(half, single, master=True)),
-        "bfloat16, stochastic": compiled("stochastic", "none", buffers(brain, single)),
-        "bfloat16": compiled("nearest", "none", buffers(brain, brain)),
-        "float64": compiled("nearest", "decoupled", buffers(double, double)),
+        "float32": compiled(single, single),
+        "float32, AMSGrad, coupled decay": compiled(single, single, decay="coupled", amsgrad=True),
+        "float32, not aligned": compiled(single, single, aligned=False),
+        "grad_scale on the device": compiled(single, single, grad_scale=torch.ones(())),
+        "bfloat16 with masters": compiled(brain, single, "master", "decoupled"),
+        "float16 with masters": compiled(half, single, "master"),
+        "bfloat16, stochastic": compiled(brain, single, "stochastic"),
+        "bfloat16": compiled(brain, brain),
+        "float64": compiled(double, double, decay="decoupled"),
     }
     print(json.dumps({"triton": triton.__version__, "cases": cases}))
 
