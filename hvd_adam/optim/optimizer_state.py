@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable, MutableMapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -133,6 +134,47 @@ def shard_of(whole: Tensor, p: Tensor, dtype: torch.dtype, part: Part) -> Tensor
     """Returns a copy of a part of a tensor, in the order of the parameter's memory."""
     in_memory = torch.empty_like(p, dtype=dtype).copy_(whole)
     return in_memory.as_strided((p.numel(),), (1,))[part.skip : part.skip + part.length].clone()
+
+
+class StateReader:
+    """The state tensors of some parameters, which are read again only where something has replaced one.
+
+    Args:
+        members: the parameters.
+        groups: all parameter groups.
+        states: `Optimizer.state`; made complete for these parameters.
+
+    Attributes:
+        used: for each parameter the tensors that its update uses.
+    """
+
+    def __init__(self, members: Sequence[Member], groups: Sequence[Group], states: States) -> None:
+        self._members = members
+        self._read(groups, states)
+
+    def refresh(self, groups: Sequence[Group], states: States) -> bool:
+        """Reads the state again if a tensor was replaced, or its memory; returns whether one was.
+
+        No Python code runs for each parameter, unless one was.
+        """
+        same = (
+            list(map(id, states.values())) == self._dictionary_ids
+            and list(map(id, chain.from_iterable(map(dict.values, self._dictionaries)))) == self._value_ids
+            and list(map(Tensor.data_ptr, self._tensors)) == self._addresses
+        )
+        if not same:
+            self._read(groups, states)
+        return not same
+
+    def _read(self, groups: Sequence[Group], states: States) -> None:
+        self.used = [ensure_state(states, m.param, groups[m.group], m.part) for m in self._members]
+        self._dictionaries = [states[m.param] for m in self._members]
+        # Kept alive, so that no id is reused.
+        self._values = [*chain.from_iterable(map(dict.values, self._dictionaries)), *states.values()]
+        self._dictionary_ids = list(map(id, states.values()))
+        self._value_ids = list(map(id, chain.from_iterable(map(dict.values, self._dictionaries))))
+        self._tensors = [t for state in self.used for t in state.values()]
+        self._addresses = list(map(Tensor.data_ptr, self._tensors))
 
 
 def complete_loaded_groups(loaded: list[Group], own: list[Group], options: Iterable[str]) -> None:

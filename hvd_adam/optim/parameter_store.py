@@ -22,7 +22,7 @@ from hvd_adam.optim.implementation import (
     without_fused,
 )
 from hvd_adam.optim.memory import increment_versions, overlapping
-from hvd_adam.optim.optimizer_state import Group, Member, Part, States, ensure_state
+from hvd_adam.optim.optimizer_state import Group, Member, Part, StateReader, States
 from hvd_adam.optim.tensor_lists import Chunks, chunks
 from hvd_adam.optim.update_rows import UpdateRows, hyper_parameters
 
@@ -59,6 +59,8 @@ class ParameterStore:
         self.implementations: Sequence[str] = ()
         self._rows: Sequence[UpdateRows] = ()
         self._others: Sequence[Member] = ()  # which the fused kernels do not update
+        self._others_state = StateReader((), (), {})
+        self._others_form: object = []  # of which dtype, device and shape they were
         self._frozen: Sequence[Tensor] = ()
         self._signature: object = None  # what the layout was built for
         self._counted: Sequence[list[Tensor]] = ()  # the step counts of the last update
@@ -80,6 +82,9 @@ class ParameterStore:
         thawed = any(p.requires_grad or p.grad is not None for p in self._frozen)
         if thawed or layout_signature(groups) != self._signature:
             return False
+        if list(map(_form, self._others)) != self._others_form:
+            return False
+        self._others_state.refresh(groups, state)
         return all(rows.fits(groups, state) for rows in self._rows)
 
     def build_layout(
@@ -115,8 +120,8 @@ class ParameterStore:
                 others.append(member)
         self._rows = [UpdateRows(spec, members, groups, state) for spec, members in kinds.items()]
         self._others = others
-        for p, i, _, part in others:
-            ensure_state(state, p, groups[i], part)
+        self._others_state = StateReader(others, groups, state)
+        self._others_form = list(map(_form, others))
         self._signature = layout_signature(groups)
 
     def _resolve_implementations(self, groups: Sequence[Group]) -> list[str]:
@@ -155,7 +160,7 @@ class ParameterStore:
             validation.refuse_graph_capture()
         # Before anything changes: both check gradients.
         batches = [(rows.spec, batch) for rows in self._rows if (batch := rows.batch()).params]
-        rest = chunks(self._others, groups, state) if self._others else Chunks()
+        rest = chunks(self._others, self._others_state.used) if self._others else Chunks()
         numbers = hyper_parameters(groups)
         for spec, batch in batches:
             increment_versions(batch.params)
@@ -172,3 +177,8 @@ class ParameterStore:
         for counts in self._counted:
             torch._foreach_sub_(counts, 1)
         self._counted = ()
+
+
+def _form(member: Member) -> tuple[object, ...]:
+    p = member.param
+    return p.dtype, p.device, p.shape

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from hvd_adam.optim.memory import is_dense, memory_order, placed_like
-from hvd_adam.optim.optimizer_state import Group, Member, Part, State, States, ensure_state
+from hvd_adam.optim.optimizer_state import Member, Part, State
 from hvd_adam.optim.validation import check_gradient
 
 # On a CPU lists that stay in cache make a step of 11 M parameters take 20 ms instead of 42 ms, and no temporary of
@@ -49,8 +49,10 @@ class TensorLists:
         self.grads.append(grad)
         self.exp_avgs.append(state["exp_avg"])
         self.exp_avg_sqs.append(state["exp_avg_sq"])
-        self.max_exp_avg_sqs += [state["max_exp_avg_sq"]] if "max_exp_avg_sq" in state else []
-        self.masters += [state["master_param"]] if "master_param" in state else []
+        if "max_exp_avg_sq" in state:
+            self.max_exp_avg_sqs.append(state["max_exp_avg_sq"])
+        if "master_param" in state:
+            self.masters.append(state["master_param"])
         self.steps.append(step)
         self.positions.append(position)
         self.elements += p.numel()
@@ -69,27 +71,25 @@ class Chunks:
     counts: list[Tensor] = field(default_factory=list)
 
 
-def chunks(members: Iterable[Member], groups: Sequence[Group], states: States) -> Chunks:
+def chunks(members: Sequence[Member], used: Sequence[State]) -> Chunks:
     """Groups the parameters that have a gradient by group, device and dtype; on CPUs in chunks that fit the cache.
 
     Args:
         members: the parameters.
-        groups: all parameter groups.
-        states: `Optimizer.state`; missing entries are created.
+        used: their state.
 
     Raises:
         RuntimeError: a gradient is sparse or not of its parameter's dtype.
     """
     found = Chunks()
     last: dict[tuple[int, torch.device, torch.dtype], TensorLists] = {}
-    for member in members:
+    for member, state in zip(members, used, strict=True):
         p = member.param
         if p.grad is None:
             continue
         check_gradient(p)
-        state = ensure_state(states, p, groups[member.group], member.part)
         found.counts.append(state["step"])
-        step = state.pop("step").item() + 1
+        step = state["step"].item() + 1
         key = member.group, p.device, p.dtype
         for piece, grad, piece_state, skip in _pieces(p, p.grad, state, member.part):
             lists = last.get(key)
@@ -107,7 +107,8 @@ def _pieces(p: Tensor, grad: Tensor, state: State, part: Part) -> Iterator[tuple
     if part.whole and (part.length <= size or not is_dense(p)):
         yield p, grad, state, 0
         return
-    tensors = {"param": p.detach(), "grad": placed_like(p, grad), **state}
+    moments = {name: t for name, t in state.items() if name != "step"}
+    tensors = {"param": p.detach(), "grad": placed_like(p, grad), **moments}
     in_memory = {
         name: t if t.dim() == 1 and t.numel() == part.length else memory_order(t, part.skip, part.length)
         for name, t in tensors.items()

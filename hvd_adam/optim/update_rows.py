@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from hvd_adam.optim.expression import KernelSpec
 from hvd_adam.optim.memory import ORDINARY, placed_like, shape_in_memory
-from hvd_adam.optim.optimizer_state import Group, Member, States, ensure_state
+from hvd_adam.optim.optimizer_state import Group, Member, StateReader, States
 from hvd_adam.optim.validation import check_gradient
 
 # As `Row` and `Group` in cpu_kernel.cpp.
@@ -100,19 +99,16 @@ class UpdateRows:
         self._skipped_bytes = np.array([member.part.skip for member in members]) * spec.dtype.itemsize
         self._addresses: list[int] = []
         self._read_params()
-        self._read_state(groups, states)
+        self._state = StateReader(members, groups, states)
+        self._read_state()
 
     def fits(self, groups: Sequence[Group], states: States) -> bool:
         """Returns whether the table fits the parameters, after reading the addresses of replaced tensors."""
         if shape_in_memory(self.params) != self._shape:
             return False
         self._read_params()
-        found = itertools.chain.from_iterable(map(dict.values, map(states.__getitem__, self.params)))
-        if (
-            list(map(id, found)) != self._state_ids
-            or list(map(Tensor.data_ptr, self._state_tensors)) != self._state_addresses
-        ):
-            self._read_state(groups, states)
+        if self._state.refresh(groups, states):
+            self._read_state()
         return True
 
     def batch(self) -> Batch:
@@ -123,12 +119,14 @@ class UpdateRows:
         """
         grads = list(map(_grad, self.params))
         rows, params, counts, skipped = self._rows, self.params, self._counts, self._skipped_bytes
+        shape = self._shape
         kinds = set(map(type, grads))
         if type(None) in kinds:
             present = [i for i, grad in enumerate(grads) if grad is not None]
             rows, skipped = rows[present], skipped[present]
             params, counts, grads = ([column[i] for i in present] for column in (params, counts, grads))
-        if not kinds <= _EXPECTED or not _lie_like(grads, params):
+            shape = shape_in_memory(params)
+        if not kinds <= _EXPECTED or not _has_shape(grads, shape):
             for p in params:
                 check_gradient(p)
             grads = [placed_like(p, grad) for p, grad in zip(params, grads, strict=True)]
@@ -141,21 +139,16 @@ class UpdateRows:
             self._addresses = addresses
             self._rows["param"] = np.array(addresses, np.int64) + self._skipped_bytes
 
-    def _read_state(self, groups: Sequence[Group], states: States) -> None:
-        used = [ensure_state(states, member.param, groups[member.group], member.part) for member in self._members]
-        self._entries = [dict(states[p]) for p in self.params]  # also keeps the tensors alive, so no id is reused
-        self._state_ids = [id(value) for entries in self._entries for value in entries.values()]
-        self._state_tensors = [t for state in used for t in state.values()]
-        self._state_addresses = list(map(Tensor.data_ptr, self._state_tensors))
-        self._counts = [state["step"] for state in used]
+    def _read_state(self) -> None:
+        self._counts = [state["step"] for state in self._state.used]
         for name in ADDRESSES[2:]:
-            self._rows[name] = [state[name].data_ptr() if name in state else 0 for state in used]
+            self._rows[name] = [state[name].data_ptr() if name in state else 0 for state in self._state.used]
 
 
-def _lie_like(grads: Sequence[Tensor], params: Sequence[Tensor]) -> bool:
-    """Returns whether all gradients lie in memory as their parameters do."""
+def _has_shape(grads: Sequence[Tensor], shape: object) -> bool:
+    """Returns whether all gradients lie in memory as their parameters do, whose `shape_in_memory` is given."""
     return (
-        set(map(_layout, grads)) == {torch.strided}
-        and shape_in_memory(grads) == shape_in_memory(params)
+        set(map(_layout, grads)) <= {torch.strided}
+        and shape_in_memory(grads) == shape
         and not any(map(Tensor.is_neg, grads))
     )
