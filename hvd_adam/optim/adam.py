@@ -55,9 +55,9 @@ class Adam(PlainOptimizer):
             The random bits depend only on step and position, so they are identical in a repeated run and on all
             ranks.
         implementation: "reference" is the paper line by line in float64, "foreach" the multi-tensor form in
-            the parameters' dtype, "fused" one compiled pass over flat buffers (``optim.flat_storage``: parameters,
-            gradients and state become views of them), "auto" picks: fused on a GPU, and from 2**20 elements on
-            elsewhere. Without a compiler (Triton on a GPU) it warns and uses foreach.
+            the parameters' dtype, "fused" one compiled pass over all tensors, wherever they lie, "auto" picks:
+            fused on a GPU, and from 2**20 elements on elsewhere. Without a compiler (C++; Triton on a GPU) it
+            warns and uses foreach.
         foreach: as in PyTorch: True is ``implementation="foreach"``; False and None leave the choice to that.
         fused: as in PyTorch: True is ``implementation="fused"``; False and None leave the choice to that.
         capturable: only False: a step cannot be captured in a CUDA graph.

@@ -102,8 +102,7 @@ class ParameterStore:
         """
         params = {p: i for i, group in enumerate(groups) for p in group["params"]}
         self._frozen = [p for p in params if not (p.requires_grad or p.grad is not None)]
-        trained = [p for p in params if p.requires_grad or p.grad is not None]
-        validation.check_parameters(trained)
+        validation.check_parameters(list(params))
         self.implementations = self._resolve_implementations(groups)
         parts = parts or {}
         shared = overlapping(list(params))

@@ -55,7 +55,7 @@ def check_implementation(implementation: object) -> None:
 
 
 def check_parameters(params: list[Tensor]) -> None:
-    """Checks that parameters have a shape, and are dense and real.
+    """Checks that parameters have a shape, and that those which are trained are dense and real.
 
     Raises:
         ValueError: one is uninitialized, sparse or complex.
@@ -66,6 +66,8 @@ def check_parameters(params: list[Tensor]) -> None:
                 f"Adam needs the shapes of all parameters, but parameter {i} is of a lazy module: run one batch "
                 "through the model before the optimizer is built"
             )
+        if not p.requires_grad and p.grad is None:
+            continue
         if p.layout != torch.strided:
             raise ValueError(f"Adam does not support sparse parameters, but parameter {i} is {p.layout}")
         if p.is_complex():

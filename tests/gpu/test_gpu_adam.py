@@ -1,7 +1,7 @@
 """Adam on a GPU in one process: every implementation against the float64 oracle, and the kernel by itself.
 
-Hazards: a kernel that computes, rounds or indexes otherwise than on CPUs; writes beyond the end of a buffer;
-buffers that are not aligned; lengths beyond 2³¹; a step that makes the host wait for the device; a step
+Hazards: a kernel that computes, rounds or indexes otherwise than on CPUs; writes beyond the end of a tensor;
+tensors that are not aligned; lengths beyond 2³¹; a step that makes the host wait for the device; a step
 captured in a graph, which would repeat its first learning rate; a device that is not the current one.
 """
 
@@ -12,8 +12,10 @@ from hypothesis import given
 
 from hvd_adam import Adam
 from hvd_adam.optim import fused
-from hvd_adam.optim.expression import Buffers, KernelSpec, scalars, update_uncompiled
+from hvd_adam.optim.expression import KernelSpec, Tensors, rounding_seed, update_uncompiled
+from hvd_adam.optim.optimizer_state import Member, Part
 from hvd_adam.optim.reference import adam_update
+from hvd_adam.optim.update_rows import UpdateRows, hyper_parameters
 
 GPU = torch.device("cuda")
 
@@ -82,7 +84,22 @@ def test_master_weights_stay_within_the_bound_of_float32(implementation, dtype):
 # --- the kernel ---------------------------------------------------------------------------------------------
 
 LENGTHS = (1, 15, 16, 17, 1023, 1024, 1025, 4099, (1 << 20) + 3, 3 << 20)
-SCALARS = dict(lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1, decoupled_weight_decay=False)
+GROUP = dict(lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1, decoupled_weight_decay=False, maximize=False)
+ROUNDINGS = {"master_weights": "master", "stochastic_rounding": "stochastic"}
+
+
+def update(spec, tensors, step, grad_scale=None, position=0, **options):
+    """Updates one parameter with the kernel of a spec."""
+    group = {**GROUP, "amsgrad": tensors.max_exp_avg_sq is not None, **options}
+    group |= {name: spec.rounding == kind for name, kind in ROUNDINGS.items()}
+    p = torch.nn.Parameter(tensors.param)
+    p.grad = tensors.grad
+    state = {name: t for name, t in vars(tensors).items() if t is not None and name not in ("param", "grad")}
+    states = {p: {"step": torch.tensor(step - 1.0), **state}}
+    rows = UpdateRows(spec, [Member(p, 0, position, Part.of(p))], [group], states)
+    assert all(states[p][name] is t for name, t in state.items())
+    with torch.no_grad():
+        fused.update(spec, rows.batch(), hyper_parameters([group]), grad_scale)
 
 
 def poisoned(length, offset, dtype, device=GPU):
@@ -95,7 +112,7 @@ def poisoned(length, offset, dtype, device=GPU):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_kernel_agrees_with_the_oracle_at_any_length_and_alignment_and_stays_in_bounds(dtype, offset):
     torch.manual_seed(torch.seed())  # other numbers each time; pytest prints those of a failure
-    spec = KernelSpec("cuda", dtype, dtype, True, "coupled", "nearest")
+    spec = KernelSpec("cuda", dtype, dtype, "nearest")
     for length in LENGTHS:
         around, inside = zip(*(poisoned(length, offset, dtype) for _ in range(5)), strict=True)
         p, g, m, v, v_max = inside
@@ -103,7 +120,7 @@ def test_kernel_agrees_with_the_oracle_at_any_length_and_alignment_and_stays_in_
         theta, first, second, largest = (t.double() for t in (p, m, v, v_max))
         paper = dict(alpha=1e-2, beta1=0.8, beta2=0.95, epsilon=1e-6, lambda_=0.1)
         adam_update(theta, g, first, second, largest, t=3, **paper)
-        fused.update(spec, Buffers(p, g, m, v, v_max), None, scalars(SCALARS, 3), 0)
+        update(spec, Tensors(p, g, m, v, v_max), 3)
         # Some ten roundings of the arithmetic, of numbers of size 1 to 10, and one in storing.
         arithmetic, stored = unit_roundoff(spec.compute_dtype), unit_roundoff(dtype)
         for ours, exact in ((p, theta), (m, first), (v, second), (v_max, largest)):
@@ -114,9 +131,9 @@ def test_kernel_agrees_with_the_oracle_at_any_length_and_alignment_and_stays_in_
 
 @pytest.mark.parametrize("rounding", ["master", "stochastic"])
 def test_rounding_agrees_with_the_expression_on_the_cpu(rounding):
-    spec = KernelSpec("cuda", torch.bfloat16, torch.float32, False, "none", rounding)
-    length, seed = 5003, 2**31 - 100  # the hash's counter passes 2³¹ within the buffer
-    here = Buffers(
+    spec = KernelSpec("cuda", torch.bfloat16, torch.float32, rounding)
+    length, position = 5003, (2**31 - 100 - rounding_seed(3, 0)) % 2**31  # the hash's counter passes 2³¹ within it
+    here = Tensors(
         torch.randn(length).bfloat16(),
         torch.randn(length).bfloat16(),
         torch.randn(length),
@@ -125,10 +142,9 @@ def test_rounding_agrees_with_the_expression_on_the_cpu(rounding):
     )
     if rounding == "master":
         here.master_param.copy_(here.param)
-    there = Buffers(**{name: None if t is None else t.to(GPU) for name, t in vars(here).items()})
-    numbers = scalars(SCALARS, 3)
-    fused.update(spec, there, None, numbers, seed)
-    update_uncompiled(spec, here, None, numbers, seed)
+    there = Tensors(**{name: None if t is None else t.to(GPU) for name, t in vars(here).items()})
+    update(spec, there, 3, position=position, weight_decay=0.0)
+    update_uncompiled(spec, here, None, {**GROUP, "weight_decay": 0.0}, 3, position)
     # The last bit of float32 may decide between two neighbouring bfloat16; this affects few elements.
     ours, exact = there.param.cpu().float(), here.param.float()
     differ = ours != exact
@@ -138,28 +154,27 @@ def test_rounding_agrees_with_the_expression_on_the_cpu(rounding):
 
 
 def test_grad_scale_on_the_device_multiplies_and_nan_changes_nothing():
-    spec = KernelSpec("cuda", torch.float32, torch.float32, False, "none", "nearest")
-    buffers = Buffers(*(torch.rand(3001, device=GPU) for _ in range(4)))
-    copies = [Buffers(*(t.clone() for t in vars(buffers).values() if t is not None)) for _ in range(3)]
-    numbers = scalars(SCALARS, 5)
-    fused.update(spec, copies[0], torch.tensor(0.25, device=GPU), numbers, 0)
-    fused.update(spec, copies[1], torch.tensor(0.25), numbers, 0)
-    fused.update(spec, copies[2], torch.tensor(float("nan"), device=GPU), numbers, 0)
+    spec = KernelSpec("cuda", torch.float32, torch.float32, "nearest")
+    tensors = Tensors(*(torch.rand(3001, device=GPU) for _ in range(4)))
+    copies = [Tensors(*(t.clone() for t in vars(tensors).values() if t is not None)) for _ in range(3)]
+    scales = torch.tensor(0.25, device=GPU), torch.tensor(0.25), torch.tensor(float("nan"), device=GPU)
+    for copy, scale in zip(copies, scales, strict=True):
+        update(spec, copy, 5, scale)
     assert torch.equal(copies[0].param, copies[1].param)
-    assert not torch.equal(copies[0].param, buffers.param)
+    assert not torch.equal(copies[0].param, tensors.param)
     for name in ("param", "exp_avg", "exp_avg_sq"):
-        assert torch.equal(getattr(copies[2], name), getattr(buffers, name))
+        assert torch.equal(getattr(copies[2], name), getattr(tensors, name))
 
 
 def test_elements_beyond_two_to_the_31_are_updated():
     length = 2**31 + 70
     if torch.cuda.mem_get_info()[0] < 5 * 2 * length:
         pytest.skip("needs 22 GB of free GPU memory")
-    spec = KernelSpec("cuda", torch.bfloat16, torch.bfloat16, False, "none", "nearest")
-    buffers = Buffers(*(torch.zeros(length, dtype=torch.bfloat16, device=GPU) for _ in range(4)))
-    buffers.grad[-1] = buffers.grad[2**31 - 1] = buffers.grad[0] = 1.0
-    fused.update(spec, buffers, None, scalars(SCALARS, 1), 0)
-    assert buffers.param.nonzero().flatten().tolist() == [0, 2**31 - 1, length - 1]
+    spec = KernelSpec("cuda", torch.bfloat16, torch.bfloat16, "nearest")
+    tensors = Tensors(*(torch.zeros(length, dtype=torch.bfloat16, device=GPU) for _ in range(4)))
+    tensors.grad[-1] = tensors.grad[2**31 - 1] = tensors.grad[0] = 1.0
+    update(spec, tensors, 1)
+    assert tensors.param.nonzero().flatten().tolist() == [0, 2**31 - 1, length - 1]
 
 
 # --- a step -------------------------------------------------------------------------------------------------
@@ -187,25 +202,22 @@ def test_step_does_not_synchronize_with_the_device(implementation, options):
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode(
             "error" if step else "default"
-        )  # the first one compiles and builds the layout
+        )  # the first one compiles and builds the tables
         try:
             optimizer.step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
 
-def test_small_models_are_fused_and_flat():
+def test_small_models_are_fused_and_not_moved():
     model = small_model()
     optimizer = Adam(model.parameters())
     backward(model)
+    tensors = [t for p in model.parameters() for t in (p, p.grad, optimizer.state[p]["exp_avg"])]
+    places = [t.data_ptr() for t in tensors]
     optimizer.step()
-    flat = optimizer._store.storages[0]
     assert optimizer._store.implementations == ["fused"]
-    for p in model.parameters():
-        moment = optimizer.state[p]["exp_avg"]
-        for tensor, buffer in ((p, flat.param), (p.grad, flat.grad), (moment, flat.state["exp_avg"])):
-            assert 0 <= tensor.data_ptr() - buffer.data_ptr() < buffer.nbytes
-            assert tensor.data_ptr() % 16 == 0
+    assert [t.data_ptr() for t in tensors] == places
 
 
 def test_graph_capture_of_the_step_is_rejected_and_of_forward_and_backward_trains():

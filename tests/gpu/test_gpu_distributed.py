@@ -13,11 +13,11 @@ import pytest
 import torch
 from helpers.on_ranks import on_ranks
 from helpers.skipping import check_skipping
-from hvd_adam.optim.flat_layout import Layout
-from hvd_adam.optim.flat_storage import FlatStorage
 
 from hvd_adam import Adam, distribute
 from hvd_adam.distributed.context import horovod
+from hvd_adam.distributed.gradients.bucket_layout import Layout
+from hvd_adam.distributed.gradients.gradient_buffer import GradientBuffer
 from hvd_adam.distributed.gradients.reducer import Reducer
 
 # Two ranks can share a GPU only with a Horovod built without NCCL; tests/gpu/run.sh builds one.
@@ -89,10 +89,9 @@ def test_buckets_reduced_by_nccl_on_one_rank_are_unchanged(cluster):
     for compression, scatter in product(("none", "fp16", "bf16"), (False, True)):
         shapes = ((300, 70), (7,), (1000, 33), (5, 5))
         params = [torch.nn.Parameter(torch.zeros(shape, device=cluster.device)) for shape in shapes]
-        optimizer = Adam(params, implementation="foreach")
-        flat = FlatStorage(params, [0] * 4, optimizer.state, Layout.of(params, 60_000, 1, control=2))
-        assert len(flat.layout.buckets) > 1
-        reducer = Reducer([flat], f"test.{compression}.{scatter}", compression, 1, scatter)
+        buffer = GradientBuffer(params, Layout.of(params, 60_000, 1, control=2))
+        assert len(buffer.layout.buckets) > 1
+        reducer = Reducer([buffer], f"test.{compression}.{scatter}", compression, 1, scatter)
         sent = [torch.randint(-99, 99, shape, device=cluster.device).float() for shape in shapes]
         for p, gradient in zip(params[:-1], sent, strict=False):
             p.grad = gradient.clone()

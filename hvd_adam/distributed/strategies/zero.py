@@ -203,7 +203,8 @@ class ZeroStrategy(AllReduceStrategy):
                 for i in shards if keep else ():
                     whole[buffer.params[i]][name] = in_place(buffer.view(gathered, i))
             for p in buffer.params:
-                whole[p]["step"] = whole[p]["step"].clone()
+                if "step" in whole.get(p, {}):
+                    whole[p]["step"] = whole[p]["step"].clone()
         return whole
 
     def _kinds(self, buffer: GradientBuffer, state: States) -> Mapping[tuple[str, torch.dtype], dict[int, Tensor]]:
