@@ -286,7 +286,7 @@ def test_all_strides_give_torchs_results_and_dense_ones_are_kept():
         assert p.stride() == ours.state[p]["exp_avg"].stride() == before
 
 
-def test_expanded_parameter_beside_others_does_no_harm():
+def test_expanded_parameter_does_not_disturb_the_others():
     """Three elements share one number: torch's in-place operations reject it, so its values are not checked."""
     expanded = torch.nn.Parameter(torch.ones(1).expand(3))
     plain = torch.nn.Parameter(torch.ones(3))
