@@ -158,6 +158,18 @@ def test_a_state_loaded_on_one_rank_alone_ends_the_job_unless_it_is_broadcast(cl
 
 @on_ranks(2)
 @each_strategy
+def test_a_parameter_that_is_unfrozen_on_one_rank_only_ends_the_job(cluster, strategy):
+    model = small_model()
+    model[0].bias.requires_grad_(False)
+    optimizer = distribute(Adam(model.parameters()), model, strategy=strategy)
+    one_update(model, optimizer, cluster)
+    model[0].bias.requires_grad_(cluster.rank == 1)
+    with pytest.raises(HorovodInternalError, match="freeze and unfreeze on every rank"):
+        one_update(model, optimizer, cluster)
+
+
+@on_ranks(2)
+@each_strategy
 def test_ranks_with_unequal_numbers_of_backward_passes_end_the_job(cluster, strategy):
     model = small_model()
     optimizer = distribute(Adam(model.parameters()), model, strategy=strategy)

@@ -93,6 +93,22 @@ def test_an_optimizer_that_is_not_needed_any_more_frees_its_memory(cluster, stra
     assert [reference() for reference in kept if reference() is not None] == []
 
 
+@on_ranks(2)
+@each_strategy
+def test_more_buckets_than_horovod_remembers_by_default_are_averaged(cluster, strategy):
+    parameters = torch.nn.ParameterList(torch.nn.Parameter(torch.ones(2)) for _ in range(2000))
+    bytes_before, layout.BUCKET_BYTES = layout.BUCKET_BYTES, 8
+    try:
+        with distributed(parameters, parameters, strategy) as optimizer:
+            for _ in range(3):
+                optimizer.zero_grad()
+                (torch.cat(list(parameters)) * (1 + cluster.rank)).sum().backward()
+                assert all(p.grad.tolist() == [1.5, 1.5] for p in parameters)
+                optimizer.step()
+    finally:
+        layout.BUCKET_BYTES = bytes_before
+
+
 def calls_of(function):
     """Returns how many functions, Python's and others, a call makes."""
     calls = 0

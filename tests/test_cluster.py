@@ -268,3 +268,14 @@ def test_a_variable_set_by_the_user_overrides_the_default(monkeypatch):
     code = "import os, hvd_adam; hvd_adam.init(); print(os.environ['HOROVOD_STALL_SHUTDOWN_TIME_SECONDS'])"
     assert run(code) == "7"
     assert cluster_module.HOROVOD_DEFAULTS["HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"] == "600"
+
+
+def test_settings_that_come_too_late_because_horovod_runs_already_are_named_once():
+    code = "import horovod.torch as hvd, hvd_adam; hvd.init(); hvd_adam.init(); hvd_adam.init()"
+    environ = {"HOROVOD_CACHE_CAPACITY": "2048", "PYTHONPATH": str(ROOT)}
+    done = launch(["-c", code], 2, "gloo", env=environ, timeout=90)
+    assert done.returncode == 0, done.stderr
+    (warning,) = re.findall(r".*RuntimeWarning: hvd_adam: .*", done.stderr)
+    assert "started before init()" in warning
+    assert "HOROVOD_DISABLE_GROUP_FUSION" in warning
+    assert "HOROVOD_CACHE_CAPACITY" not in warning

@@ -81,6 +81,8 @@ def distribute(
         ...     loss_function(model(images), labels).backward()  # then p.grad is the mean over all ranks
         ...     optimizer.step()
     """
+    if isinstance(optimizer, torch.nn.Module) and isinstance(model, torch.optim.Optimizer):
+        raise TypeError("distribute() takes the optimizer first: distribute(optimizer, model)")
     if not isinstance(optimizer, Adam):
         kind = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
         raise TypeError(

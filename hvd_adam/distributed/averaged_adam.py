@@ -252,6 +252,8 @@ class AveragedAdam(Adam):
             self._step.skips.record()  # while the layout is that of the last step
             if self._layout.buffers and self._strategy.shard[1] > 1:
                 self.state.update(self._whole_state())
+            else:  # the other ranks need a new layout, too: if not, they must not wait for this one for ever
+                self._averager.start_meeting()()
             self._layout.build(self.param_groups, self.state, self._names())
         self._strategy.loaded = False
 

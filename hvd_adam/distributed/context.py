@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import sys
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -154,6 +155,7 @@ def init(device: str = "auto") -> Cluster:
     It makes the assigned GPU the current one. Unless OMP_NUM_THREADS is set, it sets PyTorch's number of threads
     so that the ranks of a host share its cores. It sets environment variables of Horovod and Open MPI that the
     user has not set (`HOROVOD_DEFAULTS`); the most important one ends a job ten minutes after a rank has stalled.
+    If Horovod has been started before, these have no effect, and a warning names them.
 
     Args:
         device: "cpu", "cuda" (one GPU per rank), or "auto": one GPU per rank if any rank has a GPU, else the CPU.
@@ -179,6 +181,7 @@ def _start(device: str, *, restarting: bool = False) -> Cluster:
         raise UserError(f"device is {device!r}; use auto, cpu or cuda")
     refuse_srun_without_pmix(detect_launcher())
     hvd = horovod()
+    too_late = [name for name in HOROVOD_DEFAULTS if name not in os.environ] if hvd.is_initialized() else []
     for name, value in HOROVOD_DEFAULTS.items():
         os.environ.setdefault(name, value)
     if is_elastic():
@@ -188,6 +191,12 @@ def _start(device: str, *, restarting: bool = False) -> Cluster:
     launch = detect_launcher()
     if hvd.size() != launch.size:
         raise size_mismatch(launch, hvd.size())
+    if too_late and hvd.size() > 1 and hvd.rank() == 0:
+        message = (
+            "hvd_adam: Horovod was started before init(), so defaults of hvd_adam for it have no effect: "
+            f"{', '.join(too_late)}; call init() in place of hvd.init(), or set them in the environment"
+        )
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
 
     own = RankPlacement.of_this_rank(device)
     placements: list[RankPlacement] = hvd.allgather_object(own, name="hvd_adam.places")

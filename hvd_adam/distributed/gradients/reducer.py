@@ -146,7 +146,7 @@ class Reducer:
         """
         if self.scatters or self._compression == "bf16":
             return lambda: None
-        one = torch.zeros(1, device=self._buckets[_LAST][0].device)
+        one = torch.zeros(1, dtype=torch.float32, device=self._buckets[_LAST][0].device)
         meeting = AllReduce(one, f"{self._prefix}.{_LAST}", "none")
 
         def wait() -> None:
@@ -209,9 +209,10 @@ def explained() -> Iterator[None]:
     except HorovodInternalError as error:
         raise HorovodInternalError(
             "some ranks wait for gradients, while another has ended, failed, or called something else that every "
-            "rank must call (broadcast, add_param_group, state_dict if sharded). If that rank has shown an error, "
-            "that is the cause. If ranks have different numbers of batches, use `with optimizer.join():` around "
-            f"the loop. (Horovod: {error})"
+            "rank must call (broadcast, add_param_group, state_dict if sharded), or trains other parameters "
+            "(freeze and unfreeze on every rank). If that rank has shown an error, that is the cause. If ranks "
+            "have different numbers of batches, use `with optimizer.join():` around the loop. "
+            f"(Horovod: {error})"
         ) from error
 
 
