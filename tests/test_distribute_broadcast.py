@@ -5,8 +5,10 @@ and memory formats that Horovod does not support; state that only one rank has.
 """
 
 import copy
+from pathlib import Path
 
 import horovod.torch as hvd
+import pytest
 import torch
 from helpers.on_ranks import on_ranks
 from helpers.small_training import (
@@ -21,6 +23,7 @@ from helpers.small_training import (
 from helpers.strategies import each_strategy
 
 from hvd_adam import Adam, distribute
+from hvd_adam.distributed.broadcast import broadcast_nested, broadcast_tensors
 
 
 @on_ranks(2)
@@ -192,3 +195,52 @@ def test_an_added_group_gets_the_values_of_rank_0_and_is_averaged(cluster, strat
         optimizer.step()
         assert same_everywhere(digest(head.state_dict(), everything(model, optimizer)))
         assert optimizer.state[head.weight]["step"].item() == 1
+
+
+def nested():
+    """Returns containers with tensors of many kinds, one larger than the chunks that are sent."""
+    large = torch.arange(24 << 20, dtype=torch.float32)
+    nan = torch.tensor([0x7FC12345], dtype=torch.int32).view(torch.float32)
+    small = [torch.ones(3, dtype=torch.bfloat16), torch.tensor(7), torch.zeros(0), torch.ones(2, 3).t(), nan]
+    return {"large": large, "model": {"small": small, "none": None}, "numbers": (1, 2.5, "text", True)}
+
+
+def same_bits(mine, theirs):
+    if isinstance(theirs, torch.Tensor):
+        bits = [t.contiguous().reshape(-1).view(torch.uint8) for t in (mine, theirs)]
+        return (mine.dtype, mine.shape) == (theirs.dtype, theirs.shape) and torch.equal(*bits)
+    if isinstance(theirs, dict):
+        return mine.keys() == theirs.keys() and all(same_bits(mine[key], theirs[key]) for key in theirs)
+    if isinstance(theirs, list | tuple):
+        return type(mine) is type(theirs) and all(map(same_bits, mine, theirs))
+    return mine == theirs
+
+
+def kilobytes(field):
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1])
+
+
+@on_ranks(2)
+def test_nested_containers_arrive_bit_for_bit_in_little_more_memory_than_their_own(cluster):
+    broadcast_nested({"warm up": torch.ones(1 << 20)} if cluster.rank == 1 else None, "test.warm", root=1)
+    value = nested() if cluster.rank == 1 else None
+    before = kilobytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    received = broadcast_nested(value, "test.nested", root=1)
+    grown = kilobytes("VmHWM") - before
+    size = 96 << 10 if cluster.rank == 0 else 0
+    assert grown < size + (32 << 10), grown
+    assert same_bits(received, nested())
+
+
+@on_ranks(2)
+def test_a_backward_pass_through_values_that_a_broadcast_has_overwritten_fails(cluster):
+    for elements in (10, 20 << 20):  # packed with others, and sent from where it lies
+        p = torch.nn.Parameter(torch.full((elements,), 1.0 + cluster.rank))
+        loss = (p * p).sum()
+        broadcast_tensors([p], f"test.version.{elements}")
+        assert torch.equal(p.detach(), torch.ones(elements))
+        if cluster.rank:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss.backward()

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from hvd_adam.checkpoint.state import TrainingState
+from hvd_adam.distributed.broadcast import broadcast_nested
 from hvd_adam.distributed.context import Cluster, current_rank, horovod, init, restart
 from hvd_adam.distributed.launch_env import is_elastic
 from hvd_adam.errors import MembershipChanged, UserError
@@ -47,7 +48,8 @@ class InMemoryCheckpoint:
         holder = steps.index(max(steps))
         state = self._state
         if holder:  # rank 0 is new, or its copy is older
-            state = horovod().broadcast_object(state, holder, name="hvd_adam.newest")
+            own_fields = None if state is None else state.as_dict()
+            state = TrainingState(**broadcast_nested(own_fields, "hvd_adam.newest", holder))
         return state if cluster.rank == 0 else None
 
     def hosts_changed(self) -> bool:
