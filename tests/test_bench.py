@@ -443,6 +443,21 @@ def workload(*sizes, dtype="float32", device="cpu"):
     return workloads.Workload("test", dtype, tuple((size,) for size in sizes), torch.device(device))
 
 
+@pytest.mark.parametrize("gradients", ["new", "kept"])
+def test_adam_gives_every_step_new_gradients_or_the_same(monkeypatch, gradients):
+    seen = []
+
+    def factory(tensors):
+        return lambda: seen.append(tensors.parameters[0].grad)
+
+    monkeypatch.setattr(optimizers, "factories", lambda *_: {"torch fused": factory})
+    config = AdamConfig(workloads="30", threads="1", repeats=2, device="cpu", gradients=gradients)
+    output = adam.measure(config)
+    assert len(set(map(id, seen))) == (len(seen) if gradients == "new" else 1)
+    assert all(torch.equal(gradient, seen[0]) for gradient in seen)
+    assert f"gradients: {gradients}" in output.notes[0]
+
+
 def test_peers_with_master_weights_make_the_same_step_as_hvd_adam():
     ended = {}
     for name, make in optimizers.factories(workload(300, 7, dtype="bfloat16-master"), reference=False).items():

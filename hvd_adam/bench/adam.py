@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -47,6 +48,7 @@ def measure(config: AdamConfig) -> Result:
         UserError: --device cuda without a GPU.
     """
     device = _device(config.device)
+    _gradients(config, device)
     names, dtypes = config.workload_names(device.type), config.dtype_names(device.type)
     workloads = [Workload(name, dtype, shapes(config, name), device) for name in names for dtype in dtypes]
     rows: list[Row] = []
@@ -91,6 +93,15 @@ def _device(wanted: str) -> torch.device:
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def _gradients(config: AdamConfig, device: torch.device) -> str:
+    """Returns "new" or "kept"."""
+    if config.gradients == "auto":
+        return "new" if device.type == "cpu" else "kept"
+    if config.gradients == "new" and device.type != "cpu":
+        raise UserError("--gradients new: on a GPU several steps are timed together; use --gradients kept")
+    return config.gradients
+
+
 def _thread_counts(config: AdamConfig, device: torch.device) -> tuple[int, ...]:
     return config.thread_counts() if device.type == "cpu" else (1,)
 
@@ -115,7 +126,8 @@ def _measure(workload: Workload, config: AdamConfig) -> tuple[list[Row], list[st
             "tensors": len(workload.shapes),
             "threads": threads,
         }
-        times, errors = interleaved(calls, config.repeats, workload.device)
+        renew = candidates.renew if _gradients(config, workload.device) == "new" else {}
+        times, errors = interleaved(calls, config.repeats, workload.device, renew)
         rows += summarize(times, workload.moved, labels)
         for name, error in (candidates.errors | errors).items():
             rows.append(
@@ -126,12 +138,18 @@ def _measure(workload: Workload, config: AdamConfig) -> tuple[list[Row], list[st
 
 
 def interleaved(
-    calls: dict[str, Call], repeats: int, device: torch.device
+    calls: dict[str, Call], repeats: int, device: torch.device, before: Mapping[str, Call] | None = None
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Times all calls in every round, after `WARM_UP_ROUNDS` untimed rounds.
 
     Each round has a different random order, because the contents of the caches after one call make some successors
     up to a tenth faster than others. A call that runs out of memory is dropped.
+
+    Args:
+        calls: by name.
+        repeats: timed rounds.
+        device: of the calls.
+        before: functions to run before each turn of a call, untimed, by its name.
 
     Returns:
         Seconds per round by name, and the errors of the dropped calls by name.
@@ -145,6 +163,8 @@ def interleaved(
     for turn in range(-WARM_UP_ROUNDS, repeats):
         for name in shuffled.sample([*times], len(times)):
             try:
+                if before and name in before:
+                    before[name]()
                 seconds = mean_seconds(calls[name], sizes[name], synchronize)
             except torch.cuda.OutOfMemoryError as error:
                 errors[name] = first_line(error)
@@ -164,7 +184,8 @@ def _notes(workloads: list[Workload], config: AdamConfig, device: torch.device) 
     needed = (f"{dtype} {w.moved // w.parameters}" for dtype, w in by_dtype.items())
     threads = ", ".join(map(str, _thread_counts(config, device)))
     notes = [
-        f"device {device}; threads: {threads}; parameters: {'; '.join(sizes)}",
+        f"device {device}; threads: {threads}; parameters: {'; '.join(sizes)}; gradients: "
+        f"{_gradients(config, device)}",
         "GB/s: the bytes that a step must move, over its time, whatever else it moves; bytes per parameter: "
         f"{', '.join(needed)} (parameter, gradient and moments are read, all but the gradient are written)",
         "copy: torch.Tensor.copy_ that reads and writes as many bytes in total, in the same rounds; in place: "

@@ -62,6 +62,11 @@ class AdamConfig(BenchConfig):
         f"dtypes of the parameters to compare, as in float32,bfloat16; bfloat16{MASTER}, float16{MASTER}: with "
         f"float32 master weights; auto: float32, on a GPU also bfloat16{MASTER}",
     )
+    gradients: Literal["auto", "new", "kept"] = option(
+        "auto",
+        "new: every step gets new gradient tensors, as after zero_grad(); kept: the same, as after "
+        "zero_grad(set_to_none=False); auto: new, on a GPU kept",
+    )
     reference: bool = option(False, "also time the slow reference above a million parameters")
     repeats: int = option(20, "rounds; in each, every optimizer makes a step")
 

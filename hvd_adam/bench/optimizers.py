@@ -51,6 +51,12 @@ class Tensors:
             master.grad = torch.zeros_like(master)
         return masters
 
+    def renew_gradients(self) -> None:
+        """Replaces every gradient by a copy, as `zero_grad()` and a backward pass do."""
+        for parameter in self.parameters:
+            assert parameter.grad is not None
+            parameter.grad = parameter.grad.clone()
+
 
 Factory = Callable[[Tensors], Call]
 
@@ -61,11 +67,13 @@ class Candidates:
 
     Attributes:
         calls: functions that make a step, by name of the optimizer.
+        renew: functions that replace the gradients of its next step, by name of the optimizer; not if shared.
         missing: one line on each optimizer that is not available.
         errors: first line of the error by name, of optimizers for which the memory did not suffice.
     """
 
     calls: dict[str, Call] = field(default_factory=dict)
+    renew: dict[str, Call] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     errors: dict[str, str] = field(default_factory=dict)
 
@@ -86,7 +94,9 @@ def build(workload: Workload, reference: bool) -> Candidates:
     for name, make in factories(workload, reference).items():
         try:
             if workload.device.type == "cpu" or name.startswith("hvd_adam"):
-                found.calls[name] = _started(make, Tensors(workload))
+                tensors = Tensors(workload)
+                found.calls[name] = _started(make, tensors)
+                found.renew[name] = tensors.renew_gradients
             else:
                 shared = shared or Tensors(workload)
                 found.calls[name] = _started(make, shared)
@@ -181,12 +191,11 @@ def _torch(workload: Workload, **options: Any) -> Factory:
         """PyTorch's Adam has no master weights; this is the usual recipe for them."""
         masters, parameters = tensors.masters, tensors.parameters
         optimizer = torch.optim.Adam(masters, **options)
-        gradients = [p.grad for p in parameters if p.grad is not None]
         master_gradients = [p.grad for p in masters if p.grad is not None]
 
         @torch.no_grad()
         def step() -> None:
-            torch._foreach_copy_(master_gradients, gradients)
+            torch._foreach_copy_(master_gradients, [p.grad for p in parameters if p.grad is not None])
             optimizer.step()
             torch._foreach_copy_(tuple(parameters), tuple(masters))
 
