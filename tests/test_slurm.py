@@ -167,6 +167,7 @@ def test_job_resumes_exactly_after_requeue_preemption_and_node_failure(cluster, 
     require_same(checkpoint(run)["model"], checkpoint(tmp_path / "uninterrupted")["model"], 1e-12)
 
 
+@pytest.mark.timeout(600)  # two starts, and updates that wait for each other on a busy machine
 def test_job_resumes_after_its_time_limit_but_not_after_scancel(cluster, tmp_path):
     slurm = cluster.slurm
     arguments = ["--", *OPTIONS, "--output-dir"]
@@ -177,7 +178,7 @@ def test_job_resumes_after_its_time_limit_but_not_after_scancel(cluster, tmp_pat
     other = cluster.submit(single, "slurm.sh", *arguments, tmp_path / "other", "--epochs", 9, PAUSE="0.25")
     cluster.wait_for_updates(tmp_path / "other", 3)
     slurm.run("scancel", other)
-    slurm.wait_for_state(job, "COMPLETED")
+    slurm.wait_for_state(job, "COMPLETED", seconds=500)
     log = cluster.log(job)
     assert "Requeueing the job: the training has saved a checkpoint\n" in log and "start 2\n" in log
     assert [event["step"] for event in events(tmp_path / "run", "step")] == list(range(1, 199))

@@ -39,11 +39,10 @@ def run(*argv, **environ):
 
 
 def test_interpreted_kernel_passes_the_tests_of_adam():
-    chosen = "(fused or test_update_rows) and not too_small_for_nearest"  # which takes a minute
+    chosen = "(fused or test_update_rows or shards) and not too_small_for_nearest"  # which takes a minute
     options = "-q -p helpers.interpreted -p no:cacheprovider -W ignore::RuntimeWarning".split()
-    output = run(
-        "-m", "pytest", *options, "-k", chosen, "tests/test_adam.py", "tests/test_update_rows.py", **INTERPRETED
-    )
+    tests = [f"tests/test_{name}.py" for name in ("adam", "update_rows", "bucket_layout")]
+    output = run("-m", "pytest", *options, "-k", chosen, *tests, **INTERPRETED)
     assert int(output.rpartition(" passed")[0].split()[-1]) > 100, output
 
 
