@@ -23,7 +23,7 @@ from helpers.small_training import (
 from helpers.strategies import each_strategy
 
 from hvd_adam import Adam, distribute
-from hvd_adam.distributed.broadcast import broadcast_nested, broadcast_tensors
+from hvd_adam.distributed.broadcast.tensors import broadcast_nested, broadcast_tensors
 
 
 @on_ranks(2)
@@ -226,7 +226,7 @@ def test_nested_containers_arrive_bit_for_bit_in_little_more_memory_than_their_o
     broadcast_nested({"warm up": torch.ones(1 << 20)} if cluster.rank == 1 else None, "test.warm", root=1)
     value = nested() if cluster.rank == 1 else None
     before = kilobytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # starts the peak again
     received = broadcast_nested(value, "test.nested", root=1)
     grown = kilobytes("VmHWM") - before
     size = 96 << 10 if cluster.rank == 0 else 0

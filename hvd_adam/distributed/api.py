@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from hvd_adam.distributed.agreement import require_same
-from hvd_adam.distributed.broadcast import require_parameters_of, require_same_layout
+from hvd_adam.distributed.broadcast.training import require_parameters_of, require_same_layout
 from hvd_adam.distributed.context import current_cluster, horovod
 from hvd_adam.distributed.gradients.compression import COMPRESSIONS
 from hvd_adam.distributed.optimizer import DistributedAdam

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from hvd_adam.distributed.averaged_step import AveragedStep
-from hvd_adam.distributed.broadcast import ROOT, broadcast_training_state
+from hvd_adam.distributed.broadcast.tensors import ROOT
+from hvd_adam.distributed.broadcast.training import broadcast_training_state
 from hvd_adam.distributed.context import collective_prefix, horovod
 from hvd_adam.distributed.gradients.averager import GradientAverager
 from hvd_adam.distributed.gradients.backward_pass import Callbacks

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from hvd_adam.distributed.broadcast import broadcast_hyper_parameters, broadcast_tensors
+from hvd_adam.distributed.broadcast.tensors import broadcast_tensors
+from hvd_adam.distributed.broadcast.training import broadcast_hyper_parameters
 from hvd_adam.distributed.context import horovod
 from hvd_adam.errors import JobError
 

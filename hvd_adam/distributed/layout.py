@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hvd_adam.distributed.broadcast import broadcast_tensors
+from hvd_adam.distributed.broadcast.tensors import broadcast_tensors
 from hvd_adam.distributed.context import collective_prefix, horovod
 from hvd_adam.distributed.gradients.averager import GradientAverager
 from hvd_adam.distributed.gradients.bucket_layout import Layout

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from hvd_adam.checkpoint.state import TrainingState
-from hvd_adam.distributed.broadcast import broadcast_nested
+from hvd_adam.distributed.broadcast.tensors import broadcast_nested
 from hvd_adam.distributed.context import Cluster, current_rank, horovod, init, restart
 from hvd_adam.distributed.launch_env import is_elastic
 from hvd_adam.errors import MembershipChanged, UserError

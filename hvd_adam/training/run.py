@@ -14,7 +14,7 @@ from hvd_adam.config import TrainConfig
 from hvd_adam.data.loader import DeviceLoader
 from hvd_adam.distributed.agreement import raise_on_all_ranks, require_same
 from hvd_adam.distributed.api import distribute
-from hvd_adam.distributed.broadcast import ROOT
+from hvd_adam.distributed.broadcast.tensors import ROOT
 from hvd_adam.distributed.context import Cluster, horovod, init
 from hvd_adam.distributed.optimizer import DistributedAdam
 from hvd_adam.optim.adam import Adam

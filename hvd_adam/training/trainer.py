@@ -17,7 +17,8 @@ from hvd_adam.checkpoint.state import Progress, TrainingState, gather_rank_state
 from hvd_adam.config import TrainConfig
 from hvd_adam.data.loader import Batch
 from hvd_adam.distributed.agreement import raise_on_all_ranks
-from hvd_adam.distributed.broadcast import ROOT, broadcast_buffers
+from hvd_adam.distributed.broadcast.tensors import ROOT
+from hvd_adam.distributed.broadcast.training import broadcast_buffers
 from hvd_adam.distributed.consistency import require_consistent
 from hvd_adam.errors import MembershipChanged, Preempted, UserError
 from hvd_adam.log import logger

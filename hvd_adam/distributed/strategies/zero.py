@@ -20,7 +20,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from hvd_adam.distributed.broadcast import ROOT
+from hvd_adam.distributed.broadcast.tensors import ROOT
 from hvd_adam.distributed.gradients.grad_scaling import norms_of_pieces
 from hvd_adam.distributed.gradients.gradient_buffer import GradientBuffer
 from hvd_adam.distributed.strategies.allreduce import AllReduceStrategy

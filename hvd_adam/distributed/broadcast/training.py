@@ -1,102 +1,20 @@
-"""Broadcasts of rank 0's tensors and hyper-parameters, bit for bit.
+"""Broadcasts of rank 0's training: parameters, buffers, state and hyper-parameters, bit for bit.
 
-Tensors are sent as bytes, so that types and values that Horovod does not support (bfloat16, NaN payloads, complex
-buffers) arrive unchanged. Unlike Horovod's `broadcast_optimizer_state`, no step is made to create missing state.
+Unlike Horovod's `broadcast_optimizer_state`, no step is made to create missing state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from hvd_adam.distributed.agreement import raise_on_all_ranks
+from hvd_adam.distributed.broadcast.tensors import ROOT, broadcast_tensors
 from hvd_adam.distributed.context import Cluster, current_cluster, horovod
 from hvd_adam.errors import UserError
-from hvd_adam.optim.memory import increment_versions
-
-ROOT = 0
-CHUNK_BYTES = 64 * 2**20  # smaller tensors are packed into chunks of this size
-
-
-@torch.no_grad()
-def broadcast_tensors(tensors: Iterable[torch.Tensor], name: str, root: int = ROOT) -> None:
-    """Overwrites the tensors with those of one rank. Every rank calls it.
-
-    Args:
-        tensors: of any dtype, memory format and device; shapes and dtypes identical on all ranks.
-        name: prefix of the names of the collectives, identical on all ranks.
-        root: the rank.
-    """
-    for number, chunk in enumerate(_chunks(tensors)):
-        in_place = len(chunk) == 1 and chunk[0].is_contiguous()  # a large tensor needs no other memory
-        packed = _to_bytes(chunk[0]) if in_place else torch.cat([_to_bytes(tensor) for tensor in chunk])
-        for part, piece in enumerate(torch.split(packed, CHUNK_BYTES)):  # MPI counts elements in 31 bits
-            horovod().broadcast_(piece, root_rank=root, name=f"{name}.{number}.{part}")
-        if in_place:
-            increment_versions(chunk)
-        if in_place or horovod().rank() == root:
-            continue
-        sizes = [tensor.numel() * tensor.element_size() for tensor in chunk]
-        for tensor, received in zip(chunk, torch.split(packed, sizes), strict=True):
-            tensor.copy_(_from_bytes(received, tensor))
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Stands for a tensor in nested containers."""
-
-    number: int
-    shape: torch.Size
-    dtype: torch.dtype
-
-
-def broadcast_nested(value: Any, name: str, root: int = ROOT) -> Any:
-    """Returns one rank's nested dictionaries, lists and tuples. Every rank calls it.
-
-    Tensors are sent in chunks, so that beside the result a rank needs memory for few chunks only; Horovod's
-    `broadcast_object` needs a multiple of the object. All else is pickled.
-
-    Args:
-        value: on that rank, with tensors on the CPU. Ignored on others.
-        name: prefix of the names of the collectives, identical on all ranks.
-        root: the rank.
-    """
-    tensors: list[torch.Tensor] = []
-    skeleton = _without_tensors(value, tensors) if horovod().rank() == root else None
-    places: list[_Place]
-    skeleton, places = horovod().broadcast_object(
-        (skeleton, [_Place(i, t.shape, t.dtype) for i, t in enumerate(tensors)]), root, name=f"{name}.skeleton"
-    )
-    if horovod().rank() != root:
-        tensors = [torch.empty(place.shape, dtype=place.dtype, device="cpu") for place in places]
-    broadcast_tensors(tensors, name, root)
-    return value if horovod().rank() == root else _with_tensors(skeleton, tensors)
-
-
-def _without_tensors(value: Any, found: list[torch.Tensor]) -> Any:
-    """Returns nested containers with places instead of tensors, which are added to `found`."""
-    if isinstance(value, torch.Tensor):
-        found.append(value)
-        return _Place(len(found) - 1, value.shape, value.dtype)
-    if isinstance(value, dict):
-        return {key: _without_tensors(item, found) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_without_tensors(item, found) for item in value)
-    return value
-
-
-def _with_tensors(value: Any, tensors: list[torch.Tensor]) -> Any:
-    """Returns nested containers with tensors in their places."""
-    if isinstance(value, _Place):
-        return tensors[value.number]
-    if isinstance(value, dict):
-        return {key: _with_tensors(item, tensors) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_with_tensors(item, tensors) for item in value)
-    return value
 
 
 def broadcast_training_state(
@@ -178,31 +96,6 @@ def broadcast_buffers(model: torch.nn.Module, cluster: Cluster) -> None:
     """Copies rank 0's buffers (batch-norm statistics), which get saved, to all ranks. Every rank calls it."""
     if cluster.size > 1:
         broadcast_tensors(model.buffers(), "hvd_adam.buffers")
-
-
-def _chunks(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Groups consecutive tensors of one device into chunks of at most CHUNK_BYTES, or of one larger tensor."""
-    chunk: list[torch.Tensor] = []
-    filled = 0
-    for tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
-        if chunk and (filled + size > CHUNK_BYTES or tensor.device != chunk[0].device):
-            yield chunk
-            chunk, filled = [], 0
-        if size:
-            chunk.append(tensor)
-            filled += size
-    if chunk:
-        yield chunk
-
-
-def _to_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-
-
-def _from_bytes(received: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    # A slice of the packed chunk need not be aligned for a wider type: the clone is.
-    return received.clone().view(like.dtype).view(like.shape)
 
 
 def _tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer, with_state: bool) -> list[torch.Tensor]:

@@ -1,0 +1,1 @@
+"""Broadcasts of tensors, and of the state of a training, bit for bit."""
