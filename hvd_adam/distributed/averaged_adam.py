@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections import defaultdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -125,7 +126,8 @@ class AveragedAdam(Adam):
         """
         self._averager.start_meeting()()
         self._step.skips.record()
-        with_state = self._strategy.state_is_broadcast(self._replace_state, self._reclaim_state)
+        put_back = partial(self.state.update, self._replaced)
+        with_state = self._strategy.state_is_broadcast(self._replace_state, put_back)
         broadcast_training_state(self._model, self, self._scaling.loss_scaler, with_state=with_state)
         self._loads = 0
         self._replaced = {}
@@ -135,9 +137,6 @@ class AveragedAdam(Adam):
         self.state.clear()
         for group in self.param_groups:
             self._make_missing_state(group)
-
-    def _reclaim_state(self) -> None:
-        self.state.update({p: dict(tensors) for p, tensors in self._replaced.items()})
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state in the format of `torch.optim.Adam`. If it is sharded, every rank must call it."""
