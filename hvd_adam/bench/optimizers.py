@@ -96,7 +96,8 @@ def build(workload: Workload, reference: bool) -> Candidates:
             if workload.device.type == "cpu" or name.startswith("hvd_adam"):
                 tensors = Tensors(workload)
                 found.calls[name] = _started(make, tensors)
-                found.renew[name] = tensors.renew_gradients
+                if workload.device.type == "cpu":
+                    found.renew[name] = tensors.renew_gradients
             else:
                 shared = shared or Tensors(workload)
                 found.calls[name] = _started(make, shared)
