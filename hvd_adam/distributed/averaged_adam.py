@@ -130,7 +130,6 @@ class AveragedAdam(Adam):
         with_state = self._strategy.state_is_broadcast(self._replace_state, put_back)
         broadcast_training_state(self._model, self, self._scaling.loss_scaler, with_state=with_state)
         self._loads = 0
-        self._replaced = {}
         self._ensure_layout()
 
     def _replace_state(self) -> None:
@@ -175,7 +174,7 @@ class AveragedAdam(Adam):
         """
         self._refuse_in_flight("load_state_dict() between backward() and step() would mix two states")
         self._step.skips.record()  # belongs to the state that is replaced
-        if not self._strategy.loaded:
+        if self._strategy.exchanges and not self._strategy.loaded:
             self._replaced = {p: dict(tensors) for p, tensors in self.state.items()}
         super().load_state_dict(state_dict)
         self._horovod.share(self)
@@ -255,7 +254,7 @@ class AveragedAdam(Adam):
             else:  # the other ranks need a new layout, too: if not, they must not wait for this one for ever
                 self._averager.start_meeting()()
             self._layout.build(self.param_groups, self.state, self._names())
-        self._strategy.loaded = False
+        self._strategy.loaded, self._replaced = False, {}
 
     def _facts(self) -> dict[str, object]:
         """Returns what must be identical on all ranks."""

@@ -20,7 +20,7 @@ from hvd_adam.distributed.horovod_adapter import HorovodAdapter, prefixed
 from hvd_adam.distributed.strategies.allreduce import AllReduceStrategy
 from hvd_adam.errors import UserError
 from hvd_adam.optim.adam import Adam
-from hvd_adam.optim.memory import is_dense, is_ordinary, overlapping
+from hvd_adam.optim.memory import is_dense, is_ordinary, is_trained, overlapping
 from hvd_adam.optim.optimizer_state import Group, States
 from hvd_adam.optim.parameter_store import ParameterStore, StorePolicy
 
@@ -81,7 +81,7 @@ class DistributedLayout:
         if not self._flat:
             self.store.build_layout(groups, state)
             return
-        trained = [p for group in groups for p in group["params"] if p.requires_grad or p.grad is not None]
+        trained = [p for group in groups for p in group["params"] if is_trained(p)]
         self._refuse_unusual(trained, names)
         kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
         for p in trained:

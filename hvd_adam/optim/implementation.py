@@ -9,11 +9,11 @@ from torch import Tensor
 
 from hvd_adam.optim import fused, validation
 from hvd_adam.optim.expression import KernelSpec
-from hvd_adam.optim.memory import is_dense, is_ordinary
+from hvd_adam.optim.memory import is_dense, is_ordinary, is_trained
 from hvd_adam.optim.optimizer_state import Group, moment_dtype, rounding
 
 # On a CPU "auto" uses the fused kernel from this number of elements on. Below it a step takes a millisecond or two
-# in either implementation, and compiling takes seconds.
+# in either implementation, and compiling takes a second.
 AUTO_FUSED_ELEMENTS = 1 << 20
 
 # The options that decide about layout and kernels.
@@ -123,6 +123,6 @@ def first_compile_error(groups: Sequence[Group], implementations: Sequence[str])
         for group, implementation in zip(groups, implementations, strict=True)
         if implementation == "fused"
         for p in group["params"]
-        if (p.requires_grad or p.grad is not None) and can_be_fused(p)
+        if is_trained(p) and can_be_fused(p)
     }
     return next((error for spec in specs if (error := fused.compile_error(spec))), None)

@@ -62,6 +62,11 @@ def is_ordinary(t: Tensor) -> bool:
     return True
 
 
+def is_trained(p: Tensor) -> bool:
+    """Returns whether an update may change a parameter: it is not frozen, or has a gradient from before."""
+    return p.requires_grad or p.grad is not None
+
+
 def is_dense(t: Tensor) -> bool:
     """Returns whether the elements lie in memory without gaps, in any order of dimensions."""
     return t.stride() == torch.empty_like(t, device="meta").stride()

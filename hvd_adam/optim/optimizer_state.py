@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hvd_adam.optim.memory import zeros_like
+from hvd_adam.optim.memory import memory_order, zeros_like
 
 Group = dict[str, Any]
 State = dict[str, Tensor]
@@ -133,7 +133,7 @@ def _initial(name: str, p: Tensor, dtype: torch.dtype, part: Part) -> Tensor:
 def shard_of(whole: Tensor, p: Tensor, dtype: torch.dtype, part: Part) -> Tensor:
     """Returns a copy of a part of a tensor, in the order of the parameter's memory."""
     in_memory = torch.empty_like(p, dtype=dtype).copy_(whole)
-    return in_memory.as_strided((p.numel(),), (1,))[part.skip : part.skip + part.length].clone()
+    return memory_order(in_memory, part.skip, part.length).clone()
 
 
 class StateReader:

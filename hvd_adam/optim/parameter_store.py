@@ -21,7 +21,7 @@ from hvd_adam.optim.implementation import (
     resolve_auto,
     without_fused,
 )
-from hvd_adam.optim.memory import increment_versions, overlapping
+from hvd_adam.optim.memory import increment_versions, is_trained, overlapping
 from hvd_adam.optim.optimizer_state import Group, Member, Part, StateReader, States
 from hvd_adam.optim.tensor_lists import Chunks, chunks
 from hvd_adam.optim.update_rows import UpdateRows, hyper_parameters
@@ -79,7 +79,7 @@ class ParameterStore:
 
     def fits(self, groups: Sequence[Group], state: States) -> bool:
         """Returns whether the layout fits parameters, state and options, after reading replaced tensors."""
-        thawed = any(p.requires_grad or p.grad is not None for p in self._frozen)
+        thawed = any(map(is_trained, self._frozen))
         if thawed or layout_signature(groups) != self._signature:
             return False
         if list(map(_form, self._others)) != self._others_form:
@@ -101,7 +101,7 @@ class ParameterStore:
             ValueError: a trained parameter is sparse or complex.
         """
         params = {p: i for i, group in enumerate(groups) for p in group["params"]}
-        self._frozen = [p for p in params if not (p.requires_grad or p.grad is not None)]
+        self._frozen = [p for p in params if not is_trained(p)]
         validation.check_parameters(list(params))
         self.implementations = self._resolve_implementations(groups)
         parts = parts or {}
@@ -111,7 +111,7 @@ class ParameterStore:
         for p, i in params.items():
             member = Member(p, i, position, parts.get(p) or Part.of(p))
             position += p.numel()
-            if not (p.requires_grad or p.grad is not None):
+            if not is_trained(p):
                 continue
             if self.implementations[i] == "fused" and can_be_fused(p) and p not in shared:
                 kinds[kernel_spec(groups[i], p.device, p.dtype)].append(member)
