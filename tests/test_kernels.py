@@ -22,7 +22,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hvd_adam.optim import expression, kernel_cache
+from hvd_adam.optim import expression
+from hvd_adam.optim.kernels import kernel_cache
 
 ROOT = Path(__file__).parents[1]
 

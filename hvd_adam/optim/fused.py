@@ -1,7 +1,7 @@
 """The fused Adam update: compiles the kernels, verifies them and runs them.
 
-CPUs: C++ with OpenMP (cpu_kernel.cpp). GPUs: Triton (triton_kernel.py). Every kernel is compared with the
-expression of expression.py before it is used.
+CPUs: C++ with OpenMP (kernels/cpu_kernel.cpp). GPUs: Triton (kernels/triton_kernel.py). Every kernel is compared
+with the expression of expression.py before it is used.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from hvd_adam.optim import cpu_kernel
 from hvd_adam.optim.expression import KernelSpec, Tensors, update_uncompiled
+from hvd_adam.optim.kernels import cpu_kernel
 from hvd_adam.optim.optimizer_state import Group, Member, Part, States
 from hvd_adam.optim.update_rows import Batch, Kernel, Numbers, UpdateRows, hyper_parameters
 
@@ -117,9 +117,9 @@ def _compile_verified(spec: KernelSpec) -> Kernel:
 
 
 def _compile_with_triton(spec: KernelSpec) -> Kernel:
-    from hvd_adam.optim import triton_kernel  # here: PyTorch has Triton only where it is built for GPUs
+    from hvd_adam.optim.kernels import triton_launch  # here: PyTorch has Triton only where it is built for GPUs
 
-    return triton_kernel.kernel(spec)
+    return triton_launch.kernel(spec)
 
 
 def _refuse(spec: KernelSpec) -> Kernel:

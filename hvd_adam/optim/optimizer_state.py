@@ -157,7 +157,7 @@ class StateReader:
 
         No Python code runs for each parameter, unless one was.
         """
-        same = (
+        same = not self._members or (
             list(map(id, states.values())) == self._dictionary_ids
             and list(map(id, chain.from_iterable(map(dict.values, self._dictionaries)))) == self._value_ids
             and list(map(Tensor.data_ptr, self._tensors)) == self._addresses

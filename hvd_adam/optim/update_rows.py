@@ -15,7 +15,7 @@ from hvd_adam.optim.memory import ORDINARY, placed_like, shape_in_memory
 from hvd_adam.optim.optimizer_state import Group, Member, StateReader, States
 from hvd_adam.optim.validation import check_gradient
 
-# As `Row` and `Group` in cpu_kernel.cpp.
+# As `Row` and `Group` in kernels/cpu_kernel.cpp.
 ADDRESSES = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master_param", "step")
 ROW = np.dtype([(name, np.int64) for name in (*ADDRESSES, "elements", "position", "group")])
 GROUP = np.dtype(
@@ -38,12 +38,14 @@ class Batch(NamedTuple):
         params: these parameters.
         counts: their step counts: float32, 0-dimensional, on the CPU.
         grads: their gradients, which the rows point to.
+        plans: where a kernel keeps what it has made of these rows, or of other ones of the same table.
     """
 
     rows: Numbers
     params: list[Tensor]
     counts: list[Tensor]
     grads: list[Tensor]
+    plans: dict[object, Any]
 
 
 # Counts a step of every parameter of a batch and updates it in place. The other arguments are the hyper-parameters
@@ -98,6 +100,7 @@ class UpdateRows:
         self._rows["group"] = [member.group for member in members]
         self._skipped_bytes = np.array([member.part.skip for member in members]) * spec.dtype.itemsize
         self._addresses: list[int] = []
+        self._plans: dict[object, Any] = {}
         self._read_params()
         self._state = StateReader(members, groups, states)
         self._read_state()
@@ -131,7 +134,7 @@ class UpdateRows:
                 check_gradient(p)
             grads = [placed_like(p, grad) for p, grad in zip(params, grads, strict=True)]
         rows["grad"] = np.array(list(map(Tensor.data_ptr, grads)), np.int64) + skipped
-        return Batch(rows, params, counts, grads)
+        return Batch(rows, params, counts, grads, self._plans)
 
     def _read_params(self) -> None:
         addresses = list(map(Tensor.data_ptr, self.params))

@@ -12,8 +12,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hvd_adam.optim import triton_kernel
 from hvd_adam.optim.expression import KernelSpec
+from hvd_adam.optim.kernels import triton_kernel
 
 HOPPER = GPUTarget("cuda", 90, 32)
 POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64"}
@@ -27,20 +27,24 @@ def source(arguments):
         value = arguments[name]
         if value is None or name.isupper():
             signature[name], constants[place,] = "constexpr", value
+        elif isinstance(value, float):
+            signature[name] = "fp32"
         else:
             signature[name] = POINTERS[value.dtype]
             divisible[place,] = [["tt.divisibility", 16]]
     return ASTSource(triton_kernel.adam, signature, constants, divisible)
 
 
-def compiled(dtype, moments, rounding="nearest", decay="none", amsgrad=False, grad_scale=None, aligned=True):
+def compiled(
+    dtype, moments, rounding="nearest", decay="none", amsgrad=False, grad_scale=None, aligned=True, several=False
+):
     """Returns the size of the machine code, and how many accesses of 16 bytes it has and should have."""
     spec = KernelSpec("cuda", dtype, moments, rounding)
-    real = torch.float64 if dtype == torch.float64 else torch.float32
-    tables = {"whole": torch.int64, "real": real, "tensor_of_block": torch.int64}
-    arguments = {name: torch.zeros(1, dtype=table) for name, table in tables.items()}
-    arguments |= {"device_scale": grad_scale, "ALIGNED": aligned, **triton_kernel.constants(spec)}
-    arguments |= {"AMSGRAD": amsgrad, "DECAY": decay}
+    arguments = {name: torch.zeros(1, dtype=torch.int64) for name in ("whole", "tensor_of_block")}
+    in_table = dtype == torch.float64 or several
+    arguments["real"] = torch.zeros(1, dtype=spec.compute_dtype) if in_table else None
+    arguments |= {"device_scale": grad_scale, **dict.fromkeys(triton_kernel.REAL, 0.0)}
+    arguments |= {"ALIGNED": aligned, "AMSGRAD": amsgrad, "DECAY": decay, **triton_kernel.constants(spec)}
     kernel = triton.compile(source(arguments), target=HOPPER, options={"num_warps": triton_kernel.WARPS})
     accesses = Counter(re.findall(r"(ld|st)\.global\.v(?:4.b32|2.b64)", kernel.asm["ptx"]))
     state = [moments] * (3 if amsgrad else 2) + [torch.float32] * (rounding == "master")
@@ -56,6 +60,7 @@ def main():
     cases = {
         "float32": compiled(single, single),
         "float32, AMSGrad, coupled decay": compiled(single, single, decay="coupled", amsgrad=True),
+        "float32, several groups": compiled(single, single, several=True),
         "float32, not aligned": compiled(single, single, aligned=False),
         "grad_scale on the device": compiled(single, single, grad_scale=torch.ones(())),
         "bfloat16 with masters": compiled(brain, single, "master", "decoupled"),

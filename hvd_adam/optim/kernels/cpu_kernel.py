@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hvd_adam.optim.expression import KernelSpec
-from hvd_adam.optim.kernel_cache import cached
+from hvd_adam.optim.kernels.kernel_cache import cached
 from hvd_adam.optim.update_rows import Batch, Kernel, Numbers
 
 _SOURCE = Path(__file__).with_name("cpu_kernel.cpp")

@@ -1,0 +1,177 @@
+"""Launches of the kernel for GPUs: its tables on the device, and its arguments.
+
+A step of a list of tensors that lie where they lay costs the host no copy to the device: the tables are kept, and
+the hyper-parameters are arguments.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from ctypes import c_float
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hvd_adam.optim.expression import KernelSpec, scalars
+from hvd_adam.optim.kernels.triton_kernel import BLOCK, REAL, WARPS, WHOLE, adam, constants
+from hvd_adam.optim.update_rows import Batch, Kernel, Numbers
+
+
+class Launch(NamedTuple):
+    """Tensors of one kind, which one launch updates, and what their kernel reads in every step.
+
+    Attributes:
+        rows: their indices in the batch.
+        group: the group of each.
+        groups: the groups, without duplicates.
+        blocks: how many blocks they have.
+        whole: table of shape (tensors, WHOLE), int64, on their device.
+        tensor_of_block: line of the table by block, int64, on their device.
+        kind: AMSGRAD, DECAY (as `expression.decay_of` returns it) and ALIGNED.
+    """
+
+    rows: Numbers
+    group: Numbers
+    groups: list[int]
+    blocks: int
+    whole: Tensor
+    tensor_of_block: Tensor
+    kind: dict[str, Any]
+
+
+class Plan(NamedTuple):
+    """What the steps of a batch have in common as long as its addresses stay.
+
+    Attributes:
+        counts: the step counts in memory.
+        launches: usually one.
+    """
+
+    counts: list[c_float]
+    launches: list[Launch]
+
+    def count_step(self) -> list[float]:
+        """Adds one to the step count of every tensor and returns the results."""
+        steps = [count.value + 1 for count in self.counts]
+        for count, step in zip(self.counts, steps, strict=True):
+            count.value = step
+        return steps
+
+
+# Of a batch; more only where gradients have other addresses in every step.
+MAX_PLANS = 8
+
+
+def plan_for(batch: Batch, numbers: Numbers) -> Plan:
+    """Returns the plan of a batch, from an earlier step if nothing has moved."""
+    device = batch.params[0].device
+    decay = (numbers["weight_decay"] != 0) * (1 + (numbers["decoupled"] != 0))
+    # Memory of the tables may be used again in the order of their stream only.
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    key = batch.rows.tobytes(), decay.tobytes(), stream
+    if key not in batch.plans:
+        if len(batch.plans) >= MAX_PLANS:
+            batch.plans.clear()
+        rows = batch.rows
+        kinds = 3 * (rows["max_exp_avg_sq"] != 0) + decay[rows["group"]]
+        launches = [_launch(rows, np.flatnonzero(kinds == kind), int(kind), device) for kind in np.unique(kinds)]
+        counts = list(map(c_float.from_address, rows["step"].tolist()))
+        batch.plans[key] = Plan(counts, [launch for launch in launches if launch.blocks])
+    plan: Plan = batch.plans[key]
+    return plan
+
+
+def _launch(rows: Numbers, chosen: Numbers, kind: int, device: torch.device) -> Launch:
+    rows = rows[chosen]
+    blocks = -(-rows["elements"] // BLOCK)
+    whole = np.stack([rows[name] for name in WHOLE[:-1]] + [np.cumsum(blocks) - blocks], axis=1)
+    return Launch(
+        rows=chosen,
+        group=rows["group"],
+        groups=np.unique(rows["group"]).tolist(),
+        blocks=int(blocks.sum()),
+        whole=_on_device(whole, device),
+        tensor_of_block=_on_device(np.repeat(np.arange(len(rows)), blocks), device),
+        kind={
+            "AMSGRAD": kind >= 3,
+            "DECAY": ("none", "coupled", "decoupled")[kind % 3],
+            "ALIGNED": not (whole[:, :6] % 16).any(),
+        },
+    )
+
+
+def arguments(
+    spec: KernelSpec, launch: Launch, numbers: Numbers, grad_scale: Tensor | None, steps: list[float]
+) -> dict[str, Any]:
+    """Returns the arguments of `adam` by name, in its order.
+
+    Args:
+        spec: of the batch.
+        launch: which of its tensors to update.
+        numbers: the hyper-parameters of all groups.
+        grad_scale: multiplies the gradients; 0-dimensional; None for 1. A NaN on the tensors' device makes the
+            update change nothing.
+        steps: number of the step that each tensor of the batch takes.
+    """
+    device = launch.whole.device
+    device_scale, host_scale = grad_scale, 1.0
+    if grad_scale is not None and grad_scale.device != device:
+        device_scale, host_scale = None, float(grad_scale)
+
+    def line(group: int, step: float) -> tuple[float, ...]:
+        options = _group(numbers[group])
+        return host_scale * float(numbers["sign"][group]), *scalars(options, step), step
+
+    if len(launch.groups) == 1 and steps.count(steps[0]) == len(steps) and spec.dtype != torch.float64:
+        # Arguments cost no copy to the device. Triton makes float32 of them.
+        table, alone = None, line(launch.groups[0], steps[0])
+    else:
+        alone = (0.0,) * len(REAL)
+        # Most tensors have the group and the step of others.
+        own = np.stack([launch.group, np.array(steps)[launch.rows]])
+        pairs, which = np.unique(own, axis=1, return_inverse=True)
+        lines = np.array([line(int(group), step) for group, step in pairs.T.tolist()])
+        dtype = np.float64 if spec.dtype == torch.float64 else np.float32
+        table = _on_device(lines.astype(dtype)[which.reshape(-1)], device)
+    return {
+        "whole": launch.whole,
+        "tensor_of_block": launch.tensor_of_block,
+        "real": table,
+        "device_scale": device_scale,
+        **dict(zip(REAL, alone, strict=True)),
+        **launch.kind,
+        **constants(spec),
+    }
+
+
+def _group(numbers: Numbers) -> dict[str, Any]:
+    """Returns one group's hyper-parameters as `expression.scalars` takes them."""
+    lr, beta1, beta2, eps, weight_decay, decoupled, _ = numbers.item()
+    decay = {"weight_decay": weight_decay, "decoupled_weight_decay": bool(decoupled)}
+    return {"lr": lr, "betas": (beta1, beta2), "eps": eps, **decay}
+
+
+def _on_device(table: np.ndarray[Any, np.dtype[Any]], device: torch.device) -> Tensor:
+    """Copies a table to the device without waiting for it."""
+    host = torch.from_numpy(table)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+
+
+def kernel(spec: KernelSpec) -> Kernel:
+    """Returns the kernel of a spec; it does not synchronize host and device."""
+
+    def run(batch: Batch, numbers: Numbers, grad_scale: Tensor | None) -> None:
+        device = batch.params[0].device
+        # Triton launches on the current device, which may be another than the tensors'.
+        elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+        with torch.cuda.device(device) if elsewhere else nullcontext():
+            plan = plan_for(batch, numbers)
+            steps = plan.count_step()
+            for launch in plan.launches:
+                # In order, which costs the host less than by name.
+                given = arguments(spec, launch, numbers, grad_scale, steps).values()
+                adam[launch.blocks,](*given, num_warps=WARPS)
+
+    return run
