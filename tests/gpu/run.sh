@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Tests the GPU code on this machine: sets everything up with NCCL, runs the tests that need a GPU, then two benchmarks.
 #
-#   tests/gpu/run.sh [--carried FOLDER] [--minutes N] [--no-gpu]
+#   tests/gpu/run.sh [--carried FOLDER] [--minutes N] [--no-gpu] [--without-mpi]
 #   tests/gpu/run.sh --pack [--carried FOLDER] [--python VERSION]
 #
 #   --carried FOLDER   the packages from which a machine without a network installs (default: .carried of this
 #                      repository). If the folder does not exist, pip uses its index
 #   --minutes N        stop tests and benchmarks so that the script ends after N minutes (default: no limit)
 #   --no-gpu           set up, then collect and skip the tests, on a machine without a GPU: this checks only the set-up
+#   --without-mpi      build Horovod for Gloo alone, as launch/setup.sh does (default: with MPI if it is installed)
 #   --pack             fill FOLDER instead, on a machine with a network
 #   --python VERSION   the Python version to pack for, as in 3.12 (default: this machine's)
 #
@@ -37,11 +38,12 @@ CARRIED=(
 )
 
 parse_arguments() {
-  action=test gpu=true minutes='' version='' carried=$ROOT/.carried
+  action=test gpu=true mpi=true minutes='' version='' carried=$ROOT/.carried
   while (($#)); do
     case $1 in
       --pack) action=pack ;;
       --no-gpu) gpu=false ;;
+      --without-mpi) mpi=false ;;
       --carried | --minutes | --python)
         [[ $# -ge 2 && -n $2 ]] || fail "$1 needs a value; see --help"
         case $1 in --carried) carried=$2 ;; --minutes) minutes=$2 ;; --python) version=$2 ;; esac
@@ -136,8 +138,8 @@ run_in_time() {
 run_pytest() {
   local name=$1
   shift
-  # Three files in parallel: most of the time the GPU is idle while processes start.
-  run_in_time "$python" -m pytest -m gpu -n 3 --dist loadfile -rs --junitxml "$OUT/$name.xml" "$@" 2>&1 |
+  # In parallel, because most of the time the GPU is idle while processes start.
+  run_in_time "$python" -m pytest -m gpu -n 6 --dist worksteal -rs --junitxml "$OUT/$name.xml" "$@" 2>&1 |
     tee -a "$OUT/tests.log" || return
   if [[ $gpu == false ]] || tail -n 1 "$OUT/tests.log" | grep -q '[0-9] passed'; then return; fi
   echo "no test has passed; the reasons for skipping are above" >&2
@@ -196,7 +198,7 @@ if [[ $action == pack ]]; then
   exit
 fi
 OUT=${OUT:-$ROOT/runs/gpu} python=$VENV/bin/python second_build='' without_mpi=()
-has_command mpicxx && has_command mpirun || without_mpi=(--without-mpi)
+if [[ $mpi == false ]] || ! has_command mpicxx || ! has_command mpirun; then without_mpi=(--without-mpi); fi
 check_machine
 mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
