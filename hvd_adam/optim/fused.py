@@ -7,7 +7,7 @@ with the expression of expression.py before it is used.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -17,27 +17,27 @@ from torch import Tensor
 from hvd_adam.optim.expression import KernelSpec, Tensors, update_uncompiled
 from hvd_adam.optim.kernels import cpu_kernel
 from hvd_adam.optim.optimizer_state import Group, Member, Part, States
-from hvd_adam.optim.update_rows import Batch, Kernel, Numbers, UpdateRows, hyper_parameters
+from hvd_adam.optim.update_rows import Batch, HyperParameters, Kernel, UpdateRows, hyper_parameters
 
 
 class KernelCompileError(RuntimeError):
     """The update cannot be compiled on this machine; the message is one line."""
 
 
-def update(spec: KernelSpec, batch: Batch, numbers: Numbers, grad_scale: Tensor | None) -> None:
+def update(spec: KernelSpec, batch: Batch, groups: Sequence[HyperParameters], grad_scale: Tensor | None) -> None:
     """Takes one step of Adam over the tensors of a batch, in place, and counts it.
 
     Args:
         spec: of the rows that have made the batch.
         batch: what to update.
-        numbers: the hyper-parameters of all groups, see `hyper_parameters`.
+        groups: the hyper-parameters of all groups, see `hyper_parameters`.
         grad_scale: multiplies the gradients; 0-dimensional; None for 1. A NaN on the tensors' GPU makes the update
             change nothing but the step counts.
 
     Raises:
         KernelCompileError: the spec cannot be compiled here; nothing has been changed.
     """
-    _kernel(spec)(batch, numbers, grad_scale)
+    _kernel(spec)(batch, groups, grad_scale)
 
 
 def compile_error(spec: KernelSpec) -> str | None:

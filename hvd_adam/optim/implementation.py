@@ -81,9 +81,9 @@ def choose_group_implementation(group: Group, defaults: Group) -> None:
     group["implementation"] = choose_implementation(own["implementation"], choices)
 
 
-def layout_signature(groups: Sequence[Group]) -> list[tuple[object, ...]]:
-    """Returns everything in the groups that a layout and its kernels depend on, to compare with another step's."""
-    return [(*map(group.get, _LAYOUT_OPTIONS), *map(id, group["params"])) for group in groups]
+def layout_options(groups: Sequence[Group]) -> list[tuple[object, ...]]:
+    """Returns what a layout depends on in the groups, but the parameters, to compare with another step's."""
+    return [(*map(group.get, _LAYOUT_OPTIONS), len(group["params"])) for group in groups]
 
 
 def resolve_auto(groups: Sequence[Group]) -> list[str]:

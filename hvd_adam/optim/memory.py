@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import mmap
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 ORDINARY = (Tensor, torch.nn.Parameter)  # other types may keep their elements elsewhere
 _PAGE = 2 << 20
 
-_dtype, _device = map(operator.attrgetter, ("dtype", "device"))
+_dtype = operator.attrgetter("dtype")
 
 
 def zeros(elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -78,8 +78,13 @@ def shape_in_memory(tensors: Sequence[Tensor]) -> tuple[object, ...]:
         list(map(Tensor.stride, tensors)),
         list(map(Tensor.numel, tensors)),
         set(map(_dtype, tensors)),
-        set(map(_device, tensors)),
+        set(map(Tensor.get_device, tensors)),
     )
+
+
+def same_objects(known: Sequence[object], found: Collection[object]) -> bool:
+    """Returns whether two collections have the very same objects in the same order."""
+    return len(known) == len(found) and all(map(operator.is_, known, found))
 
 
 def overlapping(params: Iterable[Tensor]) -> set[Tensor]:

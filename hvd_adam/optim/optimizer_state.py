@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, MutableMapping, Sequence
 from itertools import chain
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hvd_adam.optim.memory import memory_order, zeros_like
+from hvd_adam.optim.memory import memory_order, same_objects, zeros_like
 
 Group = dict[str, Any]
 State = dict[str, Tensor]
@@ -158,8 +159,9 @@ class StateReader:
         No Python code runs for each parameter, unless one was.
         """
         same = not self._members or (
-            list(map(id, states.values())) == self._dictionary_ids
-            and list(map(id, chain.from_iterable(map(dict.values, self._dictionaries)))) == self._value_ids
+            same_objects(self._all_dictionaries, states.values())
+            and sum(map(len, self._dictionaries)) == len(self._values)
+            and all(map(is_, self._values, chain.from_iterable(map(dict.values, self._dictionaries))))
             and list(map(Tensor.data_ptr, self._tensors)) == self._addresses
         )
         if not same:
@@ -169,10 +171,8 @@ class StateReader:
     def _read(self, groups: Sequence[Group], states: States) -> None:
         self.used = [ensure_state(states, m.param, groups[m.group], m.part) for m in self._members]
         self._dictionaries = [states[m.param] for m in self._members]
-        # Kept alive, so that no id is reused.
-        self._values = [*chain.from_iterable(map(dict.values, self._dictionaries)), *states.values()]
-        self._dictionary_ids = list(map(id, states.values()))
-        self._value_ids = list(map(id, chain.from_iterable(map(dict.values, self._dictionaries))))
+        self._all_dictionaries = [*states.values()]
+        self._values = [*chain.from_iterable(map(dict.values, self._dictionaries))]
         self._tensors = [t for state in self.used for t in state.values()]
         self._addresses = list(map(Tensor.data_ptr, self._tensors))
 

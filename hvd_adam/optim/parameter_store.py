@@ -17,11 +17,11 @@ from hvd_adam.optim.implementation import (
     can_be_fused,
     first_compile_error,
     kernel_spec,
-    layout_signature,
+    layout_options,
     resolve_auto,
     without_fused,
 )
-from hvd_adam.optim.memory import increment_versions, is_trained, overlapping
+from hvd_adam.optim.memory import increment_versions, is_trained, overlapping, same_objects
 from hvd_adam.optim.optimizer_state import Group, Member, Part, StateReader, States
 from hvd_adam.optim.tensor_lists import Chunks, chunks
 from hvd_adam.optim.update_rows import UpdateRows, hyper_parameters
@@ -62,7 +62,8 @@ class ParameterStore:
         self._others_state = StateReader((), (), {})
         self._others_form: object = []  # of which dtype, device and shape they were
         self._frozen: Sequence[Tensor] = ()
-        self._signature: object = None  # what the layout was built for
+        self._options: object = None  # what the layout was built for, as its parameters
+        self._params: Sequence[Tensor] = ()
         self._counted: Sequence[list[Tensor]] = ()  # the step counts of the last update
 
     @property
@@ -80,7 +81,8 @@ class ParameterStore:
     def fits(self, groups: Sequence[Group], state: States) -> bool:
         """Returns whether the layout fits parameters, state and options, after reading replaced tensors."""
         thawed = any(map(is_trained, self._frozen))
-        if thawed or layout_signature(groups) != self._signature:
+        params = [p for group in groups for p in group["params"]]
+        if thawed or layout_options(groups) != self._options or not same_objects(self._params, params):
             return False
         if list(map(_form, self._others)) != self._others_form:
             return False
@@ -121,7 +123,7 @@ class ParameterStore:
         self._others = others
         self._others_state = StateReader(others, groups, state)
         self._others_form = list(map(_form, others))
-        self._signature = layout_signature(groups)
+        self._options, self._params = layout_options(groups), [*params]
 
     def _resolve_implementations(self, groups: Sequence[Group]) -> list[str]:
         """Returns each group's implementation; "fused" only where its kernels compile, otherwise "foreach"."""

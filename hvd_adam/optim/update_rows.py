@@ -15,14 +15,11 @@ from hvd_adam.optim.memory import ORDINARY, placed_like, shape_in_memory
 from hvd_adam.optim.optimizer_state import Group, Member, StateReader, States
 from hvd_adam.optim.validation import check_gradient
 
-# As `Row` and `Group` in kernels/cpu_kernel.cpp.
+# As `Row` in kernels/cpu_kernel.cpp.
 ADDRESSES = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master_param", "step")
 ROW = np.dtype([(name, np.int64) for name in (*ADDRESSES, "elements", "position", "group")])
-GROUP = np.dtype(
-    [(name, np.float64) for name in ("lr", "beta1", "beta2", "eps", "weight_decay", "decoupled", "sign")]
-)
 
-Numbers = np.ndarray[Any, np.dtype[Any]]
+Rows = np.ndarray[Any, np.dtype[Any]]
 
 _EXPECTED = {*ORDINARY, type(None)}
 
@@ -41,34 +38,48 @@ class Batch(NamedTuple):
         plans: where a kernel keeps what it has made of these rows, or of other ones of the same table.
     """
 
-    rows: Numbers
+    rows: Rows
     params: list[Tensor]
     counts: list[Tensor]
     grads: list[Tensor]
     plans: dict[object, Any]
 
 
+class HyperParameters(NamedTuple):
+    """Those of a parameter group; `Group` in kernels/cpu_kernel.cpp has the same.
+
+    Attributes:
+        lr: α.
+        betas: β₁ and β₂.
+        eps: ε.
+        weight_decay: λ.
+        decoupled_weight_decay: whether it is applied to the parameter.
+        sign: -1 to maximize, else 1.
+    """
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    decoupled_weight_decay: bool
+    sign: int
+
+
 # Counts a step of every parameter of a batch and updates it in place. The other arguments are the hyper-parameters
-# of all groups, of dtype GROUP, and a factor for the gradients, 0-dimensional or None.
-Kernel = Callable[[Batch, Numbers, "Tensor | None"], None]
+# of all groups, and a factor for the gradients, 0-dimensional or None.
+Kernel = Callable[[Batch, Sequence[HyperParameters], "Tensor | None"], None]
 
 
-def hyper_parameters(groups: Iterable[Group]) -> Numbers:
-    """Returns the hyper-parameters of all groups, of dtype GROUP."""
-    return np.array(
-        [
-            (
-                float(group["lr"]),
-                *map(float, group["betas"]),
-                group["eps"],
-                group["weight_decay"],
-                group["decoupled_weight_decay"],
-                -1 if group["maximize"] else 1,
-            )
-            for group in groups
-        ],
-        GROUP,
-    )
+def hyper_parameters(groups: Iterable[Group]) -> list[HyperParameters]:
+    """Returns the hyper-parameters of all groups."""
+    found = []
+    for group in groups:
+        beta1, beta2 = group["betas"]
+        betas = float(beta1), float(beta2)
+        decay = group["weight_decay"], group["decoupled_weight_decay"]
+        sign = -1 if group["maximize"] else 1
+        found.append(HyperParameters(float(group["lr"]), betas, group["eps"], *decay, sign))
+    return found
 
 
 class UpdateRows:

@@ -72,11 +72,11 @@ def test_no_update_of_the_training_loop_synchronizes_with_the_device(cluster):
     options = {"device": "cuda", "precision": "bf16", "channels_last": True, "model": "cnn", "dataset": "cifar10"}
     sizes = {"batch_size": 10, "epochs": 1, "log_every": 1000}
     trainer = Trainer(TrainConfig(**options, **sizes, data_dir=str(place / "data"), output_dir=str(place / "run")))
-    update, evaluate = trainer._update, trainer._evaluate
+    update, evaluate, log_step = trainer._update, trainer._evaluate, trainer._log_step
 
     def updating(*arguments):
         update(*arguments)
-        # The first updates compile kernels and build the flat layout. Later ones must not synchronize.
+        # The first updates compile kernels and build the tables. Later ones must not synchronize.
         torch.cuda.set_sync_debug_mode("error" if trainer.progress.step > 3 else "default")
 
     def evaluating():
@@ -84,7 +84,11 @@ def test_no_update_of_the_training_loop_synchronizes_with_the_device(cluster):
         assert trainer.progress.step > 10
         return evaluate()
 
-    trainer._update, trainer._evaluate = updating, evaluating
+    def logging():  # at the end of the epoch, too: reads the loss
+        torch.cuda.set_sync_debug_mode("default")
+        log_step()
+
+    trainer._update, trainer._evaluate, trainer._log_step = updating, evaluating, logging
     trainer.run()
     assert trainer.progress.scores is not None
 
@@ -93,5 +97,7 @@ def test_the_doctor_reports_gpu_driver_and_nccl_as_ok():
     checks = {
         check["name"]: check for check in printed(train("--json", ranks=1, module="hvd_adam.doctor"))["checks"]
     }
-    for name in ("driver", "GPUs", "NCCL", "Horovod"):
+    for name in ("driver", "GPUs", "NCCL"):
         assert checks[name]["status"] == "ok", checks[name]
+    # A warning if it was built with --without-mpi.
+    assert checks["Horovod"]["status"] == "ok" or "need MPI" in checks["Horovod"]["found"], checks["Horovod"]

@@ -6,14 +6,16 @@ import ctypes
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hvd_adam.optim.expression import KernelSpec
 from hvd_adam.optim.kernels.kernel_cache import cached
-from hvd_adam.optim.update_rows import Batch, Kernel, Numbers
+from hvd_adam.optim.update_rows import Batch, HyperParameters, Kernel
 
 _SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
 _TYPES = {
@@ -49,7 +51,9 @@ def compile_kernel(spec: KernelSpec) -> Kernel:
     function.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_double, ctypes.c_int)
     function.restype = None
 
-    def kernel(batch: Batch, numbers: Numbers, grad_scale: Tensor | None) -> None:
+    def kernel(batch: Batch, groups: Sequence[HyperParameters], grad_scale: Tensor | None) -> None:
+        # As `Group` in cpu_kernel.cpp.
+        numbers = np.array([(lr, *betas, *others) for lr, betas, *others in groups], np.float64)
         scale = 1.0 if grad_scale is None else float(grad_scale)
         rows = batch.rows
         function(rows.ctypes.data, len(rows), numbers.ctypes.data, scale, torch.get_num_threads())

@@ -6,17 +6,27 @@ the hyper-parameters are arguments.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from ctypes import c_float
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import triton
 from torch import Tensor
 
 from hvd_adam.optim.expression import KernelSpec, scalars
 from hvd_adam.optim.kernels.triton_kernel import BLOCK, REAL, WARPS, WHOLE, adam, constants
-from hvd_adam.optim.update_rows import Batch, Kernel, Numbers
+from hvd_adam.optim.update_rows import Batch, HyperParameters, Kernel, Rows
+
+# Whether Triton's compiled kernels take all arguments of their source.
+REPEATS_DIRECTLY = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
+
+# Of a batch; more only where gradients have other addresses in every step.
+MAX_PLANS = 8
+
+DECAYS = ("none", "coupled", "decoupled")
 
 
 class Launch(NamedTuple):
@@ -30,15 +40,17 @@ class Launch(NamedTuple):
         whole: table of shape (tensors, WHOLE), int64, on their device.
         tensor_of_block: line of the table by block, int64, on their device.
         kind: AMSGRAD, DECAY (as `expression.decay_of` returns it) and ALIGNED.
+        compiled: launches of what Triton has compiled, by the form of the arguments.
     """
 
-    rows: Numbers
-    group: Numbers
+    rows: Rows
+    group: Rows
     groups: list[int]
     blocks: int
     whole: Tensor
     tensor_of_block: Tensor
     kind: dict[str, Any]
+    compiled: dict[object, Callable[..., object]]
 
 
 class Plan(NamedTuple):
@@ -60,22 +72,18 @@ class Plan(NamedTuple):
         return steps
 
 
-# Of a batch; more only where gradients have other addresses in every step.
-MAX_PLANS = 8
-
-
-def plan_for(batch: Batch, numbers: Numbers) -> Plan:
+def plan_for(batch: Batch, groups: Sequence[HyperParameters]) -> Plan:
     """Returns the plan of a batch, from an earlier step if nothing has moved."""
     device = batch.params[0].device
-    decay = (numbers["weight_decay"] != 0) * (1 + (numbers["decoupled"] != 0))
+    decay = [0 if group.weight_decay == 0 else 1 + group.decoupled_weight_decay for group in groups]
     # Memory of the tables may be used again in the order of their stream only.
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    key = batch.rows.tobytes(), decay.tobytes(), stream
+    key = batch.rows.tobytes(), *decay, stream
     if key not in batch.plans:
         if len(batch.plans) >= MAX_PLANS:
             batch.plans.clear()
         rows = batch.rows
-        kinds = 3 * (rows["max_exp_avg_sq"] != 0) + decay[rows["group"]]
+        kinds = 3 * (rows["max_exp_avg_sq"] != 0) + np.array(decay)[rows["group"]]
         launches = [_launch(rows, np.flatnonzero(kinds == kind), int(kind), device) for kind in np.unique(kinds)]
         counts = list(map(c_float.from_address, rows["step"].tolist()))
         batch.plans[key] = Plan(counts, [launch for launch in launches if launch.blocks])
@@ -83,10 +91,11 @@ def plan_for(batch: Batch, numbers: Numbers) -> Plan:
     return plan
 
 
-def _launch(rows: Numbers, chosen: Numbers, kind: int, device: torch.device) -> Launch:
+def _launch(rows: Rows, chosen: Rows, kind: int, device: torch.device) -> Launch:
     rows = rows[chosen]
     blocks = -(-rows["elements"] // BLOCK)
     whole = np.stack([rows[name] for name in WHOLE[:-1]] + [np.cumsum(blocks) - blocks], axis=1)
+    aligned = not (whole[:, :6] % 16).any()
     return Launch(
         rows=chosen,
         group=rows["group"],
@@ -94,23 +103,24 @@ def _launch(rows: Numbers, chosen: Numbers, kind: int, device: torch.device) -> 
         blocks=int(blocks.sum()),
         whole=_on_device(whole, device),
         tensor_of_block=_on_device(np.repeat(np.arange(len(rows)), blocks), device),
-        kind={
-            "AMSGRAD": kind >= 3,
-            "DECAY": ("none", "coupled", "decoupled")[kind % 3],
-            "ALIGNED": not (whole[:, :6] % 16).any(),
-        },
+        kind={"AMSGRAD": kind >= 3, "DECAY": DECAYS[kind % 3], "ALIGNED": aligned},
+        compiled={},
     )
 
 
 def arguments(
-    spec: KernelSpec, launch: Launch, numbers: Numbers, grad_scale: Tensor | None, steps: list[float]
+    spec: KernelSpec,
+    launch: Launch,
+    groups: Sequence[HyperParameters],
+    grad_scale: Tensor | None,
+    steps: Sequence[float],
 ) -> dict[str, Any]:
     """Returns the arguments of `adam` by name, in its order.
 
     Args:
         spec: of the batch.
         launch: which of its tensors to update.
-        numbers: the hyper-parameters of all groups.
+        groups: the hyper-parameters of all groups.
         grad_scale: multiplies the gradients; 0-dimensional; None for 1. A NaN on the tensors' device makes the
             update change nothing.
         steps: number of the step that each tensor of the batch takes.
@@ -120,19 +130,18 @@ def arguments(
     if grad_scale is not None and grad_scale.device != device:
         device_scale, host_scale = None, float(grad_scale)
 
-    def line(group: int, step: float) -> tuple[float, ...]:
-        options = _group(numbers[group])
-        return host_scale * float(numbers["sign"][group]), *scalars(options, step), step
+    def line(group: HyperParameters, step: float) -> tuple[float, ...]:
+        return host_scale * group.sign, *scalars(group._asdict(), step), step
 
     if len(launch.groups) == 1 and steps.count(steps[0]) == len(steps) and spec.dtype != torch.float64:
         # Arguments cost no copy to the device. Triton makes float32 of them.
-        table, alone = None, line(launch.groups[0], steps[0])
+        table, alone = None, line(groups[launch.groups[0]], steps[0])
     else:
         alone = (0.0,) * len(REAL)
         # Most tensors have the group and the step of others.
         own = np.stack([launch.group, np.array(steps)[launch.rows]])
         pairs, which = np.unique(own, axis=1, return_inverse=True)
-        lines = np.array([line(int(group), step) for group, step in pairs.T.tolist()])
+        lines = np.array([line(groups[int(group)], step) for group, step in pairs.T.tolist()])
         dtype = np.float64 if spec.dtype == torch.float64 else np.float32
         table = _on_device(lines.astype(dtype)[which.reshape(-1)], device)
     return {
@@ -146,32 +155,36 @@ def arguments(
     }
 
 
-def _group(numbers: Numbers) -> dict[str, Any]:
-    """Returns one group's hyper-parameters as `expression.scalars` takes them."""
-    lr, beta1, beta2, eps, weight_decay, decoupled, _ = numbers.item()
-    decay = {"weight_decay": weight_decay, "decoupled_weight_decay": bool(decoupled)}
-    return {"lr": lr, "betas": (beta1, beta2), "eps": eps, **decay}
-
-
 def _on_device(table: np.ndarray[Any, np.dtype[Any]], device: torch.device) -> Tensor:
     """Copies a table to the device without waiting for it."""
     host = torch.from_numpy(table)
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
+def _run(launch: Launch, given: dict[str, Any]) -> None:
+    """Launches the kernel; a repeated launch does not ask Triton again which kernel fits its arguments."""
+    scale = given["device_scale"]
+    # All that Triton's choice depends on, beyond what is the same for a launch: memory of tables is aligned.
+    form = given["real"] is None, None if scale is None else (scale.dtype, scale.data_ptr() % 16)
+    if form in launch.compiled:
+        launch.compiled[form](*given.values())
+        return
+    compiled = adam[launch.blocks,](*given.values(), num_warps=WARPS)
+    if REPEATS_DIRECTLY and compiled is not None:  # None: interpreted
+        launch.compiled[form] = compiled[launch.blocks, 1, 1]
+
+
 def kernel(spec: KernelSpec) -> Kernel:
     """Returns the kernel of a spec; it does not synchronize host and device."""
 
-    def run(batch: Batch, numbers: Numbers, grad_scale: Tensor | None) -> None:
+    def run(batch: Batch, groups: Sequence[HyperParameters], grad_scale: Tensor | None) -> None:
         device = batch.params[0].device
         # Triton launches on the current device, which may be another than the tensors'.
         elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
         with torch.cuda.device(device) if elsewhere else nullcontext():
-            plan = plan_for(batch, numbers)
+            plan = plan_for(batch, groups)
             steps = plan.count_step()
             for launch in plan.launches:
-                # In order, which costs the host less than by name.
-                given = arguments(spec, launch, numbers, grad_scale, steps).values()
-                adam[launch.blocks,](*given, num_warps=WARPS)
+                _run(launch, arguments(spec, launch, groups, grad_scale, steps))
 
     return run
