@@ -104,7 +104,7 @@ class AveragedStep:
         elif scaling.needs_sum:
             finite_probe = self._averager.total
             if finite_probe is None:
-                finite_probe = self._strategy.element_sum(parameters, buffers)
+                finite_probe = self._strategy.finite_probe(parameters, buffers)
         self.skipped, deferred = None, False
         if scaling.probes and finite_probe is not None:
             self.skipped = scaling.found_inf(finite_probe, self._optimizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -196,6 +197,21 @@ def multiply_gradients(parameters: Sequence[Tensor], factor: float | Tensor) -> 
 def element_sum(gradients: Tensor) -> Tensor:
     """Returns the sum of all elements, 0-dim float64, added in float32 or wider; finite only if all are finite."""
     return gradients.sum(dtype=torch.promote_types(gradients.dtype, torch.float32)).double()
+
+
+def probe_of(gradients: list[Tensor]) -> Tensor:
+    """Returns a number, 0-dim float64, that is finite only if all elements of some tensors, at least one, are.
+
+    On a GPU the largest element of each, for which PyTorch needs a few launches for all together. On a CPU the
+    sums, which take a tenth of the time.
+    """
+    if all(g.is_cuda for g in gradients):
+        values: Sequence[Tensor] = torch._foreach_norm(gradients, math.inf)
+    else:
+        values = [g.sum(dtype=torch.promote_types(g.dtype, torch.float32)) for g in gradients]
+    if len({(value.dtype, value.device) for value in values}) > 1:
+        values = [value.to(values[0].device, torch.float64) for value in values]
+    return torch.stack(tuple(values)).sum(dtype=torch.float64)
 
 
 def norms_of_pieces(gradients: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hvd_adam.distributed.context import horovod
-from hvd_adam.distributed.gradients.grad_scaling import element_sum, total_norm
+from hvd_adam.distributed.gradients.grad_scaling import element_sum, probe_of, total_norm
 from hvd_adam.distributed.gradients.gradient_buffer import GradientBuffer
 from hvd_adam.optim.optimizer_state import States
 
@@ -45,15 +45,16 @@ class AllReduceStrategy:
         """Returns the same as `norm`, without a collective where every rank has the whole gradients."""
         return AllReduceStrategy.norm(self, parameters, buffers)
 
-    def element_sum(self, parameters: Sequence[Tensor], buffers: Sequence[GradientBuffer]) -> Tensor | None:
-        """Returns the sum of all elements of all gradients, 0-dimensional float64, or None without gradients.
+    def finite_probe(self, parameters: Sequence[Tensor], buffers: Sequence[GradientBuffer]) -> Tensor | None:
+        """Returns a number, 0-dim float64, that is finite only if all gradients are; None without gradients.
 
-        It is finite if all elements are. Every rank has the whole gradients, or the sum is known already.
+        Every rank has the whole gradients, or the number is known already.
         """
         spans = [(buffer, span) for buffer in buffers for span in buffer.spans(buffer.collect())]
         sums = [element_sum(buffer.grad[start:end]) for buffer, (start, end) in spans]
         if not buffers:
-            sums = [element_sum(p.grad) for p in parameters if p.grad is not None]
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            return probe_of(gradients) if gradients else None
         return torch.stack([value.to(sums[0].device) for value in sums]).sum() if sums else None
 
     def gather_gradients(self, buffers: Sequence[GradientBuffer]) -> None:

@@ -39,7 +39,7 @@ class Launch(NamedTuple):
         blocks: how many blocks they have.
         whole: table of shape (tensors, WHOLE), int64, on their device.
         tensor_of_block: line of the table by block, int64, on their device.
-        kind: AMSGRAD, DECAY (as `expression.decay_of` returns it) and ALIGNED.
+        constants: the last arguments: AMSGRAD, DECAY, ALIGNED, and those of the spec.
         compiled: launches of what Triton has compiled, by the form of the arguments.
     """
 
@@ -49,7 +49,7 @@ class Launch(NamedTuple):
     blocks: int
     whole: Tensor
     tensor_of_block: Tensor
-    kind: dict[str, Any]
+    constants: tuple[Any, ...]
     compiled: dict[object, Callable[..., object]]
 
 
@@ -59,10 +59,12 @@ class Plan(NamedTuple):
     Attributes:
         counts: the step counts in memory.
         launches: usually one.
+        stream: CUDA's handle of the stream of all; 0 on a CPU.
     """
 
     counts: list[c_float]
     launches: list[Launch]
+    stream: int
 
     def count_step(self) -> list[float]:
         """Adds one to the step count of every tensor and returns the results."""
@@ -72,26 +74,26 @@ class Plan(NamedTuple):
         return steps
 
 
-def plan_for(batch: Batch, groups: Sequence[HyperParameters]) -> Plan:
+def plan_for(spec: KernelSpec, batch: Batch, groups: Sequence[HyperParameters]) -> Plan:
     """Returns the plan of a batch, from an earlier step if nothing has moved."""
     device = batch.params[0].device
     decay = [0 if group.weight_decay == 0 else 1 + group.decoupled_weight_decay for group in groups]
     # Memory of the tables may be used again in the order of their stream only.
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    stream = torch.cuda.current_stream(device.index).cuda_stream if device.type == "cuda" else 0
     key = batch.rows.tobytes(), *decay, stream
     if key not in batch.plans:
         if len(batch.plans) >= MAX_PLANS:
             batch.plans.clear()
         rows = batch.rows
         kinds = 3 * (rows["max_exp_avg_sq"] != 0) + np.array(decay)[rows["group"]]
-        launches = [_launch(rows, np.flatnonzero(kinds == kind), int(kind), device) for kind in np.unique(kinds)]
+        launches = [_launch(spec, rows, np.flatnonzero(kinds == k), int(k), device) for k in np.unique(kinds)]
         counts = list(map(c_float.from_address, rows["step"].tolist()))
-        batch.plans[key] = Plan(counts, [launch for launch in launches if launch.blocks])
+        batch.plans[key] = Plan(counts, [launch for launch in launches if launch.blocks], stream)
     plan: Plan = batch.plans[key]
     return plan
 
 
-def _launch(rows: Rows, chosen: Rows, kind: int, device: torch.device) -> Launch:
+def _launch(spec: KernelSpec, rows: Rows, chosen: Rows, kind: int, device: torch.device) -> Launch:
     rows = rows[chosen]
     blocks = -(-rows["elements"] // BLOCK)
     whole = np.stack([rows[name] for name in WHOLE[:-1]] + [np.cumsum(blocks) - blocks], axis=1)
@@ -103,7 +105,7 @@ def _launch(rows: Rows, chosen: Rows, kind: int, device: torch.device) -> Launch
         blocks=int(blocks.sum()),
         whole=_on_device(whole, device),
         tensor_of_block=_on_device(np.repeat(np.arange(len(rows)), blocks), device),
-        kind={"AMSGRAD": kind >= 3, "DECAY": DECAYS[kind % 3], "ALIGNED": aligned},
+        constants=(kind >= 3, DECAYS[kind % 3], aligned, *constants(spec).values()),
         compiled={},
     )
 
@@ -114,8 +116,8 @@ def arguments(
     groups: Sequence[HyperParameters],
     grad_scale: Tensor | None,
     steps: Sequence[float],
-) -> dict[str, Any]:
-    """Returns the arguments of `adam` by name, in its order.
+) -> tuple[Any, ...]:
+    """Returns the arguments of `adam`.
 
     Args:
         spec: of the batch.
@@ -144,15 +146,7 @@ def arguments(
         lines = np.array([line(groups[int(group)], step) for group, step in pairs.T.tolist()])
         dtype = np.float64 if spec.dtype == torch.float64 else np.float32
         table = _on_device(lines.astype(dtype)[which.reshape(-1)], device)
-    return {
-        "whole": launch.whole,
-        "tensor_of_block": launch.tensor_of_block,
-        "real": table,
-        "device_scale": device_scale,
-        **dict(zip(REAL, alone, strict=True)),
-        **launch.kind,
-        **constants(spec),
-    }
+    return launch.whole, launch.tensor_of_block, table, device_scale, *alone, *launch.constants
 
 
 def _on_device(table: np.ndarray[Any, np.dtype[Any]], device: torch.device) -> Tensor:
@@ -161,15 +155,15 @@ def _on_device(table: np.ndarray[Any, np.dtype[Any]], device: torch.device) -> T
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
-def _run(launch: Launch, given: dict[str, Any]) -> None:
+def _run(launch: Launch, stream: int, given: tuple[Any, ...]) -> None:
     """Launches the kernel; a repeated launch does not ask Triton again which kernel fits its arguments."""
-    scale = given["device_scale"]
+    _, _, table, scale, *_ = given
     # All that Triton's choice depends on, beyond what is the same for a launch: memory of tables is aligned.
-    form = given["real"] is None, None if scale is None else (scale.dtype, scale.data_ptr() % 16)
+    form = table is None, None if scale is None else (scale.dtype, scale.data_ptr() % 16)
     if form in launch.compiled:
-        launch.compiled[form](*given.values())
+        launch.compiled[form](*given, stream=stream)
         return
-    compiled = adam[launch.blocks,](*given.values(), num_warps=WARPS)
+    compiled = adam[launch.blocks,](*given, num_warps=WARPS)
     if REPEATS_DIRECTLY and compiled is not None:  # None: interpreted
         launch.compiled[form] = compiled[launch.blocks, 1, 1]
 
@@ -182,9 +176,9 @@ def kernel(spec: KernelSpec) -> Kernel:
         # Triton launches on the current device, which may be another than the tensors'.
         elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
         with torch.cuda.device(device) if elsewhere else nullcontext():
-            plan = plan_for(batch, groups)
+            plan = plan_for(spec, batch, groups)
             steps = plan.count_step()
             for launch in plan.launches:
-                _run(launch, arguments(spec, launch, groups, grad_scale, steps))
+                _run(launch, plan.stream, arguments(spec, launch, groups, grad_scale, steps))
 
     return run
