@@ -54,6 +54,18 @@ def test_kernel_compiles_for_hopper_to_accesses_of_16_bytes():
         assert case["wide"] == case["expected"], name
 
 
+def test_repeated_launches_have_the_form_of_the_first_and_the_numbers_of_their_step():
+    """With Triton's driver replaced: without a GPU a launch can only be recorded."""
+    launches = json.loads(run("tests/helpers/recorded_launches.py", **ENVIRON))
+    assert len(launches) == 6
+    assert len({(launch["grid"], launch["stream"], launch["given"]) for launch in launches}) == 1
+    for step, launch in enumerate(launches[:3], start=1):
+        assert launch["step"] == step
+        root = (1 - 0.999**step) ** 0.5
+        assert launch["step_size"] == pytest.approx(1e-3 * root / (1 - 0.9**step), rel=1e-12)
+    assert all(launch["step"] == 0 for launch in launches[3:])  # groups differ: their numbers are in a table
+
+
 def use_interpreted_kernel():
     """Makes this process update with the interpreted kernel, which skips NaN without telling the host."""
     import helpers.interpreted  # noqa: F401

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 WARM_UP_ROUNDS = 3
 
 # On a GPU a candidate's turn is a block of calls with one synchronization at its end, long enough to make the cost
-# of the synchronization negligible. If the host launches a step more slowly than the device runs it, the result is
-# the launch time.
+# of the synchronization and of the first launch small. If the host launches a step more slowly than the device
+# runs it, the result is the launch time.
 BLOCK_SECONDS = 0.01
-MAX_CALLS = 1000
+MIN_CALLS, MAX_CALLS = 5, 1000
 
 COLUMNS = (
     Column("workload", "workload"),
@@ -171,7 +171,7 @@ def interleaved(
                 del times[name]
                 continue
             if device.type == "cuda":
-                sizes[name] = max(1, min(MAX_CALLS, round(BLOCK_SECONDS / seconds)))
+                sizes[name] = max(MIN_CALLS, min(MAX_CALLS, round(BLOCK_SECONDS / seconds)))
             if turn >= 0:
                 times[name].append(seconds)
     return times, errors
@@ -200,7 +200,7 @@ def _notes(workloads: list[Workload], config: AdamConfig, device: torch.device) 
         )
     if device.type == "cuda":
         notes.append(
-            f"a turn is a block of calls of about {BLOCK_SECONDS * 1e3:g} ms, at least one call, from the first "
-            "launch until the device has completed all; peers share parameters and gradients"
+            f"a turn is a block of calls of about {BLOCK_SECONDS * 1e3:g} ms, at least {MIN_CALLS}, from the "
+            "first launch until the device has completed all; peers share parameters and gradients"
         )
     return notes
