@@ -330,29 +330,62 @@ def filtered(text):
     return subprocess.run(command, input=text, capture_output=True, check=True).stdout
 
 
+GENERAL = RULE + b"Primary job  terminated normally, but 1 process returned\na non-zero exit code. Per\n" + RULE
+REPORT = (
+    RULE
+    + b"mpirun detected that one or more processes exited with non-zero status, thus causing\n"
+    + b"the job to be terminated. The first process to do so was:\n\n"
+    + b"  Process name: [[1,1],0]\n  Exit code:    %d\n"
+    + RULE
+)
+
+
 def test_filter_drops_only_reports_of_exit_codes_2_and_75():
-    general = (
-        RULE + b"Primary job  terminated normally, but 1 process returned\na non-zero exit code. Per\n" + RULE
-    )
-    report = (
-        RULE
-        + b"mpirun detected that one or more processes exited with non-zero status, thus causing\n"
-        + b"the job to be terminated. The first process to do so was:\n\n"
-        + b"  Process name: [[1,1],0]\n  Exit code:    %d\n"
-        + RULE
-    )
     table = RULE + b"epoch loss\n1 0.5\n" + RULE
     for code in (2, 75):
-        assert filtered(b"a\n" + general + b"b\n" + report % code + b"c") == b"a\nb\nc"
+        assert filtered(b"a\n" + GENERAL + b"b\n" + REPORT % code + b"c") == b"a\nb\nc"
     for kept in (
-        report % 1,
-        report % 20,
-        report % 139,
+        REPORT % 1,
+        REPORT % 20,
+        REPORT % 139,
         table,
         RULE + b"There are not enough slots\n" + RULE,
         RULE,
     ):
-        assert filtered(b"a\n" + general + kept) == b"a\n" + kept
+        assert filtered(b"a\n" + GENERAL + kept) == b"a\n" + kept
+
+
+@pytest.fixture(scope="module")
+def disconnected():
+    """The box in which Open MPI reports that a rank on another host has ended."""
+    prefix = Path(shutil.which("mpirun")).resolve().parents[1]
+    text = (prefix / "share/openmpi/help-mpi-btl-tcp.txt").read_text()
+    lines = text.partition("[peer hung up]\n")[2].partition("#\n")[0]
+    return RULE + (lines % ("node2", 142, "node1")).encode() + RULE
+
+
+MORE_DISCONNECTED = (
+    b"[head:00597] 2 more processes have sent help message help-mpi-btl-tcp.txt / peer hung up\n"
+    b'[head:00597] Set MCA parameter "orte_base_help_aggregate" to 0 to see all help / error messages\n'
+)
+
+
+@pytest.mark.parametrize("code", [2, 75])
+def test_filter_drops_the_report_of_a_disconnected_rank_that_has_printed_the_reason(code, disconnected):
+    before = b"a\n" + disconnected + b"b\n" + GENERAL + REPORT % code + MORE_DISCONNECTED + b"c\n"
+    after = b"a\n" + GENERAL + b"b\n" + REPORT % code + b"c\n" + disconnected + disconnected
+    assert filtered(before) == filtered(after) == b"a\nb\nc\n"
+
+
+def test_filter_keeps_the_report_of_a_disconnected_rank_that_crashed(disconnected):
+    crash = (
+        RULE + b"mpirun noticed that process rank 1 with PID 0 on node node1 exited on signal 9 (Killed).\n" + RULE
+    )
+    for last in (REPORT % 1, crash, b""):
+        text = b"a\n" + disconnected + b"b\n" + GENERAL + last + MORE_DISCONNECTED + b"c\n"
+        assert filtered(text) == b"a\nb\n" + last + b"c\n" + disconnected + MORE_DISCONNECTED
+    other = MORE_DISCONNECTED.replace(b"peer hung up", b"client connect fail")
+    assert filtered(other + REPORT % 2) == other
 
 
 def test_filter_drops_terminated_lines_of_ranks_that_horovodrun_terminated():

@@ -2,6 +2,8 @@
 
 A rank that exits with 2 (bad input) or 75 (stopped, try again) has printed one line with the reason. mpirun then
 adds two boxes of text, and horovodrun with Gloo a "Terminated" for every rank that it terminated after the first.
+Ranks on other hosts may also report, in boxes and in lines that count them, that the rank has disconnected. These
+come last, and are left out if the job's exit code is 2 or 75: mpirun prints the code after the first of them.
 mpirun also warns if a child that starts ssh has made itself the leader of its process group before mpirun could:
 both try, so that no time passes without one. Every other report passes, as does every box that this filter does
 not recognize. Text passes immediately.
@@ -16,10 +18,16 @@ import signal
 import sys
 
 RULE = b"-" * 74
-MAX_BOX_LINES = 12  # the reports have four and eight
-OPENING = re.compile(rb"Primary job +terminated|\w+ detected that one or more processes exited with non-zero")
-GENERAL_REPORT = re.compile(rb"^Primary job .* non-zero exit code", re.DOTALL)
+MAX_BOX_LINES = 20  # the reports have four, eight and sixteen
+OPENING = re.compile(
+    rb"Primary job +terminated|\w+ detected that one or more processes exited with non-zero"
+    rb"|An MPI communication peer process has unexpectedly disconnected"
+)
+GENERAL_REPORT = re.compile(rb"^Primary job .* non-zero exit code", re.DOTALL | re.MULTILINE)
 EXIT_CODE_REPORT = re.compile(rb"Exit code: +(2|75)\s")
+DISCONNECTED = re.compile(rb"^An MPI communication peer process has unexpectedly disconnected", re.MULTILINE)
+MORE_DISCONNECTED = re.compile(rb"\[[^]]+:\d+\] \d+ more process.* sent help message \S+ / peer hung up\s")
+SHOW_ALL = re.compile(rb'\[[^]]+:\d+\] Set MCA parameter "orte_base_help_aggregate"')  # after the first such line
 SETPGID = re.compile(rb"\[[^]]+:\d+\] plm:rsh: Warning: setpgid\(\d+,\d+\) failed in parent .*Permission denied")
 TERMINATED = b"]<stderr>:Terminated\n"  # after "[" and the rank
 
@@ -30,12 +38,6 @@ def may_be_terminated_line(line: bytes) -> bool:
     return line.startswith(b"[") and TERMINATED.startswith(rest)
 
 
-def filter_box(box: list[bytes]) -> bytes:
-    """Returns the lines of the box, or nothing if the box only repeats a rank's own message."""
-    text = b"".join(box[1:])
-    return b"" if GENERAL_REPORT.search(text) or EXIT_CODE_REPORT.search(text) else box[0] + text
-
-
 def relay(source: int, target: int) -> None:
     """Copies from one file descriptor to another until the end of file, without the reports above.
 
@@ -43,12 +45,19 @@ def relay(source: int, target: int) -> None:
     """
     line = b""
     box: list[bytes] = []
+    disconnected: list[bytes] = []  # boxes, and lines that count more of them
+    explained = False  # whether the rank that ended the job has printed the reason
     while chunk := os.read(source, 65536):
         line += chunk
         out = b""
         while end := line.find(b"\n") + 1:
             complete, line = line[:end], line[end:]
             if may_be_terminated_line(complete) or SETPGID.match(complete):
+                continue
+            if MORE_DISCONNECTED.match(complete) or (
+                SHOW_ALL.match(complete) and MORE_DISCONNECTED.match(b"".join(disconnected[-1:]))
+            ):
+                disconnected.append(complete)
                 continue
             is_rule = complete.rstrip() == RULE
             if not box and not is_rule:
@@ -59,11 +68,17 @@ def relay(source: int, target: int) -> None:
             if unknown or len(box) > MAX_BOX_LINES:
                 out, box = out + b"".join(box), []
             elif is_rule and len(box) > 1:
-                out, box = out + filter_box(box), []
+                text, box = b"".join(box), []
+                if EXIT_CODE_REPORT.search(text):
+                    explained = True
+                elif DISCONNECTED.search(text):
+                    disconnected.append(text)
+                elif not GENERAL_REPORT.search(text):
+                    out += text
         if not box and not RULE.startswith(line) and not may_be_terminated_line(line):
             out, line = out + line, b""
         os.write(target, out)
-    os.write(target, b"".join(box) + line)
+    os.write(target, b"".join(box) + line + (b"" if explained else b"".join(disconnected)))
 
 
 if __name__ == "__main__":
