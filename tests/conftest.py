@@ -5,6 +5,7 @@ ranks (`@on_ranks`) carry their mark already, as do those in `tests/gpu`.
 """
 
 import ast
+import os
 import re
 from functools import cache
 from pathlib import Path
@@ -13,10 +14,15 @@ import pytest
 from helpers import on_ranks
 from hypothesis import settings
 
+# Several tests run at a time. Threads of PyTorch that wait actively for each other would take the cores from the
+# threads that they wait for. OpenMP reads this when torch is imported, here and in the processes of the tests.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 LONGEST = (
-    "test_images test_train test_slurm test_resume test_readme test_doctor test_kernels test_zero_equivalence "
-    "test_bench test_hosts test_failures test_guard test_distribute_average test_elastic test_crash_matrix "
-    "test_cluster test_adam test_launch"
+    "test_images test_train test_slurm test_resume test_readme test_bench test_idioms test_guard test_kernels "
+    "test_adam test_elastic test_failures test_distribute_average test_zero_equivalence test_hosts "
+    "test_zero_clipping test_nonfinite test_any_loop test_doctor test_zero_state test_launch test_models "
+    "test_any_loop_more test_setup test_triton_kernel test_distribute_join test_crash_matrix test_cluster"
 ).split()
 
 MARK_OF_MODULE = {

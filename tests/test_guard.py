@@ -115,7 +115,7 @@ def start(place, launcher, ranks, fault):
     assert done.stdout.count("starts") == ranks
     stderr = re.sub(r"^\[(1,)?\d+\]<stderr>:", "", done.stderr, flags=re.MULTILINE)
     # What launchers add: horovodrun's own traceback, a shell's line for each rank that it terminated, boxes.
-    stderr = re.sub(r'^Traceback .*\n  File "\S*bin/horovodrun"(.*\n)*', "", stderr, flags=re.MULTILINE)
+    stderr = re.sub(r'^Traceback .*\n  File "\S*/horovodrun\.py"(.*\n)*', "", stderr, flags=re.MULTILINE)
     stderr = re.sub(r"^(-{70,}\n(?:.*\n)*?-{70,}|Terminated)\n", "", stderr, flags=re.MULTILINE)
     codes = re.findall(r"exit code (\d+)\n", done.stdout)
     if codes:

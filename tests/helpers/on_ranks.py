@@ -126,7 +126,7 @@ def launch(arguments: list[str], ranks: int, controller: str, **options: object)
             how = ["--min-np", str(ranks), "--network-interfaces", "lo"]
             how += ["--host-discovery-script", f"echo localhost:{ranks}"]
         else:
-            horovodrun, how = [str(Path(sys.executable).with_name("horovodrun"))], [f"--{controller}"]
+            horovodrun, how = [sys.executable, str(Path(__file__).with_name("horovodrun.py"))], [f"--{controller}"]
         launcher = [*horovodrun, "-np", str(ranks), *how]
     environ = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     environ.update(options.pop("env", {}))
