@@ -31,6 +31,7 @@ from hvd_adam.bench.processes import marked, send
 from hvd_adam.checkpoint import storage
 
 ROOT = Path(__file__).parents[1]
+HOROVODRUN = ROOT / "tests" / "helpers" / "horovodrun.py"
 MARK = "HVD_ADAM_CRASH_TRIAL"
 ORPHAN_SECONDS = 30.0  # after which ranks have detected that their launcher is gone
 LAUNCH_SECONDS = 200.0  # upper bound of a whole run on a busy machine
@@ -74,7 +75,7 @@ class Case:
 
     def command(self, place: Path, folder: Path) -> list[str]:
         """Returns the command that starts and resumes the run."""
-        launcher = [str(Path(sys.executable).with_name("horovodrun")), "-np", "2", f"--{self.controller}"]
+        launcher = [sys.executable, str(HOROVODRUN), "-np", "2", f"--{self.controller}"]
         data = ["--data-dir", str(place / "data"), "--output-dir", str(folder), "--strategy", self.strategy]
         return [*launcher, sys.executable, "-m", "hvd_adam.train", *OPTIONS, *OFTEN, *data]
 

@@ -6,8 +6,10 @@ that keeps running.
 """
 
 import json
+import os
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 import torch
@@ -26,17 +28,28 @@ def losses(folder):
 # Results.
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A function that trains under a launcher, once, and returns the finished process and the run folder."""
+
+    @cache
+    def trained(launcher):
+        folder = tmp_path_factory.mktemp("trained") / "run"
+        if launcher == "launch/mpirun.sh":
+            command = ["bash", str(ROOT / launcher), "-np", "2", "--", *FAST, "--output-dir", str(folder)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+        else:
+            controller = launcher.rpartition("--")[2]
+            done = train(*FAST, ranks=0 if launcher == "none" else 2, controller=controller, folder=folder)
+        return succeeded(done), folder
+
+    return trained
+
+
 @pytest.mark.parametrize("launcher", ["none", "horovodrun --mpi", "horovodrun --gloo", "launch/mpirun.sh"])
-def test_every_launcher_trains_and_writes_a_complete_run_folder(launcher, tmp_path):
-    folder = tmp_path / "run"
+def test_every_launcher_trains_and_writes_a_complete_run_folder(launcher, trained):
     ranks = 1 if launcher == "none" else 2
-    if launcher == "launch/mpirun.sh":
-        command = ["bash", str(ROOT / launcher), "-np", "2", "--", *FAST, "--output-dir", str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    else:
-        controller = launcher.rpartition("--")[2]
-        done = train(*FAST, ranks=0 if ranks == 1 else 2, controller=controller, folder=folder)
-    succeeded(done)
+    done, folder = trained(launcher)
     assert done.stdout.count("test accuracy") == 2  # after the evaluation and at the end, from rank 0 only
     assert f"run folder {folder}" in done.stdout
     steps = 1442 // (32 * ranks)
@@ -66,7 +79,7 @@ def test_every_launcher_trains_and_writes_a_complete_run_folder(launcher, tmp_pa
 
 def test_the_loss_curve_does_not_depend_on_the_number_of_ranks(tmp_path):
     curves = {}
-    for ranks, batch, accumulate in ((1, 64, 1), (2, 32, 1), (4, 16, 1), (2, 16, 2)):
+    for ranks, batch, accumulate in ((1, 64, 1), (2, 32, 1), (4, 16, 1)):
         folder = tmp_path / f"{ranks}x{batch}x{accumulate}"
         sizes = ["--batch-size", batch, "--accumulate", accumulate]
         fixed = ["--max-steps", 50, "--epochs", 3, "--log-every", 1, "--eval-every", 9, "--lr-scaling", "none"]
@@ -81,7 +94,7 @@ def test_the_loss_curve_does_not_depend_on_the_number_of_ranks(tmp_path):
 
 def test_float64_weights_do_not_depend_on_the_number_of_ranks(tmp_path):
     weights = []
-    for ranks, batch, accumulate in ((0, 64, 1), (2, 16, 2), (4, 16, 1)):
+    for ranks, batch, accumulate in ((0, 64, 1), (2, 16, 2)):
         folder = tmp_path / f"{ranks}"
         sizes = ["--batch-size", batch, "--accumulate", accumulate, "--max-grad-norm", 1, "--model", "mlp"]
         fixed = ["--max-steps", 50, "--epochs", 3, "--lr-scaling", "none", "--precision", "float64"]
@@ -101,9 +114,8 @@ def test_the_same_command_gives_the_same_losses_and_another_seed_does_not(tmp_pa
     assert not torch.equal(a, c)
 
 
-def test_evaluate_counts_each_image_once_at_any_number_of_ranks(tmp_path):
-    folder = tmp_path / "run"
-    succeeded(train(*FAST, folder=folder))
+def test_evaluate_counts_each_image_once_at_any_number_of_ranks(trained):
+    _, folder = trained("none")
     end = events(folder)[-1]
     latest = folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text().strip()
     for ranks, path in (
@@ -171,7 +183,8 @@ def test_batch_norm_evaluates_as_saved_and_compiled_models_save_plain_names(tmp_
     assert json.loads(done.stdout)["test_accuracy"] == events(folder)[-1]["test_accuracy"]
 
     folder = tmp_path / "compiled"
-    succeeded(train("--model", "mlp", "--compile", "--max-steps", 3, folder=folder))
+    one_thread = {"env": {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}}  # no processes that import torch
+    succeeded(train("--model", "mlp", "--compile", "--max-steps", 3, folder=folder, **one_thread))
     assert set(checkpoint(folder)["model"]) == {"1.weight", "1.bias", "3.weight", "3.bias"}
 
 
@@ -219,14 +232,13 @@ def test_the_error_names_a_damaged_data_file(tmp_path):
     assert "data_batch_1" in one_line(done)
 
 
-def test_a_run_folder_that_is_unwritable_or_holds_a_run_is_refused(tmp_path):
+def test_a_run_folder_that_is_unwritable_or_holds_a_run_is_refused(trained, tmp_path):
     (tmp_path / "file").write_text("")
     assert "cannot write to the run folder" in one_line(train(folder=tmp_path / "file" / "run"))
-    succeeded(train("--max-steps", 1, folder=tmp_path / "run"))
-    before = (tmp_path / "run" / "metrics.jsonl").read_text()
-    again = train("--max-steps", 1, "--resume", "never", folder=tmp_path / "run")
-    assert "holds a run already" in one_line(again)
-    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+    _, folder = trained("none")
+    before = (folder / "metrics.jsonl").read_text()
+    assert "holds a run already" in one_line(train(*FAST, "--resume", "never", folder=folder))
+    assert (folder / "metrics.jsonl").read_text() == before
 
 
 def test_paths_that_the_system_refuses_are_reported_as_bad_input(tmp_path):

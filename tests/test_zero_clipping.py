@@ -43,7 +43,7 @@ def test_gradients_are_clipped_by_the_norm_of_all_shards(cluster):
     assert_clipped_by_the_norm_of_all_shards(cluster)
 
 
-@on_ranks(3)
+@on_ranks(3, "mpi")
 def test_the_norm_over_several_dtypes_includes_all_of_them(cluster):
     model, oracle = (parameter_list(dtype=(torch.float32, torch.float64)) for _ in range(2))
     optimizer = sharded_adam(model, max_grad_norm=0.5)
@@ -195,7 +195,7 @@ def test_a_parameter_used_on_one_rank_is_averaged_and_one_used_on_no_rank_is_not
             assert everything(model, optimizer) == before
 
 
-@on_ranks(2, "mpi")
+@on_ranks(3, "mpi")
 def test_adasum_is_refused_with_the_alternative(cluster):
     with pytest.raises(UserError, match=r"adasum .*: use strategy=allreduce, or op=average"):
         sharded_adam(small_model(), op="adasum")

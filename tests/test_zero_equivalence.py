@@ -194,7 +194,7 @@ def test_sums_over_scattered_shards_do_not_depend_on_the_order_of_gradients(clus
         assert len({sums(repeat) for repeat in range(3)}) == 1
 
 
-@on_ranks(2, "mpi")
+@on_ranks(4, "mpi")
 def test_scattering_under_mpi_makes_the_update_of_one_process(cluster):
     with scattering():
         model, oracle = small_model(), small_model()

@@ -38,6 +38,6 @@ def test_three_ranks_keep_a_third_of_the_state_each(cluster):
     assert_each_rank_keeps_one_nth(cluster)
 
 
-@on_ranks(2, 4, controller="mpi")
+@on_ranks(4, "mpi")
 def test_each_rank_keeps_its_part_of_the_state_under_mpi(cluster):
     assert_each_rank_keeps_one_nth(cluster)
