@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hvd_adam.optim.memory import zeros
+from hvd_adam import Adam
+from hvd_adam.optim.memory import Arena, zeros
 
 
 def kilobytes(kind):
@@ -37,12 +38,46 @@ def test_memory_of_large_buffers_is_freed_with_their_last_view():
 THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
-@pytest.mark.skipif(
+needs_huge_pages = pytest.mark.skipif(
     not hasattr(mmap, "MADV_HUGEPAGE") or not THP.exists() or "[never]" in THP.read_text(),
     reason="this system has no huge pages",
 )
+
+
+@needs_huge_pages
 def test_large_buffers_use_huge_pages():
     before = kilobytes("AnonHugePages")
     made = zeros(16 << 20, torch.float32, torch.device("cpu")).fill_(1)
     assert made.data_ptr() % (2 << 20) == 0
     assert kilobytes("AnonHugePages") - before > 32 << 10
+
+
+def test_tensors_of_an_arena_are_aligned_have_storages_of_their_size_and_do_not_overlap():
+    sizes = [1, 0, 1000, 3, 700_000, 5]
+    arena = Arena(sum(sizes) * 4 + len(sizes) * Arena.GAP)
+    too_large = 9_000_000
+    made = [arena.zeros(size, torch.float32, torch.device("cpu")) for size in (*sizes, too_large)]
+    for number, tensor in enumerate(made, start=1):
+        assert not tensor.any()
+        tensor.fill_(number)
+    for number, tensor in enumerate(made, start=1):
+        assert (tensor == number).all()
+        assert tensor.untyped_storage().nbytes() == tensor.numel() * 4
+        assert tensor.data_ptr() % 64 == 0
+    transposed = torch.ones(500, 3000).t()
+    assert Arena(6_000_064).zeros_like(transposed, torch.float32).stride() == transposed.stride()
+
+
+@needs_huge_pages
+@pytest.mark.parametrize("loaded", [False, True])
+def test_state_of_many_small_tensors_uses_huge_pages(loaded):
+    params = [torch.nn.Parameter(torch.ones(100_000)) for _ in range(80)]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    state = Adam(params).state_dict()
+    before = kilobytes("AnonHugePages")
+    optimizer = Adam(params, implementation="fused")
+    if loaded:
+        optimizer.load_state_dict(state)
+    optimizer.step()
+    assert kilobytes("AnonHugePages") - before > 50_000  # of 64 MB

@@ -13,6 +13,7 @@ from hvd_adam.optim import validation
 from hvd_adam.optim.implementation import choose_group_implementation, choose_implementation
 from hvd_adam.optim.optimizer_state import (
     Group,
+    arena_for,
     complete_loaded_groups,
     copy_loaded_state,
     ensure_state,
@@ -185,15 +186,17 @@ class Adam(PlainOptimizer):
         exact = saved_states(self._source, self.param_groups)
         super().__setstate__(state)
         for group in self.param_groups:
+            arena = arena_for((p, group) for p in group["params"])
             for p in group["params"]:
                 if self.state.get(p):
-                    self.state[p] = copy_loaded_state(p, exact.get(p, self.state[p]), group)
+                    self.state[p] = copy_loaded_state(p, exact.get(p, self.state[p]), group, arena)
             self._make_missing_state(group)
 
     def _make_missing_state(self, group: Group) -> None:
+        arena = arena_for((p, group) for p in group["params"])
         for p in group["params"]:
             if p.requires_grad:
-                ensure_state(self.state, p, group)
+                ensure_state(self.state, p, group, arena=arena)
 
     @cached_property
     def _store(self) -> ParameterStore:

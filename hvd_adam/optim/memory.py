@@ -1,9 +1,9 @@
 """Memory for large tensors: pages, tensors inside a buffer, version counters.
 
-Tensors of 2 MiB and more are in pages of 2 MiB, where the system grants them. With pages of 4 KiB the processor
-translates an address for every thousand floats. On a virtual machine (each translation walks two page tables) the
-fused update of 11 M parameters took 7.4 ms with small pages and 6.5 ms with huge ones. Most systems grant them
-only on request (`/sys/kernel/mm/transparent_hugepage/enabled`: madvise).
+Buffers and an optimizer's state are in pages of 2 MiB, where the system grants them. With pages of 4 KiB the
+processor translates an address for every thousand floats. On a virtual machine (each translation walks two page
+tables) the fused update of 11 M parameters took 7.4 ms with small pages and 6.5 ms with huge ones. Most systems
+grant them only on request (`/sys/kernel/mm/transparent_hugepage/enabled`: madvise).
 """
 
 from __future__ import annotations
@@ -22,6 +22,52 @@ _PAGE = 2 << 20
 _dtype = operator.attrgetter("dtype")
 
 
+class Arena:
+    """Memory for zeros of many tensors side by side: in huge pages on a CPU, if the system has them.
+
+    Each tensor has a storage of its own size, so what is saved or copied of it is no more. The memory is requested
+    with the first one, becomes resident where it is written to, and is freed with the last one.
+
+    Args:
+        nbytes: size of all tensors together, and at most `GAP` more for each. Less than one page: torch.zeros is
+            used, as for tensors that do not fit.
+    """
+
+    GAP = 64  # a cache line, to which every tensor is aligned
+
+    def __init__(self, nbytes: int) -> None:
+        self._nbytes = nbytes if nbytes >= _PAGE and hasattr(mmap, "MADV_HUGEPAGE") else 0
+        self._memory: mmap.mmap | None = None
+        self._used = 0
+
+    def zeros(self, elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Returns a 1-dimensional tensor of zeros, as `torch.zeros` does."""
+        nbytes = elements * dtype.itemsize
+        if device.type != "cpu" or nbytes == 0 or self._used + nbytes > self._nbytes:
+            return torch.zeros(elements, dtype=dtype, device=device)
+        if self._memory is None:
+            self._memory, self._start = _huge_pages(self._nbytes)
+        place = self._start + self._used
+        self._used += nbytes + -nbytes % self.GAP
+        return torch.frombuffer(self._memory, dtype=dtype, count=elements, offset=place)
+
+    def zeros_like(self, p: Tensor, dtype: torch.dtype) -> Tensor:
+        """Returns zeros with the shape, the device and, if it is dense, the strides of `p`."""
+        if p.device.type != "cpu" or not self._nbytes:
+            return torch.zeros_like(p, dtype=dtype)
+        strides = torch.empty_like(p, device="meta").stride()
+        return self.zeros(p.numel(), dtype, p.device).as_strided(p.shape, strides)
+
+
+def _huge_pages(nbytes: int) -> tuple[mmap.mmap, int]:
+    """Returns a mapping of zeros that holds at least `nbytes`, and where its first huge page begins."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # the default is a shared mapping, which has no such pages
+    memory = mmap.mmap(-1, nbytes + _PAGE, flags=flags)  # freed with the last tensor that uses it
+    with suppress(OSError):  # a Linux kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory, -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % _PAGE
+
+
 def zeros(elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Returns zeros as `torch.zeros` does; in huge pages on a CPU, if the system has them and one would be full.
 
@@ -30,24 +76,7 @@ def zeros(elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         dtype: its dtype.
         device: its device.
     """
-    if device.type != "cpu" or elements * dtype.itemsize < _PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.zeros(elements, dtype=dtype, device=device)
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # the default is a shared mapping, which has no such pages
-    memory = mmap.mmap(
-        -1, elements * dtype.itemsize + _PAGE, flags=flags
-    )  # zeros; freed with the last tensor that uses it
-    with suppress(OSError):  # a Linux kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % _PAGE
-    return torch.frombuffer(memory, dtype=dtype, count=elements, offset=start)
-
-
-def zeros_like(p: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns zeros with the shape, the device and, if it is dense, the strides of `p`."""
-    if p.device.type != "cpu" or p.numel() * dtype.itemsize < _PAGE:
-        return torch.zeros_like(p, dtype=dtype)
-    strides = torch.empty_like(p, device="meta").stride()
-    return zeros(p.numel(), dtype, p.device).as_strided(p.shape, strides)
+    return Arena(elements * dtype.itemsize).zeros(elements, dtype, device)
 
 
 def is_ordinary(t: Tensor) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hvd_adam.optim.memory import memory_order, same_objects, zeros_like
+from hvd_adam.optim.memory import Arena, memory_order, same_objects
 
 Group = dict[str, Any]
 State = dict[str, Tensor]
@@ -78,7 +78,15 @@ def state_dtypes(group: Group, dtype: torch.dtype) -> dict[str, torch.dtype]:
     return dtypes
 
 
-def ensure_state(states: States, p: Tensor, group: Group, part: Part | None = None) -> State:
+def arena_for(params: Iterable[tuple[Tensor, Group]]) -> Arena:
+    """Returns memory for the whole state of some parameters, given with their groups."""
+    sizes = ((p.numel(), state_dtypes(group, p.dtype).values()) for p, group in params)
+    return Arena(sum(n * dtype.itemsize + Arena.GAP for n, dtypes in sizes for dtype in dtypes))
+
+
+def ensure_state(
+    states: States, p: Tensor, group: Group, part: Part | None = None, arena: Arena | None = None
+) -> State:
     """Makes the state of a parameter complete, and lie in memory as the parameter, or its shard, does.
 
     Args:
@@ -87,6 +95,7 @@ def ensure_state(states: States, p: Tensor, group: Group, part: Part | None = No
         group: its parameter group.
         part: what this process updates of the parameter; None for all. If it is not whole, tensors are
             1-dimensional.
+        arena: memory for new tensors; None for PyTorch's.
 
     Returns:
         The tensors that the update uses; there may be others.
@@ -94,14 +103,14 @@ def ensure_state(states: States, p: Tensor, group: Group, part: Part | None = No
     Raises:
         RuntimeError: a tensor has another shape than the parameter.
     """
-    part = part or Part.of(p)
+    part, arena = part or Part.of(p), arena or Arena(0)
     state = states[p]
     state["step"] = _step_count(state.get("step"))
     used = {"step": state["step"]}
     dense = torch.empty_like(p, device="meta")
     for name, dtype in state_dtypes(group, p.dtype).items():
         if name not in state:
-            state[name] = _initial(name, p, dtype, part)
+            state[name] = _initial(name, p, dtype, part, arena)
         found = state[name]
         shape, strides = (p.shape, dense.stride()) if part.whole else ((part.length,), (1,))
         if found.shape != shape and found.shape != p.shape:
@@ -123,12 +132,11 @@ def _step_count(found: Any) -> Tensor:
     return torch.tensor(0.0 if found is None else float(found), dtype=torch.float32, device="cpu")
 
 
-def _initial(name: str, p: Tensor, dtype: torch.dtype, part: Part) -> Tensor:
-    if name == "master_param":
-        return p.detach().to(dtype) if part.whole else shard_of(p.detach(), p, dtype, part)
-    if part.whole:
-        return zeros_like(p, dtype)
-    return torch.zeros(part.length, dtype=dtype, device=p.device)
+def _initial(name: str, p: Tensor, dtype: torch.dtype, part: Part, arena: Arena) -> Tensor:
+    zeros = arena.zeros_like(p, dtype) if part.whole else arena.zeros(part.length, dtype, p.device)
+    if name != "master_param":
+        return zeros
+    return zeros.copy_(p.detach() if part.whole else shard_of(p.detach(), p, dtype, part))
 
 
 def shard_of(whole: Tensor, p: Tensor, dtype: torch.dtype, part: Part) -> Tensor:
@@ -169,7 +177,8 @@ class StateReader:
         return not same
 
     def _read(self, groups: Sequence[Group], states: States) -> None:
-        self.used = [ensure_state(states, m.param, groups[m.group], m.part) for m in self._members]
+        arena = arena_for((m.param, groups[m.group]) for m in self._members)
+        self.used = [ensure_state(states, m.param, groups[m.group], m.part, arena) for m in self._members]
         self._dictionaries = [states[m.param] for m in self._members]
         self._all_dictionaries = [*states.values()]
         self._values = [*chain.from_iterable(map(dict.values, self._dictionaries))]
@@ -207,11 +216,11 @@ def saved_states(source: dict[str, Any] | None, groups: list[Group]) -> dict[Ten
     return {p: saved[number] for number, p in zip(numbers, params, strict=True) if number in saved}
 
 
-def copy_loaded_state(p: Tensor, loaded: dict[str, Any], group: Group) -> State:
+def copy_loaded_state(p: Tensor, loaded: dict[str, Any], group: Group, arena: Arena) -> State:
     """Copies a loaded state into tensors with the strides of ``p``, and its step count to a float32 on the CPU."""
     state = {"step": torch.tensor(float(loaded["step"]), dtype=torch.float32, device="cpu")}
     dtypes = state_dtypes({**group, "amsgrad": "max_exp_avg_sq" in loaded}, p.dtype)
     for key, dtype in dtypes.items():
         if key in loaded:
-            state[key] = torch.empty_like(p, dtype=dtype).copy_(loaded[key])
+            state[key] = arena.zeros_like(p, dtype).copy_(loaded[key])
     return state
