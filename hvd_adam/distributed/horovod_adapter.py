@@ -19,15 +19,16 @@ import functools
 import math
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hvd_adam.distributed.context import horovod
+from hvd_adam.distributed.gradients.backward_pass import gradient_node, trained
 from hvd_adam.distributed.launch_env import elastic_disabled
+from hvd_adam.optim.adam import Adam, PlainOptimizer
 from hvd_adam.optim.parameter_store import ParameterStore
 
 # Private names of Horovod 0.28.1 (horovod/torch/optimizer.py). A test checks that the installed version has them.
@@ -90,7 +91,7 @@ class HorovodAdapter:
         self._accumulate, self._adasum = accumulate, adasum
         with elastic_disabled():  # Horovod would register hooks on one rank too
             self._wrapper: Any = hvd.DistributedOptimizer(
-                optimizer,
+                _constructible(optimizer),
                 named_parameters=[(name, p) for p, name in names.items()],
                 compression=compression,
                 backward_passes_per_step=accumulate,
@@ -118,7 +119,7 @@ class HorovodAdapter:
     def has_hook(self, parameter: Tensor) -> bool:
         """Returns whether backward reports the gradient of a parameter that is trained."""
         # For a parameter whose dtype has changed, autograd has made another node.
-        return parameter in self._wrapper._requires_update and _accumulator(parameter) in self._nodes
+        return parameter in self._wrapper._requires_update and gradient_node(parameter) in self._nodes
 
     def first_unhooked(self, parameters: Iterable[Tensor]) -> Tensor | None:
         """Returns the first parameter that has a gradient but no hook, so that backward does not report it.
@@ -199,7 +200,7 @@ class HorovodAdapter:
             wrapper._requires_update.add(parameter)
             if self._adasum:
                 wrapper._starting_models[parameter] = torch.zeros_like(parameter, requires_grad=False)
-            accumulator = _accumulator(parameter)
+            accumulator = gradient_node(parameter)
             accumulator.register_hook(wrapper._make_hook(parameter))
             wrapper._grad_accs.append(accumulator)
             self._nodes.add(accumulator)
@@ -212,12 +213,12 @@ class HorovodAdapter:
             return
         hooked = {accumulator for _, accumulator in self._pre_hooks}
         for parameter in parameters:
-            accumulator = _accumulator(parameter)
+            accumulator = gradient_node(parameter)
             if accumulator not in hooked:
                 hook = functools.partial(before, parameter)
                 self._pre_hooks.append((accumulator.register_prehook(hook), accumulator))
             if self._after_accumulation is not None and parameter not in self._post_hooks:
-                with _trained(parameter):
+                with trained(parameter):
                     register: Any = parameter.register_post_accumulate_grad_hook  # PyTorch's is untyped
                     self._post_hooks[parameter] = register(self._after_accumulation)
 
@@ -267,25 +268,22 @@ def _call_if_alive(method: weakref.WeakMethod[Callable[[Tensor], None]], paramet
         callback(parameter)
 
 
-@torch.enable_grad()
-def _accumulator(parameter: Tensor) -> Any:
-    """Returns autograd's node that adds to the gradient of a parameter."""
-    with _trained(parameter):
-        view: Any = parameter.expand_as(parameter)
-        return view.grad_fn.next_functions[0][0]
+def _constructible(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Returns what Horovod may take for an optimizer: it calls the class with parameter groups only.
 
+    The constructor of a user's class may need more, and sets attributes that its `step` reads. Here it takes both
+    from the optimizer, and creates no state.
+    """
 
-@contextmanager
-def _trained(parameter: Tensor) -> Iterator[None]:
-    """Makes a frozen parameter require gradients in this block: autograd has hooks for such parameters only."""
-    frozen = not parameter.requires_grad
-    if frozen:
-        parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        if frozen:
-            parameter.requires_grad_(False)
+    def construct(self: torch.optim.Optimizer, params: Any) -> None:
+        vars(self).update({name: value for name, value in vars(optimizer).items() if not hasattr(Adam, name)})
+        PlainOptimizer.__init__(self, params, optimizer.defaults)
+
+    kind = type(optimizer)
+    methods = {"__init__": construct, "add_param_group": PlainOptimizer.add_param_group}
+    constructible: Any = object.__new__(type(kind.__name__, (kind,), methods))
+    constructible.param_groups = optimizer.param_groups
+    return constructible  # type: ignore[no-any-return]
 
 
 def move_step_hooks(source: torch.optim.Optimizer, target: torch.optim.Optimizer) -> None:

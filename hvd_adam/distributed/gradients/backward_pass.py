@@ -1,11 +1,12 @@
-"""Backward passes: a callback at their end, and the interfaces between averager, hooks and optimizer."""
+"""Backward passes: nodes, a callback at their end, and the interfaces between averager, hooks and optimizer."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -38,6 +39,27 @@ class Callbacks:
     facts: Callable[[], dict[str, object]]
     averaging_begins: Callable[[], None]
     backward_ended: Callable[[], None]
+
+
+@torch.enable_grad()
+def gradient_node(parameter: Tensor) -> Any:
+    """Returns autograd's node that adds to the gradient of a parameter."""
+    with trained(parameter):
+        view: Any = parameter.expand_as(parameter)
+        return view.grad_fn.next_functions[0][0]
+
+
+@contextmanager
+def trained(parameter: Tensor) -> Iterator[None]:
+    """Makes a frozen parameter require gradients in this block: autograd has hooks for such parameters only."""
+    frozen = not parameter.requires_grad
+    if frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        if frozen:
+            parameter.requires_grad_(False)
 
 
 def at_end_of_backward(callback: Callable[[], None]) -> weakref.ref[Callable[[], None]]:
