@@ -36,6 +36,18 @@ def test_strides_and_chunks_do_not_change_the_fingerprint():
     assert fingerprint(torch.zeros(0)) == 0
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+@pytest.mark.parametrize("dtype", [torch.complex32, torch.complex64, torch.complex128])
+def test_views_that_store_other_bits_have_the_fingerprint_of_their_values(dtype):
+    tensor = torch.arange(6, dtype=torch.float64).view(torch.complex128).to(dtype)
+    changed = tensor.clone()
+    changed[2] *= 1j
+    assert fingerprint(tensor.conj()) == fingerprint(tensor.conj().resolve_conj()) != fingerprint(tensor)
+    assert fingerprint(changed) != fingerprint(tensor)
+    assert fingerprint(tensor.conj().imag) == fingerprint(-tensor.imag)
+    assert fingerprint(tensor[:1].expand(3)) == fingerprint(tensor[:1].repeat(3))
+
+
 def trained(strategy):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.BatchNorm1d(5), torch.nn.Linear(5, 3))

@@ -90,6 +90,7 @@ def test_invalid_options_are_refused_with_the_remedy(cluster):
         ({"accumulate": float("nan")}, "accumulate is nan"),
         ({"max_grad_norm": "1"}, "max_grad_norm is '1'; it must be a number"),
         ({"max_grad_norm": 0.0}, "max_grad_norm is 0.0; it must be a number > 0"),
+        ({"loss_scaler": True}, r"loss_scaler is True; it must be a torch\.amp\.GradScaler, or None"),
         ({"op": "adasum", "max_grad_norm": 1.0}, "adasum .* cannot clip"),
         ({"op": "adasum"}, "adasum needs MPI; start the ranks with mpirun"),
         ({"op": "adasum", "strategy": "sharded"}, "adasum .* use strategy=allreduce, or op=average"),

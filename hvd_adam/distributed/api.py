@@ -8,10 +8,16 @@ from typing import Any
 
 import torch
 
-from hvd_adam.distributed.agreement import require_same
-from hvd_adam.distributed.broadcast.training import require_parameters_of, require_same_layout
+from hvd_adam.distributed.agreement import raise_on_all_ranks, require_same
+from hvd_adam.distributed.broadcast.training import require_same_layout
 from hvd_adam.distributed.context import current_cluster, horovod
 from hvd_adam.distributed.gradients.compression import COMPRESSIONS
+from hvd_adam.distributed.model_checks import (
+    require_copyable,
+    require_one_device,
+    require_parameters_of,
+    require_unchanged_by_forward,
+)
 from hvd_adam.distributed.optimizer import DistributedAdam
 from hvd_adam.errors import UserError
 from hvd_adam.optim.adam import Adam
@@ -20,6 +26,8 @@ STRATEGIES = ("allreduce", "sharded")
 OPS = ("average", "adasum")
 
 
+@torch.inference_mode(False)  # the caller may be in that mode, or in no_grad(); hooks need a graph
+@torch.enable_grad()
 def distribute(
     optimizer: Adam,
     model: torch.nn.Module,
@@ -110,8 +118,10 @@ def distribute(
         if strategy == "sharded":
             raise UserError("adasum combines updates of whole tensors: use strategy=allreduce, or op=average")
         _require_adasum(compression, max_grad_norm, loss_scaler)
-    _require_one_device(model, optimizer)
-    require_parameters_of(model, optimizer.param_groups)
+    if loss_scaler is not None and not hasattr(loss_scaler, "is_enabled"):
+        raise UserError(f"loss_scaler is {loss_scaler!r}; it must be a torch.amp.GradScaler, or None")
+    with raise_on_all_ranks(current_cluster()):
+        _require_supported(model, optimizer)
     options = {"accumulate": accumulate, "compression": compression, "op": op, "max_grad_norm": max_grad_norm}
     options |= {"skip_nonfinite": bool(skip_nonfinite), "defer_averaging": bool(defer_averaging)}
     require_same(
@@ -121,6 +131,14 @@ def distribute(
     )
     require_same_layout(model, optimizer)
     return DistributedAdam(optimizer, model, strategy=strategy, loss_scaler=loss_scaler, **options)
+
+
+def _require_supported(model: torch.nn.Module, optimizer: Adam) -> None:
+    require_parameters_of(model, optimizer.param_groups)
+    require_one_device(model)
+    if horovod().size() > 1:
+        require_copyable(model)
+        require_unchanged_by_forward(model, (p for group in optimizer.param_groups for p in group["params"]))
 
 
 def _require_choice(what: str, value: object, choices: Collection[str]) -> None:
@@ -138,13 +156,3 @@ def _require_adasum(compression: str, max_grad_norm: float | None, loss_scaler: 
         raise UserError("adasum needs MPI; start the ranks with mpirun or horovodrun --mpi, or use op=average")
     if hvd.size() & (hvd.size() - 1):
         raise UserError(f"adasum needs a power of two of ranks, not {hvd.size()}; or use op=average")
-
-
-def _require_one_device(model: torch.nn.Module, optimizer: Adam) -> None:
-    parameters = [*model.parameters(), *(p for group in optimizer.param_groups for p in group["params"])]
-    devices = sorted({str(parameter.device) for parameter in parameters})
-    if len(devices) > 1:
-        raise UserError(
-            f"the parameters are on several devices ({', '.join(devices)}); move the model to one, "
-            "model.to(cluster.device), before Adam is built"
-        )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-import weakref
 from collections import defaultdict
 from functools import partial
 from typing import Any
@@ -19,15 +17,17 @@ from hvd_adam.distributed.gradients.averager import GradientAverager
 from hvd_adam.distributed.gradients.backward_pass import Callbacks
 from hvd_adam.distributed.gradients.grad_scaling import GradScaling
 from hvd_adam.distributed.gradients.lockstep import LOADED, STEPS, UPDATES, Lockstep, facts_of_groups
+from hvd_adam.distributed.gradients.ownership import retire_others, take_over, warn_of_unaveraged
 from hvd_adam.distributed.horovod_adapter import HorovodAdapter, move_step_hooks
 from hvd_adam.distributed.join import REDUCE, Join, refuse_in_join
 from hvd_adam.distributed.layout import DistributedLayout
+from hvd_adam.distributed.model_checks import require_unchanged_by_forward
 from hvd_adam.distributed.strategies.allreduce import AllReduceStrategy
 from hvd_adam.distributed.strategies.zero import ZeroStrategy
 from hvd_adam.optim.adam import Adam, PlainOptimizer
 from hvd_adam.optim.optimizer_state import States
 
-_live: weakref.WeakSet[AveragedAdam] = weakref.WeakSet()  # the optimizers that have hooks
+outside_inference_mode = torch.inference_mode(False)  # Horovod's thread is not in that mode
 
 
 class AveragedAdam(Adam):
@@ -61,7 +61,7 @@ class AveragedAdam(Adam):
         self._model, self._accumulate = model, accumulate
         self._rank, self._ranks = int(horovod().rank()), int(horovod().size())
         self._adasum = op == "adasum" and self._ranks > 1
-        retire_others(self)
+        retire_others(self._parameters())
         move_step_hooks(optimizer, self)
         prefix = collective_prefix()  # of the names of its collectives
         sharded = strategy == "sharded" and self._ranks > 1  # on one rank, the shard is the whole state
@@ -114,10 +114,11 @@ class AveragedAdam(Adam):
             PlainOptimizer.zero_grad(self)
         reason = "distribute() has returned another optimizer for its parameters; call step() on that"
         optimizer.supersede(reason, state_is_sharded=sharded)
-        _live.add(self)
+        take_over(self)
 
     # State.
 
+    @outside_inference_mode
     def broadcast(self) -> None:
         """Copies rank 0's parameters, buffers, state and hyper-parameters to all ranks. Every rank must call it.
 
@@ -149,6 +150,7 @@ class AveragedAdam(Adam):
         whole = self._whole_state(on_root_only=True)
         return self._state_dict_of(whole) if self._rank == ROOT else None
 
+    @outside_inference_mode
     def _whole_state(self, *, on_root_only: bool = False) -> States:
         if self._strategy.exchanges:
             self._averager.start_meeting()()
@@ -181,6 +183,7 @@ class AveragedAdam(Adam):
         self._loads += 1
         self._strategy.loaded = True
 
+    @outside_inference_mode
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds parameters to train, with rank 0's values and options on every rank. Every rank must call it.
 
@@ -204,6 +207,8 @@ class AveragedAdam(Adam):
                 "add_param_group() between backward() and step(): the added parameters have gradients of this "
                 "rank alone; call it before backward() or after step()"
             )
+        if self._ranks > 1:
+            require_unchanged_by_forward(self._model, added)
         super().add_param_group(param_group)
         self._horovod.share(self)
         self.broadcast()
@@ -266,21 +271,8 @@ class AveragedAdam(Adam):
         self._scaling.remember_scale()
         if not self._looked_for_others and self._ranks > 1:
             self._looked_for_others = True
-            self._warn_of_others()
-
-    def _warn_of_others(self) -> None:
-        """Warns of gradients of the model that no optimizer averages: each rank would have its own."""
-        averaged = {p for other in _live for p in other._parameters()}
-        names = [name for name, p in self._model.named_parameters() if p.grad is not None and p not in averaged]
-        if names and self._rank == ROOT:
-            warnings.warn(
-                f"hvd_adam: {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} of the model have "
-                "gradients but no distributed optimizer, so each rank has its own: a norm or a clipping over "
-                "model.parameters() differs between ranks. Freeze them by requires_grad_(False), or give them to "
-                "the optimizer",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            if self._rank == ROOT:
+                warn_of_unaveraged(self._model)
 
     def _averaging_begins(self) -> None:
         if self._join is not None:
@@ -307,13 +299,3 @@ class AveragedAdam(Adam):
 def _has_gradient(item: Any) -> bool:
     p = item[1] if isinstance(item, tuple) else item  # torch takes names, too
     return isinstance(p, Tensor) and p.grad is not None
-
-
-def retire_others(optimizer: AveragedAdam) -> None:
-    """Retires the optimizers that have reduced gradients of some of the same parameters until now."""
-    mine = set(optimizer._parameters())
-    for other in list(_live):
-        if not mine.isdisjoint(other._parameters()):
-            other.refuse_unfinished()
-            other.retire()
-            _live.discard(other)

@@ -16,6 +16,7 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # 2⁶⁴ over the golden ratio, as a signed number
 
 
+@torch.inference_mode(False)  # Horovod's thread is not in that mode
 def require_consistent(
     cluster: Cluster, model: torch.nn.Module, optimizer: torch.optim.Optimizer, *, sharded: bool
 ) -> None:
@@ -72,7 +73,8 @@ def fingerprint(tensor: torch.Tensor) -> torch.Tensor:
     Returns:
         0-dimensional, int64, on the CPU.
     """
-    elements = tensor.detach().contiguous().reshape(-1)
+    elements = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    elements = (torch.view_as_real(elements) if elements.is_complex() else elements).reshape(-1)
     words = elements.view(_INTEGERS[elements.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for start in range(0, len(words), _WORDS):

@@ -76,6 +76,8 @@ class DistributedLayout:
         """Returns whether the layout fits parameters, state and options, after reading replaced tensors."""
         return all(buffer.fits() for buffer in self.buffers) and self.store.fits(groups, state)
 
+    @torch.inference_mode(False)  # what is created here is written in Horovod's thread, which is not in that mode
+    @torch.no_grad()
     def build(self, groups: Sequence[Group], state: States, names: Names) -> None:
         """Makes buffers for the gradients, and buckets of them, and decides what this rank updates."""
         if not self._flat:
@@ -83,6 +85,9 @@ class DistributedLayout:
             return
         trained = [p for group in groups for p in group["params"] if is_trained(p)]
         self._refuse_unusual(trained, names)
+        if not trained:  # the ranks exchange messages nevertheless, and parameters may be unfrozen
+            device = next(iter(names)).device
+            trained = [torch.nn.Parameter(torch.zeros(1, dtype=torch.float32, device=device))]
         kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
         for p in trained:
             kinds[p.device, p.dtype].append(p)

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hvd_adam.distributed.averaged_adam import AveragedAdam
+from hvd_adam.distributed.averaged_adam import AveragedAdam, outside_inference_mode
 from hvd_adam.distributed.join import REDUCE, STEP, Join
 from hvd_adam.errors import UserError
 from hvd_adam.optim.adam import PlainOptimizer
@@ -85,7 +85,7 @@ class DistributedAdam(AveragedAdam):
         super().zero_grad(set_to_none)
         self._averager.cleared()
 
-    @torch.inference_mode(False)  # the loop may be in that mode; what is received could not be used after it
+    @outside_inference_mode  # what is received in it could not be used outside
     @torch.no_grad()
     def step(  # type: ignore[override]  # PyTorch declares two overloads
         self, closure: Callable[[], float] | None = None
@@ -145,6 +145,7 @@ class DistributedAdam(AveragedAdam):
         self._step.forget()
         self._updates += 1
 
+    @outside_inference_mode
     @torch.no_grad()
     def synchronize(self) -> None:
         """Makes `p.grad` the unscaled mean over ranks and micro-batches on every rank. Every rank must call it.
@@ -161,6 +162,7 @@ class DistributedAdam(AveragedAdam):
         self._strategy.gather_gradients(self._layout.buffers)
         self._averager.changes_are_welcome()
 
+    @outside_inference_mode
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Clips the averaged, unscaled gradient of all parameters to a global 2-norm. Every rank must call it.

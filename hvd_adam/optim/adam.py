@@ -192,6 +192,8 @@ class Adam(PlainOptimizer):
                     self.state[p] = copy_loaded_state(p, exact.get(p, self.state[p]), group, arena)
             self._make_missing_state(group)
 
+    @torch.inference_mode(False)  # state that is created in that mode could not be updated outside of it
+    @torch.no_grad()
     def _make_missing_state(self, group: Group) -> None:
         arena = arena_for((p, group) for p in group["params"])
         for p in group["params"]:

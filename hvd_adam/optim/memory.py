@@ -83,12 +83,17 @@ def is_ordinary(t: Tensor) -> bool:
     """Returns whether the elements are those at the tensor's address, each at its own."""
     if type(t) not in ORDINARY or t.device.type not in ("cpu", "cuda") or t.layout != torch.strided or t.is_neg():
         return False
+    return not overlaps_itself(t)
+
+
+def overlaps_itself(t: Tensor) -> bool:
+    """Returns whether elements of a strided tensor share memory, as after `expand`."""
     extent = 1
     for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
         if size > 1 and stride < extent:
-            return False  # as in expand()
+            return True
         extent += stride * (size - 1)
-    return True
+    return False
 
 
 def is_trained(p: Tensor) -> bool:

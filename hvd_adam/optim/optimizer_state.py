@@ -216,6 +216,8 @@ def saved_states(source: dict[str, Any] | None, groups: list[Group]) -> dict[Ten
     return {p: saved[number] for number, p in zip(numbers, params, strict=True) if number in saved}
 
 
+@torch.inference_mode(False)  # as the state that is created with the optimizer
+@torch.no_grad()
 def copy_loaded_state(p: Tensor, loaded: dict[str, Any], group: Group, arena: Arena) -> State:
     """Copies a loaded state into tensors with the strides of ``p``, and its step count to a float32 on the CPU."""
     state = {"step": torch.tensor(float(loaded["step"]), dtype=torch.float32, device="cpu")}

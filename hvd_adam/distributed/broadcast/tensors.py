@@ -19,6 +19,7 @@ ROOT = 0
 CHUNK_BYTES = 64 * 2**20  # smaller tensors are packed into chunks of this size
 
 
+@torch.inference_mode(False)  # Horovod's thread is not in that mode, and could not write what is created in it
 @torch.no_grad()
 def broadcast_tensors(tensors: Iterable[torch.Tensor], name: str, root: int = ROOT) -> None:
     """Overwrites the tensors with those of one rank. Every rank calls it.
@@ -28,8 +29,8 @@ def broadcast_tensors(tensors: Iterable[torch.Tensor], name: str, root: int = RO
         name: prefix of the names of the collectives, identical on all ranks.
         root: the rank.
     """
-    for number, chunk in enumerate(_chunks(tensors)):
-        in_place = len(chunk) == 1 and chunk[0].is_contiguous()  # a large tensor needs no other memory
+    for number, chunk in enumerate(_chunks(map(distinct, tensors))):
+        in_place = len(chunk) == 1 and _is_plain(chunk[0])  # a large tensor needs no other memory
         packed = _to_bytes(chunk[0]) if in_place else torch.cat([_to_bytes(tensor) for tensor in chunk])
         for part, piece in enumerate(torch.split(packed, CHUNK_BYTES)):  # MPI counts elements in 31 bits
             horovod().broadcast_(piece, root_rank=root, name=f"{name}.{number}.{part}")
@@ -39,7 +40,14 @@ def broadcast_tensors(tensors: Iterable[torch.Tensor], name: str, root: int = RO
             continue
         sizes = [tensor.numel() * tensor.element_size() for tensor in chunk]
         for tensor, received in zip(chunk, torch.split(packed, sizes), strict=True):
-            tensor.copy_(_from_bytes(received, tensor))
+            with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+                tensor.copy_(_from_bytes(received, tensor))
+
+
+def distinct(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a view of a tensor with one of the elements that `expand` has repeated, or the tensor itself."""
+    repeated = [stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)]
+    return tensor[tuple(0 if r else slice(None) for r in repeated)] if any(repeated) else tensor
 
 
 @dataclass(frozen=True)
@@ -113,8 +121,14 @@ def _chunks(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
         yield chunk
 
 
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Returns whether the bytes at the tensor's address are its elements in order, for any thread to write."""
+    return tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg() or tensor.is_inference())
+
+
 def _to_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    elements = tensor.detach().resolve_conj().resolve_neg()
+    return elements.contiguous().reshape(-1).view(torch.uint8)
 
 
 def _from_bytes(received: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,6 @@ Unlike Horovod's `broadcast_optimizer_state`, no step is made to create missing 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,23 +72,6 @@ def broadcast_hyper_parameters(optimizer: torch.optim.Optimizer, root: int) -> N
     hyper = horovod().broadcast_object(_hyper_parameters(optimizer), root, name="hvd_adam.hyper_parameters")
     if horovod().rank() != root:
         _adopt_hyper_parameters(optimizer, hyper)
-
-
-def require_parameters_of(model: torch.nn.Module, groups: Sequence[Mapping[str, Any]]) -> None:
-    """Checks that a model has all parameters of an optimizer: only those would be broadcast under a name.
-
-    Raises:
-        UserError: it lacks one.
-    """
-    known = set(model.parameters())
-    for i, group in enumerate(groups):
-        for j, p in enumerate(group["params"]):
-            if p not in known:
-                raise UserError(
-                    f"parameter {j} of group {i}, of shape {tuple(p.shape)}, is not one of the model's: give "
-                    "distribute() the model that the optimizer was built for, or with parameters outside of it, "
-                    "such as a loss's, torch.nn.ModuleList([model, loss])"
-                )
 
 
 def broadcast_buffers(model: torch.nn.Module, cluster: Cluster) -> None:
@@ -227,6 +209,7 @@ def _adopt_hyper_parameters(optimizer: torch.optim.Optimizer, hypers: list[dict[
                 group[key] = _unpacked(value, own.get(key), own["params"])
 
 
+@torch.inference_mode(False)  # state that is created in that mode could not be updated outside of it
 def _adopt_state(optimizer: torch.optim.Optimizer, layouts: dict[int, dict[str, tuple[Any, ...]]]) -> None:
     """Gives the state the layout and order of rank 0's, so that both have equal state dictionaries."""
     own_state = dict(optimizer.state)

@@ -228,8 +228,8 @@ def norms_of_pieces(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def total_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """Returns the 2-norm of all elements of some tensors, at least one; 0-dimensional."""
-    norms = norms_of_pieces(gradients)
+    """Returns the 2-norm of all elements of some tensors, 0-dimensional; zero without any."""
+    norms = norms_of_pieces(gradients) or [torch.zeros((), device="cpu")]
     widest = torch.float64 if any(norm.dtype == torch.float64 for norm in norms) else torch.float32
     total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device, widest) for norm in norms]))
     return total
