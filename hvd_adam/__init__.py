@@ -11,8 +11,9 @@ from hvd_adam._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from hvd_adam.distributed.api import distribute
-    from hvd_adam.distributed.context import Cluster, init
+    from hvd_adam.distributed.context import Cluster
     from hvd_adam.optim.adam import Adam
+    from hvd_adam.recovery.collective_timeout import init
     from hvd_adam.recovery.guard import guard
 
 __all__ = ["Adam", "Cluster", "distribute", "guard", "init"]
@@ -22,7 +23,7 @@ _MODULES = {
     "Cluster": "distributed.context",
     "distribute": "distributed.api",
     "guard": "recovery.guard",
-    "init": "distributed.context",
+    "init": "recovery.collective_timeout",
 }
 
 

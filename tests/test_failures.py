@@ -258,7 +258,9 @@ def test_behind_returns_the_ranks_that_the_others_wait_for(states, expected):
 
 def test_ranks_are_grouped_by_host_and_those_in_the_same_state_share_a_stack():
     states = {0: state("a"), 1: state("a"), 2: None, 3: state("a")}
-    lines = report(states, ["head", "head", "node1", "node1"], 600.0, "Use a longer limit").splitlines()
+    lines = report(
+        states, ["head", "head", "node1", "node1"], "no progress for 600 s", "Use a longer limit"
+    ).splitlines()
     assert lines[0].startswith(
         "hvd_adam: error: no progress for 600 s: rank 2 on node1 not answering (frozen, dead or cut off); "
         "ranks 0, 1 on head, rank 3 on node1 waiting for a. Use a longer limit"

@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 # Defaults for Horovod and Open MPI, which read them once, in hvd.init. Variables set by the user take precedence.
 HOROVOD_DEFAULTS = {
     # Ends the job ten minutes after a rank stops taking part in collectives; stock Horovod waits forever. Works
-    # under MPI only: with Gloo, Horovod 0.28.1 looks for missing ranks in an empty list (gloo_controller.cc).
+    # under MPI only: with Gloo, Horovod 0.28.1 looks for missing ranks in an empty list (gloo_controller.cc), and
+    # `recovery.collective_timeout` does it.
     "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "600",
     # Gradients are reduced in fixed buckets (reducer.py). Fusing these further would depend on timing, and so
     # would the order of additions on three ranks and more.
@@ -98,7 +99,7 @@ def current_cluster() -> Cluster:
     Raises:
         UserError: Horovod has not been started.
     """
-    if _cluster is None and not horovod().is_initialized():
+    if not horovod().is_initialized():
         raise UserError("call hvd_adam.init() first")
     return init()
 
@@ -147,32 +148,10 @@ def horovod() -> ModuleType:
 
 
 def init(device: str = "auto") -> Cluster:
-    """Starts Horovod, and assigns this process a device and a share of the host's cores.
-
-    Call it once at the start of the program, on every rank, in place of `hvd.init()`. The first call is a
-    collective. Later calls return the same `Cluster` and ignore `device`.
-
-    It makes the assigned GPU the current one. Unless OMP_NUM_THREADS is set, it sets PyTorch's number of threads
-    so that the ranks of a host share its cores. It sets environment variables of Horovod and Open MPI that the
-    user has not set (`HOROVOD_DEFAULTS`); the most important one ends a job ten minutes after a rank has stalled.
-    If Horovod has been started before, these have no effect, and a warning names them.
-
-    Args:
-        device: "cpu", "cuda" (one GPU per rank), or "auto": one GPU per rank if any rank has a GPU, else the CPU.
-
-    Returns:
-        Rank, world size and device of this process. In a process that no launcher started, the size is 1.
-
-    Raises:
-        UserError: Horovod cannot be loaded, with the reason; the launcher started more processes than Horovod
-            sees; a host has fewer GPUs than ranks. Every rank that started Horovod raises it.
-        RankError: under an elastic launcher, the launcher does not answer or has removed this host.
-
-    Example:
-        >>> cluster = init()
-        >>> model.to(cluster.device)
-    """
-    return _start(device) if _cluster is None else _cluster
+    """Starts Horovod as `hvd_adam.init` does, without its limit for collectives; see there."""
+    if _cluster is not None and horovod().is_initialized():
+        return _cluster
+    return restart(device) if _cluster is not None and is_elastic() else _start(device)
 
 
 def _start(device: str, *, restarting: bool = False) -> Cluster:
@@ -181,6 +160,7 @@ def _start(device: str, *, restarting: bool = False) -> Cluster:
         raise UserError(f"device is {device!r}; use auto, cpu or cuda")
     refuse_srun_without_pmix(detect_launcher())
     hvd = horovod()
+    _refuse_finalized_mpi(hvd)
     too_late = [name for name in HOROVOD_DEFAULTS if name not in os.environ] if hvd.is_initialized() else []
     for name, value in HOROVOD_DEFAULTS.items():
         os.environ.setdefault(name, value)
@@ -213,6 +193,17 @@ def _start(device: str, *, restarting: bool = False) -> Cluster:
         launcher=launch.launcher,
     )
     return _cluster
+
+
+def _refuse_finalized_mpi(hvd: ModuleType) -> None:
+    if hvd.is_initialized() or not hvd.mpi_enabled():  # which is false before the first start
+        return
+    mpi = sys.modules.get("mpi4py.MPI")  # imported before Horovod was started, it keeps MPI
+    if mpi is None or mpi.Is_finalized():
+        raise UserError(
+            "hvd.shutdown() has ended MPI, which cannot start again in the same process: call it only at the end "
+            "of the program, or start the ranks with horovodrun --gloo"
+        )
 
 
 def restart(device: str = "auto") -> Cluster:

@@ -130,7 +130,7 @@ def gpus(reports: Sequence[Report], device: str) -> Check:
 
     Args:
         reports: of all ranks, in order.
-        device: as in `hvd_adam.distributed.context.init`.
+        device: as in `hvd_adam.init`.
     """
     seen = [tuple(report.facts.get("gpus", ())) if device != "cpu" else () for report in reports]
     places = [RankPlacement(report.host, (), gpus) for report, gpus in zip(reports, seen, strict=True)]

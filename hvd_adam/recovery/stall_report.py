@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from types import FrameType
 from typing import Any
 
-State = dict[str, Any]  # of one rank: "doing", "beats", "idle" seconds, "waits_for" (or None), "stack"
+State = dict[str, Any]  # of one rank: "doing" (or ""), "beats", "idle" seconds, "waits_for" (or None), "stack"
 
 
 def waits_for(frame: FrameType) -> str | None:
@@ -43,6 +43,23 @@ def _collective_name(frame: FrameType) -> str | None:
     return next((name for name in (own.get("name"), attributes.get("_name")) if isinstance(name, str)), None)
 
 
+def oldest_wait(frames: Iterable[FrameType]) -> int | None:
+    """Returns Horovod's number of the collective that a thread has waited for longest; None if none waits.
+
+    Numbers increase. `hvd.join()`, which waits for other ranks by intention, does not count.
+
+    Args:
+        frames: the innermost frame of each thread.
+    """
+    waiting = [frame for frame in frames if _in_horovod(frame) and frame.f_code.co_name == "synchronize"]
+    numbers = [frame.f_locals.get("handle") for frame in waiting if not _is_join(frame.f_back)]
+    return min((number for number in numbers if number is not None), default=None)
+
+
+def _is_join(frame: FrameType | None) -> bool:
+    return frame is not None and _in_horovod(frame) and frame.f_code.co_name == "join"
+
+
 def stack_of(frame: FrameType) -> str:
     """Returns the stack as a traceback without source lines, since reading them may hang with the file system."""
     calls = [(frame.f_code, line) for frame, line in traceback.walk_stack(frame)]
@@ -73,13 +90,13 @@ def behind(states: Mapping[int, State | None]) -> list[int]:
     return []
 
 
-def report(states: Mapping[int, State | None], hosts: list[str], timeout: float, remedy: str) -> str:
+def report(states: Mapping[int, State | None], hosts: list[str], problem: str, remedy: str) -> str:
     """Returns the cause in one line, then what every rank is doing; ranks in the same state share an entry.
 
     Args:
         states: by rank; None for a rank that does not answer.
         hosts: host names by rank.
-        timeout: seconds without progress.
+        problem: what has happened, such as "no progress for 600 s".
         remedy: what the user can do, as a sentence without its full stop.
     """
     silent = [rank for rank, state in states.items() if state is None]
@@ -93,10 +110,11 @@ def report(states: Mapping[int, State | None], hosts: list[str], timeout: float,
     facts = [f"{name_ranks(silent, hosts)} not answering (frozen, dead or cut off)"] if silent else []
     facts += [f"{name_ranks(late, hosts)} behind"] if late else []
     facts += [f"{name_ranks(ranks, hosts)} waiting for {name}" for name, ranks in waiting.items()]
-    lines = [f"hvd_adam: error: no progress for {timeout:g} s: {'; '.join(facts)}. {remedy}\n"]
+    lines = [f"hvd_adam: error: {problem}: {'; '.join(facts)}. {remedy}\n"]
     for (doing, name, stack), ranks in same.items():
         what = f"waiting for {name}" if name else "not waiting for Horovod"
-        lines.append(f"{name_ranks(ranks, hosts)}, {what}, without progress since {doing}:\n{stack}")
+        since = f", without progress since {doing}" if doing else ""
+        lines.append(f"{name_ranks(ranks, hosts)}, {what}{since}:\n{stack}")
     return "".join(lines)
 
 
