@@ -2,7 +2,8 @@
 
 Hazards: tensors that cannot be written element by element; a model without trained parameters, and so without
 buckets; tensors created in inference mode, which Horovod's thread cannot write; forward passes that change
-parameters on each rank; an optimizer class with a constructor of its own.
+parameters on each rank; an optimizer class with a constructor of its own; a gradient buffer that is used again
+while user code holds gradients.
 """
 
 import pytest
@@ -38,8 +39,12 @@ def compare_with_one_process(model, optimizer, oracle, reference, cluster, steps
     assert largest_difference(model, oracle) < 1e-12
 
 
+def ones(more=0):
+    return torch.ones(2, 6, dtype=torch.float64) * (1 + more)
+
+
 def one_update(model, optimizer):
-    model(torch.ones(2, 6, dtype=torch.float64)).square().sum().backward()
+    model(ones()).square().sum().backward()
     optimizer.step()
 
 
@@ -261,3 +266,58 @@ def test_a_class_derived_from_adam_works_with_adasum(cluster):
     optimizer = distribute(Counting(model.parameters(), 1.25, eps=1e-2), model, op="adasum")
     one_update(model, optimizer)
     assert same_everywhere(digest(list(model.parameters())))
+
+
+# Gradients that a loop keeps.
+
+
+@on_ranks(1, 2)
+@each_strategy
+@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize("cleared_by", ["optimizer", "model"])
+def test_gradients_that_a_loop_keeps_do_not_change(cluster, strategy, deferred, cleared_by):
+    model = small_model()
+    model.unused = torch.nn.Parameter(torch.ones(0, dtype=torch.float64))
+    optimizer = distribute(Adam(model.parameters()), model, strategy=strategy, defer_averaging=deferred)
+    keep = {
+        "object": lambda p: p.grad,
+        "view": lambda p: p.grad[:1],
+        "detached": lambda p: p.grad.detach(),
+        "array": lambda p: p.grad.numpy(),
+        "graph": lambda p: (p.grad * torch.ones_like(p, requires_grad=True)).grad_fn,
+    }
+    kept, expected = [], []
+    for number, (name, of) in enumerate([*keep.items(), *keep.items()]):
+        (optimizer if cleared_by == "optimizer" else model).zero_grad()
+        if number < 9 or cluster.rank or cluster.size == 1:  # then a rank without a loss
+            model(ones(number + cluster.rank)).sum().backward()
+        optimizer.step()
+        p = model[0].weight
+        expected.append(p.grad.flatten()[0].item())
+        kept.append((name, of(p)))
+        del p
+    for (name, held), value in zip(kept, expected, strict=True):
+        held = held._saved_self if name == "graph" else held
+        assert torch.as_tensor(held).flatten()[0].item() == value
+    assert len(set(expected)) > 5
+
+
+@on_ranks(2)
+def test_a_loop_that_keeps_the_last_gradients_uses_two_memories_and_another_loop_one(cluster):
+    model = small_model()
+    optimizer = distribute(Adam(model.parameters()), model)
+
+    def places(keeps):
+        kept, found = None, set()
+        for _ in range(6):
+            optimizer.zero_grad()
+            model(ones()).sum().backward()
+            kept = [p.grad for p in model.parameters()] if keeps else None
+            optimizer.step()
+            found.add(model[0].weight.grad.data_ptr())
+        return len(found), kept
+
+    assert places(keeps=False)[0] == 1
+    assert places(keeps=True)[0] == 2
+    places(keeps=False)
+    assert places(keeps=False)[0] == 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import mmap
 import operator
+import sys
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 
@@ -155,6 +156,31 @@ def in_place(view: Tensor) -> Tensor:
     tensor also counts its in-place changes by itself, which tells whose gradient was changed.
     """
     return torch.from_dlpack(view) if view.numel() else view  # type: ignore[attr-defined]
+
+
+def any_is_held(tensors: list[Tensor]) -> bool:
+    """Returns whether anything but this list and one other holds one of the tensors, a view of it, or its memory.
+
+    Args:
+        tensors: with storages of their own.
+    """
+    return (
+        any(count > _LISTED_TWICE for count in map(sys.getrefcount, tensors))
+        or any(count > 1 for count in map(_use_count, tensors))  # a graph, or DLPack
+        or any(_storage_use_count(t.untyped_storage()._cdata) > 2 for t in tensors if t.numel())
+    )
+
+
+def _references_of_listed() -> int:
+    listed = [object()]
+    return next(map(sys.getrefcount, list(listed)))
+
+
+_LISTED_TWICE = _references_of_listed()
+# The stubs of PyTorch lack it.
+_use_count = Tensor._use_count  # type: ignore[attr-defined]
+# The second reference to a storage is that of the Python object that has asked for it.
+_storage_use_count = getattr(torch._C, "_storage_Use_Count", lambda storage: 0)  # absent in some versions
 
 
 def copy_scaled(places: list[Tensor], gradients: list[Tensor], scale: float) -> None:

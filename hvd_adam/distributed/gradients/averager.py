@@ -15,6 +15,7 @@ from hvd_adam.distributed.gradients.backward_pass import Callbacks, Hooks, at_en
 from hvd_adam.distributed.gradients.grad_scaling import multiply_gradients
 from hvd_adam.distributed.gradients.lockstep import ABORTED, Lockstep
 from hvd_adam.distributed.gradients.reducer import Reducer
+from hvd_adam.distributed.gradients.seen_gradients import SeenGradients
 
 _numbers = itertools.count()
 
@@ -42,6 +43,7 @@ class GradientAverager:
         reducer: the buckets; None on one rank.
         hooks: Horovod's wrapper; None on one rank.
         micro_batch: index of the current micro-batch of the update.
+        spoiled: whether the gradients have a part of a pass that ended with an exception.
     """
 
     reducer: Reducer | None = None
@@ -53,6 +55,7 @@ class GradientAverager:
         self._optimizer, self._lockstep, self._number = optimizer, lockstep, next(_numbers)
         self._accumulate, self._deferred, self._add, self._watch = accumulate, deferred, add, watch
         self.micro_batch = 0
+        self.spoiled = False
         self._syncs = True  # False inside no_sync
         # Autograd's numbers of the passes that are running, with what `at_end_of_backward` returns.
         self._tasks: dict[int, weakref.ref[Callable[[], None]]] = {}
@@ -65,7 +68,7 @@ class GradientAverager:
         self._divided = False  # whether gradients have been divided by the numbers of ranks and micro-batches
         self._aborted = 0  # passes that ended with an exception, since the last update
         self._total: Tensor | None = None
-        self._seen: list[tuple[Tensor, Tensor, int]] = []  # parameter, gradient and version, when last seen
+        self._seen = SeenGradients(optimizer)
 
     @property
     def in_flight(self) -> bool:
@@ -112,7 +115,7 @@ class GradientAverager:
     @torch.no_grad()
     def _begin_pass(self) -> None:
         if self.micro_batch and self._accumulate > 1:
-            self._refuse_cleared()
+            self._seen.refuse_cleared(self.micro_batch, self._accumulate)
         self._local = not self._syncs or self.micro_batch < self._accumulate - 1
         if not self._local:
             self._announce()
@@ -120,6 +123,8 @@ class GradientAverager:
                 self._optimizer.ensure_layout()
         self._undo_division()
         self._averaged = False
+        if not self._local:
+            self._leave_kept_gradients()
 
     def _end_pass(self) -> None:
         if not self._tasks:
@@ -184,20 +189,21 @@ class GradientAverager:
 
     def updated(self) -> None:
         """Called after an update: gradients are to be reduced again, even if there is no pass before the next."""
-        self._averaged = False
+        self._averaged = self.spoiled = False
         self._aborted = self.micro_batch = 0
 
     def cleared(self) -> None:
         """Called after all gradients have been cleared: an update starts."""
-        self._averaged = self._divided = False
+        self._averaged = self._divided = self.spoiled = False
         self.micro_batch = 0
-        self._seen = []
+        self._seen.forget()
 
     def leave_aborted_pass(self) -> None:
         """Called outside backward: ends a pass that an exception has ended, with what it has sent."""
         if self._tasks:
             self._tasks.clear()
             self._aborted += 1
+            self.spoiled = True
             if self._announced:
                 self.finish()
 
@@ -207,11 +213,7 @@ class GradientAverager:
 
         It is finite if all elements are. None if it is not known.
         """
-        return None if self._total is None or self._changed() is not None else self._total
-
-    def _changed(self) -> Tensor | None:
-        """Returns a parameter whose gradient was replaced or changed in place since it was averaged, or None."""
-        return next((p for p, grad, version in self._seen if p.grad is not grad or grad._version != version), None)
+        return None if self._total is None or self._seen.changed() is not None else self._total
 
     @property
     def averaged(self) -> bool:
@@ -220,20 +222,17 @@ class GradientAverager:
 
     def changes_are_welcome(self) -> None:
         """Called once gradients are the mean, and whole, on this rank: from now on they may be changed."""
-        self._seen, self._total = [], None
+        self._seen.forget()
+        self._total = None
 
     def refuse_changed(self, state: str) -> None:
-        """Refuses gradients that were changed while they were not the mean.
+        """Refuses gradients that were changed while they were not the mean; see `SeenGradients`."""
+        self._seen.refuse_changed(state)
 
-        Args:
-            state: what they were instead, as in "it STATE".
-        """
-        p = self._changed()
-        if p is not None:
-            raise RuntimeError(
-                f"the gradient of {self._optimizer.names()[p]} was changed between backward() and step(), where "
-                f"it {state}: call optimizer.synchronize() first, or clip with optimizer.clip_grad_norm_()"
-            )
+    def look(self) -> None:
+        """Remembers gradients and their versions."""
+        if self.reducer is not None or self._accumulate > 1 or self._watch:  # else nothing depends on them
+            self._seen.look()
 
     # One round.
 
@@ -249,9 +248,15 @@ class GradientAverager:
             return
         if not self.reducer.in_flight and not self._counted:  # no pass has begun, which would have done it
             self._optimizer.ensure_layout()
+            self._leave_kept_gradients()
         facts = self._optimizer.facts() | {ABORTED: self._aborted}
         self._sent = facts, self._lockstep.message(facts, again=bool(self._late))
         self.reducer.send_rest(self._sent[1])
+
+    def _leave_kept_gradients(self) -> None:
+        self._seen.forget()  # which holds them, too
+        if self.reducer is not None and not self.reducer.in_flight:
+            self.reducer.leave_kept_gradients()
 
     def _reduce(self) -> None:
         again = True
@@ -290,24 +295,3 @@ class GradientAverager:
             self.reducer.spread()
         else:
             multiply_gradients(self._optimizer.parameters(), self._accumulate)
-
-    # Changes by the user.
-
-    def look(self) -> None:
-        """Remembers gradients and their versions."""
-        if self.reducer is None and self._accumulate == 1 and not self._watch:
-            return  # nothing depends on them
-        self._seen = [
-            (p, grad, grad._version) for p in self._optimizer.parameters() if (grad := p.grad) is not None
-        ]
-
-    def _refuse_cleared(self) -> None:
-        """Refuses gradients that something else than the optimizer has cleared between two micro-batches."""
-        for p, grad, version in self._seen:
-            zeroed = p.grad is grad and grad._version != version and not grad.any()
-            if p.grad is None or zeroed:
-                raise RuntimeError(
-                    f"the gradient of {self._optimizer.names()[p]} was cleared after {self.micro_batch} of "
-                    f"{self._accumulate} micro-batches: call optimizer.zero_grad(), which keeps gradients until "
-                    "the update, instead of model.zero_grad()"
-                )

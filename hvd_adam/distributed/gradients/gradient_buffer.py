@@ -1,7 +1,8 @@
 """`GradientBuffer`: the gradients of one device and dtype as views of a flat buffer, which is reduced in buckets.
 
 User code sees ordinary gradients; Horovod sees one tensor for each bucket. A gradient that has replaced a view
-(`zero_grad`, `p.grad = …`) is copied into the buffer. Parameters and state stay where they are.
+(`zero_grad`, `p.grad = …`) is copied into the buffer. Parameters and state stay where they are. A gradient that
+user code has kept from an earlier pass stays what it is: the buffer then gets other memory.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor
 
 from hvd_adam.distributed.gradients.bucket_layout import Bucket, Layout
-from hvd_adam.optim.memory import copy_scaled, in_place, memory_order, shape_in_memory, zeros
+from hvd_adam.optim.memory import any_is_held, copy_scaled, in_place, memory_order, shape_in_memory, zeros
 from hvd_adam.optim.optimizer_state import Part
 from hvd_adam.optim.validation import check_gradient
+
+Memory = tuple[Tensor, list[Tensor], list[int]]  # a buffer, its views and their addresses
 
 _grad = operator.attrgetter("grad")
 
@@ -38,10 +41,14 @@ class GradientBuffer:
         self.device, self.dtype = params[0].device, params[0].dtype
         self._shape = shape_in_memory(params)
         self._strides = [torch.empty_like(p, device="meta").stride() for p in params]
-        self.grad = zeros(layout.total, self.dtype, self.device)
-        self._views = [in_place(self.view(self.grad, i)) for i in range(len(params))]
-        self._addresses = [view.data_ptr() for view in self._views]
+        self._allocate()
+        self._spare: Memory | None = None
         self.collect()
+
+    def _allocate(self) -> None:
+        self.grad = zeros(self.layout.total, self.dtype, self.device)
+        self._views = [in_place(self.view(self.grad, i)) for i in range(len(self.params))]
+        self._addresses = [view.data_ptr() for view in self._views]
 
     def fits(self) -> bool:
         """Returns whether all parameters still have the dtype, device, shape and strides that they had."""
@@ -90,6 +97,22 @@ class GradientBuffer:
         for i in replaced:
             params[i].grad = views[i]
         return [grad is not None for grad in grads]
+
+    def leave_kept_gradients(self) -> None:
+        """Takes other memory if user code holds gradients that are no parameter's any more.
+
+        They would be overwritten. Called before gradients are collected, and while none is in flight. A loop that
+        holds the gradients of the last pass only, in a variable, uses two memories in turn.
+        """
+        old = [view for p, view in zip(self.params, self._views, strict=True) if p.grad is not view]
+        if not any_is_held(old):
+            self._spare = None
+            return
+        spare, self._spare = self._spare, (self.grad, self._views, self._addresses)
+        if spare is None or any_is_held(list(spare[1])):
+            self._allocate()
+        else:
+            self.grad, self._views, self._addresses = spare
 
     def clear(self, i: int) -> None:
         """Sets the gradient of parameter `i` to zeros, as a view of the buffer."""

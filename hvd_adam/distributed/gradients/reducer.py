@@ -78,6 +78,11 @@ class Reducer:
         """Whether a round has begun."""
         return bool(self._in_flight)
 
+    def leave_kept_gradients(self) -> None:
+        """Called before a round: gradients of earlier ones that user code has kept stay what they are."""
+        for buffer in dict.fromkeys(buffer for buffer, _ in self._buckets):
+            buffer.leave_kept_gradients()
+
     def sent(self, p: Tensor) -> bool:
         """Returns whether the bucket of `p` has been sent in this round, so that its gradient must not change."""
         return self._number.get(p) in self._in_flight

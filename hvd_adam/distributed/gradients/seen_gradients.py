@@ -1,0 +1,62 @@
+"""`SeenGradients`: notices that user code has changed, replaced or cleared gradients."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hvd_adam.distributed.gradients.backward_pass import Callbacks
+
+
+class SeenGradients:
+    """The gradients of an optimizer and their versions, when they were last looked at.
+
+    Args:
+        optimizer: see `Callbacks`.
+    """
+
+    def __init__(self, optimizer: Callbacks) -> None:
+        self._optimizer = optimizer
+        self._seen: list[tuple[Tensor, Tensor, int]] = []  # parameter, gradient and version
+
+    def look(self) -> None:
+        """Remembers gradients and their versions."""
+        self._seen = [
+            (p, grad, grad._version) for p in self._optimizer.parameters() if (grad := p.grad) is not None
+        ]
+
+    def forget(self) -> None:
+        """Forgets, and no longer holds, the gradients: from now on they may be changed."""
+        self._seen = []
+
+    def changed(self) -> Tensor | None:
+        """Returns a parameter whose gradient was replaced or changed in place, or None."""
+        return next((p for p, grad, version in self._seen if p.grad is not grad or grad._version != version), None)
+
+    def refuse_changed(self, state: str) -> None:
+        """Refuses gradients that were changed while they were not the mean.
+
+        Args:
+            state: what they were instead, as in "it STATE".
+        """
+        p = self.changed()
+        if p is not None:
+            raise RuntimeError(
+                f"the gradient of {self._optimizer.names()[p]} was changed between backward() and step(), where "
+                f"it {state}: call optimizer.synchronize() first, or clip with optimizer.clip_grad_norm_()"
+            )
+
+    def refuse_cleared(self, micro_batch: int, accumulate: int) -> None:
+        """Refuses gradients that something else than the optimizer has cleared between two micro-batches.
+
+        Args:
+            micro_batch: number of micro-batches before.
+            accumulate: micro-batches per update.
+        """
+        for p, grad, version in self._seen:
+            zeroed = p.grad is grad and grad._version != version and not grad.any()
+            if p.grad is None or zeroed:
+                raise RuntimeError(
+                    f"the gradient of {self._optimizer.names()[p]} was cleared after {micro_batch} of "
+                    f"{accumulate} micro-batches: call optimizer.zero_grad(), which keeps gradients until "
+                    "the update, instead of model.zero_grad()"
+                )
