@@ -230,6 +230,46 @@ def test_a_pass_that_ends_with_an_exception_on_all_ranks_leaves_nothing_behind(c
     assert largest_difference(model, oracle) < 1e-12
 
 
+@on_ranks(1, 2)
+@each_strategy
+@pytest.mark.parametrize("failed", ["all ranks", "rank 0"])
+def test_a_micro_batch_that_fails_makes_the_update_start_again_if_it_fails_on_all_ranks(cluster, strategy, failed):
+    def fail(gradient):
+        raise MemoryError("as an out-of-memory error in the pass")
+
+    model, oracle = small_model(), small_model()
+    optimizer = distribute(Adam(model.parameters(), eps=1e-2), model, strategy=strategy, accumulate=3)
+
+    def update(failing):
+        micro_batch = 0
+        while micro_batch < 3:
+            optimizer.zero_grad()
+            outputs = model[1](model[0](ones(micro_batch)))
+            if micro_batch == 1 and failing:
+                outputs.register_hook(fail)
+            try:
+                model[2](outputs).square().sum().backward()
+            except MemoryError:
+                optimizer.zero_grad()
+                assert model[2].weight.grad is None
+                micro_batch, failing = 0, False
+                continue
+            optimizer.step()
+            micro_batch += 1
+
+    if failed == "rank 0" and cluster.size > 1:
+        with pytest.raises(JobError, match=r"backward passes that ended with an exception: 1\S* on rank 0, 0"):
+            update(failing=cluster.rank == 0)
+        return
+    reference = torch.optim.Adam(oracle.parameters(), eps=1e-2)
+    for _ in range(2):
+        update(failing=True)
+        reference.zero_grad()
+        (sum(oracle(ones(number)).square().sum() for number in range(3)) / 3).backward()
+        reference.step()
+    assert largest_difference(model, oracle) < 1e-12
+
+
 @on_ranks(2)
 @each_strategy
 def test_parameters_that_the_model_does_not_have_are_refused(cluster, strategy):

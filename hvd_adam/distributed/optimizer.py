@@ -69,7 +69,10 @@ class DistributedAdam(AveragedAdam):
     # Called by a training loop.
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clears the gradients. Between micro-batches of one update it does nothing.
+        """Clears the gradients. Between micro-batches of one update it does nothing, unless a pass has failed.
+
+        After a backward pass that ended with an exception, such as out of memory, on every rank, it clears them
+        and the update starts again with its first micro-batch. If only some ranks have failed, the job ends.
 
         Args:
             set_to_none: set gradients to None instead of zero.
@@ -78,7 +81,8 @@ class DistributedAdam(AveragedAdam):
             RuntimeError: with `defer_averaging` or Adasum, called after `backward` and before `step`, while
                 reductions are in flight.
         """
-        if self._averager.micro_batch:
+        self._averager.leave_aborted_pass()
+        if self._averager.micro_batch and not self._averager.spoiled:
             return
         self._refuse_in_flight("zero_grad() between backward() and step() would clear gradients in flight")
         self._step.forget()
