@@ -8,9 +8,10 @@ import horovod.torch as hvd
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.on_ranks import on_ranks
+from helpers.on_ranks import launch, on_ranks
 from helpers.small_training import batches, everything, largest_difference, same_everywhere, small_model
 from helpers.strategies import each_strategy
+from helpers.training_runs import ROOT
 
 from hvd_adam import Adam, distribute
 from hvd_adam.errors import JobError
@@ -135,6 +136,21 @@ def test_a_rank_that_calls_horovods_join_ends_the_job_of_the_others(cluster):
     with pytest.raises(JobError, match=r"hvd\.join\(\) and is behind the others: use `with optimizer\.join\(\):`"):
         model(torch.ones(2, 6, dtype=torch.float64)).sum().backward()
     hvd.join()
+
+
+def test_the_remedy_is_named_where_horovods_join_crashes_its_rank():
+    code = """
+import horovod.torch as hvd, torch
+from hvd_adam import Adam, distribute, init
+cluster, model = init(), torch.nn.Linear(2, 2)
+distribute(Adam(model.parameters()), model, compression="bf16")
+if cluster.rank == 0:
+    model(torch.ones(1, 2)).sum().backward()
+hvd.join()
+"""
+    done = launch(["-c", code], 2, "gloo", env={"PYTHONPATH": str(ROOT)}, timeout=90)
+    assert done.returncode != 0
+    assert "use `with optimizer.join():` around the loop" in done.stderr
 
 
 @on_ranks(2)

@@ -213,10 +213,10 @@ def explained() -> Iterator[None]:
         yield
     except HorovodInternalError as error:
         raise HorovodInternalError(
-            "some ranks wait for gradients, while another has ended, failed, or called something else that every "
-            "rank must call (broadcast, add_param_group, state_dict if sharded), or trains other parameters "
-            "(freeze and unfreeze on every rank). If that rank has shown an error, that is the cause. If ranks "
-            "have different numbers of batches, use `with optimizer.join():` around the loop. "
+            "some ranks wait for gradients, while another has ended, failed, called something else that every "
+            "rank must call (broadcast, add_param_group, state_dict if sharded) or hvd.join(), or trains other "
+            "parameters (freeze and unfreeze on every rank). If that rank has shown an error, that is the cause. "
+            "If ranks have different numbers of batches, use `with optimizer.join():` around the loop. "
             f"(Horovod: {error})"
         ) from error
 
