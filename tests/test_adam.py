@@ -395,6 +395,21 @@ def test_master_weights_stay_within_the_bound_of_float32_and_parameters_are_roun
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("option", LOSSLESS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_options_for_half_precision_have_no_effect_on_wider_parameters(implementation, option, dtype):
+    plain, with_option = (parameter([0.1, 0.2, 0.3], dtype) for _ in range(2))
+    optimizers = [Adam([plain], implementation=implementation)]
+    optimizers.append(Adam([with_option], implementation=implementation, **{option: True}))
+    for p, optimizer in zip((plain, with_option), optimizers, strict=True):
+        run(optimizer, [p], [[torch.tensor([1.0, -2.0, 3.0], dtype=dtype)]] * 3)
+    assert torch.equal(plain, with_option)
+    assert [{k: t.dtype for k, t in state.items()} for o in optimizers for state in o.state.values()] == [
+        {"step": torch.float32, "exp_avg": dtype, "exp_avg_sq": dtype}
+    ] * 2
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_value_loaded_into_a_parameter_is_not_overwritten_by_its_master(implementation):
     p = parameter([1.0, 2.0, 3.0], torch.bfloat16)
     optimizer = Adam([p], lr=2**-12, master_weights=True, implementation=implementation)

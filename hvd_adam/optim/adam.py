@@ -50,11 +50,12 @@ class Adam(PlainOptimizer):
             weight_decay · parameter to the gradient.
         maximize: ascend instead of descending.
         master_weights: keep a float32 copy of float16 and bfloat16 parameters (``master_param`` in the state),
-            update it, and round it into the parameter. Their moments are then float32.
+            update it, and round it into the parameter. Their moments are then float32. No effect on float32 and
+            float64 parameters, which are their own master.
         stochastic_rounding: round bfloat16 parameters up or down with the probabilities that make the
             expectation exact, instead of to nearest, where small updates vanish. Their moments are then float32.
             The random bits depend only on step and position, so they are identical in a repeated run and on all
-            ranks.
+            ranks. No effect on parameters of other dtypes.
         implementation: "reference" is the paper line by line in float64, "foreach" the multi-tensor form in
             the parameters' dtype, "fused" one compiled pass over all tensors, wherever they lie, "auto" picks:
             fused on a GPU, and from 2**20 elements on elsewhere. Without a compiler (C++; Triton on a GPU) it
