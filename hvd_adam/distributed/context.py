@@ -176,7 +176,7 @@ def _start(device: str, *, restarting: bool = False) -> Cluster:
             "hvd_adam: Horovod was started before init(), so defaults of hvd_adam for it have no effect: "
             f"{', '.join(too_late)}; call init() in place of hvd.init(), or set them in the environment"
         )
-        warnings.warn(message, RuntimeWarning, stacklevel=3)
+        warnings.warn(message, RuntimeWarning, stacklevel=4)  # of the caller of hvd_adam.init
 
     own = RankPlacement.of_this_rank(device)
     placements: list[RankPlacement] = hvd.allgather_object(own, name="hvd_adam.places")

@@ -11,7 +11,6 @@ import sys
 import time
 
 from hvd_adam.distributed import context
-from hvd_adam.distributed.broadcast.tensors import ROOT
 from hvd_adam.distributed.context import Cluster, horovod
 from hvd_adam.distributed.launch_env import is_elastic
 from hvd_adam.errors import UserError
@@ -75,7 +74,7 @@ def _limit_collectives(cluster: Cluster) -> None:
         _limited[1].close()
     watch = None
     if cluster.size > 1 and horovod().gloo_enabled() and not is_elastic():
-        seconds = horovod().broadcast_object(limit_seconds(), ROOT, name="hvd_adam.collective_timeout")
+        seconds = horovod().broadcast_object(limit_seconds(), 0, name="hvd_adam.collective_timeout")
         watch = CollectiveTimeout(cluster, seconds) if seconds > 0 else None
     _limited = cluster, watch
 

@@ -65,7 +65,7 @@ class StallDetector:
         """Returns since when this rank makes no progress, for the report; empty if that is not known."""
         raise NotImplementedError
 
-    def beats(self) -> int:
+    def progress(self) -> int:
         """Returns how much progress this rank has made; those with less are behind the others."""
         return 0
 
@@ -100,7 +100,7 @@ class StallDetector:
         waiting = next((frame for frame in (main, *frames.values()) if waits_for(frame)), main)
         return {
             "doing": self.doing(),
-            "beats": self.beats(),
+            "beats": self.progress(),
             "idle": self._idle(),
             "waits_for": waits_for(waiting),
             "stack": stack_of(waiting),

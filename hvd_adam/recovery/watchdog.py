@@ -73,7 +73,7 @@ class Watchdog(StallDetector):
         """As in `StallDetector`."""
         return self._doing
 
-    def beats(self) -> int:
+    def progress(self) -> int:
         """As in `StallDetector`."""
         return self._beats
 
