@@ -321,3 +321,48 @@ def test_a_loop_that_keeps_the_last_gradients_uses_two_memories_and_another_loop
     assert places(keeps=True)[0] == 2
     places(keeps=False)
     assert places(keeps=False)[0] == 1
+
+
+@on_ranks(1, 2)
+@each_strategy
+@pytest.mark.parametrize("options", [{}, {"defer_averaging": True}, {"max_grad_norm": 0.5}])
+def test_gradients_in_a_flat_buffer_of_the_loop_are_the_mean(cluster, strategy, options):
+    def train_flat(model, optimizer, parts):
+        params = list(model.parameters())
+        flat = torch.zeros(sum(p.numel() for p in params), dtype=torch.float64)
+        pieces = flat.split([p.numel() for p in params])
+        for p, piece in zip(params, pieces, strict=True):
+            p.grad = piece.view_as(p)
+        for number, (inputs, targets) in enumerate(parts):
+            flat.zero_()
+            F.mse_loss(model(inputs), targets).backward()
+            if model is not oracle:
+                optimizer.synchronize()
+            elif "max_grad_norm" in options:
+                torch.nn.utils.clip_grad_norm_(params, 0.5)
+            if "max_grad_norm" not in options:
+                flat.mul_(0.01 / flat.norm() * (1 + number))
+            optimizer.step()
+            assert all(p.grad.data_ptr() == q.data_ptr() for p, q in zip(params, pieces, strict=True))
+
+    model, oracle = small_model(), small_model()
+    optimizer = distribute(Adam(model.parameters(), eps=1e-2), model, strategy=strategy, **options)
+    train_flat(oracle, torch.optim.Adam(oracle.parameters(), eps=1e-2), batches(4, 12))
+    train_flat(model, optimizer, [share(batch, cluster)[0] for batch in batches(4, 12)])
+    assert largest_difference(model, oracle) < 1e-12
+
+
+@on_ranks(2)
+@each_strategy
+def test_a_gradient_that_a_loop_holds_while_it_accumulates_becomes_the_mean(cluster, strategy):
+    model = small_model()
+    optimizer = distribute(Adam(model.parameters()), model, strategy=strategy)
+    for _ in range(2):
+        optimizer.zero_grad()
+        with optimizer.no_sync():
+            model(ones(cluster.rank)).sum().backward()
+        held = [p.grad for p in model.parameters()]
+        model(ones()).sum().backward()
+        assert all(p.grad is grad for p, grad in zip(model.parameters(), held, strict=True))
+        assert same_everywhere(digest(held))
+        optimizer.step()

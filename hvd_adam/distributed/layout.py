@@ -135,11 +135,13 @@ class DistributedLayout:
     def broadcast_gradients(self, root: int) -> None:
         """Copies the gradients of one rank to all ranks. Every rank must call it."""
         for number, buffer in enumerate(self.buffers):
+            buffer.remember_assigned()
             present = torch.tensor(buffer.collect(), dtype=torch.bool, device="cpu")
             name = f"{self._strategy.prefix}.join.gradients.{number}"
             broadcast_tensors([present, buffer.grad], name, root)
             for i, (p, has_grad) in enumerate(zip(buffer.params, present.tolist(), strict=True)):
                 p.grad = buffer.grad_view(i) if has_grad else None
+            buffer.give_back()
 
     # Hooks.
 

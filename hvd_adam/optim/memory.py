@@ -158,15 +158,16 @@ def in_place(view: Tensor) -> Tensor:
     return torch.from_dlpack(view) if view.numel() else view  # type: ignore[attr-defined]
 
 
-def any_is_held(tensors: list[Tensor]) -> bool:
+def any_is_held(tensors: list[Tensor], *, are_gradients: bool = False) -> bool:
     """Returns whether anything but this list and one other holds one of the tensors, a view of it, or its memory.
 
     Args:
-        tensors: with storages of their own.
+        tensors: the tensors.
+        are_gradients: whether each is the gradient of a parameter, which holds it, too.
     """
     return (
         any(count > _LISTED_TWICE for count in map(sys.getrefcount, tensors))
-        or any(count > 1 for count in map(_use_count, tensors))  # a graph, or DLPack
+        or any(count > 1 + are_gradients for count in map(_use_count, tensors))  # a graph, or DLPack
         or any(_storage_use_count(t.untyped_storage()._cdata) > 2 for t in tensors if t.numel())
     )
 

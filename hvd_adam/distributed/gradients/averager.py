@@ -124,7 +124,7 @@ class GradientAverager:
         self._undo_division()
         self._averaged = False
         if not self._local:
-            self._leave_kept_gradients()
+            self._respect_held_gradients()
 
     def _end_pass(self) -> None:
         if not self._tasks:
@@ -170,6 +170,7 @@ class GradientAverager:
             multiply_gradients(self._optimizer.parameters(), 1 / self._accumulate)
         else:
             self._reduce()
+            self.reducer.give_back()
         self._announced, self._averaged, self._divided = False, True, True
         self.look()
 
@@ -248,15 +249,15 @@ class GradientAverager:
             return
         if not self.reducer.in_flight and not self._counted:  # no pass has begun, which would have done it
             self._optimizer.ensure_layout()
-            self._leave_kept_gradients()
+            self._respect_held_gradients()
         facts = self._optimizer.facts() | {ABORTED: self._aborted}
         self._sent = facts, self._lockstep.message(facts, again=bool(self._late))
         self.reducer.send_rest(self._sent[1])
 
-    def _leave_kept_gradients(self) -> None:
+    def _respect_held_gradients(self) -> None:
         self._seen.forget()  # which holds them, too
         if self.reducer is not None and not self.reducer.in_flight:
-            self.reducer.leave_kept_gradients()
+            self.reducer.respect_held_gradients()
 
     def _reduce(self) -> None:
         again = True

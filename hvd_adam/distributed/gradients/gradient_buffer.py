@@ -2,7 +2,8 @@
 
 User code sees ordinary gradients; Horovod sees one tensor for each bucket. A gradient that has replaced a view
 (`zero_grad`, `p.grad = …`) is copied into the buffer. Parameters and state stay where they are. A gradient that
-user code has kept from an earlier pass stays what it is: the buffer then gets other memory.
+user code has kept from an earlier pass stays what it is: the buffer then gets other memory. A tensor that user
+code has assigned, and holds, becomes the gradient again.
 """
 
 from __future__ import annotations
@@ -43,7 +44,10 @@ class GradientBuffer:
         self._strides = [torch.empty_like(p, device="meta").stride() for p in params]
         self._allocate()
         self._spare: Memory | None = None
+        self._assigned: dict[int, Tensor] = {}
+        self.remember_assigned()
         self.collect()
+        self.give_back()
 
     def _allocate(self) -> None:
         self.grad = zeros(self.layout.total, self.dtype, self.device)
@@ -56,13 +60,16 @@ class GradientBuffer:
 
     # Gradients.
 
-    def collect(self, first: int = 0, last: int | None = None, scale: float = 1.0) -> list[bool]:
+    def collect(
+        self, first: int = 0, last: int | None = None, scale: float = 1.0, *, attach: bool = True
+    ) -> list[bool]:
         """Copies the gradients of parameters [first, last) into the buffer, unless they are views of it.
 
         Args:
             first: index of the first parameter.
             last: index after the last one; None for all.
             scale: multiplies their gradients. A fresh gradient is multiplied while it is copied.
+            attach: make the copies the gradients.
 
         Returns:
             For each of these parameters whether it has a gradient. The buffer's elements of the others keep their
@@ -94,7 +101,7 @@ class GradientBuffer:
             fresh = set(replaced)
             if kept := [grad for i, grad in enumerate(grads) if grad is not None and i not in fresh]:
                 torch._foreach_mul_(kept, scale)
-        for i in replaced:
+        for i in replaced if attach else ():
             params[i].grad = views[i]
         return [grad is not None for grad in grads]
 
@@ -113,6 +120,27 @@ class GradientBuffer:
             self._allocate()
         else:
             self.grad, self._views, self._addresses = spare
+
+    def remember_assigned(self) -> None:
+        """Remembers gradients that user code has assigned and holds, such as parts of a flat buffer of its own.
+
+        Called before backward, which holds gradients itself.
+        """
+        grads = {
+            i: grad
+            for i, (p, view) in enumerate(zip(self.params, self._views, strict=True))
+            if (grad := p.grad) is not None and grad is not view
+        }
+        held = grads and any_is_held(list(grads.values()), are_gradients=True)
+        self._assigned = grads if held else {}
+
+    def give_back(self) -> None:
+        """Makes remembered tensors the gradients again, with the values of now."""
+        for i, grad in self._assigned.items():
+            p = self.params[i]
+            if p.grad is self._views[i]:
+                p.grad = grad.copy_(p.grad)
+        self._assigned = {}
 
     def clear(self, i: int) -> None:
         """Sets the gradient of parameter `i` to zeros, as a view of the buffer."""

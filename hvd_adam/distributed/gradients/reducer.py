@@ -57,6 +57,7 @@ class Reducer:
     def __init__(
         self, buffers: Sequence[GradientBuffer], prefix: str, compression: str, scale: float, scatter: bool = False
     ) -> None:
+        self._buffers = buffers
         self._buckets = [(buffer, bucket) for buffer in buffers for bucket in buffer.layout.buckets]
         self._number = {
             p: number
@@ -78,10 +79,17 @@ class Reducer:
         """Whether a round has begun."""
         return bool(self._in_flight)
 
-    def leave_kept_gradients(self) -> None:
-        """Called before a round: gradients of earlier ones that user code has kept stay what they are."""
-        for buffer in dict.fromkeys(buffer for buffer, _ in self._buckets):
+    def respect_held_gradients(self) -> None:
+        """Called before a round: user code may hold gradients, of now and of earlier rounds."""
+        for buffer in self._buffers:
             buffer.leave_kept_gradients()
+            if not self.scatters:  # else the gradients are not whole when the round ends
+                buffer.remember_assigned()
+
+    def give_back(self) -> None:
+        """Called after the last round: tensors that user code has assigned become the gradients again."""
+        for buffer in self._buffers:
+            buffer.give_back()
 
     def sent(self, p: Tensor) -> bool:
         """Returns whether the bucket of `p` has been sent in this round, so that its gradient must not change."""

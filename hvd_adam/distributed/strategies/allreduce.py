@@ -50,7 +50,7 @@ class AllReduceStrategy:
 
         Every rank has the whole gradients, or the number is known already.
         """
-        spans = [(buffer, span) for buffer in buffers for span in buffer.spans(buffer.collect())]
+        spans = [(buffer, span) for buffer in buffers for span in buffer.spans(buffer.collect(attach=False))]
         sums = [element_sum(buffer.grad[start:end]) for buffer, (start, end) in spans]
         if not buffers:
             gradients = [p.grad for p in parameters if p.grad is not None]

@@ -218,7 +218,9 @@ class ZeroStrategy(AllReduceStrategy):
 
     def _own_gradients(self, buffers: Sequence[GradientBuffer]) -> list[Tensor]:
         """Returns this rank's shards of all gradients."""
-        spans = [(buffer, span) for buffer in buffers for span in buffer.spans(buffer.collect(), self.shard)]
+        spans = [
+            (buffer, span) for buffer in buffers for span in buffer.spans(buffer.collect(attach=False), self.shard)
+        ]
         return [buffer.grad[start:end] for buffer, (start, end) in spans]
 
 
