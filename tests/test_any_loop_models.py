@@ -311,6 +311,8 @@ def test_a_loop_that_keeps_the_last_gradients_uses_two_memories_and_another_loop
         kept, found = None, set()
         for _ in range(6):
             optimizer.zero_grad()
+            with optimizer.no_sync():
+                model(ones()).sum().backward()
             model(ones()).sum().backward()
             kept = [p.grad for p in model.parameters()] if keeps else None
             optimizer.step()

@@ -13,6 +13,7 @@ import operator
 import sys
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -165,22 +166,26 @@ def any_is_held(tensors: list[Tensor], *, are_gradients: bool = False) -> bool:
         tensors: the tensors.
         are_gradients: whether each is the gradient of a parameter, which holds it, too.
     """
-    return (
-        any(count > _LISTED_TWICE for count in map(sys.getrefcount, tensors))
-        or any(count > 1 + are_gradients for count in map(_use_count, tensors))  # a graph, or DLPack
-        or any(_storage_use_count(t.untyped_storage()._cdata) > 2 for t in tensors if t.numel())
-    )
+    known = _known_references(are_gradients)
+    return any(max(counts, default=0) > count for counts, count in zip(_references(tensors), known, strict=True))
 
 
-def _references_of_listed() -> int:
-    listed = [object()]
-    return next(map(sys.getrefcount, list(listed)))
+def _references(tensors: list[Tensor]) -> tuple[Iterable[int], ...]:
+    """Returns the numbers of references to the objects, to what graphs and DLPack hold, and to the memory."""
+    objects, implementations = map(sys.getrefcount, tensors), map(_use_count, tensors)
+    return objects, implementations, (_storage_use_count(t.untyped_storage()._cdata) for t in tensors if t.numel())
 
 
-_LISTED_TWICE = _references_of_listed()
-# The stubs of PyTorch lack it.
-_use_count = Tensor._use_count  # type: ignore[attr-defined]
-# The second reference to a storage is that of the Python object that has asked for it.
+@cache
+def _known_references(are_gradients: bool) -> tuple[int, ...]:
+    """Returns the references to a tensor that nothing else holds, which depend on the version of PyTorch."""
+    p = torch.nn.Parameter(torch.zeros(1, device="cpu"))
+    p.grad = torch.zeros_like(p) if are_gradients else None
+    listed = [p.grad if are_gradients else torch.zeros(1, device="cpu")]
+    return tuple(map(max, _references(list(listed))))  # type: ignore[arg-type]  # none is None
+
+
+_use_count = Tensor._use_count  # type: ignore[attr-defined]  # missing from PyTorch's stubs
 _storage_use_count = getattr(torch._C, "_storage_Use_Count", lambda storage: 0)  # absent in some versions
 
 

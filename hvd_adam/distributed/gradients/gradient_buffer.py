@@ -126,13 +126,14 @@ class GradientBuffer:
 
         Called before backward, which holds gradients itself.
         """
-        grads = {
-            i: grad
-            for i, (p, view) in enumerate(zip(self.params, self._views, strict=True))
-            if (grad := p.grad) is not None and grad is not view
+        self._assigned = {}  # which holds them, too
+        assigned = {
+            i: p.grad
+            for i, p in enumerate(self.params)
+            if p.grad is not None and p.grad is not self._views[i]  # no variable, which would hold one
         }
-        held = grads and any_is_held(list(grads.values()), are_gradients=True)
-        self._assigned = grads if held else {}
+        if assigned and any_is_held(list(assigned.values()), are_gradients=True):
+            self._assigned = assigned
 
     def give_back(self) -> None:
         """Makes remembered tensors the gradients again, with the values of now."""
