@@ -58,8 +58,8 @@ class Adam(PlainOptimizer):
             ranks. No effect on parameters of other dtypes.
         implementation: "reference" is the paper line by line in float64, "foreach" the multi-tensor form in
             the parameters' dtype, "fused" one compiled pass over all tensors, wherever they lie, "auto" picks:
-            fused on a GPU, and from 2**20 elements on elsewhere. Without a compiler (C++; Triton on a GPU) it
-            warns and uses foreach.
+            fused on a GPU, and elsewhere from 2**20 elements or 64 tensors on. Without a compiler (C++; Triton on
+            a GPU) it warns and uses foreach.
         foreach: as in PyTorch: True is ``implementation="foreach"``; False and None leave the choice to that.
         fused: as in PyTorch: True is ``implementation="fused"``; False and None leave the choice to that.
         capturable: only False: a step cannot be captured in a CUDA graph.

@@ -60,9 +60,10 @@ def update_foreach(lists: TensorLists, group: Group, grad_scale: Tensor | None) 
     lr, weight_decay = float(group["lr"]), group["weight_decay"]
     beta1, beta2 = map(float, group["betas"])
     thetas = _thetas(lists, group, torch.float32)
-    grads: list[Tensor] | tuple[Tensor, ...] = [
-        g.to(m.dtype) for g, m in zip(lists.grads, lists.exp_avgs, strict=True)
-    ]
+    dtype = lists.exp_avgs[0].dtype
+    grads: list[Tensor] | tuple[Tensor, ...] = lists.grads
+    if grads[0].dtype != dtype:
+        grads = [g.to(dtype) for g in grads]
     if grad_scale is not None:
         grads = torch._foreach_mul(grads, grad_scale.to(grads[0].dtype))
     if group["maximize"]:

@@ -85,19 +85,21 @@ def chunks(members: Sequence[Member], used: Sequence[State]) -> Chunks:
     last: dict[tuple[int, torch.device, torch.dtype], TensorLists] = {}
     for member, state in zip(members, used, strict=True):
         p = member.param
-        if p.grad is None:
+        grad = p.grad
+        if grad is None:
             continue
-        check_gradient(p)
+        if grad.layout != torch.strided or grad.dtype != p.dtype:
+            check_gradient(p)
         found.counts.append(state["step"])
         step = state["step"].item() + 1
         key = member.group, p.device, p.dtype
-        for piece, grad, piece_state, skip in _pieces(p, p.grad, state, member.part):
+        for piece, piece_grad, piece_state, skip in _pieces(p, grad, state, member.part):
             lists = last.get(key)
             full = lists is not None and p.is_cpu and lists.elements + piece.numel() > CPU_CHUNK_ELEMENTS
             if lists is None or (full and lists.elements):
                 lists = last[key] = TensorLists()
                 found.lists.append((lists, member.group))
-            lists.append(piece, grad, piece_state, step, member.position + skip)
+            lists.append(piece, piece_grad, piece_state, step, member.position + skip)
     return found
 
 
