@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hvd_adam import Adam
 from hvd_adam.optim import expression
 from hvd_adam.optim.kernels import kernel_cache
 
@@ -358,3 +359,16 @@ def test_master_is_replaced_only_where_its_parameter_has_changed(dtype):
     assert torch.equal(found[1::2].nan_to_num(), master[1::2].nan_to_num())
     # A master that rounds to 0.25 itself is as good.
     assert torch.equal(found[::2].to(dtype), changed[::2])
+
+
+@pytest.mark.parametrize(
+    ("tensors", "elements", "chosen"), [(63, 8, "foreach"), (64, 8, "fused"), (1, 1 << 20, "fused")]
+)
+def test_auto_fuses_many_elements_and_many_tensors(tensors, elements, chosen):
+    params = [torch.nn.Parameter(torch.ones(elements)) for _ in range(tensors)]
+    frozen = torch.nn.Parameter(torch.ones(1 << 20), requires_grad=False)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer = Adam([*params, frozen])
+    optimizer.step()
+    assert optimizer._store.implementations == [chosen]

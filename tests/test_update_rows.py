@@ -538,16 +538,3 @@ def test_copy_of_a_model_shares_no_memory_with_it(name):
     assert all(torch.equal(p, q) for p, q in zip(duplicate.parameters(), before, strict=True))
     model.load_state_dict(duplicate.state_dict())
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
-
-
-@pytest.mark.parametrize(
-    ("tensors", "elements", "chosen"), [(63, 8, "foreach"), (64, 8, "fused"), (1, 1 << 20, "fused")]
-)
-def test_auto_fuses_many_elements_and_many_tensors(tensors, elements, chosen):
-    params = [torch.nn.Parameter(torch.ones(elements)) for _ in range(tensors)]
-    frozen = torch.nn.Parameter(torch.ones(1 << 20), requires_grad=False)
-    for p in params:
-        p.grad = torch.ones_like(p)
-    optimizer = Adam([*params, frozen])
-    optimizer.step()
-    assert optimizer._store.implementations == [chosen]
