@@ -37,7 +37,7 @@ def parse(
     Raises:
         UserError: an unknown option, or a value of the wrong type or out of range. The message is one line.
     """
-    arguments = _with_dashes(sys.argv[1:] if argv is None else argv)
+    arguments = _files_first(_with_dashes(sys.argv[1:] if argv is None else argv))
     try:
         import jsonargparse  # here: the doctor runs without it
     except ModuleNotFoundError:
@@ -91,6 +91,22 @@ def _with_dashes(argv: Sequence[str]) -> list[str]:
         is_option = option.startswith("--") and option != "--print_config"
         arguments.append((option.replace("_", "-") if is_option else option) + equals + value)
     return arguments
+
+
+def _files_first(arguments: list[str]) -> list[str]:
+    """Moves `--config FILE` to the front, in order: other options override files, wherever they stand.
+
+    The launch scripts put options of their own in front of the user's.
+    """
+    files: list[str] = []
+    others: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        is_file = argument.partition("=")[0] in ("--con", "--conf", "--confi", "--config")  # abbreviations
+        (files if is_file else others).append(argument)
+        if is_file and "=" not in argument:
+            files += [value for value in [next(rest, None)] if value is not None]
+    return files + others
 
 
 def _option(field_name: str) -> str:

@@ -50,6 +50,26 @@ def test_the_command_line_overrides_a_configuration_file(tmp_path):
         train_config("--config", str(path))
 
 
+@pytest.mark.parametrize("spelling", ["--config {}", "--config={}", "--conf {}"])
+def test_the_command_line_overrides_a_configuration_file_that_stands_after_it(spelling, tmp_path):
+    done = run("hvd_adam.train", "--print_config")  # every option, output_dir and elastic included
+    (tmp_path / "run.yaml").write_text(done.stdout)
+    (tmp_path / "more.yaml").write_text("epochs: 3\nkeep: 7\n")
+    # As the launch scripts add them, in front of the user's.
+    added = ["--output-dir", "runs/slurm-12/3", "--seed", "3", "--elastic", "--epochs", "5"]
+    files = f"{spelling} {spelling}".format(tmp_path / "run.yaml", tmp_path / "more.yaml").split()
+    config = train_config(*added, *files, "--seed", "4")
+    assert (config.output_dir, config.elastic, config.epochs) == ("runs/slurm-12/3", True, 5)
+    assert (config.seed, config.keep) == (4, 7)
+    assert train_config(*added, *files, "--no-elastic").elastic is False
+
+
+def test_a_configuration_file_without_a_name_is_refused():
+    for argv in (["--lr", "1", "--config"], ["--config", "--lr", "1"]):
+        with pytest.raises(UserError, match="--config"):
+            train_config(*argv)
+
+
 def test_a_printed_configuration_can_be_read_back(tmp_path):
     done = run("hvd_adam.train", "--epochs", "7", "--positive-class", "3", "--print_config")
     (tmp_path / "run.yaml").write_text(done.stdout)

@@ -18,6 +18,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from hvd_adam.arguments import parse
+from hvd_adam.config import TrainConfig
+
 ROOT = Path(__file__).parents[1]
 CLAIM, JOB = yaml.safe_load_all((ROOT / "launch" / "mpijob.yaml").read_text())
 DOCKERFILE = (ROOT / "docker" / "Dockerfile").read_text()
@@ -215,12 +218,16 @@ def test_each_gpu_has_one_rank_and_the_launcher_has_none():
     assert not SPEC.get("runLauncherAsWorker")
 
 
-def test_launcher_uses_the_operators_host_file_and_resumes_its_run():
+def test_launcher_uses_the_operators_host_file_and_resumes_its_run(tmp_path):
     script, option, hostfile, separator, *arguments = LAUNCHER["args"]
     assert script == "/opt/hvd_adam/launch/mpirun.sh" and (ROOT / "launch/mpirun.sh").exists()
     assert (option, hostfile, separator) == ("--hostfile", "/etc/mpi/hostfile", "--")
     (runs,) = (mount["mountPath"] for mount in WORKERS["volumeMounts"] if mount["name"] == "runs")
     assert arguments[0] == "--output-dir" and arguments[1].startswith(f"{runs}/")
+    # A configuration file that a user appends leaves the folder as it is.
+    (tmp_path / "run.yaml").write_text("output_dir: null\nepochs: 3\n")
+    config = parse(TrainConfig, "hvd_adam.train", [*arguments, "--config", str(tmp_path / "run.yaml")])
+    assert (config.output_dir, config.epochs) == (arguments[1], 20)
 
 
 def test_pods_run_as_the_images_user_and_mount_its_keys():
