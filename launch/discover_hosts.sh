@@ -3,7 +3,7 @@
 # allocation whose ssh port accepts connections. launch/elastic.sh has horovodrun call it every second.
 #
 #   launch/discover_hosts.sh FILE [PORT]       FILE has lines "HOST slots=N"; it may change while the job runs
-#   launch/discover_hosts.sh slurm [PORT]      the nodes of this allocation, with its tasks per node
+#   launch/discover_hosts.sh slurm [PORT]      the nodes of this allocation, with their tasks, or GPUs
 #
 # A host that does not accept a connection within two seconds is left out until it does. This machine is always listed.
 set -euo pipefail
@@ -15,6 +15,8 @@ here=$(CDPATH='' cd "$(dirname "$self")" && pwd)
 source "$here/lib/common.sh"
 # shellcheck source=launch/lib/options.sh
 source "$here/lib/options.sh"
+# shellcheck source=launch/lib/slurm_allocation.sh
+source "$here/lib/slurm_allocation.sh"
 
 # is_reachable HOST PORT: whether HOST accepts connections to PORT.
 is_reachable() {
@@ -26,10 +28,11 @@ case ${1:-} in
   '' | -h | --help) print_usage; exit 0 ;;
   slurm)
     has_command scontrol || fail "slurm: there is no scontrol on this machine"
-    slots=${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
-    for host in $(scontrol show hostnames "${SLURM_JOB_NODELIST:?not in a Slurm allocation}"); do
-      hosts+=${hosts:+,}$host:$slots
-    done
+    [[ -n ${SLURM_JOB_NODELIST:-} ]] || fail "slurm: this is not a Slurm allocation"
+    if [[ -z ${SLURM_NTASKS_PER_NODE:-} ]] && ((${SLURM_GPUS_ON_NODE:-0} > 0)); then
+      SLURM_TASKS_PER_NODE="$SLURM_GPUS_ON_NODE(x${SLURM_JOB_NUM_NODES:-${SLURM_NNODES:-1}})" # salloc without tasks
+    fi
+    hosts=$(job_hosts)
     ;;
   *) hostfile=$1; read_hostfile ;;
 esac

@@ -5,7 +5,8 @@
 #   launch/mpirun.sh -np 8 -H host1:4,host2:4 -i eth0 -- --epochs 20 --lr 1e-3
 #   launch/mpirun.sh -np 2 --module hvd_adam.evaluate -- --checkpoint runs/a/checkpoints/latest
 #
-#   -np N                 number of ranks (default: all slots of the hosts; on this machine one per GPU, or 1)
+#   -np N                 number of ranks (default: all slots of the hosts; the tasks of the Slurm allocation; on this
+#                         machine one per GPU, or 1)
 #   -H HOST:N,HOST:N      hosts with their slots, the number of ranks that each can run (default: this machine, or the
 #                         Slurm allocation)
 #   --hostfile FILE       the same as lines "HOST slots=N" of a file
@@ -30,6 +31,15 @@ here=$(CDPATH='' cd "$(dirname "$self")" && pwd)
 source "$here/lib/common.sh"
 # shellcheck source=launch/lib/options.sh
 source "$here/lib/options.sh"
+# shellcheck source=launch/lib/slurm_allocation.sh
+source "$here/lib/slurm_allocation.sh"
+
+# default_rank_count: replaces the function of options.sh, because mpirun uses the nodes of a Slurm allocation.
+default_rank_count() {
+  local tasks=0
+  if [[ -n ${SLURM_JOB_ID:-} ]]; then tasks=$(count_tasks); fi
+  if ((tasks > 0)); then echo "$tasks"; else count_gpus; fi
+}
 
 # list_exported_variables: print the names of the variables that every rank gets, one per line, each once.
 list_exported_variables() {

@@ -15,9 +15,10 @@
 # a job that does. The Python is $HVD_ADAM_PYTHON, else the one that launch/setup.sh installed, else python3.
 #
 # The run folder is runs/slurm-JOB, in an array runs/slurm-JOB/TASK; with --output-dir DIR it is DIR, or DIR/TASK. A
-# task of an array trains with its number as the seed. Two minutes before the time limit, on pre-emption, and on
-# `scontrol requeue` the training saves a checkpoint, and the job is requeued, as it is when a node fails. It then
-# resumes from its newest checkpoint and appends to its log. The job's exit code is the training's.
+# task of an array trains with its number as the seed. Both override a --config file. Two minutes before the time limit,
+# on pre-emption, and on `scontrol requeue` the training saves a checkpoint, and the job, or the task of the array, is
+# requeued, as it is when a node fails. It then resumes from its newest checkpoint and appends to its log, slurm-JOB.out
+# or slurm-JOB_TASK.out. The job's exit code is the training's.
 #
 #SBATCH --job-name=hvd_adam
 #SBATCH --nodes=1
@@ -25,7 +26,6 @@
 #SBATCH --signal=B:USR1@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --output=%x-%j.log
 set -euo pipefail
 
 # Slurm runs a copy of this file from its spool directory. The repository is where sbatch was called.

@@ -21,7 +21,6 @@
 #SBATCH --signal=B:USR1@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --output=%x-%j.log
 set -euo pipefail
 
 home=${SLURM_SUBMIT_DIR:-$PWD}

@@ -1,12 +1,14 @@
 """launch/slurm.sh and slurm_container.sh in jobs of a real Slurm, on two nodes made of namespaces.
 
 Hazards: ranks do not connect; another launcher than the requested one is used; the time limit, another job, the
-administrator or a failed node ends a job permanently; a job is requeued twice, or does not resume; a cancelled job
-restarts; srun loses a rank's exit code among those of the ranks that it kills, or lets ranks wait for ever for one
-that failed; tasks of an array write into one folder.
+administrator or a failed node ends a job permanently; a job is requeued twice, or does not resume; a cancelled
+job restarts; a task of an array requeues the whole array, or is not requeued; srun loses a rank's exit code
+among those of the ranks that it kills, or lets ranks wait for ever for one that failed; tasks of an array write
+into one folder.
 """
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -197,6 +199,31 @@ def test_wrong_argument_exits_with_2_and_tasks_of_an_array_get_their_own_seeds(c
         cluster.slurm.wait_for_state(f"{array}_{task}", "COMPLETED")
         state = torch.load(checkpoint_file(tmp_path / str(task)), weights_only=True)
         assert state["config"]["seed"] == task
+
+
+def test_tasks_of_an_array_resume_in_folders_and_with_seeds_of_their_own(cluster, tmp_path):
+    # A time that has passed at the first update: the first start makes this update, the second one ends the run.
+    arguments = ["--model", "mlp", "--max-steps", 1, "--max-time", 1]
+    printed = subprocess.run(
+        [sys.executable, "-m", "hvd_adam.train", *map(str, arguments), "--print_config"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    (tmp_path / "run.yaml").write_text(printed.stdout)  # with a seed of 0 and no output folder
+    options = ["--output-dir", tmp_path, "--config", tmp_path / "run.yaml"]
+    array = cluster.submit(["--array=1-3"], "slurm.sh", "--", *options)
+    for task in (1, 2, 3):
+        cluster.slurm.wait_for_state(f"{array}_{task}", "COMPLETED")
+        facts = cluster.slurm.facts(f"{array}_{task}")
+        log = cluster.log(facts["JobId"])
+        assert "Requeueing the job: the training has saved a checkpoint\n" in log
+        assert int(facts["Restarts"]) == 1, log
+        run = tmp_path / str(task)
+        assert [event["step"] for event in events(run, "step")] == [1]
+        assert [event["step"] for event in events(run, "resume")] == [1]
+        assert checkpoint(run)["config"]["seed"] == task
 
 
 def checkpoint_file(run):

@@ -79,13 +79,19 @@ export_variables() {
   done
 }
 
+# default_rank_count: print the number of ranks without -np and hosts; 0 if nothing gives one.
+default_rank_count() { count_gpus; }
+
 # set_rank_count: by default one rank per slot of the hosts; on this machine one per GPU, or one.
 set_rank_count() {
   local host slots=0
   for host in ${hosts//,/ }; do slots=$((slots + 10#${host##*:})); done
   if [[ -z $hosts ]]; then
-    [[ -n $ranks ]] || ranks=$(count_gpus)
-    ((ranks > 0)) || ranks=1
+    [[ -n $ranks ]] || ranks=$(default_rank_count)
+    if ((ranks == 0)); then
+      ranks=1
+      echo "$(basename "$0"): starting one rank, because this machine has no GPU; use -np N for more" >&2
+    fi
   else
     ranks=${ranks:-$slots}
     ((ranks <= slots)) || fail "-np $ranks: the hosts have only $slots slot(s) (${hosts})"

@@ -1,6 +1,10 @@
 # shellcheck shell=bash
 # Sourced by slurm.sh and slurm_container.sh: the job, from its arguments to its exit.
 
+# shellcheck source=launch/lib/slurm_allocation.sh
+source launch/lib/slurm_allocation.sh
+
+job='' # this job, as Slurm's commands name it
 launcher='' interface='' module=hvd_adam.train arguments=()
 container_options=() container_command=() # further options of srun, and the command that replaces Python
 
@@ -43,10 +47,22 @@ set_launcher() {
 }
 
 require_job() {
-  local gpus=${SLURM_GPUS_ON_NODE:-0} per_node=${SLURM_TASKS_PER_NODE:-${SLURM_NTASKS_PER_NODE:-1}}
+  local gpus=${SLURM_GPUS_ON_NODE:-0} per_node tasks counts
   [[ -n ${SLURM_JOB_ID:-} ]] || fail "this is not a Slurm job; submit it: sbatch launch/slurm.sh"
-  per_node=${per_node%%[^0-9]*} # "2(x3),1": two tasks on each of the first three nodes
-  SLURM_NTASKS=${SLURM_NTASKS:-1} SLURM_JOB_NODELIST=${SLURM_JOB_NODELIST:-this node}
+  # The number of an array's last task is that of the whole array, to which Slurm's commands would then apply.
+  job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
+  tasks=$(count_tasks)
+  mapfile -t counts < <(tasks_of_nodes)
+  if ((tasks == 0)); then
+    echo "Slurm does not give the number of tasks: starting one rank; use sbatch --ntasks-per-node=N for more" >&2
+    tasks=1
+  fi
+  if ((${SLURM_HET_SIZE:-1} > 1)); then
+    echo "This job has $SLURM_HET_SIZE components, and ranks start on the first one only" >&2
+  fi
+  per_node=${counts[0]:-$tasks}
+  export SLURM_NTASKS=$tasks # srun reads it
+  SLURM_JOB_NODELIST=${SLURM_JOB_NODELIST:-this node}
   ((gpus == 0 || gpus == per_node)) ||
     fail "$gpus GPUs but $per_node tasks per node: use sbatch --ntasks-per-node=$gpus, for one rank per GPU"
   if ((gpus == 0)) && [[ " ${arguments[*]} " != *" --device"[\ =]"cpu "* ]] && partition_has_gpus; then
@@ -63,13 +79,13 @@ set_output_dir() {
   if [[ -n $task ]]; then
     for ((i = 0; i < ${#arguments[@]}; i++)); do
       case ${arguments[i]} in
-        --output-dir | --output_dir) i=$((i + 1)); arguments[i]+=/$task ;;
-        --output-dir=* | --output_dir=*) arguments[i]+=/$task ;;
+        --ou*=*) arguments[i]+=/$task ;; # may be abbreviated
+        --ou*) i=$((i + 1)); arguments[i]+=/$task ;;
       esac
     done
   fi
   folder=runs/slurm-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${task:+/$task}
-  # If an option is given twice, the last value counts.
+  # If an option is given twice, the last value counts. A value in a --config file counts less than either.
   arguments=(--output-dir "$folder" ${task:+--seed "$task"} "${arguments[@]}")
 }
 
@@ -112,27 +128,6 @@ training_command() {
   esac
 }
 
-# job_hosts: print the nodes of the job with their tasks, as node1:2,node2:2.
-job_hosts() {
-  local host hosts='' counts
-  mapfile -t counts < <(tasks_of_nodes)
-  for host in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
-    hosts+=${hosts:+,}$host:${counts[0]}
-    counts=("${counts[@]:1}")
-  done
-  echo "$hosts"
-}
-
-# tasks_of_nodes: print the number of tasks of each node, for "2(x2),1" the lines 2, 2, 1.
-tasks_of_nodes() {
-  local part count times
-  for part in ${SLURM_TASKS_PER_NODE//,/ }; do
-    count=${part%%(*} times=1
-    if [[ $part =~ x([0-9]+) ]]; then times=${BASH_REMATCH[1]}; fi
-    for ((; times > 0; times--)); do echo "$count"; done
-  done
-}
-
 # train: run the command, forward signals to it, and set `code` to its exit code.
 train() {
   trap forward_signal USR1 USR2 TERM
@@ -162,12 +157,19 @@ end_job() {
   exit "$code"
 }
 
+# requeue_job REASON: requeue this job, but not the other tasks of its array. Prints what happens in every case.
 requeue_job() {
-  local state
-  state=$(scontrol show job --oneliner "$SLURM_JOB_ID" | grep -o ' JobState=[A-Z_]*') || state=
-  [[ $state == " JobState=RUNNING" ]] || return 0
+  local state shown=$job
+  if [[ -n ${SLURM_HET_SIZE:-} ]]; then shown+=+0; fi # its first component, where this script runs
+  state=$(scontrol show job --oneliner "$shown" | grep -o ' JobState=[A-Z_]*') || state=
+  state=${state#*=}
+  case $state in
+    RUNNING | '') ;; # without an answer, the attempt shows whether the job can be requeued
+    CANCELLED) echo "Not requeueing the job, because it was cancelled; the same sbatch command with its --output-dir resumes"; return ;;
+    *) echo "Not requeueing the job, because Slurm does so or has ended it: its state is $state"; return ;;
+  esac
   echo "Requeueing the job: $1"
-  scontrol requeue "$SLURM_JOB_ID" || echo "Requeueing failed: submit the job again with the same --output-dir to resume" >&2
+  scontrol requeue "$job" || echo "Requeueing failed: submit the job again with the same --output-dir to resume" >&2
 }
 
 nodes_respond() {
