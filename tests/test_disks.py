@@ -2,11 +2,15 @@
 
 Hazards: a traceback instead of one line; a run that ends because a line of metrics does not fit; metrics that
 are lost; an intact checkpoint that is damaged by a failed write; a failed last checkpoint that is not reported;
-a folder that cannot be written to and is not refused before training starts.
+a folder that cannot be written to and is not refused before training starts; a file system that cannot flush
+folders is refused, or a file that was not flushed counts as written.
 """
 
+import errno
 import json
 import os
+import re
+import stat
 import subprocess
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +19,8 @@ import pytest
 from helpers.training_runs import checkpoint, events, one_line, succeeded, train
 
 from hvd_adam.checkpoint import storage
+from hvd_adam.checkpoint.files import write_atomically
+from hvd_adam.errors import UserError
 from hvd_adam.training.append_log import AppendLog
 
 # HOOKS has lines of "PASS CODE"; the model runs the code in that training forward pass.
@@ -156,3 +162,33 @@ def test_records_that_do_not_fit_are_written_later_complete_and_in_order(tmp_pat
         assert records.error is None
         assert (disk / "records").read_bytes() == b"".join(lines) + b"last\n"
         records.close()
+
+
+def refuse_fsync(monkeypatch, number, *, folders):
+    """Lets fsync of folders, or of files, fail with an error, as file systems do that cannot flush them."""
+    flush = os.fsync
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode) == folders:
+            raise OSError(number, os.strerror(number))
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_that_cannot_flush_folders_keeps_checkpoints_and_settings(number, tmp_path, monkeypatch):
+    refuse_fsync(monkeypatch, number, folders=True)
+    storage.save(tmp_path, 3, {"model": {}})
+    assert storage.load(tmp_path) == {"model": {}}
+    write_atomically(tmp_path / "config.yaml", "seed: 1")
+    assert (tmp_path / "config.yaml").read_text() == "seed: 1"
+
+
+@pytest.mark.parametrize(("number", "folders"), [(errno.EIO, True), (errno.EINVAL, False), (errno.ENOTSUP, False)])
+def test_other_failures_to_flush_are_errors(number, folders, tmp_path, monkeypatch):
+    refuse_fsync(monkeypatch, number, folders=folders)
+    with pytest.raises(UserError, match=re.escape(os.strerror(number))):
+        storage.save(tmp_path, 3, {"model": {}})
+    with pytest.raises(OSError, match=re.escape(os.strerror(number))):
+        write_atomically(tmp_path / "config.yaml", "seed: 1")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from pathlib import Path
 from typing import BinaryIO
+
+# The answers of file systems that cannot flush a folder, such as CIFS and the shared folders of VirtualBox.
+FOLDER_FLUSH_UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -36,10 +40,17 @@ def publish(draft: Path, path: Path) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Flushes a file's data, or a folder's entries, to disk."""
+    """Flushes a file's data, or a folder's entries, to disk; a folder only where its file system can.
+
+    Raises:
+        OSError: the flush has failed.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in FOLDER_FLUSH_UNSUPPORTED or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 
