@@ -19,7 +19,8 @@
 #   -- ARGUMENTS          arguments of the module
 #
 # The Python is $HVD_ADAM_PYTHON, else the one that launch/setup.sh installed, else python3.
-# Exit code: 0 on success, else that of the failed rank (2 bad arguments or input, 75 stopped by pre-emption).
+# Exit code: 0 on success, else that of the failed rank (2 bad arguments or input, 75 stopped by pre-emption), and 130
+# after Ctrl-C.
 set -euo pipefail
 
 self=${BASH_SOURCE[0]}

@@ -233,7 +233,7 @@ def run_alone(statement, *, inside="from hvd_adam import errors, guard"):
         ("raise errors.UserError('wrong')", 2, "<string>:4: error: wrong\n"),
         ("raise errors.JobError('lost')", 1, "<string>:4: error: lost\n"),
         ("raise errors.Preempted", 75, ""),
-        ("raise KeyboardInterrupt", 130, ""),
+        ("raise KeyboardInterrupt", 130, "<string>:4: interrupted\n"),
         ("raise SystemExit(3)", 3, ""),
         ("raise SystemExit('text')", 1, "text\n"),
         ("raise SystemExit", 0, ""),

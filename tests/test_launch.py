@@ -129,7 +129,7 @@ def wait_for_exit(pids):
 def test_signal_to_the_script_ends_every_rank(launcher, number, environment, tmp_path):
     process, pids = start_waiting_ranks(launcher, environment, tmp_path)
     process.send_signal(number)
-    assert process.wait() != 0
+    assert process.wait() == 130 if number == signal.SIGINT else process.wait()
     wait_for_exit(pids)
 
 
@@ -149,12 +149,13 @@ def test_mpirun_forwards_usr1_to_every_rank_and_returns_their_exit_code_75(
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("launcher", LAUNCHERS, ids=" ".join)
-def test_second_sigterm_ends_ranks_that_ignore_the_first(launcher, environment, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_second_signal_ends_ranks_that_ignore_the_first(launcher, number, environment, tmp_path):
     process, pids = start_waiting_ranks(launcher, environment, tmp_path, "stubborn")
     while process.poll() is None:
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         time.sleep(0.3)
-    assert process.returncode != 0
+    assert process.returncode == 130 if number == signal.SIGINT else process.returncode, process.returncode
     wait_for_exit(pids)
 
 
@@ -400,6 +401,16 @@ def test_filter_drops_terminated_lines_of_ranks_that_horovodrun_terminated():
         b"\n\n",
     ):
         assert filtered(kept) == kept
+
+
+def test_filter_drops_the_report_of_a_signal_that_mpirun_has_forwarded():
+    line = b"mpirun: Forwarding signal 10 to job\n"
+    ended = b"mpirun noticed that process rank 1 with PID 0 on node n exited on signal %s.\n"
+    by_usr1, crash = (RULE + ended % cause + RULE for cause in (b"10 (User defined signal 1)", b"9 (Killed)"))
+    assert filtered(b"a\n" + line + b"b\n" + by_usr1 + b"c\n") == b"a\nb\nc\n"
+    for kept in (by_usr1, line[:-1].replace(b"signal", b"the") + b"\n", crash):
+        assert filtered(b"a\n" + kept) == b"a\n" + kept
+    assert filtered(line + crash) == crash
 
 
 def test_filter_passes_incomplete_lines_immediately():

@@ -145,6 +145,15 @@ def test_a_preempted_run_exits_with_75_and_its_metrics_continue_without_gaps(pla
     assert len(events(place / "75", "eval")) == 4
 
 
+def test_ctrl_c_saves_a_checkpoint_with_one_message_and_exits_with_130(place):
+    done = start(place, "130", ranks=0, stop="SIGINT:0:15")
+    assert (done.returncode, done.stderr) == (130, "")
+    assert done.stdout.count("stopped after") == done.stdout.count("stopped after 8 updates") == 1
+    assert checkpoint(place / "130")["progress"]["step"] == 8
+    succeeded(start(place, "130", ranks=0))
+    assert [event["step"] for event in events(place / "130", "resume")] == [8]
+
+
 def test_a_run_ended_by_max_steps_resumes_within_the_epoch_with_a_larger_max_steps(place):
     argv = ["--lr-decay", "constant"]  # does not depend on the number of updates
     succeeded(start(place, "long", *argv, ranks=0))
@@ -181,25 +190,31 @@ def test_a_run_started_from_a_checkpoint_resumes_from_its_own_checkpoints(place)
 
 
 @pytest.mark.parametrize(
-    ("script", "number"),
+    ("script", "number", "code"),
     [
-        ("mpirun.sh", signal.SIGTERM),
-        ("horovodrun.sh --mpi", signal.SIGTERM),
-        ("horovodrun.sh --gloo", signal.SIGUSR1),  # which it turns into SIGTERM; for mpirun, see test_launch.py
+        ("mpirun.sh", signal.SIGTERM, 75),
+        ("mpirun.sh", signal.SIGINT, 130),
+        ("horovodrun.sh --mpi", signal.SIGTERM, 75),
+        ("horovodrun.sh --mpi", signal.SIGINT, 130),
+        ("horovodrun.sh --gloo", signal.SIGUSR1, 75),  # turned into SIGTERM; for mpirun, see test_launch.py
+        ("horovodrun.sh --gloo", signal.SIGINT, 130),
     ],
 )
-def test_a_signal_to_the_launcher_reaches_the_ranks_and_it_exits_with_75(script, number, place):
+def test_a_signal_to_the_launcher_reaches_the_ranks_which_save(script, number, code, place):
     folder = place / f"{script} {number}"
     name, *options = script.split()
     command = ["bash", str(ROOT / "launch" / name), *options, "-np", "2", "--", "--epochs", "500"]
-    with subprocess.Popen([*command, "--output-dir", str(folder)], stdout=subprocess.PIPE, text=True) as running:
+    command += ["--output-dir", str(folder)]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, start_new_session=True, **streams) as running:
         while "step 10/" not in running.stdout.readline():
             assert running.poll() is None
-        running.send_signal(number)
-        output = running.communicate(timeout=60)[0]
-    assert running.returncode == 75, output
+        # A terminal sends Ctrl-C to the whole process group.
+        (os.killpg if number == signal.SIGINT else os.kill)(running.pid, number)
+        output, errors = running.communicate(timeout=60)
+    assert (running.returncode, errors) == (code, ""), output
     assert checkpoint(folder)["progress"]["step"] >= 10
-    assert "the same command resumes the run" in output
+    assert output.count("the same command resumes the run") == 1
 
 
 def test_a_second_signal_ends_the_process_at_once(tmp_path):

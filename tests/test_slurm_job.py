@@ -6,8 +6,10 @@ where Slurm has allocated several tasks.
 """
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,9 +19,8 @@ ROOT = Path(__file__).parents[1]
 SRUN = """#!/bin/bash
 if [[ $1 == --mpi=list ]]; then echo pmix; exit; fi
 echo "srun starts ${SLURM_NTASKS:-no} tasks"
-touch "$STUBS/started"
-[[ ${CODE:-0} != wait ]] || { trap 'exit 75' USR1; while :; do sleep 0.05; done; }
-exit "${CODE:-0}"
+[[ $CODE != wait ]] || { trap 'exit 75' USR1; touch "$STUBS/started"; while :; do sleep 0.05; done; }
+exit "$CODE"
 """
 # Like Slurm: the number of an array or of a heterogeneous job stands for all of its parts.
 SCONTROL = """#!/bin/bash
@@ -41,7 +42,7 @@ def slurm(tmp_path):
     unwanted = ("SLURM_", "HOROVOD_", "OMPI_", "PMIX_", "HVD_ADAM_")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
     job = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "12", "SLURM_JOB_NODELIST": "node[1-2]"}
-    job |= {"PYTHONPATH": str(ROOT), "HVD_ADAM_PYTHON": sys.executable, "STUBS": str(tmp_path)}
+    job |= {"PYTHONPATH": str(ROOT), "HVD_ADAM_PYTHON": sys.executable, "STUBS": str(tmp_path), "CODE": "0"}
     return clean | job | {"PATH": f"{tmp_path}:{clean['PATH']}"}
 
 
@@ -65,7 +66,7 @@ def calls(folder, first):
     ids=["job", "last task of an array", "other task of an array", "heterogeneous job"],
 )
 def test_exit_code_75_requeues_this_job_or_task_only(job, shown, requeued, slurm, tmp_path):
-    done = run("slurm.sh", **slurm | job, SLURM_NTASKS="2", CODE="75", STATE="RUNNING")
+    done = run("slurm.sh", **slurm | job | {"SLURM_NTASKS": "2", "CODE": "75", "STATE": "RUNNING"})
     assert done.returncode == 75
     assert "Requeueing the job: the training has saved a checkpoint\n" in done.stdout
     assert calls(tmp_path, "show job") == [f"show job --oneliner {shown}"]
@@ -86,8 +87,8 @@ def test_exit_code_75_requeues_this_job_or_task_only(job, shown, requeued, slurm
     ],
 )
 def test_exit_code_75_never_ends_the_job_silently(state, requeue, message, slurm):
-    array = {"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3", "SLURM_NTASKS": "2"}
-    done = run("slurm.sh", **slurm | array, CODE="75", STATE=state, REQUEUE=requeue)
+    array = {"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3", "SLURM_NTASKS": "2", "CODE": "75"}
+    done = run("slurm.sh", **slurm | array, STATE=state, REQUEUE=requeue)
     assert done.returncode == 75 and message in done.stdout + done.stderr
 
 
@@ -149,3 +150,19 @@ def test_elastic_hosts_have_the_tasks_or_the_gpus_of_the_allocation(tasks, hosts
     (tmp_path / "timeout").chmod(0o755)
     done = run("discover_hosts.sh", "slurm", **slurm | tasks)
     assert sorted(done.stdout.splitlines()) == hosts and done.stderr == ""
+
+
+@pytest.mark.parametrize("group", [False, True], ids=["to the script", "to the process group"])
+def test_ctrl_c_in_salloc_saves_and_ends_the_job_with_130_without_a_requeue(group, slurm, tmp_path):
+    command = ["bash", str(ROOT / "launch" / "slurm.sh")]
+    environ = slurm | {"SLURM_NTASKS": "2", "CODE": "wait", "STATE": "RUNNING"}
+    running = subprocess.Popen(
+        ["env", "--default-signal=INT", *command], env=environ, start_new_session=True, stdout=subprocess.PIPE
+    )
+    while not (tmp_path / "started").exists():
+        assert running.poll() is None
+        time.sleep(0.02)
+    (os.killpg if group else os.kill)(running.pid, signal.SIGINT)
+    output = running.communicate(timeout=60)[0]
+    assert running.returncode == 130 and b"equeue" not in output
+    assert not (tmp_path / "calls").exists()

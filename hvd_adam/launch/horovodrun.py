@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from horovod.runner import gloo_run
 from horovod.runner.elastic.registration import WorkerStateRegistry
 from horovod.runner.elastic.worker import WorkerNotificationClient
 from horovod.runner.launch import run_commandline
@@ -44,6 +45,9 @@ SIGNAL_PROXY = (sys.executable, "-I", str(Path(__file__).with_name("signal_proxy
 KEEP_ALIVE = " -o ServerAliveInterval=5 -o ServerAliveCountMax=3 -o ConnectTimeout=10"
 
 POLL_SECONDS = 0.02
+
+INTERRUPTED = 128 + signal.SIGINT  # exit code after Ctrl-C
+_interrupted = threading.Event()  # set by Ctrl-C
 
 _execve = os.execve
 _psutil_wait: Callable[..., int | None] = psutil.Process.wait
@@ -118,18 +122,45 @@ def notify_in_threads() -> None:
     patch(WorkerNotificationClient, "notify_hosts_updated", start_notifying)
 
 
+def record_interrupts() -> None:
+    """Records Ctrl-C, which Horovod with Gloo forwards to the ranks as SIGTERM, for the exit code of the job."""
+    register_shutdown_event = gloo_run.register_shutdown_event
+
+    def register_and_record() -> threading.Event:
+        event: threading.Event = register_shutdown_event()
+
+        def interrupt(*_: object) -> None:
+            _interrupted.set()
+            event.set()
+
+        signal.signal(signal.SIGINT, interrupt)
+        return event
+
+    patch(gloo_run, "register_shutdown_event", register_and_record)
+
+
 def main() -> None:
-    """Runs horovodrun's command line; exits with the failed rank's code (128 + n for signal n), 1 if ssh fails."""
+    """Runs horovodrun's command line.
+
+    Exits with the failed rank's code (128 + n for signal n), 130 instead after Ctrl-C, and 1 if ssh fails.
+    """
     patch(os, "execve", execve_without_shell)
     report_losses()
     notify_in_threads()
+    record_interrupts()
     remote.SSH_COMMAND_PREFIX += KEEP_ALIVE
     # horovodrun forwards only SIGTERM and would be killed by these. To the ranks all three mean: save and stop.
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     try:
         run_commandline()
+    except KeyboardInterrupt:  # before there are ranks
+        sys.exit(INTERRUPTED)
     except RuntimeError as error:
+        if _interrupted.is_set():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # one more must not change the exit code
+            threading.excepthook = lambda _: None
+            sys.exit(INTERRUPTED)
         if str(error) == UNREACHABLE:
             sys.exit(f"horovodrun.sh: {error}: see above; each host must accept ssh without a password")
         failed = RANK_FAILED.search(str(error))

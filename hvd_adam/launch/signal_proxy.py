@@ -1,7 +1,7 @@
-"""Run mpirun so that the ranks receive a first SIGTERM as SIGUSR1 (save and stop). A second SIGTERM ends them.
+"""Run mpirun so that ranks receive a first SIGTERM or SIGINT as SIGUSR1 (save and stop). A second one ends them.
 
-mpirun cannot forward SIGTERM: it kills the ranks after one second and exits with 1. Other signals are forwarded
-unchanged. The exit code is mpirun's, 128 + n after signal n.
+mpirun cannot forward these two: it kills the ranks after one second and exits with 1. Other signals are forwarded
+unchanged. The exit code is mpirun's, 128 + n after signal n, and 130 instead of any failure after SIGINT (Ctrl-C).
 
 The launch scripts run this file by its path with ``python -I``: it imports nothing but the standard library and
 starts in a few hundredths of a second.
@@ -24,6 +24,8 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # then the child's process group; launchers forward what their ranks have already received.
 ECHO_SECONDS = 0.2
 
+_interrupted = False  # whether this process has received SIGINT
+
 
 def isolate() -> None:
     """Gives the launcher a process group of its own, and has it terminated when this process ends.
@@ -37,19 +39,21 @@ def isolate() -> None:
 def start(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
     """Starts the launcher and forwards to it the signals that this process receives; `options` are Popen's."""
     launcher = subprocess.Popen(command, preexec_fn=isolate, **options)
-    first_sigterm: float | None = None
+    first: float | None = None  # time of the first SIGTERM or SIGINT
     terminating = False
 
     def forward(number: int, _: FrameType | None) -> None:
-        nonlocal first_sigterm, terminating
-        if number == signal.SIGTERM:
-            first_sigterm = first_sigterm or time.monotonic()
-            if time.monotonic() - first_sigterm < ECHO_SECONDS:
+        nonlocal first, terminating
+        global _interrupted
+        _interrupted = _interrupted or number == signal.SIGINT
+        if number in (signal.SIGTERM, signal.SIGINT):
+            first = first or time.monotonic()
+            if time.monotonic() - first < ECHO_SECONDS:
                 number = signal.SIGUSR1
             elif terminating:
                 return  # one more would end mpirun before it has killed its ranks
             else:
-                terminating = True
+                number, terminating = signal.SIGTERM, True
         launcher.send_signal(number)
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
@@ -63,5 +67,15 @@ def wait(launcher: subprocess.Popen[bytes]) -> int:
     return code if code >= 0 else 128 - code
 
 
+def interrupted() -> bool:
+    """Returns whether this process has received SIGINT."""
+    return _interrupted
+
+
+def job_code(code: int) -> int:
+    """Returns the exit code of the job: 130 if it was interrupted and has failed or stopped early, else `code`."""
+    return 128 + signal.SIGINT if _interrupted and code else code
+
+
 if __name__ == "__main__":
-    sys.exit(wait(start(sys.argv[1:])))
+    sys.exit(job_code(wait(start(sys.argv[1:]))))

@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 
-from hvd_adam.launch.signal_proxy import start, wait
+from hvd_adam.launch.signal_proxy import interrupted, job_code, start, wait
 
 RANK_EXITED = re.compile(rb"^srun: error: \S+: tasks? \S+: Exited with exit code (\d+)")
 SRUN_MESSAGE = re.compile(rb"^(srun|slurmstepd\S*): |^Terminated$")
@@ -28,10 +28,10 @@ def main(command: list[str]) -> int:
     """Runs `command`, an srun command line, and returns the exit code."""
     for _ in range(ATTEMPTS):
         code, launched = run(command)
-        if launched:
+        if launched or interrupted():
             break
         print("hvd_adam: srun could not start all ranks; trying again", file=sys.stderr, flush=True)
-    return code
+    return job_code(code)
 
 
 def run(command: list[str]) -> tuple[int, bool]:

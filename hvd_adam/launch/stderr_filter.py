@@ -1,12 +1,13 @@
 """A filter for the stderr of launchers that removes reports which only repeat a rank's own message.
 
-A rank that exits with 2 (bad input) or 75 (stopped, try again) has printed one line with the reason. mpirun then
-adds two boxes of text, and horovodrun with Gloo a "Terminated" for every rank that it terminated after the first.
-Ranks on other hosts may also report, in boxes and in lines that count them, that the rank has disconnected. These
-come last, and are left out if the job's exit code is 2 or 75: mpirun prints the code after the first of them.
-mpirun also warns if a child that starts ssh has made itself the leader of its process group before mpirun could:
-both try, so that no time passes without one. Every other report passes, as does every box that this filter does
-not recognize. Text passes immediately.
+A rank that exits with 2 (bad input) or 75 (stopped, try again) has printed one line with the reason. mpirun
+then adds two boxes of text, and horovodrun with Gloo a "Terminated" for every rank that it terminated after the
+first. Ranks on other hosts may also report, in boxes and in lines that count them, that the rank has
+disconnected. These come last, and are left out if the job's exit code is 2 or 75: mpirun prints the code after
+the first of them. mpirun also warns if a child that starts ssh has made itself the leader of its process group
+before mpirun could: both try, so that no time passes without one. mpirun's line about a signal that it forwards
+is left out, and its report of a rank that this SIGUSR1 has ended, because it has no handler. Every other report
+passes, as does every box that this filter does not recognize. Text passes immediately.
 
 The launch scripts run this file by its path with ``python -I``: it imports nothing but the standard library and
 starts in a few hundredths of a second.
@@ -22,7 +23,10 @@ MAX_BOX_LINES = 20  # the reports have four, eight and sixteen
 OPENING = re.compile(
     rb"Primary job +terminated|\w+ detected that one or more processes exited with non-zero"
     rb"|An MPI communication peer process has unexpectedly disconnected"
+    rb"|\w+ noticed that process rank \d+ .* exited on signal \d+ \(User defined signal 1\)"
 )
+ENDED_BY_USR1 = re.compile(rb"^\w+ noticed that process rank \d+ .* \(User defined signal 1\)", re.MULTILINE)
+FORWARDING = re.compile(rb"mpirun: Forwarding signal \d+ to job\s")
 GENERAL_REPORT = re.compile(rb"^Primary job .* non-zero exit code", re.DOTALL | re.MULTILINE)
 EXIT_CODE_REPORT = re.compile(rb"Exit code: +(2|75)\s")
 DISCONNECTED = re.compile(rb"^An MPI communication peer process has unexpectedly disconnected", re.MULTILINE)
@@ -46,6 +50,7 @@ def relay(source: int, target: int) -> None:
     line = b""
     box: list[bytes] = []
     disconnected: list[bytes] = []  # boxes, and lines that count more of them
+    forwarded = False  # whether mpirun has forwarded a signal
     explained = False  # whether the rank that ended the job has printed the reason
     while chunk := os.read(source, 65536):
         line += chunk
@@ -53,6 +58,9 @@ def relay(source: int, target: int) -> None:
         while end := line.find(b"\n") + 1:
             complete, line = line[:end], line[end:]
             if may_be_terminated_line(complete) or SETPGID.match(complete):
+                continue
+            if FORWARDING.match(complete):
+                forwarded = True
                 continue
             if MORE_DISCONNECTED.match(complete) or (
                 SHOW_ALL.match(complete) and MORE_DISCONNECTED.match(b"".join(disconnected[-1:]))
@@ -73,7 +81,7 @@ def relay(source: int, target: int) -> None:
                     explained = True
                 elif DISCONNECTED.search(text):
                     disconnected.append(text)
-                elif not GENERAL_REPORT.search(text):
+                elif not GENERAL_REPORT.search(text) and not (forwarded and ENDED_BY_USR1.search(text)):
                     out += text
         if not box and not RULE.startswith(line) and not may_be_terminated_line(line):
             out, line = out + line, b""

@@ -1,7 +1,7 @@
 """How an exception ends a process: what to print and the exit code, for commands and for scripts under `guard`.
 
 Exit codes: 2 bad input (one line, no traceback); 75 stopped early after a checkpoint (EX_TEMPFAIL of sysexits.h:
-try again); 130 interrupted; 1 any other error. Imports no torch.
+try again); 130 interrupted by Ctrl-C, for a training after a checkpoint; 1 any other error. Imports no torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from hvd_adam.errors import JobError, Preempted, UserError
-from hvd_adam.recovery.preemption import stop_requested
+from hvd_adam.recovery.preemption import interrupted, stop_requested
 
 # The launcher ends the other ranks once one has exited. They print their errors too if it has not by then.
 GRACE_SECONDS = 8.0  # on a busy machine horovodrun --gloo takes more than 3
@@ -50,9 +50,9 @@ class Failure:
         if isinstance(error, JobError):
             return cls(1, f"error: {error}")
         if isinstance(error, Preempted):
-            return cls(75)
+            return cls(130 if interrupted() else 75)
         if isinstance(error, KeyboardInterrupt):
-            return cls(130)
+            return cls(130, "interrupted")
         if isinstance(error, SystemExit):
             return cls(error.code or 0) if isinstance(error.code, int | None) else cls(1, str(error.code))
         text = "".join(traceback.format_exception(error))

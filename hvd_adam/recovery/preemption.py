@@ -1,7 +1,7 @@
 """Pre-emption: on a signal, all ranks agree on one update after which they save a checkpoint and exit.
 
 Schedulers send SIGTERM, SIGUSR1 or SIGUSR2 some time before they kill a job (Slurm's --signal, pre-emption,
-requeue), to all ranks or to one. Imports no torch.
+requeue), to all ranks or to one. Ctrl-C sends SIGINT. Imports no torch.
 """
 
 from __future__ import annotations
@@ -16,15 +16,21 @@ from typing import Any
 from hvd_adam.distributed.context import Cluster, horovod
 from hvd_adam.launch.signal_proxy import ECHO_SECONDS
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 _started = time.monotonic()
 _first_signal: float | None = None  # its time
+_interrupted = False  # whether it was SIGINT
 
 
 def stop_requested() -> bool:
     """Returns whether this process has received one of SIGNALS."""
     return _first_signal is not None
+
+
+def interrupted() -> bool:
+    """Returns whether the first of these signals was SIGINT, from Ctrl-C."""
+    return _interrupted
 
 
 def install_handlers() -> None:
@@ -40,11 +46,12 @@ def ignore_signals() -> None:
 
 
 def _record(number: int, _: FrameType | None) -> None:
-    global _first_signal
+    global _first_signal, _interrupted
     now = time.monotonic()
     if _first_signal is not None and now - _first_signal > ECHO_SECONDS:
         os._exit(128 + number)
-    _first_signal = _first_signal or now
+    if _first_signal is None:
+        _first_signal, _interrupted = now, number == signal.SIGINT
 
 
 class Preemption:

@@ -5,6 +5,7 @@
 source launch/lib/slurm_allocation.sh
 
 job='' # this job, as Slurm's commands name it
+interrupted=false # by Ctrl-C
 launcher='' interface='' module=hvd_adam.train arguments=()
 container_options=() container_command=() # further options of srun, and the command that replaces Python
 
@@ -131,6 +132,7 @@ training_command() {
 # train: run the command, forward signals to it, and set `code` to its exit code.
 train() {
   trap forward_signal USR1 USR2 TERM
+  trap interrupt INT
   SECONDS=0
   "${command[@]}" &
   training=$!
@@ -146,10 +148,17 @@ forward_signal() {
   kill -USR1 "$training" 2>/dev/null || true
 }
 
+# interrupt: Ctrl-C, in a job of salloc. The ranks save a checkpoint and stop, and the job is not requeued.
+interrupt() {
+  interrupted=true
+  kill -INT "$training" 2>/dev/null || true
+}
+
 # end_job: exit with the training's code. After 75 the job is requeued, unless Slurm does so or the job was cancelled.
 end_job() {
+  if [[ $interrupted == true && $code != 0 ]]; then code=130; fi
   case $code in
-    0 | 2) ;;
+    0 | 2 | 130) ;;
     75) requeue_job "the training has saved a checkpoint" ;;
     138 | 140 | 143) requeue_job "it was stopped before it could save a checkpoint" ;; # USR1, USR2, TERM
     *) if ! nodes_respond; then wait_for_slurm; fi ;;
