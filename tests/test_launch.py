@@ -107,6 +107,17 @@ def test_arguments_and_variables_reach_every_rank_with_more_ranks_than_cores(lau
     assert shown == [repr((["it's", "a b", "$HOME"], "a b"))] * ranks
 
 
+def test_variables_that_the_shell_drops_are_named_once(environment, tmp_path):
+    environment |= {"A.B": "1", "C-D": "2", "FOO": "f", "BASH_FUNC_module%%": "() { :; }"}
+    arguments = ["-np", 2, "--module", "ranks", "--", "show", tmp_path, "-x", "A.B"]
+    ended = run("horovodrun.sh", "--mpi", *arguments, env=environment)
+    assert ended.returncode == 0
+    assert ended.stderr.startswith("horovodrun.sh: warning: the ranks do not get A.B, C-D: ")
+    assert ended.stderr.count("\n") == 1
+    shown = [(tmp_path / f"shown.{rank}").read_text() for rank in (0, 1)]
+    assert shown == [repr((["-x", "A.B"], "f"))] * 2
+
+
 def start_waiting_ranks(launcher, environment, folder, mode="wait"):
     script, *options = launcher
     command = ["bash", LAUNCH / script, "-np", "2", *options, "--module", "ranks", "--", mode, folder]
@@ -304,6 +315,7 @@ def test_host_file_sets_the_number_of_ranks_and_may_have_comments(script, enviro
         (["--hostfile", "/dev/null"], "names no host"),
         (["-x", "NO_SUCH_VARIABLE"], "NO_SUCH_VARIABLE"),
         (["-x", "1A=2"], "1A"),
+        (["-x", "A.B=2"], "A.B"),
         (["--ssh-port", "ssh"], "--ssh-port ssh"),
         (["--ssh-key", "/no/such"], "/no/such"),
     ],

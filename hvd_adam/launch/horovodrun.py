@@ -26,6 +26,7 @@ from typing import Any
 
 import psutil
 from horovod.runner import gloo_run
+from horovod.runner.common.util.env import is_exportable
 from horovod.runner.elastic.registration import WorkerStateRegistry
 from horovod.runner.elastic.worker import WorkerNotificationClient
 from horovod.runner.launch import run_commandline
@@ -43,6 +44,8 @@ SIGNAL_PROXY = (sys.executable, "-I", str(Path(__file__).with_name("signal_proxy
 
 # Without these, ssh never notices that a host has become unreachable.
 KEEP_ALIVE = " -o ServerAliveInterval=5 -o ServerAliveCountMax=3 -o ConnectTimeout=10"
+
+SHELL_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")  # other variables do not pass through sh
 
 POLL_SECONDS = 0.02
 
@@ -65,6 +68,16 @@ def execve_without_shell(path: str, arguments: list[str], environment: Mapping[s
     runs under signal_proxy.py, which forwards SIGTERM to the ranks; mpirun itself does not.
     """
     *options, command = arguments
+    dropped = sorted(name for name in environment if is_exportable(name) and not SHELL_NAME.fullmatch(name))
+    for name in dropped:  # mpirun would warn of each
+        command = command.replace(f" -x {name} ", " ", 1)
+    if dropped:
+        print(
+            f"horovodrun.sh: warning: the ranks do not get {', '.join(dropped)}: sh drops environment variables "
+            "with other characters than letters, digits and _ in their names; rename them, or use --gloo",
+            file=sys.stderr,
+            flush=True,
+        )
     _execve(path, [*options, f"exec {shlex.join(SIGNAL_PROXY)} {command}"], environment)
 
 
