@@ -2,7 +2,7 @@
 
 Hazards: variables of several launchers at once; processes that each see a world of size 1; a Horovod that is
 missing, built against another PyTorch, or does not load; ranks with different arguments, or of which one fails;
-ranks that share a GPU or use all cores.
+ranks that share a GPU or use all cores; more ranks than cores without a word.
 """
 
 import importlib.util
@@ -23,7 +23,7 @@ from hvd_adam import init
 from hvd_adam.distributed import context as cluster_module
 from hvd_adam.distributed.agreement import raise_on_all_ranks, require_same
 from hvd_adam.distributed.launch_env import LaunchInfo, detect_launcher
-from hvd_adam.distributed.placement import RankPlacement, assign_gpus
+from hvd_adam.distributed.placement import RankPlacement, assign_gpus, describe_oversubscription
 from hvd_adam.errors import CollectiveError, UserError
 
 ROOT = Path(__file__).parent.parent
@@ -279,3 +279,25 @@ def test_settings_that_come_too_late_because_horovod_runs_already_are_named_once
     assert "started before init()" in warning
     assert "HOROVOD_DISABLE_GROUP_FUSION" in warning
     assert "HOROVOD_CACHE_CAPACITY" not in warning
+
+
+def test_a_host_with_more_ranks_than_cores_is_named_with_both_numbers():
+    def placed(host, *cores):
+        return RankPlacement(host, cores, ())
+
+    eight = [placed("a", 0, 1)] * 8
+    warning = describe_oversubscription(eight)
+    assert warning.startswith("8 ranks on a share 2 cores and wait for each other; start fewer ranks there (-np")
+    assert "2 ranks on b share 1 core " in describe_oversubscription([placed("a", 0), *[placed("b", 3)] * 2])
+    for enough in ([placed("a", 0, 1)] * 2, [placed("a", 0), placed("a", 1)], [placed("a", 0), placed("b", 0)]):
+        assert describe_oversubscription(enough) == ""
+
+
+def test_a_job_with_more_ranks_than_cores_gets_one_warning():
+    code = "import hvd_adam; hvd_adam.init(); hvd_adam.init()"
+    core = str(min(os.sched_getaffinity(0)))
+    command = ["taskset", "-c", core, "horovodrun", "-np", "2", "--gloo", sys.executable, "-c", code]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("2 ranks on ") == done.stderr.count(" share 1 core ") == 1

@@ -117,6 +117,7 @@ def start(place, launcher, ranks, fault):
     # What launchers add: horovodrun's own traceback, a shell's line for each rank that it terminated, boxes.
     stderr = re.sub(r'^Traceback .*\n  File "\S*/horovodrun\.py"(.*\n)*', "", stderr, flags=re.MULTILINE)
     stderr = re.sub(r"^(-{70,}\n(?:.*\n)*?-{70,}|Terminated)\n", "", stderr, flags=re.MULTILINE)
+    stderr = re.sub(r"^.* ranks on \S+ share \d+ cores? and wait .*\n", "", stderr, flags=re.MULTILINE)
     codes = re.findall(r"exit code (\d+)\n", done.stdout)
     if codes:
         assert len(codes) == ranks and len(set(codes)) == 1, codes

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import logging
 import os
 import sys
 import warnings
@@ -31,7 +32,13 @@ from hvd_adam.distributed.launch_env import (
     refuse_srun_without_pmix,
     size_mismatch,
 )
-from hvd_adam.distributed.placement import RankPlacement, assign_gpus, share_cores, use_device
+from hvd_adam.distributed.placement import (
+    RankPlacement,
+    assign_gpus,
+    describe_oversubscription,
+    share_cores,
+    use_device,
+)
 from hvd_adam.errors import UserError
 
 if TYPE_CHECKING:
@@ -182,6 +189,8 @@ def _start(device: str, *, restarting: bool = False) -> Cluster:
     placements: list[RankPlacement] = hvd.allgather_object(own, name="hvd_adam.places")
     gpus = assign_gpus(placements, device)
     share_cores(own, placements)
+    if not restarting and hvd.rank() == 0 and (warning := describe_oversubscription(placements)):
+        logging.getLogger("hvd_adam").warning(warning)  # hvd_adam.log imports this module
     _cluster = Cluster(
         rank=hvd.rank(),
         size=hvd.size(),

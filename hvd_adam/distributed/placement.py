@@ -98,6 +98,23 @@ def assign_gpus(placements: Sequence[RankPlacement], device: str) -> list[int | 
     return [placement.gpus.index(taken[rank]) for rank, placement in enumerate(placements)]
 
 
+def describe_oversubscription(placements: Sequence[RankPlacement]) -> str:
+    """Returns a warning about the first host that has more ranks than cores; empty if there is none.
+
+    Args:
+        placements: of all ranks.
+    """
+    for host in dict.fromkeys(placement.host for placement in placements):
+        there = [placement for placement in placements if placement.host == host]
+        available = len({core for placement in there for core in placement.cores})
+        if len(there) > available:
+            return (
+                f"{len(there)} ranks on {host} share {available} core{'s' * (available > 1)} and wait for each "
+                "other; start fewer ranks there (-np, -H host:slots, --ntasks-per-node), or use more cores"
+            )
+    return ""
+
+
 def share_cores(own: RankPlacement, placements: Sequence[RankPlacement]) -> None:
     """Sets PyTorch's number of threads to this rank's share of its cores, unless OMP_NUM_THREADS is set.
 
