@@ -22,7 +22,7 @@ from helpers.on_ranks import launch, on_ranks
 from hvd_adam import init
 from hvd_adam.distributed import context as cluster_module
 from hvd_adam.distributed.agreement import raise_on_all_ranks, require_same
-from hvd_adam.distributed.launch_env import LaunchInfo, detect_launcher
+from hvd_adam.distributed.launch_env import LaunchInfo, describe_unused_tasks, detect_launcher
 from hvd_adam.distributed.placement import RankPlacement, assign_gpus, describe_oversubscription
 from hvd_adam.errors import CollectiveError, UserError
 
@@ -301,3 +301,28 @@ def test_a_job_with_more_ranks_than_cores_gets_one_warning():
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("2 ranks on ") == done.stderr.count(" share 1 core ") == 1
+
+
+@pytest.mark.parametrize(
+    ("environ", "warned"),
+    [
+        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, True),  # sbatch --wrap "python ..."
+        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "1"}, False),
+        (
+            {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4", "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4"},
+            False,
+        ),
+        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, False),
+        ({}, False),
+    ],
+)
+def test_one_rank_in_a_slurm_job_with_several_tasks_is_reported(environ, warned):
+    warning = describe_unused_tasks(detect_launcher(environ), environ)
+    assert ("the Slurm job has 4 tasks" in warning and "srun --mpi=pmix" in warning) == warned
+    if warned:
+        code = "import hvd_adam; hvd_adam.init()"
+        environ = {**os.environ, "PYTHONPATH": str(ROOT), **environ}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=100
+        )
+        assert (done.returncode, done.stderr) == (0, f"{warning}\n")

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, cast
 from hvd_adam.distributed import rendezvous
 from hvd_adam.distributed.launch_env import (
     BUILD_COMMAND,
+    describe_unused_tasks,
     detect_launcher,
     elastic_disabled,
     is_elastic,
@@ -189,7 +190,8 @@ def _start(device: str, *, restarting: bool = False) -> Cluster:
     placements: list[RankPlacement] = hvd.allgather_object(own, name="hvd_adam.places")
     gpus = assign_gpus(placements, device)
     share_cores(own, placements)
-    if not restarting and hvd.rank() == 0 and (warning := describe_oversubscription(placements)):
+    warning = describe_oversubscription(placements) or describe_unused_tasks(launch)
+    if warning and not restarting and hvd.rank() == 0:
         logging.getLogger("hvd_adam").warning(warning)  # hvd_adam.log imports this module
     _cluster = Cluster(
         rank=hvd.rank(),

@@ -91,6 +91,22 @@ def refuse_srun_without_pmix(launch: LaunchInfo) -> None:
         raise size_mismatch(launch, 1)
 
 
+def describe_unused_tasks(launch: LaunchInfo, environ: Mapping[str, str] = os.environ) -> str:
+    """Returns a warning about a Slurm job with several tasks of which one runs, without a launcher; else "".
+
+    Args:
+        launch: of this process.
+        environ: the process's environment variables.
+    """
+    tasks = environ.get("SLURM_NTASKS", "1")
+    if launch.launcher != "none" or "SLURM_JOB_ID" not in environ or tasks == "1":
+        return ""
+    return (
+        f"the Slurm job has {tasks} tasks, but no launcher started this process, which is the only rank: use "
+        "launch/slurm.sh, or `srun --mpi=pmix` in front of the command"
+    )
+
+
 def size_mismatch(launch: LaunchInfo, seen: int) -> UserError:
     """Returns the error, with the remedy, for a launcher that started more processes than Horovod sees."""
     return UserError(
