@@ -28,7 +28,6 @@ from hvd_adam.doctor.remote import explain
 from hvd_adam.doctor.report import Check, Report, fail, from_error_message, ok, warn
 from hvd_adam.doctor.software import (
     abi_mismatch,
-    code_hash,
     mpi_and_mpirun,
     packages,
     torch_release,
@@ -37,6 +36,7 @@ from hvd_adam.doctor.software import (
 from hvd_adam.doctor.worker import measured_ranks
 from hvd_adam.doctor.worker_process import error_line
 from hvd_adam.errors import UserError
+from hvd_adam.versions import code_hash
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = next(Path(path) for path in sys.path if Path(path, "torch", "version.py").exists())

@@ -7,6 +7,7 @@ that keeps running.
 
 import json
 import os
+import re
 import subprocess
 import sys
 from functools import cache
@@ -64,11 +65,15 @@ def test_every_launcher_trains_and_writes_a_complete_run_folder(launcher, traine
     assert events(folder)[0]["world_size"] == ranks
     assert events(folder, "step")[-1]["step"] == steps
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert yaml.safe_load((folder / "config.yaml").read_text())["epochs"] == 1
+    config = (folder / "config.yaml").read_text()
+    assert yaml.safe_load(config)["epochs"] == 1
+    assert f"# World size: {ranks}\n" in config
+    assert re.search(r"^# Command line: \S*python\S* .*-m hvd_adam.train .*--log-every 5", config, re.MULTILINE)
 
     board = EventAccumulator(str(folder)).Reload()
-    assert {"train_loss", "train_lr", "test_accuracy"} <= set(board.Tags()["scalars"])
-    point = board.Scalars("train_loss")[-1]
+    tags = {"train/loss", "optim/lr", "optim/grad_norm", "perf/images_per_second", "eval/loss", "eval/accuracy"}
+    assert tags | {"eval/balanced_accuracy"} == set(board.Tags()["scalars"])
+    point = board.Scalars("train/loss")[-1]
     assert (point.step, point.value) == (steps, pytest.approx(events(folder, "step")[-1]["loss"]))
 
     state = checkpoint(folder)

@@ -87,6 +87,13 @@ class AveragedStep:
         self._averager.look()
         return norm
 
+    def last_norm(self) -> Tensor | None:
+        """Returns the norm of the gradient that the last update used, before clipping; None without gradients."""
+        if self._scaling.needs_norm:
+            return self.grad_norm
+        parameters = [p for p in self._parameters() if p.grad is not None]
+        return self._strategy.norm_of_gradients(parameters, self._layout.buffers) if parameters else None
+
     def update(self, run: Callable[[Tensor | None], Any]) -> None:
         """Makes an update, or skips it if the averaged gradient is not finite, identically on all ranks.
 
@@ -100,7 +107,7 @@ class AveragedStep:
             return
         finite_probe = None
         if scaling.needs_norm:
-            finite_probe = self._strategy.norm(parameters, buffers) * unscale
+            self.grad_norm = finite_probe = self._strategy.norm(parameters, buffers) * unscale
         elif scaling.needs_sum:
             finite_probe = self._averager.total
             if finite_probe is None:
@@ -112,8 +119,6 @@ class AveragedStep:
             if not deferred and self.skipped:  # if deferred, the kernel skips, and the host need not wait
                 self.skips.add()
                 return
-        if scaling.clips:
-            self.grad_norm = finite_probe
         # In flight while the kernel runs, so that it takes no time of its own.
         meet = self._averager.start_meeting() if self._strategy.exchanges else None
         run(scaling.combined(unscale, finite_probe, carries_found_inf=deferred))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -46,8 +47,25 @@ class DistributedAdam(AveragedAdam):
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """Global 2-norm of the last averaged gradient before `max_grad_norm` clipped it; 0-dim, or None."""
+        """Global 2-norm of the last averaged gradient before `max_grad_norm` clipped it; 0-dim, or None.
+
+        Every update computes it with `max_grad_norm` or `loss_scaler`. Otherwise, see `finite_grad_norm`.
+        """
         return self._step.grad_norm
+
+    @torch.no_grad()
+    def finite_grad_norm(self) -> float | None:
+        """Computes the global 2-norm of the last update's averaged gradient, before clipping.
+
+        It waits for the device. Call it between `step` and `zero_grad`. Every rank must call it.
+
+        Returns:
+            The norm. None if it is not finite, so that the update was skipped; without gradients; and with Adasum,
+            which averages no gradients.
+        """
+        norm = None if self._adasum else self._step.last_norm()
+        value = math.nan if norm is None else norm.item()
+        return value if math.isfinite(value) else None
 
     @property
     def skipped(self) -> Tensor | None:

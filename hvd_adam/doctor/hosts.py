@@ -24,8 +24,8 @@ from pathlib import Path
 from hvd_adam.cli import run
 from hvd_adam.doctor import remote
 from hvd_adam.doctor.config import DoctorConfig
-from hvd_adam.doctor.software import PACKAGE, code_hash
 from hvd_adam.errors import UserError
+from hvd_adam.versions import code_hash
 
 NAME = "hvd_adam.doctor.hosts"
 TIMEOUT_SECONDS = 45.0
@@ -47,7 +47,7 @@ class _Problem:
 
 def installed_versions() -> dict[str, str]:
     """Returns the versions that must be identical on all hosts, and a hash of the package's code."""
-    return {"torch": _torch_version(), "horovod": _version("horovod"), "code": code_hash(PACKAGE)}
+    return {"torch": _torch_version(), "horovod": _version("horovod"), "code": code_hash()}
 
 
 def _torch_version() -> str:

@@ -5,8 +5,6 @@ It imports them, which is why it runs in the worker's process: each of them may 
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import importlib.util
 import platform
 import re
@@ -35,8 +33,8 @@ from hvd_adam.doctor.report import (
 )
 from hvd_adam.errors import UserError
 from hvd_adam.extras import BASE, EXTRAS
+from hvd_adam.versions import code_hash, installed_version
 
-PACKAGE = Path(__file__).parents[1]
 BUILD = f"build it with `{BUILD_COMMAND}`"
 
 # Modules with checks of their own.
@@ -53,16 +51,16 @@ def examine(report: Report, controller: str, first: bool) -> None:
     """
     report.versions |= {
         "Python": platform.python_version(),
-        "numpy": _installed("numpy"),
-        "Horovod": _installed("horovod"),
-        "hvd_adam": _installed("hvd_adam"),
-        "code hash": code_hash(PACKAGE),
+        "numpy": installed_version("numpy"),
+        "Horovod": installed_version("horovod"),
+        "hvd_adam": installed_version("hvd_adam"),
+        "code hash": code_hash(),
     }
     report.checks.append(attempt("packages", lambda: packages(_missing_modules())))
     try:
         import torch
     except Exception as error:
-        report.versions["torch"] = _installed("torch")
+        report.versions["torch"] = installed_version("torch")
         report.checks.append(_torch_failure(error))
         if importlib.util.find_spec("horovod") is None:
             report.checks.append(fail("Horovod", f"not installed in {sys.prefix}", BUILD))
@@ -83,15 +81,6 @@ def examine(report: Report, controller: str, first: bool) -> None:
 def prevents_horovod(status_by_name: Mapping[str, str]) -> bool:
     """Returns whether Horovod cannot start on a rank, given the statuses of its checks by name."""
     return any(status_by_name.get(name) == "fail" for name in ("torch", "Horovod"))
-
-
-def code_hash(folder: Path) -> str:
-    """Returns a hash over the source files of the package; equal hashes mean identical code."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".rules")):
-        digest.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def _missing_modules() -> list[str]:
@@ -134,7 +123,7 @@ def torch_release(version: str) -> Check:
 
 
 def _torchvision(report: Report, first: bool) -> Check:
-    version = report.versions["torchvision"] = _installed("torchvision")
+    version = report.versions["torchvision"] = installed_version("torchvision")
     if version == "not installed":
         return warn("torchvision", version, INSTALL_COMMAND)
     # Rank 0 only, because the import takes as long as torch's; the check of versions covers the other ranks.
@@ -169,7 +158,9 @@ def _horovod(torch: ModuleType, controller: str) -> Check:
             return fail(check.name, f"{check.found}; {mismatch}", check.remedy)
         return check
     built = [name for name in ("mpi", "gloo", "nccl") if getattr(hvd, f"{name}_built")()]
-    found = f"{_installed('horovod')} for torch {torch.__version__}, with {', '.join(built) or 'no controller'}"
+    found = (
+        f"{installed_version('horovod')} for torch {torch.__version__}, with {', '.join(built) or 'no controller'}"
+    )
     if controller and controller not in built:
         return fail("Horovod", f"{found}, but the launcher uses {controller}", BUILD)
     if "mpi" not in built:
@@ -236,10 +227,3 @@ def mpi_and_mpirun(library: str, mpirun: str) -> Check:
         remedy = f"put the mpirun of {library} first on PATH on all hosts, or rebuild: `{BUILD_COMMAND}`"
         return warn("MPI", f"the library is {library}, but mpirun on PATH is {mpirun}", remedy)
     return ok("MPI", f"{library}, with a matching mpirun")
-
-
-def _installed(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

@@ -25,6 +25,9 @@ from hvd_adam.training.precision import autocast, parameter_dtype
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
+# The largest number of classes with a confusion matrix: more are neither readable nor small in `metrics.jsonl`.
+CONFUSION_CLASSES = 50
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -35,12 +38,15 @@ class Scores:
         test_accuracy: fraction of images classified correctly, in [0, 1].
         test_balanced_accuracy: mean over the classes of their accuracy, in [0, 1].
         images: number of images evaluated.
+        confusion: number of images by true class (rows) and predicted class (columns); None with more than
+            `CONFUSION_CLASSES` classes.
     """
 
     test_loss: float
     test_accuracy: float
     test_balanced_accuracy: float
     images: int
+    confusion: list[list[int]] | None = None
 
 
 @torch.inference_mode()
@@ -57,18 +63,25 @@ def score(forward: Forward, loader: DeviceLoader, cluster: Cluster, batch_size: 
         The scores, identical on all ranks.
     """
     classes = len(loader.data.classes)
-    sums = torch.zeros(1 + 2 * classes, dtype=torch.float64, device=cluster.device)
-    loss, correct, seen = torch.split(sums, [1, classes, classes])
+    cells = classes**2 if classes <= CONFUSION_CLASSES else 0
+    sums = torch.zeros(1 + 2 * classes + cells, dtype=torch.float64, device=cluster.device)
+    loss, correct, seen, pairs = torch.split(sums, [1, classes, classes, cells])
     for images, labels in loader.test_batches(batch_size, rank=cluster.rank, size=cluster.size):
         logits = forward(images).to(loader.dtype)
         loss += F.cross_entropy(logits, labels, reduction="sum")
-        correct += torch.bincount(labels[logits.argmax(dim=1) == labels], minlength=classes)
+        predicted = logits.argmax(dim=1)
+        correct += torch.bincount(labels[predicted == labels], minlength=classes)
         seen += torch.bincount(labels, minlength=classes)
+        if cells:  # a model may have more outputs than there are classes
+            known = predicted < classes
+            pairs += torch.bincount((classes * labels + predicted)[known], minlength=cells)
     loss_sum, *counts = sum_over_ranks(sums, cluster, "scores")
-    hits, totals = counts[:classes], counts[classes:]
+    hits, totals, flat = counts[:classes], counts[classes : 2 * classes], list(map(int, counts[2 * classes :]))
     recalls = [hit / total for hit, total in zip(hits, totals, strict=True) if total]
     images_seen = sum(totals)
-    return Scores(loss_sum / images_seen, sum(hits) / images_seen, sum(recalls) / len(recalls), int(images_seen))
+    matrix = [flat[start : start + classes] for start in range(0, cells, classes)] or None
+    balanced_accuracy = sum(recalls) / len(recalls)
+    return Scores(loss_sum / images_seen, sum(hits) / images_seen, balanced_accuracy, int(images_seen), matrix)
 
 
 def evaluate(config: EvaluateConfig) -> None:

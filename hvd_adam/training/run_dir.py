@@ -6,7 +6,10 @@ import errno
 import fcntl
 import json
 import os
+import platform
+import shlex
 import socket
+import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,6 +17,7 @@ from typing import IO, Any
 
 import yaml
 
+from hvd_adam._version import __version__
 from hvd_adam.checkpoint import storage
 from hvd_adam.checkpoint.files import write_atomically
 from hvd_adam.checkpoint.state import TrainingState
@@ -22,6 +26,7 @@ from hvd_adam.errors import Preempted, UserError
 from hvd_adam.log import logger
 from hvd_adam.recovery.preemption import stop_requested
 from hvd_adam.training.run_log import METRICS_FILE
+from hvd_adam.versions import code_hash, installed_version
 
 LOCK_FILE = ".lock"
 
@@ -149,12 +154,32 @@ def open_run(config: TrainConfig, size: int, in_memory: TrainingState | None) ->
         if resume is None or (in_memory is None and holds_run(folder)):
             resume = _find_resume_point(config, folder, batch)
         values = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(config).items()}
-        write_atomically(folder / "config.yaml", yaml.safe_dump(values, sort_keys=False))
+        text = _config_head(size) + yaml.safe_dump(values, sort_keys=False)
+        write_atomically(folder / "config.yaml", text)
     except OSError as error:
         raise UserError(
             f"cannot write to the run folder {folder} ({error.strerror}): choose another --output-dir"
         ) from None
     return folder, resume
+
+
+def _config_head(ranks: int) -> str:
+    """Returns YAML comments with the command line, the number of ranks, the versions and the hash of the code."""
+    packages = ("torch", "horovod", "numpy")
+    versions = [f"hvd_adam {__version__} (code hash {code_hash()})", f"Python {platform.python_version()}"]
+    versions += [f"{name} {installed_version(name)}" for name in packages]
+    lines = [
+        f"Written by hvd_adam.train at {time.strftime('%Y-%m-%d %H:%M:%S')} on {socket.gethostname()}.",
+        f"Command line: {shlex.join(sys.orig_argv)}",
+        f"World size: {ranks}",
+        f"Versions: {', '.join(versions)}",
+    ]
+    return "".join(f"# {_printable(line)}\n" for line in lines)
+
+
+def _printable(text: str) -> str:
+    """Replaces characters that would end a comment, that YAML refuses or that some locale cannot encode."""
+    return text.encode("unicode_escape").decode().replace("\\\\", "\\")
 
 
 def _find_resume_point(config: TrainConfig, folder: Path, global_batch_size: int | None) -> ResumePoint | None:

@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from tqdm import tqdm
 from hvd_adam.checkpoint.files import write_atomically
 from hvd_adam.errors import UserError
 from hvd_adam.log import logger, set_progress_bar
-from hvd_adam.training.append_log import AppendLog, ScalarLog
+from hvd_adam.training.append_log import AppendLog
+from hvd_adam.training.tensorboard_log import TensorBoardLog
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -32,19 +33,30 @@ class RunLog:
         total_steps: updates in the whole run.
         first_step: updates made before a resume; None for a new run. Later events in `metrics.jsonl` are removed,
             because their updates are computed again.
+        config: the configuration by option, for TensorBoard.
+        classes: names of the classes, for TensorBoard.
 
     Raises:
         UserError: the folder cannot be written to.
     """
 
-    def __init__(self, folder: Path | None, total_steps: int, first_step: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        total_steps: int,
+        first_step: int | None = None,
+        config: Mapping[str, Any] | None = None,
+        classes: Sequence[str] = (),
+    ) -> None:
         self._folder = folder
         if folder is None:
             return
         try:
             _remove_later_events(folder / METRICS_FILE, first_step)
             self._lines = AppendLog(folder / METRICS_FILE)
-            self._board = ScalarLog(folder, (first_step or 0) + 1)
+            self._board = TensorBoardLog(folder, (first_step or 0) + 1, classes)
+            if config is not None:
+                self._board.add_config(config, first_step or 0)
         except OSError as error:
             raise UserError(f"cannot write to the run folder {folder} ({error.strerror})") from None
         self._bar = tqdm(
@@ -56,6 +68,9 @@ class RunLog:
         )
         set_progress_bar(self._bar)
         self._total_steps = total_steps
+        self._shown_scores = ["test_loss", "test_accuracy"]
+        if config is not None and config["positive_class"] is not None:
+            self._shown_scores.append("test_balanced_accuracy")
         self._nonfinite_logged = self._disk_error_logged = False
 
     def event(self, event: str, step: int, epoch: int, **values: Any) -> None:
@@ -77,9 +92,7 @@ class RunLog:
             self._nonfinite_logged = True
             name = next(name for name in values if finite[name] != values[name])
             logger.warning(f"{name} is no longer finite (step {step})")
-        for name, value in values.items():
-            if event in ("step", "eval") and isinstance(value, float):
-                self._board.add(name if "_" in name else f"train_{name}", value, step)
+        self._board.add_event(event, values, step)
         self._log_disk_error()
         if event == "step":
             self._show_step(step, epoch, values)
@@ -116,9 +129,7 @@ class RunLog:
             logger.info(f"epoch {epoch}  step {step}/{self._total_steps}  {details}")
 
     def _show_scores(self, step: int, epoch: int, values: dict[str, Any]) -> None:
-        scores = "  ".join(
-            f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items() if name.startswith("test_")
-        )
+        scores = "  ".join(f"{name.replace('_', ' ')} {values[name]:.4f}" for name in self._shown_scores)
         logger.info(f"epoch {epoch}  step {step}/{self._total_steps}  {scores}")
 
 

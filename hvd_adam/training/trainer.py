@@ -66,7 +66,8 @@ class Trainer:
             self.progress.micro_batch_size = self.sizes.micro_batch
             with raise_on_all_ranks(self.cluster):
                 first_step = None if self.resume is None else self.progress.step
-                self.log = RunLog(self.folder, self.sizes.total_steps, first_step)
+                classes = self.loader.data.classes
+                self.log = RunLog(self.folder, self.sizes.total_steps, first_step, asdict(config), classes)
             resources.callback(self.log.close)
             self.skips = SkipTracker(self.cluster, self.optimizer, self.progress, self.log, config.max_skipped)
             folder = None if self.folder is None else self.folder / "checkpoints"
@@ -215,8 +216,8 @@ class Trainer:
     def _log_step(self) -> None:
         self._record_skip()
         loss = self.loss.read()  # waits for the device, so that the lap counts finished work
-        rate = self.optimizer.param_groups[0]["lr"]
-        self._event("step", loss=loss, lr=rate, images_per_second=self.throughput.lap())
+        values = {"lr": self.optimizer.param_groups[0]["lr"], "grad_norm": self.optimizer.finite_grad_norm()}
+        self._event("step", loss=loss, **values, images_per_second=self.throughput.lap())
 
     def _evaluate(self) -> bool:
         """Evaluates the model; returns whether its accuracy is the best so far."""
@@ -225,10 +226,7 @@ class Trainer:
         self.model.eval()
         scores = score(self._predict, self.loader, self.cluster)
         progress.scores = asdict(scores)
-        values = dict(progress.scores)
-        if self.config.positive_class is None:
-            del values["test_balanced_accuracy"]
-        self._event("eval", world_size=self.cluster.size, **values)
+        self._event("eval", world_size=self.cluster.size, **progress.scores)
         best = progress.best_accuracy is None or scores.test_accuracy > progress.best_accuracy
         if best:
             progress.best_accuracy = scores.test_accuracy
