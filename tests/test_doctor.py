@@ -10,17 +10,19 @@ import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers.cluster.hosts import HEAD, Hosts, skip_reason
 
 from hvd_adam.cli import parse
 from hvd_adam.distributed.launch_env import BUILD_COMMAND, SETUP_COMMAND
-from hvd_adam.doctor import job_checks, measurement_checks
+from hvd_adam.doctor import job_checks, links, machine, measurement_checks
 from hvd_adam.doctor.config import DoctorConfig
 from hvd_adam.doctor.gpu import driver
 from hvd_adam.doctor.machine import interfaces, limits, loaded_libraries, shared_memory
@@ -550,11 +552,83 @@ def test_clocks_that_differ_are_reported_with_their_hosts(seconds, status):
     ) == {"b": 3.0}
 
 
+def computing(*ranks):
+    """Returns the check of ranks with these GFLOP/s in each turn, each on a host of its own."""
+    speeds = [{"compute": statistics.median(turns), "turns": list(turns)} for turns in ranks]
+    return measurement_checks.computing(speeds, list("abcd"[: len(ranks)]))
+
+
+STEADY = (100, 98, 101, 100, 99)
+
+
 def test_the_slowest_rank_is_a_warning_only_if_it_is_much_slower_than_the_others():
-    speeds = [{"compute": 100.0}, {"compute": 90.0}, {"compute": 50.0}]
-    check = measurement_checks.computing(speeds, ["a", "a", "b"])
-    assert check.status == "warn" and "slowest rank 2 on b: 50.0 GFLOP/s, others 95.0" in check.found
-    assert measurement_checks.computing(speeds[:2], ["a", "a"]).status == "ok"
+    check = computing([100] * 5, [90] * 5, [50] * 5)
+    assert check.status == "warn" and "slowest rank 2 on c: 50.0 GFLOP/s, others 95.0" in check.found
+    assert "what else runs on c" in check.remedy
+    check = computing([100] * 5, [90] * 5)
+    assert check.status == "ok" and "not steady" not in check.found
+    assert computing(STEADY).status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "status"),
+    [
+        ((STEADY, (50, 51, 49, 50, 52)), "warn"),
+        ((STEADY, (50, 51, 95, 50, 52)), "warn"),  # something has slowed the others down in one turn
+        ((STEADY, (50, 97, 95, 50, 52)), "ok"),
+        ((STEADY, (95, 96, 20, 95, 97)), "ok"),  # an interruption, after which the mean is 80
+        ((STEADY, (95, 96, 1, 1, 1)), "ok"),
+        (((90, 10, 90, 10, 90), (10, 90, 10, 90, 10)), "ok"),  # two ranks that take turns on one core
+        (((100, 30, 100, 30, 100), (50, 16, 50, 16, 50)), "ok"),  # within the noise
+        (((100, 30, 100, 30, 100), (9, 3, 9, 3, 9)), "warn"),  # above the noise
+        ((STEADY, STEADY, STEADY, (30, 31, 30, 29, 30)), "warn"),
+    ],
+)
+def test_a_slow_rank_is_a_warning_only_where_it_is_steady_and_above_the_noise(ranks, status):
+    check = computing(*ranks)
+    assert check.status == status, check
+    if status == "ok":
+        assert re.search(r"not steady \(slow in \d of 5 turns, ranks vary by \d+%\)", check.found)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The time of the modules that measure disks and links; `clock.now` may be advanced."""
+    clock = SimpleNamespace(now=0.0)
+    clock.perf_counter = clock.monotonic = lambda: clock.now
+    monkeypatch.setattr(machine, "time", clock)
+    monkeypatch.setattr(links, "time", clock)
+    return clock
+
+
+def test_one_interruption_does_not_change_the_speed_of_a_disk(tmp_path, monkeypatch, clock):
+    durations = iter([0.01, 0.01, 10.0])
+
+    def fsync(_):
+        clock.now += next(durations)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    check = machine.output_folder(tmp_path)
+    assert check.status == "ok" and check.found.endswith(", 105 MB/s")
+
+
+def test_one_interruption_does_not_change_the_rate_of_a_link(clock):
+    class Connection:
+        """A connection that receives 1 MB in each call: in 10 ms, once in 300 ms."""
+
+        calls = 0
+
+        def recv_into(self, buffer):
+            self.calls += 1
+            clock.now += 0.3 if self.calls == 5 else 0.01
+            return 1_000_000
+
+        def settimeout(self, seconds):
+            raise OSError
+
+    sent = []
+    links._receive(SimpleNamespace(connection=Connection(), write=sent.append), 0.5)
+    assert sent == [{"rate": pytest.approx(1e8)}]
 
 
 def test_limits_depend_on_the_hardware_that_needs_them():

@@ -25,6 +25,7 @@ CONNECT_SECONDS = 3.0
 ANSWER_SECONDS = 10.0
 BUSY_SECONDS = 5.0  # to wait for a point that measures with another
 LONGEST_STREAM = 0.5  # seconds of data in one direction
+TURNS = 5  # parts of a stream; its rate is their median
 PINGS = 20
 CHUNK = 1 << 18  # bytes
 CONCURRENT_REQUESTS = 16
@@ -168,16 +169,13 @@ def _send(stream: JsonStream, seconds: float) -> float:
 
 
 def _receive(stream: JsonStream, seconds: float) -> float:
-    """Receives for some seconds, reports and returns the rate in bytes/s, and discards the rest."""
-    connection, buffer, total = stream.connection, bytearray(4 * CHUNK), 0
+    """Receives for some seconds, reports and returns the rate in bytes/s, and discards the rest.
+
+    The rate is the median of several turns, so that it does not depend on a single interruption.
+    """
+    connection, buffer = stream.connection, bytearray(4 * CHUNK)
     connection.recv_into(buffer)  # the measurement starts with the first data
-    begin = time.perf_counter()
-    while (took := time.perf_counter() - begin) < seconds:
-        count = connection.recv_into(buffer)
-        if count == 0:
-            raise ValueError("it ended too soon")
-        total += count
-    rate = total / took
+    rate = statistics.median(_receive_turn(connection, buffer, seconds / TURNS) for _ in range(TURNS))
     stream.write({"rate": rate})
     with suppress(OSError):  # the other side resets the connection once it has the answer
         connection.settimeout(1.0)
@@ -185,3 +183,15 @@ def _receive(stream: JsonStream, seconds: float) -> float:
         while connection.recv_into(buffer) and time.monotonic() < until:
             pass
     return rate
+
+
+def _receive_turn(connection: socket.socket, buffer: bytearray, seconds: float) -> float:
+    """Receives for some seconds, at least once; returns the rate in bytes/s."""
+    total, took, begin = 0, 0.0, time.perf_counter()
+    while took < seconds:
+        count = connection.recv_into(buffer)
+        if count == 0:
+            raise ValueError("it ended too soon")
+        total += count
+        took = time.perf_counter() - begin
+    return total / took

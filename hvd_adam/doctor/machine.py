@@ -7,6 +7,7 @@ import platform
 import resource
 import shutil
 import socket
+import statistics
 import sys
 import tempfile
 import time
@@ -199,14 +200,19 @@ def output_folder(folder: Path) -> Check:
 
 
 def _write_speed(folder: Path, max_bytes: int) -> float:
-    """Returns MB/s of writes that are flushed to the disk; takes about WRITE_SECONDS."""
-    chunk, written, begin = os.urandom(MIB), 0, time.monotonic()
+    """Returns MB/s of writes that are flushed to the disk; takes about WRITE_SECONDS.
+
+    It is the median of the writes, so that it does not depend on one that had to wait for other work of the disk.
+    """
+    chunk, written, times, begin = os.urandom(MIB), 0, [], time.monotonic()
     with tempfile.TemporaryFile(dir=folder) as file:  # it has no name, so nothing remains after a crash
         while written < max_bytes and time.monotonic() - begin < WRITE_SECONDS:
+            start = time.perf_counter()
             written += file.write(chunk)
             file.flush()
             os.fsync(file.fileno())
-    return written / 1e6 / (time.monotonic() - begin)
+            times.append(time.perf_counter() - start)
+    return MIB / 1e6 / statistics.median(times) if times else 0.0
 
 
 def loaded_libraries(name: str, maps: str | None = None) -> list[str]:

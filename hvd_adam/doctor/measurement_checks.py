@@ -12,6 +12,7 @@ from hvd_adam.doctor.report import Check, Report, fail, join_distinct, ok, warn
 SLOW_LINK = 12.5e6  # bytes/s: 100 Mbit/s, over which a step of 10 M parameters takes seconds
 SLOW_ROUND_TRIP = 2e-3  # seconds, between hosts
 SLOW_FRACTION = 0.6  # of the median, below which a pair or a rank is reported as slow
+NOISE_FACTOR = 2.0  # by which a rank must be slower than ranks vary between turns
 SKEW_WARN, SKEW_FAIL = 1.0, 300.0  # seconds; munge and Kerberos refuse credentials beyond the second
 
 
@@ -110,21 +111,46 @@ def links(links: Sequence[Mapping[str, Any]], reports: Sequence[Report]) -> Chec
     return ok("links", found)
 
 
-def computing(speeds: Sequence[Mapping[str, float]], hosts: list[str]) -> Check:
-    """Names the rank that computes slowest, and checks whether it slows the others down."""
+def computing(speeds: Sequence[Mapping[str, Any]], hosts: list[str]) -> Check:
+    """Names the rank that computes slowest, and checks whether it slows the others down.
+
+    A warning needs a rank that is slow in the median of its turns, in all turns but one, and by more than ranks
+    vary between turns: a rank that something has interrupted once is not slow.
+
+    Args:
+        speeds: by rank, "turns" (GFLOP/s in each turn; all ranks start it together) and "compute" (their median).
+        hosts: host names by rank.
+    """
     rates = [speed["compute"] for speed in speeds]
     if len(rates) == 1:
         return ok("computing", f"{rates[0]:.0f} GFLOP/s")
     slowest = min(range(len(rates)), key=rates.__getitem__)
-    median = statistics.median(rates[:slowest] + rates[slowest + 1 :])
+    others = [rank for rank in range(len(rates)) if rank != slowest]
+    median = statistics.median(rates[rank] for rank in others)
     found = f"slowest rank {slowest} on {hosts[slowest]}: {rates[slowest]:.1f} GFLOP/s, others {median:.1f}"
-    if rates[slowest] < SLOW_FRACTION * median:
-        remedy = (
-            f"check what else runs on {hosts[slowest]} (top, nvidia-smi), its cores and OMP_NUM_THREADS, its "
-            "clock rate and temperature; or leave that host out"
-        )
-        return warn("computing", found, remedy)
-    return ok("computing", found)
+    turns = [speed["turns"] for speed in speeds]
+    parts = [
+        rate / statistics.median(turns[rank][number] for rank in others)
+        for number, rate in enumerate(turns[slowest])
+    ]
+    part, slow_turns = statistics.median(parts), sum(part < SLOW_FRACTION for part in parts)
+    if slow_turns == 0:
+        return ok("computing", found)
+    noise = max(map(_variation, turns))
+    if part >= SLOW_FRACTION or slow_turns < len(parts) - 1 or 1 - part <= NOISE_FACTOR * noise:
+        found += f"; not steady (slow in {slow_turns} of {len(parts)} turns, ranks vary by {noise:.0%})"
+        return ok("computing", found)
+    remedy = (
+        f"check what else runs on {hosts[slowest]} (top, nvidia-smi), its cores and OMP_NUM_THREADS, its "
+        "clock rate and temperature; or leave that host out"
+    )
+    return warn("computing", found, remedy)
+
+
+def _variation(values: Sequence[float]) -> float:
+    """Returns the mean absolute difference from the median, as a fraction of the median."""
+    median = statistics.median(values)
+    return statistics.fmean(abs(value - median) for value in values) / median
 
 
 def sums(speeds: Sequence[Mapping[str, float]]) -> Check:

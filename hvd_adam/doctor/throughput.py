@@ -8,25 +8,40 @@ from typing import Any
 
 from hvd_adam.distributed.context import Cluster, horovod
 
+TURNS = 3  # of one measurement of the computation
 SMALL_SUMS = 20
 FIRST_BYTES, MAX_BYTES = 1 << 20, 40 << 20
 MAX_SUMS = 20
 
 
-def compute(cluster: Cluster, seconds: float) -> float:
-    """Multiplies float32 matrices for `seconds` on all ranks at once. Collective. Returns GFLOP/s of this rank."""
+def compute(cluster: Cluster, seconds: float) -> list[float]:
+    """Multiplies float32 matrices on all ranks at once, in `TURNS` turns that start together. Collective.
+
+    Args:
+        cluster: this process.
+        seconds: approximate duration of all turns together.
+
+    Returns:
+        GFLOP/s of this rank in each turn.
+    """
     import torch
 
     size = 4096 if cluster.device.type == "cuda" else 512
     matrix = torch.ones(size, size, device=cluster.device)
     _multiply(matrix)
+    return [_compute_turn(cluster, matrix, seconds / TURNS) for _ in range(TURNS)]
+
+
+def _compute_turn(cluster: Cluster, matrix: Any, seconds: float) -> float:
+    import torch
+
     if cluster.size > 1:
         horovod().allreduce(torch.zeros(1), name="hvd_adam.doctor.compute")
     count, begin = 0, time.perf_counter()
     while (elapsed := time.perf_counter() - begin) < seconds:
         _multiply(matrix)
         count += 1
-    return count * 2 * size**3 / elapsed / 1e9
+    return count * 2 * len(matrix) ** 3 / elapsed / 1e9
 
 
 def _multiply(matrix: Any) -> None:
