@@ -146,6 +146,9 @@ class TrainConfig(DataConfig):
         "auto",
         "auto: resume the run in --output-dir if there is one; never; or the path of a checkpoint to start from",
     )
+    allow_data_change: bool = option(
+        False, "resume a run whose data set has other images of the same classes than before"
+    )
     checkpoint_every: int | None = option(
         None, "updates between checkpoints, ≥ 1 (default: one checkpoint per epoch)"
     )

@@ -19,8 +19,17 @@ from hvd_adam.errors import UserError
 CHANGEABLE_OPTIONS = frozenset(
     "epochs max_steps batch_size global_batch_size accumulate implementation strategy compression channels_last "
     "compile deterministic device data_dir download output_dir resume checkpoint_every keep max_time log_every "
-    "eval_every check_consistency_every max_skipped elastic commit_every stall_timeout".split()
+    "eval_every check_consistency_every max_skipped allow_data_change elastic commit_every stall_timeout".split()
 )
+
+# Entries of `TrainingState.data` that a resumed run must find again, and their names in messages.
+DATA_FACTS = {
+    "classes": "the list of classes",
+    "train_images": "the number of training images",
+    "test_images": "the number of test images",
+    "mean": "the mean of the training images",
+    "fingerprint": "the fingerprint of the training images",
+}
 
 
 @dataclass
@@ -68,7 +77,8 @@ class TrainingState:
         ranks: one dictionary per rank: "cpu" and "cuda" (or None), the states of the random generators, and
             "loss", the rank's part of the running mean.
         config: the run's configuration.
-        data: "classes" of the data set; "mean" and "std" of its channels.
+        data: "classes" of the data set; "mean" and "std" of its channels; the numbers "train_images" and
+            "test_images"; "fingerprint", a checksum of the training images and labels.
     """
 
     model: dict[str, Any]
@@ -124,6 +134,24 @@ class TrainingState:
                 f"an update has {global_batch_size} images, but {saved} in checkpoint {where}: use "
                 f"--global-batch-size {saved}, or --resume never and another --output-dir"
             )
+
+    def require_same_data(self, data: Mapping[str, Any], where: str, *, allow_change: bool = False) -> None:
+        """Raises UserError if the run has been trained on other data; names the first difference.
+
+        Args:
+            data: `DeviceLoader.description()` of the run that resumes.
+            where: the checkpoint, for the message.
+            allow_change: accept other images of the same classes.
+        """
+        for name, what in DATA_FACTS.items():
+            own = data[name]
+            saved = self.data.get(name, own)  # older checkpoints have classes and means only
+            if own == saved or (allow_change and name != "classes"):
+                continue
+            remedy = "use the same data, or --resume never and another --output-dir"
+            if name != "classes":
+                remedy += "; --allow-data-change continues with the data as it is now"
+            raise UserError(f"{what} is {own}, but {saved} in checkpoint {where}: {remedy}")
 
 
 def require_same_tensors(own: Mapping[str, Any], saved: Mapping[str, Any], where: str) -> None:

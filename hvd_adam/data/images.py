@@ -1,5 +1,6 @@
 """`ImageData`: labelled images in memory, split into training and test images."""
 
+import hashlib
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -50,6 +51,11 @@ class ImageData:
             )
         if images.size == 0:
             raise UserError(f"{what} images are empty: their shape is {images.shape}")
+        if _is_channels_last(images.shape[1:]):
+            raise UserError(
+                f"{what} images of shape {images.shape} have their {images.shape[3]} channels last: their shape "
+                "must be (samples, channels, height, width), as images.transpose(0, 3, 1, 2) returns it"
+            )
         if not (isinstance(labels, np.ndarray) and labels.dtype == np.int64 and labels.shape == images.shape[:1]):
             raise UserError(
                 f"{what} labels must be a numpy array of dtype int64 and shape ({images.shape[0]},), "
@@ -70,6 +76,29 @@ class ImageData:
     def image_size(self) -> tuple[int, int]:
         """Height and width of each image."""
         return self.train_images.shape[2], self.train_images.shape[3]
+
+    def summary(self) -> str:
+        """Returns the shape of an image and the numbers of classes and images, for the first line of a run."""
+        shape = "×".join(map(str, self.train_images.shape[1:]))
+        train, test = len(self.train_images), len(self.test_images)
+        return f"{shape}, {len(self.classes)} classes, {train} training and {test} test images"
+
+    def fingerprint(self) -> str:
+        """Returns a checksum of the training images and labels with their shapes: 16 hexadecimal digits."""
+        digest = hashlib.sha256(repr(self.train_images.shape).encode())
+        for start in range(0, len(self.train_images), 1024):  # a non-contiguous array is copied: in small parts
+            digest.update(np.ascontiguousarray(self.train_images[start : start + 1024]).data)
+        digest.update(np.ascontiguousarray(self.train_labels).data)
+        return digest.hexdigest()[:16]
+
+
+def _is_channels_last(shape: tuple[int, ...]) -> bool:
+    """Returns whether the shape of an image can hardly be channels, height, width.
+
+    One column of many channels, (64, 1000, 1), and one row of any length are accepted: they are time series.
+    """
+    first, second, last = shape
+    return min(first, second) > 4 and (last in (3, 4) or (last < 5 and first == second))
 
 
 def _describe(value: object) -> str:

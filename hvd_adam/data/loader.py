@@ -5,6 +5,7 @@ For each batch only indices and random words are copied to the device, without w
 
 from collections.abc import Iterator
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,6 +61,22 @@ class DeviceLoader:
     def _per_channel(self, values: tuple[float, ...]) -> torch.Tensor:
         scaled = torch.tensor(values, dtype=torch.float64, device="cpu") * 255
         return scaled.to(self.device, self._working_dtype).view(1, -1, 1, 1)
+
+    def description(self) -> dict[str, Any]:
+        """Returns what a checkpoint records of the data: see `checkpoint.state.TrainingState`."""
+        data = self.data
+        return {
+            "classes": list(data.classes),
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "train_images": len(data.train_images),
+            "test_images": len(data.test_images),
+            "fingerprint": self._fingerprint,
+        }
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return self.data.fingerprint()
 
     def steps_per_epoch(self, global_batch_size: int) -> int:
         """Returns the number of updates in an epoch.

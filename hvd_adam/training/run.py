@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hvd_adam.checkpoint.state import require_same_tensors
+from hvd_adam.checkpoint.state import Progress, require_same_tensors
 from hvd_adam.config import TrainConfig
 from hvd_adam.data.loader import DeviceLoader
 from hvd_adam.distributed.agreement import raise_on_all_ranks, require_same
@@ -28,7 +28,8 @@ from hvd_adam.training.precision import loss_scaler, make_deterministic
 from hvd_adam.training.run_dir import ResumePoint
 
 STALL_REMEDY = (
-    "The same command resumes from the last checkpoint; if the job was only slow, use a longer --stall-timeout"
+    "The same command with the run folder as --output-dir resumes from the last checkpoint; if the job was only "
+    "slow, use a longer --stall-timeout"
 )
 
 
@@ -71,6 +72,15 @@ class BatchSizes:
         if config.max_steps is not None:
             total_steps = min(total_steps, config.max_steps)
         return cls(global_batch, micro_batch, accumulate, steps_per_epoch, total_steps)
+
+    def resumed(self, saved: Progress) -> Progress:
+        """Returns the progress of a checkpoint in epochs of this run, which may differ from those of that one."""
+        epoch, end = saved.epoch, saved.epoch * self.steps_per_epoch
+        if not end - self.steps_per_epoch <= saved.step <= end:  # the size of the data set has changed
+            epoch = max(1, -(-saved.step // self.steps_per_epoch))
+            return replace(saved, epoch=epoch, epoch_done=False)
+        # --max-steps may have ended that run within an epoch, and may now allow more updates.
+        return replace(saved, epoch_done=saved.epoch_done and saved.step in (end, self.total_steps))
 
 
 @dataclass(frozen=True)
@@ -129,8 +139,9 @@ def build_run(config: TrainConfig, memory: InMemoryCheckpoint | None, resources:
         scaled = scale_for_ranks(config, cluster)
         model = build_model(config, loader)
         scaler = loss_scaler(config.precision, cluster.device)
+    require_same(cluster, "data", loader.description())
     adam = make_adam(config, model, scaled)
-    folder, resume = _open_run(config, cluster, memory, model, adam, scaler)
+    folder, resume = _open_run(config, cluster, memory, loader, model, adam, scaler)
     sizes = BatchSizes.of_run(config, loader, cluster.size, resume)
     schedule = make_schedule(config, scaled.lr, sizes.steps_per_epoch, sizes.total_steps)
     optimizer = distribute(
@@ -163,6 +174,7 @@ def _open_run(
     config: TrainConfig,
     cluster: Cluster,
     memory: InMemoryCheckpoint | None,
+    loader: DeviceLoader,
     model: torch.nn.Module,
     adam: Adam,
     scaler: Any | None,
@@ -173,7 +185,7 @@ def _open_run(
     resume: ResumePoint | None = None
     with raise_on_all_ranks(cluster):
         if cluster.rank == ROOT:
-            folder, resume = run_dir.open_run(config, cluster.size, in_memory)
+            folder, resume = run_dir.open_run(config, cluster.size, in_memory, loader.description())
         if resume is not None:
             _load(resume, config, model, adam, scaler)
             resume = resume.without_tensors()

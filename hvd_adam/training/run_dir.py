@@ -11,6 +11,7 @@ import shlex
 import socket
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -126,20 +127,23 @@ class ResumePoint:
         return replace(self, state=replace(self.state, model={}, optimizer={}, loss_scaler=None))
 
 
-def open_run(config: TrainConfig, size: int, in_memory: TrainingState | None) -> tuple[Path, ResumePoint | None]:
+def open_run(
+    config: TrainConfig, size: int, in_memory: TrainingState | None, data: Mapping[str, Any]
+) -> tuple[Path, ResumePoint | None]:
     """Locks a run's folder and writes `config.yaml` into it.
 
     Args:
         config: the run's configuration.
         size: number of ranks.
         in_memory: a state in memory to resume from instead of a checkpoint, or None.
+        data: `DeviceLoader.description()`.
 
     Returns:
         The folder, and the point from which the run resumes: None for a new run.
 
     Raises:
         UserError: the folder cannot be written to, or holds another run, or another job writes to it; or the
-            checkpoint cannot be read, or belongs to another run.
+            checkpoint cannot be read, or belongs to another run or to other data.
     """
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{config.dataset}-{config.model}".replace(":", ".")
     folder = Path(config.output_dir or Path("runs") / name)
@@ -147,12 +151,13 @@ def open_run(config: TrainConfig, size: int, in_memory: TrainingState | None) ->
         batch = None if config.elastic else config.global_batch(size)
         resume = None if in_memory is None else ResumePoint("memory", in_memory, [])
         if resume is None and not folder.exists():
-            resume = _find_resume_point(config, folder, batch)  # before mkdir: an error leaves no folder behind
+            # Before mkdir: an error leaves no folder behind.
+            resume = _find_resume_point(config, folder, batch, data)
         folder.mkdir(parents=True, exist_ok=True)
         # After a change of ranks, the rank that holds the lock may be cut off from this one and still running.
         lock(folder, wait=in_memory is None)
         if resume is None or (in_memory is None and holds_run(folder)):
-            resume = _find_resume_point(config, folder, batch)
+            resume = _find_resume_point(config, folder, batch, data)
         values = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(config).items()}
         text = _config_head(size) + yaml.safe_dump(values, sort_keys=False)
         write_atomically(folder / "config.yaml", text)
@@ -182,7 +187,9 @@ def _printable(text: str) -> str:
     return text.encode("unicode_escape").decode().replace("\\\\", "\\")
 
 
-def _find_resume_point(config: TrainConfig, folder: Path, global_batch_size: int | None) -> ResumePoint | None:
+def _find_resume_point(
+    config: TrainConfig, folder: Path, global_batch_size: int | None, data: Mapping[str, Any]
+) -> ResumePoint | None:
     """Returns what `--resume` refers to; None for a new run."""
     given = None if config.resume in ("auto", "never") else Path(os.path.abspath(config.resume))
     path: Path | None = None
@@ -207,4 +214,5 @@ def _find_resume_point(config: TrainConfig, folder: Path, global_batch_size: int
         return None  # a new run, or one that was killed before its first checkpoint
     state = TrainingState.from_dict(saved, str(path))
     state.require_same_run(asdict(config), global_batch_size, str(path))
+    state.require_same_data(data, str(path), allow_change=config.allow_data_change)
     return ResumePoint(str(path), state, damaged)

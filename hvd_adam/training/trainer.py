@@ -24,6 +24,7 @@ from hvd_adam.errors import MembershipChanged, Preempted, UserError
 from hvd_adam.log import logger
 from hvd_adam.recovery.elastic import InMemoryCheckpoint
 from hvd_adam.schedule import learning_rate
+from hvd_adam.training import messages
 from hvd_adam.training.batchnorm_guard import BatchNormSnapshot
 from hvd_adam.training.evaluation import score
 from hvd_adam.training.meters import RunningMean, ThroughputMeter
@@ -82,10 +83,7 @@ class Trainer:
         """
         state, cluster = resume.state, self.cluster
         self.schedule = replace(self.schedule, initial=state.schedule["initial"], peak=state.schedule["peak"])
-        self.progress = progress = Progress.from_dict(state.progress)
-        # --max-steps may have ended that run within an epoch, and may now allow more updates.
-        is_end = progress.step in (progress.epoch * self.sizes.steps_per_epoch, self.sizes.total_steps)
-        progress.epoch_done = progress.epoch_done and is_end
+        self.progress = progress = self.sizes.resumed(Progress.from_dict(state.progress))
         self.optimizer.skipped_updates = progress.skipped
         if len(state.ranks) == cluster.size:
             restore_rng_state(state.ranks[cluster.rank], cluster)
@@ -118,10 +116,7 @@ class Trainer:
             self.log.event("start", 0, 0, **facts)
         else:
             self._event("resume", path=self.resume.path, **facts)
-        logger.info(
-            f"hvd_adam {__version__}: {config.model} on {config.dataset}, {cluster.size} rank(s) on "
-            f"{cluster.device.type}, {sizes.global_batch} images per update, {sizes.total_steps} updates"
-        )
+        logger.info(messages.first_line(config, self.loader.data, cluster, sizes))
         if self.resume is not None:
             for damage in self.resume.damaged:
                 logger.warning(damage)
@@ -275,7 +270,7 @@ class Trainer:
         self._checkpoint()
         with raise_on_all_ranks(self.cluster):
             path = self._record_checkpoint(wait=True)
-            logger.info(f"stopped after {self.progress.step} updates, {path}: the same command resumes the run")
+            logger.info(messages.stopped(self.config, self.folder, self.progress.step, path))
         raise Preempted
 
     def _state(self, *, all_ranks: bool = True) -> TrainingState:
@@ -286,7 +281,7 @@ class Trainer:
                 only, and `ranks` has only its entry.
         """
         self._record_skip()
-        own, loader = rank_state(self.cluster, self.loss.state()), self.loader
+        own = rank_state(self.cluster, self.loss.state())
         optimizer = self.optimizer.state_dict_on_root() if all_ranks else self.optimizer.state_dict()
         return TrainingState(
             model=self.model.state_dict(),
@@ -296,7 +291,7 @@ class Trainer:
             schedule={"initial": self.schedule.initial, "peak": self.schedule.peak},
             ranks=gather_rank_states(self.cluster, own) if all_ranks else [own],
             config=asdict(self.config),
-            data={"classes": list(loader.data.classes), "mean": list(loader.mean), "std": list(loader.std)},
+            data=self.loader.description(),
         )
 
     def _finish(self) -> None:
