@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hvd_adam.errors import UserError
+from hvd_adam.option_effects import require_effect
 from hvd_adam.schedule import DECAYS, SCALING_RULES
 
 # PyTorch's names of dtypes, and what --precision calls them.
@@ -176,6 +177,7 @@ class TrainConfig(DataConfig):
         object.__setattr__(self, "precision", PRECISIONS.get(self.precision, self.precision))
         self._check_numbers()
         self._check_combinations()
+        require_effect(self)
 
     def _check_numbers(self) -> None:
         for name in ("epochs", "max_steps", "batch_size", "global_batch_size", "accumulate"):

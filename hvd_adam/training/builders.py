@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from hvd_adam import data
 from hvd_adam.config import DataConfig, TrainConfig
@@ -62,6 +63,8 @@ def build_model(config: TrainConfig, loader: DeviceLoader) -> torch.nn.Module:
             convert(model, strict=True)
         except UserError as error:
             raise UserError(f"--sync-batchnorm: {error}") from None
+        if not any(isinstance(layer, _BatchNorm) for layer in model.modules()):
+            raise UserError(f"--sync-batchnorm has no effect: {config.model} has no batch normalization")
     model.to(loader.device, loader.dtype)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs

@@ -19,6 +19,7 @@ from hvd_adam.distributed.agreement import raise_on_all_ranks, require_same
 from hvd_adam.distributed.context import Cluster, init
 from hvd_adam.errors import UserError
 from hvd_adam.models import zoo
+from hvd_adam.option_effects import reads_files
 from hvd_adam.training.builders import load_images
 from hvd_adam.training.meters import sum_over_ranks
 from hvd_adam.training.precision import autocast, parameter_dtype
@@ -139,6 +140,11 @@ def load_model(config: EvaluateConfig, cluster: Cluster) -> tuple[Forward, Devic
 
 def _data_config(config: EvaluateConfig, trained: dict[str, Any]) -> DataConfig:
     """Returns the training's data options, with those that are given for the evaluation replaced."""
+    dataset = config.dataset or trained["dataset"]
+    if config.data_dir is not None and not reads_files(dataset):
+        raise UserError(
+            f"--data-dir {config.data_dir} has no effect: {dataset} is not read from files; leave the option out"
+        )
     values = {item.name: trained[item.name] for item in fields(DataConfig)}
     given = {"dataset": config.dataset, "data_dir": config.data_dir}
     return DataConfig(**values | {name: value for name, value in given.items() if value is not None})
