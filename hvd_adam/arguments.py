@@ -13,6 +13,13 @@ from collections.abc import Sequence
 from dataclasses import Field, fields
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
+from hvd_adam.argument_checks import (
+    ConfigFiles,
+    expand_path,
+    require_plain_options,
+    takes_no_value,
+    unrecognized,
+)
 from hvd_adam.errors import UserError
 from hvd_adam.extras import install_command
 
@@ -44,11 +51,29 @@ def parse(
         if needs_extra:
             raise
         return _parse_plain(config, name, arguments)
+    types = get_type_hints(config)
+    require_plain_options(arguments)
+    given = [argument.replace("--print_config", "--print-config", 1) for argument in arguments]
+    files = ConfigFiles(given, _names(types), _names(types, bool))
     try:
-        values = _parser(config, name).parse_args(arguments).as_dict()
+        values = _parser(config, name).parse_args(files.arguments).as_dict()
     except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
-        raise UserError(f"{_one_line(str(error), config)} ({_see_help(name)})") from None
-    return config(**{item.name: values[item.name] for item in fields(config)})  # type: ignore[arg-type]  # a dataclass
+        message = _one_line(str(error), config, files.arguments)
+        raise UserError(f"{files.locate(message)} ({_see_help(name)})") from None
+    try:
+        items = fields(config)  # type: ignore[arg-type]  # a dataclass
+        return config(**{item.name: _checked(item, values[item.name], types) for item in items})
+    except UserError as error:
+        raise UserError(files.locate(str(error))) from None
+
+
+def _checked(item: Field[Any], value: Any, types: dict[str, Any]) -> Any:
+    """Returns the value of an option; `~` and variables in a path are expanded."""
+    if value is None and type(None) not in get_args(types[item.name]):
+        raise UserError(f"{_option(item.name)} is null: it must be {_expected(types[item.name])}")
+    if isinstance(value, str) and item.metadata.get("path"):
+        return expand_path(value, _option(item.name))
+    return value
 
 
 def _parser(config: type, name: str) -> jsonargparse.ArgumentParser:
@@ -58,6 +83,8 @@ def _parser(config: type, name: str) -> jsonargparse.ArgumentParser:
         prog=f"python -m {name}",
         description=_summary(config),
         exit_on_error=False,
+        allow_abbrev=True,
+        print_config="--print-config",
         formatter_class=argparse.HelpFormatter,  # jsonargparse's own appends Python types to every text
     )
     read_file = jsonargparse.ActionConfigFile  # type: ignore[attr-defined]  # documented, but not in its __all__
@@ -113,6 +140,11 @@ def _option(field_name: str) -> str:
     return f"--{field_name.replace('_', '-')}"
 
 
+def _names(types: dict[str, Any], kind: Any = None) -> list[str]:
+    """Returns the names of all options, or of those of one type, with dashes inside and none in front."""
+    return [name.replace("_", "-") for name in types if kind in (None, types[name])]
+
+
 def _summary(config: type) -> str:
     return (config.__doc__ or "").splitlines()[0]
 
@@ -138,16 +170,23 @@ def _see_help(name: str) -> str:
     return f"see python -m {name} --help"
 
 
-def _one_line(message: str, config: type) -> str:
-    """Turns jsonargparse's report of a bad value, which has several lines, into one line."""
-    message = " ".join(message.split())
+def _one_line(message: str, config: type, arguments: Sequence[str]) -> str:
+    """Turns jsonargparse's report of a bad argument, which has several lines, into one line."""
+    message, types = " ".join(message.split()), get_type_hints(config)
+    if words := re.findall(r"\S+", (message.partition("unrecognized arguments: "))[2]):
+        return unrecognized(words, arguments, _names(types), _names(types, bool))
+    if switch := re.match(r"argument (--[\w-]+)/.*ignored explicit argument", message):
+        return takes_no_value(switch[1])
     pair = re.fullmatch(r"argument (--[\w-]+): invalid two_numbers value: '(.*)'", message)
     if pair:
         return f"{pair[1]} is {pair[2]}: it must be two numbers, as in 0.9,0.999"
+    key = re.search(r'Parser key "(\w+)":', message)
+    if key and types.get(key[1]) == tuple[float, float]:
+        return f"{_option(key[1])} must be two numbers, as in 0.9,0.999"
     wrong = re.search(r'Parser key "(\w+)":.* (?:Got|Given) value: (.*)', message)
-    if not wrong or wrong[1] not in get_type_hints(config):
+    if not wrong or wrong[1] not in types:
         return re.sub(r'Parser key "(\w+)":', r"--\1:", message)
-    return f"{_option(wrong[1])} is {wrong[2]}: it must be {_expected(get_type_hints(config)[wrong[1]])}"
+    return f"{_option(wrong[1])} is {wrong[2]}: it must be {_expected(types[wrong[1]])}"
 
 
 def _expected(kind: Any) -> str:
@@ -190,8 +229,13 @@ def _parse_plain(config: type[Config], name: str, arguments: list[str]) -> Confi
             parser.add_argument(_option(item.name), action=toggle, help=text)
         else:
             parser.add_argument(_option(item.name), help=text, metavar=_metavar(kind))
-    given = vars(parser.parse_args(arguments))
-    return config(**{key: _convert(key, value, types[key]) for key, value in given.items()})
+    require_plain_options(arguments)
+    parsed, others = parser.parse_known_args(arguments)
+    if others:
+        parser.error(unrecognized(others, arguments, _names(types), _names(types, bool)))
+    given = {key: _convert(key, value, types[key]) for key, value in vars(parsed).items()}
+    items = {item.name: item for item in fields(config)}  # type: ignore[arg-type]  # a dataclass
+    return config(**{key: _checked(items[key], value, types) for key, value in given.items()})
 
 
 def _convert(name: str, value: Any, kind: Any) -> Any:

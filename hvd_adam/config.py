@@ -18,14 +18,15 @@ from hvd_adam.schedule import DECAYS, SCALING_RULES
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
 
 
-def option(default: Any, help: str) -> Any:
+def option(default: Any, help: str, *, path: bool = False) -> Any:
     """Declares a field of a configuration.
 
     Args:
         default: its value if the user gives none.
         help: its text in `--help`, which appends the default unless that is None, False or empty.
+        path: whether `~` and environment variables in the value are expanded.
     """
-    return field(default=default, metadata={"help": help})
+    return field(default=default, metadata={"help": help, "path": path})
 
 
 def require(holds: bool, name: str, value: object, wanted: str) -> None:
@@ -51,7 +52,7 @@ class DataConfig:
     dataset: str = option(
         "digits", "digits, cifar10, synthetic, or a function of yours as package.module:function"
     )
-    data_dir: str = option("data", "folder of the data set; cifar10 is downloaded to it if missing")
+    data_dir: str = option("data", "folder of the data set; cifar10 is downloaded to it if missing", path=True)
     download: bool = option(True, "allow the download of cifar10 if it is missing")
     positive_class: str | None = option(None, "train a binary classifier: this class against all others")
     synthetic_shape: str = option("3x32x32", "shape of the synthetic images, CHANNELSxHEIGHTxWIDTH")
@@ -142,10 +143,11 @@ class TrainConfig(DataConfig):
     compile: bool = option(False, "compile the model with torch.compile")
 
     seed: int = option(0, "seed of weights, sample order and augmentation, in [0, 2^63)")
-    output_dir: str | None = option(None, "run folder (default: runs/<date>-<dataset>-<model>)")
+    output_dir: str | None = option(None, "run folder (default: runs/<date>-<dataset>-<model>)", path=True)
     resume: str = option(
         "auto",
         "auto: resume the run in --output-dir if there is one; never; or the path of a checkpoint to start from",
+        path=True,
     )
     allow_data_change: bool = option(
         False, "resume a run whose data set has other images of the same classes than before"
@@ -255,11 +257,11 @@ class TrainConfig(DataConfig):
 class EvaluateConfig:
     """Evaluates a checkpoint; each test image is counted exactly once at any number of ranks."""
 
-    checkpoint: str = option("", "run folder, its checkpoints folder or one checkpoint; required")
+    checkpoint: str = option("", "run folder, its checkpoints folder or one checkpoint; required", path=True)
     dataset: str | None = option(
         None, "data set to evaluate on, with the same classes (default: the one trained on)"
     )
-    data_dir: str | None = option(None, "folder of the data set (default: as for training)")
+    data_dir: str | None = option(None, "folder of the data set (default: as for training)", path=True)
     batch_size: int = option(256, "images per rank and batch, ≥ 1")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: a GPU where there is one, else the CPU")
     json: bool = option(False, "print one JSON object instead of lines of text")

@@ -35,7 +35,7 @@ class BenchConfig:
     """Options of all benchmarks."""
 
     json: bool = option(False, "print one JSON object instead of a table")
-    plot: str | None = option(None, "also draw the result into this PNG file")
+    plot: str | None = option(None, "also draw the result into this PNG file", path=True)
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto uses a GPU if there is one")
 
     def __post_init__(self) -> None:
@@ -225,7 +225,9 @@ class CheckpointConfig(RanksConfig):
     every: int = option(10, "updates between two checkpoints, at least 1")
     steps: int = option(60, "updates per run, at least twice --every")
     repeats: int = option(5, "runs of each kind, interleaved")
-    folder: str | None = option(None, "existing directory to write to (default: the system's temporary directory)")
+    folder: str | None = option(
+        None, "existing directory to write to (default: the system's temporary directory)", path=True
+    )
     timeout: float = option(300.0, "time limit of a run, in seconds")
 
     def __post_init__(self) -> None:
