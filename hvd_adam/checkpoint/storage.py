@@ -35,6 +35,11 @@ def checkpoint_path(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step-{step:08d}"
 
 
+def step_of(folder: Path) -> int:
+    """Returns the number of updates of the checkpoint in a folder that `checkpoint_path` returned."""
+    return int(folder.name.rpartition("-")[2])
+
+
 def newest_first(checkpoints: Path) -> list[Path]:
     """Returns the folders of all checkpoints, the newest first; `latest` may name an older one."""
     return sorted(checkpoints.glob("step-*"), key=lambda folder: (len(folder.name), folder.name), reverse=True)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from hvd_adam._version import __version__
 from hvd_adam.config import TrainConfig
@@ -11,12 +14,32 @@ from hvd_adam.distributed.context import Cluster
 from hvd_adam.training.run import BatchSizes
 
 
+def start_facts(cluster: Cluster, sizes: BatchSizes) -> dict[str, Any]:
+    """Returns what the events "start" and "resume" record."""
+    return {
+        "world_size": cluster.size,
+        "launcher": cluster.launcher,
+        "global_batch_size": sizes.global_batch,
+        "total_steps": sizes.total_steps,
+        "versions": {"hvd_adam": __version__, "torch": torch.__version__},
+    }
+
+
 def first_line(config: TrainConfig, data: ImageData, cluster: Cluster, sizes: BatchSizes) -> str:
     """Returns what is trained on what, and how it is divided into updates."""
     return (
         f"hvd_adam {__version__}: {config.model} on {config.dataset} ({data.summary()}), {cluster.size} rank(s) "
         f"on {cluster.device.type}, {sizes.global_batch} images per update, {sizes.total_steps} updates"
     )
+
+
+def finished(config: TrainConfig, sizes: BatchSizes, step: int) -> str:
+    """Returns that a run has ended already, with the options that lengthen it."""
+    by_epochs = config.epochs * sizes.steps_per_epoch
+    remedy = "--epochs" if config.max_steps is None or config.max_steps > by_epochs else "--max-steps"
+    if config.max_steps == by_epochs:
+        remedy = "--epochs and --max-steps"
+    return f"already finished: {step} of {sizes.total_steps} updates; raise {remedy} to continue"
 
 
 def stopped(config: TrainConfig, folder: Path | None, step: int, checkpoint: Path | None) -> str:

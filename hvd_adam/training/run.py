@@ -73,12 +73,22 @@ class BatchSizes:
             total_steps = min(total_steps, config.max_steps)
         return cls(global_batch, micro_batch, accumulate, steps_per_epoch, total_steps)
 
+    def epoch_of(self, step: int) -> int:
+        """Returns the epoch, from 1, that update `step` belongs to."""
+        return max(1, -(-step // self.steps_per_epoch))
+
+    def is_logged(self, step: int, every: int) -> bool:
+        """Returns whether metrics are logged after update `step`: every `every` updates, and once an epoch."""
+        if step % every == 0 or step == self.total_steps:
+            return True
+        start = step - self.steps_per_epoch
+        return step % self.steps_per_epoch == 0 and start // every == step // every
+
     def resumed(self, saved: Progress) -> Progress:
         """Returns the progress of a checkpoint in epochs of this run, which may differ from those of that one."""
-        epoch, end = saved.epoch, saved.epoch * self.steps_per_epoch
+        end = saved.epoch * self.steps_per_epoch
         if not end - self.steps_per_epoch <= saved.step <= end:  # the size of the data set has changed
-            epoch = max(1, -(-saved.step // self.steps_per_epoch))
-            return replace(saved, epoch=epoch, epoch_done=False)
+            return replace(saved, epoch=self.epoch_of(saved.step), epoch_done=False)
         # --max-steps may have ended that run within an epoch, and may now allow more updates.
         return replace(saved, epoch_done=saved.epoch_done and saved.step in (end, self.total_steps))
 

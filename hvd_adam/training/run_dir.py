@@ -26,7 +26,7 @@ from hvd_adam.config import TrainConfig
 from hvd_adam.errors import Preempted, UserError
 from hvd_adam.log import logger
 from hvd_adam.recovery.preemption import stop_requested
-from hvd_adam.training.run_log import METRICS_FILE
+from hvd_adam.training.run_log import METRICS_FILE, read_events
 from hvd_adam.versions import code_hash, installed_version
 
 LOCK_FILE = ".lock"
@@ -96,6 +96,12 @@ def holds_run(folder: Path) -> bool:
     """Returns whether a run has started in the folder."""
     metrics = folder / METRICS_FILE
     return metrics.exists() and metrics.stat().st_size > 0
+
+
+def has_ended(folder: Path) -> bool:
+    """Returns whether the folder's run has recorded its end."""
+    metrics = folder / METRICS_FILE
+    return metrics.exists() and any(event["event"] == "end" for event in read_events(metrics))
 
 
 def starting_checkpoint(folder: Path) -> Path | None:

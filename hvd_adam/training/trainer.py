@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from hvd_adam._version import __version__
 from hvd_adam.checkpoint import storage
 from hvd_adam.checkpoint.manager import CheckpointManager
 from hvd_adam.checkpoint.state import Progress, TrainingState, gather_rank_states, rank_state, restore_rng_state
@@ -31,7 +30,7 @@ from hvd_adam.training.meters import RunningMean, ThroughputMeter
 from hvd_adam.training.plots import try_plot
 from hvd_adam.training.precision import autocast
 from hvd_adam.training.run import build_run
-from hvd_adam.training.run_dir import ResumePoint
+from hvd_adam.training.run_dir import ResumePoint, has_ended
 from hvd_adam.training.run_log import RunLog
 from hvd_adam.training.skip_tracker import SkipTracker
 
@@ -60,15 +59,17 @@ class Trainer:
             self.loss = RunningMean(self.cluster)
             self.throughput = ThroughputMeter()
             self.batchnorm = BatchNormSnapshot(self.model)
-            self.progress = Progress()
+            self.progress, self.has_evaluated = Progress(), False
             if self.resume is not None:
                 self._restore(self.resume)
             self.progress.global_batch_size = self.sizes.global_batch
             self.progress.micro_batch_size = self.sizes.micro_batch
             with raise_on_all_ranks(self.cluster):
                 first_step = None if self.resume is None else self.progress.step
+                ended = self.folder is not None and self.is_finished and has_ended(self.folder)
+                folder = None if ended else self.folder
                 classes = self.loader.data.classes
-                self.log = RunLog(self.folder, self.sizes.total_steps, first_step, asdict(config), classes)
+                self.log = RunLog(folder, self.sizes.total_steps, first_step, asdict(config), classes)
             resources.callback(self.log.close)
             self.skips = SkipTracker(self.cluster, self.optimizer, self.progress, self.log, config.max_skipped)
             folder = None if self.folder is None else self.folder / "checkpoints"
@@ -99,19 +100,18 @@ class Trainer:
             self._log_start()
             if self.memory is not None:
                 self.memory.commit(self._state(all_ranks=False))
-            while not (self.progress.epoch_done and self.progress.step >= self.sizes.total_steps):
+            while not self.is_finished:
                 self._run_epoch()
             self._finish()
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether all updates and the last evaluation are done."""
+        return self.progress.epoch_done and self.progress.step >= self.sizes.total_steps
+
     def _log_start(self) -> None:
         config, cluster, sizes = self.config, self.cluster, self.sizes
-        facts = {
-            "world_size": cluster.size,
-            "launcher": cluster.launcher,
-            "global_batch_size": sizes.global_batch,
-            "total_steps": sizes.total_steps,
-            "versions": {"hvd_adam": __version__, "torch": torch.__version__},
-        }
+        facts = messages.start_facts(cluster, sizes)
         if self.resume is None:
             self.log.event("start", 0, 0, **facts)
         else:
@@ -120,7 +120,10 @@ class Trainer:
         if self.resume is not None:
             for damage in self.resume.damaged:
                 logger.warning(damage)
-            logger.info(f"resuming after {self.progress.step} updates from {self.resume.path}")
+            if self.is_finished:
+                logger.info(messages.finished(config, sizes, self.progress.step))
+            else:
+                logger.info(f"resuming after {self.progress.step} updates from {self.resume.path}")
 
     def _event(self, event: str, **values: object) -> None:
         """Records an event at the current step."""
@@ -143,6 +146,7 @@ class Trainer:
         config, cluster, sizes, progress = self.config, self.cluster, self.sizes, self.progress
         self.model.train()
         self.throughput.start()
+        start = (progress.epoch - 1) * sizes.steps_per_epoch
         batches = self.loader.train_batches(
             config.seed,
             progress.epoch - 1,
@@ -150,13 +154,13 @@ class Trainer:
             rank=cluster.rank,
             size=cluster.size,
             accumulate=sizes.accumulate,
-            first_step=progress.step - (progress.epoch - 1) * sizes.steps_per_epoch,
+            first_step=progress.step - start,
         )
         end = min(progress.epoch * sizes.steps_per_epoch, sizes.total_steps)
         while progress.step < end:
             self.preemption.ask()
             self._update([next(batches) for _ in range(sizes.accumulate)])
-            if progress.step % config.log_every == 0 or progress.step == sizes.total_steps:
+            if sizes.is_logged(progress.step, config.log_every):
                 self._log_step()
             if self._is_due(config.check_consistency_every):
                 require_consistent(cluster, self.model, self.optimizer, sharded=config.strategy == "sharded")
@@ -220,7 +224,7 @@ class Trainer:
         broadcast_buffers(self.model, self.cluster)
         self.model.eval()
         scores = score(self._predict, self.loader, self.cluster)
-        progress.scores = asdict(scores)
+        progress.scores, self.has_evaluated = asdict(scores), True
         self._event("eval", world_size=self.cluster.size, **progress.scores)
         best = progress.best_accuracy is None or scores.test_accuracy > progress.best_accuracy
         if best:
@@ -262,7 +266,8 @@ class Trainer:
         """Records a completed checkpoint and returns its folder; raises UserError if it was not written."""
         path = self.checkpoints.result(wait=wait)
         if path is not None and self.folder is not None:
-            self._event("checkpoint", path=str(path.relative_to(self.folder)))
+            step = storage.step_of(path)  # training has continued meanwhile
+            self.log.event("checkpoint", step, self.sizes.epoch_of(step), path=str(path.relative_to(self.folder)))
         return path
 
     def _stop(self) -> None:
@@ -295,11 +300,11 @@ class Trainer:
         )
 
     def _finish(self) -> None:
-        scores, rate, size = self.progress.scores or {}, self.throughput.total(), self.cluster.size
+        scores, rate, size = self.progress.scores or {}, self.throughput.total() or math.nan, self.cluster.size
         self.watchdog.beat("the end of the training")
         with raise_on_all_ranks(self.cluster):
             self._record_checkpoint(wait=True)
-        names = ["test_accuracy", "test_loss"]
+        names = ["test_loss", "test_accuracy"]
         if self.config.positive_class is not None:
             names.append("test_balanced_accuracy")
         result = {name: scores[name] for name in names}
@@ -307,7 +312,8 @@ class Trainer:
         self._event("end", **result, images_per_second=rate, world_size=size)
         if self.folder is not None:
             path = storage.checkpoint_path(self.folder / "checkpoints", self.progress.step)
-            for name, value in result.items():
-                logger.info(f"{name.replace('_', ' ')} {value:.4f}")
-            logger.info(f"throughput {rate:.0f} images/s over {size} rank(s)")
+            if not self.has_evaluated:
+                logger.info("  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in result.items()))
+            if math.isfinite(rate):
+                logger.info(f"throughput {rate:.0f} images/s over {size} rank(s)")
             logger.info(f"checkpoint {path}\nplot {try_plot(self.folder)}\nrun folder {self.folder}")
