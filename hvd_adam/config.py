@@ -258,6 +258,9 @@ class EvaluateConfig:
     """Evaluates a checkpoint; each test image is counted exactly once at any number of ranks."""
 
     checkpoint: str = option("", "run folder, its checkpoints folder or one checkpoint; required", path=True)
+    which: Literal["newest", "best"] = option(
+        "newest", "checkpoint of a run folder: the newest, or that with the best test accuracy"
+    )
     dataset: str | None = option(
         None, "data set to evaluate on, with the same classes (default: the one trained on)"
     )

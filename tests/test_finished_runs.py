@@ -9,7 +9,7 @@ import re
 
 import pytest
 from helpers.forked_commands import ForkedCommands
-from helpers.training_runs import events, succeeded
+from helpers.training_runs import events, one_line, succeeded
 
 OPTIONS = "--dataset synthetic --synthetic-shape 1x4x4 --synthetic-samples 96 --model mlp --batch-size 32".split()
 
@@ -77,6 +77,31 @@ def test_a_run_that_was_killed_before_its_end_was_recorded_records_it(commands, 
     assert (end["event"], end["images_per_second"]) == ("end", None)
     assert end["test_accuracy"] == json.loads(before.splitlines()[-1])["test_accuracy"]
     metrics.write_text(before)
+
+
+@pytest.mark.parametrize(
+    ("which", "name"), [([], "latest"), (["--which=newest"], "latest"), (["--which=best"], "best")]
+)
+def test_evaluate_names_the_checkpoint_that_it_takes(which, name, commands, finished):
+    checkpoints = finished[1] / "run" / "checkpoints"
+    older = checkpoints / sorted(path.name for path in checkpoints.glob("step-*"))[0]
+    (checkpoints / "best").write_text(older.name + "\n")
+    expected = checkpoints / (checkpoints / name).read_text().strip()
+    for path in (finished[1] / "run", checkpoints):
+        done = succeeded(commands.run("hvd_adam.evaluate", "--checkpoint", path, *which))
+        assert done.stdout.startswith(f"checkpoint {expected}\n")
+    done = succeeded(commands.run("hvd_adam.evaluate", "--checkpoint", finished[1] / "run", *which, "--json"))
+    assert json.loads(done.stdout)["checkpoint"] == str(expected)
+
+
+def test_best_is_refused_for_one_checkpoint_and_for_a_run_without_one(commands, finished, tmp_path):
+    checkpoints = finished[1] / "run" / "checkpoints"
+    for path in (checkpoints / "latest", next(checkpoints.glob("step-*"))):
+        done = commands.run("hvd_adam.evaluate", "--checkpoint", path, "--which", "best")
+        assert f"--which best has no effect on {path}, which is one checkpoint" in one_line(done)
+    (tmp_path / "latest").write_text("step-00000001\n")
+    done = commands.run("hvd_adam.evaluate", "--checkpoint", tmp_path, "--which", "best")
+    assert "has no best checkpoint" in one_line(done)
 
 
 def test_more_epochs_continue_a_finished_run(commands, finished, tmp_path):

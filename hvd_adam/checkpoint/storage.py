@@ -129,8 +129,8 @@ def load(path: str | Path) -> dict[str, Any]:
         UserError: there is no checkpoint, or a file is missing, unreadable, truncated or altered; the message
             names the file.
     """
+    folder = resolve(path)
     try:
-        folder = _find(Path(path))
         _verify(folder)
         state: dict[str, Any] = torch.load(folder / STATE, map_location="cpu", weights_only=True)
     except (OSError, UnicodeDecodeError, RuntimeError, pickle.UnpicklingError) as error:
@@ -138,14 +138,36 @@ def load(path: str | Path) -> dict[str, Any]:
     return state
 
 
-def _find(path: Path) -> Path:
-    """Returns the folder of the checkpoint that `path` refers to."""
-    for pointer in (path, path / LATEST, path / "checkpoints" / LATEST):
-        if pointer.name in (LATEST, BEST) and pointer.is_file():
+def resolve(path: str | Path, which: str = "newest") -> Path:
+    """Returns the folder of the checkpoint that a path refers to.
+
+    Args:
+        path: as for `load`.
+        which: "newest" or "best": of a run folder or a `checkpoints` folder, the checkpoint to take.
+
+    Raises:
+        UserError: there is no such checkpoint, or the path cannot be read; or `which` is "best" and the path is of
+            one checkpoint.
+    """
+    try:
+        return _find(Path(path), which)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"checkpoint {path} cannot be read: {error}; use another checkpoint") from None
+
+
+def _find(path: Path, which: str) -> Path:
+    name = BEST if which == "best" else LATEST
+    for pointer in (path / name, path / "checkpoints" / name):
+        if pointer.is_file():
             return _read_pointer(pointer)
     folder = path.parent if path.name == STATE else path
-    if (folder / MANIFEST).exists() or (folder / STATE).exists():
-        return folder
+    is_pointer = path.name in (LATEST, BEST) and path.is_file()
+    if is_pointer or (folder / MANIFEST).exists() or (folder / STATE).exists():
+        if which == "best":
+            raise UserError(f"best has no effect on {path}, which is one checkpoint: give its run folder")
+        return _read_pointer(path) if is_pointer else folder
+    if which == "best" and any((each / LATEST).is_file() for each in (path, path / "checkpoints")):
+        raise UserError(f"{path} has no best checkpoint: the run has not been evaluated yet")
     raise UserError(f"no checkpoint in {path}: give a run folder, its checkpoints folder or one checkpoint")
 
 

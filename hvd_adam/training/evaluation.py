@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -90,10 +91,14 @@ def evaluate(config: EvaluateConfig) -> None:
     cluster = init(config.device)
     require_same(cluster, "arguments", asdict(config))
     with raise_on_all_ranks(cluster):
-        forward, loader = load_model(config, cluster)
+        try:
+            checkpoint = storage.resolve(config.checkpoint, config.which)
+        except UserError as error:
+            raise UserError(f"--which {error}" if str(error).startswith("best ") else str(error)) from None
+        forward, loader = load_model(replace(config, checkpoint=str(checkpoint)), cluster)
     scores = score(forward, loader, cluster, config.batch_size)
     if cluster.rank == 0:
-        sys.stdout.write(_report(scores, loader.data.name, config.json) + "\n")
+        sys.stdout.write(_report(scores, loader.data.name, checkpoint, config.json) + "\n")
 
 
 def load_model(config: EvaluateConfig, cluster: Cluster) -> tuple[Forward, DeviceLoader]:
@@ -150,11 +155,11 @@ def _data_config(config: EvaluateConfig, trained: dict[str, Any]) -> DataConfig:
     return DataConfig(**values | {name: value for name, value in given.items() if value is not None})
 
 
-def _report(scores: Scores, name: str, as_json: bool) -> str:
-    """Returns the scores on data set `name` as JSON or as lines of text."""
+def _report(scores: Scores, name: str, checkpoint: Path, as_json: bool) -> str:
+    """Returns the scores of a checkpoint on data set `name` as JSON or as lines of text."""
     if as_json:
-        return json.dumps(asdict(scores))
+        return json.dumps({**asdict(scores), "checkpoint": str(checkpoint)})
     return (
-        f"test images {scores.images} of {name}\ntest loss {scores.test_loss:.4f}\n"
+        f"checkpoint {checkpoint}\ntest images {scores.images} of {name}\ntest loss {scores.test_loss:.4f}\n"
         f"test accuracy {scores.test_accuracy:.4f}\ntest balanced accuracy {scores.test_balanced_accuracy:.4f}"
     )
