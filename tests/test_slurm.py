@@ -226,6 +226,17 @@ def test_tasks_of_an_array_resume_in_folders_and_with_seeds_of_their_own(cluster
         assert checkpoint(run)["config"]["seed"] == task
 
 
+def test_heterogeneous_job_is_requeued_as_a_whole_and_trains_on_its_first_component(cluster, tmp_path):
+    arguments = ["--model", "mlp", "--max-steps", 1, "--max-time", 1, "--output-dir", tmp_path / "run"]
+    job = cluster.submit(["--ntasks=1", ":", "--ntasks=1"], "slurm.sh", "--", *arguments)
+    cluster.slurm.wait_for_state(f"{job}+0", "COMPLETED")
+    log = cluster.log(job)
+    assert "This job has 2 components, and ranks start on the first one only\n" in log
+    assert log.count("Requeueing the job: the training has saved a checkpoint\n") == 1
+    assert int(cluster.slurm.facts(f"{job}+0")["Restarts"]) == 1, log
+    assert [event["step"] for event in events(tmp_path / "run", "resume")] == [1]
+
+
 def checkpoint_file(run):
     return run / "checkpoints" / "step-00000002" / "state.pt"
 

@@ -61,7 +61,7 @@ require_job() {
   if ((${SLURM_HET_SIZE:-1} > 1)); then
     echo "This job has $SLURM_HET_SIZE components, and ranks start on the first one only" >&2
   fi
-  per_node=${counts[0]:-$tasks}
+  per_node=${counts[0]:-$((tasks / ${SLURM_JOB_NUM_NODES:-1}))}
   export SLURM_NTASKS=$tasks # srun reads it
   SLURM_JOB_NODELIST=${SLURM_JOB_NODELIST:-this node}
   ((gpus == 0 || gpus == per_node)) ||
