@@ -28,6 +28,8 @@ here=$(CDPATH='' cd "$(dirname "$self")" && pwd)
 source "$here/lib/common.sh"
 # shellcheck source=launch/lib/steps.sh
 source "$here/lib/steps.sh"
+# shellcheck source=launch/lib/torchvision.sh
+source "$here/lib/torchvision.sh"
 
 TORCH_PIN=2.13.0
 TRITON_PIN=3.7.1
@@ -282,8 +284,8 @@ check_build() {
 # torch nor Horovod.
 fingerprint() {
   echo "options $device $dev $mpi"
-  cat "$ROOT"/{setup.cfg,pyproject.toml,launch/setup.sh,launch/lib/common.sh} "$ROOT"/hvd_adam/build_horovod/*.{sh,cmake} |
-    sha256sum
+  cat "$ROOT"/{setup.cfg,pyproject.toml,launch/setup.sh,launch/lib/{common,torchvision}.sh} \
+    "$ROOT"/hvd_adam/{build_horovod/*.{sh,cmake},models/torchvision_operators.py} | sha256sum
   if has_command mpirun; then mpirun --version 2>&1 | grep -m1 '[0-9]'; fi
   command -v mpirun mpicxx || true
   count_gpus
@@ -316,6 +318,7 @@ main() {
   install_horovod
   install_mpi4py
   install_project
+  complete_torchvision "$torch"
   install_triton
   check_installation
   device=$requested_device

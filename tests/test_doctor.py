@@ -33,6 +33,7 @@ from hvd_adam.doctor.software import (
     mpi_and_mpirun,
     packages,
     torch_release,
+    torchvision_failure,
     torchvision_release,
 )
 from hvd_adam.doctor.worker import measured_ranks
@@ -312,6 +313,36 @@ def test_a_torch_that_crashes_is_reported_with_the_signal(crashing_torch):
     assert (done.returncode, done.stderr) == (1, "")
     assert re.search(r"^fail  torch +the process ended by SIGSEGV\n +→ check whether", done.stdout, re.MULTILINE)
     assert "ok    Python" in done.stdout
+
+
+FAILING_TORCHVISION = 'raise RuntimeError("operator torchvision::nms does not exist")\n'
+
+
+def test_a_torchvision_that_a_users_script_cannot_import_fails(workdir):
+    link_package(
+        PACKAGES / "torchvision", workdir / "vision" / "torchvision", {"__init__.py": FAILING_TORCHVISION}
+    )
+    command = [sys.executable, "-m", "hvd_adam.doctor", "--json", "--output-dir", workdir / "runs"]
+    env = environment(workdir / "vision")
+    result = Result(subprocess.run(command, env=env, capture_output=True, text=True, timeout=120))
+    assert result.code == 1
+    result.expect(
+        "torchvision", "fail", "cannot be imported .*operator torchvision::nms", re.escape(SETUP_COMMAND)
+    )
+
+
+@pytest.mark.parametrize(
+    ("torch", "command"),
+    [
+        ("2.13.0+cpu", "'torchvision==0.28.*' --index-url https://download.pytorch.org/whl/cpu`"),
+        ("2.6.0+cu124", "'torchvision==0.21.*' --index-url https://download.pytorch.org/whl/cu124`"),
+        ("2.13.0", "'torchvision==0.28.*'`"),
+    ],
+)
+def test_the_remedy_for_torchvision_is_the_build_that_goes_with_torch(torch, command):
+    check = torchvision_failure("0.28.0", torch, RuntimeError("operator torchvision::nms does not exist"))
+    assert check.status == "fail" and "operator torchvision::nms does not exist" in check.found
+    assert f"pip install --no-deps --force-reinstall {command}, or `{SETUP_COMMAND}`" in check.remedy
 
 
 # Without site-packages there is nothing but the standard library, and the modules of this project.

@@ -203,7 +203,7 @@ def test_no_schema_is_defined_if_the_operators_exist():
         "for name in ('nms', 'qnms'):\n"
         "    library.define(name + '(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')\n"
     )
-    check = "go()\nfrom hvd_adam.models import torchvision_compat\nprint(torchvision_compat._definitions)"
+    check = "go()\nfrom hvd_adam.models import torchvision_operators\nprint(torchvision_operators.definitions)"
     assert run(program + IMPORT + check) == "[]"
 
 

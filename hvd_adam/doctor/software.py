@@ -5,6 +5,7 @@ It imports them, which is why it runs in the worker's process: each of them may 
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import platform
 import re
@@ -16,12 +17,13 @@ from pathlib import Path
 from types import ModuleType
 
 from hvd_adam.distributed.context import horovod
-from hvd_adam.distributed.launch_env import BUILD_COMMAND
+from hvd_adam.distributed.launch_env import BUILD_COMMAND, SETUP_COMMAND
 from hvd_adam.distributed.placement import visible_gpus
 from hvd_adam.doctor import gpu, machine
 from hvd_adam.doctor.gather import mpi
 from hvd_adam.doctor.report import (
     INSTALL_COMMAND,
+    OK,
     Check,
     Report,
     attempt,
@@ -126,15 +128,30 @@ def _torchvision(report: Report, first: bool) -> Check:
     version = report.versions["torchvision"] = installed_version("torchvision")
     if version == "not installed":
         return warn("torchvision", version, INSTALL_COMMAND)
+    release = torchvision_release(version, report.versions["torch"])
     # Rank 0 only, because the import takes as long as torch's; the check of versions covers the other ranks.
-    if report.rank == 0:
-        from hvd_adam.models.torchvision_compat import import_torchvision  # here: it imports torch
-
+    if report.rank == 0 and release.status == OK:
         try:
-            import_torchvision()
-        except UserError as error:
-            return warn("torchvision", *str(error).rsplit(": ", 1))  # a warning: only torchvision's models need it
-    return torchvision_release(version, report.versions["torch"])
+            importlib.import_module("torchvision")  # as a user's script or another library does
+        except Exception as error:
+            return torchvision_failure(version, report.versions["torch"], error)
+    return release
+
+
+def torchvision_failure(version: str, torch: str, error: Exception) -> Check:
+    """Reports a torchvision that cannot be imported, with the command that installs a matching build.
+
+    Args:
+        version: of torchvision.
+        torch: version of torch; what follows "+" names its build, such as "cpu" or "cu124".
+        error: what `import torchvision` raised.
+    """
+    found = f"{version} cannot be imported with torch {torch}: {one_line(error)}"
+    release, _, build = torch.partition("+")
+    wanted = f"'torchvision==0.{int(release.split('.')[1]) + 15}.*'"
+    index = f" --index-url https://download.pytorch.org/whl/{build}" if build else ""
+    remedy = f"`pip install --no-deps --force-reinstall {wanted}{index}`, or `{SETUP_COMMAND}`"
+    return fail("torchvision", found, remedy)
 
 
 def torchvision_release(version: str, torch: str) -> Check:
