@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import Field, fields
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
+from hvd_adam._version import __version__
 from hvd_adam.argument_checks import (
     ConfigFiles,
     expand_path,
@@ -51,7 +52,7 @@ def parse(
         if needs_extra:
             raise
         return _parse_plain(config, name, arguments)
-    types = get_type_hints(config)
+    types = _types(config)
     require_plain_options(arguments)
     given = [argument.replace("--print_config", "--print-config", 1) for argument in arguments]
     files = ConfigFiles(given, _names(types), _names(types, bool))
@@ -85,22 +86,47 @@ def _parser(config: type, name: str) -> jsonargparse.ArgumentParser:
         exit_on_error=False,
         allow_abbrev=True,
         print_config="--print-config",
-        formatter_class=argparse.HelpFormatter,  # jsonargparse's own appends Python types to every text
+        usage=f"python -m {name} [options]",
+        epilog=getattr(config, "EXAMPLES", None),
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # jsonargparse's own appends Python types
     )
     read_file = jsonargparse.ActionConfigFile  # type: ignore[attr-defined]  # documented, but not in its __all__
     parser.add_argument("--config", action=read_file, help="YAML file with any of the options")
-    types = get_type_hints(config)
-    for item in fields(config):
-        option, text = _option(item.name), _help(item)
-        if types[item.name] is bool:
-            negation = jsonargparse.ActionYesNo(no_prefix="no-")
-            parser.add_argument(option, action=negation, default=item.default, help=text)
-        elif types[item.name] == tuple[float, float]:
-            parser.add_argument(option, type=two_numbers, default=item.default, help=text, metavar="X,X")
-        else:
-            kind = types[item.name]
-            parser.add_argument(option, type=kind, default=item.default, help=text, metavar=_metavar(kind))
+    parser.add_argument("--version", action="version", version=f"hvd_adam {__version__}")
+    types, items = _types(config), {item.name: item for item in fields(config)}
+    for title, members in _groups(config).items():
+        group = parser.add_argument_group(title)
+        for member in members:
+            _add(group, items[member], types[member])
     return parser
+
+
+def _types(config: Any) -> dict[str, Any]:
+    """Returns the types of the options by the names of their fields."""
+    hints = get_type_hints(config)
+    return {item.name: hints[item.name] for item in fields(config)}
+
+
+def _groups(config: Any) -> dict[str, list[str]]:
+    """Returns the names of the options by the titles under which `--help` lists them."""
+    given = {title: members.split() for title, members in getattr(config, "GROUPS", {}).items()}
+    listed = {member for members in given.values() for member in members}
+    others = [item.name for item in fields(config) if item.name not in listed]
+    return {**given, "further options" if given else "options of this command": others} if others else given
+
+
+def _add(group: Any, item: Field[Any], kind: Any) -> None:
+    """Adds an option to a parser or a group of it."""
+    import jsonargparse
+
+    option, text = _option(item.name), _help(item)
+    if kind is bool:
+        negation = jsonargparse.ActionYesNo(no_prefix="no-")
+        group.add_argument(option, action=negation, default=item.default, help=text)
+    elif kind == tuple[float, float]:
+        group.add_argument(option, type=two_numbers, default=item.default, help=text, metavar="X,X")
+    else:
+        group.add_argument(option, type=kind, default=item.default, help=text, metavar=_metavar(kind))
 
 
 def two_numbers(text: Any) -> tuple[float, float]:
@@ -172,7 +198,7 @@ def _see_help(name: str) -> str:
 
 def _one_line(message: str, config: type, arguments: Sequence[str]) -> str:
     """Turns jsonargparse's report of a bad argument, which has several lines, into one line."""
-    message, types = " ".join(message.split()), get_type_hints(config)
+    message, types = " ".join(message.split()), _types(config)
     if words := re.findall(r"\S+", (message.partition("unrecognized arguments: "))[2]):
         return unrecognized(words, arguments, _names(types), _names(types, bool))
     if switch := re.match(r"argument (--[\w-]+)/.*ignored explicit argument", message):
@@ -221,7 +247,7 @@ def _parse_plain(config: type[Config], name: str, arguments: list[str]) -> Confi
         allow_abbrev=False,
     )
     parser.add_argument("--config", action=_ConfigAction, help="YAML file with any of the options")
-    types = get_type_hints(config)
+    types = _types(config)
     for item in fields(config):  # type: ignore[arg-type]  # a dataclass
         kind, text = types[item.name], _help(item)
         if kind is bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from hvd_adam.errors import UserError
 from hvd_adam.option_effects import require_effect
@@ -79,6 +79,28 @@ class DataConfig:
 @dataclass(frozen=True)
 class TrainConfig(DataConfig):
     """Trains an image classifier with Adam, data-parallel over all ranks that the launcher started."""
+
+    # The order in which --help lists the options, the frequent ones first.
+    GROUPS: ClassVar[dict[str, str]] = {
+        "frequent options": "dataset model epochs batch_size lr output_dir",
+        "data": "data_dir download positive_class synthetic_shape synthetic_classes synthetic_samples seed",
+        "model": "dropout sync_batchnorm channels_last compile",
+        "optimizer": "weight_decay decoupled_weight_decay betas eps amsgrad max_grad_norm max_skipped "
+        "implementation",
+        "schedule": "max_steps max_time lr_scaling warmup_epochs lr_decay lr_decay_epochs lr_decay_factor",
+        "distribution": "global_batch_size accumulate strategy compression op elastic commit_every stall_timeout "
+        "check_consistency_every",
+        "precision and device": "precision device deterministic",
+        "checkpoints": "resume checkpoint_every keep allow_data_change",
+        "logging": "log_every eval_every",
+    }
+    EXAMPLES: ClassVar[str] = """examples:
+  python -m hvd_adam.train --epochs 3
+  horovodrun -np 2 python -m hvd_adam.train --dataset cifar10 --model resnet18 --output-dir runs/first
+  python -m hvd_adam.train --dataset package.module:function --data-dir photos
+  python -m hvd_adam.train --lr 0.002 --print-config > run.yaml
+  python -m hvd_adam.train --config run.yaml --output-dir runs/second
+The last command, repeated, resumes its run."""
 
     model: str = option(
         "cnn",
@@ -256,6 +278,10 @@ class TrainConfig(DataConfig):
 @dataclass(frozen=True)
 class EvaluateConfig:
     """Evaluates a checkpoint; each test image is counted exactly once at any number of ranks."""
+
+    EXAMPLES: ClassVar[str] = """examples:
+  python -m hvd_adam.evaluate --checkpoint runs/first
+  horovodrun -np 2 python -m hvd_adam.evaluate --checkpoint runs/first --which best --json"""
 
     checkpoint: str = option("", "run folder, its checkpoints folder or one checkpoint; required", path=True)
     which: Literal["newest", "best"] = option(
