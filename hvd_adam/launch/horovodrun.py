@@ -12,6 +12,7 @@ exception is not caught.
 
 from __future__ import annotations
 
+import multiprocessing.util
 import os
 import re
 import shlex
@@ -53,6 +54,7 @@ INTERRUPTED = 128 + signal.SIGINT  # exit code after Ctrl-C
 _interrupted = threading.Event()  # set by Ctrl-C
 
 _execve = os.execve
+_setsid = os.setsid
 _psutil_wait: Callable[..., int | None] = psutil.Process.wait
 
 
@@ -100,6 +102,35 @@ def wait_without_reaping(process: psutil.Process, timeout: float | None = None) 
 
 # At import: Horovod's helper processes need it too, and they import this module (see the end of this file).
 patch(psutil.Process, "wait", wait_without_reaping)
+
+
+def start_helpers_with_sigint_blocked() -> None:
+    """Keeps Ctrl-C from Horovod's helper processes until they have left the terminal's process group.
+
+    A helper imports this module first, which takes a second, and would print a traceback.
+    """
+    spawn = multiprocessing.util.spawnv_passfds
+
+    def spawn_blocked(*arguments: Any) -> Any:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return spawn(*arguments)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    patch(multiprocessing.util, "spawnv_passfds", spawn_blocked)
+
+
+def setsid_and_unblock() -> None:
+    """Replaces os.setsid in a helper, before it starts a rank: drops a pending SIGINT and takes the next ones."""
+    _setsid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+if __name__ == "__mp_main__":
+    patch(os, "setsid", setsid_and_unblock)
 
 
 def report_losses() -> None:
@@ -161,6 +192,7 @@ def main() -> None:
     report_losses()
     notify_in_threads()
     record_interrupts()
+    start_helpers_with_sigint_blocked()
     remote.SSH_COMMAND_PREFIX += KEEP_ALIVE
     # horovodrun forwards only SIGTERM and would be killed by these. To the ranks all three mean: save and stop.
     for number in (signal.SIGUSR1, signal.SIGUSR2):
