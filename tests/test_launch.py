@@ -425,6 +425,15 @@ def test_filter_drops_the_report_of_a_signal_that_mpirun_has_forwarded():
     assert filtered(line + crash) == crash
 
 
+def test_filter_drops_lines_on_lost_connections_only_where_a_rank_has_named_the_cause():
+    report = b"[2]<stderr>:[2]: Horovod background loop uncaught exception: "
+    lost = report + b"[pair.cc:589] Read error: Connection reset by peer\n"
+    error = b"[0]<stderr>:hvd_adam.train: error: lr differs\n"
+    assert filtered(lost + error) == filtered(error + lost) == error
+    crash = b"[0]<stderr>:Traceback (most recent call last):\n"
+    assert filtered(lost + crash) == crash + lost
+
+
 def test_filter_passes_incomplete_lines_immediately():
     command = [sys.executable, "-I", PACKAGE / "stderr_filter.py"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:

@@ -142,7 +142,7 @@ def test_a_preempted_run_exits_with_75_and_its_metrics_continue_without_gaps(pla
     assert [event["step"] for event in events(place / "75", "step")] == list(range(4, STEPS + 1, 4))
     before = (place / "75" / "checkpoints" / "latest").read_text()
     again = succeeded(start(place, "75", ranks=0))  # no updates are left
-    assert "resuming after 24 updates" in again.stdout
+    assert "already finished: 24 of 24 updates" in again.stdout
     assert (place / "75" / "checkpoints" / "latest").read_text() == before
     assert len(events(place / "75", "eval")) == 4
 

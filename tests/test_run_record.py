@@ -194,7 +194,7 @@ def test_a_resumed_run_continues_its_curves_and_evaluations_count_every_image(tm
 def opened(folder, monkeypatch, argv=("python", "-m", "hvd_adam.train", "--lr", "1e-2")):
     monkeypatch.setattr(sys, "orig_argv", list(argv))
     config = TrainConfig(output_dir=str(folder), lr=1e-2)
-    run_dir.open_run(config, 3, None)
+    run_dir.open_run(config, 3, None, {})
     return (folder / "config.yaml").read_text()
 
 

@@ -4,7 +4,8 @@ A rank that exits with 2 (bad input) or 75 (stopped, try again) has printed one 
 then adds two boxes of text, and horovodrun with Gloo a "Terminated" for every rank that it terminated after the
 first. Ranks on other hosts may also report, in boxes and in lines that count them, that the rank has
 disconnected. These come last, and are left out if the job's exit code is 2 or 75: mpirun prints the code after
-the first of them. mpirun also warns if a child that starts ssh has made itself the leader of its process group
+the first of them. With Gloo Horovod's thread prints such a line, which is left out if a rank has printed an error
+of its own. mpirun also warns if a child that starts ssh has made itself the leader of its process group
 before mpirun could: both try, so that no time passes without one. mpirun's line about a signal that it forwards
 is left out, and its report of a rank that this SIGUSR1 has ended, because it has no handler. Every other report
 passes, as does every box that this filter does not recognize. Text passes immediately.
@@ -34,6 +35,10 @@ MORE_DISCONNECTED = re.compile(rb"\[[^]]+:\d+\] \d+ more process.* sent help mes
 SHOW_ALL = re.compile(rb'\[[^]]+:\d+\] Set MCA parameter "orte_base_help_aggregate"')  # after the first such line
 SETPGID = re.compile(rb"\[[^]]+:\d+\] plm:rsh: Warning: setpgid\(\d+,\d+\) failed in parent .*Permission denied")
 TERMINATED = b"]<stderr>:Terminated\n"  # after "[" and the rank
+LOST_PEER = re.compile(
+    rb"\[\d+\]<stderr>:.*Horovod background loop uncaught exception: .*Connection (reset|closed)"
+)
+OWN_ERROR = re.compile(rb"\[\d+\]<stderr>:hvd_adam[.\w]*: error: ")
 
 
 def may_be_terminated_line(line: bytes) -> bool:
@@ -52,12 +57,18 @@ def relay(source: int, target: int) -> None:
     disconnected: list[bytes] = []  # boxes, and lines that count more of them
     forwarded = False  # whether mpirun has forwarded a signal
     explained = False  # whether the rank that ended the job has printed the reason
+    lost: list[bytes] = []  # lines of ranks under Gloo whose connection another rank has ended
+    named = False  # whether a rank under horovodrun has printed an error of its own
     while chunk := os.read(source, 65536):
         line += chunk
         out = b""
         while end := line.find(b"\n") + 1:
             complete, line = line[:end], line[end:]
             if may_be_terminated_line(complete) or SETPGID.match(complete):
+                continue
+            named = named or bool(OWN_ERROR.match(complete))
+            if LOST_PEER.match(complete):
+                lost.append(complete)
                 continue
             if FORWARDING.match(complete):
                 forwarded = True
@@ -86,7 +97,8 @@ def relay(source: int, target: int) -> None:
         if not box and not RULE.startswith(line) and not may_be_terminated_line(line):
             out, line = out + line, b""
         os.write(target, out)
-    os.write(target, b"".join(box) + line + (b"" if explained else b"".join(disconnected)))
+    rest = [*([] if explained else disconnected), *([] if named else lost)]
+    os.write(target, b"".join(box) + line + b"".join(rest))
 
 
 if __name__ == "__main__":
