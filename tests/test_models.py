@@ -203,7 +203,7 @@ def test_no_schema_is_defined_if_the_operators_exist():
         "for name in ('nms', 'qnms'):\n"
         "    library.define(name + '(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')\n"
     )
-    if import_torchvision().extension._HAS_OPS:
+    if import_torchvision().extension._has_ops():
         program = ""  # torchvision's own library defines them
     check = "go()\nfrom hvd_adam.models import torchvision_operators\nprint(torchvision_operators.definitions)"
     assert run(program + IMPORT + check) == "[]"
