@@ -142,6 +142,17 @@ def test_a_skipped_update_changes_no_tensor_and_is_counted_once(cluster):
     assert optimizer.state_dict()["state"][0]["step"].item() == 2
 
 
+@on_ranks(1)
+def test_a_parameter_without_elements_is_no_obstacle_to_the_check_for_finite_gradients(cluster):
+    model = torch.nn.ParameterList(torch.ones(n, device=device()) for n in (0, 5))
+    optimizer = distribute(Adam(model.parameters()), model)
+    for factor in (1.0, float("nan")):
+        optimizer.zero_grad()
+        (sum(p.sum() for p in model) * factor).backward()
+        optimizer.step()
+        assert bool(optimizer.skipped) == (factor != 1.0)
+
+
 def assert_same_moments(optimizer, other):
     """Not the weights: where a gradient is next to nothing, Adam makes a whole step of its rounding."""
     pairs = zip(optimizer.state_dict()["state"].values(), other.state_dict()["state"].values(), strict=True)

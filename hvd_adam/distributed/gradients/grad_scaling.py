@@ -200,10 +200,13 @@ def element_sum(gradients: Tensor) -> Tensor:
 
 
 def probe_of(gradients: list[Tensor]) -> Tensor:
-    """Returns a number, 0-dim float64, that is finite only if all elements of some tensors, at least one, are.
+    """Returns a number, 0-dim float64, that is finite only if all elements of some tensors are.
 
     On a GPU the largest element of each, for which PyTorch needs a few launches for all together. On a CPU the
     sums, which take a tenth of the time.
+
+    Args:
+        gradients: at least one tensor, and none without elements.
     """
     if all(g.is_cuda for g in gradients):
         values: Sequence[Tensor] = torch._foreach_norm(gradients, math.inf)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from hvd_adam.distributed.context import horovod
-from hvd_adam.distributed.gradients.grad_scaling import element_sum, probe_of, total_norm
+from hvd_adam.distributed.gradients.grad_scaling import probe_of, total_norm
 from hvd_adam.distributed.gradients.gradient_buffer import GradientBuffer
 from hvd_adam.optim.optimizer_state import States
 
@@ -50,12 +49,12 @@ class AllReduceStrategy:
 
         Every rank has the whole gradients, or the number is known already.
         """
-        spans = [(buffer, span) for buffer in buffers for span in buffer.spans(buffer.collect(attach=False))]
-        sums = [element_sum(buffer.grad[start:end]) for buffer, (start, end) in spans]
-        if not buffers:
-            gradients = [p.grad for p in parameters if p.grad is not None]
-            return probe_of(gradients) if gradients else None
-        return torch.stack([value.to(sums[0].device) for value in sums]).sum() if sums else None
+        if buffers:
+            spans = [(buffer, span) for buffer in buffers for span in buffer.spans(buffer.collect(attach=False))]
+            gradients = [buffer.grad[start:end] for buffer, (start, end) in spans]
+        else:  # an empty tensor has no largest element
+            gradients = [p.grad for p in parameters if p.grad is not None and p.grad.numel()]
+        return probe_of(gradients) if gradients else None
 
     def gather_gradients(self, buffers: Sequence[GradientBuffer]) -> None:
         """Makes every gradient whole on every rank. Every rank must call it."""
