@@ -18,9 +18,9 @@ def code_hash(folder: Path = PACKAGE) -> str:
     return digest.hexdigest()[:12]
 
 
-def installed_version(package: str) -> str:
-    """Returns the version of an installed package, or "not installed"."""
+def installed_version(package: str, missing: str = "not installed") -> str:
+    """Returns the version of an installed package, or `missing`."""
     try:
         return version(package)
     except PackageNotFoundError:
-        return "not installed"
+        return missing

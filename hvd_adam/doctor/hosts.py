@@ -17,7 +17,6 @@ import subprocess
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from hvd_adam.cli import run
 from hvd_adam.doctor import remote
 from hvd_adam.doctor.config import DoctorConfig
 from hvd_adam.errors import UserError
-from hvd_adam.versions import code_hash
+from hvd_adam.versions import code_hash, installed_version
 
 NAME = "hvd_adam.doctor.hosts"
 TIMEOUT_SECONDS = 45.0
@@ -47,7 +46,7 @@ class _Problem:
 
 def installed_versions() -> dict[str, str]:
     """Returns the versions that must be identical on all hosts, and a hash of the package's code."""
-    return {"torch": _torch_version(), "horovod": _version("horovod"), "code": code_hash()}
+    return {"torch": _torch_version(), "horovod": installed_version("horovod", "none"), "code": code_hash()}
 
 
 def _torch_version() -> str:
@@ -57,14 +56,7 @@ def _torch_version() -> str:
         return "none"
     file = Path(spec.origin).with_name("version.py")
     match = re.search(r"^__version__ = '(.+)'", file.read_text(), re.MULTILINE) if file.exists() else None
-    return match[1] if match else _version("torch")
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "none"
+    return match[1] if match else installed_version("torch", "none")
 
 
 def require_identical(config: DoctorConfig) -> None:
