@@ -10,10 +10,10 @@ import pytest
 
 from hvd_adam.arguments import parse
 from hvd_adam.config import EvaluateConfig, TrainConfig
+from hvd_adam.config.effects import RULES
 from hvd_adam.data import load
 from hvd_adam.data.loader import DeviceLoader
 from hvd_adam.errors import UserError
-from hvd_adam.option_effects import RULES
 from hvd_adam.training.builders import build_model
 from hvd_adam.training.evaluation import _data_config
 

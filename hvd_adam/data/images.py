@@ -68,6 +68,12 @@ class ImageData:
             )
 
     @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of each image."""
+        channels, height, width = self.train_images.shape[1:]
+        return channels, height, width
+
+    @property
     def channels(self) -> int:
         """Number of channels of each image."""
         return int(self.train_images.shape[1])

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 
 from hvd_adam.data import sampling
 from hvd_adam.data.images import ImageData, channel_statistics
-
-Batch = tuple[torch.Tensor, torch.Tensor]
+from hvd_adam.data.protocols import Batch
 
 _PADDING = 4  # pixels on each side before the random crop, as in He et al., arXiv 1512.03385, section 4.2
 
@@ -79,14 +78,7 @@ class DeviceLoader:
         return self.data.fingerprint()
 
     def steps_per_epoch(self, global_batch_size: int) -> int:
-        """Returns the number of updates in an epoch.
-
-        Args:
-            global_batch_size: images per update over all ranks.
-
-        Raises:
-            UserError: the batch is larger than the data.
-        """
+        """As `protocols.Loader`."""
         return sampling.steps_per_epoch(len(self.data.train_images), global_batch_size)
 
     def train_batches(
@@ -100,23 +92,7 @@ class DeviceLoader:
         accumulate: int = 1,
         first_step: int = 0,
     ) -> Iterator[Batch]:
-        """Yields a rank's micro-batches of an epoch, `accumulate` for each update.
-
-        The micro-batches of all ranks for an update form one global batch, which with its augmentation is the same
-        at any `size` and `accumulate`.
-
-        Args:
-            seed: of order and augmentation.
-            epoch: ≥ 0.
-            global_batch_size: images per update over all ranks.
-            rank: 0 ≤ rank < size.
-            size: number of ranks.
-            accumulate: micro-batches per update and rank.
-            first_step: update of the epoch to start from; skipped updates cost nothing.
-
-        Raises:
-            UserError: the global batch is larger than the data, or smaller than `size * accumulate`.
-        """
+        """As `protocols.Loader`."""
         order = sampling.epoch_order(len(self.data.train_images), seed, epoch)
         for step in range(first_step, self.steps_per_epoch(global_batch_size)):
             for micro_batch in range(accumulate):
@@ -128,13 +104,7 @@ class DeviceLoader:
                 yield self._train_batch(self._upload(np.stack(chosen)))
 
     def test_batches(self, batch_size: int, *, rank: int = 0, size: int = 1) -> Iterator[Batch]:
-        """Yields a rank's share of the test set, in order. All ranks together yield every sample exactly once.
-
-        Args:
-            batch_size: the most images of a batch.
-            rank: 0 ≤ rank < size.
-            size: number of ranks; some have no images if there are fewer images than ranks.
-        """
+        """As `protocols.Loader`; the samples are in order."""
         images, labels = self._test
         mine = sampling.evaluation_share(len(images), rank, size)
         for start in range(mine.start, mine.stop, batch_size):

@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from hvd_adam.checkpoint import storage
 from hvd_adam.checkpoint.state import require_same_tensors
 from hvd_adam.config import DataConfig, EvaluateConfig
+from hvd_adam.config.effects import reads_files
 from hvd_adam.data.loader import DeviceLoader
+from hvd_adam.data.protocols import Loader
 from hvd_adam.distributed.agreement import raise_on_all_ranks, require_same
 from hvd_adam.distributed.context import Cluster, init
 from hvd_adam.errors import UserError
 from hvd_adam.models import zoo
-from hvd_adam.option_effects import reads_files
 from hvd_adam.training.builders import load_images
 from hvd_adam.training.meters import sum_over_ranks
 from hvd_adam.training.precision import autocast, parameter_dtype
@@ -52,7 +53,7 @@ class Scores:
 
 
 @torch.inference_mode()
-def score(forward: Forward, loader: DeviceLoader, cluster: Cluster, batch_size: int = 256) -> Scores:
+def score(forward: Forward, loader: Loader, cluster: Cluster, batch_size: int = 256) -> Scores:
     """Evaluates every test image exactly once over all ranks; every rank must call it.
 
     Args:
@@ -101,7 +102,7 @@ def evaluate(config: EvaluateConfig) -> None:
         sys.stdout.write(_report(scores, loader.data.name, checkpoint, config.json) + "\n")
 
 
-def load_model(config: EvaluateConfig, cluster: Cluster) -> tuple[Forward, DeviceLoader]:
+def load_model(config: EvaluateConfig, cluster: Cluster) -> tuple[Forward, Loader]:
     """Loads a checkpoint's model, and the test images with the normalization of the training.
 
     Returns:

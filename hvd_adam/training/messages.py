@@ -9,7 +9,7 @@ import torch
 
 from hvd_adam._version import __version__
 from hvd_adam.config import TrainConfig
-from hvd_adam.data.images import ImageData
+from hvd_adam.data.protocols import Data
 from hvd_adam.distributed.context import Cluster
 from hvd_adam.training.run import BatchSizes
 
@@ -25,7 +25,7 @@ def start_facts(cluster: Cluster, sizes: BatchSizes) -> dict[str, Any]:
     }
 
 
-def first_line(config: TrainConfig, data: ImageData, cluster: Cluster, sizes: BatchSizes) -> str:
+def first_line(config: TrainConfig, data: Data, cluster: Cluster, sizes: BatchSizes) -> str:
     """Returns what is trained on what, and how it is divided into updates."""
     return (
         f"hvd_adam {__version__}: {config.model} on {config.dataset} ({data.summary()}), {cluster.size} rank(s) "

@@ -11,7 +11,7 @@ import torch
 
 from hvd_adam.checkpoint.state import Progress, require_same_tensors
 from hvd_adam.config import TrainConfig
-from hvd_adam.data.loader import DeviceLoader
+from hvd_adam.data.protocols import Loader
 from hvd_adam.distributed.agreement import raise_on_all_ranks, require_same
 from hvd_adam.distributed.api import distribute
 from hvd_adam.distributed.broadcast.tensors import ROOT
@@ -52,9 +52,7 @@ class BatchSizes:
     total_steps: int
 
     @classmethod
-    def of_run(
-        cls, config: TrainConfig, loader: DeviceLoader, ranks: int, resume: ResumePoint | None
-    ) -> BatchSizes:
+    def of_run(cls, config: TrainConfig, loader: Loader, ranks: int, resume: ResumePoint | None) -> BatchSizes:
         """Computes the sizes for this number of ranks.
 
         In an elastic run, an update keeps the images that it had at the start of the run. If ranks are missing,
@@ -114,7 +112,7 @@ class Run:
     cluster: Cluster
     watchdog: Watchdog
     preemption: Preemption
-    loader: DeviceLoader
+    loader: Loader
     sizes: BatchSizes
     model: torch.nn.Module
     scaler: Any | None
@@ -184,7 +182,7 @@ def _open_run(
     config: TrainConfig,
     cluster: Cluster,
     memory: InMemoryCheckpoint | None,
-    loader: DeviceLoader,
+    loader: Loader,
     model: torch.nn.Module,
     adam: Adam,
     scaler: Any | None,

@@ -14,7 +14,7 @@ from hvd_adam.checkpoint import storage
 from hvd_adam.checkpoint.manager import CheckpointManager
 from hvd_adam.checkpoint.state import Progress, TrainingState, gather_rank_states, rank_state, restore_rng_state
 from hvd_adam.config import TrainConfig
-from hvd_adam.data.loader import Batch
+from hvd_adam.data.protocols import Batch
 from hvd_adam.distributed.agreement import raise_on_all_ranks
 from hvd_adam.distributed.broadcast.tensors import ROOT
 from hvd_adam.distributed.broadcast.training import broadcast_buffers

@@ -1,79 +1,19 @@
-"""Configurations of the commands, as typed dataclasses that check their ranges. Imports no torch.
-
-The help text of a field is its documentation: `python -m hvd_adam.train --help` prints it. Underscores in field
-names are dashes on the command line.
-"""
+"""`TrainConfig`: the options of `python -m hvd_adam.train`, and the ranges that it checks."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
+from hvd_adam.config.data import DataConfig
+from hvd_adam.config.effects import require_effect
+from hvd_adam.config.options import option, require
 from hvd_adam.errors import UserError
-from hvd_adam.option_effects import require_effect
 from hvd_adam.schedule import DECAYS, SCALING_RULES
 
 # PyTorch's names of dtypes, and what --precision calls them.
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
-
-
-def option(default: Any, help: str, *, path: bool = False) -> Any:
-    """Declares a field of a configuration.
-
-    Args:
-        default: its value if the user gives none.
-        help: its text in `--help`, which appends the default unless that is None, False or empty.
-        path: whether `~` and environment variables in the value are expanded.
-    """
-    return field(default=default, metadata={"help": help, "path": path})
-
-
-def require(holds: bool, name: str, value: object, wanted: str) -> None:
-    """Checks an option.
-
-    Args:
-        holds: whether the value is valid.
-        name: of the option, without the dashes in front.
-        value: for the message.
-        wanted: what the value must be, for the message.
-
-    Raises:
-        UserError: the value is not valid.
-    """
-    if not holds:
-        raise UserError(f"--{name.replace('_', '-')} is {value}: it must be {wanted}")
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """The data set and the device."""
-
-    dataset: str = option(
-        "digits", "digits, cifar10, synthetic, or a function of yours as package.module:function"
-    )
-    data_dir: str = option("data", "folder of the data set; cifar10 is downloaded to it if missing", path=True)
-    download: bool = option(True, "allow the download of cifar10 if it is missing")
-    positive_class: str | None = option(None, "train a binary classifier: this class against all others")
-    synthetic_shape: str = option("3x32x32", "shape of the synthetic images, CHANNELSxHEIGHTxWIDTH")
-    synthetic_classes: int = option(10, "number of synthetic classes, ≥ 2")
-    synthetic_samples: int = option(
-        4096, "number of synthetic training images, ≥ 1; a fifth as many are added for testing"
-    )
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: a GPU where there is one, else the CPU")
-
-    def __post_init__(self) -> None:
-        require(self.synthetic_classes >= 2, "synthetic-classes", self.synthetic_classes, "at least 2")
-        require(self.synthetic_samples >= 1, "synthetic-samples", self.synthetic_samples, "at least 1")
-        self.synthetic_size()
-
-    def synthetic_size(self) -> tuple[int, int, int]:
-        """Returns the channels, height and width of the synthetic images."""
-        parts = self.synthetic_shape.lower().split("x")
-        valid = len(parts) == 3 and all(part.isascii() and part.isdecimal() and int(part) > 0 for part in parts)
-        require(valid, "synthetic-shape", self.synthetic_shape, "CHANNELSxHEIGHTxWIDTH, as in 3x32x32")
-        channels, height, width = (int(part) for part in parts)
-        return channels, height, width
 
 
 @dataclass(frozen=True)
@@ -273,29 +213,3 @@ The last command, repeated, resumes its run."""
                 f"{self.accumulate} micro-batches: use a multiple of {parts}"
             )
         return self.global_batch_size
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """Evaluates a checkpoint; each test image is counted exactly once at any number of ranks."""
-
-    EXAMPLES: ClassVar[str] = """examples:
-  python -m hvd_adam.evaluate --checkpoint runs/first
-  horovodrun -np 2 python -m hvd_adam.evaluate --checkpoint runs/first --which best --json"""
-
-    checkpoint: str = option("", "run folder, its checkpoints folder or one checkpoint; required", path=True)
-    which: Literal["newest", "best"] = option(
-        "newest", "checkpoint of a run folder: the newest, or that with the best test accuracy"
-    )
-    dataset: str | None = option(
-        None, "data set to evaluate on, with the same classes (default: the one trained on)"
-    )
-    data_dir: str | None = option(None, "folder of the data set (default: as for training)", path=True)
-    batch_size: int = option(256, "images per rank and batch, ≥ 1")
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: a GPU where there is one, else the CPU")
-    json: bool = option(False, "print one JSON object instead of lines of text")
-
-    def __post_init__(self) -> None:
-        if not self.checkpoint:
-            raise UserError("--checkpoint is missing: give a run folder or a checkpoint")
-        require(self.batch_size >= 1, "batch-size", self.batch_size, "at least 1")

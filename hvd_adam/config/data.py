@@ -1,0 +1,39 @@
+"""`DataConfig`: the options that choose the data set and the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from hvd_adam.config.options import option, require
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The data set and the device."""
+
+    dataset: str = option(
+        "digits", "digits, cifar10, synthetic, or a function of yours as package.module:function"
+    )
+    data_dir: str = option("data", "folder of the data set; cifar10 is downloaded to it if missing", path=True)
+    download: bool = option(True, "allow the download of cifar10 if it is missing")
+    positive_class: str | None = option(None, "train a binary classifier: this class against all others")
+    synthetic_shape: str = option("3x32x32", "shape of the synthetic images, CHANNELSxHEIGHTxWIDTH")
+    synthetic_classes: int = option(10, "number of synthetic classes, ≥ 2")
+    synthetic_samples: int = option(
+        4096, "number of synthetic training images, ≥ 1; a fifth as many are added for testing"
+    )
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: a GPU where there is one, else the CPU")
+
+    def __post_init__(self) -> None:
+        require(self.synthetic_classes >= 2, "synthetic-classes", self.synthetic_classes, "at least 2")
+        require(self.synthetic_samples >= 1, "synthetic-samples", self.synthetic_samples, "at least 1")
+        self.synthetic_size()
+
+    def synthetic_size(self) -> tuple[int, int, int]:
+        """Returns the channels, height and width of the synthetic images."""
+        parts = self.synthetic_shape.lower().split("x")
+        valid = len(parts) == 3 and all(part.isascii() and part.isdecimal() and int(part) > 0 for part in parts)
+        require(valid, "synthetic-shape", self.synthetic_shape, "CHANNELSxHEIGHTxWIDTH, as in 3x32x32")
+        channels, height, width = (int(part) for part in parts)
+        return channels, height, width

@@ -1,0 +1,35 @@
+"""`EvaluateConfig`: the options of `python -m hvd_adam.evaluate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from hvd_adam.config.options import option, require
+from hvd_adam.errors import UserError
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Evaluates a checkpoint; each test image is counted exactly once at any number of ranks."""
+
+    EXAMPLES: ClassVar[str] = """examples:
+  python -m hvd_adam.evaluate --checkpoint runs/first
+  horovodrun -np 2 python -m hvd_adam.evaluate --checkpoint runs/first --which best --json"""
+
+    checkpoint: str = option("", "run folder, its checkpoints folder or one checkpoint; required", path=True)
+    which: Literal["newest", "best"] = option(
+        "newest", "checkpoint of a run folder: the newest, or that with the best test accuracy"
+    )
+    dataset: str | None = option(
+        None, "data set to evaluate on, with the same classes (default: the one trained on)"
+    )
+    data_dir: str | None = option(None, "folder of the data set (default: as for training)", path=True)
+    batch_size: int = option(256, "images per rank and batch, ≥ 1")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: a GPU where there is one, else the CPU")
+    json: bool = option(False, "print one JSON object instead of lines of text")
+
+    def __post_init__(self) -> None:
+        if not self.checkpoint:
+            raise UserError("--checkpoint is missing: give a run folder or a checkpoint")
+        require(self.batch_size >= 1, "batch-size", self.batch_size, "at least 1")

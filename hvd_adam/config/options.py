@@ -1,0 +1,39 @@
+"""How an option is declared and checked. Imports no torch.
+
+The help text of a field is its documentation: `python -m hvd_adam.train --help` prints it. Underscores in field
+names are dashes on the command line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Any
+
+from hvd_adam.errors import UserError
+
+
+def option(default: Any, help: str, *, path: bool = False) -> Any:
+    """Declares a field of a configuration.
+
+    Args:
+        default: its value if the user gives none.
+        help: its text in `--help`, which appends the default unless that is None, False or empty.
+        path: whether `~` and environment variables in the value are expanded.
+    """
+    return field(default=default, metadata={"help": help, "path": path})
+
+
+def require(holds: bool, name: str, value: object, wanted: str) -> None:
+    """Checks an option.
+
+    Args:
+        holds: whether the value is valid.
+        name: of the option, without the dashes in front.
+        value: for the message.
+        wanted: what the value must be, for the message.
+
+    Raises:
+        UserError: the value is not valid.
+    """
+    if not holds:
+        raise UserError(f"--{name.replace('_', '-')} is {value}: it must be {wanted}")
