@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hvd_adam import Adam
+from hvd_adam.optim import memory
 from hvd_adam.optim.memory import Arena, zeros
 
 
@@ -81,3 +82,9 @@ def test_state_of_many_small_tensors_uses_huge_pages(loaded):
         optimizer.load_state_dict(state)
     optimizer.step()
     assert kilobytes("AnonHugePages") - before > 50_000  # of 64 MB
+
+
+def test_every_tensor_counts_as_held_where_pytorch_does_not_tell(monkeypatch):
+    free = [torch.zeros(3)]
+    monkeypatch.setattr(memory, "_TELLS_USE_COUNT", False)
+    assert memory.any_is_held(free) and not memory.any_is_held([])

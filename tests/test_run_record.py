@@ -10,6 +10,7 @@ import json
 import math
 import sys
 import warnings
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -205,7 +206,7 @@ def test_the_configuration_starts_with_command_line_world_size_versions_and_code
     assert "# Command line: python -m hvd_adam.train --lr 1e-2" in head
     assert "# World size: 3" in head
     (versions,) = [line for line in head if line.startswith("# Versions: hvd_adam ")]
-    assert f"torch {torch.__version__}" in versions and "code hash " in versions and "horovod " in versions
+    assert f"torch {version('torch')}" in versions and "code hash " in versions and "horovod " in versions
 
 
 @pytest.mark.parametrize(

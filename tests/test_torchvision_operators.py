@@ -67,6 +67,9 @@ def complete(environment, torch="2.13.0+cpu"):
 
 @pytest.fixture(scope="module")
 def completed(environment):
+    program = "from importlib.metadata import version; print(version('torchvision'))"
+    if tuple(map(int, python(environment, program).split(".")[:2])) < (0, 17):
+        pytest.skip("this torchvision is imported without its library")
     assert "operator torchvision::nms does not exist" in python(environment, "import torchvision", code=1)
     output, asked = complete(environment)
     assert "Making torchvision work with torch 2.13.0+cpu" in output and "cannot be imported" not in output

@@ -162,17 +162,22 @@ def in_place(view: Tensor) -> Tensor:
 def any_is_held(tensors: list[Tensor], *, are_gradients: bool = False) -> bool:
     """Returns whether anything but this list and one other holds one of the tensors, a view of it, or its memory.
 
+    PyTorch 2.1 does not tell what graphs and DLPack hold: there the answer is always yes, so nothing that is held
+    is overwritten, and memory is allocated more often.
+
     Args:
         tensors: the tensors.
         are_gradients: whether each is the gradient of a parameter, which holds it, too.
     """
+    if not _TELLS_USE_COUNT:
+        return bool(tensors)
     known = _known_references(are_gradients)
     return any(max(counts, default=0) > count for counts, count in zip(_references(tensors), known, strict=True))
 
 
 def _references(tensors: list[Tensor]) -> tuple[Iterable[int], ...]:
     """Returns the numbers of references to the objects, to what graphs and DLPack hold, and to the memory."""
-    objects, implementations = map(sys.getrefcount, tensors), map(_use_count, tensors)
+    objects, implementations = map(sys.getrefcount, tensors), map(operator.methodcaller("_use_count"), tensors)
     return objects, implementations, (_storage_use_count(t.untyped_storage()._cdata) for t in tensors if t.numel())
 
 
@@ -185,7 +190,7 @@ def _known_references(are_gradients: bool) -> tuple[int, ...]:
     return tuple(map(max, _references(list(listed))))  # type: ignore[arg-type]  # none is None
 
 
-_use_count = Tensor._use_count  # type: ignore[attr-defined]  # missing from PyTorch's stubs
+_TELLS_USE_COUNT = hasattr(Tensor, "_use_count")
 _storage_use_count = getattr(torch._C, "_storage_Use_Count", lambda storage: 0)  # absent in some versions
 
 
