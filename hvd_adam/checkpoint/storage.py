@@ -14,6 +14,7 @@ import os
 import pickle
 import re
 import shutil
+import warnings
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -132,7 +133,9 @@ def load(path: str | Path) -> dict[str, Any]:
     folder = resolve(path)
     try:
         _verify(folder)
-        state: dict[str, Any] = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # PyTorch 2.1 warns of a class of its own
+            warnings.filterwarnings("ignore", "TypedStorage is deprecated")
+            state: dict[str, Any] = torch.load(folder / STATE, map_location="cpu", weights_only=True)
     except (OSError, UnicodeDecodeError, RuntimeError, pickle.UnpicklingError) as error:
         raise UserError(f"checkpoint {path} cannot be read: {error}; use another checkpoint") from None
     return state
