@@ -16,7 +16,7 @@ CHECKPOINTS, UPDATES = Path("runs/loop"), 50
 
 def main(cluster: Cluster) -> bool:
     """Trains; returns whether it was stopped early."""
-    preemption = Preemption(cluster, max_time=None)  # SIGTERM, SIGINT (Ctrl-C), SIGUSR1, SIGUSR2
+    preemption = Preemption(cluster, max_time=None)  # SIGTERM, SIGINT (Ctrl-C), SIGHUP, SIGUSR1, SIGUSR2
     manager = CheckpointManager(CHECKPOINTS if cluster.rank == 0 else None, keep=2)
     model = torch.nn.Linear(64, 10)
     model.register_buffer("updates", torch.zeros((), dtype=torch.int64))  # buffers are broadcast and saved

@@ -11,8 +11,12 @@ import re
 from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hvd_adam.errors import UserError
+
+if TYPE_CHECKING:
+    import yaml
 
 # Options of other programs, and this project's names for them; with dashes.
 SYNONYMS = {
@@ -134,9 +138,17 @@ def unrecognized(
         before = arguments[max(arguments.index(words[0]) - 1, 0)] if words[0] in arguments else ""
         if before[2:].removeprefix("no-") in switches:
             return takes_no_value(before)
+        if before and (option := _option_of(words[0], arguments)):
+            return f"{words[0]} belongs to no option: {option} takes one value"
         return f"{words[0]} belongs to no option: write --{names[0]} {words[0]}, for example"
     wrong = [word for word in words if re.match(r"[-–—]+[A-Za-z]", word)] or list(words[:1])
     return "; ".join(unknown_option(word, names) for word in wrong)
+
+
+def _option_of(word: str, arguments: Sequence[str]) -> str | None:
+    """Returns the option whose value precedes a word of the command line, or None."""
+    option, value = arguments[max(arguments.index(word) - 2, 0)], arguments[max(arguments.index(word) - 1, 0)]
+    return option if option.startswith("--") and "=" not in option and not value.startswith("-") else None
 
 
 def takes_no_value(option: str) -> str:
@@ -181,6 +193,13 @@ def _is_config(option: str) -> bool:
     return len(option) > 4 and "--config".startswith(option)  # argparse accepts abbreviations
 
 
+def _source(text: str, node: yaml.Node) -> str:
+    """Returns a key or value of a YAML file: that of a scalar, and of another node as it is written."""
+    if isinstance(node.value, str):
+        return node.value
+    return " ".join(text[node.start_mark.index : node.end_mark.index].split())
+
+
 class ConfigFiles:
     """The configuration files of a command line.
 
@@ -215,7 +234,9 @@ class ConfigFiles:
 
     def _file(self, path: str, known: list[str]) -> str:
         path = expand_path(path, "--config")
-        if Path(path).is_file():
+        if path and not Path(path).is_file():
+            raise UserError(f"--config {path}: " + ("not a file" if Path(path).exists() else "no such file"))
+        if path:
             self._read(path, known)
         return path
 
@@ -223,20 +244,22 @@ class ConfigFiles:
         import yaml  # as jsonargparse, only where it is needed
 
         try:
-            root = yaml.compose(Path(path).read_text())
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--config {path} cannot be read: {error}") from None
-        except yaml.YAMLError as error:
+            text = Path(path).read_text(encoding="utf-8")
+            root = yaml.compose(text)
+        except OSError as error:
+            raise UserError(f"--config {path} cannot be read ({error.strerror})") from None
+        except UnicodeDecodeError as error:
+            raise UserError(f"--config {path} is not a text file in UTF-8: {error.reason}") from None
+        except (yaml.YAMLError, RecursionError) as error:
             mark = getattr(error, "problem_mark", None)
             place = f", line {mark.line + 1}" if mark else ""
-            raise UserError(
-                f"{path}{place}: this is not valid YAML ({getattr(error, 'problem', error)})"
-            ) from None
+            problem = " ".join(str(getattr(error, "problem", error)).split())
+            raise UserError(f"{path}{place}: this is not valid YAML ({problem})") from None
         if not isinstance(root, yaml.MappingNode):
             raise UserError(f"--config {path} has no options: write one a line, as in epochs: 3")
         seen: dict[str, str] = {}
         for key, value in root.value:
-            place, name = f"{path}, line {key.start_mark.line + 1}", str(key.value)
+            place, name = f"{path}, line {key.start_mark.line + 1}", _source(text, key)
             option = name.replace("_", "-")
             if option not in known:
                 raise UserError(f"{place}: {unknown_option(name, known)}")
@@ -244,10 +267,12 @@ class ConfigFiles:
                 raise UserError(f"{place}: {name} is given twice, before in {seen[option]}")
             if isinstance(value, yaml.MappingNode):
                 raise UserError(f"{place}: {name} has nested values: give it one, as in {name}: VALUE")
-            if isinstance(value, yaml.ScalarNode) and value.value == "" and value.style is None:
+            if value.value == "" and (value.style is None or f"--{option}" not in MAY_BE_EMPTY):
                 raise UserError(f"{place}: {name} has an empty value: give one, or remove the line")
+            if not value.tag.startswith("tag:yaml.org,2002:") or "/" in value.tag:
+                raise UserError(f"{place}: {name} has the tag {value.tag}: give it a plain value")
             if option in self._switches and str(value.value).lower() not in _BOOLEANS:
-                raise UserError(f"{place}: {name} is {value.value}: it must be true or false")
+                raise UserError(f"{place}: {name} is {_source(text, value)}: it must be true or false")
             seen[option] = place
         self._places |= seen
 

@@ -72,6 +72,8 @@ def _checked(item: Field[Any], value: Any, types: dict[str, Any]) -> Any:
     """Returns the value of an option; `~` and variables in a path are expanded."""
     if value is None and type(None) not in get_args(types[item.name]):
         raise UserError(f"{_option(item.name)} is null: it must be {_expected(types[item.name])}")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise UserError(f"{_option(item.name)} is {value:.3g}: it must be below 2⁶³")
     if isinstance(value, str) and item.metadata.get("path"):
         return expand_path(value, _option(item.name))
     return value
@@ -93,6 +95,8 @@ def _parser(config: type, name: str) -> jsonargparse.ArgumentParser:
     read_file = jsonargparse.ActionConfigFile  # type: ignore[attr-defined]  # documented, but not in its __all__
     parser.add_argument("--config", action=read_file, help="YAML file with any of the options")
     parser.add_argument("--version", action="version", version=f"hvd_adam {__version__}")
+    printing = next(action for action in parser._actions if action.dest == "print_config")
+    printing.help, printing.metavar = "print the configuration that results from all other arguments, and exit", ""
     types, items = _types(config), {item.name: item for item in fields(config)}
     for title, members in _groups(config).items():
         group = parser.add_argument_group(title)
@@ -205,10 +209,10 @@ def _one_line(message: str, config: type, arguments: Sequence[str]) -> str:
         return takes_no_value(switch[1])
     pair = re.fullmatch(r"argument (--[\w-]+): invalid two_numbers value: '(.*)'", message)
     if pair:
-        return f"{pair[1]} is {pair[2]}: it must be two numbers, as in 0.9,0.999"
+        return f"{pair[1]} is {pair[2]}: it must be {_expected(tuple[float, float])}"
     key = re.search(r'Parser key "(\w+)":', message)
     if key and types.get(key[1]) == tuple[float, float]:
-        return f"{_option(key[1])} must be two numbers, as in 0.9,0.999"
+        return f"{_option(key[1])} must be {_expected(types[key[1]])}"
     wrong = re.search(r'Parser key "(\w+)":.* (?:Got|Given) value: (.*)', message)
     if not wrong or wrong[1] not in types:
         return re.sub(r'Parser key "(\w+)":', r"--\1:", message)
@@ -219,10 +223,12 @@ def _expected(kind: Any) -> str:
     """Describes the values of a type."""
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, get_args(kind)))}"
+    if kind == tuple[float, float]:
+        return "two numbers, as in 0.9,0.999"
     scalar = _scalar(kind)
     if scalar in (int, float):
         return "a whole number" if scalar is int else "a number"
-    return "a text (in quotes where it looks like a number)"
+    return "text (in quotes where YAML reads it as something else)"
 
 
 # Without jsonargparse.

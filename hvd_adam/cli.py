@@ -43,18 +43,22 @@ def run(
         needs_extra: as in `hvd_adam.arguments.parse`.
     """
     log.setup()
-    starting = True
+    starting, code = True, 0
     try:
         values = parse(config, name, argv, needs_extra=needs_extra)
         starting = False
         main(values)
+    except SystemExit as done:  # of --help, --version and --print-config, or of a command with a result of its own
+        code = int(done.code or 0)
     except (Exception, KeyboardInterrupt) as error:
         _end(error, name, starting)
     ignore_signals()
     # Horovod's shutdown waits for the other ranks: half a minute and more if one was killed meanwhile.
-    sys.stdout.flush()
-    leave_later(0, SHUTDOWN_SECONDS)
-    sys.exit(0)
+    if unwritten := log.finish():
+        print(f"{name}: error: {log.lost(unwritten)}", file=sys.stderr)
+        code = code or 2
+    leave_later(code, SHUTDOWN_SECONDS)
+    sys.exit(code)
 
 
 def _end(error: BaseException, name: str, starting: bool) -> NoReturn:

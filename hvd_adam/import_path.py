@@ -78,7 +78,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
         known: all valid names.
     """
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=5)
+    near = difflib.get_close_matches(name.lower(), known, n=5)
     if near:
         hint = f"did you mean {' or '.join(near)}?"
     else:

@@ -9,10 +9,14 @@ Commands call `setup`. Without it, records go where the application's logging co
 from __future__ import annotations
 
 import logging
+import os
 import sys
-from typing import Protocol
+from contextlib import suppress
+from io import TextIOWrapper
+from typing import Protocol, TextIO
 
 from hvd_adam.distributed.context import current_rank
+from hvd_adam.errors import UserError
 
 logger = logging.getLogger("hvd_adam")
 
@@ -42,12 +46,15 @@ class LineHandler(logging.Handler):
     Attributes:
         info_on_stderr: write records below WARNING to stderr instead; for commands that print their result.
         bar: the progress bar to clear around each line, or None.
+        output_lost: whether a line could not be written, because the reader of a pipe has ended (`| head`), or the
+            disk is full. A lost line does not end the command, which has other records.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.info_on_stderr = False
         self.bar: ProgressBar | None = None
+        self.output_lost = False
         self.addFilter(is_for_this_rank)
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -59,10 +66,75 @@ class LineHandler(logging.Handler):
         stream = sys.stderr if is_warning or self.info_on_stderr else sys.stdout
         if self.bar is not None:
             self.bar.clear()
-        stream.write(line + "\n")
-        stream.flush()
+        self._write(stream, line)
         if self.bar is not None:
             self.bar.refresh()
+
+    def _write(self, stream: TextIO, line: str) -> None:
+        try:
+            stream.write(line + "\n")
+            stream.flush()
+        except OSError as error:
+            if isinstance(error, BrokenPipeError):
+                discard(stream)
+            first, self.output_lost = not self.output_lost, True
+            if first and stream is not sys.stderr:
+                self._write(sys.stderr, f"hvd_adam: warning: {lost(error)}; the command continues")
+
+
+def write_result(text: str) -> None:
+    """Writes the result of a command to stdout.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        discard(sys.stdout)
+        raise UserError(lost(error)) from None
+
+
+def lost(error: OSError) -> str:
+    """Returns the message for an error of writing to stdout."""
+    return f"cannot write to stdout ({error.strerror})"
+
+
+def discard(stream: TextIO) -> None:
+    """Discards what a stream still holds, and all that follows. Otherwise Python exits with code 120."""
+    with suppress(OSError), open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
+
+
+def finish() -> OSError | None:
+    """Writes what stdout still holds; commands call it at their end.
+
+    Returns:
+        None, or the error by which a result is lost: lines of the log that could not be written do not count.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        discard(sys.stdout)
+        return None if _handler.output_lost else error
+    return None
+
+
+def _open_streams() -> None:
+    """Opens stdin, stdout and stderr where the caller has closed them (`>&-`), and lets them take every character.
+
+    Otherwise the next files that are opened get their numbers, and libraries print into those files. A character
+    that the locale's encoding does not have, such as ≥ in Latin-1, is written as an escape sequence.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper) and (stream.errors == "strict" or stream.encoding != "utf-8"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 _handler = LineHandler()
@@ -74,6 +146,7 @@ def setup(*, info_on_stderr: bool = False) -> None:
     Args:
         info_on_stderr: see `LineHandler`. A later call replaces the value.
     """
+    _open_streams()
     _handler.info_on_stderr = info_on_stderr
     if _handler not in logger.handlers:
         logger.addHandler(_handler)

@@ -35,7 +35,7 @@ source "$here/lib/common.sh"
 # shellcheck source=launch/lib/options.sh
 source "$here/lib/options.sh"
 
-min_ranks=1 max_ranks='' discovery='' cooldown=(10 60) gloo_timeout=30 launcher_arguments=()
+min_ranks=1 max_ranks='' discovery='' cooldown=(10 60) gloo_timeout=30 found='' launcher_arguments=()
 
 # require_positive OPTION VALUE
 require_positive() { [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || fail "$1 ${2:-}: must be a whole number of at least 1"; }
@@ -62,11 +62,16 @@ if [[ -z $discovery ]]; then
     fail "no hosts given: use --hostfile or --discovery, or start it in a Slurm allocation"
   printf -v discovery '%q ' bash "$here/discover_hosts.sh" "${hostfile:-slurm}" "${ssh_port:-22}"
 fi
-if [[ -z $ranks ]]; then
-  ranks=$(bash -c "$discovery" | awk -F: '{ sum += NF > 1 ? $2 : 1 } END { print sum + 0 }')
-  ((ranks > 0)) || fail "no host is reachable: $discovery prints none"
+if [[ -z $ranks || (-z $interface && $dry_run == false) ]]; then
+  found=$(bash -c "$discovery" | grep . || true)
+  [[ -n $found || -n $ranks ]] || fail "no host is reachable: $discovery prints none"
+  ranks=${ranks:-$(awk -F: '{ sum += NF > 1 ? $2 : 1 } END { print sum + 0 }' <<<"$found")}
 fi
 ((min_ranks <= ranks)) || fail "--min-np $min_ranks is more than the $ranks ranks at the start"
+if [[ -z $interface && $dry_run == false && $(wc -l <<<"$found") == 1 ]]; then
+  echo "elastic.sh: waiting for a second host, to find a network interface that both have; to start with" \
+    "${found:-the first host} alone, name the interface, as in -i eth0 (on one machine: -i lo)" >&2
+fi
 python=$(find_python)
 export PATH=${python%/*}:$PATH
 if [[ $module == hvd_adam.train ]]; then module_arguments=(--elastic "${module_arguments[@]}"); fi

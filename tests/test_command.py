@@ -110,7 +110,7 @@ def test_a_printed_configuration_can_be_read_back(tmp_path):
         ("--lr-decay step --lr-decay-epochs x", "--lr-decay-epochs is x: it must be ascending epochs"),
         ("--synthetic-shape ²x3x3", "--synthetic-shape is ²x3x3"),
         ("--synthetic-shape 3x32", "--synthetic-shape is 3x32: it must be CHANNELSxHEIGHTxWIDTH"),
-        ("--config nowhere.yaml", "--config: File does not exist"),
+        ("--config nowhere.yaml", "--config nowhere.yaml: no such file"),
     ],
 )
 def test_bad_arguments_are_named_in_one_line(argv, message):

@@ -6,6 +6,7 @@ checkpoint that is recorded under another step; a command that does not resume a
 
 import json
 import re
+import shutil
 
 import pytest
 from helpers.forked_commands import ForkedCommands
@@ -109,6 +110,20 @@ def test_more_epochs_continue_a_finished_run(commands, finished, tmp_path):
     done = commands.run("hvd_adam.train", *OPTIONS, "--epochs", 4, "--output-dir", "run", cwd=folder)
     assert "resuming after 9 updates" in succeeded(done).stdout and "already finished" not in done.stdout
     assert events(folder / "run", "step")[-1]["step"] == 12
+
+
+@pytest.mark.parametrize("emptied", [True, False])
+def test_a_run_without_its_record_resumes_from_its_checkpoints(emptied, commands, finished, tmp_path):
+    _, folder = finished
+    shutil.copytree(folder / "run", tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    if emptied:
+        (tmp_path / "run" / "metrics.jsonl").touch()
+    updates = int((tmp_path / "run" / "checkpoints" / "latest").read_text().removeprefix("step-"))
+    argv = ["hvd_adam.train", *OPTIONS, "--epochs", 5, "--output-dir", "run"]
+    assert "holds a run already" in one_line(commands.run(*argv, "--resume", "never", cwd=tmp_path))
+    succeeded(commands.run(*argv, cwd=tmp_path))
+    assert [event["step"] for event in events(tmp_path / "run", "resume")] == [updates]
 
 
 @pytest.mark.parametrize("output", [[], ["--output-dir", "mine"]])

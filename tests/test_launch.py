@@ -538,6 +538,25 @@ def test_bad_options_of_the_elastic_script_get_one_line(arguments, message, envi
     assert ended.stderr.count("\n") == 1
 
 
+def test_the_elastic_script_announces_that_horovodrun_waits_for_a_second_host(environment):
+    environment |= {"HVD_ADAM_PYTHON": shutil.which("true")}  # instead of horovodrun
+    one, two = ["-np", 2, "--discovery", "echo a:2"], ["-np", 2, "--discovery", "echo a:2; echo b:2"]
+    assert "waiting for a second host" in run("elastic.sh", *one, env=environment).stderr
+    for known in ([*one, "-i", "lo"], two):
+        assert run("elastic.sh", *known, env=environment).stderr == ""
+
+
+def test_a_launcher_of_nohup_continues_when_the_terminal_closes():
+    proxy = ROOT / "hvd_adam" / "launch" / "signal_proxy.py"
+    command = ["nohup", sys.executable, "-I", proxy, "bash", "-c", "echo started; read -r code; exit $code"]
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    with subprocess.Popen(command, **streams) as running:
+        assert running.stdout.readline() == "started\n"
+        running.send_signal(signal.SIGHUP)
+        running.communicate("7\n")
+    assert running.returncode == 7
+
+
 def test_unreachable_hosts_are_not_discovered(environment, tmp_path):
     with socket.create_server(("127.0.0.2", 0)) as server:
         (tmp_path / "hosts").write_text("# a comment\n127.0.0.2 slots=3\n127.0.0.3 slots=1\n\nlocalhost slots=2\n")

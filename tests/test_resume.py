@@ -156,6 +156,18 @@ def test_ctrl_c_saves_a_checkpoint_with_one_message_and_exits_with_130(place):
     assert [event["step"] for event in events(place / "130", "resume")] == [8]
 
 
+def test_a_closed_terminal_saves_a_checkpoint_unless_the_job_ignores_it(place):
+    done = start(place, "hangup", ranks=0, stop="SIGHUP:0:15")
+    assert (done.returncode, done.stderr) == (75, "")
+    assert checkpoint(place / "hangup")["progress"]["step"] == 8
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup; processes inherit it
+    try:
+        succeeded(start(place, "nohup", ranks=0, stop="SIGHUP:0:15"))
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+    assert events(place / "nohup")[-1]["step"] == STEPS
+
+
 def test_a_run_ended_by_max_steps_resumes_within_the_epoch_with_a_larger_max_steps(place):
     argv = ["--lr-decay", "constant"]  # does not depend on the number of updates
     succeeded(start(place, "long", *argv, ranks=0))
@@ -196,10 +208,12 @@ def test_a_run_started_from_a_checkpoint_resumes_from_its_own_checkpoints(place)
     [
         ("mpirun.sh", signal.SIGTERM, 75),
         ("mpirun.sh", signal.SIGINT, 130),
+        ("mpirun.sh", signal.SIGHUP, 75),
         ("horovodrun.sh --mpi", signal.SIGTERM, 75),
         ("horovodrun.sh --mpi", signal.SIGINT, 130),
         ("horovodrun.sh --gloo", signal.SIGUSR1, 75),  # turned into SIGTERM; for mpirun, see test_launch.py
         ("horovodrun.sh --gloo", signal.SIGINT, 130),
+        ("horovodrun.sh --gloo", signal.SIGHUP, 75),
         ("elastic.sh -i lo --discovery 'echo localhost:2'", signal.SIGINT, 130),
     ],
 )

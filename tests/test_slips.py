@@ -59,9 +59,12 @@ TRAIN = {
     "--lr": ["--lr", "expected one argument"],
     "--lr -1": ["--lr is -1.0", "0 or above"],
     "--lr nan": ["--lr is nan"],
+    "--lr 1e400": ["--lr is inf", "a finite number"],
     "--lr 0,1": ["--lr is 0,1: it must be a number"],
     "--epochs 2.5": ["--epochs is 2.5: it must be a whole number"],
     "--epochs 0": ["--epochs is 0", "at least 1"],
+    "--epochs 1 2": ["2 belongs to no option", "--epochs takes one value"],
+    "--epochs 99999999999999999999": ["--epochs is 1e+20", "below 2⁶³"],
     "--batch-size 1e2": ["--batch-size is 1", "it must be a whole number"],
     "--betas 0.9": ["--betas is 0.9: it must be two numbers"],
     "--betas 0.9 0.999": ["--betas is 0.9"],
@@ -91,6 +94,18 @@ TRAIN = {
     "--config twice.yaml": ["twice.yaml, line 2: lr is given twice"],
     "--config range.yaml": ["range.yaml, line 1: --epochs is 0"],
     "--config none.yaml": ["none.yaml, line 1: lr has an empty value"],
+    "--config quotes.yaml": ["quotes.yaml, line 2: output_dir has an empty value"],
+    "--config no_betas.yaml": ["no_betas.yaml, line 1: --betas is null: it must be two numbers"],
+    "--config list.yaml": ["list.yaml, line 1: amsgrad is [true]: it must be true or false"],
+    "--config words.yaml": ["words.yaml, line 1: --dataset is ['digits']: it must be text"],
+    "--config list_key.yaml": ["list_key.yaml, line 1: [epochs, lr] is not an option"],
+    "--config tag.yaml": ["tag.yaml, line 2: data_dir has the tag !path"],
+    "--config bell.yaml": ["bell.yaml", "not valid YAML", "#x0007"],
+    "--config deep.yaml": ["deep.yaml", "not valid YAML"],
+    "--config picture.yaml": ["picture.yaml", "UTF-8"],
+    "--config empty.yaml": ["empty.yaml has no options"],
+    "--config '*.yaml'": ["--config *.yaml: no such file"],
+    "--config -": ["--config -: no such file"],
     "--output-dir '$UNSET_VARIABLE/run'": ["the variable UNSET_VARIABLE is not set"],
     "--output-dir unknown.yaml/run": ["cannot write to the run folder"],
     "--resume nowhere": ["no checkpoint in", "nowhere"],
@@ -111,6 +126,8 @@ TRAIN = {
     "--dataset mine:good --batch-size 65": ["65", "64 training samples"],
     "--positive-class zebra": ["zebra"],
     "--model resnet19": ["resnet18"],
+    "--model CNN": ["did you mean cnn?"],
+    "--dataset DIGITS": ["did you mean digits?"],
     "--model mine:not_a_model": ["torch.nn.Module"],
     "--dataset mine:good --model mine:three_logits": ["(1, 3)", "(1, 2)"],
 }
@@ -135,6 +152,16 @@ FILES = {
     "twice.yaml": "lr: 1\nlr: 2\n",
     "range.yaml": "epochs: 0\n",
     "none.yaml": "lr:\n",
+    "quotes.yaml": "epochs: 1\noutput_dir: ''\n",
+    "no_betas.yaml": "betas: null\n",
+    "list.yaml": "amsgrad: [true]\n",
+    "words.yaml": "dataset: [digits]\n",
+    "list_key.yaml": "[epochs, lr]: 1\n",
+    "tag.yaml": "epochs: 1\ndata_dir: !path data\n",
+    "bell.yaml": "epochs: \x07 1\n",
+    "deep.yaml": "epochs: " + 2000 * "[" + 2000 * "]" + "\n",
+    "picture.yaml": "\x89PNG",
+    "empty.yaml": "",
 }
 
 
@@ -143,7 +170,7 @@ def commands(tmp_path_factory):
     folder = tmp_path_factory.mktemp("slips")
     (folder / "folder").mkdir()
     for name, text in FILES.items():
-        (folder / name).write_text(text)
+        (folder / name).write_text(text, encoding="latin-1" if name == "picture.yaml" else "utf-8")
     with ForkedCommands(folder) as running:
         yield running
 

@@ -105,7 +105,7 @@ The last command, repeated, resumes its run."""
     compile: bool = option(False, "compile the model with torch.compile")
 
     seed: int = option(0, "seed of weights, sample order and augmentation, in [0, 2^63)")
-    output_dir: str | None = option(None, "run folder (default: runs/<date>-<dataset>-<model>)", path=True)
+    output_dir: str | None = option(None, "run folder (default: runs/<date>-<time>-<dataset>-<model>)", path=True)
     resume: str = option(
         "auto",
         "auto: resume the run in --output-dir if there is one; never; or the path of a checkpoint to start from",
@@ -156,17 +156,18 @@ The last command, repeated, resumes its run."""
         seconds = self.max_time
         require(seconds is None or seconds > 0, "max-time", seconds, "above 0")
         patience = self.stall_timeout
-        require(patience > 0 and math.isfinite(patience), "stall-timeout", patience, "above 0")
+        require(0 < patience < math.inf, "stall-timeout", patience, "above 0 and finite")
         for name in ("lr", "eps", "weight_decay", "warmup_epochs"):
             value = getattr(self, name)
-            require(math.isfinite(value) and value >= 0, name, value, "0 or above")
+            require(math.isfinite(value), name, value, "a finite number")
+            require(value >= 0, name, value, "0 or above")
         for beta in self.betas:
             require(0 <= beta < 1, "betas", f"{self.betas[0]:g},{self.betas[1]:g}", "two numbers in [0, 1)")
         require(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
         require(0 < self.lr_decay_factor <= 1, "lr-decay-factor", self.lr_decay_factor, "in (0, 1]")
         require(0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2⁶³)")
         clip = self.max_grad_norm
-        require(clip is None or (clip > 0 and math.isfinite(clip)), "max-grad-norm", clip, "above 0")
+        require(clip is None or 0 < clip < math.inf, "max-grad-norm", clip, "above 0 and finite")
         require(self.lr_scaling in SCALING_RULES, "lr-scaling", self.lr_scaling, f"one of {SCALING_RULES}")
         require(self.lr_decay in DECAYS, "lr-decay", self.lr_decay, f"one of {DECAYS}")
 

@@ -15,6 +15,7 @@ from hvd_adam.doctor.config import DoctorConfig
 from hvd_adam.doctor.report import FAIL, Check, Report, fail, ok, warn, worst
 from hvd_adam.doctor.worker_process import STAGES, WORKER, Findings, run_worker
 from hvd_adam.errors import UserError
+from hvd_adam.log import write_result
 
 NAME = "hvd_adam.doctor"
 TERMINATE_SECONDS = 30.0  # in which the launcher ends this rank after rank 0 has printed the result
@@ -186,7 +187,7 @@ def _checks_of_hosts(findings: Findings, ahead: dict[str, float]) -> list[Check]
 def _print_result(title: str, checks: list[Check], findings: Findings, config: DoctorConfig) -> int:
     """Prints the result and returns the exit code."""
     text = output.as_json(title, checks, findings) if config.json else output.table(title, checks)
-    print(text, flush=True)
+    write_result(f"{text}\n")
     return int(worst(check.status for check in checks) == FAIL)
 
 

@@ -194,9 +194,10 @@ def main() -> None:
     record_interrupts()
     start_helpers_with_sigint_blocked()
     remote.SSH_COMMAND_PREFIX += KEEP_ALIVE
-    # horovodrun forwards only SIGTERM and would be killed by these. To the ranks all three mean: save and stop.
-    for number in (signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    # horovodrun forwards only SIGTERM and would be killed by these. To the ranks all four mean: save and stop.
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # ignored: by nohup
+            signal.signal(number, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     try:
         run_commandline()
     except KeyboardInterrupt:  # before there are ranks

@@ -1,6 +1,6 @@
-"""Run mpirun so that ranks receive a first SIGTERM or SIGINT as SIGUSR1 (save and stop). A second one ends them.
+"""Run mpirun so that ranks receive a first SIGTERM, SIGINT or SIGHUP as SIGUSR1 (save and stop). A second kills.
 
-mpirun cannot forward these two: it kills the ranks after one second and exits with 1. Other signals are forwarded
+mpirun cannot forward these three: it kills the ranks after one second and exits with 1. Others are forwarded
 unchanged. The exit code is mpirun's, 128 + n after signal n, and 130 instead of any failure after SIGINT (Ctrl-C).
 
 The launch scripts run this file by its path with ``python -I``: it imports nothing but the standard library and
@@ -39,14 +39,14 @@ def isolate() -> None:
 def start(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
     """Starts the launcher and forwards to it the signals that this process receives; `options` are Popen's."""
     launcher = subprocess.Popen(command, preexec_fn=isolate, **options)
-    first: float | None = None  # time of the first SIGTERM or SIGINT
+    first: float | None = None  # time of the first SIGTERM, SIGINT or SIGHUP
     terminating = False
 
     def forward(number: int, _: FrameType | None) -> None:
         nonlocal first, terminating
         global _interrupted
         _interrupted = _interrupted or number == signal.SIGINT
-        if number in (signal.SIGTERM, signal.SIGINT):
+        if number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             first = first or time.monotonic()
             if time.monotonic() - first < ECHO_SECONDS:
                 number = signal.SIGUSR1
@@ -57,7 +57,8 @@ def start(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
         launcher.send_signal(number)
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, forward)
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # ignored: by nohup
+            signal.signal(number, forward)
     return launcher
 
 

@@ -1,7 +1,8 @@
 """Pre-emption: on a signal, all ranks agree on one update after which they save a checkpoint and exit.
 
 Schedulers send SIGTERM, SIGUSR1 or SIGUSR2 some time before they kill a job (Slurm's --signal, pre-emption,
-requeue), to all ranks or to one. Ctrl-C sends SIGINT. Imports no torch.
+requeue), to all ranks or to one. Ctrl-C sends SIGINT, and a terminal or an SSH connection that closes SIGHUP.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 from hvd_adam.distributed.context import Cluster, horovod
 from hvd_adam.launch.signal_proxy import ECHO_SECONDS
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 _started = time.monotonic()
 _first_signal: float | None = None  # its time
@@ -34,9 +35,13 @@ def interrupted() -> bool:
 
 
 def install_handlers() -> None:
-    """Records the signals from now on, which would otherwise end this process; a second one still does."""
+    """Records the signals from now on, which would otherwise end this process; a second one still does.
+
+    SIGHUP stays ignored where it is: the user has started the job with `nohup`.
+    """
     for number in SIGNALS:
-        signal.signal(number, _record)
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _record)
 
 
 def ignore_signals() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from hvd_adam.data.protocols import Loader
 from hvd_adam.distributed.agreement import raise_on_all_ranks, require_same
 from hvd_adam.distributed.context import Cluster, init
 from hvd_adam.errors import UserError
+from hvd_adam.log import write_result
 from hvd_adam.models import zoo
 from hvd_adam.training.builders import load_images
 from hvd_adam.training.meters import sum_over_ranks
@@ -99,7 +99,7 @@ def evaluate(config: EvaluateConfig) -> None:
         forward, loader = load_model(replace(config, checkpoint=str(checkpoint)), cluster)
     scores = score(forward, loader, cluster, config.batch_size)
     if cluster.rank == 0:
-        sys.stdout.write(_report(scores, loader.data.name, checkpoint, config.json) + "\n")
+        write_result(_report(scores, loader.data.name, checkpoint, config.json) + "\n")
 
 
 def load_model(config: EvaluateConfig, cluster: Cluster) -> tuple[Forward, Loader]:

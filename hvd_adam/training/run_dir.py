@@ -93,9 +93,9 @@ def _try_lock(file: IO[str], folder: Path) -> bool:
 
 
 def holds_run(folder: Path) -> bool:
-    """Returns whether a run has started in the folder."""
+    """Returns whether a run has started in the folder: metrics, or checkpoints that a new run would replace."""
     metrics = folder / METRICS_FILE
-    return metrics.exists() and metrics.stat().st_size > 0
+    return (metrics.exists() and metrics.stat().st_size > 0) or any((folder / "checkpoints").glob("step-*"))
 
 
 def has_ended(folder: Path) -> bool:
@@ -106,11 +106,11 @@ def has_ended(folder: Path) -> bool:
 
 def starting_checkpoint(folder: Path) -> Path | None:
     """Returns the checkpoint that the folder's run started from (`--resume PATH`), or None."""
-    with (folder / METRICS_FILE).open() as lines:
-        try:
+    try:
+        with (folder / METRICS_FILE).open() as lines:
             first = json.loads(lines.readline())
-        except ValueError:
-            return None  # a killed process left an incomplete line
+    except (ValueError, FileNotFoundError):
+        return None  # a killed process left an incomplete line, or the user has removed the file
     return Path(first["path"]) if first["event"] == "resume" else None
 
 

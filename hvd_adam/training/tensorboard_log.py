@@ -92,11 +92,13 @@ class TensorBoardLog(AppendLog):
 
 
 def _hparam(value: Any) -> bool | float | str:
-    return value if isinstance(value, bool | int | float | str) else _text(value)
+    return value if isinstance(value, bool | int | float) else _text(value)
 
 
 def _text(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    """Returns a value as text in UTF-8, which a path of another encoding is not."""
+    text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _markdown(value: Any) -> str:
