@@ -63,15 +63,17 @@ def test_batch_size_is_that_of_one_rank_and_batch():
     assert {len(batch) for batch in sampler} == {3}
 
 
+STAYS = {"num_workers": 1, "persistent_workers": True}
+SLOW = pytest.mark.multirank  # the worker imports torch
 WORKERS = [
-    {},
-    {"num_workers": 2, "multiprocessing_context": "fork"},
-    {"num_workers": 1, "multiprocessing_context": "forkserver", "persistent_workers": True},
-    {"num_workers": 1, "multiprocessing_context": "spawn", "persistent_workers": True, "prefetch_factor": 4},
+    pytest.param({}, id="no workers"),
+    pytest.param({"num_workers": 2, "multiprocessing_context": "fork"}, id="fork"),
+    pytest.param({**STAYS, "multiprocessing_context": "forkserver"}, id="forkserver", marks=SLOW),
+    pytest.param({**STAYS, "multiprocessing_context": "spawn", "prefetch_factor": 4}, id="spawn", marks=SLOW),
 ]
 
 
-@pytest.mark.parametrize("options", WORKERS, ids=lambda options: options.get("multiprocessing_context", "none"))
+@pytest.mark.parametrize("options", WORKERS)
 def test_the_state_counts_what_the_loop_has_taken(options):
     sampler = make()
     loader, seen, states = sampler.loader(**options), [], []
@@ -235,6 +237,8 @@ def test_the_state_of_another_run_is_refused(change, message):
 def test_what_cannot_be_counted_is_refused():
     with pytest.raises(UserError, match="create it with the data set"):
         StatefulDistributedSampler(SAMPLES, 4, rank=0, size=1).loader()
+    with pytest.raises(UserError, match=r"no length: use .*equal_steps"):
+        StatefulDistributedSampler(iter(DATA), 4)
     with pytest.raises(UserError, match="in_order"):
         make().loader(in_order=False)
     with pytest.raises(UserError, match="epoch is -1"):
@@ -256,6 +260,8 @@ def test_rank_and_size_are_those_of_the_job(cluster):
     assert (sampler.rank, sampler.size) == (cluster.rank, cluster.size)
     with pytest.raises(CollectiveError, match="samples is 51 on rank 0 and 50 on rank 1"):
         StatefulDistributedSampler(SAMPLES - cluster.rank, 4)
+    with pytest.raises(CollectiveError, match=r"^rank 1 on \S+: the global batch of 8 samples .* than the 5"):
+        StatefulDistributedSampler(5 if cluster.rank else SAMPLES, 4)
 
 
 @given(samples=st.integers(0, 20), size=st.integers(1, 5))

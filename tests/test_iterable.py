@@ -139,6 +139,8 @@ def test_an_error_of_a_loader_reaches_every_rank(cluster, workers, until):
         assert len(taken) == 3
     with pytest.raises(CollectiveError, match="accumulate is 1 on rank 0 and 2 on rank 1"):
         equal_steps([], cluster, accumulate=1 + (cluster.rank == 1))
+    with pytest.raises(CollectiveError, match=r"^rank 1 on \S+: accumulate is 0"):
+        equal_steps([], cluster, accumulate=int(cluster.rank != 1))
 
 
 @on_ranks(2)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sized
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,7 +24,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from hvd_adam.data.ranks import rank_and_size
 from hvd_adam.data.sampling import batch_share, epoch_order, steps_per_epoch
-from hvd_adam.distributed.agreement import require_same
+from hvd_adam.distributed.agreement import raise_on_all_ranks, require_same
 from hvd_adam.distributed.context import running_cluster
 from hvd_adam.errors import UserError
 
@@ -79,32 +80,19 @@ class StatefulDistributedSampler(Sampler[list[int]]):
         rank: int | None = None,
         size: int | None = None,
     ) -> None:
-        if (batch_size is None) == (global_batch_size is None):
-            raise UserError("give either batch_size, the samples of one rank, or global_batch_size, those of all")
         cluster = running_cluster() if rank is None and size is None else None
         self.rank, self.size = rank_and_size(rank, size)
         self.accumulate = accumulate
-        parts = _at_least_1("accumulate", accumulate) * self.size
-        self.global_batch_size = (
-            _at_least_1("global_batch_size", global_batch_size)
-            if batch_size is None
-            else _at_least_1("batch_size", batch_size) * parts
-        )
-        if self.global_batch_size % parts:
-            raise UserError(
-                f"global_batch_size is {self.global_batch_size}, which cannot be divided evenly among {self.size} "
-                f"ranks x {accumulate} accumulated batches: use a multiple of {parts}"
-            )
-        self.batch_size = self.global_batch_size // parts
-        self._dataset = dataset
-        self._samples = dataset if isinstance(dataset, int) else len(dataset)
-        self._shuffle, self._seed = shuffle, seed
-        self._order_of(0)  # refuses a bad seed
-        self._steps = steps_per_epoch(self._samples, self.global_batch_size)
+        self._dataset, self._shuffle, self._seed = dataset, shuffle, seed
+        with nullcontext() if cluster is None else raise_on_all_ranks(cluster):
+            self._samples = _length(dataset)
+            self.global_batch_size = _global_batch_size(batch_size, global_batch_size, self.size, accumulate)
+            self.batch_size = self.global_batch_size // (self.size * accumulate)
+            self._steps = steps_per_epoch(self._samples, self.global_batch_size)
+            self._order_of(0)  # refuses a bad seed
         if cluster is not None:
-            require_same(
-                cluster, "arguments of StatefulDistributedSampler", self._arguments() | {"accumulate": accumulate}
-            )
+            own = self._arguments() | {"accumulate": accumulate}
+            require_same(cluster, "arguments of StatefulDistributedSampler", own)
         self._epoch = self._first_step = 0  # where the next iteration starts
         self._taken = 0  # batches of the epoch that the loop has taken
         self._untracked = False  # whether batches were read that nobody counts
@@ -256,7 +244,7 @@ class _Batches(Iterator[list[int]]):
         self._sampler, self._order, self._next = sampler, order, first
 
     def __next__(self) -> list[int]:
-        if self._next == len(self._sampler):
+        if self._next >= len(self._sampler):
             self._sampler._repeats = True
             raise StopIteration
         self._next += 1
@@ -281,6 +269,32 @@ class _CountingLoader(DataLoader[Any]):
         if self._seeds is not None:
             self._seeds.manual_seed(self._sampler._worker_seed())
         return self._sampler.track(super().__iter__())
+
+
+def _length(dataset: Sized | int) -> int:
+    if isinstance(dataset, int):
+        return dataset
+    if not hasattr(dataset, "__len__"):
+        kind = type(dataset).__name__
+        raise UserError(f"the data set is a {kind}, which has no length: use hvd_adam.data.shard and equal_steps")
+    return len(dataset)
+
+
+def _global_batch_size(batch_size: int | None, global_batch_size: int | None, size: int, accumulate: int) -> int:
+    if (batch_size is None) == (global_batch_size is None):
+        raise UserError(
+            "give either batch_size, the samples of one rank, or global_batch_size, those of all ranks"
+        )
+    parts = size * _at_least_1("accumulate", accumulate)
+    if batch_size is not None:
+        return _at_least_1("batch_size", batch_size) * parts
+    total = _at_least_1("global_batch_size", global_batch_size)
+    if total % parts:
+        raise UserError(
+            f"global_batch_size is {total}, which cannot be divided evenly among {size} ranks x "
+            f"{accumulate} accumulated batches: use a multiple of {parts}"
+        )
+    return total
 
 
 def _at_least_1(name: str, value: int | None) -> int:

@@ -76,17 +76,18 @@ def equal_steps(
         accumulate: batches per update, as `accumulate` of `distribute`: the number of batches is a multiple of it.
 
     Raises:
-        UserError: a value is invalid; on every rank, if the ranks' arguments differ.
+        CollectiveError: on every rank, if a value is invalid on any, or the ranks' arguments differ.
 
     Example:
         >>> for images, labels in equal_steps(loader, cluster):
         ...     loss_function(model(images), labels).backward()
         ...     optimizer.step()
     """
-    if until not in ("first", "last"):
-        raise UserError(f"until is {until!r}; use first or last")
-    if not isinstance(accumulate, int) or accumulate < 1:
-        raise UserError(f"accumulate is {accumulate!r}; it must be a whole number, at least 1")
+    with raise_on_all_ranks(cluster):
+        if until not in ("first", "last"):
+            raise UserError(f"until is {until!r}; use first or last")
+        if not isinstance(accumulate, int) or accumulate < 1:
+            raise UserError(f"accumulate is {accumulate!r}; it must be a whole number, at least 1")
     require_same(cluster, "arguments of equal_steps", {"until": until, "accumulate": accumulate})
     return EqualSteps(loader, cluster, until, accumulate)
 
