@@ -1,15 +1,46 @@
-"""Data sets by name, as numpy arrays. Imports no torch; `hvd_adam.data.loader` makes batches."""
+"""Data sets by name, as numpy arrays, and samplers for training loops of one's own.
 
+Imports no torch: what needs it is imported on first use. `hvd_adam.data.loader` makes batches.
+"""
+
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hvd_adam.data import cifar10, digits, synthetic
 from hvd_adam.data.images import ImageData, one_against_rest
 from hvd_adam.errors import UserError
 from hvd_adam.import_path import call, is_reference, unknown
 
-__all__ = ["DATASETS", "ImageData", "load"]
+if TYPE_CHECKING:
+    from hvd_adam.data.distributed_sampler import StatefulDistributedSampler
+    from hvd_adam.data.iterable import equal_steps, shard
+    from hvd_adam.data.sampling import evaluation_share
+
+__all__ = [
+    "DATASETS",
+    "ImageData",
+    "StatefulDistributedSampler",
+    "equal_steps",
+    "evaluation_share",
+    "load",
+    "shard",
+]
 
 DATASETS = ("digits", "cifar10", "synthetic")
+
+_MODULES = {
+    "StatefulDistributedSampler": "distributed_sampler",
+    "equal_steps": "iterable",
+    "evaluation_share": "sampling",
+    "shard": "iterable",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def load(

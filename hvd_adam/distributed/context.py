@@ -112,6 +112,26 @@ def current_cluster() -> Cluster:
     return init()
 
 
+def running_cluster() -> Cluster | None:
+    """Returns the `Cluster` of this process; None for one process without launcher in which nothing was started.
+
+    Does not load Horovod.
+
+    Raises:
+        UserError: a launcher started several ranks, but Horovod has not been started.
+    """
+    hvd = sys.modules.get("horovod.torch")
+    if hvd is not None and hvd.is_initialized():
+        return current_cluster()
+    launch = detect_launcher()
+    if launch.size > 1:
+        raise UserError(
+            f"{launch.launcher} started {launch.size} ranks, but init() has not been called: call it first, or "
+            "give rank and size"
+        )
+    return None
+
+
 def current_rank() -> int:
     """Returns this process's rank, which an elastic job may change; before `init` the launcher's.
 
