@@ -1,8 +1,8 @@
-"""Trains a BERT of Hugging Face Transformers: horovodrun -np 2 python huggingface.py.
+"""Trains a vision transformer of Hugging Face Transformers: horovodrun -np 2 python huggingface.py.
 
-The model is built from a configuration, with random weights; use `from_pretrained` to fine-tune one. It reads an
-image of a handwritten digit as a sequence of 64 tokens, the grey values 0 to 16. transformers' own `Trainer`
-cannot be used: it distributes through torch.distributed.
+The model is built from a configuration, with random weights; use `from_pretrained` to fine-tune one. It reads a
+handwritten digit as a sequence of 16 patches. transformers' own `Trainer` cannot be used: it distributes through
+torch.distributed.
 
 Seeds: the order of the images is the same on all ranks, and each takes its own share of it. Dropout's seed
 contains the rank: no two ranks drop the same units. With --dropout 0, N ranks with batch size b train as one with
@@ -15,7 +15,7 @@ import horovod.torch as hvd
 import torch
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, DistributedSampler
-from transformers import BertConfig, BertForSequenceClassification, get_cosine_schedule_with_warmup
+from transformers import ViTConfig, ViTForImageClassification, get_cosine_schedule_with_warmup
 
 from hvd_adam import Adam, distribute, guard, init
 
@@ -29,15 +29,17 @@ args = parser.parse_args()
 cluster = init()
 with guard(cluster):  # an error on one rank ends all ranks, with one message
     digits = load_digits()
-    pairs = zip(torch.tensor(digits.data, dtype=torch.int64), torch.tensor(digits.target), strict=True)
-    samples = [{"input_ids": tokens, "labels": label} for tokens, label in pairs]
+    images = torch.tensor(digits.images[:, None] / 16, dtype=torch.get_default_dtype())  # (1797, 1, 8, 8)
+    pairs = zip(images, torch.tensor(digits.target), strict=True)
+    samples = [{"pixel_values": image, "labels": label} for image, label in pairs]
     sampler = DistributedSampler(samples[:1440], cluster.size, cluster.rank)
     loader = DataLoader(samples[:1440], args.batch_size, sampler=sampler, drop_last=True)
     test_share = samples[1440 + cluster.rank :: cluster.size]  # each rank takes every N-th test image
 
-    config = BertConfig(
-        vocab_size=17,
-        max_position_embeddings=64,
+    config = ViTConfig(
+        image_size=8,
+        patch_size=2,
+        num_channels=1,
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
@@ -47,7 +49,7 @@ with guard(cluster):  # an error on one rank ends all ranks, with one message
         num_labels=10,
     )
     torch.manual_seed(0)  # weights
-    model = BertForSequenceClassification(config).to(cluster.device)
+    model = ViTForImageClassification(config).to(cluster.device)
     optimizer = distribute(Adam(model.parameters(), lr=2e-3), model, max_grad_norm=1.0)
     updates = args.epochs * len(loader)
     scheduler = get_cosine_schedule_with_warmup(optimizer, updates // 10, updates)
@@ -66,11 +68,11 @@ with guard(cluster):  # an error on one rank ends all ranks, with one message
         correct = torch.zeros(())
         with torch.no_grad():
             for batch in DataLoader(test_share, 64):
-                logits = model(batch["input_ids"].to(cluster.device)).logits
+                logits = model(batch["pixel_values"].to(cluster.device)).logits
                 correct += (logits.argmax(1).cpu() == batch["labels"]).sum()
         accuracy = hvd.allreduce(correct, op=hvd.Sum, name="correct").item() / len(samples[1440:])
         if cluster.rank == 0:
             print(f"epoch {epoch + 1}: loss {loss.item():.3f} on rank 0, test accuracy {accuracy:.3f}", flush=True)
 
     if cluster.rank == 0:
-        model.save_pretrained(args.output_dir)  # `BertForSequenceClassification.from_pretrained` loads it
+        model.save_pretrained(args.output_dir)  # `ViTForImageClassification.from_pretrained` loads it
