@@ -22,8 +22,8 @@ LONGEST = (
     "test_images test_train test_slurm test_resume test_readme test_bench test_idioms test_guard test_kernels "
     "test_adam test_elastic test_failures test_distribute_average test_zero_equivalence test_hosts "
     "test_zero_clipping test_nonfinite test_any_loop test_doctor test_zero_state test_launch test_models "
-    "test_any_loop_more test_iterable test_examples test_setup test_triton_kernel test_distribute_join "
-    "test_crash_matrix test_cluster"
+    "test_any_loop_more test_larger_examples test_iterable test_examples test_setup test_triton_kernel "
+    "test_distribute_join test_crash_matrix test_cluster"
 ).split()
 
 MARK_OF_MODULE = {
