@@ -25,7 +25,10 @@ from hvd_adam.distributed.model_checks import require_unchanged_by_forward
 from hvd_adam.distributed.strategies.allreduce import AllReduceStrategy
 from hvd_adam.distributed.strategies.zero import ZeroStrategy
 from hvd_adam.optim.adam import Adam, PlainOptimizer
-from hvd_adam.optim.optimizer_state import States
+from hvd_adam.optim.optimizer_state import States, copy_of_states
+
+# What changes the layout, for an error.
+_NEW_LAYOUT = "a change of parameters or options (freezing, a dtype, amsgrad)"
 
 outside_inference_mode = torch.inference_mode(False)  # Horovod's thread is not in that mode
 
@@ -125,7 +128,10 @@ class AveragedAdam(Adam):
         `distribute` has done so. Call it after `load_state_dict` on rank 0 only. If the state is sharded, each
         rank keeps its shard of it.
         """
-        self._averager.start_meeting()()
+        self._broadcast("broadcast()")
+
+    def _broadcast(self, call: str) -> None:
+        self._averager.start_meeting(call)()
         self._step.skips.record()
         put_back = partial(self.state.update, self._replaced)
         with_state = self._strategy.state_is_broadcast(self._replace_state, put_back)
@@ -140,20 +146,20 @@ class AveragedAdam(Adam):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state in the format of `torch.optim.Adam`. If it is sharded, every rank must call it."""
-        return self._state_dict_of(self._whole_state())
+        return self._state_dict_of(self._whole_state("state_dict()"))
 
     def state_dict_on_root(self) -> dict[str, Any] | None:
         """Returns `state_dict` on rank 0 and None on the others. Every rank must call it if the state is sharded.
 
         A sharded state is then in host memory; the other ranks need memory for one gathered buffer at a time.
         """
-        whole = self._whole_state(on_root_only=True)
+        whole = self._whole_state("state_dict_on_root()", on_root_only=True)
         return self._state_dict_of(whole) if self._rank == ROOT else None
 
     @outside_inference_mode
-    def _whole_state(self, *, on_root_only: bool = False) -> States:
+    def _whole_state(self, call: str, *, on_root_only: bool = False) -> States:
         if self._strategy.exchanges:
-            self._averager.start_meeting()()
+            self._averager.start_meeting(call)()
         self._step.skips.record()
         return self._strategy.whole_state(self.state, self._layout.buffers, on_root_only=on_root_only)
 
@@ -177,7 +183,7 @@ class AveragedAdam(Adam):
         self._refuse_in_flight("load_state_dict() between backward() and step() would mix two states")
         self._step.skips.record()  # belongs to the state that is replaced
         if self._strategy.exchanges and not self._strategy.loaded:
-            self._replaced = {p: dict(tensors) for p, tensors in self.state.items()}
+            self._replaced = copy_of_states(self.state)
         super().load_state_dict(state_dict)
         self._horovod.share(self)
         self._loads += 1
@@ -201,6 +207,8 @@ class AveragedAdam(Adam):
             return
         self._refuse_in_flight("add_param_group() between backward() and step() would change what is in flight")
         added = param_group["params"]
+        if isinstance(added, set):
+            raise TypeError("the parameters of a group must be in order, identical on all ranks: a set has none")
         added = param_group["params"] = [added] if isinstance(added, Tensor) else list(added)
         if self._averager.averaged and any(_has_gradient(p) for p in added):
             raise RuntimeError(
@@ -208,10 +216,10 @@ class AveragedAdam(Adam):
                 "rank alone; call it before backward() or after step()"
             )
         if self._ranks > 1:
-            require_unchanged_by_forward(self._model, added)
+            require_unchanged_by_forward(self._model, map(_parameter, added))
         super().add_param_group(param_group)
         self._horovod.share(self)
-        self.broadcast()
+        self._broadcast("add_param_group()")
         self._layout.add_hooks(self._parameters(), self._names())
 
     def __getstate__(self) -> dict[str, Any]:
@@ -255,15 +263,16 @@ class AveragedAdam(Adam):
         if not self._layout.fits(self.param_groups, self.state):
             self._step.skips.record()  # while the layout is that of the last step
             if self._layout.buffers and self._strategy.shard[1] > 1:
-                self.state.update(self._whole_state())
+                self.state.update(self._whole_state(_NEW_LAYOUT))
             else:  # the other ranks need a new layout, too: if not, they must not wait for this one for ever
-                self._averager.start_meeting()()
+                self._averager.start_meeting(_NEW_LAYOUT)()
             self._layout.build(self.param_groups, self.state, self._names())
         self._strategy.loaded, self._replaced = False, {}
 
     def _facts(self) -> dict[str, object]:
         """Returns what must be identical on all ranks."""
-        steps = sum(tensors["step"].item() for tensors in self.state.values() if tensors)
+        states = filter(None, map(self.state.get, self._parameters()))  # other keys are the user's
+        steps = sum(float(state.get("step", 0.0)) for state in states)
         facts = {UPDATES: self._updates, LOADED: self._loads, STEPS: steps}
         return facts | facts_of_groups(self.param_groups)
 
@@ -296,6 +305,11 @@ class AveragedAdam(Adam):
             raise RuntimeError("adasum combines updates, not gradients: there is no averaged gradient")
 
 
+def _parameter(item: Any) -> Any:
+    """Returns the parameter of an item of a group: PyTorch takes (name, parameter) pairs, too."""
+    return item[1] if isinstance(item, tuple) and len(item) == 2 else item
+
+
 def _has_gradient(item: Any) -> bool:
-    p = item[1] if isinstance(item, tuple) else item  # torch takes names, too
+    p = _parameter(item)
     return isinstance(p, Tensor) and p.grad is not None

@@ -94,6 +94,9 @@ class AveragedStep:
         parameters = [p for p in self._parameters() if p.grad is not None]
         return self._strategy.norm_of_gradients(parameters, self._layout.buffers) if parameters else None
 
+    def _start_meeting(self) -> Callable[[], None]:
+        return self._averager.start_meeting("step()") if self._strategy.exchanges else lambda: None
+
     def update(self, run: Callable[[Tensor | None], Any]) -> None:
         """Makes an update, or skips it if the averaged gradient is not finite, identically on all ranks.
 
@@ -107,6 +110,7 @@ class AveragedStep:
             return
         finite_probe = None
         if scaling.needs_norm:
+            self._start_meeting()()  # the norm is a collective where the state is sharded
             self.grad_norm = finite_probe = self._strategy.norm(parameters, buffers) * unscale
         elif scaling.needs_sum:
             finite_probe = self._averager.total
@@ -120,7 +124,7 @@ class AveragedStep:
                 self.skips.add()
                 return
         # In flight while the kernel runs, so that it takes no time of its own.
-        meet = self._averager.start_meeting() if self._strategy.exchanges else None
+        meet = None if scaling.needs_norm else self._start_meeting()
         run(scaling.combined(unscale, finite_probe, carries_found_inf=deferred))
         if meet is not None:
             meet()

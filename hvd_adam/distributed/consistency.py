@@ -56,7 +56,7 @@ def _named(
     for name, parameter in model.named_parameters():
         yield name, parameter
         for key, value in optimizer.state.get(parameter, {}).items():
-            if key == "step" or not sharded:
+            if isinstance(value, torch.Tensor) and (key == "step" or not sharded):
                 yield f"{key} of {name}", value
 
 

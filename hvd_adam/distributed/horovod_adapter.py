@@ -30,6 +30,7 @@ from hvd_adam.distributed.gradients.backward_pass import gradient_node, trained
 from hvd_adam.distributed.launch_env import elastic_disabled
 from hvd_adam.optim.adam import Adam, PlainOptimizer
 from hvd_adam.optim.parameter_store import ParameterStore
+from hvd_adam.optim.plain_optimizer import not_compiled
 
 # Private names of Horovod 0.28.1 (horovod/torch/optimizer.py). A test checks that the installed version has them.
 WRAPPER_NAMES = (
@@ -222,6 +223,7 @@ class HorovodAdapter:
                     register: Any = parameter.register_post_accumulate_grad_hook  # PyTorch's is untyped
                     self._post_hooks[parameter] = register(self._after_accumulation)
 
+    @not_compiled
     def _prepare_hook(self, p: Tensor, *_: object) -> None:
         assert self._before_accumulation is not None
         complete = self._before_accumulation(p)
@@ -262,6 +264,7 @@ class _Nothing(dict[Any, Any]):
         """Forgets the item."""
 
 
+@not_compiled
 def _call_if_alive(method: weakref.WeakMethod[Callable[[Tensor], None]], parameter: Tensor) -> None:
     callback = method()
     if callback is not None:
@@ -277,6 +280,7 @@ def _constructible(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
     def construct(self: torch.optim.Optimizer, params: Any) -> None:
         vars(self).update({name: value for name, value in vars(optimizer).items() if not hasattr(Adam, name)})
+        vars(self)["_make_hook"] = functools.partial(_tolerant_hook, self)
         PlainOptimizer.__init__(self, params, optimizer.defaults)
 
     kind = type(optimizer)
@@ -284,6 +288,18 @@ def _constructible(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     constructible: Any = object.__new__(type(kind.__name__, (kind,), methods))
     constructible.param_groups = optimizer.param_groups
     return constructible  # type: ignore[no-any-return]
+
+
+def _tolerant_hook(wrapper: Any, parameter: Tensor) -> Callable[..., None]:
+    """Returns Horovod's hook for a parameter, not called where a hook of the user has set the gradient to None."""
+    hook = type(wrapper)._make_hook(wrapper, parameter)
+
+    @not_compiled
+    def call_with_gradient(*gradients: object) -> None:
+        if parameter.grad is not None:
+            hook(*gradients)
+
+    return call_with_gradient
 
 
 def move_step_hooks(source: torch.optim.Optimizer, target: torch.optim.Optimizer) -> None:

@@ -20,7 +20,7 @@ from hvd_adam.distributed.horovod_adapter import HorovodAdapter, prefixed
 from hvd_adam.distributed.strategies.allreduce import AllReduceStrategy
 from hvd_adam.errors import UserError
 from hvd_adam.optim.adam import Adam
-from hvd_adam.optim.memory import is_dense, is_ordinary, is_trained, overlapping
+from hvd_adam.optim.memory import is_dense, is_ordinary, is_ordinary_type, is_trained, overlapping
 from hvd_adam.optim.optimizer_state import Group, States
 from hvd_adam.optim.parameter_store import ParameterStore, StorePolicy
 
@@ -118,6 +118,11 @@ class DistributedLayout:
         """Refuses parameters whose gradients cannot be averaged, or that cannot be sharded."""
         shared = overlapping(trained) if self._strategy.shard[1] > 1 else ()
         for p in trained:
+            if not is_ordinary_type(type(p)):
+                raise UserError(
+                    f"{names[p]} is a {type(p).__qualname__}, which may keep its elements elsewhere, and cannot "
+                    "be averaged: use a torch.nn.Parameter of a plain tensor"
+                )
             problem = "is no ordinary tensor, and cannot be averaged" if not is_ordinary(p) else ""
             if self._strategy.shard[1] > 1 and not problem:
                 if p in shared:

@@ -14,6 +14,7 @@ from hvd_adam.distributed.averaged_adam import AveragedAdam, outside_inference_m
 from hvd_adam.distributed.join import REDUCE, STEP, Join
 from hvd_adam.errors import UserError
 from hvd_adam.optim.adam import PlainOptimizer
+from hvd_adam.optim.plain_optimizer import not_compiled
 
 
 class DistributedAdam(AveragedAdam):
@@ -86,6 +87,7 @@ class DistributedAdam(AveragedAdam):
 
     # Called by a training loop.
 
+    @not_compiled
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients. Between micro-batches of one update it does nothing, unless a pass has failed.
 
@@ -167,6 +169,7 @@ class DistributedAdam(AveragedAdam):
         self._step.forget()
         self._updates += 1
 
+    @not_compiled
     @outside_inference_mode
     @torch.no_grad()
     def synchronize(self) -> None:
@@ -184,6 +187,7 @@ class DistributedAdam(AveragedAdam):
         self._strategy.gather_gradients(self._layout.buffers)
         self._averager.changes_are_welcome()
 
+    @not_compiled
     @outside_inference_mode
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:

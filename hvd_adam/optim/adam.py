@@ -17,6 +17,7 @@ from hvd_adam.optim.optimizer_state import (
     complete_loaded_groups,
     copy_loaded_state,
     ensure_state,
+    is_adams_state,
     saved_states,
 )
 from hvd_adam.optim.parameter_store import ParameterStore
@@ -189,8 +190,9 @@ class Adam(PlainOptimizer):
         for group in self.param_groups:
             arena = arena_for((p, group) for p in group["params"])
             for p in group["params"]:
-                if self.state.get(p):
-                    self.state[p] = copy_loaded_state(p, exact.get(p, self.state[p]), group, arena)
+                loaded = self.state.get(p, {})
+                if is_adams_state(loaded):
+                    self.state[p] = {**loaded, **copy_loaded_state(p, exact.get(p, loaded), group, arena)}
             self._make_missing_state(group)
 
     @torch.inference_mode(False)  # state that is created in that mode could not be updated outside of it

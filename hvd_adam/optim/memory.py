@@ -18,7 +18,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-ORDINARY = (Tensor, torch.nn.Parameter)  # other types may keep their elements elsewhere
+ORDINARY = (Tensor, torch.nn.Parameter)
 _PAGE = 2 << 20
 
 _dtype = operator.attrgetter("dtype")
@@ -81,11 +81,23 @@ def zeros(elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return Arena(elements * dtype.itemsize).zeros(elements, dtype, device)
 
 
+@cache
+def is_ordinary_type(kind: type) -> bool:
+    """Returns whether tensors of a type keep their elements at their address.
+
+    Those of PyTorch's types do, and parameters of types derived from them that redefine no operation.
+    """
+    if kind in ORDINARY or not issubclass(kind, torch.nn.Parameter):
+        return kind in ORDINARY
+    own = kind.__torch_function__, kind.__torch_dispatch__
+    return own == (torch.nn.Parameter.__torch_function__, torch.nn.Parameter.__torch_dispatch__)
+
+
 def is_ordinary(t: Tensor) -> bool:
     """Returns whether the elements are those at the tensor's address, each at its own."""
-    if type(t) not in ORDINARY or t.device.type not in ("cpu", "cuda") or t.layout != torch.strided or t.is_neg():
+    if not is_ordinary_type(type(t)) or t.device.type not in ("cpu", "cuda"):
         return False
-    return not overlaps_itself(t)
+    return t.layout == torch.strided and not t.is_neg() and not overlaps_itself(t)
 
 
 def overlaps_itself(t: Tensor) -> bool:
@@ -127,7 +139,7 @@ def overlapping(params: Iterable[Tensor]) -> set[Tensor]:
     """Returns the parameters that share memory with another."""
     shared: set[Tensor] = set()
     reach, owner = 0, None
-    strided = (p for p in params if p.numel() and p.layout == torch.strided and type(p) in ORDINARY)
+    strided = (p for p in params if p.numel() and p.layout == torch.strided and is_ordinary_type(type(p)))
     for p in sorted(strided, key=Tensor.data_ptr):
         if owner is not None and p.data_ptr() < reach:
             shared |= {owner, p}

@@ -52,7 +52,13 @@ class Member(NamedTuple):
     part: Part
 
 
+REQUIRED_STATE = ("step", "exp_avg", "exp_avg_sq")
 STATE_NAMES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master_param")
+
+
+def is_adams_state(state: Any) -> bool:
+    """Returns whether an entry of `Optimizer.state` has what every state of Adam has."""
+    return isinstance(state, dict) and all(key in state for key in REQUIRED_STATE)
 
 
 def rounding(group: Group, dtype: torch.dtype) -> str:
@@ -186,6 +192,11 @@ class StateReader:
         self._addresses = list(map(Tensor.data_ptr, self._tensors))
 
 
+def copy_of_states(states: States) -> dict[Any, Any]:
+    """Returns a state of an optimizer whose dictionaries are copies, with the same tensors and other values."""
+    return {key: {**state} if isinstance(state, dict) else state for key, state in states.items()}
+
+
 def complete_loaded_groups(loaded: list[Group], own: list[Group], options: Iterable[str]) -> None:
     """Fills in options that loaded parameter groups lack, with this optimizer's values, and makes betas floats.
 
@@ -219,7 +230,10 @@ def saved_states(source: dict[str, Any] | None, groups: list[Group]) -> dict[Ten
 @torch.inference_mode(False)  # as the state that is created with the optimizer
 @torch.no_grad()
 def copy_loaded_state(p: Tensor, loaded: dict[str, Any], group: Group, arena: Arena) -> State:
-    """Copies a loaded state into tensors with the strides of ``p``, and its step count to a float32 on the CPU."""
+    """Copies a loaded state into tensors with the strides of ``p``, and its step count to a float32 on the CPU.
+
+    Entries that are not Adam's are the user's, and not included.
+    """
     state = {"step": torch.tensor(float(loaded["step"]), dtype=torch.float32, device="cpu")}
     dtypes = state_dtypes({**group, "amsgrad": "max_exp_avg_sq" in loaded}, p.dtype)
     for key, dtype in dtypes.items():

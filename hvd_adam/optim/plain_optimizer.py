@@ -1,17 +1,20 @@
-"""``torch.optim.Optimizer`` without decorators that cost time although nothing uses them."""
+"""``torch.optim.Optimizer`` without decorators that cost time although nothing uses them; what is not compiled."""
 
 from __future__ import annotations
 
 import functools
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch.optim import optimizer as torch_optimizer
 
+P = ParamSpec("P")
+T = TypeVar("T")
 
-def without_compile_import(decorated: Callable[..., Any]) -> Callable[..., Any]:
+
+def without_compile_import(decorated: Callable[P, T]) -> Callable[P, T]:
     """Returns a method of PyTorch's optimizer that calls its decorator only where torch.compile is in use.
 
     The decorator imports all of torch.compile: 1.4 s on every rank at start-up.
@@ -19,10 +22,19 @@ def without_compile_import(decorated: Callable[..., Any]) -> Callable[..., Any]:
     plain = getattr(decorated, "__wrapped__", decorated)
 
     @functools.wraps(plain)
-    def method(*args: Any, **options: Any) -> Any:
+    def method(*args: P.args, **options: P.kwargs) -> T:
         return (decorated if "torch._dynamo" in sys.modules else plain)(*args, **options)
 
     return method
+
+
+def not_compiled(function: Callable[P, T]) -> Callable[P, T]:
+    """Returns a function that torch.compile neither traces nor follows: it stops before, and continues behind.
+
+    Optimizers use addresses of tensors and wait for other ranks, which a trace cannot hold. A backward pass that a
+    compiled function starts would otherwise have its hooks compiled, one by one for every parameter.
+    """
+    return without_compile_import(torch._compile._disable_dynamo(function))
 
 
 class PlainOptimizer(torch.optim.Optimizer):
@@ -45,7 +57,7 @@ class PlainOptimizer(torch.optim.Optimizer):
         def step(self: PlainOptimizer, *args: Any, **kwargs: Any) -> Any:
             return (wrapped if self._has_observers() else func)(self, *args, **kwargs)
 
-        return step
+        return not_compiled(step)
 
     def _has_observers(self) -> bool:
         """Whether step hooks are registered or a profiler is running."""

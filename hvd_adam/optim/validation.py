@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from hvd_adam.optim.optimizer_state import Group
+from hvd_adam.optim.optimizer_state import REQUIRED_STATE, Group, is_adams_state
 
 IMPLEMENTATIONS = ("reference", "foreach", "fused", "auto")
-_REQUIRED_STATE = ("step", "exp_avg", "exp_avg_sq")
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
@@ -115,11 +114,12 @@ def check_loaded_state(state: dict[str, Any]) -> None:
     for group in state["param_groups"]:
         check_implementation(group["implementation"])
     params = [p for group in state["param_groups"] for p in group["params"]]
+    some_is_adams = any(is_adams_state(state["state"].get(p)) for p in params)
     for i, p in enumerate(params):
         loaded = state["state"].get(p)
-        if not loaded:
-            continue
-        missing = [key for key in _REQUIRED_STATE if key not in loaded]
+        if not loaded or (some_is_adams and not any(key in loaded for key in REQUIRED_STATE)):
+            continue  # the user's own entries
+        missing = [key for key in REQUIRED_STATE if key not in loaded]
         if missing:
             raise ValueError(f"loaded state of parameter {i} is not Adam's: {missing[0]} is missing")
         for key in _MOMENTS:

@@ -137,6 +137,7 @@ def _small_values(optimizer: torch.optim.Optimizer, loss_scaler: Any | None) -> 
         "state": {
             numbers[parameter]: {key: _state_layout(value) for key, value in state.items()}
             for parameter, state in optimizer.state.items()
+            if parameter in numbers  # other keys are the user's
         },
         "loss_scaler": None if loss_scaler is None else loss_scaler.state_dict(),
     }
@@ -218,6 +219,8 @@ def _adopt_state(optimizer: torch.optim.Optimizer, layouts: dict[int, dict[str, 
     for number, layout in layouts.items():
         parameter = parameters[number]
         optimizer.state[parameter] = _adopted_state(own_state.get(parameter, {}), layout, parameter)
+    mine = set(parameters)
+    optimizer.state.update({key: value for key, value in own_state.items() if key not in mine})
 
 
 def _adopted_state(

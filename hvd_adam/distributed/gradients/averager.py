@@ -174,13 +174,16 @@ class GradientAverager:
         self._announced, self._averaged, self._divided = False, True, True
         self.look()
 
-    def start_meeting(self) -> Callable[[], None]:
+    def start_meeting(self, call: str) -> Callable[[], None]:
         """Called before other collectives of the optimizer: ranks that wait for gradients then fail, not hang.
+
+        Args:
+            call: what this rank does, for the error.
 
         Returns:
             Waits for the other ranks.
         """
-        return (lambda: None) if self.reducer is None else self.reducer.start_meeting()
+        return (lambda: None) if self.reducer is None else self.reducer.start_meeting(call)
 
     def require_same(self, facts: Mapping[str, object]) -> None:
         """Compares facts of all ranks without gradients, for Adasum. Every rank must call it."""
@@ -210,9 +213,9 @@ class GradientAverager:
 
     @property
     def total(self) -> Tensor | None:
-        """The sum of all elements from the reduction, 0-dimensional float64, where no gradient was changed since.
+        """A number, 0-dimensional float64, that is finite if and only if all elements of the gradients are.
 
-        It is finite if all elements are. None if it is not known.
+        None if it is not known, or a gradient was changed since the reduction.
         """
         return None if self._total is None or self._seen.changed() is not None else self._total
 

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from hvd_adam.optim.plain_optimizer import not_compiled
+
 
 class Hooks(Protocol):
     """What Horovod's wrapper, which counts complete buckets, needs."""
@@ -82,6 +84,7 @@ class _End:
     def __init__(self, callback: Callable[[], None]) -> None:
         self._callback = callback
 
+    @not_compiled
     def __call__(self) -> None:
         node = torch._C._current_autograd_node()
         if node is None:
@@ -89,6 +92,7 @@ class _End:
         else:
             self._handle = node.register_hook(self._queue_again)
 
+    @not_compiled
     def _queue_again(self, *_: object) -> None:
         self._handle.remove()
         torch.autograd.Variable._execution_engine.queue_callback(self)
@@ -111,6 +115,7 @@ def once_all_have_sent(number: int, wait: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(_wait_for_all)
 
 
+@not_compiled
 def _wait_for_all() -> None:
     for number in sorted(_waiting):
         _waiting.pop(number)()

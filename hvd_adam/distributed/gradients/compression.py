@@ -85,12 +85,11 @@ class AllReduce:
     ) -> None:
         self._hvd = hvd = horovod()
         self._bucket = self._wire = bucket
-        self._name, self._scatter, self._scaling = name, scatter, scaling or Scaling()
+        self._name, self._scatter = name, scatter
         if is_half(bucket.dtype):
             self._wire = bucket.float()
+        (scaling or Scaling()).apply(self._wire)  # before the sum, which might overflow
         if compression == "fp16":
-            self._scaling.apply(self._wire)  # a sum in float16 might overflow
-            self._scaling = Scaling()
             self._wire = self._wire.half()
         if scatter:
             self._handle = hvd.reducescatter_async(self._wire, op=hvd.Sum, name=name)
@@ -104,10 +103,8 @@ class AllReduce:
         """Waits for the sum."""
         received = self._hvd.synchronize(self._handle)
         if self._scatter:
-            self._scaling.apply(received, start=self._hvd.rank() * len(received))
             _own_shard(self._bucket).copy_(received)
         elif self._wire is not self._bucket:
-            self._scaling.apply(self._wire)
             self._bucket.copy_(self._wire)
 
 

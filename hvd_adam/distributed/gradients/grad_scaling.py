@@ -195,12 +195,19 @@ def multiply_gradients(parameters: Sequence[Tensor], factor: float | Tensor) -> 
 
 
 def element_sum(gradients: Tensor) -> Tensor:
-    """Returns the sum of all elements, 0-dim float64, added in float32 or wider; finite only if all are finite."""
-    return gradients.sum(dtype=torch.promote_types(gradients.dtype, torch.float32)).double()
+    """Returns a number, 0-dim float64, that is finite if and only if all elements are.
+
+    On a CPU it is the sum, added in float32 or wider: the fastest pass over memory. Where that is infinite, which
+    large elements may cause, smallest and largest element decide. A GPU adds in float64, without another pass.
+    """
+    if not gradients.is_cpu:
+        return gradients.sum(dtype=torch.float64)
+    total = gradients.sum(dtype=torch.promote_types(gradients.dtype, torch.float32)).double()
+    return total if total.isfinite() else torch.stack(torch.aminmax(gradients)).double().mul(0).sum()
 
 
 def probe_of(gradients: list[Tensor]) -> Tensor:
-    """Returns a number, 0-dim float64, that is finite only if all elements of some tensors are.
+    """Returns a number, 0-dim float64, that is finite if and only if all elements of some tensors are.
 
     On a GPU the largest element of each, for which PyTorch needs a few launches for all together. On a CPU the
     sums, which take a tenth of the time.
@@ -211,10 +218,10 @@ def probe_of(gradients: list[Tensor]) -> Tensor:
     if all(g.is_cuda for g in gradients):
         values: Sequence[Tensor] = torch._foreach_norm(gradients, math.inf)
     else:
-        values = [g.sum(dtype=torch.promote_types(g.dtype, torch.float32)) for g in gradients]
+        values = [element_sum(g) for g in gradients]
     if len({(value.dtype, value.device) for value in values}) > 1:
         values = [value.to(values[0].device, torch.float64) for value in values]
-    return torch.stack(tuple(values)).sum(dtype=torch.float64)
+    return torch.stack(tuple(values)).double().mul(0).sum()  # finite numbers must not add up to infinity
 
 
 def norms_of_pieces(gradients: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -27,8 +27,8 @@ class Reduced(NamedTuple):
 
     Attributes:
         message: the sum of the messages of all ranks.
-        total: the sum of all elements of the gradients, 0-dimensional float64, or None. It is finite if all
-            elements are, and that on all ranks or on none.
+        total: 0-dimensional float64, or None: 0 if all elements of the gradients are finite, else NaN, and that
+            on all ranks or on none.
     """
 
     message: list[float]
@@ -130,8 +130,8 @@ class Reducer:
 
         Args:
             message: as sent.
-            add: also compute the sum of all elements, each bucket's as soon as it arrives, while it is in cache
-                and others are in flight.
+            add: also look for infinite elements, in each bucket as soon as it arrives, while it is in cache and
+                others are in flight.
 
         Raises:
             HorovodInternalError: another rank has ended, or is in another collective.
@@ -146,13 +146,16 @@ class Reducer:
                     buffer, bucket = self._buckets[number]
                     sums.append(element_sum(self._own(buffer.grad, bucket)))
             self._in_flight.clear()
-            return self._read(len(message), torch.stack(sums).sum() if add else None)
+            return self._read(len(message), torch.stack(sums).mul(0).sum() if add else None)
 
-    def start_meeting(self) -> Callable[[], None]:
+    def start_meeting(self, call: str) -> Callable[[], None]:
         """Makes ranks that reduce gradients fail, instead of waiting for this one for ever, and this one too.
 
         It reduces one element under the name of the last bucket: Horovod refuses tensors of different shapes. It
         does nothing where gradients are scattered or sent as bfloat16, by other collectives.
+
+        Args:
+            call: what this rank does, and every rank must, for the error.
 
         Returns:
             Waits until all ranks have called this.
@@ -163,7 +166,7 @@ class Reducer:
         meeting = AllReduce(one, f"{self._prefix}.{_LAST}", "none")
 
         def wait() -> None:
-            with explained():
+            with explained(call):
                 meeting.wait()
 
         return wait
@@ -198,7 +201,7 @@ class Reducer:
         flags = [_flags(buffer, bucket) for buffer, bucket in self._buckets]
         small = torch.cat([values.float() for values in (*flags, place)]).cpu()
         if self.scatters:
-            rest = [] if total is None else [total.float().cpu().reshape(1)]
+            rest = [] if total is None else [total.float().cpu().reshape(1)]  # 0 or NaN
             small = horovod().allreduce(torch.cat([small, *rest]), op=horovod().Sum, name=f"{self._prefix}.used")
             if total is not None:
                 total, small = small[-1].double(), small[:-1]
@@ -213,13 +216,23 @@ class Reducer:
 
 
 @contextmanager
-def explained() -> Iterator[None]:
-    """Replaces Horovod's message about ranks that do not take part in a collective by what it means here."""
+def explained(call: str | None = None) -> Iterator[None]:
+    """Replaces Horovod's message about ranks that do not take part in a collective by what it means here.
+
+    Args:
+        call: what this rank does while others may wait for gradients; None if it waits for gradients itself.
+    """
     from horovod.common.exceptions import HorovodInternalError
 
     try:
         yield
     except HorovodInternalError as error:
+        if call is not None:
+            raise HorovodInternalError(
+                f"this rank is in {call}, which every rank must call in the same place, while another waits for "
+                "gradients, or has ended or failed. If that rank has shown another error, that is the cause. "
+                f"(Horovod: {error})"
+            ) from error
         raise HorovodInternalError(
             "some ranks wait for gradients, while another has ended, failed, called something else that every "
             "rank must call (broadcast, add_param_group, state_dict if sharded) or hvd.join(), or trains other "

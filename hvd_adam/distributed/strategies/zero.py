@@ -25,7 +25,7 @@ from hvd_adam.distributed.gradients.grad_scaling import norms_of_pieces
 from hvd_adam.distributed.gradients.gradient_buffer import GradientBuffer
 from hvd_adam.distributed.strategies.allreduce import AllReduceStrategy
 from hvd_adam.optim.memory import in_place
-from hvd_adam.optim.optimizer_state import STATE_NAMES, States, shard_of
+from hvd_adam.optim.optimizer_state import STATE_NAMES, States, copy_of_states, shard_of
 
 # Horovod does not support bfloat16: its bits are sent as float16.
 _CARRIER = {torch.bfloat16: torch.float16}
@@ -190,7 +190,7 @@ class ZeroStrategy(AllReduceStrategy):
         if len(set(loaded)) > 1:
             ranks = ", ".join(str(rank) for rank, has_loaded in enumerate(loaded) if has_loaded)
             raise RuntimeError(f"a state was loaded on rank {ranks} only: call broadcast() on all ranks first")
-        whole = {p: dict(tensors) for p, tensors in state.items()}
+        whole = copy_of_states(state)
         if self.loaded:
             return whole
         keep = not on_root_only or self.hvd.rank() == ROOT
