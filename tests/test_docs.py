@@ -115,7 +115,7 @@ def test_the_documents_show_or_name_every_example():
     shown = documents.scripts()
     assert {name: examples.get(name) for name in shown} == shown
     text = "".join(path.read_text() for path in DOCUMENTS)
-    assert not [name for name in examples if f"examples/{name}" not in text]
+    assert not [name for name in examples if name not in text]
 
 
 def test_mkdocs_builds_the_pages_without_a_warning(tmp_path):
