@@ -6,6 +6,7 @@ The dictionary contains plain containers, numbers, strings and tensors. The opti
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -213,6 +214,8 @@ def copy_to_cpu(value: Any, over: Any = None) -> Any:
     if isinstance(value, torch.Tensor):
         fits = isinstance(over, torch.Tensor) and (over.shape, over.dtype) == (value.shape, value.dtype)
         return over.copy_(value.detach()) if fits else value.detach().to("cpu", copy=True)
+    if isinstance(value, Counter | set):  # of immutable values
+        return type(value)(value)
     if isinstance(value, Mapping):
         older = over if isinstance(over, Mapping) else {}
         return {key: copy_to_cpu(item, older.get(key)) for key, item in value.items()}
