@@ -111,6 +111,7 @@ def test_a_resumed_loop_ends_bit_for_bit_where_an_uninterrupted_one_does(cluster
     assert resumed.saved == {"step": 4, "best": 0.5, "names": ["a"]}
     assert type(resumed.saved["best"]) is float
     assert resumed.sampler.count == 4
+    assert type(resumed.scheduler.milestones) is Counter
     resumed.run(3)
     assert same(resumed.state(), expected)
     if cluster.is_root:
@@ -193,6 +194,15 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_restored(tmp_pat
 def test_keep_must_be_a_whole_number_above_0(keep, tmp_path):
     with pytest.raises(UserError, match=r"keep is .* whole number of at least 1"):
         CheckpointManager(SINGLE, tmp_path, keep=keep)
+
+
+@pytest.mark.parametrize("extra", [[1], "x", {"step": 3}])
+def test_extra_is_a_dictionary_without_step(extra, tmp_path):
+    with (
+        CheckpointManager(SINGLE, tmp_path) as manager,
+        pytest.raises(UserError, match="without the key 'step"),
+    ):
+        manager.save(1, extra=extra)
 
 
 @pytest.mark.parametrize("step", [-1, 2.0, None])

@@ -95,7 +95,7 @@ def test_tensors_with_other_numbers_of_rows_and_any_dtype_are_gathered(cluster):
 @on_ranks(2)
 def test_large_sums_are_reduced_in_place_of_gathered_and_are_exact(cluster):
     size = reductions.LARGE_WORDS
-    with pytest.MonkeyPatch.context() as monkeypatch:
+    with pytest.MonkeyPatch.context() as monkeypatch, torch.inference_mode():
         calls = counted(monkeypatch)
         sums = cluster.sum({"counts": torch.full((size,), 2**53 + cluster.rank), "loss": 0.5, "x": torch.ones(3)})
         assert calls == ["allgather", "allreduce", "allreduce"]

@@ -25,6 +25,7 @@ class Model(torch.nn.Module):
         super().__init__()
         self.embed, self.head = torch.nn.Embedding(50, 6), torch.nn.Linear(6, 4)
         self.dropout = torch.nn.Dropout(0.2)
+        self.scripted = torch.jit.script(torch.nn.Identity())  # takes no hooks
 
     def forward(self, batch, scale=1.0):
         return self.head(self.dropout(self.embed(batch["tokens"]).mean(dim=1))) * scale
@@ -157,3 +158,4 @@ def test_a_checksum_depends_on_all_parts_of_a_large_tensor_and_not_on_zeros():
             seen.add(same_batches._checksum([other]))
     assert len(seen) > 40
     assert same_batches._checksum([torch.zeros(3)]) is None
+    assert same_batches._checksum([torch.ones(3, dtype=torch.float8_e5m2)]) is not None

@@ -32,6 +32,7 @@ from hvd_adam.errors import UserError
 from hvd_adam.log import logger
 
 _EXTRA, _RANDOM = "extra", "random_states"  # keys of a checkpoint beside the names of its parts
+_STEP = "step"  # key of what `restore` returns
 
 
 class Stateful(Protocol):
@@ -92,8 +93,8 @@ class CheckpointManager:
 
         Args:
             step: number of updates made so far, at least 0. A checkpoint of the same step is replaced.
-            extra: own values of rank 0, which `restore` returns: numbers, strings, tensors and containers of them.
-                NumPy's scalars become Python's.
+            extra: own values of rank 0 by name, which `restore` returns: numbers, strings, tensors and containers
+                of them. NumPy's scalars become Python's. "step" is no name of yours.
             best: whether `best` in the folder shall name this checkpoint, which is then kept.
             parts: what to save by its name, such as `model=model, optimizer=optimizer, scheduler=scheduler`. Of
                 each, rank 0's `state_dict()` is saved. None is left out.
@@ -106,6 +107,8 @@ class CheckpointManager:
         with raise_on_all_ranks(self._cluster):
             present = _present(parts)
             step = _whole("step", step, at_least=0)
+            if not isinstance(extra or {}, Mapping) or _STEP in (extra or {}):
+                raise UserError(f"extra is {extra!r}; it must be a dictionary, without the key {_STEP!r}")
         own = {"step": step, "parts": dict.fromkeys(present, 0), "random": random_state(self._cluster.device)}
         of_ranks = gather(self._cluster, own, "CheckpointManager.save()")
         states = {name: _state_on_root(part, self._cluster) for name, part in present.items()}
@@ -160,7 +163,7 @@ class CheckpointManager:
         for name in sorted(of_root):
             present[name].broadcast()  # type: ignore[attr-defined]
         self._restore_random(shared.get(_RANDOM, []), folder)
-        return {**shared.get(_EXTRA, {}), "step": storage.step_of(folder)}
+        return {**shared.get(_EXTRA, {}), _STEP: storage.step_of(folder)}
 
     def wait(self) -> Path | None:
         """Waits for the checkpoint that is being written. Every rank must call it.

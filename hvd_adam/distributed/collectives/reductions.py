@@ -151,6 +151,7 @@ def _words(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat([empty, *(part.view(torch.int64) for part in parts)])
 
 
+@torch.inference_mode(False)  # Horovod's thread is not in that mode
 def _sum(cluster: Cluster, call: Call, parts: list[Tensor]) -> list[Tensor]:
     """Returns the sums of the parts over the ranks."""
     if cluster.size == 1:

@@ -103,6 +103,8 @@ class SameBatches:
         """Looks at the inputs of the model, or of the first of its modules that a loop calls."""
         self._last = None
         for module in self._model.modules():
+            if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
+                continue
             _watched[module] = self
             self._hooks.append(module.register_forward_pre_hook(note_inputs, with_kwargs=True))
 
@@ -133,16 +135,15 @@ def _tensors(value: object) -> Iterator[Tensor]:
 @torch.no_grad()
 def _checksum(tensors: Sequence[Tensor]) -> int | None:
     """Returns the last bits of a checksum of some of the elements; None if all of these are zero."""
-    total, found = 0, False
+    total = 0
     for tensor in tensors:
-        if tensor.layout != torch.strided or tensor.is_meta or not tensor.numel():
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or not tensor.numel():
             continue
         elements = tensor.detach().reshape(-1)
         elements = elements[:: len(elements) // SAMPLES | 1]  # an odd step visits all columns
-        found = found or bool(elements.any())
         total = 31 * total + int(fingerprint(elements))
     # The high bits of the fingerprint depend on all bits of the elements.
-    return total >> 32 & (1 << BITS) - 1 if found else None
+    return total >> 32 & (1 << BITS) - 1 if total else None
 
 
 def _warn(ranks: int) -> None:
