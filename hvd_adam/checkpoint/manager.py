@@ -1,11 +1,13 @@
 """`CheckpointManager`: checkpoints of a training loop of one's own, saved and restored by all ranks together.
 
-with CheckpointManager(cluster, "runs/mine", keep=3) as checkpoints:
-saved = checkpoints.restore(model=model, optimizer=optimizer, scheduler=scheduler)
-for step in range(saved["step"] if saved else 0, 1000):
-...
-if (step + 1) % 100 == 0:
-checkpoints.save(step + 1, model=model, optimizer=optimizer, scheduler=scheduler)
+    with CheckpointManager(cluster, "runs/mine", keep=3) as checkpoints:
+        saved = checkpoints.restore(model=model, optimizer=optimizer, scheduler=scheduler)
+        for step in range(saved["step"] if saved else 0, 1000):
+            ...
+            if (step + 1) % 100 == 0:
+                checkpoints.save(step + 1, model=model, optimizer=optimizer, scheduler=scheduler)
+
+`storage.load` reads a checkpoint without other ranks.
 """
 
 from __future__ import annotations
