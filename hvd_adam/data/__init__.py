@@ -3,11 +3,12 @@
 from pathlib import Path
 
 from hvd_adam.data import cifar10, digits, synthetic
+from hvd_adam.data.datasets import Datasets, UnreadableSample
 from hvd_adam.data.images import ImageData, one_against_rest
 from hvd_adam.errors import UserError
 from hvd_adam.import_path import call, is_reference, unknown
 
-__all__ = ["DATASETS", "ImageData", "load"]
+__all__ = ["DATASETS", "Datasets", "ImageData", "UnreadableSample", "load"]
 
 DATASETS = ("digits", "cifar10", "synthetic")
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from hvd_adam.data import sampling
 from hvd_adam.data.images import ImageData, channel_statistics
+from hvd_adam.data.normalize import Normalization
 from hvd_adam.data.protocols import Batch
 
 _PADDING = 4  # pixels on each side before the random crop, as in He et al., arXiv 1512.03385, section 4.2
@@ -53,13 +54,7 @@ class DeviceLoader:
         if mean is None or std is None:
             mean, std = channel_statistics(data.train_images)
         self.mean, self.std = tuple(mean), tuple(std)
-        # Half precision would lose the last bits of 0 to 255 in the subtraction, so the conversion is last.
-        self._working_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        self._shift, self._divisor = (self._per_channel(values) for values in (self.mean, self.std))
-
-    def _per_channel(self, values: tuple[float, ...]) -> torch.Tensor:
-        scaled = torch.tensor(values, dtype=torch.float64, device="cpu") * 255
-        return scaled.to(self.device, self._working_dtype).view(1, -1, 1, 1)
+        self._normalize = Normalization(self.mean, self.std, self.device, dtype, self.memory_format)
 
     def description(self) -> dict[str, Any]:
         """Returns what a checkpoint records of the data: see `checkpoint.state.TrainingState`."""
@@ -134,10 +129,6 @@ class DeviceLoader:
         if self.data.augment:
             images = crop_and_flip(images, chosen[1], chosen[2], chosen[3].bool(), padding=_PADDING)
         return self._normalize(images), labels
-
-    def _normalize(self, images: torch.Tensor) -> torch.Tensor:
-        values = images.to(self._working_dtype, memory_format=self.memory_format)
-        return values.sub_(self._shift).div_(self._divisor).to(self.dtype)
 
 
 def _crops(bits: np.ndarray) -> list[np.ndarray]:

@@ -10,7 +10,8 @@ import numpy as np
 
 from hvd_adam.errors import UserError
 
-_ORDER, _AUGMENTATION = 0, 1  # the generator's key is (seed, purpose), so the two streams never overlap
+# The generator's key is (seed, purpose), so the streams never overlap.
+_ORDER, _AUGMENTATION, _EVALUATION = 0, 1, 2
 
 
 def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
@@ -39,6 +40,17 @@ def augmentation_bits(seed: int, epoch: int, step: int, global_batch_size: int) 
         global_batch_size: samples per update over all ranks.
     """
     return _raw(seed, _AUGMENTATION, epoch, step, global_batch_size)
+
+
+def evaluation_bits(num_samples: int) -> np.ndarray:
+    """Returns a word for each test sample, which seeds what is random in it: uint64 of shape `(num_samples,)`.
+
+    It depends on the sample only, so that all evaluations, at any number of ranks, see the same samples.
+
+    Args:
+        num_samples: of the test set.
+    """
+    return _raw(0, _EVALUATION, 0, 0, num_samples)
 
 
 def _raw(seed: int, purpose: int, epoch: int, step: int, count: int) -> np.ndarray:
