@@ -32,7 +32,7 @@ def message(*argv, config=TrainConfig, name="hvd_adam.train"):
         ("--epoch 3 --batchsize 8", "did you mean --batch-size?"),
         ("-lr 0.1", "-lr is not an option: did you mean --lr?"),
         ("—lr 0.1", "—lr is not an option: did you mean --lr?"),
-        ("--weigth-decay 0.1", "did you mean --weight-decay?"),
+        ("--weigth-decay 0.1", "did you mean --weight-decay"),
         ("--gradient-accumulation-steps 2", "did you mean --accumulate?"),
         ("--np 2", "the launcher sets the number of ranks"),
         ("--zzz 2", "--zzz is not an option (see python -m hvd_adam.train --help)"),

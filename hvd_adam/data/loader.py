@@ -3,7 +3,7 @@
 For each batch only indices and random words are copied to the device, without waiting for it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -15,6 +15,7 @@ from hvd_adam.data import sampling
 from hvd_adam.data.images import ImageData, channel_statistics
 from hvd_adam.data.normalize import Normalization
 from hvd_adam.data.protocols import Batch
+from hvd_adam.data.transforms import transform_batch
 
 _PADDING = 4  # pixels on each side before the random crop, as in He et al., arXiv 1512.03385, section 4.2
 
@@ -32,6 +33,8 @@ class DeviceLoader:
         channels_last: whether images have channels-last memory format.
         mean: of each channel, in units where 255 is 1; that of the training images by default.
         std: as `mean`, the standard deviation.
+        transform: called with each training image, uint8 of shape `(channels, height, width)` on the device, after
+            crop and flip and before normalization; returns another one of the same shape. None: no further one.
     """
 
     mean: tuple[float, ...]
@@ -46,7 +49,9 @@ class DeviceLoader:
         channels_last: bool = False,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
+        transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
+        self._transform = transform
         self.data = data
         self.device = torch.device(device)
         self.dtype = dtype
@@ -96,7 +101,12 @@ class DeviceLoader:
                 if self.data.augment:
                     bits = sampling.augmentation_bits(seed, epoch, step, global_batch_size)
                     chosen += _crops(bits[sampling.share(global_batch_size, **part)])
-                yield self._train_batch(self._upload(np.stack(chosen)))
+                images, labels = self._train_batch(self._upload(np.stack(chosen)))
+                if self._transform is not None:
+                    seeds = sampling.transform_seeds(seed, epoch, step, global_batch_size)
+                    mine = seeds[sampling.share(global_batch_size, **part)].tolist()
+                    images = transform_batch(self._transform, images, mine)
+                yield self._normalize(images), labels
 
     def test_batches(self, batch_size: int, *, rank: int = 0, size: int = 1) -> Iterator[Batch]:
         """As `protocols.Loader`; the samples are in order."""
@@ -128,7 +138,7 @@ class DeviceLoader:
         images, labels = (tensor[chosen[0]] for tensor in self._train)
         if self.data.augment:
             images = crop_and_flip(images, chosen[1], chosen[2], chosen[3].bool(), padding=_PADDING)
-        return self._normalize(images), labels
+        return images, labels
 
 
 def _crops(bits: np.ndarray) -> list[np.ndarray]:

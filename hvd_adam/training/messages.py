@@ -13,6 +13,11 @@ from hvd_adam.data.protocols import Data
 from hvd_adam.distributed.context import Cluster
 from hvd_adam.training.run import BatchSizes
 
+NO_ACCURACY = (
+    "accuracy needs outputs of shape (samples, classes) and labels, so there is none: the best checkpoint is the "
+    "one with the lowest test loss"
+)
+
 
 def start_facts(cluster: Cluster, sizes: BatchSizes) -> dict[str, Any]:
     """Returns what the events "start" and "resume" record."""
