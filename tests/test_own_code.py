@@ -63,6 +63,7 @@ def test_a_killed_run_of_own_code_ends_bit_for_bit_as_an_uninterrupted_one(runs)
 
 
 def test_own_metrics_are_recorded_and_printed_and_the_lowest_loss_is_the_best(runs):
+    assert events(runs[0])[0]["loss_function"] == "mine:loss"
     evaluations = events(runs[0], "eval")
     assert len(evaluations) == 4
     assert all(line["test_accuracy"] is None and line["images"] == 33 for line in evaluations)

@@ -13,7 +13,7 @@ from hvd_adam.import_path import accepts, call, is_reference, unknown
 
 __all__ = ["DATASETS", "Datasets", "ImageData", "UnreadableSample", "load"]
 
-DATA_DIR = "data"  # where data sets are, if nothing else is said
+DATA_DIR = "data"  # the default folder of data sets
 DATASETS = ("digits", "cifar10", "synthetic")
 
 

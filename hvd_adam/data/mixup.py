@@ -16,7 +16,7 @@ _PARTNERS = 2**63  # added to the seed: no run has such a seed, so no order is u
 
 
 class MixupLoader:
-    """Mixes each training sample with a partner: λ · sample + (1 − λ) · partner, inputs and targets alike.
+    """Mixes each training sample with a partner: λ · sample + (1 − λ) · partner, inputs and targets with one λ.
 
     The partners are a second, independent order of all samples, with their own augmentation, and λ is drawn from
     Beta(α, α) for each position of the global batch. So the mixture does not depend on the number of ranks and

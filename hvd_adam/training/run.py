@@ -215,7 +215,7 @@ class _Loadable:
 
         Args:
             resume: where the run resumes.
-            implementation: of Adam, which this run chooses anew.
+            implementation: of Adam: that of this run, not of the saved one.
         """
         state = resume.state
         require_same_tensors(self.model.state_dict(), state.model, resume.path)

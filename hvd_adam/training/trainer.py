@@ -110,7 +110,7 @@ class Trainer:
 
     def _log_start(self) -> None:
         config, cluster, sizes = self.config, self.cluster, self.sizes
-        facts = messages.start_facts(cluster, sizes)
+        facts = messages.start_facts(config, cluster, sizes)
         if self.resume is None:
             self.log.event("start", 0, 0, **facts)
         else:
