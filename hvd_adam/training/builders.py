@@ -79,8 +79,6 @@ def build_model(config: TrainConfig, loader: Loader) -> torch.nn.Module:
     """
     torch.manual_seed(config.seed)
     model = model_of(asdict(config), loader.data)
-    if config.freeze is not None:
-        freeze(model, config.freeze)
     if config.sync_batchnorm:
         try:
             convert(model, strict=True)
@@ -88,6 +86,8 @@ def build_model(config: TrainConfig, loader: Loader) -> torch.nn.Module:
             raise UserError(f"--sync-batchnorm: {error}") from None
         if not any(isinstance(layer, _BatchNorm) for layer in model.modules()):
             raise UserError(f"--sync-batchnorm has no effect: {config.model} has no batch normalization")
+    if config.freeze is not None:
+        freeze(model, config.freeze)
     model.to(loader.device, loader.dtype)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs

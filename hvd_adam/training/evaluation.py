@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from hvd_adam.checkpoint import storage
 from hvd_adam.checkpoint.state import require_same_tensors
@@ -162,8 +163,6 @@ def load_model(config: EvaluateConfig, cluster: Cluster) -> tuple[Forward, Loade
             f"those of {samples.name} {list(samples.classes)}"
         )
     model = model_of(trained, samples)
-    require_same_tensors(model.state_dict(), weights, config.checkpoint)
-    model.load_state_dict(weights)
     dtype = parameter_dtype(trained["precision"])
     model.to(cluster.device, dtype).eval()
 
@@ -177,6 +176,10 @@ def load_model(config: EvaluateConfig, cluster: Cluster) -> tuple[Forward, Loade
         loader = DeviceLoader(samples, cluster.device, dtype=dtype, mean=mean, std=std)
     else:
         loader = WorkerLoader(samples, cluster.device, dtype=dtype)
+    if any(map(is_lazy, model.parameters())):  # their shapes depend on the inputs
+        forward(next(loader.test_batches(1))[0])
+    require_same_tensors(model.state_dict(), weights, config.checkpoint)
+    model.load_state_dict(weights)
     return forward, loader, Objective.of(trained, dtype)
 
 

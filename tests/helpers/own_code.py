@@ -39,7 +39,7 @@ class Net(nn.Module):
         super().__init__()
         self.encoder = nn.Sequential(nn.Linear(features, width), nn.BatchNorm1d(width), nn.GELU())
         self.norm = nn.BatchNorm1d(width)
-        self.head = nn.Sequential(nn.Dropout(0.1), nn.Linear(width, 1))
+        self.head = nn.Sequential(nn.Dropout(0.1), nn.LazyLinear(1))
 
     def forward(self, rows):
         name, rank, number = os.environ.get("STOP", ":-1:0").split(":")
