@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -114,7 +115,8 @@ class Objective:
         given = f"inputs of shape {tuple(inputs.shape)}"
         training = model.training
         cuda = [inputs.device] if inputs.is_cuda else []
-        with torch.random.fork_rng(devices=cuda):
+        with torch.random.fork_rng(devices=cuda), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an error is one line, and training itself warns again
             try:
                 outputs = model.eval()(inputs)
             except Exception as error:

@@ -27,7 +27,7 @@ def freeze(model: torch.nn.Module, patterns: str) -> None:
         if not matching:
             raise UserError(f"--freeze {pattern} matches no parameter: use names such as {_examples(parameters)}")
         for name in matching:
-            parameters[name].requires_grad_(False)
+            parameters[name].requires_grad = False  # the method is refused for parameters without a shape yet
     if not any(parameter.requires_grad for parameter in parameters.values()):
         raise UserError(f"--freeze {patterns} matches every parameter: leave some to train")
 
