@@ -171,6 +171,9 @@ def build_run(config: TrainConfig, memory: InMemoryCheckpoint | None, resources:
     folder, resume = _open_run(config, cluster, memory, loader, parts)
     sizes = BatchSizes.of_run(config, loader, cluster.size, resume)
     schedule = make_schedule(config, scaled.lr, sizes.steps_per_epoch, sizes.total_steps)
+    if resume is not None:  # maybe with another number of ranks, which would scale the rates differently
+        saved = resume.state.schedule
+        schedule = replace(schedule, initial=saved["initial"], peak=saved["peak"])
     optimizer = distribute(
         adam,
         model,

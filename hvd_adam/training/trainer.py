@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -77,12 +77,11 @@ class Trainer:
             self._resources = resources.pop_all()
 
     def _restore(self, resume: ResumePoint) -> None:
-        """Restores progress, schedule, random generators and running mean; every rank calls it.
+        """Restores progress, random generators and running mean; every rank calls it.
 
-        Model and optimizer are restored by `build_run`.
+        Model, optimizer and schedule are restored by `build_run`.
         """
         state, cluster = resume.state, self.cluster
-        self.schedule = replace(self.schedule, initial=state.schedule["initial"], peak=state.schedule["peak"])
         self.progress = progress = self.sizes.resumed(Progress.from_dict(state.progress))
         self.optimizer.skipped_updates = progress.skipped
         if len(state.ranks) == cluster.size:
