@@ -10,7 +10,7 @@ import runpy
 import sys
 
 COMMANDS = {
-    "train": "train an image classifier with Adam, data-parallel over all ranks",
+    "train": "train a model with Adam, data-parallel over all ranks",
     "evaluate": "evaluate a checkpoint, each test image exactly once at any number of ranks",
     "doctor": "diagnose this machine, other hosts or a job, with a remedy for each fault",
     "bench": "measure the optimizer, the reduction and whole steps against peers and the hardware's limit",

@@ -169,7 +169,9 @@ def require_plain_options(arguments: Sequence[str]) -> None:
         option, equals, value = argument.partition("=")
         name, dot, _ = option.partition(".")
         if dot:
-            raise UserError(f"{option} is not an option: {name} has one value and no parts")
+            args = {"--model": "--model-args", "--dataset": "--data-args", "--data": "--data-args"}.get(name)
+            remedy = f"; its arguments are given as in {args} '{{\"width\": 64}}'" if args else ""
+            raise UserError(f"{option} is not an option: {name} has one value and no parts{remedy}")
         if (value if equals else following) == "" and option not in MAY_BE_EMPTY:
             raise UserError(f"{option} has an empty value: give one, or leave the option out")
 
@@ -207,6 +209,7 @@ class ConfigFiles:
         arguments: the command line.
         known: the options, with dashes inside and none in front.
         switches: those of them that are on or off.
+        mappings: those of them whose value is a mapping.
 
     Raises:
         UserError: a file is not valid YAML, or has an unknown, nested, repeated or empty key; names file and line.
@@ -215,9 +218,15 @@ class ConfigFiles:
         arguments: the command line, with the paths of files expanded.
     """
 
-    def __init__(self, arguments: Sequence[str], known: Iterable[str], switches: Iterable[str]) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        known: Iterable[str],
+        switches: Iterable[str],
+        mappings: Iterable[str] = (),
+    ) -> None:
         self.arguments: list[str] = []
-        self._switches = set(switches)
+        self._switches, self._mappings = set(switches), set(mappings)
         self._places: dict[str, str] = {}
         self._given: set[str] = set()
         names, is_path = list(known), False
@@ -265,9 +274,13 @@ class ConfigFiles:
                 raise UserError(f"{place}: {unknown_option(name, known)}")
             if option in seen:
                 raise UserError(f"{place}: {name} is given twice, before in {seen[option]}")
-            if isinstance(value, yaml.MappingNode):
-                raise UserError(f"{place}: {name} has nested values: give it one, as in {name}: VALUE")
-            if value.value == "" and (value.style is None or f"--{option}" not in MAY_BE_EMPTY):
+            if isinstance(value, yaml.MappingNode) and option not in self._mappings:
+                remedy = f"give it one, as in {name}: VALUE"
+                if f"{option}-args" in self._mappings:
+                    remedy += f"; its arguments are the option {name}_args"
+                raise UserError(f"{place}: {name} has nested values: {remedy}")
+            empty = isinstance(value, yaml.ScalarNode) and value.value == ""
+            if empty and (value.style is None or f"--{option}" not in MAY_BE_EMPTY):
                 raise UserError(f"{place}: {name} has an empty value: give one, or remove the line")
             if not value.tag.startswith("tag:yaml.org,2002:") or "/" in value.tag:
                 raise UserError(f"{place}: {name} has the tag {value.tag}: give it a plain value")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import Field, fields
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     import jsonargparse
 
 Config = TypeVar("Config")
+
+MAPPING = Mapping[str, Any] | None
 
 
 def parse(
@@ -55,7 +57,7 @@ def parse(
     types = _types(config)
     require_plain_options(arguments)
     given = [argument.replace("--print_config", "--print-config", 1) for argument in arguments]
-    files = ConfigFiles(given, _names(types), _names(types, bool))
+    files = ConfigFiles(given, _names(types), _names(types, bool), _names(types, MAPPING))
     try:
         values = _parser(config, name).parse_args(files.arguments).as_dict()
     except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
@@ -145,6 +147,8 @@ def _with_dashes(argv: Sequence[str]) -> list[str]:
     arguments = []
     for argument in argv:
         option, equals, value = argument.partition("=")
+        if option in ("--model.args", "--data.args"):  # other programs write the arguments of a part so
+            option = option.replace(".", "-")
         is_option = option.startswith("--") and option != "--print_config"
         arguments.append((option.replace("_", "-") if is_option else option) + equals + value)
     return arguments
@@ -193,7 +197,7 @@ def _metavar(kind: Any) -> str | None:
     """Returns what stands for the value in the help: N, X (a float) or the choices; None for the option's name."""
     if get_origin(kind) is Literal:
         return f"{{{','.join(map(str, get_args(kind)))}}}"
-    return {int: "N", float: "X"}.get(_scalar(kind))
+    return "MAPPING" if kind == MAPPING else {int: "N", float: "X"}.get(_scalar(kind))
 
 
 def _see_help(name: str) -> str:
@@ -225,6 +229,8 @@ def _expected(kind: Any) -> str:
         return f"one of {', '.join(map(str, get_args(kind)))}"
     if kind == tuple[float, float]:
         return "two numbers, as in 0.9,0.999"
+    if kind == MAPPING:
+        return """a mapping, as in '{"width": 64}'"""
     scalar = _scalar(kind)
     if scalar in (int, float):
         return "a whole number" if scalar is int else "a number"

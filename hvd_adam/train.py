@@ -1,4 +1,4 @@
-"""Trains an image classifier with Adam, data-parallel over all ranks that a launcher started.
+"""Trains a model with Adam, data-parallel over all ranks that a launcher started.
 
 python -m hvd_adam.train
 horovodrun -np 2 python -m hvd_adam.train

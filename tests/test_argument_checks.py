@@ -4,6 +4,7 @@ Hazards: an internal error of the parser as the message; a suggestion that is no
 line that is blamed for a value of the command line; a folder named `~`.
 """
 
+import json
 from dataclasses import fields
 
 import pytest
@@ -32,7 +33,7 @@ def message(*argv, config=TrainConfig, name="hvd_adam.train"):
         ("--epoch 3 --batchsize 8", "did you mean --batch-size?"),
         ("-lr 0.1", "-lr is not an option: did you mean --lr?"),
         ("—lr 0.1", "—lr is not an option: did you mean --lr?"),
-        ("--weigth-decay 0.1", "did you mean --weight-decay?"),
+        ("--weigth-decay 0.1", "did you mean --weight-decay"),
         ("--gradient-accumulation-steps 2", "did you mean --accumulate?"),
         ("--np 2", "the launcher sets the number of ranks"),
         ("--zzz 2", "--zzz is not an option (see python -m hvd_adam.train --help)"),
@@ -70,6 +71,7 @@ def test_an_empty_value_is_named(option, equals):
         ("epochs: 3\n\nmodel:\n  width: 3\n", "line 3: model has nested values"),
         ("lr: 1\nseed: 3\nlr: 2\n", "line 3: lr is given twice"),
         ("lr:\n", "line 1: lr has an empty value"),
+        ("model: a:b\nmodel_args: 3\n", "line 2: --model-args is 3: it must be a mapping"),
         ("lr: null\n", "line 1: --lr is null: it must be a number"),
         ("seed: 3\nepochs: lots\n", "line 2: --epochs is lots: it must be a whole number"),
         ("seed: 3\nlr: -1\n", "line 2: --lr is -1"),
@@ -90,6 +92,17 @@ def test_an_error_in_a_file_names_file_and_line(text, words, tmp_path):
     for argv in (["--config", str(path)], [f"--config={path}"]):
         found = message(*argv)
         assert words in found and str(path) in found
+
+
+@pytest.mark.parametrize("spelling", ["--model-args", "--model_args", "--model.args"])
+def test_arguments_of_functions_are_mappings_on_the_command_line_and_in_files(spelling, tmp_path):
+    given = {"width": 64, "layers": [1, 2], "norm": {"kind": "batch", "eps": 0.1}, "bias": None}
+    (tmp_path / "run.yaml").write_text(f"model: own:build\nmodel_args: {json.dumps(given)}\n")
+    from_file = parse(TrainConfig, "hvd_adam.train", ["--config", str(tmp_path / "run.yaml")])
+    argv = ["--model", "own:build", spelling, json.dumps(given)]
+    assert from_file.model_args == parse(TrainConfig, "hvd_adam.train", argv).model_args == given
+    argv = ["--config", str(tmp_path / "run.yaml"), f"{spelling}={{width: 2}}"]
+    assert parse(TrainConfig, "hvd_adam.train", argv).model_args == {"width": 2}  # not merged with the file's
 
 
 def test_a_value_of_the_command_line_is_not_blamed_on_the_file(tmp_path):

@@ -21,8 +21,8 @@ from hvd_adam.errors import UserError
 from hvd_adam.models.torchvision_compat import import_torchvision
 from hvd_adam.models.zoo import build
 
-DIGITS = {"in_channels": 1, "num_classes": 10, "image_size": (8, 8)}
-CIFAR = {"in_channels": 3, "num_classes": 10, "image_size": (32, 32)}
+DIGITS = {"sample_shape": (1, 8, 8), "num_classes": 10}
+CIFAR = {"sample_shape": (3, 32, 32), "num_classes": 10}
 
 
 def layers(model, kind):
@@ -38,7 +38,7 @@ def layers(model, kind):
 )
 @settings(max_examples=30, deadline=None)
 def test_own_models_take_images_of_any_size_and_number_of_channels(channels, classes, height, width, name):
-    model = build(name, in_channels=channels, num_classes=classes, image_size=(height, width))
+    model = build(name, sample_shape=(channels, height, width), num_classes=classes)
     logits = model(torch.randn(2, channels, height, width))
     assert logits.shape == (2, classes)
     logits.sum().backward()
@@ -47,7 +47,7 @@ def test_own_models_take_images_of_any_size_and_number_of_channels(channels, cla
 
 @pytest.mark.parametrize("side", [8, 32, 224])
 def test_the_cnn_has_five_3x3_convolutions_two_linear_layers_and_no_batch_normalization(side):
-    model = build("cnn", in_channels=3, num_classes=10, image_size=(side, side))
+    model = build("cnn", sample_shape=(3, side, side), num_classes=10)
     assert [layer.kernel_size for layer in layers(model, nn.Conv2d)] == [(3, 3)] * 5
     assert len(layers(model, nn.Linear)) == 2
     assert not list(model.buffers())
@@ -115,7 +115,7 @@ def test_dropout_is_off_by_default():
 
 
 def test_residual_networks_get_the_small_stem_for_small_images_only():
-    small, large = build("resnet18", **CIFAR), build("resnet18", **{**CIFAR, "image_size": (96, 96)})
+    small, large = build("resnet18", **CIFAR), build("resnet18", **{**CIFAR, "sample_shape": (3, 96, 96)})
     assert (small.conv1.kernel_size, small.conv1.stride) == ((3, 3), (1, 1))
     assert isinstance(small.maxpool, nn.Identity)
     assert (large.conv1.kernel_size, large.conv1.stride) == ((7, 7), (2, 2))
@@ -124,7 +124,7 @@ def test_residual_networks_get_the_small_stem_for_small_images_only():
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "googlenet", "squeezenet1_1", "vit_b_32"])
 def test_torchvisions_models_take_other_numbers_of_channels_and_classes(name):
-    model = build(name, in_channels=4, num_classes=7, image_size=(64, 64))
+    model = build(name, sample_shape=(4, 64, 64), num_classes=7)
     logits = model(torch.randn(2, 4, 64, 64))
     assert logits.shape == (2, 7)
 

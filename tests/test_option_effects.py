@@ -33,6 +33,11 @@ IDLE = [
     ("--lr-scaling none --lr-decay constant --warmup-epochs 2", "--warmup-epochs 2.0 has no effect"),
     ("--lr-decay-factor 0.5", "--lr-decay-factor 0.5 has no effect without --lr-decay step"),
     ("--commit-every 5", "--commit-every 5 has no effect without --elastic"),
+    ('--model-args {"a":1}', "--model-args {'a': 1} has no effect without --model package.module:function"),
+    ('--data-args {"a":1}', "--data-args {'a': 1} has no effect without --dataset package.module:function"),
+    ("--loss m:f --label-smoothing 0.1", "--label-smoothing 0.1 has no effect without the default loss"),
+    ("--weight-decay-on matrices", "--weight-decay-on matrices has no effect without --weight-decay above 0"),
+    ("--resume run --init-from other", "--init-from other has no effect without a new run"),
     ("--resume never --allow-data-change", "--allow-data-change has no effect"),
 ]
 

@@ -26,6 +26,7 @@ one_class = lambda data_dir: data(classes=("a",), labels=1)
 empty = lambda data_dir: data(count=0)
 a_list = lambda data_dir: [1, 2]
 without_keyword = lambda: data()
+with_size = lambda size: data()
 number = 3
 
 def three_logits(in_channels, num_classes, image_size):
@@ -51,7 +52,7 @@ TRAIN = {
     "-lr 0.1": ["-lr is not an option", "--lr"],
     "–-lr 0.1": ["did you mean --lr?"],
     "cifar10": ["cifar10 belongs to no option"],
-    "--model.width 64": ["--model.width is not an option"],
+    "--model.width 64": ["--model.width is not an option", "--model-args '{\"width\": 64}'"],
     # Values.
     "--weight_decay ''": ["--weight-decay has an empty value"],
     "--output-dir=": ["--output-dir has an empty value"],
@@ -74,7 +75,17 @@ TRAIN = {
     "--amsgrad true": ["--amsgrad takes no value"],
     "--seed -1": ["--seed is -1"],
     "--synthetic-shape 3x32": ["CHANNELSxHEIGHTxWIDTH"],
+    "--model mine:three_logits --model.args width=64": ["--model-args is width=64", "a mapping"],
+    "--loss mse": ["--loss is mse", "package.module:function"],
+    "--metrics top5": ["--metrics is top5"],
+    "--metrics a:error,b:error": ["test_error is recorded already"],
+    "--mixup 0": ["--mixup is 0.0", "above 0"],
+    "--ema 1": ["--ema is 1.0", "(0, 1)"],
+    "--label-smoothing 1": ["--label-smoothing is 1.0"],
     # Combinations.
+    "--model.args '{width: 64}'": ["--model-args", "has no effect without --model package.module:function"],
+    "--loss mine:number --label-smoothing 0.1": ["--label-smoothing 0.1 has no effect"],
+    "--weight-decay-on matrices": ["has no effect without --weight-decay"],
     "--data-dir photos": ["--data-dir photos has no effect", "--dataset"],
     "--no-download": ["--no-download has no effect"],
     "--synthetic-samples 9": ["--synthetic-samples 9 has no effect", "--dataset synthetic"],
@@ -108,6 +119,8 @@ TRAIN = {
     "--config -": ["--config -: no such file"],
     "--output-dir '$UNSET_VARIABLE/run'": ["the variable UNSET_VARIABLE is not set"],
     "--output-dir unknown.yaml/run": ["cannot write to the run folder"],
+    "--init-from nowhere": ["no checkpoint in nowhere"],
+    "--config dotted.yaml": ["dotted.yaml, line 1: model.args is not an option", "model-args"],
     "--resume nowhere": ["no checkpoint in", "nowhere"],
     # Data and models.
     "--dataset cifar": ["data set 'cifar' is not known", "cifar10"],
@@ -116,7 +129,12 @@ TRAIN = {
     "--dataset absent:good": ["cannot import absent"],
     "--dataset mine:goood": ["goood"],
     "--dataset mine:number": ["not a function"],
-    "--dataset mine:without_keyword": ["data_dir"],
+    "--dataset mine:without_keyword --data-dir photos": [
+        "--data-dir photos has no effect",
+        "no parameter data_dir",
+    ],
+    "--dataset mine:with_size": ["needs the parameter size", '--data-args \'{"size"'],
+    "--dataset mine:good --data-args '{size: 3}'": ["--data-args has size", "it has data_dir"],
     "--dataset mine:a_list": ["hvd_adam.data.ImageData"],
     "--dataset mine:channels_last": ["(64, 32, 32, 3)", "transpose(0, 3, 1, 2)"],
     "--dataset mine:floats": ["uint8", "float32"],
@@ -129,6 +147,9 @@ TRAIN = {
     "--model CNN": ["did you mean cnn?"],
     "--dataset DIGITS": ["did you mean digits?"],
     "--model mine:not_a_model": ["torch.nn.Module"],
+    "--loss mine:number": ["not a function"],
+    "--loss mine:absent": ["absent"],
+    "--freeze layer.*": ["--freeze layer.* matches no parameter"],
     "--dataset mine:good --model mine:three_logits": ["(1, 3)", "(1, 2)"],
 }
 
@@ -151,6 +172,7 @@ FILES = {
     "broken.yaml": "lr: [1\nepochs: 3\n",
     "twice.yaml": "lr: 1\nlr: 2\n",
     "range.yaml": "epochs: 0\n",
+    "dotted.yaml": "model.args:\n  width: 64\n",
     "none.yaml": "lr:\n",
     "quotes.yaml": "epochs: 1\noutput_dir: ''\n",
     "no_betas.yaml": "betas: null\n",

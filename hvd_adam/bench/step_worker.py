@@ -42,7 +42,7 @@ def build_model(name: str) -> nn.Module:
     if name == "mlp":
         layers = (nn.Linear(3072, 2048), nn.ReLU(), nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, CLASSES))
         return nn.Sequential(nn.Flatten(), *layers)
-    return zoo.build(name, in_channels=IMAGE[0], num_classes=CLASSES, image_size=IMAGE[1:])
+    return zoo.build(name, sample_shape=IMAGE, num_classes=CLASSES)
 
 
 def prepare(task: dict[str, Any], launch: LaunchInfo, folder: Path) -> Measure:

@@ -6,6 +6,7 @@ The dictionary contains plain containers, numbers, strings and tensors. The opti
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -20,7 +21,8 @@ from hvd_adam.errors import UserError
 CHANGEABLE_OPTIONS = frozenset(
     "epochs max_steps batch_size global_batch_size accumulate implementation strategy compression channels_last "
     "compile deterministic device data_dir download output_dir resume checkpoint_every keep max_time log_every "
-    "eval_every check_consistency_every max_skipped allow_data_change elastic commit_every stall_timeout".split()
+    "eval_every metrics init_from check_consistency_every max_skipped allow_data_change elastic commit_every "
+    "stall_timeout".split()
 )
 
 # Entries of `TrainingState.data` that a resumed run must find again, and their names in messages.
@@ -43,8 +45,9 @@ class Progress:
         epoch_done: whether the epoch is complete, with its evaluation.
         skipped: updates skipped because a gradient was not finite.
         skipped_in_a_row: skipped updates since the last one that was applied.
-        best_accuracy: the highest test accuracy so far, in [0, 1]; None before the first evaluation.
-        scores: the last evaluation (`training.evaluation.Scores` as a dictionary), or None.
+        best_accuracy: the highest test accuracy so far, in [0, 1]; None without one.
+        best_loss: the lowest test loss so far of a run without test accuracy; None without one.
+        scores: the last evaluation (`training.evaluation.Scores.as_dict`), or None.
         global_batch_size: images per update, over all ranks.
         micro_batch_size: the largest number of images in a micro-batch of one rank.
     """
@@ -55,9 +58,25 @@ class Progress:
     skipped: int = 0
     skipped_in_a_row: int = 0
     best_accuracy: float | None = None
+    best_loss: float | None = None
     scores: dict[str, Any] | None = None
     global_batch_size: int = 0
     micro_batch_size: int = 0
+
+    def is_best(self, accuracy: float | None, loss: float) -> bool:
+        """Returns whether an evaluation is the best so far, and remembers it.
+
+        The highest accuracy is the best; where there is none, the lowest loss is.
+        """
+        if accuracy is None:
+            if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
+                self.best_loss = loss
+                return True
+            return False
+        if self.best_accuracy is None or accuracy > self.best_accuracy:
+            self.best_accuracy = accuracy
+            return True
+        return False
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> Progress:
@@ -80,6 +99,7 @@ class TrainingState:
         config: the run's configuration.
         data: "classes" of the data set; "mean" and "std" of its channels; the numbers "train_images" and
             "test_images"; "fingerprint", a checksum of the training images and labels.
+        ema: the moving average of the model's state dictionary, or None.
     """
 
     model: dict[str, Any]
@@ -90,6 +110,7 @@ class TrainingState:
     ranks: list[dict[str, Any]]
     config: dict[str, Any]
     data: dict[str, Any]
+    ema: dict[str, Any] | None = None
 
     def copy(self, over: TrainingState | None = None) -> TrainingState:
         """Returns a copy on the CPU that training does not modify, in the memory of `over` where it fits."""
@@ -111,9 +132,9 @@ class TrainingState:
             UserError: a part that a resume needs is missing; the message names it.
         """
         for field in fields(cls):
-            if field.name not in saved:
+            if field.name not in saved and field.name != "ema":
                 raise UserError(f"checkpoint {where} cannot be resumed: it has no {field.name}")
-        return cls(**{field.name: saved[field.name] for field in fields(cls)})
+        return cls(**{field.name: saved[field.name] for field in fields(cls) if field.name in saved})
 
     def require_same_run(self, config: Mapping[str, Any], global_batch_size: int | None, where: str) -> None:
         """Raises UserError if the checkpoint belongs to a run with other options; names the first difference.

@@ -2,7 +2,8 @@
 
 from hvd_adam.config.data import DataConfig
 from hvd_adam.config.evaluate import EvaluateConfig
+from hvd_adam.config.functions import metric_names
 from hvd_adam.config.options import option, require
 from hvd_adam.config.train import PRECISIONS, TrainConfig
 
-__all__ = ["PRECISIONS", "DataConfig", "EvaluateConfig", "TrainConfig", "option", "require"]
+__all__ = ["PRECISIONS", "DataConfig", "EvaluateConfig", "TrainConfig", "metric_names", "option", "require"]

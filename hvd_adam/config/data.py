@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from hvd_adam.config.functions import require_plain
 from hvd_adam.config.options import option, require
 
 
@@ -14,6 +16,9 @@ class DataConfig:
 
     dataset: str = option(
         "digits", "digits, cifar10, synthetic, or a function of yours as package.module:function"
+    )
+    data_args: Mapping[str, Any] | None = option(
+        None, """arguments of your function for the data set, as in '{"size": 64}'"""
     )
     data_dir: str = option("data", "folder of the data set; cifar10 is downloaded to it if missing", path=True)
     download: bool = option(True, "allow the download of cifar10 if it is missing")
@@ -28,6 +33,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         require(self.synthetic_classes >= 2, "synthetic-classes", self.synthetic_classes, "at least 2")
         require(self.synthetic_samples >= 1, "synthetic-samples", self.synthetic_samples, "at least 1")
+        require_plain(self.data_args, "data-args")
         self.synthetic_size()
 
     def synthetic_size(self) -> tuple[int, int, int]:

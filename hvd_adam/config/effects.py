@@ -11,6 +11,7 @@ from dataclasses import fields
 from typing import Any
 
 from hvd_adam.errors import UserError
+from hvd_adam.import_path import is_reference
 
 OWN_MODELS_WITHOUT_BATCHNORM = ("cnn", "mlp")
 
@@ -27,6 +28,11 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "synthetic_shape": (lambda c: c.dataset == "synthetic", "--dataset synthetic"),
     "synthetic_classes": (lambda c: c.dataset == "synthetic", "--dataset synthetic"),
     "synthetic_samples": (lambda c: c.dataset == "synthetic", "--dataset synthetic"),
+    "model_args": (lambda c: is_reference(c.model), "--model package.module:function"),
+    "data_args": (lambda c: is_reference(c.dataset), "--dataset package.module:function"),
+    "label_smoothing": (lambda c: c.loss is None, "the default loss, cross-entropy: leave out --loss"),
+    "weight_decay_on": (lambda c: c.weight_decay > 0, "--weight-decay above 0"),
+    "init_from": (lambda c: c.resume in ("auto", "never"), "a new run: leave out --resume"),
     "dropout": (lambda c: c.model == "cnn", "--model cnn"),
     "sync_batchnorm": (
         lambda c: c.model not in OWN_MODELS_WITHOUT_BATCHNORM,

@@ -19,13 +19,16 @@ class EvaluateConfig:
 
     checkpoint: str = option("", "run folder, its checkpoints folder or one checkpoint; required", path=True)
     which: Literal["newest", "best"] = option(
-        "newest", "checkpoint of a run folder: the newest, or that with the best test accuracy"
+        "newest", "checkpoint of a run folder: the newest, or the best on the test set"
+    )
+    weights: Literal["auto", "ema", "model"] = option(
+        "auto", "ema: the moving average of --ema; model: the weights themselves; auto: ema if there is one"
     )
     dataset: str | None = option(
         None, "data set to evaluate on, with the same classes (default: the one trained on)"
     )
     data_dir: str | None = option(None, "folder of the data set (default: as for training)", path=True)
-    batch_size: int = option(256, "images per rank and batch, ≥ 1")
+    batch_size: int = option(256, "samples per rank and batch, ≥ 1")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: a GPU where there is one, else the CPU")
     json: bool = option(False, "print one JSON object instead of lines of text")
 

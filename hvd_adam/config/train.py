@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from hvd_adam.config.data import DataConfig
 from hvd_adam.config.effects import require_effect
+from hvd_adam.config.functions import metric_names, require_plain, require_reference
 from hvd_adam.config.options import option, require
 from hvd_adam.errors import UserError
 from hvd_adam.schedule import DECAYS, SCALING_RULES
@@ -18,15 +20,17 @@ PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64
 
 @dataclass(frozen=True)
 class TrainConfig(DataConfig):
-    """Trains an image classifier with Adam, data-parallel over all ranks that the launcher started."""
+    """Trains a model with Adam, data-parallel over all ranks that the launcher started."""
 
     # The order in which --help lists the options, the frequent ones first.
     GROUPS: ClassVar[dict[str, str]] = {
         "frequent options": "dataset model epochs batch_size lr output_dir",
-        "data": "data_dir download positive_class synthetic_shape synthetic_classes synthetic_samples seed",
-        "model": "dropout sync_batchnorm channels_last compile",
-        "optimizer": "weight_decay decoupled_weight_decay betas eps amsgrad max_grad_norm max_skipped "
-        "implementation",
+        "data": "data_args data_dir transforms mixup download positive_class synthetic_shape synthetic_classes "
+        "synthetic_samples seed",
+        "model": "model_args init_from freeze ema dropout sync_batchnorm channels_last compile",
+        "loss and metrics": "loss label_smoothing metrics",
+        "optimizer": "weight_decay decoupled_weight_decay weight_decay_on betas eps amsgrad max_grad_norm "
+        "max_skipped implementation",
         "schedule": "max_steps max_time lr_scaling warmup_epochs lr_decay lr_decay_epochs lr_decay_factor",
         "distribution": "global_batch_size accumulate strategy compression op elastic commit_every stall_timeout "
         "check_consistency_every",
@@ -38,6 +42,7 @@ class TrainConfig(DataConfig):
   python -m hvd_adam.train --epochs 3
   horovodrun -np 2 python -m hvd_adam.train --dataset cifar10 --model resnet18 --output-dir runs/first
   python -m hvd_adam.train --dataset package.module:function --data-dir photos
+  python -m hvd_adam.train --model package.module:build --model-args '{"width": 64}' --loss package.module:loss
   python -m hvd_adam.train --lr 0.002 --print-config > run.yaml
   python -m hvd_adam.train --config run.yaml --output-dir runs/second
 The last command, repeated, resumes its run."""
@@ -46,6 +51,29 @@ The last command, repeated, resumes its run."""
         "cnn",
         "cnn, mlp, a torchvision classifier such as resnet18, or a function of yours as package.module:function",
     )
+    model_args: Mapping[str, Any] | None = option(
+        None, """arguments of your function for the model, as in '{"width": 64}'"""
+    )
+    init_from: str | None = option(
+        None, "run folder or checkpoint of another run: start with those of its weights that fit", path=True
+    )
+    freeze: str | None = option(
+        None, "parameters not to train: patterns of their names with *, separated by commas, as in 'layer1.*'"
+    )
+    ema: float | None = option(
+        None, "decay of a moving average of weights and buffers, in (0, 1), which is evaluated and saved too"
+    )
+    loss: str | None = option(
+        None, "function of (outputs, targets) as package.module:function; a mean (default: cross-entropy)"
+    )
+    label_smoothing: float = option(0.0, "label smoothing of the cross-entropy, 0 ≤ x < 1")
+    metrics: str | None = option(
+        None, "functions of (outputs, targets) with one value per sample, separated by commas: their test means"
+    )
+    transforms: str | None = option(
+        None, "function of one training input, a uint8 image or what your data set returns; drawn per sample"
+    )
+    mixup: float | None = option(None, "α > 0: mix each training sample with another, with shares of Beta(α, α)")
     dropout: float = option(0.0, "dropout probability of the cnn, 0 ≤ p < 1")
     epochs: int = option(20, "number of passes over the training images, ≥ 1")
     max_steps: int | None = option(None, "stop after this many updates if the epochs have more, ≥ 1")
@@ -63,6 +91,9 @@ The last command, repeated, resumes its run."""
     weight_decay: float = option(0.0, "weight decay coefficient, ≥ 0")
     decoupled_weight_decay: bool = option(
         False, "apply weight decay to the weights instead of the gradient, as AdamW does"
+    )
+    weight_decay_on: Literal["all", "matrices"] = option(
+        "all", "matrices: no weight decay for tensors of fewer than two dimensions, as biases are"
     )
     amsgrad: bool = option(False, "divide by the maximum of all second moments so far")
     implementation: Literal["auto", "fused", "foreach", "reference"] = option(
@@ -140,6 +171,7 @@ The last command, repeated, resumes its run."""
         super().__post_init__()
         object.__setattr__(self, "precision", PRECISIONS.get(self.precision, self.precision))
         self._check_numbers()
+        self._check_functions()
         self._check_combinations()
         require_effect(self)
 
@@ -170,6 +202,16 @@ The last command, repeated, resumes its run."""
         require(clip is None or 0 < clip < math.inf, "max-grad-norm", clip, "above 0 and finite")
         require(self.lr_scaling in SCALING_RULES, "lr-scaling", self.lr_scaling, f"one of {SCALING_RULES}")
         require(self.lr_decay in DECAYS, "lr-decay", self.lr_decay, f"one of {DECAYS}")
+
+    def _check_functions(self) -> None:
+        require_plain(self.model_args, "model-args")
+        require_reference(self.loss, "loss")
+        require_reference(self.transforms, "transforms")
+        metric_names(self.metrics)
+        require(0 <= self.label_smoothing < 1, "label-smoothing", self.label_smoothing, "in [0, 1)")
+        mixup = self.mixup
+        require(mixup is None or (mixup > 0 and math.isfinite(mixup)), "mixup", mixup, "above 0")
+        require(self.ema is None or 0 < self.ema < 1, "ema", self.ema, "in (0, 1)")
 
     def _check_combinations(self) -> None:
         if self.batch_size is not None and self.global_batch_size is not None:

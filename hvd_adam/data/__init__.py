@@ -3,14 +3,18 @@
 Imports no torch: what needs it is imported on first use. `hvd_adam.data.loader` makes batches.
 """
 
+from __future__ import annotations
+
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hvd_adam.data import cifar10, digits, synthetic
+from hvd_adam.data.datasets import Datasets, UnreadableSample
 from hvd_adam.data.images import ImageData, one_against_rest
 from hvd_adam.errors import UserError
-from hvd_adam.import_path import call, is_reference, unknown
+from hvd_adam.import_path import accepts, call, is_reference, unknown
 
 if TYPE_CHECKING:
     from hvd_adam.data.distributed_sampler import StatefulDistributedSampler
@@ -19,14 +23,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DATASETS",
+    "Datasets",
     "ImageData",
     "StatefulDistributedSampler",
+    "UnreadableSample",
     "equal_steps",
     "evaluation_share",
     "load",
     "shard",
 ]
 
+DATA_DIR = "data"  # the default folder of data sets
 DATASETS = ("digits", "cifar10", "synthetic")
 
 _MODULES = {
@@ -46,19 +53,22 @@ def __getattr__(name: str) -> object:
 def load(
     name: str,
     *,
-    data_dir: str | Path = "data",
+    data_dir: str | Path = DATA_DIR,
+    args: Mapping[str, object] | None = None,
     download: bool = True,
     positive_class: str | None = None,
     synthetic_shape: tuple[int, int, int] = (3, 32, 32),
     synthetic_classes: int = 10,
     synthetic_samples: int = 4096,
-) -> ImageData:
+) -> ImageData | Datasets:
     """Returns a data set.
 
     Args:
         name: one of `DATASETS`, or `package.module:function`. The function is called with the keyword `data_dir`
-            (a path) and returns `ImageData`.
+            (a path) if it has it, and with `args`. It returns `ImageData`, `Datasets`, or another object with the
+            attributes of the latter.
         data_dir: folder of the data set.
+        args: further keyword arguments of the function.
         download: whether to download cifar10 into `data_dir` if it is missing.
         positive_class: the class to keep against all others, which become one; None to keep all classes.
         synthetic_shape: channels, height and width of synthetic images.
@@ -70,7 +80,12 @@ def load(
     """
     data_dir = Path(data_dir)
     if is_reference(name):
-        data = _load_reference(name, data_dir)
+        own = _load_reference(name, data_dir, args)
+        if positive_class is None:
+            return own
+        if not isinstance(own, ImageData):
+            raise UserError(f"--positive-class needs hvd_adam.data.ImageData, but {name} returns torch data sets")
+        data = own
     elif name == "digits":
         data = digits.load()
     elif name == "cifar10":
@@ -82,8 +97,9 @@ def load(
     return data if positive_class is None else one_against_rest(data, positive_class)
 
 
-def _load_reference(name: str, data_dir: Path) -> ImageData:
-    data = call(name, "data set", data_dir=data_dir)
-    if not isinstance(data, ImageData):
-        raise UserError(f"data set {name!r} returned a {type(data).__name__}: return hvd_adam.data.ImageData")
-    return data
+def _load_reference(name: str, data_dir: Path, args: Mapping[str, object] | None) -> ImageData | Datasets:
+    from hvd_adam.data.own import checked  # it imports torch, which the other data sets do not need
+
+    if data_dir != Path(DATA_DIR) and not accepts(name, "data set", "data_dir"):
+        raise UserError(f"--data-dir {data_dir} has no effect: {name} has no parameter data_dir")
+    return checked(call(name, "data set", {"data_dir": data_dir}, args, "--data-args"), f"data set {name!r}")

@@ -3,7 +3,7 @@
 For each batch only indices and random words are copied to the device, without waiting for it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +13,9 @@ import torch.nn.functional as F
 
 from hvd_adam.data import sampling
 from hvd_adam.data.images import ImageData, channel_statistics
+from hvd_adam.data.normalize import Normalization
 from hvd_adam.data.protocols import Batch
+from hvd_adam.data.transforms import transform_batch
 
 _PADDING = 4  # pixels on each side before the random crop, as in He et al., arXiv 1512.03385, section 4.2
 
@@ -31,6 +33,8 @@ class DeviceLoader:
         channels_last: whether images have channels-last memory format.
         mean: of each channel, in units where 255 is 1; that of the training images by default.
         std: as `mean`, the standard deviation.
+        transform: called with each training image, uint8 of shape `(channels, height, width)` on the device, after
+            crop and flip and before normalization; returns another one of the same shape. None: no further one.
     """
 
     mean: tuple[float, ...]
@@ -45,7 +49,9 @@ class DeviceLoader:
         channels_last: bool = False,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
+        transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
+        self._transform = transform
         self.data = data
         self.device = torch.device(device)
         self.dtype = dtype
@@ -53,13 +59,7 @@ class DeviceLoader:
         if mean is None or std is None:
             mean, std = channel_statistics(data.train_images)
         self.mean, self.std = tuple(mean), tuple(std)
-        # Half precision would lose the last bits of 0 to 255 in the subtraction, so the conversion is last.
-        self._working_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        self._shift, self._divisor = (self._per_channel(values) for values in (self.mean, self.std))
-
-    def _per_channel(self, values: tuple[float, ...]) -> torch.Tensor:
-        scaled = torch.tensor(values, dtype=torch.float64, device="cpu") * 255
-        return scaled.to(self.device, self._working_dtype).view(1, -1, 1, 1)
+        self._normalize = Normalization(self.mean, self.std, self.device, dtype, self.memory_format)
 
     def description(self) -> dict[str, Any]:
         """Returns what a checkpoint records of the data: see `checkpoint.state.TrainingState`."""
@@ -101,7 +101,12 @@ class DeviceLoader:
                 if self.data.augment:
                     bits = sampling.augmentation_bits(seed, epoch, step, global_batch_size)
                     chosen += _crops(bits[sampling.share(global_batch_size, **part)])
-                yield self._train_batch(self._upload(np.stack(chosen)))
+                images, labels = self._train_batch(self._upload(np.stack(chosen)))
+                if self._transform is not None:
+                    seeds = sampling.transform_seeds(seed, epoch, step, global_batch_size)
+                    mine = seeds[sampling.share(global_batch_size, **part)].tolist()
+                    images = transform_batch(self._transform, images, mine)
+                yield self._normalize(images), labels
 
     def test_batches(self, batch_size: int, *, rank: int = 0, size: int = 1) -> Iterator[Batch]:
         """As `protocols.Loader`; the samples are in order."""
@@ -133,11 +138,7 @@ class DeviceLoader:
         images, labels = (tensor[chosen[0]] for tensor in self._train)
         if self.data.augment:
             images = crop_and_flip(images, chosen[1], chosen[2], chosen[3].bool(), padding=_PADDING)
-        return self._normalize(images), labels
-
-    def _normalize(self, images: torch.Tensor) -> torch.Tensor:
-        values = images.to(self._working_dtype, memory_format=self.memory_format)
-        return values.sub_(self._shift).div_(self._divisor).to(self.dtype)
+        return images, labels
 
 
 def _crops(bits: np.ndarray) -> list[np.ndarray]:

@@ -10,7 +10,8 @@ import numpy as np
 
 from hvd_adam.errors import UserError
 
-_ORDER, _AUGMENTATION = 0, 1  # the generator's key is (seed, purpose), so the two streams never overlap
+# The generator's key is (seed, purpose), so the streams never overlap.
+_ORDER, _AUGMENTATION, _EVALUATION, _TRANSFORM, _MIXUP = 0, 1, 2, 8, 9
 
 
 def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
@@ -41,13 +42,48 @@ def augmentation_bits(seed: int, epoch: int, step: int, global_batch_size: int) 
     return _raw(seed, _AUGMENTATION, epoch, step, global_batch_size)
 
 
+def evaluation_bits(num_samples: int) -> np.ndarray:
+    """Returns a word for each test sample, which seeds what is random in it: uint64 of shape `(num_samples,)`.
+
+    It depends on the sample only, so that all evaluations, at any number of ranks, see the same samples.
+
+    Args:
+        num_samples: of the test set.
+    """
+    return _raw(0, _EVALUATION, 0, 0, num_samples)
+
+
+def transform_seeds(seed: int, epoch: int, step: int, global_batch_size: int) -> np.ndarray:
+    """As `augmentation_bits`, for the random numbers of the user's own transform."""
+    return _raw(seed, _TRANSFORM, epoch, step, global_batch_size)
+
+
+def mixup_weights(seed: int, epoch: int, step: int, global_batch_size: int, alpha: float) -> np.ndarray:
+    """Returns a number drawn from Beta(α, α) for each sample of a global batch: float64, `(global_batch_size,)`.
+
+    Each rank takes the slice that `share` returns. The draws are numpy's, which another version may change.
+
+    Args:
+        seed: as for `augmentation_bits`.
+        epoch: as for `augmentation_bits`.
+        step: as for `augmentation_bits`.
+        global_batch_size: as for `augmentation_bits`.
+        alpha: α > 0.
+    """
+    return np.random.Generator(_stream(seed, _MIXUP, epoch, step)).beta(alpha, alpha, global_batch_size)
+
+
 def _raw(seed: int, purpose: int, epoch: int, step: int, count: int) -> np.ndarray:
+    return _stream(seed, purpose, epoch, step).random_raw(count)
+
+
+def _stream(seed: int, purpose: int, epoch: int, step: int) -> np.random.Philox:
     if not 0 <= seed < 2**64:
         raise UserError(f"the seed {seed} must be at least 0 and below 2^64")
     # Only counter word 0 advances while drawing, so every (step, epoch) has a stream of its own.
     counter = np.array([0, 0, step, epoch], dtype=np.uint64)
     key = np.array([seed, purpose], dtype=np.uint64)
-    return np.random.Philox(counter=counter, key=key).random_raw(count)
+    return np.random.Philox(counter=counter, key=key)
 
 
 def steps_per_epoch(num_samples: int, global_batch_size: int) -> int:

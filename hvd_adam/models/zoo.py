@@ -1,5 +1,7 @@
 """Models by name: `cnn`, `mlp`, torchvision's classifiers, and `package.module:function`."""
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -68,58 +70,85 @@ class ConvNet(nn.Module):
         return logits
 
 
-def _mlp(in_channels: int, num_classes: int, image_size: tuple[int, int]) -> nn.Module:
+def _mlp(sample_shape: tuple[int, ...], num_classes: int) -> nn.Module:
     """Returns a small perceptron with one hidden layer, for tests and benchmarks."""
-    features = in_channels * image_size[0] * image_size[1]
+    features = math.prod(sample_shape)
     return nn.Sequential(nn.Flatten(), nn.Linear(features, 64), nn.ReLU(), nn.Linear(64, num_classes))
 
 
 def build(
-    name: str, *, in_channels: int, num_classes: int, image_size: tuple[int, int], dropout: float = 0.0
+    name: str,
+    *,
+    sample_shape: tuple[int, ...],
+    num_classes: int,
+    args: Mapping[str, object] | None = None,
+    dropout: float = 0.0,
+    try_out: bool = True,
 ) -> nn.Module:
-    """Builds a classifier of images `(n, in_channels, *image_size)` with logits `(n, num_classes)`.
+    """Builds a model of samples `(n, *sample_shape)`; unless it is own, a classifier with logits.
 
     Weights are drawn from torch's global random state. In a torchvision model the first convolution is replaced if
-    `in_channels` is not 3. Residual networks get the stem for small images of He et al. (arXiv 1512.03385, section
-    4.2: a 3×3 convolution of stride 1, no pooling) if both sides are at most 64.
+    images have not 3 channels. Residual networks get the stem for small images of He et al. (arXiv 1512.03385,
+    section 4.2: a 3×3 convolution of stride 1, no pooling) if both sides are at most 64.
 
     Args:
         name: "cnn" (`ConvNet`), "mlp", a classifier of torchvision (untrained), or `package.module:function`,
-            which is called with the keywords `in_channels`, `num_classes` and `image_size`.
-        in_channels: channels of the images.
-        num_classes: number of classes.
-        image_size: height and width of the images.
+            which is called with those of the keywords `sample_shape`, `num_classes`, and, for images,
+            `in_channels` and `image_size` that it has, and with `args`.
+        sample_shape: shape of one input; of an image its channels, height and width.
+        num_classes: number of classes; 0 if there are none.
+        args: keyword arguments of the user's own function.
         dropout: dropout probability, for "cnn" only.
+        try_out: check that the model returns `num_classes` logits for an image.
 
     Raises:
-        UserError: the name is unknown, or the model cannot be built for these images or does not return
+        UserError: the name is unknown, or the model cannot be built for these samples or does not return
             `num_classes` logits for one of them.
     """
-    wanted: dict[str, Any] = {"in_channels": in_channels, "num_classes": num_classes, "image_size": image_size}
     if dropout and name != "cnn":
         raise UserError(f"dropout {dropout} is for the model cnn only: {name} has its own, leave it at 0")
     if not 0 <= dropout < 1:
         raise UserError(f"dropout {dropout} must be at least 0 and below 1")
+    offered: dict[str, Any] = {"sample_shape": sample_shape}
+    if num_classes:
+        offered["num_classes"] = num_classes
+    if len(sample_shape) == 3:
+        offered |= {"in_channels": sample_shape[0], "image_size": sample_shape[1:]}
     model: nn.Module
     if is_reference(name):
-        model = call(name, "model", **wanted)
+        model = call(name, "model", offered, args, "--model-args")
         if not isinstance(model, nn.Module):
             raise UserError(f"model {name!r} returned a {type(model).__name__}: return a torch.nn.Module")
-    elif name == "cnn":
-        model = ConvNet(**wanted, dropout=dropout)
+    elif not num_classes:
+        raise UserError(f"model {name!r} is a classifier, but the data has no classes: use a model of your own")
     elif name == "mlp":
-        model = _mlp(**wanted)
+        model = _mlp(sample_shape, num_classes)
+    elif name == "cnn":
+        channels, height, width = _image_shape(name, sample_shape)
+        model = ConvNet(channels, num_classes, (height, width), dropout)
     else:
-        model = _torchvision_model(name, **wanted)
-    _try_out(model, name, **wanted)
+        model = _torchvision_model(name, sample_shape, num_classes)
+    if try_out and len(sample_shape) == 3:
+        _try_out(model, name, sample_shape, num_classes)
     return model
 
 
-def _try_out(model: nn.Module, name: str, in_channels: int, num_classes: int, image_size: tuple[int, int]) -> None:
+def _image_shape(name: str, sample_shape: tuple[int, ...]) -> tuple[int, int, int]:
+    if len(sample_shape) == 3:
+        channels, height, width = sample_shape
+        return channels, height, width
+    raise UserError(
+        f"model {name!r} needs images of shape (channels, height, width), not samples of shape {sample_shape}: "
+        "use mlp or a model of your own"
+    )
+
+
+def _try_out(model: nn.Module, name: str, sample_shape: tuple[int, ...], num_classes: int) -> None:
     # In evaluation mode a forward pass draws no random number and changes no buffer.
     parameter = next(model.parameters(), torch.empty(0))
-    image = torch.zeros(1, in_channels, *image_size, dtype=parameter.dtype, device=parameter.device)
-    what = f"model {name!r} with images of {in_channels} channels and {image_size[0]}x{image_size[1]} pixels"
+    image = torch.zeros(1, *sample_shape, dtype=parameter.dtype, device=parameter.device)
+    channels, height, width = sample_shape
+    what = f"model {name!r} with images of {channels} channels and {height}x{width} pixels"
     training = model.training
     try:
         with torch.no_grad():
@@ -133,11 +162,12 @@ def _try_out(model: nn.Module, name: str, in_channels: int, num_classes: int, im
         raise UserError(f"{what} returns {shape} for one image, not logits of shape {(1, num_classes)}")
 
 
-def _torchvision_model(name: str, in_channels: int, num_classes: int, image_size: tuple[int, int]) -> nn.Module:
+def _torchvision_model(name: str, sample_shape: tuple[int, ...], num_classes: int) -> nn.Module:
     models: Any = import_torchvision().models
     known = models.list_models(module=models)
     if name not in known:
         raise unknown("model", name, [*OWN_MODELS, *known])
+    in_channels, *image_size = _image_shape(name, sample_shape)
     options: dict[str, object] = {}
     if name in ("googlenet", "inception_v3"):
         # The loss uses the logits only. The other initialization takes long, and torchvision will remove it.

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hvd_adam import data
 from hvd_adam.config import DataConfig, TrainConfig
 from hvd_adam.data.loader import DeviceLoader
+from hvd_adam.data.mixup import MixupLoader
+from hvd_adam.data.own import checked_datasets
+from hvd_adam.data.protocols import Data, Loader
+from hvd_adam.data.transforms import transformed
+from hvd_adam.data.worker_loader import WorkerLoader
 from hvd_adam.distributed.context import Cluster, horovod
 from hvd_adam.distributed.sync_batchnorm import convert
 from hvd_adam.errors import UserError
+from hvd_adam.import_path import is_reference, resolve
 from hvd_adam.models import zoo
 from hvd_adam.optim.adam import Adam
 from hvd_adam.schedule import LearningRateSchedule, Scaled, scale
+from hvd_adam.training.objective import Objective
 from hvd_adam.training.precision import parameter_dtype
+from hvd_adam.training.weights.trainable import freeze, parameter_groups
 
 
-def load_images(config: DataConfig) -> data.ImageData:
+def load_data(config: DataConfig) -> data.ImageData | data.Datasets:
     """Loads the data set.
 
     Raises:
@@ -26,6 +38,7 @@ def load_images(config: DataConfig) -> data.ImageData:
     return data.load(
         config.dataset,
         data_dir=config.data_dir,
+        args=config.data_args,
         download=config.download,
         positive_class=config.positive_class,
         synthetic_shape=config.synthetic_size(),
@@ -34,30 +47,38 @@ def load_images(config: DataConfig) -> data.ImageData:
     )
 
 
-def make_loader(config: TrainConfig, cluster: Cluster) -> DeviceLoader:
+def make_loader(config: TrainConfig, cluster: Cluster) -> Loader:
     """Builds the loader of batches on this rank's device.
 
     Raises:
-        UserError: as `load_images`.
+        UserError: as `load_data`; the function of --transforms cannot be imported, or fails.
     """
     dtype = parameter_dtype(config.precision)
-    return DeviceLoader(load_images(config), cluster.device, dtype=dtype, channels_last=config.channels_last)
+    transform = None if config.transforms is None else resolve(config.transforms, "--transforms")
+    loaded = load_data(config)
+    if isinstance(loaded, data.ImageData):
+        loader: Loader = DeviceLoader(
+            loaded, cluster.device, dtype=dtype, channels_last=config.channels_last, transform=transform
+        )
+        return loader if config.mixup is None else MixupLoader(loader, loader, config.mixup)
+    if transform is not None:
+        loaded = checked_datasets(transformed(loaded, transform), f"--transforms {config.transforms}")
+
+    def read(samples: data.Datasets) -> Loader:
+        return WorkerLoader(samples, cluster.device, dtype=dtype, channels_last=config.channels_last)
+
+    return read(loaded) if config.mixup is None else MixupLoader(read(loaded), read(loaded), config.mixup)
 
 
-def build_model(config: TrainConfig, loader: DeviceLoader) -> torch.nn.Module:
-    """Builds the model with its initial weights, with the device and dtype of the loader's images.
+def build_model(config: TrainConfig, loader: Loader) -> torch.nn.Module:
+    """Builds the model with its initial weights, with the device and dtype of the loader's inputs.
 
     Raises:
-        UserError: no model has that name, it does not fit the images, or --sync-batchnorm cannot synchronize it.
+        UserError: no model has that name, it does not fit the data, --sync-batchnorm cannot synchronize it, or
+            --freeze does not fit it.
     """
     torch.manual_seed(config.seed)
-    model: torch.nn.Module = zoo.build(
-        config.model,
-        in_channels=loader.data.channels,
-        num_classes=len(loader.data.classes),
-        image_size=loader.data.image_size,
-        dropout=config.dropout,
-    )
+    model = model_of(asdict(config), loader.data)
     if config.sync_batchnorm:
         try:
             convert(model, strict=True)
@@ -65,10 +86,53 @@ def build_model(config: TrainConfig, loader: DeviceLoader) -> torch.nn.Module:
             raise UserError(f"--sync-batchnorm: {error}") from None
         if not any(isinstance(layer, _BatchNorm) for layer in model.modules()):
             raise UserError(f"--sync-batchnorm has no effect: {config.model} has no batch normalization")
+    if config.freeze is not None:
+        freeze(model, config.freeze)
     model.to(loader.device, loader.dtype)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
     return model
+
+
+def model_of(config: Mapping[str, Any], samples: Data) -> torch.nn.Module:
+    """Builds the model of a configuration, on the CPU.
+
+    Args:
+        config: of the training, by option; options that an older checkpoint lacks have their defaults.
+        samples: the data.
+
+    Raises:
+        UserError: as `models.zoo.build`.
+    """
+    model: torch.nn.Module = zoo.build(
+        config["model"],
+        sample_shape=samples.sample_shape,
+        num_classes=len(samples.classes),
+        args=config.get("model_args"),
+        dropout=config["dropout"],
+        try_out=config.get("loss") is None and isinstance(samples, data.ImageData),
+    )
+    return model
+
+
+def try_out(objective: Objective, config: TrainConfig, model: torch.nn.Module, loader: Loader) -> None:
+    """Checks that functions of the user's own fit each other and the data, on two test samples.
+
+    Raises:
+        UserError: they do not.
+    """
+    names = (config.model, config.dataset, config.loss or "", config.metrics or "", config.transforms or "")
+    if config.mixup is None and not any(map(is_reference, names)):
+        return
+    test = next(iter(loader.test_batches(2)), None)
+    if test is None:
+        return  # no sample can be read, which the evaluation reports
+    train = test
+    if isinstance(loader, MixupLoader):
+        train = loader.mix(test, test, torch.full((len(test[0]),), 0.5))
+    if config.transforms is not None:
+        next(iter(loader.train_batches(config.seed, 0, global_batch_size=1)))
+    objective.try_out(model, config.model, train, test, len(loader.data.classes))
 
 
 def scale_for_ranks(config: TrainConfig, cluster: Cluster) -> Scaled:
@@ -88,7 +152,7 @@ def scale_for_ranks(config: TrainConfig, cluster: Cluster) -> Scaled:
 def make_adam(config: TrainConfig, model: torch.nn.Module, scaled: Scaled) -> Adam:
     """Builds this rank's optimizer, before `distribute`."""
     return Adam(
-        model.parameters(),
+        parameter_groups(model, config.weight_decay_on),
         lr=scaled.lr,
         betas=scaled.betas,
         eps=scaled.eps,

@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch.nn.parameter import is_lazy
 
 from hvd_adam.checkpoint import storage
 from hvd_adam.checkpoint.state import require_same_tensors
 from hvd_adam.config import DataConfig, EvaluateConfig
 from hvd_adam.config.effects import reads_files
+from hvd_adam.data import ImageData
 from hvd_adam.data.loader import DeviceLoader
 from hvd_adam.data.protocols import Loader
+from hvd_adam.data.worker_loader import WorkerLoader
 from hvd_adam.distributed.agreement import raise_on_all_ranks, require_same
 from hvd_adam.distributed.context import Cluster, init
 from hvd_adam.errors import UserError
 from hvd_adam.log import write_result
-from hvd_adam.models import zoo
-from hvd_adam.training.builders import load_images
+from hvd_adam.training.builders import load_data, model_of
+from hvd_adam.training.objective import Objective
 from hvd_adam.training.precision import autocast, parameter_dtype
 
-Forward = Callable[[torch.Tensor], torch.Tensor]
+Forward = Callable[[torch.Tensor], Any]
 
 # The largest number of classes with a confusion matrix: more are neither readable nor small in `metrics.jsonl`.
 CONFUSION_CLASSES = 50
@@ -36,54 +38,86 @@ class Scores:
     """Averages over the whole test set.
 
     Attributes:
-        test_loss: mean cross-entropy, in nats.
-        test_accuracy: fraction of images classified correctly, in [0, 1].
-        test_balanced_accuracy: mean over the classes of their accuracy, in [0, 1].
-        images: number of images evaluated.
-        confusion: number of images by true class (rows) and predicted class (columns); None with more than
-            `CONFUSION_CLASSES` classes.
+        test_loss: mean loss; cross-entropy in nats without a loss of the user's own.
+        test_accuracy: fraction of samples classified correctly, in [0, 1]; None unless outputs are floating-point
+            of shape (samples, classes), and targets int64 labels of shape (samples,).
+        test_balanced_accuracy: mean over the classes of their accuracy, in [0, 1]; None where the accuracy is.
+        images: number of samples evaluated.
+        confusion: number of samples by true class (rows) and predicted class (columns); None with more than
+            `CONFUSION_CLASSES` classes, or where the accuracy is.
+        metrics: means of the user's own metrics by name.
     """
 
     test_loss: float
-    test_accuracy: float
-    test_balanced_accuracy: float
+    test_accuracy: float | None
+    test_balanced_accuracy: float | None
     images: int
     confusion: list[list[int]] | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the scores by name; a metric's name is preceded by "test_"."""
+        values = asdict(self)
+        metrics = values.pop("metrics")
+        return values | {f"test_{name}": value for name, value in metrics.items()}
 
 
-@torch.inference_mode()
-def score(forward: Forward, loader: Loader, cluster: Cluster, batch_size: int = 256) -> Scores:
-    """Evaluates every test image exactly once over all ranks; every rank must call it.
+def score(
+    forward: Forward, loader: Loader, cluster: Cluster, objective: Objective, batch_size: int = 256
+) -> Scores:
+    """Evaluates every test sample exactly once over all ranks; every rank must call it.
 
     Args:
-        forward: maps images (n, c, h, w) to logits (n, classes). The caller sets the model to evaluation mode.
+        forward: maps inputs to outputs. The caller sets the model to evaluation mode.
         loader: this rank's batches.
         cluster: this process.
-        batch_size: images per rank and batch.
+        objective: loss and metrics.
+        batch_size: samples per rank and batch.
 
     Returns:
         The scores, identical on all ranks.
+
+    Raises:
+        UserError: a metric fails; raised on every rank.
     """
-    classes = len(loader.data.classes)
+    classes, names = len(loader.data.classes), list(objective.metrics)
     cells = classes**2 if classes <= CONFUSION_CLASSES else 0
-    sums = torch.zeros(1 + 2 * classes + cells, dtype=torch.float64, device=cluster.device)
-    loss, correct, seen, pairs = torch.split(sums, [1, classes, classes, cells])
-    for images, labels in loader.test_batches(batch_size, rank=cluster.rank, size=cluster.size):
-        logits = forward(images).to(loader.dtype)
-        loss += F.cross_entropy(logits, labels, reduction="sum")
-        predicted = logits.argmax(dim=1)
-        correct += torch.bincount(labels[predicted == labels], minlength=classes)
-        seen += torch.bincount(labels, minlength=classes)
-        if cells:  # a model may have more outputs than there are classes
-            known = predicted < classes
-            pairs += torch.bincount((classes * labels + predicted)[known], minlength=cells)
-    loss_sum, *counts = cluster.sum(sums).tolist()
-    hits, totals, flat = counts[:classes], counts[classes : 2 * classes], list(map(int, counts[2 * classes :]))
-    recalls = [hit / total for hit, total in zip(hits, totals, strict=True) if total]
-    images_seen = sum(totals)
-    matrix = [flat[start : start + classes] for start in range(0, cells, classes)] or None
-    balanced_accuracy = sum(recalls) / len(recalls)
-    return Scores(loss_sum / images_seen, sum(hits) / images_seen, balanced_accuracy, int(images_seen), matrix)
+    parts = [1, 1, len(names), classes, classes, cells]
+    sums = torch.zeros(sum(parts), dtype=torch.float64, device=cluster.device)
+    loss, samples, metrics, correct, seen, pairs = torch.split(sums, parts)
+    with raise_on_all_ranks(cluster), torch.inference_mode():
+        for inputs, targets in loader.test_batches(batch_size, rank=cluster.rank, size=cluster.size):
+            outputs = forward(inputs)
+            loss += objective.test_loss(outputs, targets)
+            samples += len(inputs)
+            metrics += objective.metric_sums(outputs, targets)
+            if not _are_logits(outputs, targets, classes):
+                continue
+            predicted = outputs.argmax(dim=1)
+            correct += torch.bincount(targets[predicted == targets], minlength=classes)
+            seen += torch.bincount(targets, minlength=classes)
+            if cells:
+                pairs += torch.bincount(classes * targets + predicted, minlength=cells)
+    values = cluster.sum(sums).cpu()
+    loss, samples, metrics, correct, seen, pairs = torch.split(values, parts)
+    count = int(samples)
+    means = dict(zip(names, (metrics / count).tolist(), strict=True))
+    if not classes or int(seen.sum()) < count:  # not all outputs were logits
+        return Scores(loss.item() / count, None, None, count, None, means)
+    recalls = (correct / seen)[seen > 0]
+    confusion = pairs.view(classes, classes).int().tolist() if cells else None
+    balanced_accuracy = sum(recalls.tolist()) / len(recalls)
+    return Scores(loss.item() / count, correct.sum().item() / count, balanced_accuracy, count, confusion, means)
+
+
+def _are_logits(outputs: Any, targets: torch.Tensor, classes: int) -> bool:
+    return (
+        isinstance(outputs, torch.Tensor)
+        and outputs.is_floating_point()
+        and outputs.shape == (len(targets), classes)
+        and targets.ndim == 1
+        and targets.dtype == torch.int64
+    )
 
 
 def evaluate(config: EvaluateConfig) -> None:
@@ -95,52 +129,57 @@ def evaluate(config: EvaluateConfig) -> None:
             checkpoint = storage.resolve(config.checkpoint, config.which)
         except UserError as error:
             raise UserError(f"--which {error}" if str(error).startswith("best ") else str(error)) from None
-        forward, loader = load_model(replace(config, checkpoint=str(checkpoint)), cluster)
-    scores = score(forward, loader, cluster, config.batch_size)
+        forward, loader, objective = load_model(replace(config, checkpoint=str(checkpoint)), cluster)
+    scores = score(forward, loader, cluster, objective, config.batch_size)
     if cluster.rank == 0:
         write_result(_report(scores, loader.data.name, checkpoint, config.json) + "\n")
 
 
-def load_model(config: EvaluateConfig, cluster: Cluster) -> tuple[Forward, Loader]:
-    """Loads a checkpoint's model, and the test images with the normalization of the training.
+def load_model(config: EvaluateConfig, cluster: Cluster) -> tuple[Forward, Loader, Objective]:
+    """Loads a checkpoint's model, and the test samples with the normalization of the training.
 
     Returns:
-        The forward pass of the model in evaluation mode, and the loader.
+        The forward pass of the model in evaluation mode, the loader, and loss and metrics.
 
     Raises:
-        UserError: the checkpoint is missing or damaged, its model or data set cannot be built, or the two do not
-            fit together.
+        UserError: the checkpoint is missing or damaged, its model, data set or functions cannot be built, or they
+            do not fit together.
     """
     state = storage.load(config.checkpoint)
     try:
         trained, data, weights = state["config"], state["data"], state["model"]
     except KeyError as error:
         raise UserError(f"checkpoint {config.checkpoint} was not written by hvd_adam.train: no {error}") from None
-    images = load_images(_data_config(config, trained))
-    if list(images.classes) != data["classes"]:
+    averages = state.get("ema")
+    if config.weights == "ema" and averages is None:
+        raise UserError(f"--weights ema: checkpoint {config.checkpoint} is of a run without --ema")
+    if config.weights != "model" and averages is not None:
+        weights = averages
+    samples = load_data(_data_config(config, trained))
+    if list(samples.classes) != data["classes"]:
         raise UserError(
             f"checkpoint {config.checkpoint} is of another model or data set: its classes are {data['classes']}, "
-            f"those of {images.name} {list(images.classes)}"
+            f"those of {samples.name} {list(samples.classes)}"
         )
-    model: torch.nn.Module = zoo.build(
-        trained["model"],
-        in_channels=images.channels,
-        num_classes=len(images.classes),
-        image_size=images.image_size,
-        dropout=trained["dropout"],
-    )
-    require_same_tensors(model.state_dict(), weights, config.checkpoint)
-    model.load_state_dict(weights)
+    model = model_of(trained, samples)
     dtype = parameter_dtype(trained["precision"])
     model.to(cluster.device, dtype).eval()
 
-    def forward(batch: torch.Tensor) -> torch.Tensor:
+    def forward(batch: torch.Tensor) -> Any:
         with autocast(trained["precision"], cluster.device):
-            logits: torch.Tensor = model(batch)
-        return logits
+            return model(batch)
 
-    mean, std = tuple(data["mean"]), tuple(data["std"])
-    return forward, DeviceLoader(images, cluster.device, dtype=dtype, mean=mean, std=std)
+    loader: Loader
+    if isinstance(samples, ImageData):
+        mean, std = tuple(data["mean"]), tuple(data["std"])
+        loader = DeviceLoader(samples, cluster.device, dtype=dtype, mean=mean, std=std)
+    else:
+        loader = WorkerLoader(samples, cluster.device, dtype=dtype)
+    if any(map(is_lazy, model.parameters())):  # their shapes depend on the inputs
+        forward(next(loader.test_batches(1))[0])
+    require_same_tensors(model.state_dict(), weights, config.checkpoint)
+    model.load_state_dict(weights)
+    return forward, loader, Objective.of(trained, dtype)
 
 
 def _data_config(config: EvaluateConfig, trained: dict[str, Any]) -> DataConfig:
@@ -150,16 +189,18 @@ def _data_config(config: EvaluateConfig, trained: dict[str, Any]) -> DataConfig:
         raise UserError(
             f"--data-dir {config.data_dir} has no effect: {dataset} is not read from files; leave the option out"
         )
-    values = {item.name: trained[item.name] for item in fields(DataConfig)}
+    values = {item.name: trained.get(item.name, item.default) for item in fields(DataConfig)}
+    if dataset != trained["dataset"]:
+        values["data_args"] = None  # they are for the other function
     given = {"dataset": config.dataset, "data_dir": config.data_dir}
     return DataConfig(**values | {name: value for name, value in given.items() if value is not None})
 
 
 def _report(scores: Scores, name: str, checkpoint: Path, as_json: bool) -> str:
     """Returns the scores of a checkpoint on data set `name` as JSON or as lines of text."""
+    values = scores.as_dict()
     if as_json:
-        return json.dumps({**asdict(scores), "checkpoint": str(checkpoint)})
-    return (
-        f"checkpoint {checkpoint}\ntest images {scores.images} of {name}\ntest loss {scores.test_loss:.4f}\n"
-        f"test accuracy {scores.test_accuracy:.4f}\ntest balanced accuracy {scores.test_balanced_accuracy:.4f}"
-    )
+        return json.dumps({**values, "checkpoint": str(checkpoint)})
+    lines = [f"checkpoint {checkpoint}", f"test images {scores.images} of {name}"]
+    shown = {key: value for key, value in values.items() if key.startswith("test_") and value is not None}
+    return "\n".join([*lines, *(f"{key.replace('_', ' ')} {value:.4f}" for key, value in shown.items())])

@@ -11,12 +11,19 @@ from hvd_adam._version import __version__
 from hvd_adam.config import TrainConfig
 from hvd_adam.data.protocols import Data
 from hvd_adam.distributed.context import Cluster
+from hvd_adam.training.plots import CROSS_ENTROPY
 from hvd_adam.training.run import BatchSizes
 
+NO_ACCURACY = (
+    "accuracy needs outputs of shape (samples, classes) and labels, so there is none: the best checkpoint is the "
+    "one with the lowest test loss"
+)
 
-def start_facts(cluster: Cluster, sizes: BatchSizes) -> dict[str, Any]:
+
+def start_facts(config: TrainConfig, cluster: Cluster, sizes: BatchSizes) -> dict[str, Any]:
     """Returns what the events "start" and "resume" record."""
     return {
+        "loss_function": config.loss or CROSS_ENTROPY,
         "world_size": cluster.size,
         "launcher": cluster.launcher,
         "global_batch_size": sizes.global_batch,

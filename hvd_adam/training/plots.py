@@ -10,6 +10,7 @@ from typing import Any
 from hvd_adam.training.run_log import METRICS_FILE, read_events
 
 PLOT_FILE = "curves.png"
+CROSS_ENTROPY = "cross-entropy"
 
 
 def plot(folder: Path) -> Path:
@@ -49,7 +50,7 @@ def figure(folder: Path) -> Any:
     _draw(loss, steps, "loss", "training")
     _draw(loss, evaluations, "test_loss", "test", "o-")
     _set_loss_scale(loss, _column(steps, "loss") + _column(evaluations, "test_loss"))
-    _label(loss, "loss", "cross-entropy (nats)")
+    _label(loss, "loss", _unit_of_loss(events))
     _draw(accuracy, evaluations, "test_accuracy", "accuracy", "o-")
     _draw(accuracy, evaluations, "test_balanced_accuracy", "balanced accuracy", "s--")
     accuracy.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}")
@@ -73,6 +74,13 @@ def _title(folder: Path, events: list[dict[str, Any]]) -> str:
         return name
     ranks = starts[-1]["world_size"]
     return f"{name}: {ranks} rank{'s' * (ranks != 1)}, {starts[-1]['global_batch_size']} images per update"
+
+
+def _unit_of_loss(events: list[dict[str, Any]]) -> str:
+    names = [
+        event.get("loss_function", CROSS_ENTROPY) for event in events if event["event"] in ("start", "resume")
+    ]
+    return f"{CROSS_ENTROPY} (nats)" if set(names) <= {CROSS_ENTROPY} else names[-1]
 
 
 def _draw(axes: Any, events: list[dict[str, Any]], name: str, label: str = "", style: str = "-") -> None:

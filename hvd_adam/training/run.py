@@ -17,15 +17,26 @@ from hvd_adam.distributed.api import distribute
 from hvd_adam.distributed.broadcast.tensors import ROOT
 from hvd_adam.distributed.context import Cluster, horovod, init
 from hvd_adam.distributed.optimizer import DistributedAdam
+from hvd_adam.log import logger
 from hvd_adam.optim.adam import Adam
 from hvd_adam.recovery.elastic import InMemoryCheckpoint
 from hvd_adam.recovery.preemption import Preemption
 from hvd_adam.recovery.watchdog import Watchdog, defer_horovod_stall_shutdown
 from hvd_adam.schedule import LearningRateSchedule
 from hvd_adam.training import run_dir
-from hvd_adam.training.builders import build_model, make_adam, make_loader, make_schedule, scale_for_ranks
+from hvd_adam.training.builders import (
+    build_model,
+    make_adam,
+    make_loader,
+    make_schedule,
+    scale_for_ranks,
+    try_out,
+)
+from hvd_adam.training.objective import Objective
 from hvd_adam.training.precision import loss_scaler, make_deterministic
 from hvd_adam.training.run_dir import ResumePoint
+from hvd_adam.training.weights.ema import ModelAverage
+from hvd_adam.training.weights.warm_start import warm_start
 
 STALL_REMEDY = (
     "The same command with the run folder as --output-dir resumes from the last checkpoint; if the job was only "
@@ -102,6 +113,8 @@ class Run:
         loader: batches on this rank's device.
         sizes: sizes of batches, epochs and the run.
         model: the model; identical on all ranks.
+        objective: loss and metrics.
+        ema: the moving average of the model's weights, if the run has one.
         scaler: the loss scaler of "fp16", else None.
         optimizer: the distributed optimizer; its state is identical on all ranks, or sharded.
         schedule: the learning-rate schedule.
@@ -115,6 +128,8 @@ class Run:
     loader: Loader
     sizes: BatchSizes
     model: torch.nn.Module
+    objective: Objective
+    ema: ModelAverage | None
     scaler: Any | None
     optimizer: DistributedAdam
     schedule: LearningRateSchedule
@@ -146,12 +161,19 @@ def build_run(config: TrainConfig, memory: InMemoryCheckpoint | None, resources:
         loader.steps_per_epoch(config.global_batch(cluster.size))  # raises before anything is written
         scaled = scale_for_ranks(config, cluster)
         model = build_model(config, loader)
+        objective = Objective.of(asdict(config), loader.dtype)
+        try_out(objective, config, model, loader)
+        ema = None if config.ema is None else ModelAverage(model, config.ema)
         scaler = loss_scaler(config.precision, cluster.device)
     require_same(cluster, "data", loader.description())
     adam = make_adam(config, model, scaled)
-    folder, resume = _open_run(config, cluster, memory, loader, model, adam, scaler)
+    parts = _Loadable(model, adam, scaler, ema)
+    folder, resume = _open_run(config, cluster, memory, loader, parts)
     sizes = BatchSizes.of_run(config, loader, cluster.size, resume)
     schedule = make_schedule(config, scaled.lr, sizes.steps_per_epoch, sizes.total_steps)
+    if resume is not None:  # maybe with another number of ranks, which would scale the rates differently
+        saved = resume.state.schedule
+        schedule = replace(schedule, initial=saved["initial"], peak=saved["peak"])
     optimizer = distribute(
         adam,
         model,
@@ -163,6 +185,8 @@ def build_run(config: TrainConfig, memory: InMemoryCheckpoint | None, resources:
         loss_scaler=scaler,
         defer_averaging=True,  # nothing here looks at gradients
     )
+    if ema is not None:
+        ema.start(cluster, saved=resume is not None and resume.state.config.get("ema") is not None)
     return Run(
         cluster=cluster,
         watchdog=watchdog,
@@ -170,6 +194,8 @@ def build_run(config: TrainConfig, memory: InMemoryCheckpoint | None, resources:
         loader=loader,
         sizes=sizes,
         model=model,
+        objective=objective,
+        ema=ema,
         scaler=scaler,
         optimizer=optimizer,
         schedule=schedule,
@@ -178,39 +204,49 @@ def build_run(config: TrainConfig, memory: InMemoryCheckpoint | None, resources:
     )
 
 
+@dataclass(frozen=True)
+class _Loadable:
+    """What a checkpoint is loaded into on rank 0, before `distribute` broadcasts it."""
+
+    model: torch.nn.Module
+    adam: Adam
+    scaler: Any | None
+    ema: ModelAverage | None
+
+    def load(self, resume: ResumePoint, implementation: str) -> None:
+        """Loads the state of a resumed run.
+
+        Args:
+            resume: where the run resumes.
+            implementation: of Adam: that of this run, not of the saved one.
+        """
+        state = resume.state
+        require_same_tensors(self.model.state_dict(), state.model, resume.path)
+        self.model.load_state_dict(state.model)
+        self.adam.load_state_dict(state.optimizer)
+        for group in self.adam.param_groups:
+            group["implementation"] = implementation
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state.loss_scaler)
+        if self.ema is not None and state.ema is not None:
+            self.ema.load_state_dict(state.ema)
+
+
 def _open_run(
-    config: TrainConfig,
-    cluster: Cluster,
-    memory: InMemoryCheckpoint | None,
-    loader: Loader,
-    model: torch.nn.Module,
-    adam: Adam,
-    scaler: Any | None,
+    config: TrainConfig, cluster: Cluster, memory: InMemoryCheckpoint | None, loader: Loader, parts: _Loadable
 ) -> tuple[Path | None, ResumePoint | None]:
-    """Opens the run folder and loads the state to resume from on rank 0; broadcasts the resume point."""
+    """Opens the run folder and loads the state to start from on rank 0; broadcasts the resume point."""
     in_memory = None if memory is None else memory.newest(cluster)
     folder: Path | None = None
     resume: ResumePoint | None = None
     with raise_on_all_ranks(cluster):
         if cluster.rank == ROOT:
+            if config.init_from is not None and in_memory is None and not run_dir.resumes(config):
+                logger.info(warm_start(parts.model, config.init_from))  # first: an error leaves no folder behind
             folder, resume = run_dir.open_run(config, cluster.size, in_memory, loader.description())
         if resume is not None:
-            _load(resume, config, model, adam, scaler)
+            parts.load(resume, config.implementation)
             resume = resume.without_tensors()
     if cluster.size > 1:
         resume = horovod().broadcast_object(resume, ROOT, name="hvd_adam.start")
     return folder, resume
-
-
-def _load(
-    resume: ResumePoint, config: TrainConfig, model: torch.nn.Module, adam: Adam, scaler: Any | None
-) -> None:
-    """Loads model, optimizer and loss scaler on rank 0, before `distribute` broadcasts them."""
-    state = resume.state
-    require_same_tensors(model.state_dict(), state.model, resume.path)
-    model.load_state_dict(state.model)
-    adam.load_state_dict(state.optimizer)
-    for group in adam.param_groups:  # this run chooses how to compute the update
-        group["implementation"] = config.implementation
-    if scaler is not None:
-        scaler.load_state_dict(state.loss_scaler)

@@ -98,6 +98,11 @@ def holds_run(folder: Path) -> bool:
     return (metrics.exists() and metrics.stat().st_size > 0) or any((folder / "checkpoints").glob("step-*"))
 
 
+def resumes(config: TrainConfig) -> bool:
+    """Returns whether `--output-dir` holds a run already."""
+    return config.output_dir is not None and holds_run(Path(config.output_dir))
+
+
 def has_ended(folder: Path) -> bool:
     """Returns whether the folder's run has recorded its end."""
     metrics = folder / METRICS_FILE
@@ -129,8 +134,8 @@ class ResumePoint:
     damaged: list[str]
 
     def without_tensors(self) -> ResumePoint:
-        """Returns it without model, optimizer and loss scaler: `distribute` broadcasts those."""
-        return replace(self, state=replace(self.state, model={}, optimizer={}, loss_scaler=None))
+        """Returns it without model, optimizer, loss scaler and averages: `distribute` broadcasts those."""
+        return replace(self, state=replace(self.state, model={}, optimizer={}, loss_scaler=None, ema=None))
 
 
 def open_run(

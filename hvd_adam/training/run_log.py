@@ -68,9 +68,7 @@ class RunLog:
         )
         set_progress_bar(self._bar)
         self._total_steps = total_steps
-        self._shown_scores = ["test_loss", "test_accuracy"]
-        if config is not None and config["positive_class"] is not None:
-            self._shown_scores.append("test_balanced_accuracy")
+        self._positive_class = None if config is None else config["positive_class"]
         self._nonfinite_logged = self._disk_error_logged = False
 
     def event(self, event: str, step: int, epoch: int, **values: Any) -> None:
@@ -129,8 +127,19 @@ class RunLog:
             logger.info(f"epoch {epoch}  step {step}/{self._total_steps}  {details}")
 
     def _show_scores(self, step: int, epoch: int, values: dict[str, Any]) -> None:
-        scores = "  ".join(f"{name.replace('_', ' ')} {values[name]:.4f}" for name in self._shown_scores)
+        shown = shown_scores(values, self._positive_class).items()
+        scores = "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in shown)
         logger.info(f"epoch {epoch}  step {step}/{self._total_steps}  {scores}")
+
+
+def shown_scores(scores: Mapping[str, Any], positive_class: str | None) -> dict[str, float]:
+    """Returns the scores of an evaluation that are printed: the balanced accuracy only with a positive class."""
+    hidden = "test_balanced_accuracy" if positive_class is None else ""
+    return {
+        name: value
+        for name, value in scores.items()
+        if name.startswith("test_") and name != hidden and value is not None
+    }
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:

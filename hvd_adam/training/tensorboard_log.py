@@ -75,6 +75,8 @@ class TensorBoardLog(AppendLog):
         """Adds a point to the curve of each value that has one, and a picture of the confusion matrix."""
         for name, value in values.items():
             tag = TAGS.get((event, name))
+            if event == "eval" and name.startswith("test_"):
+                tag = tag or name.replace("test_", "eval/", 1)  # a metric of the user's own
             if tag is not None and value is not None:
                 self._write_value(step, tag=tag, simple_value=value)
         matrix = values.get("confusion")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from hvd_adam.checkpoint import storage
 from hvd_adam.checkpoint.state import Progress, TrainingState, gather_rank_states, rank_state, restore_rng_state
@@ -22,17 +23,17 @@ from hvd_adam.distributed.consistency import require_consistent
 from hvd_adam.errors import MembershipChanged, Preempted, UserError
 from hvd_adam.log import logger
 from hvd_adam.recovery.elastic import InMemoryCheckpoint
-from hvd_adam.schedule import learning_rate
 from hvd_adam.training import messages
-from hvd_adam.training.batchnorm_guard import BatchNormSnapshot
 from hvd_adam.training.evaluation import score
-from hvd_adam.training.meters import RunningMean, ThroughputMeter
+from hvd_adam.training.meters import ThroughputMeter
 from hvd_adam.training.plots import try_plot
 from hvd_adam.training.precision import autocast
 from hvd_adam.training.run import build_run
 from hvd_adam.training.run_dir import ResumePoint, has_ended
-from hvd_adam.training.run_log import RunLog
+from hvd_adam.training.run_log import RunLog, shown_scores
 from hvd_adam.training.skip_tracker import SkipTracker
+from hvd_adam.training.update import Updater
+from hvd_adam.training.weights.trainable import keep_frozen_statistics
 
 
 class Trainer:
@@ -51,14 +52,12 @@ class Trainer:
             self.config, self.memory = config, memory
             run = build_run(config, memory, resources)
             self.cluster, self.watchdog, self.preemption = run.cluster, run.watchdog, run.preemption
-            self.loader, self.model, self.scaler = run.loader, run.model, run.scaler
+            self.loader, self.model, self.scaler, self.ema = run.loader, run.model, run.scaler, run.ema
             self.optimizer, self.schedule, self.sizes = run.optimizer, run.schedule, run.sizes
             self.folder, self.resume = run.folder, run.resume
-            self.forward = torch.compile(self.model) if config.compile else self.model
             torch.manual_seed(config.seed + 1 + self.cluster.rank)  # dropout differs between ranks
-            self.loss = RunningMean(self.cluster)
-            self.throughput = ThroughputMeter()
-            self.batchnorm = BatchNormSnapshot(self.model)
+            self.objective, self.updater = run.objective, Updater(run, config.precision, compiled=config.compile)
+            self.loss, self.throughput = self.updater.mean_loss, ThroughputMeter()
             self.progress, self.has_evaluated = Progress(), False
             if self.resume is not None:
                 self._restore(self.resume)
@@ -78,12 +77,11 @@ class Trainer:
             self._resources = resources.pop_all()
 
     def _restore(self, resume: ResumePoint) -> None:
-        """Restores progress, schedule, random generators and running mean; every rank calls it.
+        """Restores progress, random generators and running mean; every rank calls it.
 
-        Model and optimizer are restored by `build_run`.
+        Model, optimizer and schedule are restored by `build_run`.
         """
         state, cluster = resume.state, self.cluster
-        self.schedule = replace(self.schedule, initial=state.schedule["initial"], peak=state.schedule["peak"])
         self.progress = progress = self.sizes.resumed(Progress.from_dict(state.progress))
         self.optimizer.skipped_updates = progress.skipped
         if len(state.ranks) == cluster.size:
@@ -111,7 +109,7 @@ class Trainer:
 
     def _log_start(self) -> None:
         config, cluster, sizes = self.config, self.cluster, self.sizes
-        facts = messages.start_facts(cluster, sizes)
+        facts = messages.start_facts(config, cluster, sizes)
         if self.resume is None:
             self.log.event("start", 0, 0, **facts)
         else:
@@ -145,6 +143,8 @@ class Trainer:
         """Makes the updates of an epoch, up to `max_steps`."""
         config, cluster, sizes, progress = self.config, self.cluster, self.sizes, self.progress
         self.model.train()
+        if config.freeze is not None:
+            keep_frozen_statistics(self.model)
         self.throughput.start()
         start = (progress.epoch - 1) * sizes.steps_per_epoch
         batches = self.loader.train_batches(
@@ -177,29 +177,7 @@ class Trainer:
         """Makes one update from this rank's micro-batches."""
         progress = self.progress
         self.watchdog.beat(f"update {progress.step + 1}")
-        rate = learning_rate(progress.step, self.schedule)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.zero_grad()
-        self.batchnorm.save()
-        nonfinite = torch.zeros(1, dtype=torch.int32, device=self.cluster.device)
-        for number, (images, labels) in enumerate(micro_batches, start=1):
-            with autocast(self.config.precision, self.cluster.device):
-                logits = self.forward(images)
-            loss = F.cross_entropy(logits.to(self.loader.dtype), labels)
-            finite = loss.detach().isfinite()
-            # The weight is 1 unless micro-batches differ in size: every image counts the same. With an infinite
-            # loss gradients may be finite; a NaN weight makes all of them NaN, so the update is skipped. The
-            # weight multiplies the loss: as an argument of backward() it would make that import sympy.
-            weight = len(images) * self.cluster.size * self.sizes.accumulate / self.sizes.global_batch
-            weighted = loss * torch.where(finite, loss.new_full((), weight), math.nan)
-            (weighted if self.scaler is None else self.scaler.scale(weighted)).backward()
-            if number == len(micro_batches):
-                self._record_skip()  # of the update before: by now a GPU has this update's passes in its queue
-            self.optimizer.step()
-            self.loss.add(loss, len(images))
-            nonfinite |= ~finite
-        self.batchnorm.restore(self.optimizer.skipped)
+        nonfinite = self.updater.update(micro_batches, progress.step, self._record_skip)
         progress.step += 1
         self.skips.add(nonfinite)
         self.throughput.add(self.sizes.global_batch)
@@ -219,23 +197,22 @@ class Trainer:
         self._event("step", loss=loss, **values, images_per_second=self.throughput.lap())
 
     def _evaluate(self) -> bool:
-        """Evaluates the model; returns whether its accuracy is the best so far."""
+        """Evaluates the model, or its moving average; returns whether it is the best so far."""
         progress = self.progress
-        broadcast_buffers(self.model, self.cluster)
-        self.model.eval()
-        scores = score(self._predict, self.loader, self.cluster)
-        progress.scores, self.has_evaluated = asdict(scores), True
+        model = self.model if self.ema is None else self.ema.model
+        broadcast_buffers(model, self.cluster)
+        model.eval()
+        scores = score(partial(self._predict, model), self.loader, self.cluster, self.objective)
+        if scores.test_accuracy is None and not self.has_evaluated:
+            logger.info(messages.NO_ACCURACY)
+        progress.scores, self.has_evaluated = scores.as_dict(), True
         self._event("eval", world_size=self.cluster.size, **progress.scores)
-        best = progress.best_accuracy is None or scores.test_accuracy > progress.best_accuracy
-        if best:
-            progress.best_accuracy = scores.test_accuracy
-        return best
+        return progress.is_best(scores.test_accuracy, scores.test_loss)
 
-    def _predict(self, images: torch.Tensor) -> torch.Tensor:
+    def _predict(self, model: torch.nn.Module, inputs: torch.Tensor) -> Any:
         self.watchdog.beat(f"the evaluation after update {self.progress.step}")
         with autocast(self.config.precision, self.cluster.device):
-            logits: torch.Tensor = self.model(images)
-        return logits
+            return model(inputs)
 
     def _commit(self, memory: InMemoryCheckpoint) -> None:
         """Copies the state to memory at its intervals; leaves the run, on every rank, after a change of hosts."""
@@ -297,6 +274,7 @@ class Trainer:
             ranks=gather_rank_states(self.cluster, own) if all_ranks else [own],
             config=asdict(self.config),
             data=self.loader.description(),
+            ema=None if self.ema is None else self.ema.state_dict(),
         )
 
     def _finish(self) -> None:
@@ -304,10 +282,7 @@ class Trainer:
         self.watchdog.beat("the end of the training")
         with raise_on_all_ranks(self.cluster):
             self._record_checkpoint(wait=True)
-        names = ["test_loss", "test_accuracy"]
-        if self.config.positive_class is not None:
-            names.append("test_balanced_accuracy")
-        result = {name: scores[name] for name in names}
+        result = shown_scores(scores, self.config.positive_class)
         self.watchdog.close()
         self._event("end", **result, images_per_second=rate, world_size=size)
         if self.folder is not None:

@@ -1,0 +1,93 @@
+"""`Datasets`: map-style PyTorch data sets for training and testing, with the facts that training needs of them.
+
+Imports no torch, so that commands can answer before it is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sized
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+from hvd_adam.errors import UserError
+
+
+class UnreadableSample(Exception):
+    """Raised by `__getitem__` for a sample whose file is damaged or cannot be read.
+
+    `WorkerLoader` trains on the next sample instead and leaves the sample out of the evaluation, up to its limit.
+    Any other exception of `__getitem__` ends the run.
+
+    Args:
+        path: the file.
+        reason: why it cannot be read.
+    """
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)  # both: an exception is pickled by its arguments
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"{self.path} ({self.reason})"
+
+
+class MapDataset(Sized, Protocol):
+    """A map-style data set, such as `torch.utils.data.Dataset`."""
+
+    def __getitem__(self, index: int, /) -> Any:
+        """Returns sample `index`, 0 ≤ index < len: a pair of an input and a target."""
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """Training and test samples as map-style PyTorch data sets.
+
+    A sample is `(input, target)`. Inputs are tensors or numpy arrays, all of one shape; a target is a class as an
+    integer, or anything that `torch.utils.data.default_collate` joins to a tensor. Random augmentation belongs in
+    `__getitem__` of the training set; it may draw from the global generators of torch, numpy and Python.
+
+    Raises:
+        UserError: a part has no samples.
+    """
+
+    train: MapDataset
+    """Training samples."""
+    test: MapDataset
+    """Test samples."""
+    classes: tuple[str, ...]
+    """Names of the classes; empty where targets are not classes."""
+    name: str = "datasets"
+    """Name in messages and run directories."""
+    mean: tuple[float, ...] | None = None
+    """Mean of each channel of inputs of dtype uint8, in units where 255 is 1; None: they are not normalized."""
+    std: tuple[float, ...] | None = None
+    """As `mean`, the standard deviation."""
+    shape: tuple[int, ...] | None = None
+    """Shape of an input; None: it is read from the first training sample when it is needed."""
+    preload: tuple[str, ...] = ()
+    """Modules that worker processes need; they are imported once for all workers of a rank."""
+    fingerprint: str = ""
+    """Checksum of the training samples, which a resumed run compares; empty: their number is compared only."""
+
+    def __post_init__(self) -> None:
+        for part in ("train", "test"):
+            if not len(getattr(self, part)):
+                raise UserError(f"data set {self.name}: there are no {part} samples")
+
+    @cached_property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of an input."""
+        if self.shape is not None:
+            return self.shape
+        from hvd_adam.data.workers.random_state import preserved  # it imports torch
+
+        with preserved():  # the sample may be augmented
+            sample = self.train[0]
+        return tuple(sample[0].shape)
+
+    def summary(self) -> str:
+        """Returns shape, classes and numbers of samples, for the first line of a run."""
+        shape, classes = "×".join(map(str, self.sample_shape)), f"{len(self.classes)} classes, "
+        sizes = f"{len(self.train)} training and {len(self.test)} test samples"
+        return f"{shape}, {classes if self.classes else ''}{sizes}"

@@ -1,0 +1,92 @@
+"""Checks what a data-set function of the user's own returns, with one message for each part that is missing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from hvd_adam.data.datasets import Datasets, UnreadableSample
+from hvd_adam.data.images import ImageData
+from hvd_adam.data.workers.random_state import preserved
+from hvd_adam.errors import UserError
+from hvd_adam.import_path import failure
+
+_PARTS = {
+    "train": "a map-style torch Dataset of training samples",
+    "test": "a map-style torch Dataset of test samples",
+    "classes": "the names of the classes, empty if there are none",
+    "name": "its name in messages and run folders",
+}
+_METHODS = {"__len__": "the number of samples", "__getitem__": "a sample (input, target) by its index"}
+
+
+def checked(value: Any, what: str) -> ImageData | Datasets:
+    """Returns the data set that a function has returned: an `ImageData`, or the parts of `Datasets`.
+
+    Args:
+        value: an `ImageData`, a `Datasets`, or another object with the attributes of `Datasets`.
+        what: the function, for messages.
+
+    Raises:
+        UserError: a part is missing or of the wrong kind, or the first sample is not (input, target).
+    """
+    if isinstance(value, ImageData):
+        return value
+    return checked_datasets(value, what)
+
+
+def checked_datasets(value: Any, what: str) -> Datasets:
+    """As `checked`, for everything but an `ImageData`."""
+    if not any(hasattr(value, part) for part in ("train", "test")):
+        raise UserError(
+            f"{what} returned a {type(value).__name__}: return hvd_adam.data.ImageData, or "
+            "hvd_adam.data.Datasets(train, test, classes)"
+        )
+    for part, meaning in _PARTS.items():
+        if not hasattr(value, part):
+            raise UserError(f"{what} returned a {type(value).__name__} without {part}: {meaning}")
+    classes, name = value.classes, value.name
+    is_sequence = isinstance(classes, list | tuple) and all(isinstance(item, str) for item in classes)
+    if not is_sequence or len(classes) == 1 or len(set(classes)) < len(classes):
+        raise UserError(
+            f"{what}: classes is {classes!r:.60}: it must be {_PARTS['classes']}, or two names or more"
+        )
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{what}: name is {name!r:.60}: it must be a text, {_PARTS['name']}")
+    shapes = {part: _check_samples(getattr(value, part), f"{what}: {part}") for part in ("train", "test")}
+    if None not in shapes.values() and shapes["train"] != shapes["test"]:
+        raise UserError(
+            f"{what}: inputs of train have shape {shapes['train']} but those of test {shapes['test']}: they must "
+            "be the same"
+        )
+    return value if isinstance(value, Datasets) else Datasets(value.train, value.test, tuple(classes), name=name)
+
+
+def _check_samples(dataset: Any, what: str) -> tuple[int, ...] | None:
+    """Checks one part and its first sample; returns the shape of its input, or None if it cannot be read."""
+    for method, meaning in _METHODS.items():
+        if isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(type(dataset), method):
+            raise UserError(
+                f"{what} is a {type(dataset).__name__} without {method} ({meaning}): give a map-style torch "
+                "Dataset"
+            )
+    if not len(dataset):
+        raise UserError(f"{what} is empty: it has no samples")
+    try:
+        with preserved():  # it may be augmented
+            sample = dataset[0]
+    except UnreadableSample:
+        return None  # which is counted when it is read
+    except Exception as error:
+        raise UserError(f"{what}[0] fails: {failure(error)}") from error
+    if not isinstance(sample, list | tuple) or len(sample) != 2:
+        kind = f"{len(sample)} parts" if isinstance(sample, list | tuple) else f"a {type(sample).__name__}"
+        raise UserError(f"{what}[0] is {kind}: a sample must be (input, target)")
+    for part, value in zip(("input", "target"), sample, strict=True):
+        numbers = (int, float, np.number) if part == "target" else ()
+        if not isinstance(value, (torch.Tensor, np.ndarray, *numbers)):
+            wanted = "a tensor, a numpy array or a number" if numbers else "a tensor or a numpy array"
+            raise UserError(f"{what}[0] has a {type(value).__name__} as its {part}: it must be {wanted}")
+    return tuple(sample[0].shape)

@@ -1,0 +1,124 @@
+"""What a worker process of a `WorkerLoader` does: reads samples, joins them, and reports what cannot be read."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import Dataset, default_collate
+
+from hvd_adam.data.datasets import Datasets, UnreadableSample
+from hvd_adam.data.workers.random_state import seed_all
+
+
+@dataclass(frozen=True)
+class Request:
+    """A sample that a batch asks for.
+
+    Attributes:
+        index: in its part.
+        word: seeds what is random in the sample, in [0, 2⁶⁴).
+        training: whether it is of the training part.
+    """
+
+    index: int
+    word: int
+    training: bool
+
+
+class Answer(NamedTuple):
+    """What a worker returns for a `Request`, or for all requests of a batch.
+
+    Attributes:
+        value: the sample, or the batch `(inputs, targets)`; None if there is none.
+        unreadable: messages of the samples that cannot be read.
+        failure: why the run must end; empty if it need not.
+    """
+
+    value: Any = None
+    unreadable: tuple[str, ...] = ()
+    failure: str = ""
+
+
+@dataclass(frozen=True)
+class RequestedSamples(Dataset[Answer]):
+    """Reads the requested samples.
+
+    Attributes:
+        datasets: the samples.
+        max_unreadable: how many training samples in a row may be unreadable: the first that is readable is taken
+            for each of them. What it is depends on the files alone.
+    """
+
+    datasets: Datasets
+    max_unreadable: int
+
+    def __getitem__(self, request: Request) -> Answer:
+        """Reads one sample."""
+        samples = self.datasets.train if request.training else self.datasets.test
+        unreadable: list[str] = []
+        for distance in range(self.max_unreadable + 1 if request.training else 1):
+            index = (request.index + distance) % len(samples)
+            seed_all(request.word)
+            try:
+                return Answer(samples[index], tuple(unreadable))
+            except UnreadableSample as error:
+                unreadable.append(str(error))
+            except Exception as error:
+                part = "training" if request.training else "test"
+                what = f"data set {self.datasets.name}: {part} sample {index} cannot be read"
+                return Answer(failure=f"{what}: {describe(error)}")
+        return Answer(unreadable=tuple(unreadable))
+
+
+@dataclass(frozen=True)
+class Collate:
+    """Joins the samples of a batch.
+
+    Attributes:
+        name: of the data set, for messages.
+    """
+
+    name: str
+
+    def __call__(self, answers: Sequence[Answer]) -> Answer:
+        """Returns the batch; None as its value if no sample of it can be read."""
+        unreadable = tuple(message for answer in answers for message in answer.unreadable)
+        failure = next((answer.failure for answer in answers if answer.failure), "")
+        samples = [answer.value for answer in answers if answer.value is not None]
+        if failure or not samples:
+            return Answer(None, unreadable, failure)
+        try:
+            inputs, targets = default_collate(samples)
+        except Exception as error:
+            return Answer(None, unreadable, self._mismatch(samples, error))
+        if not (isinstance(inputs, torch.Tensor) and isinstance(targets, torch.Tensor)):
+            return Answer(None, unreadable, self._mismatch(samples, TypeError("not tensors")))
+        return Answer((inputs, targets), unreadable)
+
+    def _mismatch(self, samples: Sequence[Any], error: Exception) -> str:
+        kinds = sorted({_describe(sample) for sample in samples})
+        reason = "" if len(kinds) > 1 else f" ({str(error).partition(chr(10))[0]})"
+        return (
+            f"data set {self.name}: its samples do not form a batch: they are {' and '.join(kinds[:2])}{reason}; "
+            "return (input, target), with tensors of one shape as inputs and numbers or tensors as targets"
+        )
+
+
+def _describe(sample: Any) -> str:
+    """Returns the types and shapes of a sample."""
+    if isinstance(sample, tuple | list):
+        return f"({', '.join(_describe(part) for part in sample)})"
+    shape = getattr(sample, "shape", None)
+    return type(sample).__name__ if shape is None else f"{type(sample).__name__} of shape {tuple(shape)}"
+
+
+def describe(error: Exception) -> str:
+    """Returns an exception and the line that raised it, in one line."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}{f': {text}' if text else ''} ({Path(frame.filename).name}:{frame.lineno})"

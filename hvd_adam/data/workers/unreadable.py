@@ -1,0 +1,44 @@
+"""`UnreadableSamples`: the samples that a rank could not read, each logged once, up to a limit."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+from hvd_adam.errors import UserError
+
+_logger = logging.getLogger("hvd_adam")
+_EVERY_RANK = {"all_ranks": True}  # as hvd_adam.log.ALL_RANKS
+
+
+class UnreadableSamples:
+    """Logs each unreadable sample once and ends the run above a limit.
+
+    A rank counts the samples that it met itself: no rank waits for another.
+
+    Args:
+        limit: how many different samples are tolerated, ≥ 0.
+        option: that sets the limit, for the message.
+    """
+
+    def __init__(self, limit: int, option: str = "--max-corrupt") -> None:
+        self.limit, self._option = limit, option
+        self._seen: set[str] = set()
+
+    def add(self, messages: Iterable[str]) -> None:
+        """Adds samples, by their message.
+
+        Raises:
+            UserError: there are more than the limit.
+        """
+        for message in messages:
+            if message in self._seen:
+                continue
+            self._seen.add(message)
+            if len(self._seen) > self.limit:
+                others = f"; {len(self._seen) - 1} others before it" if len(self._seen) > 1 else ""
+                raise UserError(
+                    f"cannot read {message}{others}: repair or remove it, or tolerate more with {self._option} "
+                    f"{len(self._seen)} or above"
+                )
+            _logger.warning(f"cannot read {message}: the file is skipped", extra=_EVERY_RANK)

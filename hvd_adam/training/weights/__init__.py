@@ -1,0 +1,1 @@
+"""The weights of a run: which are trained, where they start, and their moving average."""

@@ -1,0 +1,166 @@
+"""Batches made by worker processes.
+
+Hazards: order or augmentation that depends on ranks, micro-batches or workers; an epoch that resumes elsewhere
+than it stopped; augmentation that disturbs the generator of dropout; a test sample counted twice or never; a
+sample that fails, or a worker that is killed, without a message that names it; a signal to the job that ends its
+workers before the last update; workers that outlive their rank.
+"""
+
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from helpers.noisy_samples import NoisySamples, noisy
+from helpers.training_runs import ROOT
+
+from hvd_adam.data import Datasets
+from hvd_adam.data.worker_loader import WorkerLoader
+from hvd_adam.errors import RankError, UserError
+
+CPU = torch.device("cpu")
+
+
+def loader(datasets=None, workers=0, **options):
+    return WorkerLoader(datasets or noisy(), CPU, workers=workers, dtype=torch.float64, **options)
+
+
+def joined(batches):
+    inputs, targets = zip(*batches, strict=True)
+    return torch.cat(inputs), torch.cat(targets)
+
+
+@pytest.fixture(scope="module")
+def two_workers():
+    """A loader with two workers, which the tests share because they take seconds to start."""
+    shared = loader(workers=2)
+    yield shared
+    shared.close()
+
+
+def epoch(of, **options):
+    return list(of.train_batches(3, 2, global_batch_size=12, **options))
+
+
+def test_workers_ranks_and_micro_batches_do_not_change_the_batches(two_workers):
+    expected = epoch(loader())
+    assert len(expected) == 4 and len(joined(expected)[1].unique()) == 48
+    for accumulate, source in ((1, two_workers), (2, loader())):
+        ranks = [epoch(source, rank=rank, size=2, accumulate=accumulate) for rank in range(2)]
+        for step, (inputs, targets) in enumerate(expected):
+            micro_batches = slice(step * accumulate, (step + 1) * accumulate)
+            parts = joined(part for batches in ranks for part in batches[micro_batches])
+            assert torch.equal(parts[0], inputs) and torch.equal(parts[1], targets)
+
+
+def test_an_epoch_resumes_at_any_step_and_the_next_one_is_augmented_differently(two_workers):
+    whole, rest = epoch(two_workers), epoch(two_workers, first_step=3)
+    assert len(rest) == 1 and torch.equal(rest[0][0], whole[3][0])
+    other = joined(two_workers.train_batches(3, 3, global_batch_size=12))[0]
+    assert not set(other.flatten().tolist()) & set(joined(whole)[0].flatten().tolist())
+
+
+def test_every_test_sample_is_read_once_and_equally_in_every_evaluation(two_workers):
+    parts = [joined(two_workers.test_batches(2, rank=rank, size=3)) for rank in range(3)]
+    inputs, targets = joined(parts)
+    assert targets.tolist() == list(range(7))
+    assert torch.equal(joined(loader().test_batches(256))[0], inputs)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_generators_of_the_rank_are_left_alone(workers, two_workers):
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    source = two_workers if workers else loader()
+    for _ in source.train_batches(0, 0, global_batch_size=24):
+        assert torch.equal(torch.get_rng_state(), before[0])
+    assert noisy().sample_shape == (3,)
+    after = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    assert torch.equal(after[0], before[0]) and after[1:] == before[1:]
+
+
+def test_an_iterator_is_refused_after_another_one_has_begun(two_workers):
+    batches = two_workers.train_batches(0, 0, global_batch_size=4)
+    next(batches)
+    assert len(list(two_workers.test_batches(4))) == 2
+    with pytest.raises(RuntimeError, match="another iteration"):
+        next(batches)
+
+
+def test_an_unreadable_sample_is_replaced_in_training_and_left_out_of_the_evaluation(caplog):
+    source = loader(noisy(unreadable=(3, 4, 6)), max_unreadable=3)
+    _, targets = joined(source.train_batches(0, 0, global_batch_size=48))
+    assert sorted(targets.tolist()) == sorted([*range(3), 5, 5, 5, 7, *range(7, 48)])
+    _, tested = joined(source.test_batches(2, rank=0, size=1))
+    assert tested.tolist() == [0, 1, 2, 5]
+    assert len([line for line in caplog.messages if "file3 (damaged)" in line]) == 1
+
+
+@pytest.mark.parametrize("batches", ["train_batches", "test_batches"])
+def test_more_unreadable_samples_than_the_limit_end_the_run(batches):
+    source = loader(noisy(unreadable=(1, 3)), max_unreadable=1)
+    arguments = {"seed": 0, "epoch": 0, "global_batch_size": 48} if "train" in batches else {"batch_size": 48}
+    with pytest.raises(UserError, match=r"cannot read file\d.*--max-corrupt 2"):
+        list(getattr(source, batches)(**arguments))
+
+
+class ByShape(NoisySamples):
+    def __getitem__(self, index):
+        return torch.zeros(1 + index % 2), index
+
+
+@pytest.mark.parametrize(
+    ("datasets", "message"),
+    [
+        (noisy(failing=(5,)), r"training sample 5 cannot be read: KeyError: .*no key.*\(noisy_samples.py:\d+\)"),
+        (Datasets(ByShape(4), ByShape(4), ()), r"Tensor of shape \(1,\), int\) and \(Tensor of shape \(2,\)"),
+        (Datasets(["abc", "def"] * 4, ["x"], ()), r"do not form a batch: they are str"),
+    ],
+)
+def test_a_sample_that_fails_is_named(datasets, message):
+    with pytest.raises(UserError, match=message) as caught:
+        list(loader(datasets).train_batches(0, 0, global_batch_size=4))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_part_without_samples_is_refused():
+    with pytest.raises(UserError, match="no test samples"):
+        noisy(tests=0)
+
+
+def test_a_worker_that_ends_is_reported_and_so_is_what_cannot_be_sent_to_one():
+    with pytest.raises(RankError, match=r"rank 0 on .*worker .* exited unexpectedly.*--workers"):
+        list(loader(noisy(ending=(5,)), workers=1).train_batches(0, 0, global_batch_size=48))
+    unsendable = noisy(failing=lambda: None)
+    with pytest.raises(UserError, match=r"noisy cannot be sent to worker processes.*--workers 0"):
+        list(loader(unsendable, workers=1).train_batches(0, 0, global_batch_size=48))
+
+
+def test_workers_ignore_the_signals_of_a_job_and_end_when_their_rank_is_killed():
+    command = [sys.executable, "-m", "helpers.noisy_samples"]
+    environ = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environ, text=True) as rank:
+        workers = [psutil.Process(int(pid)) for pid in rank.stdout.readline().split()]
+        family = psutil.Process(rank.pid).children(recursive=True)
+        assert len(workers) == 2 and set(workers) <= set(family)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+            for process in family:
+                process.send_signal(number)
+        rank.stdin.write("continue\n")
+        rank.stdin.flush()
+        assert rank.stdout.readline() == "read 100 batches\n"
+        rank.kill()
+        assert not psutil.wait_procs(family, timeout=60)[1]
+
+
+def test_closing_ends_the_workers():
+    source = loader(workers=1)
+    next(source.train_batches(0, 0, global_batch_size=4))
+    started = set(multiprocessing.active_children())
+    source.close()
+    assert started - set(multiprocessing.active_children())
