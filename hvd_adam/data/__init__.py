@@ -17,8 +17,8 @@ from hvd_adam.errors import UserError
 from hvd_adam.import_path import accepts, call, is_reference, unknown
 
 if TYPE_CHECKING:
-    from hvd_adam.data.distributed_sampler import StatefulDistributedSampler
-    from hvd_adam.data.iterable import equal_steps, shard
+    from hvd_adam.data.samplers.distributed_sampler import StatefulDistributedSampler
+    from hvd_adam.data.samplers.iterable import equal_steps, shard
     from hvd_adam.data.sampling import evaluation_share
 
 __all__ = [
@@ -37,10 +37,10 @@ DATA_DIR = "data"  # the default folder of data sets
 DATASETS = ("digits", "cifar10", "synthetic")
 
 _MODULES = {
-    "StatefulDistributedSampler": "distributed_sampler",
-    "equal_steps": "iterable",
+    "StatefulDistributedSampler": "samplers.distributed_sampler",
+    "equal_steps": "samplers.iterable",
     "evaluation_share": "sampling",
-    "shard": "iterable",
+    "shard": "samplers.iterable",
 }
 
 

@@ -11,7 +11,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from hvd_adam.data.ranks import rank_and_size
+from hvd_adam.data.samplers.ranks import rank_and_size
 from hvd_adam.distributed.agreement import raise_on_all_ranks, require_same
 from hvd_adam.distributed.context import Cluster, collective_prefix, horovod
 from hvd_adam.distributed.join import refuse_in_join

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from hvd_adam.data.ranks import rank_and_size
+from hvd_adam.data.samplers.ranks import rank_and_size
 from hvd_adam.data.sampling import batch_share, epoch_order, steps_per_epoch
 from hvd_adam.distributed.agreement import raise_on_all_ranks, require_same
 from hvd_adam.distributed.context import running_cluster

@@ -1,0 +1,1 @@
+"""Samplers and streams for training loops of one's own."""
