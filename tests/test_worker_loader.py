@@ -22,6 +22,7 @@ from helpers.training_runs import ROOT
 
 from hvd_adam.data import Datasets
 from hvd_adam.data.worker_loader import WorkerLoader
+from hvd_adam.data.workers.unreadable import UnreadableSamples
 from hvd_adam.errors import RankError, UserError
 
 CPU = torch.device("cpu")
@@ -93,7 +94,7 @@ def test_an_iterator_is_refused_after_another_one_has_begun(two_workers):
 
 
 def test_an_unreadable_sample_is_replaced_in_training_and_left_out_of_the_evaluation(caplog):
-    source = loader(noisy(unreadable=(3, 4, 6)), max_unreadable=3)
+    source = loader(noisy(unreadable=(3, 4, 6)), unreadable=UnreadableSamples(3))
     _, targets = joined(source.train_batches(0, 0, global_batch_size=48))
     assert sorted(targets.tolist()) == sorted([*range(3), 5, 5, 5, 7, *range(7, 48)])
     _, tested = joined(source.test_batches(2, rank=0, size=1))
@@ -103,7 +104,7 @@ def test_an_unreadable_sample_is_replaced_in_training_and_left_out_of_the_evalua
 
 @pytest.mark.parametrize("batches", ["train_batches", "test_batches"])
 def test_more_unreadable_samples_than_the_limit_end_the_run(batches):
-    source = loader(noisy(unreadable=(1, 3)), max_unreadable=1)
+    source = loader(noisy(unreadable=(1, 3)), unreadable=UnreadableSamples(1))
     arguments = {"seed": 0, "epoch": 0, "global_batch_size": 48} if "train" in batches else {"batch_size": 48}
     with pytest.raises(UserError, match=r"cannot read file\d.*--max-corrupt 2"):
         list(getattr(source, batches)(**arguments))

@@ -23,7 +23,8 @@ class TrainConfig(DataConfig):
     # The order in which --help lists the options, the frequent ones first.
     GROUPS: ClassVar[dict[str, str]] = {
         "frequent options": "dataset model epochs batch_size lr output_dir",
-        "data": "data_dir download positive_class synthetic_shape synthetic_classes synthetic_samples seed",
+        "data": "data_dir image_size cache max_corrupt workers download positive_class synthetic_shape "
+        "synthetic_classes synthetic_samples seed",
         "model": "dropout sync_batchnorm channels_last compile",
         "optimizer": "weight_decay decoupled_weight_decay betas eps amsgrad max_grad_norm max_skipped "
         "implementation",

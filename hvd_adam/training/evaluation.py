@@ -16,13 +16,16 @@ from hvd_adam.checkpoint import storage
 from hvd_adam.checkpoint.state import require_same_tensors
 from hvd_adam.config import DataConfig, EvaluateConfig
 from hvd_adam.config.effects import reads_files
+from hvd_adam.data import ImageData
 from hvd_adam.data.loader import DeviceLoader
 from hvd_adam.data.protocols import Loader
+from hvd_adam.data.worker_loader import WorkerLoader
+from hvd_adam.data.workers.unreadable import UnreadableSamples
 from hvd_adam.distributed.agreement import raise_on_all_ranks, require_same
 from hvd_adam.distributed.context import Cluster, init
-from hvd_adam.errors import UserError
+from hvd_adam.errors import CollectiveError, UserError
 from hvd_adam.models import zoo
-from hvd_adam.training.builders import load_images
+from hvd_adam.training.builders import load_data, worker_count
 from hvd_adam.training.meters import sum_over_ranks
 from hvd_adam.training.precision import autocast, parameter_dtype
 
@@ -82,6 +85,8 @@ def score(forward: Forward, loader: Loader, cluster: Cluster, batch_size: int = 
     hits, totals, flat = counts[:classes], counts[classes : 2 * classes], list(map(int, counts[2 * classes :]))
     recalls = [hit / total for hit, total in zip(hits, totals, strict=True) if total]
     images_seen = sum(totals)
+    if not images_seen:
+        raise CollectiveError("no test image can be read: the warnings above name them")
     matrix = [flat[start : start + classes] for start in range(0, cells, classes)] or None
     balanced_accuracy = sum(recalls) / len(recalls)
     return Scores(loss_sum / images_seen, sum(hits) / images_seen, balanced_accuracy, int(images_seen), matrix)
@@ -117,17 +122,19 @@ def load_model(config: EvaluateConfig, cluster: Cluster) -> tuple[Forward, Loade
         trained, data, weights = state["config"], state["data"], state["model"]
     except KeyError as error:
         raise UserError(f"checkpoint {config.checkpoint} was not written by hvd_adam.train: no {error}") from None
-    images = load_images(_data_config(config, trained))
+    # Test images are the same with and without a cache, which this host may not have.
+    images = load_data(replace(_data_config(config, trained), cache=None))
     if list(images.classes) != data["classes"]:
         raise UserError(
             f"checkpoint {config.checkpoint} is of another model or data set: its classes are {data['classes']}, "
             f"those of {images.name} {list(images.classes)}"
         )
+    channels, height, width = images.sample_shape
     model: torch.nn.Module = zoo.build(
         trained["model"],
-        in_channels=images.channels,
+        in_channels=channels,
         num_classes=len(images.classes),
-        image_size=images.image_size,
+        image_size=(height, width),
         dropout=trained["dropout"],
     )
     require_same_tensors(model.state_dict(), weights, config.checkpoint)
@@ -140,8 +147,12 @@ def load_model(config: EvaluateConfig, cluster: Cluster) -> tuple[Forward, Loade
             logits: torch.Tensor = model(batch)
         return logits
 
-    mean, std = tuple(data["mean"]), tuple(data["std"])
-    return forward, DeviceLoader(images, cluster.device, dtype=dtype, mean=mean, std=std)
+    if isinstance(images, ImageData):
+        mean, std = tuple(data["mean"]), tuple(data["std"])
+        return forward, DeviceLoader(images, cluster.device, dtype=dtype, mean=mean, std=std)
+    workers = worker_count(None, cluster)
+    unreadable = UnreadableSamples(trained.get("max_corrupt", DataConfig.max_corrupt))
+    return forward, WorkerLoader(images, cluster.device, workers=workers, dtype=dtype, unreadable=unreadable)
 
 
 def _data_config(config: EvaluateConfig, trained: dict[str, Any]) -> DataConfig:
@@ -151,7 +162,7 @@ def _data_config(config: EvaluateConfig, trained: dict[str, Any]) -> DataConfig:
         raise UserError(
             f"--data-dir {config.data_dir} has no effect: {dataset} is not read from files; leave the option out"
         )
-    values = {item.name: trained[item.name] for item in fields(DataConfig)}
+    values = {item.name: trained.get(item.name, item.default) for item in fields(DataConfig)}
     given = {"dataset": config.dataset, "data_dir": config.data_dir}
     return DataConfig(**values | {name: value for name, value in given.items() if value is not None})
 
