@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
+from hvd_adam import recipes
 from hvd_adam.errors import UserError
 
 # Options of other programs, and this project's names for them; with dashes.
@@ -214,6 +215,8 @@ class ConfigFiles:
             self._given.add(option[2:].removeprefix("no-"))
 
     def _file(self, path: str, known: list[str]) -> str:
+        if path.startswith(recipes.PREFIX):
+            path = str(recipes.path(path.removeprefix(recipes.PREFIX)))
         path = expand_path(path, "--config")
         if Path(path).is_file():
             self._read(path, known)

@@ -91,7 +91,7 @@ def _parser(config: type, name: str) -> jsonargparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,  # jsonargparse's own appends Python types
     )
     read_file = jsonargparse.ActionConfigFile  # type: ignore[attr-defined]  # documented, but not in its __all__
-    parser.add_argument("--config", action=read_file, help="YAML file with any of the options")
+    parser.add_argument("--config", action=read_file, help="YAML file with any of the options, or recipe:NAME")
     parser.add_argument("--version", action="version", version=f"hvd_adam {__version__}")
     types, items = _types(config), {item.name: item for item in fields(config)}
     for title, members in _groups(config).items():

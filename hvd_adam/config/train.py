@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from hvd_adam import recipes
 from hvd_adam.config.data import DataConfig
 from hvd_adam.config.effects import require_effect
 from hvd_adam.config.options import option, require
@@ -35,13 +36,15 @@ class TrainConfig(DataConfig):
         "checkpoints": "resume checkpoint_every keep allow_data_change",
         "logging": "log_every eval_every",
     }
-    EXAMPLES: ClassVar[str] = """examples:
+    EXAMPLES: ClassVar[str] = f"""examples:
   python -m hvd_adam.train --epochs 3
   horovodrun -np 2 python -m hvd_adam.train --dataset cifar10 --model resnet18 --output-dir runs/first
   python -m hvd_adam.train --dataset package.module:function --data-dir photos
+  python -m hvd_adam.train --config recipe:imagefolder --data-dir photos --cache /tmp/cache
   python -m hvd_adam.train --lr 0.002 --print-config > run.yaml
   python -m hvd_adam.train --config run.yaml --output-dir runs/second
-The last command, repeated, resumes its run."""
+The last command, repeated, resumes its run.
+recipes for --config recipe:NAME: {", ".join(recipes.names())}"""
 
     model: str = option(
         "cnn",
