@@ -73,11 +73,12 @@ def open_cache(
                 manifest = _read_manifest(folder)  # another rank of this host may have made it meanwhile
                 if manifest is None:
                     manifest = _make(files, folder, side, workers, max_unreadable, progress)
-    except OSError as error:
+    except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
         needed = (len(files.train) + len(files.test)) * 3 * side**2
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"cannot write the cache {cache}: {error.strerror or error} (it needs {needed / 1e9:.2f} GB): choose "
-            "another --cache, or leave the option out"
+            f"cannot write the cache {cache}: {reason} (it needs {needed / 1e9:.2f} GB): choose another "
+            "--cache, or leave the option out"
         ) from None
     UnreadableSamples(max_unreadable).add(manifest["unreadable"])
     images = {

@@ -41,7 +41,7 @@ class UnreadableSamples:
             self.messages.append(message)
             count = len(self.messages)
             if count > self.limit:
-                others = f", the {count}th such file" if count > 1 else ""
+                others = f"; {count - 1} more cannot be read either" if count > 1 else ""
                 raise UserError(
                     f"cannot read {message}{others}: repair or remove it, or tolerate more with {self._option} "
                     f"{count} or above"
