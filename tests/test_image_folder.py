@@ -290,7 +290,7 @@ def test_two_ranks_name_damaged_files_and_resume_exactly_in_the_middle_of_an_epo
 def test_more_damaged_files_than_the_limit_end_both_ranks_with_one_line(tmp_path):
     damaged = [f"train/cat/{number:03d}.jpg" for number in range(6)]
     photos = write_photos(tmp_path / "photos", damaged=damaged)
-    options = [*OPTIONS, "--data-dir", photos, "--max-corrupt", 0, "--workers", 0]
+    options = [*OPTIONS, "--data-dir", photos, "--max-corrupt", 0, "--workers", 0, "--batch-size", 6]
     done = train(*options, ranks=2, folder=tmp_path / "run")
     assert "Exit code: 2" in done.stderr, done.stderr  # horovodrun's own is 1
     assert done.stderr.count("error: cannot read ") == 1 and "--max-corrupt 1 or above" in done.stderr

@@ -18,7 +18,7 @@ from hvd_adam.training.builders import build_model
 from hvd_adam.training.evaluation import _data_config
 
 IDLE = [
-    ("--data-dir photos", "--data-dir photos has no effect without --dataset cifar10 or"),
+    ("--data-dir photos", "--data-dir photos has no effect without --dataset cifar10, imagefolder or"),
     ("--dataset synthetic --data-dir photos", "--data-dir photos"),
     ("--image-size 32", "--image-size 32 has no effect without --dataset imagefolder"),
     ("--dataset cifar10 --cache here", "--cache here has no effect without --dataset imagefolder"),

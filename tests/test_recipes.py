@@ -53,7 +53,20 @@ def test_digits_and_a_packed_folder_of_images_are_trained(tmp_path):
     short = ["--max-steps", 3]
     succeeded(train("--config", "recipe:digits", *short, folder=tmp_path / "digits"))
     photos = write_photos(tmp_path / "photos", train=8)
-    options = ["--image-size", 32, "--batch-size", 8, "--data-dir", photos, "--cache", tmp_path / "cache"]
+    options = [
+        "--image-size",
+        32,
+        "--batch-size",
+        8,
+        "--model",
+        "cnn",
+        "--workers",
+        0,
+        "--data-dir",
+        photos,
+        "--cache",
+        tmp_path / "cache",
+    ]
     done = succeeded(train("--config", "recipe:imagefolder", *options, *short, folder=tmp_path / "run"))
-    assert "resnet18 on imagefolder (3×32×32, 4 classes, 32 training and 8 test images)" in done.stdout
+    assert "cnn on imagefolder (3×32×32, 4 classes, 32 training and 8 test images)" in done.stdout
     assert events(tmp_path / "run", "eval")[-1]["images"] == 8
