@@ -21,6 +21,7 @@ from helpers.noisy_samples import NoisySamples, noisy
 from helpers.training_runs import ROOT
 
 from hvd_adam.data import Datasets
+from hvd_adam.data.normalize import Normalization
 from hvd_adam.data.worker_loader import WorkerLoader
 from hvd_adam.data.workers.unreadable import UnreadableSamples
 from hvd_adam.errors import RankError, UserError
@@ -165,3 +166,13 @@ def test_closing_ends_the_workers():
     started = set(multiprocessing.active_children())
     source.close()
     assert started - set(multiprocessing.active_children())
+
+
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_batches_in_pages_of_their_own_are_normalized_as_others_are(form, dtype):
+    images = torch.arange(2 * 3 * 260 * 260).remainder(256).to(torch.uint8).view(2, 3, 260, 260)
+    options = (0.4, 0.5, 0.6), (0.2, 0.3, 0.2), CPU, dtype, form
+    expected, ours = Normalization(*options)(images), Normalization(*options, from_workers=True)(images)
+    assert torch.equal(ours, expected) and ours.dtype == dtype
+    assert ours.is_contiguous(memory_format=form) and expected.is_contiguous(memory_format=form)

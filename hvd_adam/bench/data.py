@@ -15,6 +15,7 @@ from hvd_adam.bench.config import DataConfig
 from hvd_adam.bench.interleave import Outcome, Plan, take_turns
 from hvd_adam.bench.report import Column, Result
 from hvd_adam.bench.stats import Row, quartiles, ratio
+from hvd_adam.data.image_folder.load import load_packed
 from hvd_adam.log import logger
 
 if TYPE_CHECKING:
@@ -44,10 +45,13 @@ def measure(config: DataConfig) -> Result:
             photos = Path(folder, str(count))
             logger.info(f"writing {count} images")
             write_photos(photos, count)
+            cache = Path(folder, "cache")
+            # Here, so that what a rank holds in memory is not what the decoding left there.
+            load_packed(photos, cache, image_size=config.image_size, workers=config.workers)
             task = {
                 "kind": "data",
                 "folder": str(photos),
-                "cache": str(Path(folder, "cache")),
+                "cache": str(cache),
                 "image_size": config.image_size,
                 "workers": config.workers,
                 "batch_size": config.batch_size,
