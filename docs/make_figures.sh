@@ -21,6 +21,7 @@ FIGURES=(
   "allreduce|python -m hvd_adam.bench allreduce --sizes 40"
   "memory|python -m hvd_adam.bench memory"
   "checkpoint|python -m hvd_adam.bench checkpoint --models cnn --every 10 --steps 100 --repeats 11"
+  "data|python -m hvd_adam.bench data --images 2000,8000"
   "adam-details|python docs/adam_figures.py"
   "slow-link|python docs/slow_link.py"
   "recovery|python tests/recovery.py"

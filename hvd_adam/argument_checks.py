@@ -13,6 +13,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hvd_adam import recipes
 from hvd_adam.errors import UserError
 
 if TYPE_CHECKING:
@@ -242,6 +243,8 @@ class ConfigFiles:
             self._given.add(option[2:].removeprefix("no-"))
 
     def _file(self, path: str, known: list[str]) -> str:
+        if path.startswith(recipes.PREFIX):
+            path = str(recipes.path(path.removeprefix(recipes.PREFIX)))
         path = expand_path(path, "--config")
         if path and not Path(path).is_file():
             raise UserError(f"--config {path}: " + ("not a file" if Path(path).exists() else "no such file"))

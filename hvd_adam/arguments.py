@@ -95,7 +95,7 @@ def _parser(config: type, name: str) -> jsonargparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,  # jsonargparse's own appends Python types
     )
     read_file = jsonargparse.ActionConfigFile  # type: ignore[attr-defined]  # documented, but not in its __all__
-    parser.add_argument("--config", action=read_file, help="YAML file with any of the options")
+    parser.add_argument("--config", action=read_file, help="YAML file with any of the options, or recipe:NAME")
     parser.add_argument("--version", action="version", version=f"hvd_adam {__version__}")
     printing = next(action for action in parser._actions if action.dest == "print_config")
     printing.help, printing.metavar = "print the configuration that results from all other arguments, and exit", ""

@@ -686,3 +686,16 @@ def test_memory_of_every_strategy_matches_the_prediction(tmp_path):
         assert row["total"] == pytest.approx(row["predicted_total"], rel=0.05)
         assert row["to_predicted"] == pytest.approx(row["total"] / row["predicted_total"])
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_data_reads_a_folder_in_every_way(tmp_path, mark):
+    argv = ("--images", 100, "--image-size", 16, "--workers", 0, "--batch-size", 4, "--batches", 2, "--repeats", 2)
+    plot = tmp_path / "data.png"
+    output = bench_json("data", *argv, "--plot", plot)
+    rows = output["rows"]
+    assert [row["variant"] for row in rows] == ["torch DataLoader", "imagefolder", "imagefolder --cache"]
+    for row in rows:
+        assert row["images"] == 100 and row["low"] <= row["rate"] <= row["high"] and row["megabytes"] > 50
+        assert row["to_torch"] == pytest.approx(row["rate"] / rows[0]["rate"])
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert marked(mark) == []

@@ -18,8 +18,12 @@ from hvd_adam.training.builders import build_model
 from hvd_adam.training.evaluation import _data_config
 
 IDLE = [
-    ("--data-dir photos", "--data-dir photos has no effect without --dataset cifar10 or"),
+    ("--data-dir photos", "--data-dir photos has no effect without --dataset cifar10, imagefolder or"),
     ("--dataset synthetic --data-dir photos", "--data-dir photos"),
+    ("--image-size 32", "--image-size 32 has no effect without --dataset imagefolder"),
+    ("--dataset cifar10 --cache here", "--cache here has no effect without --dataset imagefolder"),
+    ("--dataset cifar10 --max-corrupt 3", "--max-corrupt 3 has no effect without --dataset imagefolder or"),
+    ("--workers 2", "--workers 2 has no effect without --dataset imagefolder or"),
     ("--no-download", "--no-download has no effect without --dataset cifar10"),
     ("--dataset mine:load --no-download", "--no-download has no effect"),
     ("--synthetic-shape 1x8x8", "--synthetic-shape 1x8x8 has no effect without --dataset synthetic"),

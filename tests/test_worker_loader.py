@@ -21,7 +21,9 @@ from helpers.noisy_samples import NoisySamples, noisy
 from helpers.training_runs import ROOT
 
 from hvd_adam.data import Datasets
+from hvd_adam.data.normalize import Normalization
 from hvd_adam.data.worker_loader import WorkerLoader
+from hvd_adam.data.workers.unreadable import UnreadableSamples
 from hvd_adam.errors import RankError, UserError
 
 CPU = torch.device("cpu")
@@ -93,7 +95,7 @@ def test_an_iterator_is_refused_after_another_one_has_begun(two_workers):
 
 
 def test_an_unreadable_sample_is_replaced_in_training_and_left_out_of_the_evaluation(caplog):
-    source = loader(noisy(unreadable=(3, 4, 6)), max_unreadable=3)
+    source = loader(noisy(unreadable=(3, 4, 6)), unreadable=UnreadableSamples(3))
     _, targets = joined(source.train_batches(0, 0, global_batch_size=48))
     assert sorted(targets.tolist()) == sorted([*range(3), 5, 5, 5, 7, *range(7, 48)])
     _, tested = joined(source.test_batches(2, rank=0, size=1))
@@ -103,7 +105,7 @@ def test_an_unreadable_sample_is_replaced_in_training_and_left_out_of_the_evalua
 
 @pytest.mark.parametrize("batches", ["train_batches", "test_batches"])
 def test_more_unreadable_samples_than_the_limit_end_the_run(batches):
-    source = loader(noisy(unreadable=(1, 3)), max_unreadable=1)
+    source = loader(noisy(unreadable=(1, 3)), unreadable=UnreadableSamples(1))
     arguments = {"seed": 0, "epoch": 0, "global_batch_size": 48} if "train" in batches else {"batch_size": 48}
     with pytest.raises(UserError, match=r"cannot read file\d.*--max-corrupt 2"):
         list(getattr(source, batches)(**arguments))
@@ -164,3 +166,13 @@ def test_closing_ends_the_workers():
     started = set(multiprocessing.active_children())
     source.close()
     assert started - set(multiprocessing.active_children())
+
+
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_batches_in_pages_of_their_own_are_normalized_as_others_are(form, dtype):
+    images = torch.arange(2 * 3 * 260 * 260).remainder(256).to(torch.uint8).view(2, 3, 260, 260)
+    options = (0.4, 0.5, 0.6), (0.2, 0.3, 0.2), CPU, dtype, form
+    expected, ours = Normalization(*options)(images), Normalization(*options, from_workers=True)(images)
+    assert torch.equal(ours, expected) and ours.dtype == dtype
+    assert ours.is_contiguous(memory_format=form) and expected.is_contiguous(memory_format=form)

@@ -1,4 +1,4 @@
-"""Compares the optimizer and its communication with other implementations and with the hardware's limit.
+"""Compares optimizer, communication and the reading of images with other implementations and the hardware's limit.
 
 Start it without a launcher; it starts the ranks itself.
 
@@ -7,6 +7,7 @@ python -m hvd_adam.bench allreduce --np 2 --sizes 0.25,4,40
 python -m hvd_adam.bench step --np 2 --models mlp,cnn --plot step.png
 python -m hvd_adam.bench memory --np 1,2,4 --json
 python -m hvd_adam.bench checkpoint --models cnn --every 10
+python -m hvd_adam.bench data --images 2000,8000
 """
 
 import os
@@ -19,6 +20,7 @@ from hvd_adam.bench.config import (
     AllreduceConfig,
     BenchConfig,
     CheckpointConfig,
+    DataConfig,
     MemoryConfig,
     StepConfig,
 )
@@ -34,6 +36,7 @@ COMMANDS: dict[str, type[BenchConfig]] = {
     "step": StepConfig,
     "memory": MemoryConfig,
     "checkpoint": CheckpointConfig,
+    "data": DataConfig,
 }
 
 

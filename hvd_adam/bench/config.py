@@ -261,6 +261,33 @@ class MemoryConfig(RanksConfig):
         return _numbers("np", self.np, int, lambda count: count >= 1, "numbers of ranks, as in 1,2,4")
 
 
+@dataclass(frozen=True)
+class DataConfig(BenchConfig):
+    """Reads a folder of JPEG images from the files and from a packed cache, compared with torch's DataLoader."""
+
+    images: str = option("2000", "numbers of generated images to compare")
+    image_size: int = option(224, "height and width of the batches' images, at least 8")
+    workers: int = option(2, "worker processes")
+    batch_size: int = option(32, "images per batch")
+    batches: int = option(20, "batches per turn")
+    repeats: int = option(5, "rounds; in each, every variant has a turn")
+    timeout: float = option(600.0, "time limit of a variant's start, and of each turn, in seconds")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.device != "cuda", "device", self.device, "auto or cpu: batches are made on the CPU")
+        require(self.image_size >= 8, "image-size", self.image_size, "at least 8")
+        require(self.workers >= 0, "workers", self.workers, "0 or above")
+        for name in ("batch_size", "batches", "repeats"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for count in self.image_counts():
+            require(count >= 2 * self.batch_size, "images", self.images, "at least twice --batch-size")
+
+    def image_counts(self) -> tuple[int, ...]:
+        """Returns the numbers of images to compare."""
+        return _numbers("images", self.images, int, lambda count: count >= 64, "at least 64 each, as in 2000,8000")
+
+
 def flat_elements(workload: str) -> int | None:
     """Returns the number of parameters of a workload such as "16M" or "1G"; None for other names."""
     match = re.fullmatch("([1-9][0-9]*)([KMG]?)", workload)

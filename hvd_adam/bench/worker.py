@@ -12,6 +12,7 @@ from hvd_adam.loading import loading_modules
 # By kind of task. Only one is imported, because a rank that measures bare MPI must not load Horovod.
 MODULES = {
     "allreduce": "hvd_adam.bench.allreduce_worker",
+    "data": "hvd_adam.bench.data_worker",
     "memory": "hvd_adam.bench.memory_worker",
     "step": "hvd_adam.bench.step_worker",
 }

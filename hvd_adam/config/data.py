@@ -15,12 +15,20 @@ class DataConfig:
     """The data set and the device."""
 
     dataset: str = option(
-        "digits", "digits, cifar10, synthetic, or a function of yours as package.module:function"
+        "digits", "digits, cifar10, synthetic, imagefolder, or a function of yours as package.module:function"
     )
     data_args: Mapping[str, Any] | None = option(
         None, """arguments of your function for the data set, as in '{"size": 64}'"""
     )
     data_dir: str = option("data", "folder of the data set; cifar10 is downloaded to it if missing", path=True)
+    image_size: int = option(224, "height and width of the images of imagefolder, ≥ 8")
+    cache: str | None = option(
+        None, "folder for decoded images of imagefolder, made once per host; training then only crops", path=True
+    )
+    max_corrupt: int = option(10, "unreadable image files that each rank skips before the run ends, ≥ 0")
+    workers: int | None = option(
+        None, "processes per rank that read images, ≥ 0 (default: its share of the cores less one, 1 to 16)"
+    )
     download: bool = option(True, "allow the download of cifar10 if it is missing")
     positive_class: str | None = option(None, "train a binary classifier: this class against all others")
     synthetic_shape: str = option("3x32x32", "shape of the synthetic images, CHANNELSxHEIGHTxWIDTH")
@@ -34,6 +42,9 @@ class DataConfig:
         require(self.synthetic_classes >= 2, "synthetic-classes", self.synthetic_classes, "at least 2")
         require(self.synthetic_samples >= 1, "synthetic-samples", self.synthetic_samples, "at least 1")
         require_plain(self.data_args, "data-args")
+        require(self.image_size >= 8, "image-size", self.image_size, "at least 8")
+        require(self.max_corrupt >= 0, "max-corrupt", self.max_corrupt, "0 or above")
+        require(self.workers is None or self.workers >= 0, "workers", self.workers, "0 or above")
         self.synthetic_size()
 
     def synthetic_size(self) -> tuple[int, int, int]:

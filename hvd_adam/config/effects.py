@@ -21,9 +21,18 @@ def reads_files(dataset: str) -> bool:
     return dataset not in ("digits", "synthetic")
 
 
+def reads_in_workers(dataset: str) -> bool:
+    """Returns whether worker processes may read a data set."""
+    return dataset not in ("digits", "synthetic", "cifar10")
+
+
 # For each option: whether it has an effect in a configuration, and what it needs for that.
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "data_dir": (lambda c: reads_files(c.dataset), "--dataset cifar10 or package.module:function"),
+    "data_dir": (lambda c: reads_files(c.dataset), "--dataset cifar10, imagefolder or package.module:function"),
+    "image_size": (lambda c: c.dataset == "imagefolder", "--dataset imagefolder"),
+    "cache": (lambda c: c.dataset == "imagefolder", "--dataset imagefolder"),
+    "max_corrupt": (lambda c: reads_in_workers(c.dataset), "--dataset imagefolder or package.module:function"),
+    "workers": (lambda c: reads_in_workers(c.dataset), "--dataset imagefolder or package.module:function"),
     "download": (lambda c: c.dataset == "cifar10", "--dataset cifar10"),
     "synthetic_shape": (lambda c: c.dataset == "synthetic", "--dataset synthetic"),
     "synthetic_classes": (lambda c: c.dataset == "synthetic", "--dataset synthetic"),

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from hvd_adam import recipes
 from hvd_adam.config.data import DataConfig
 from hvd_adam.config.effects import require_effect
 from hvd_adam.config.functions import metric_names, require_plain, require_reference
@@ -25,8 +26,8 @@ class TrainConfig(DataConfig):
     # The order in which --help lists the options, the frequent ones first.
     GROUPS: ClassVar[dict[str, str]] = {
         "frequent options": "dataset model epochs batch_size lr output_dir",
-        "data": "data_args data_dir transforms mixup download positive_class synthetic_shape synthetic_classes "
-        "synthetic_samples seed",
+        "data": "data_args data_dir image_size cache max_corrupt workers transforms mixup download positive_class "
+        "synthetic_shape synthetic_classes synthetic_samples seed",
         "model": "model_args init_from freeze ema dropout sync_batchnorm channels_last compile",
         "loss and metrics": "loss label_smoothing metrics",
         "optimizer": "weight_decay decoupled_weight_decay weight_decay_on betas eps amsgrad max_grad_norm "
@@ -38,14 +39,16 @@ class TrainConfig(DataConfig):
         "checkpoints": "resume checkpoint_every keep allow_data_change",
         "logging": "log_every eval_every",
     }
-    EXAMPLES: ClassVar[str] = """examples:
+    EXAMPLES: ClassVar[str] = f"""examples:
   python -m hvd_adam.train --epochs 3
   horovodrun -np 2 python -m hvd_adam.train --dataset cifar10 --model resnet18 --output-dir runs/first
   python -m hvd_adam.train --dataset package.module:function --data-dir photos
   python -m hvd_adam.train --model package.module:build --model-args '{"width": 64}' --loss package.module:loss
+  python -m hvd_adam.train --config recipe:imagefolder --data-dir photos --cache /tmp/cache
   python -m hvd_adam.train --lr 0.002 --print-config > run.yaml
   python -m hvd_adam.train --config run.yaml --output-dir runs/second
-The last command, repeated, resumes its run."""
+The last command, repeated, resumes its run.
+recipes for --config recipe:NAME: {", ".join(recipes.names())}"""
 
     model: str = option(
         "cnn",

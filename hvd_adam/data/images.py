@@ -29,7 +29,16 @@ class ImageData:
     test_labels: np.ndarray
     """As `train_labels`."""
     augment: bool = False
-    """Whether training crops and flips the images at random."""
+    """Whether training pads the images and crops and flips them at random."""
+    crop: int | None = None
+    """Side in pixels of the squares that training crops and flips at random, and of the center crops for testing.
+    The images then stay on the host, where they may be memory-mapped. None: they are copied to the device."""
+    mean: tuple[float, ...] | None = None
+    """Mean of each channel for the normalization, in units where 255 is 1; None: that of the training images."""
+    std: tuple[float, ...] | None = None
+    """As `mean`, the standard deviation."""
+    checksum: str = ""
+    """Fingerprint of the training images, if it is known; empty: it is computed from them."""
 
     def __post_init__(self) -> None:
         if len(self.classes) < 2:
@@ -41,6 +50,11 @@ class ImageData:
             raise UserError(
                 f"data set {self.name}: training images of shape {self.train_images.shape[1:]} but test "
                 f"images of shape {self.test_images.shape[1:]}: they must be the same"
+            )
+        if self.crop is not None and not 1 <= self.crop <= min(self.train_images.shape[2:]):
+            raise UserError(
+                f"data set {self.name}: crops of side {self.crop} from images of {self.train_images.shape[2]} by "
+                f"{self.train_images.shape[3]} pixels: they must be at least 1 and fit"
             )
 
     def _check(self, images: np.ndarray, labels: np.ndarray, what: str) -> None:
@@ -69,9 +83,8 @@ class ImageData:
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of each image."""
-        channels, height, width = self.train_images.shape[1:]
-        return channels, height, width
+        """Channels, height and width of each image of a batch."""
+        return self.channels, *self.image_size
 
     @property
     def channels(self) -> int:
@@ -80,17 +93,20 @@ class ImageData:
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width of each image."""
-        return self.train_images.shape[2], self.train_images.shape[3]
+        """Height and width of each image of a batch."""
+        height, width = self.train_images.shape[2:]
+        return (height, width) if self.crop is None else (self.crop, self.crop)
 
     def summary(self) -> str:
         """Returns the shape of an image and the numbers of classes and images, for the first line of a run."""
-        shape = "×".join(map(str, self.train_images.shape[1:]))
+        shape = "×".join(map(str, self.sample_shape))
         train, test = len(self.train_images), len(self.test_images)
         return f"{shape}, {len(self.classes)} classes, {train} training and {test} test images"
 
     def fingerprint(self) -> str:
         """Returns a checksum of the training images and labels with their shapes: 16 hexadecimal digits."""
+        if self.checksum:
+            return self.checksum
         digest = hashlib.sha256(repr(self.train_images.shape).encode())
         for start in range(0, len(self.train_images), 1024):  # a non-contiguous array is copied: in small parts
             digest.update(np.ascontiguousarray(self.train_images[start : start + 1024]).data)

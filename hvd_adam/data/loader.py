@@ -1,6 +1,6 @@
-"""`DeviceLoader`: makes batches on the device, from uint8 images in its memory.
+"""`DeviceLoader`: makes batches on the device, from uint8 images in its memory or on the host.
 
-For each batch only indices and random words are copied to the device, without waiting for it.
+Of images in the device's memory, only indices and random words are copied for each batch, without waiting for it.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from hvd_adam.data import sampling
+from hvd_adam.data.host_images import HostImages
 from hvd_adam.data.images import ImageData, channel_statistics
 from hvd_adam.data.normalize import Normalization
 from hvd_adam.data.protocols import Batch
@@ -31,7 +32,7 @@ class DeviceLoader:
         device: where batches are made.
         dtype: of the images.
         channels_last: whether images have channels-last memory format.
-        mean: of each channel, in units where 255 is 1; that of the training images by default.
+        mean: of each channel, in units where 255 is 1; by default that of the data set or its training images.
         std: as `mean`, the standard deviation.
         transform: called with each training image, uint8 of shape `(channels, height, width)` on the device, after
             crop and flip and before normalization; returns another one of the same shape. None: no further one.
@@ -57,8 +58,17 @@ class DeviceLoader:
         self.dtype = dtype
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         if mean is None or std is None:
+            mean, std = data.mean, data.std
+        if mean is None or std is None:
             mean, std = channel_statistics(data.train_images)
         self.mean, self.std = tuple(mean), tuple(std)
+        self._host_train, self._host_test = (
+            None if data.crop is None else HostImages(images, labels, data.crop, self.device)
+            for images, labels in (
+                (data.train_images, data.train_labels),
+                (data.test_images, data.test_labels),
+            )
+        )
         self._normalize = Normalization(self.mean, self.std, self.device, dtype, self.memory_format)
 
     def description(self) -> dict[str, Any]:
@@ -94,14 +104,17 @@ class DeviceLoader:
     ) -> Iterator[Batch]:
         """As `protocols.Loader`."""
         order = sampling.epoch_order(len(self.data.train_images), seed, epoch)
+        places = None if self._host_train is None else self._host_train.places
+        if places is None and self.data.augment:
+            places = (2 * _PADDING + 1, 2 * _PADDING + 1)
         for step in range(first_step, self.steps_per_epoch(global_batch_size)):
             for micro_batch in range(accumulate):
                 part = {"rank": rank, "size": size, "micro_batch": micro_batch, "accumulate": accumulate}
                 chosen = [sampling.batch_share(order, step, global_batch_size=global_batch_size, **part)]
-                if self.data.augment:
+                if places is not None:
                     bits = sampling.augmentation_bits(seed, epoch, step, global_batch_size)
-                    chosen += _crops(bits[sampling.share(global_batch_size, **part)])
-                images, labels = self._train_batch(self._upload(np.stack(chosen)))
+                    chosen += _crops(bits[sampling.share(global_batch_size, **part)], places)
+                images, labels = self._train_batch(chosen)
                 if self._transform is not None:
                     seeds = sampling.transform_seeds(seed, epoch, step, global_batch_size)
                     mine = seeds[sampling.share(global_batch_size, **part)].tolist()
@@ -110,11 +123,10 @@ class DeviceLoader:
 
     def test_batches(self, batch_size: int, *, rank: int = 0, size: int = 1) -> Iterator[Batch]:
         """As `protocols.Loader`; the samples are in order."""
-        images, labels = self._test
-        mine = sampling.evaluation_share(len(images), rank, size)
+        mine = sampling.evaluation_share(len(self.data.test_images), rank, size)
         for start in range(mine.start, mine.stop, batch_size):
-            stop = min(start + batch_size, mine.stop)
-            yield self._normalize(images[start:stop]), labels[start:stop]
+            images, labels = self._test_batch(start, min(start + batch_size, mine.stop))
+            yield self._normalize(images), labels
 
     @cached_property
     def _train(self) -> Batch:
@@ -134,17 +146,31 @@ class DeviceLoader:
             host = host.pin_memory()  # otherwise the copy would wait for the device
         return host.to(self.device, non_blocking=True)
 
-    def _train_batch(self, chosen: torch.Tensor) -> Batch:
-        images, labels = (tensor[chosen[0]] for tensor in self._train)
-        if self.data.augment:
-            images = crop_and_flip(images, chosen[1], chosen[2], chosen[3].bool(), padding=_PADDING)
+    def _train_batch(self, chosen: list[np.ndarray]) -> Batch:
+        """Makes a batch of uint8 images from indices and, if they are cropped, the crops' top, left and flip."""
+        if self._host_train is not None:
+            return self._host_train.crops(*chosen)
+        indices, *crops = self._upload(np.stack(chosen))
+        images, labels = (tensor[indices] for tensor in self._train)
+        if crops:
+            images = crop_and_flip(images, crops[0], crops[1], crops[2].bool(), padding=_PADDING)
         return images, labels
 
+    def _test_batch(self, start: int, stop: int) -> Batch:
+        if self._host_test is not None:
+            return self._host_test.centers(start, stop)
+        images, labels = self._test
+        return images[start:stop], labels[start:stop]
 
-def _crops(bits: np.ndarray) -> list[np.ndarray]:
-    """Returns `crop_and_flip`'s top, left and flip, int64, from disjoint bits of each random word."""
-    places = 2 * _PADDING + 1
-    top, left, flip = (bits & 0x7FFFFFFF) % places, (bits >> 32 & 0x7FFFFFFF) % places, bits >> 63
+
+def _crops(bits: np.ndarray, places: tuple[int, int]) -> list[np.ndarray]:
+    """Returns top, left and flip of a crop of each image, int64, from disjoint bits of its random word.
+
+    Args:
+        bits: uint64, shape `(n,)`.
+        places: number of values of top and of left.
+    """
+    top, left, flip = (bits & 0x7FFFFFFF) % places[0], (bits >> 32 & 0x7FFFFFFF) % places[1], bits >> 63
     return [part.astype(np.int64) for part in (top, left, flip)]
 
 

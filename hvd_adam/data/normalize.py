@@ -1,6 +1,11 @@
 """`Normalization`: uint8 images on the device into normalized floating-point images."""
 
+import math
+import mmap
+
 import torch
+
+_MAPPED_BYTES = 2**20
 
 
 class Normalization:
@@ -12,6 +17,9 @@ class Normalization:
         device: of the images.
         dtype: of the result, floating-point.
         memory_format: of the result.
+        from_workers: whether the images come from worker processes. Large batches on a CPU then get memory pages
+            of their own: in the heap of the C library they leave holes that no later batch fits into, 19 MB more
+            with each batch of 32 images of 224 pixels. The page faults take half a millisecond per image.
     """
 
     def __init__(
@@ -21,7 +29,10 @@ class Normalization:
         device: torch.device,
         dtype: torch.dtype,
         memory_format: torch.memory_format,
+        *,
+        from_workers: bool = False,
     ) -> None:
+        self._own_pages = from_workers and device.type == "cpu"
         self._device, self._dtype, self._memory_format = device, dtype, memory_format
         # Half precision would lose the last bits of 0 to 255 in the subtraction, so the conversion is last.
         self._working_dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -37,5 +48,18 @@ class Normalization:
         Args:
             images: uint8, shape `(n, c, h, w)`.
         """
-        values = images.to(self._working_dtype, memory_format=self._memory_format)
+        values = self._empty(images.shape).copy_(images)
         return values.sub_(self._shift).div_(self._divisor).to(self._dtype)
+
+    def _empty(self, shape: torch.Size) -> torch.Tensor:
+        """Returns memory for a batch in the working dtype."""
+        size = math.prod(shape) * self._working_dtype.itemsize
+        if not self._own_pages or size < _MAPPED_BYTES:
+            return torch.empty(
+                shape, dtype=self._working_dtype, device=self._device, memory_format=self._memory_format
+            )
+        flat = torch.frombuffer(mmap.mmap(-1, size), dtype=self._working_dtype)
+        if self._memory_format == torch.channels_last:
+            count, channels, height, width = shape
+            return flat.view(count, height, width, channels).permute(0, 3, 1, 2)
+        return flat.view(shape)

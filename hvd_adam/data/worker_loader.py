@@ -40,7 +40,7 @@ class WorkerLoader:
         workers: worker processes of this rank, which start with the first batch; 0: the rank itself reads.
         dtype: of floating-point inputs and targets.
         channels_last: whether inputs with four dimensions have channels-last memory format.
-        max_unreadable: how many samples that raise `UnreadableSample` a rank tolerates; one more ends the run.
+        unreadable: tolerates a number of samples that raise `UnreadableSample`; None: the first one ends the run.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class WorkerLoader:
         workers: int = 0,
         dtype: torch.dtype = torch.float32,
         channels_last: bool = False,
-        max_unreadable: int = 0,
+        unreadable: UnreadableSamples | None = None,
     ) -> None:
         self.data = datasets
         self.device = torch.device(device)
@@ -60,8 +60,10 @@ class WorkerLoader:
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self._normalize: Normalization | None = None
         if datasets.mean is not None and datasets.std is not None:
-            self._normalize = Normalization(datasets.mean, datasets.std, self.device, dtype, self._memory_format)
-        self._unreadable = UnreadableSamples(max_unreadable)
+            self._normalize = Normalization(
+                datasets.mean, datasets.std, self.device, dtype, self._memory_format, from_workers=workers > 0
+            )
+        self._unreadable = unreadable or UnreadableSamples(0)
         self._plan = _Plan()
         self._loader: DataLoader[Answer] | None = None
         if workers:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +19,9 @@ from hvd_adam.data.own import checked_datasets
 from hvd_adam.data.protocols import Data, Loader
 from hvd_adam.data.transforms import transformed
 from hvd_adam.data.worker_loader import WorkerLoader
+from hvd_adam.data.workers.unreadable import UnreadableSamples
 from hvd_adam.distributed.context import Cluster, horovod
+from hvd_adam.distributed.placement import cores
 from hvd_adam.distributed.sync_batchnorm import convert
 from hvd_adam.errors import UserError
 from hvd_adam.import_path import is_reference, resolve
@@ -28,13 +32,37 @@ from hvd_adam.training.objective import Objective
 from hvd_adam.training.precision import parameter_dtype
 from hvd_adam.training.weights.trainable import freeze, parameter_groups
 
+MOST_WORKERS = 16  # by default: more rarely decode faster than one GPU trains
 
-def load_data(config: DataConfig) -> data.ImageData | data.Datasets:
-    """Loads the data set.
+
+def load_data(
+    config: DataConfig, *, workers: int = 0, progress: Callable[[str], None] = lambda doing: None
+) -> data.ImageData | data.Datasets:
+    """Loads the data set, or finds its files.
+
+    Args:
+        config: its options.
+        workers: processes that make the cache of an image folder.
+        progress: as for `image_folder.load.load_packed`.
 
     Raises:
         UserError: no data set has that name, or its files are missing or damaged.
     """
+    if config.dataset == "imagefolder":
+        from hvd_adam.data.image_folder.load import load, load_packed  # torchvision takes a second to import
+
+        folder, size, positive = Path(config.data_dir), config.image_size, config.positive_class
+        if config.cache is None:
+            return load(folder, image_size=size, positive_class=positive)
+        return load_packed(
+            folder,
+            Path(config.cache),
+            image_size=size,
+            positive_class=positive,
+            workers=workers,
+            max_unreadable=config.max_corrupt,
+            progress=progress,
+        )
     return data.load(
         config.dataset,
         data_dir=config.data_dir,
@@ -47,16 +75,41 @@ def load_data(config: DataConfig) -> data.ImageData | data.Datasets:
     )
 
 
-def make_loader(config: TrainConfig, cluster: Cluster) -> Loader:
+def worker_count(workers: int | None, cluster: Cluster) -> int:
+    """Returns the number of worker processes of a rank; by default its share of the cores less one for itself.
+
+    Args:
+        workers: of the user; None for the default.
+        cluster: this process.
+    """
+    if workers is not None:
+        return workers
+    # `init` sets PyTorch's threads to this rank's share of the cores, unless the user has set them.
+    is_share = "OMP_NUM_THREADS" not in os.environ
+    share = torch.get_num_threads() if is_share else len(cores()) // cluster.local_size
+    return min(max(share - 1, 1), MOST_WORKERS)
+
+
+def make_loader(
+    config: TrainConfig, cluster: Cluster, progress: Callable[[str], None] = lambda doing: None
+) -> Loader:
     """Builds the loader of batches on this rank's device.
 
+    Args:
+        config: the run's configuration.
+        cluster: this process.
+        progress: as for `load_data`.
+
     Raises:
-        UserError: as `load_data`; the function of --transforms cannot be imported, or fails.
+        UserError: as `load_data`; the function of --transforms cannot be imported, or fails; --workers or
+            --max-corrupt have no effect, because the data set is in memory.
     """
     dtype = parameter_dtype(config.precision)
     transform = None if config.transforms is None else resolve(config.transforms, "--transforms")
-    loaded = load_data(config)
+    workers = worker_count(config.workers, cluster)
+    loaded = load_data(config, workers=workers, progress=progress)
     if isinstance(loaded, data.ImageData):
+        _require_no_workers(config)
         loader: Loader = DeviceLoader(
             loaded, cluster.device, dtype=dtype, channels_last=config.channels_last, transform=transform
         )
@@ -65,9 +118,24 @@ def make_loader(config: TrainConfig, cluster: Cluster) -> Loader:
         loaded = checked_datasets(transformed(loaded, transform), f"--transforms {config.transforms}")
 
     def read(samples: data.Datasets) -> Loader:
-        return WorkerLoader(samples, cluster.device, dtype=dtype, channels_last=config.channels_last)
+        return WorkerLoader(
+            samples,
+            cluster.device,
+            workers=workers,
+            dtype=dtype,
+            channels_last=config.channels_last,
+            unreadable=UnreadableSamples(config.max_corrupt),
+        )
 
     return read(loaded) if config.mixup is None else MixupLoader(read(loaded), read(loaded), config.mixup)
+
+
+def _require_no_workers(config: TrainConfig) -> None:
+    """Raises UserError if options for worker processes are given for a function that returned `ImageData`."""
+    given = {"workers": config.workers is not None, "max-corrupt": config.max_corrupt != TrainConfig.max_corrupt}
+    idle = " and ".join(f"--{name}" for name, is_given in given.items() if is_given)
+    if idle and is_reference(config.dataset):
+        raise UserError(f"{idle}: no effect, because {config.dataset} returns images in memory; leave it out")
 
 
 def build_model(config: TrainConfig, loader: Loader) -> torch.nn.Module:

@@ -19,11 +19,12 @@ from hvd_adam.data import ImageData
 from hvd_adam.data.loader import DeviceLoader
 from hvd_adam.data.protocols import Loader
 from hvd_adam.data.worker_loader import WorkerLoader
+from hvd_adam.data.workers.unreadable import UnreadableSamples
 from hvd_adam.distributed.agreement import raise_on_all_ranks, require_same
 from hvd_adam.distributed.context import Cluster, init
-from hvd_adam.errors import UserError
+from hvd_adam.errors import CollectiveError, UserError
 from hvd_adam.log import write_result
-from hvd_adam.training.builders import load_data, model_of
+from hvd_adam.training.builders import load_data, model_of, worker_count
 from hvd_adam.training.objective import Objective
 from hvd_adam.training.precision import autocast, parameter_dtype
 
@@ -101,6 +102,8 @@ def score(
     values = cluster.sum(sums).cpu()
     loss, samples, metrics, correct, seen, pairs = torch.split(values, parts)
     count = int(samples)
+    if not count:
+        raise CollectiveError("no test sample can be read: the warnings above name them")
     means = dict(zip(names, (metrics / count).tolist(), strict=True))
     if not classes or int(seen.sum()) < count:  # not all outputs were logits
         return Scores(loss.item() / count, None, None, count, None, means)
@@ -155,7 +158,8 @@ def load_model(config: EvaluateConfig, cluster: Cluster) -> tuple[Forward, Loade
         raise UserError(f"--weights ema: checkpoint {config.checkpoint} is of a run without --ema")
     if config.weights != "model" and averages is not None:
         weights = averages
-    samples = load_data(_data_config(config, trained))
+    # Test images are the same with and without a cache, which this host may not have.
+    samples = load_data(replace(_data_config(config, trained), cache=None))
     if list(samples.classes) != data["classes"]:
         raise UserError(
             f"checkpoint {config.checkpoint} is of another model or data set: its classes are {data['classes']}, "
@@ -174,7 +178,9 @@ def load_model(config: EvaluateConfig, cluster: Cluster) -> tuple[Forward, Loade
         mean, std = tuple(data["mean"]), tuple(data["std"])
         loader = DeviceLoader(samples, cluster.device, dtype=dtype, mean=mean, std=std)
     else:
-        loader = WorkerLoader(samples, cluster.device, dtype=dtype)
+        workers = worker_count(None, cluster)
+        unreadable = UnreadableSamples(trained.get("max_corrupt", DataConfig.max_corrupt))
+        loader = WorkerLoader(samples, cluster.device, workers=workers, dtype=dtype, unreadable=unreadable)
     if any(map(is_lazy, model.parameters())):  # their shapes depend on the inputs
         forward(next(loader.test_batches(1))[0])
     require_same_tensors(model.state_dict(), weights, config.checkpoint)

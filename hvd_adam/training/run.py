@@ -17,10 +17,11 @@ from hvd_adam.distributed.api import distribute
 from hvd_adam.distributed.broadcast.tensors import ROOT
 from hvd_adam.distributed.context import Cluster, horovod, init
 from hvd_adam.distributed.optimizer import DistributedAdam
+from hvd_adam.errors import Preempted
 from hvd_adam.log import logger
 from hvd_adam.optim.adam import Adam
 from hvd_adam.recovery.elastic import InMemoryCheckpoint
-from hvd_adam.recovery.preemption import Preemption
+from hvd_adam.recovery.preemption import Preemption, stop_requested
 from hvd_adam.recovery.watchdog import Watchdog, defer_horovod_stall_shutdown
 from hvd_adam.schedule import LearningRateSchedule
 from hvd_adam.training import run_dir
@@ -156,8 +157,14 @@ def build_run(config: TrainConfig, memory: InMemoryCheckpoint | None, resources:
     resources.callback(watchdog.close)
     preemption = Preemption(cluster, config.max_time, None if memory is None else memory.hosts_changed)
     require_same(cluster, "arguments", asdict(config))
+
+    def progress(doing: str) -> None:
+        watchdog.beat(doing)
+        if stop_requested():
+            raise Preempted
+
     with raise_on_all_ranks(cluster):
-        loader = make_loader(config, cluster)
+        loader = make_loader(config, cluster, progress)
         loader.steps_per_epoch(config.global_batch(cluster.size))  # raises before anything is written
         scaled = scale_for_ranks(config, cluster)
         model = build_model(config, loader)

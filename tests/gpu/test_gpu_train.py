@@ -1,13 +1,15 @@
 """The commands on a GPU: training in half precision, exact resume, evaluation, doctor.
 
 Hazards: loss scaling that skips all updates or none; a resumed run that differs in a bit; random generators of the
-GPU that are not saved; a checkpoint that cannot be loaded without a GPU; a loop that synchronizes on every update.
+GPU that are not saved; a checkpoint that cannot be loaded without a GPU; a loop that synchronizes on every update;
+a batch that is used before its copy to the GPU is complete.
 """
 
 import json
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers.cifar_files import write_cifar10
@@ -15,6 +17,9 @@ from helpers.on_ranks import on_ranks
 from helpers.training_runs import checkpoint, events, succeeded, train
 
 from hvd_adam.config import TrainConfig
+from hvd_adam.data import Datasets, ImageData
+from hvd_adam.data.loader import DeviceLoader
+from hvd_adam.data.worker_loader import WorkerLoader
 from hvd_adam.training.trainer import Trainer
 
 
@@ -101,3 +106,20 @@ def test_the_doctor_reports_gpu_driver_and_nccl_as_ok():
         assert checks[name]["status"] == "ok", checks[name]
     # A warning if it was built with --without-mpi.
     assert checks["Horovod"]["status"] == "ok" or "need MPI" in checks["Horovod"]["found"], checks["Horovod"]
+
+
+def test_batches_of_workers_and_of_images_on_the_host_are_those_of_a_cpu():
+    images = np.random.default_rng(0).integers(0, 256, (40, 3, 16, 16)).astype(np.uint8)
+    labels = np.arange(40) % 2
+    on_host = ImageData("noise", ("a", "b"), images, labels, images, labels, crop=14)
+    samples = list(zip(torch.from_numpy(images), labels.tolist(), strict=True))
+    in_workers = Datasets(samples, samples, ("a", "b"), mean=(0.5,) * 3, std=(0.2,) * 3)
+
+    def batches(device):
+        for loader in (DeviceLoader(on_host, device), WorkerLoader(in_workers, device, workers=2)):
+            yield from loader.train_batches(0, 0, global_batch_size=8)
+            yield from loader.test_batches(9)
+
+    for ours, theirs in zip(batches(torch.device("cuda", 0)), batches(torch.device("cpu")), strict=True):
+        assert ours[0].is_cuda and torch.equal(ours[1].cpu(), theirs[1])
+        torch.testing.assert_close(ours[0].cpu(), theirs[0], rtol=1e-6, atol=1e-6)

@@ -19,11 +19,15 @@ class UnreadableSamples:
     Args:
         limit: how many different samples are tolerated, ≥ 0.
         option: that sets the limit, for the message.
+
+    Attributes:
+        limit: as given.
+        messages: those of the samples so far, each with its path and the reason.
     """
 
     def __init__(self, limit: int, option: str = "--max-corrupt") -> None:
         self.limit, self._option = limit, option
-        self._seen: set[str] = set()
+        self.messages: list[str] = []
 
     def add(self, messages: Iterable[str]) -> None:
         """Adds samples, by their message.
@@ -32,13 +36,14 @@ class UnreadableSamples:
             UserError: there are more than the limit.
         """
         for message in messages:
-            if message in self._seen:
+            if message in self.messages:  # at most `limit` of them
                 continue
-            self._seen.add(message)
-            if len(self._seen) > self.limit:
-                others = f"; {len(self._seen) - 1} others before it" if len(self._seen) > 1 else ""
+            self.messages.append(message)
+            count = len(self.messages)
+            if count > self.limit:
+                others = f"; {count - 1} more cannot be read either" if count > 1 else ""
                 raise UserError(
                     f"cannot read {message}{others}: repair or remove it, or tolerate more with {self._option} "
-                    f"{len(self._seen)} or above"
+                    f"{count} or above"
                 )
             _logger.warning(f"cannot read {message}: the file is skipped", extra=_EVERY_RANK)

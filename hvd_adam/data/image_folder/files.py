@@ -1,0 +1,88 @@
+"""`ImageFiles`: a map-style data set that decodes image files and transforms them with torchvision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch.utils.data import Dataset
+
+from hvd_adam.data.datasets import UnreadableSample
+from hvd_adam.data.image_folder.scan import FileList
+from hvd_adam.models.torchvision_compat import import_torchvision
+
+import_torchvision()  # makes the following import work where torchvision was built for another PyTorch
+from torchvision.transforms import v2  # noqa: E402
+
+NAME = "imagefolder"
+
+# Of ImageNet's training images, as torchvision's models are trained with: a fixed normalization needs no pass over
+# the files, and is the one that pretrained weights expect.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+Transform = Callable[[Image.Image], Any]
+
+
+class ImageFiles(Dataset[tuple[torch.Tensor, int]]):
+    """Decodes files to RGB and transforms them.
+
+    Args:
+        files: the files.
+        transform: maps an RGB image to a uint8 tensor.
+    """
+
+    def __init__(self, files: FileList, transform: Transform) -> None:
+        self._files, self._transform = files, transform
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        """Returns an image, uint8 of shape `(3, height, width)`, and its label.
+
+        Raises:
+            UnreadableSample: the file cannot be read or decoded.
+        """
+        return self._transform(decode(self._files.path(index))), int(self._files.labels[index])
+
+
+def decode(path: str) -> Image.Image:
+    """Reads an image as RGB.
+
+    Raises:
+        UnreadableSample: the file cannot be read or decoded.
+    """
+    try:
+        with open(path, "rb") as file, Image.open(file) as image:
+            rgb: Image.Image = image.convert("RGB")
+            return rgb
+    except MemoryError:
+        raise
+    except UnidentifiedImageError:
+        raise UnreadableSample(path, "not an image") from None
+    except Exception as error:  # Pillow's decoders raise many types for damaged files
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        raise UnreadableSample(path, reason) from None
+
+
+def training_transform(size: int) -> Transform:
+    """Returns torchvision's usual augmentation: a random part of an image, resized to a square, and a random flip.
+
+    Args:
+        size: side of the result in pixels.
+    """
+    transform: Transform = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.PILToTensor()])
+    return transform
+
+
+def centered_transform(side: int, size: int) -> Transform:
+    """Returns a transform that resizes the shorter side of an image and crops its center.
+
+    Args:
+        side: length of the shorter side in pixels.
+        size: side of the crop in pixels, at most `side`.
+    """
+    transform: Transform = v2.Compose([v2.Resize(side), v2.CenterCrop(size), v2.PILToTensor()])
+    return transform
