@@ -43,7 +43,7 @@ class TrainConfig(DataConfig):
   python -m hvd_adam.train --epochs 3
   horovodrun -np 2 python -m hvd_adam.train --dataset cifar10 --model resnet18 --output-dir runs/first
   python -m hvd_adam.train --dataset package.module:function --data-dir photos
-  python -m hvd_adam.train --model package.module:build --model-args '{"width": 64}' --loss package.module:loss
+  python -m hvd_adam.train --model package.module:build --model-args '{{"width": 64}}' --loss package.module:loss
   python -m hvd_adam.train --config recipe:imagefolder --data-dir photos --cache /tmp/cache
   python -m hvd_adam.train --lr 0.002 --print-config > run.yaml
   python -m hvd_adam.train --config run.yaml --output-dir runs/second
