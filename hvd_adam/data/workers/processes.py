@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from multiprocessing import connection, forkserver, get_context, parent_process, resource_tracker
 
 # The rank decides what these signals mean, which schedulers and terminals send to all processes of a job.
-_SIGNALS_OF_THE_RANK = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+_SIGNALS_OF_THE_RANK = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 context = get_context("forkserver")
 
@@ -32,7 +32,7 @@ def start_server(*modules: str) -> None:
 @contextmanager
 def starting() -> Iterator[None]:
     """Processes that start in this block never receive the signals that the rank handles."""
-    resource_tracker.ensure_running()  # otherwise the server's start does it, which would unblock the signals
+    _start_tracker()  # otherwise the server's start does it, which would unblock the signals
     # Blocked rather than ignored: a signal that arrives meanwhile is delivered to the rank afterwards. The server
     # and its workers inherit the mask.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS_OF_THE_RANK)
@@ -45,6 +45,22 @@ def starting() -> Iterator[None]:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, on_child)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_tracker() -> None:
+    """Starts the process that removes semaphores of this one, unless it runs.
+
+    A rank that ends with an error leaves semaphores to it: there is no need to warn of them after the error.
+    """
+    given = os.environ.get("PYTHONWARNINGS")
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [given, "ignore:resource_tracker:UserWarning"]))
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        if given is None:
+            del os.environ["PYTHONWARNINGS"]
+        else:
+            os.environ["PYTHONWARNINGS"] = given
 
 
 def end_with_rank(_: int) -> None:
