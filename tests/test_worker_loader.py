@@ -176,3 +176,20 @@ def test_batches_in_pages_of_their_own_are_normalized_as_others_are(form, dtype)
     expected, ours = Normalization(*options)(images), Normalization(*options, from_workers=True)(images)
     assert torch.equal(ours, expected) and ours.dtype == dtype
     assert ours.is_contiguous(memory_format=form) and expected.is_contiguous(memory_format=form)
+
+
+def test_memory_of_a_batch_is_used_again_only_if_nothing_holds_it():
+    normalize = Normalization((0.5,), (0.5,), CPU, torch.float32, torch.contiguous_format, from_workers=True)
+    images = [torch.full((2, 1, 512, 512), value, dtype=torch.uint8) for value in (0, 255, 51)]
+    first = normalize(images[0])
+    part = first[1, 0, 7]  # a view
+    second = normalize(images[1])
+    assert (first == -1).all() and (second == 1).all()
+    place = second.data_ptr()
+    del first, second
+    assert normalize(images[2]).data_ptr() == place and (part == -1).all()
+    weight = torch.ones((), requires_grad=True)
+    product = (normalize(images[1]) * weight).sum()  # whose graph holds the batch
+    assert normalize(images[0]).data_ptr() != place
+    product.backward()
+    assert weight.grad == images[1].numel()

@@ -56,7 +56,8 @@ def decode(path: str) -> Image.Image:
     """
     try:
         with open(path, "rb") as file, Image.open(file) as image:
-            rgb: Image.Image = image.convert("RGB")
+            rgb: Image.Image = image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
+            rgb.load()
             return rgb
     except MemoryError:
         raise
