@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 Config = TypeVar("Config")
 
 MAPPING = Mapping[str, Any] | None
+_WITHOUT_VALUE = ("-h", "--help", "--version", "--print-config")
 
 
 def parse(
@@ -57,6 +58,8 @@ def parse(
     types = _types(config)
     require_plain_options(arguments)
     given = [argument.replace("--print_config", "--print-config", 1) for argument in arguments]
+    if _positionals(config):
+        given = _positionals_last(given, _names(types, bool))
     files = ConfigFiles(given, _names(types), _names(types, bool), _names(types, MAPPING))
     try:
         values = _parser(config, name).parse_args(files.arguments).as_dict()
@@ -78,6 +81,8 @@ def _checked(item: Field[Any], value: Any, types: dict[str, Any]) -> Any:
         raise UserError(f"{_option(item.name)} is {value:.3g}: it must be below 2⁶³")
     if isinstance(value, str) and item.metadata.get("path"):
         return expand_path(value, _option(item.name))
+    if isinstance(value, list) and (name := item.metadata.get("positional")):
+        return tuple(expand_path(str(part), name) for part in value)
     return value
 
 
@@ -90,7 +95,7 @@ def _parser(config: type, name: str) -> jsonargparse.ArgumentParser:
         exit_on_error=False,
         allow_abbrev=True,
         print_config="--print-config",
-        usage=f"python -m {name} [options]",
+        usage=" ".join([f"python -m {name} [options]", *_positionals(config)]),
         epilog=getattr(config, "EXAMPLES", None),
         formatter_class=argparse.RawDescriptionHelpFormatter,  # jsonargparse's own appends Python types
     )
@@ -126,7 +131,9 @@ def _add(group: Any, item: Field[Any], kind: Any) -> None:
     import jsonargparse
 
     option, text = _option(item.name), _help(item)
-    if kind is bool:
+    if metavar := item.metadata.get("positional"):
+        group.add_argument(item.name, type=str, nargs="*", default=item.default, help=text, metavar=metavar)
+    elif kind is bool:
         negation = jsonargparse.ActionYesNo(no_prefix="no-")
         group.add_argument(option, action=negation, default=item.default, help=text)
     elif kind == tuple[float, float]:
@@ -170,6 +177,26 @@ def _files_first(arguments: list[str]) -> list[str]:
     return files + others
 
 
+def _positionals(config: Any) -> list[str]:
+    """Returns what stands for the values without an option in the usage line; empty if there are none."""
+    names = [item.metadata.get("positional") for item in fields(config)]
+    return [f"{name} [{name} ...]" for name in names if name]
+
+
+def _positionals_last(arguments: list[str], switches: Sequence[str]) -> list[str]:
+    """Moves the words that are no options and no values of options behind them: argparse wants them together."""
+    without_value = [*(f"--{no}{name}" for name in switches for no in ("", "no-")), *_WITHOUT_VALUE]
+    options: list[str] = []
+    words: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        is_option = argument.startswith("-")
+        (options if is_option else words).append(argument)
+        if is_option and "=" not in argument and not any(name.startswith(argument) for name in without_value):
+            options += [value for value in [next(rest, None)] if value is not None]
+    return options + words
+
+
 def _option(field_name: str) -> str:
     return f"--{field_name.replace('_', '-')}"
 
@@ -186,7 +213,7 @@ def _summary(config: type) -> str:
 def _help(item: Field[Any]) -> str:
     """Returns the help text of a field with its default, unless that is None, off or empty."""
     text, default = str(item.metadata["help"]).replace("%", "%%"), item.default
-    if default is None or default is False or default == "":
+    if default is None or default is False or default in ("", ()):
         return text
     if isinstance(default, tuple):
         default = ",".join(map(str, default))
