@@ -21,6 +21,7 @@ from hvd_adam.argument_checks import (
     takes_no_value,
     unrecognized,
 )
+from hvd_adam.argument_order import files_first, positionals_last, with_dashes
 from hvd_adam.errors import UserError
 from hvd_adam.extras import install_command
 
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 Config = TypeVar("Config")
 
 MAPPING = Mapping[str, Any] | None
-_WITHOUT_VALUE = ("-h", "--help", "--version", "--print-config")
 
 
 def parse(
@@ -48,7 +48,7 @@ def parse(
     Raises:
         UserError: an unknown option, or a value of the wrong type or out of range. The message is one line.
     """
-    arguments = _files_first(_with_dashes(sys.argv[1:] if argv is None else argv))
+    arguments = files_first(with_dashes(sys.argv[1:] if argv is None else argv))
     try:
         import jsonargparse  # here: the doctor runs without it
     except ModuleNotFoundError:
@@ -59,7 +59,7 @@ def parse(
     require_plain_options(arguments)
     given = [argument.replace("--print_config", "--print-config", 1) for argument in arguments]
     if _positionals(config):
-        given = _positionals_last(given, _names(types, bool))
+        given = positionals_last(given, _names(types, bool))
     files = ConfigFiles(given, _names(types), _names(types, bool), _names(types, MAPPING))
     try:
         values = _parser(config, name).parse_args(files.arguments).as_dict()
@@ -149,52 +149,10 @@ def two_numbers(text: Any) -> tuple[float, float]:
     return first, second
 
 
-def _with_dashes(argv: Sequence[str]) -> list[str]:
-    """Replaces underscores in option names by dashes, so that the names of configuration files work too."""
-    arguments = []
-    for argument in argv:
-        option, equals, value = argument.partition("=")
-        if option in ("--model.args", "--data.args"):  # other programs write the arguments of a part so
-            option = option.replace(".", "-")
-        is_option = option.startswith("--") and option != "--print_config"
-        arguments.append((option.replace("_", "-") if is_option else option) + equals + value)
-    return arguments
-
-
-def _files_first(arguments: list[str]) -> list[str]:
-    """Moves `--config FILE` to the front, in order: other options override files, wherever they stand.
-
-    The launch scripts put options of their own in front of the user's.
-    """
-    files: list[str] = []
-    others: list[str] = []
-    rest = iter(arguments)
-    for argument in rest:
-        is_file = argument.partition("=")[0] in ("--con", "--conf", "--confi", "--config")  # abbreviations
-        (files if is_file else others).append(argument)
-        if is_file and "=" not in argument:
-            files += [value for value in [next(rest, None)] if value is not None]
-    return files + others
-
-
 def _positionals(config: Any) -> list[str]:
     """Returns what stands for the values without an option in the usage line; empty if there are none."""
     names = [item.metadata.get("positional") for item in fields(config)]
     return [f"{name} [{name} ...]" for name in names if name]
-
-
-def _positionals_last(arguments: list[str], switches: Sequence[str]) -> list[str]:
-    """Moves the words that are no options and no values of options behind them: argparse wants them together."""
-    without_value = [*(f"--{no}{name}" for name in switches for no in ("", "no-")), *_WITHOUT_VALUE]
-    options: list[str] = []
-    words: list[str] = []
-    rest = iter(arguments)
-    for argument in rest:
-        is_option = argument.startswith("-")
-        (options if is_option else words).append(argument)
-        if is_option and "=" not in argument and not any(name.startswith(argument) for name in without_value):
-            options += [value for value in [next(rest, None)] if value is not None]
-    return options + words
 
 
 def _option(field_name: str) -> str:

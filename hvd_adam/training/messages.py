@@ -22,6 +22,7 @@ NO_ACCURACY = (
 
 def start_facts(config: TrainConfig, cluster: Cluster, sizes: BatchSizes, loader: Loader) -> dict[str, Any]:
     """Returns what the events "start" and "resume" record."""
+    data = loader.description()
     return {
         "loss_function": config.loss or CROSS_ENTROPY,
         "world_size": cluster.size,
@@ -29,7 +30,7 @@ def start_facts(config: TrainConfig, cluster: Cluster, sizes: BatchSizes, loader
         "global_batch_size": sizes.global_batch,
         "total_steps": sizes.total_steps,
         "versions": {"hvd_adam": __version__, "torch": torch.__version__},
-        "data": loader.description(),
+        "data": {key: data[key] for key in ("classes", "train_images", "test_images", "fingerprint")},
     }
 
 
