@@ -21,6 +21,7 @@ from hvd_adam.argument_checks import (
     takes_no_value,
     unrecognized,
 )
+from hvd_adam.argument_order import files_first, positionals_last, with_dashes
 from hvd_adam.errors import UserError
 from hvd_adam.extras import install_command
 
@@ -47,7 +48,7 @@ def parse(
     Raises:
         UserError: an unknown option, or a value of the wrong type or out of range. The message is one line.
     """
-    arguments = _files_first(_with_dashes(sys.argv[1:] if argv is None else argv))
+    arguments = files_first(with_dashes(sys.argv[1:] if argv is None else argv))
     try:
         import jsonargparse  # here: the doctor runs without it
     except ModuleNotFoundError:
@@ -57,6 +58,8 @@ def parse(
     types = _types(config)
     require_plain_options(arguments)
     given = [argument.replace("--print_config", "--print-config", 1) for argument in arguments]
+    if _positionals(config):
+        given = positionals_last(given, _names(types, bool))
     files = ConfigFiles(given, _names(types), _names(types, bool), _names(types, MAPPING))
     try:
         values = _parser(config, name).parse_args(files.arguments).as_dict()
@@ -78,6 +81,8 @@ def _checked(item: Field[Any], value: Any, types: dict[str, Any]) -> Any:
         raise UserError(f"{_option(item.name)} is {value:.3g}: it must be below 2⁶³")
     if isinstance(value, str) and item.metadata.get("path"):
         return expand_path(value, _option(item.name))
+    if isinstance(value, list) and (name := item.metadata.get("positional")):
+        return tuple(expand_path(str(part), name) for part in value)
     return value
 
 
@@ -90,7 +95,7 @@ def _parser(config: type, name: str) -> jsonargparse.ArgumentParser:
         exit_on_error=False,
         allow_abbrev=True,
         print_config="--print-config",
-        usage=f"python -m {name} [options]",
+        usage=" ".join([f"python -m {name} [options]", *_positionals(config)]),
         epilog=getattr(config, "EXAMPLES", None),
         formatter_class=argparse.RawDescriptionHelpFormatter,  # jsonargparse's own appends Python types
     )
@@ -126,7 +131,9 @@ def _add(group: Any, item: Field[Any], kind: Any) -> None:
     import jsonargparse
 
     option, text = _option(item.name), _help(item)
-    if kind is bool:
+    if metavar := item.metadata.get("positional"):
+        group.add_argument(item.name, type=str, nargs="*", default=item.default, help=text, metavar=metavar)
+    elif kind is bool:
         negation = jsonargparse.ActionYesNo(no_prefix="no-")
         group.add_argument(option, action=negation, default=item.default, help=text)
     elif kind == tuple[float, float]:
@@ -142,32 +149,10 @@ def two_numbers(text: Any) -> tuple[float, float]:
     return first, second
 
 
-def _with_dashes(argv: Sequence[str]) -> list[str]:
-    """Replaces underscores in option names by dashes, so that the names of configuration files work too."""
-    arguments = []
-    for argument in argv:
-        option, equals, value = argument.partition("=")
-        if option in ("--model.args", "--data.args"):  # other programs write the arguments of a part so
-            option = option.replace(".", "-")
-        is_option = option.startswith("--") and option != "--print_config"
-        arguments.append((option.replace("_", "-") if is_option else option) + equals + value)
-    return arguments
-
-
-def _files_first(arguments: list[str]) -> list[str]:
-    """Moves `--config FILE` to the front, in order: other options override files, wherever they stand.
-
-    The launch scripts put options of their own in front of the user's.
-    """
-    files: list[str] = []
-    others: list[str] = []
-    rest = iter(arguments)
-    for argument in rest:
-        is_file = argument.partition("=")[0] in ("--con", "--conf", "--confi", "--config")  # abbreviations
-        (files if is_file else others).append(argument)
-        if is_file and "=" not in argument:
-            files += [value for value in [next(rest, None)] if value is not None]
-    return files + others
+def _positionals(config: Any) -> list[str]:
+    """Returns what stands for the values without an option in the usage line; empty if there are none."""
+    names = [item.metadata.get("positional") for item in fields(config)]
+    return [f"{name} [{name} ...]" for name in names if name]
 
 
 def _option(field_name: str) -> str:
@@ -186,7 +171,7 @@ def _summary(config: type) -> str:
 def _help(item: Field[Any]) -> str:
     """Returns the help text of a field with its default, unless that is None, off or empty."""
     text, default = str(item.metadata["help"]).replace("%", "%%"), item.default
-    if default is None or default is False or default == "":
+    if default is None or default is False or default in ("", ()):
         return text
     if isinstance(default, tuple):
         default = ",".join(map(str, default))

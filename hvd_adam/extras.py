@@ -5,6 +5,7 @@ from importlib.util import find_spec
 # The extra of setup.cfg that brings each optional package, by the name that is imported.
 EXTRAS = {
     "PIL": "train",
+    "jinja2": "train",
     "jsonargparse": "train",
     "matplotlib": "train",
     "mpi4py": "horovod",

@@ -8,7 +8,7 @@
 #                    or a CUDA toolkit)
 #   --without-mpi    Horovod with Gloo instead of MPI, for one machine: neither MPI nor ssh is needed
 #   --dev            also the extra "dev" and the other tools for the tests (shellcheck, Triton; as root also sshd, ip,
-#                    pkill, Slurm, buildah and debootstrap)
+#                    pkill, Slurm, buildah, debootstrap and Chromium)
 #
 # As root, system packages are installed with apt. Otherwise the missing ones are listed and the exit code is 2. An MPI
 # that is already on PATH (a cluster's module) is kept.
@@ -65,6 +65,8 @@ missing_for_tests() {
   has_command slurmctld || printf '%s\n' slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge
   has_command buildah || echo buildah
   [[ -x /usr/sbin/debootstrap ]] || echo debootstrap
+  # The browser of the report's tests. Ubuntu has it as a snap only; there the tests are skipped.
+  has_command chromedriver || ! grep -qx 'ID=debian' /etc/os-release || echo chromium-driver
 }
 
 # missing_packages: print Debian's names of the missing packages, one per line.

@@ -102,7 +102,7 @@ def test_the_package_can_be_imported_with_the_standard_library_alone(bare_python
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "report"])
 def test_a_command_without_its_extra_is_refused_in_one_line(bare_python, command):
     done = run("-m", f"hvd_adam.{command}", python=bare_python)
     assert (done.returncode, done.stdout) == (2, "")

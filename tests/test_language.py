@@ -24,7 +24,10 @@ def texts() -> dict[Path, str]:
     files = [path for path in ROOT.iterdir() if path.suffix in (".md", ".cfg", ".toml", ".yml")]
     for folder in FOLDERS:
         files += [path for path in ROOT.joinpath(folder).rglob("*") if "__pycache__" not in path.parts]
-    return {path: path.read_text() for path in files if path.is_file() and path.suffix in SUFFIXES}
+    own = [
+        path for path in files if path.suffix in SUFFIXES and path.name != "LICENSE" and ".min." not in path.name
+    ]
+    return {path: path.read_text() for path in own if path.is_file()}
 
 
 TEXTS = texts()

@@ -75,6 +75,7 @@ def test_every_launcher_trains_and_writes_a_complete_run_folder(launcher, traine
     assert events(folder)[-1]["test_accuracy"] == events(folder, "eval")[-1]["test_accuracy"] > 0.5
     assert events(folder)[-1]["images_per_second"] > 0
     assert events(folder)[0]["world_size"] == ranks
+    assert events(folder)[0]["data"]["classes"] == [str(digit) for digit in range(10)]
     assert events(folder, "step")[-1]["step"] == steps
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     config = (folder / "config.yaml").read_text()

@@ -12,15 +12,17 @@ from typing import Any
 from hvd_adam.errors import UserError
 
 
-def option(default: Any, help: str, *, path: bool = False) -> Any:
+def option(default: Any, help: str, *, path: bool = False, positional: str = "") -> Any:
     """Declares a field of a configuration.
 
     Args:
         default: its value if the user gives none.
         help: its text in `--help`, which appends the default unless that is None, False or empty.
         path: whether `~` and environment variables in the value are expanded.
+        positional: what stands for one value in `--help`, if the values are words without an option in front.
+            Their type is `tuple[str, ...]`.
     """
-    return field(default=default, metadata={"help": help, "path": path})
+    return field(default=default, metadata={"help": help, "path": path, "positional": positional})
 
 
 def require(holds: bool, name: str, value: object, wanted: str) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from hvd_adam._version import __version__
 from hvd_adam.config import TrainConfig
-from hvd_adam.data.protocols import Data
+from hvd_adam.data.protocols import Data, Loader
 from hvd_adam.distributed.context import Cluster
 from hvd_adam.training.plots import CROSS_ENTROPY
 from hvd_adam.training.run import BatchSizes
@@ -20,8 +20,9 @@ NO_ACCURACY = (
 )
 
 
-def start_facts(config: TrainConfig, cluster: Cluster, sizes: BatchSizes) -> dict[str, Any]:
+def start_facts(config: TrainConfig, cluster: Cluster, sizes: BatchSizes, loader: Loader) -> dict[str, Any]:
     """Returns what the events "start" and "resume" record."""
+    data = loader.description()
     return {
         "loss_function": config.loss or CROSS_ENTROPY,
         "world_size": cluster.size,
@@ -29,6 +30,7 @@ def start_facts(config: TrainConfig, cluster: Cluster, sizes: BatchSizes) -> dic
         "global_batch_size": sizes.global_batch,
         "total_steps": sizes.total_steps,
         "versions": {"hvd_adam": __version__, "torch": torch.__version__},
+        "data": {key: data[key] for key in ("classes", "train_images", "test_images", "fingerprint")},
     }
 
 

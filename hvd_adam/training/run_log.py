@@ -143,10 +143,25 @@ def shown_scores(scores: Mapping[str, Any], positive_class: str | None) -> dict[
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the events of a `metrics.jsonl`, except for an incomplete last line."""
-    for line in path.read_text().splitlines():
-        with suppress(ValueError):
-            yield json.loads(line)
+    """Yields the events of a `metrics.jsonl`, except for lines that are incomplete or damaged.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    yield from parse_events(path.read_text(errors="replace"))
+
+
+def parse_events(text: str) -> Iterator[dict[str, Any]]:
+    """Yields the events in the text of a `metrics.jsonl`, as `read_events` does."""
+    for line in text.splitlines():
+        with suppress(ValueError, RecursionError):
+            event = json.loads(line)
+            if (
+                isinstance(event, dict)
+                and isinstance(event.get("event"), str)
+                and isinstance(event.get("step"), int)
+            ):
+                yield event
 
 
 def _remove_later_events(path: Path, step: int | None) -> None:

@@ -109,7 +109,7 @@ class Trainer:
 
     def _log_start(self) -> None:
         config, cluster, sizes = self.config, self.cluster, self.sizes
-        facts = messages.start_facts(config, cluster, sizes)
+        facts = messages.start_facts(config, cluster, sizes, self.loader)
         if self.resume is None:
             self.log.event("start", 0, 0, **facts)
         else:
