@@ -58,7 +58,9 @@ def test_the_readme_links_to_every_part_of_the_documentation():
 @cache
 def known_options() -> str:
     helps = ""
-    names = "train evaluate doctor bench.adam bench.step bench.allreduce bench.memory bench.checkpoint".split()
+    names = (
+        "train evaluate compare doctor bench.adam bench.step bench.allreduce bench.memory bench.checkpoint".split()
+    )
     for name in names:
         command = [sys.executable, "-m", *f"hvd_adam.{name}".replace("bench.", "bench ").split(), "--help"]
         helps += subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout

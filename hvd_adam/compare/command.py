@@ -40,7 +40,19 @@ def compare(config: CompareConfig) -> None:
         UserError: the data or the model cannot be had, or the output cannot be written; raised on every rank.
     """
     defer_horovod_stall_shutdown(LONGEST_WAIT)
-    cluster = init(config.device)
+    compare_on(init(config.device), config)
+
+
+def compare_on(cluster: Cluster, config: CompareConfig) -> None:
+    """Runs a comparison on the ranks of a cluster; every rank calls it.
+
+    Args:
+        cluster: this process.
+        config: the comparison; identical on all ranks.
+
+    Raises:
+        UserError: as `compare`.
+    """
     # The order of additions depends on the number of threads, and the table must not depend on that of the ranks.
     torch.set_num_threads(1)
     require_same(cluster, "arguments", asdict(config))

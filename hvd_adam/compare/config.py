@@ -42,7 +42,7 @@ class CompareConfig(DataConfig):
     GROUPS: ClassVar[dict[str, str]] = {
         "frequent options": "study optimizers lrs seeds model epochs batch_size dataset output_dir",
         "data": "data_dir download positive_class synthetic_shape synthetic_classes synthetic_samples seed",
-        "training": "max_steps lr_decay eval_every target device",
+        "training": "initialization max_steps lr_decay eval_every target device",
         "studies": "batch_sizes depth",
         "output": "resume",
     }
@@ -71,6 +71,9 @@ The second command, repeated, continues where it was stopped."""
     model: str = option(
         "cnn",
         "cnn, mlp, a torchvision classifier such as resnet18, or a function of yours as package.module:function",
+    )
+    initialization: Literal["default", "he"] = option(
+        "default", "initial weights: those of --model; he: normal with variance 2/fan-in, biases 0"
     )
     epochs: int = option(6, "number of passes over the training images, ≥ 1")
     max_steps: int | None = option(None, "stop after this many updates if the epochs have more, ≥ 1")
@@ -110,6 +113,8 @@ The second command, repeated, continues where it was stopped."""
         for name, study in (("batch_sizes", "batch-size"), ("depth", "vanishing")):
             if self.study != study and getattr(self, name) != type(self).__dataclass_fields__[name].default:
                 raise UserError(f"--{name.replace('_', '-')} has no effect without --study {study}")
+        if self.initialization != "default" and self.study in ("initialization", "vanishing"):
+            raise UserError(f"--initialization he has no effect with --study {self.study}, which has its own")
         if self.study == "vanishing" and self.model != "cnn":
             raise UserError(
                 f"--model {self.model} has no effect with --study vanishing, which has its own networks"

@@ -25,8 +25,7 @@ def plot(study: str, rows: Sequence[Row], path: Path) -> None:
 
     figure = Figure(figsize=(15, 4.5 + 0.1 * len(rows)), layout="constrained")
     curves, middle, final = figure.subplots(1, 3)
-    colors = [f"C{number % 10}" for number in range(len(rows))]
-    styles = ["-" if number < 10 else "--" for number in range(len(rows))]
+    colors, styles = _looks(rows)
     for row, color, style in zip(rows, colors, styles, strict=True):
         _draw_curve(curves, row, color, style)
         _MIDDLE[study](middle, row, color, style)
@@ -38,6 +37,15 @@ def plot(study: str, rows: Sequence[Row], path: Path) -> None:
         axes.grid(alpha=0.3)
     _draw_final(final, rows, colors)
     figure.savefig(path, dpi=110)
+
+
+def _looks(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
+    """Returns a color for each variant, and a style of line for each optimizer that has variants."""
+    names = [row["name"].split(": ") for row in rows]
+    variants, optimizers = (list(dict.fromkeys(name[end] for name in names)) for end in (-1, 0))
+    colors = [f"C{variants.index(name[-1]) % 10}" for name in names]
+    styles = [("-", "--", ":", "-.")[optimizers.index(name[0]) % 4 if len(name) > 1 else 0] for name in names]
+    return colors, styles
 
 
 def _draw_curve(axes: Any, row: Row, color: str, style: str) -> None:

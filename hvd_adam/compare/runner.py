@@ -157,7 +157,7 @@ def _train_some(
             group["lr"] = learning_rate(record.updates, schedule)
         optimizer.zero_grad()
         loss = F.cross_entropy(model(images), labels)
-        loss.backward()
+        torch.autograd.backward(loss)
         if record.updates == 0:
             record.norms.append(_gradient_norms(model))
         optimizer.step()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from hvd_adam.compare.cells import Cell
 from hvd_adam.compare.config import BETAS, EPS, SCALING_RULES, CompareConfig
@@ -35,7 +35,8 @@ def arms(config: CompareConfig) -> list[Arm]:
     """Returns the rows of --study, in the order of the table."""
     if config.study == "optimizers":
         names = config.optimizer_names()
-        return [_arm(config, name, name, "adam" if name != "adam" and "adam" in names else None) for name in names]
+        baselines = {name: "adam" if name != "adam" and "adam" in names else None for name in names}
+        return [_arm(config, name, name, baselines[name], initialization=config.initialization) for name in names]
     if config.study == "initialization":
         return _variants(config, {name: {"initialization": name} for name in INITIALIZATIONS}, "default")
     if config.study == "vanishing":
@@ -43,11 +44,19 @@ def arms(config: CompareConfig) -> list[Arm]:
     return _batch_sizes(config)
 
 
-def _arm(config: CompareConfig, name: str, optimizer: str, baseline: str | None, **changes: str) -> Arm:
-    """Returns a row with every learning rate of the optimizer's grid; `changes` are of the cells."""
+def _arm(
+    config: CompareConfig,
+    name: str,
+    optimizer: str,
+    baseline: str | None,
+    *,
+    network: str = "",
+    initialization: str = "default",
+) -> Arm:
+    """Returns a row with every learning rate of the optimizer's grid."""
     cells = {
         lr: [
-            replace(Cell("", "default", optimizer, lr, BETAS, EPS, config.batch_size, seed), **changes)
+            Cell(network, initialization, optimizer, lr, BETAS, EPS, config.batch_size, seed)
             for seed in config.seed_list()
         ]
         for lr in config.grids()[optimizer]
@@ -79,7 +88,7 @@ def _batch_sizes(config: CompareConfig) -> list[Arm]:
             for rule in SCALING_RULES if size != config.batch_size else ("none",):
                 scaled = scale(size / config.batch_size, rule, lr=lr, betas=BETAS, eps=EPS)
                 cells = [
-                    Cell("", "default", optimizer, scaled.lr, scaled.betas, scaled.eps, size, seed)
+                    Cell("", config.initialization, optimizer, scaled.lr, scaled.betas, scaled.eps, size, seed)
                     for seed in config.seed_list()
                 ]
                 own = size == config.batch_size

@@ -95,8 +95,8 @@ def _first_at(curve: Sequence[Sequence[Any]], target: float) -> Sequence[Any] | 
 
 def _median_norms(of_runs: Sequence[Sequence[float | None]]) -> list[float | None]:
     """Returns the median over runs of each layer's norm; None where one is not finite."""
-    columns = zip(*of_runs, strict=True)
-    return [None if None in column else median(column) for column in columns]  # type: ignore[type-var]  # no None
+    columns = ([norm for norm in column if norm is not None] for column in zip(*of_runs, strict=True))
+    return [median(known) if len(known) == len(of_runs) else None for known in columns]
 
 
 def _mean_curve(curves: Sequence[Sequence[Sequence[Any]]]) -> list[list[float | None]]:
