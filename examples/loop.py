@@ -1,48 +1,56 @@
 """Trains with a guard, pre-emption and checkpoints: horovodrun -np 2 python loop.py."""
 
 import sys
-from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
 
-from hvd_adam import Adam, Cluster, distribute, guard, init
-from hvd_adam.checkpoint import storage
-from hvd_adam.checkpoint.manager import CheckpointManager
-from hvd_adam.distributed.agreement import raise_on_all_ranks
-from hvd_adam.recovery.preemption import Preemption
+from hvd_adam import Adam, CheckpointManager, Cluster, Preemption, distribute, guard, init
 
-CHECKPOINTS, UPDATES = Path("runs/loop"), 50
+UPDATES, BATCH = 200, 32  # samples per rank and update
 
 
 def main(cluster: Cluster) -> bool:
     """Trains; returns whether it was stopped early."""
-    preemption = Preemption(cluster, max_time=None)  # SIGTERM, SIGINT (Ctrl-C), SIGHUP, SIGUSR1, SIGUSR2
-    manager = CheckpointManager(CHECKPOINTS if cluster.rank == 0 else None, keep=2)
-    model = torch.nn.Linear(64, 10)
-    model.register_buffer("updates", torch.zeros((), dtype=torch.int64))  # buffers are broadcast and saved
-    model.to(cluster.device)
-    adam = Adam(model.parameters(), lr=1e-3)
-    if cluster.rank == 0 and (CHECKPOINTS / "latest").exists():
-        state = storage.load(CHECKPOINTS)  # verifies the checksum
-        model.load_state_dict(state["model"])
-        adam.load_state_dict(state["optimizer"])
-    optimizer = distribute(adam, model)  # every rank now has rank 0's state
+    torch.manual_seed(cluster.rank)  # each rank draws its own samples
+    digits = load_digits()
+    images = torch.tensor(digits.data / 16, dtype=torch.float32, device=cluster.device)
+    labels = torch.tensor(digits.target, device=cluster.device)
 
-    stop = False
-    for update in range(int(model.updates) + 1, UPDATES + 1):
-        preemption.ask()
-        optimizer.zero_grad()
-        model(torch.randn(32, 64, device=cluster.device)).square().mean().backward()
-        optimizer.step()
-        model.updates += 1
-        stop = preemption.should_stop()  # the same on every rank
-        if stop or update % 10 == 0:
-            manager.save(update, {"model": model.state_dict(), "optimizer": optimizer.state_dict_on_root()})
-        if stop:
-            break
-    with raise_on_all_ranks(cluster):  # the launcher ends all ranks when one exits: wait for rank 0's write
-        manager.result(wait=True)
-    manager.close()
+    model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 10))
+    model.to(cluster.device)
+    optimizer = distribute(Adam(model.parameters(), lr=3e-3), model)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, UPDATES)
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    preemption = Preemption(cluster)  # SIGTERM, SIGINT (Ctrl-C), SIGHUP, SIGUSR1, SIGUSR2
+
+    step, stop = 0, False
+    with CheckpointManager(cluster, "runs/loop", keep=2) as checkpoints:  # at its end, waits for the last one
+        saved = checkpoints.restore(**parts)  # random generators too, so that each rank draws what it would have
+        if saved is not None:
+            step = saved["step"]
+            cluster.print(f"resuming after update {step}, loss {saved['loss']:.4f}")
+        while step < UPDATES and not stop:
+            preemption.ask()
+            samples = torch.randint(1440, (BATCH,))
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(images[samples]), labels[samples])
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+            step += 1
+            stop = preemption.should_stop()  # the same on every rank
+            if stop or step % 50 == 0:
+                mean_loss = cluster.mean(loss, weight=BATCH).item()  # over the ranks
+                checkpoints.save(step, extra={"loss": mean_loss}, **parts)
+                cluster.print(f"update {step}  loss {mean_loss:.4f}, saving runs/loop/step-{step:08d}")
+
+    share = slice(1440 + cluster.rank, None, cluster.size)  # of the test samples, each on one rank
+    with torch.no_grad():
+        hits = (model(images[share]).argmax(dim=1) == labels[share]).sum()
+    counts = cluster.sum({"correct": hits, "all": len(labels[share])})
+    cluster.print(f"test accuracy {counts['correct'] / counts['all']:.3f} after {step} updates")
     return stop
 
 

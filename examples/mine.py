@@ -26,7 +26,7 @@ for _ in range(20):
         F.cross_entropy(model(x.to(cluster.device)), y.to(cluster.device)).backward()
         optimizer.step()  # updates with the mean of the gradients over the ranks
 
-if cluster.rank == 0:
+if cluster.is_root:  # rank 0
     with torch.no_grad():
         predicted = model(images[1440:].to(cluster.device)).argmax(dim=1).cpu()
     accuracy = (predicted == labels[1440:]).float().mean().item()

@@ -5,20 +5,15 @@ The first start stops in the third epoch. The second one continues, and ends as 
 
 import sys
 import zlib
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
-from hvd_adam import Adam, Cluster, distribute, guard, init
-from hvd_adam.checkpoint import storage
-from hvd_adam.checkpoint.manager import CheckpointManager
+from hvd_adam import Adam, CheckpointManager, Cluster, distribute, guard, init
 from hvd_adam.data import StatefulDistributedSampler
-from hvd_adam.distributed.agreement import raise_on_all_ranks
-from hvd_adam.distributed.context import horovod
 
-CHECKPOINTS, EPOCHS = Path("runs/resume_mid_epoch"), 4
+EPOCHS = 4
 
 
 class Largest(Dataset):
@@ -39,18 +34,11 @@ def main(cluster: Cluster) -> None:
     loader = sampler.loader(num_workers=1, multiprocessing_context="forkserver", persistent_workers=True)
     model = torch.nn.Sequential(torch.nn.Linear(10, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
     model.to(cluster.device)
-    adam = Adam(model.parameters(), lr=3e-3)
-    manager = CheckpointManager(CHECKPOINTS if cluster.rank == 0 else None, keep=2)
-
-    saved = {"update": 0, "sampler": sampler.state_dict()}
-    with raise_on_all_ranks(cluster):
-        if cluster.rank == 0 and (CHECKPOINTS / "latest").exists():
-            saved = storage.load(CHECKPOINTS)
-            model.load_state_dict(saved["model"])
-            adam.load_state_dict(saved["optimizer"])
-    update, place = horovod().broadcast_object((saved["update"], saved["sampler"]), 0)
-    sampler.load_state_dict(place)
-    optimizer = distribute(adam, model)  # every rank now has rank 0's state
+    optimizer = distribute(Adam(model.parameters(), lr=3e-3), model)  # every rank now has rank 0's state
+    parts = {"model": model, "optimizer": optimizer, "sampler": sampler}
+    checkpoints = CheckpointManager(cluster, "runs/resume_mid_epoch", keep=2)
+    saved = checkpoints.restore(**parts)
+    update = 0 if saved is None else saved["step"]
     print(f"rank {cluster.rank} starts after update {update}, in epoch {sampler.epoch}", flush=True)
 
     stop_after = 70 if update == 0 and "never" not in sys.argv else None
@@ -62,10 +50,8 @@ def main(cluster: Cluster) -> None:
             update += 1
             if update == stop_after:
                 break
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict_on_root()}
-    manager.save(update, {"update": update, "sampler": sampler.state_dict(), **state})
-    with raise_on_all_ranks(cluster):  # the launcher ends all ranks when one exits: wait for rank 0's write
-        manager.result(wait=True)
+    checkpoints.save(update, **parts)
+    checkpoints.close()  # waits until it is written
     weights = torch.cat([p.detach().flatten().cpu() for p in model.parameters()])
     print(f"rank {cluster.rank} saved after update {update}: weights {zlib.crc32(weights.numpy().tobytes()):08x}")
 

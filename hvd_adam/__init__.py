@@ -10,17 +10,23 @@ from typing import TYPE_CHECKING
 from hvd_adam._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from hvd_adam.checkpoint.manager import CheckpointManager
     from hvd_adam.distributed.api import distribute
-    from hvd_adam.distributed.context import Cluster
+    from hvd_adam.distributed.cluster import Cluster
     from hvd_adam.optim.adam import Adam
     from hvd_adam.recovery.collective_timeout import init
     from hvd_adam.recovery.guard import guard
+    from hvd_adam.recovery.preemption import Preemption
+    from hvd_adam.recovery.watchdog import Watchdog
 
-__all__ = ["Adam", "Cluster", "distribute", "guard", "init"]
+__all__ = ["Adam", "CheckpointManager", "Cluster", "Preemption", "Watchdog", "distribute", "guard", "init"]
 
 _MODULES = {
     "Adam": "optim.adam",
-    "Cluster": "distributed.context",
+    "CheckpointManager": "checkpoint.manager",
+    "Cluster": "distributed.cluster",
+    "Preemption": "recovery.preemption",
+    "Watchdog": "recovery.watchdog",
     "distribute": "distributed.api",
     "guard": "recovery.guard",
     "init": "recovery.collective_timeout",

@@ -6,12 +6,14 @@ horovodrun -np 2 python -m hvd_adam.evaluate --checkpoint runs/…
 
 from hvd_adam.cli import run
 from hvd_adam.config import EvaluateConfig
+from hvd_adam.loading import loading_modules
 
 
 def main(config: EvaluateConfig) -> None:
     """Evaluates; runs on every rank."""
     # Imported here, so that --help and a bad value are answered before PyTorch is loaded.
-    from hvd_adam.training.evaluation import evaluate
+    with loading_modules():
+        from hvd_adam.training.evaluation import evaluate
 
     evaluate(config)
 

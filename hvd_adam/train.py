@@ -10,6 +10,7 @@ from hvd_adam.config import TrainConfig
 from hvd_adam.distributed.launch_env import is_elastic
 from hvd_adam.errors import UserError
 from hvd_adam.extras import require
+from hvd_adam.loading import loading_modules
 from hvd_adam.recovery.preemption import install_handlers
 
 
@@ -17,8 +18,9 @@ def main(config: TrainConfig) -> None:
     """Trains; runs on every rank."""
     require("matplotlib", "tensorboard", "tqdm", "yaml")
     # Imported here, so that --help and a bad value are answered before PyTorch is loaded.
-    from hvd_adam.recovery import elastic
-    from hvd_adam.training.trainer import Trainer
+    with loading_modules():
+        from hvd_adam.recovery import elastic
+        from hvd_adam.training.trainer import Trainer
 
     if config.elastic:
         elastic.run(lambda memory: Trainer(config, memory).run(), config.device)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hvd_adam.checkpoint import storage
-from hvd_adam.checkpoint.manager import CheckpointManager
+from hvd_adam.checkpoint.writer import CheckpointWriter
 from hvd_adam.errors import UserError
 
 
@@ -115,9 +115,9 @@ def test_a_pointer_names_a_checkpoint_in_its_folder_or_is_refused_and_resume_nee
     for place in [folder / name, *((folder, tmp_path) if name == "latest" else ())]:
         assert str(folder) in refused(place)
     assert storage.load_newest(folder)[0].name == "step-00000020"
-    manager = CheckpointManager(folder, keep=2)
-    manager.save(21, {"model": 21})
-    assert manager.result(wait=True) == storage.load_newest(folder)[0]
+    writer = CheckpointWriter(folder, keep=2)
+    writer.save(21, {"model": 21})
+    assert writer.result(wait=True) == storage.load_newest(folder)[0]
     assert (folder / "latest").read_text() == "step-00000021\n"
     (folder / name).unlink()
     assert "no checkpoint in" in refused(folder / name)
@@ -128,17 +128,17 @@ def test_a_checkpoint_is_not_lost_while_it_is_replaced(tmp_path):
     (tmp_path / "step-00000020").rename(tmp_path / ".step-00000020.old")
     (tmp_path / ".step-00000020.123").mkdir()
     assert storage.load_newest(tmp_path)[0].name == "step-00000020"
-    CheckpointManager(tmp_path, keep=1)
+    CheckpointWriter(tmp_path, keep=1)
     assert {path.name for path in tmp_path.iterdir()} == {"step-00000001", "step-00000020", "latest"}
 
 
 def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path):
     (tmp_path / ".step-00000007.123").mkdir()  # of a killed process
-    manager = CheckpointManager(tmp_path, keep=2)
+    writer = CheckpointWriter(tmp_path, keep=2)
     for step in range(1, 7):
-        manager.save(step, {"model": step}, best=step == 2)
-        assert manager.result(wait=True).name == f"step-{step:08d}"
-        assert manager.result(wait=True) is None
+        writer.save(step, {"model": step}, best=step == 2)
+        assert writer.result(wait=True).name == f"step-{step:08d}"
+        assert writer.result(wait=True) is None
     assert {path.name for path in tmp_path.iterdir()} == {
         "step-00000002",
         "step-00000005",
@@ -151,33 +151,33 @@ def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path):
 
 
 def test_a_failed_write_is_reported_and_the_next_one_succeeds(tmp_path):
-    manager = CheckpointManager(tmp_path / "run", keep=2)
+    writer = CheckpointWriter(tmp_path / "run", keep=2)
     (tmp_path / "run").write_text("")
-    manager.save(1, {"model": 1})
+    writer.save(1, {"model": 1})
     with pytest.raises(UserError, match="cannot write the checkpoint"):
-        manager.result(wait=True)
+        writer.result(wait=True)
     (tmp_path / "run").unlink()
-    manager.save(2, {"model": 2})
-    assert manager.result(wait=True).name == "step-00000002"
+    writer.save(2, {"model": 2})
+    assert writer.result(wait=True).name == "step-00000002"
 
 
 def test_save_copies_the_state_and_reports_a_failure_of_the_previous_write(tmp_path):
     weight = torch.ones(3)
-    manager = CheckpointManager(tmp_path / "run", keep=2)
-    manager.save(1, {"weight": weight})
+    writer = CheckpointWriter(tmp_path / "run", keep=2)
+    writer.save(1, {"weight": weight})
     weight.zero_()
-    assert torch.equal(storage.load(manager.result(wait=True))["weight"], torch.ones(3))
+    assert torch.equal(storage.load(writer.result(wait=True))["weight"], torch.ones(3))
     shutil.rmtree(tmp_path / "run")
     (tmp_path / "run").write_text("")
-    manager.save(2, {"weight": weight})
+    writer.save(2, {"weight": weight})
     with pytest.raises(UserError, match="cannot write the checkpoint"):
-        manager.save(3, {"weight": weight})
+        writer.save(3, {"weight": weight})
 
 
-def test_a_manager_without_a_folder_writes_nothing(tmp_path, monkeypatch):
+def test_a_writer_without_a_folder_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    manager = CheckpointManager(None, keep=2)
-    manager.save(1, {"weight": 1})
-    assert manager.result(wait=True) is None
-    manager.close()
+    writer = CheckpointWriter(None, keep=2)
+    writer.save(1, {"weight": 1})
+    assert writer.result(wait=True) is None
+    writer.close()
     assert list(tmp_path.iterdir()) == []

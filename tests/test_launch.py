@@ -233,6 +233,16 @@ def dry_run(script, *arguments, env):
     return shown.stdout.replace(sys.executable, "PYTHON").replace(str(ROOT), "ROOT")
 
 
+@pytest.mark.parametrize("controller", ["--gloo", "--mpi"])
+def test_horovodrun_starts_ranks_without_importing_torch(controller, tmp_path):
+    (tmp_path / "torch.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w')\n")
+    command = [sys.executable, "-m", "hvd_adam.launch.horovodrun", "-np", "1", controller, "echo", "a rank"]
+    environ = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and "a rank" in done.stdout, done.stderr
+    assert not (tmp_path / "imported").exists()
+
+
 def test_dry_run_of_horovodrun_prints_the_command(environment, tmp_path):
     (tmp_path / "key").touch()
     arguments = [

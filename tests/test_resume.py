@@ -17,6 +17,7 @@ import time
 import pytest
 import torch
 from helpers.cifar_files import write_cifar10
+from helpers.forked_commands import ForkedCommands
 from helpers.training_runs import ROOT, checkpoint, events, one_line, succeeded, train
 
 # A model that sends a signal to its process in a training forward pass: STOP is SIGNAL:RANK:PASS.
@@ -58,11 +59,26 @@ def place(tmp_path_factory):
 
 
 def start(place, name, *argv, ranks=2, stop="", dropout="0.5", **options):
-    fixed = [*OPTIONS, "--global-batch-size", 32, "--data-dir", place / "data"]
     environ = {"PYTHONPATH": str(place), "DROPOUT": dropout, **({"STOP": stop} if stop else {})}
     if not ranks:
         environ = {**os.environ, **environ}
-    return train(*fixed, *argv, ranks=ranks, folder=place / name, env=environ, **options)
+    return train(*fixed_options(place), *argv, ranks=ranks, folder=place / name, env=environ, **options)
+
+
+@pytest.fixture(scope="module")
+def alone(place, tmp_path_factory):
+    """A function that trains without a launcher, in a fork of a process that has imported PyTorch."""
+    with ForkedCommands(tmp_path_factory.mktemp("commands")) as commands:
+
+        def alone(name, *argv, stop=""):
+            argv = [*fixed_options(place), *argv, "--output-dir", place / name]
+            return commands.run("hvd_adam.train", *argv, cwd=place, **({"STOP": stop} if stop else {}))
+
+        yield alone
+
+
+def fixed_options(place):
+    return [*OPTIONS, "--global-batch-size", 32, "--data-dir", place / "data"]
 
 
 def assert_same_end(place, one, other):
@@ -127,32 +143,32 @@ def test_with_other_numbers_of_ranks_it_ends_at_the_same_weights_up_to_rounding(
         assert (weight - other["model"][name]).abs().max() < 1e-9, name
 
 
-def test_a_preempted_run_exits_with_75_and_its_metrics_continue_without_gaps(place):
-    done = start(place, "75", ranks=0, stop="SIGTERM:0:15")
+def test_a_preempted_run_exits_with_75_and_its_metrics_continue_without_gaps(alone, place):
+    done = alone("75", stop="SIGTERM:0:15")
     assert (done.returncode, done.stderr) == (75, "")
     assert "stopped after 8 updates" in done.stdout
     with (place / "75" / "metrics.jsonl").open("a") as lines:
         lines.write('{"event": "step", "st')  # an incomplete line, as a killed process leaves it
-    done = start(place, "75", "--max-time", "0.001", ranks=0)
+    done = alone("75", "--max-time", "0.001")
     assert done.returncode == 75
     assert "stopped after 9 updates" in done.stdout
-    succeeded(start(place, "75", ranks=0))
+    succeeded(alone("75"))
     assert [event["event"] for event in events(place / "75")].count("start") == 1
     assert [event["step"] for event in events(place / "75", "resume")] == [8, 9]
     assert [event["step"] for event in events(place / "75", "step")] == list(range(4, STEPS + 1, 4))
     before = (place / "75" / "checkpoints" / "latest").read_text()
-    again = succeeded(start(place, "75", ranks=0))  # no updates are left
+    again = succeeded(alone("75"))  # no updates are left
     assert "already finished: 24 of 24 updates" in again.stdout
     assert (place / "75" / "checkpoints" / "latest").read_text() == before
     assert len(events(place / "75", "eval")) == 4
 
 
-def test_ctrl_c_saves_a_checkpoint_with_one_message_and_exits_with_130(place):
-    done = start(place, "130", ranks=0, stop="SIGINT:0:15")
+def test_ctrl_c_saves_a_checkpoint_with_one_message_and_exits_with_130(alone, place):
+    done = alone("130", stop="SIGINT:0:15")
     assert (done.returncode, done.stderr) == (130, "")
     assert done.stdout.count("stopped after") == done.stdout.count("stopped after 8 updates") == 1
     assert checkpoint(place / "130")["progress"]["step"] == 8
-    succeeded(start(place, "130", ranks=0))
+    succeeded(alone("130"))
     assert [event["step"] for event in events(place / "130", "resume")] == [8]
 
 
@@ -168,37 +184,37 @@ def test_a_closed_terminal_saves_a_checkpoint_unless_the_job_ignores_it(place):
     assert events(place / "nohup")[-1]["step"] == STEPS
 
 
-def test_a_run_ended_by_max_steps_resumes_within_the_epoch_with_a_larger_max_steps(place):
+def test_a_run_ended_by_max_steps_resumes_within_the_epoch_with_a_larger_max_steps(alone, place):
     argv = ["--lr-decay", "constant"]  # does not depend on the number of updates
-    succeeded(start(place, "long", *argv, ranks=0))
+    succeeded(alone("long", *argv))
     for steps in (3, 9):
-        succeeded(start(place, "longer", *argv, "--max-steps", steps, ranks=0))
-    succeeded(start(place, "longer", *argv, ranks=0))
+        succeeded(alone("longer", *argv, "--max-steps", steps))
+    succeeded(alone("longer", *argv))
     one, other = (checkpoint(place / name)["model"] for name in ("long", "longer"))
     assert all(torch.equal(weight, other[name]) for name, weight in one.items())
 
 
-def test_a_run_killed_before_its_first_checkpoint_restarts_from_the_beginning(place):
-    assert start(place, "young", ranks=0, stop="SIGKILL:0:5").returncode == -signal.SIGKILL
-    succeeded(start(place, "young", ranks=0))
+def test_a_run_killed_before_its_first_checkpoint_restarts_from_the_beginning(alone, place):
+    assert alone("young", stop="SIGKILL:0:5").returncode == -signal.SIGKILL
+    succeeded(alone("young"))
     assert [event["event"] for event in events(place / "young")].count("start") == 1
     assert events(place / "young")[-1]["event"] == "end"
 
 
-def test_a_run_started_from_a_checkpoint_resumes_from_its_own_checkpoints(place):
+def test_a_run_started_from_a_checkpoint_resumes_from_its_own_checkpoints(alone, place):
     source = place / "source"
-    assert start(place, "source", ranks=0, stop="SIGTERM:0:9").returncode == 75
+    assert alone("source", stop="SIGTERM:0:9").returncode == 75
     argv = ["--resume", source]
     # A run killed before its first own checkpoint starts from the given one again.
-    assert start(place, "branch", *argv, ranks=0, stop="SIGKILL:0:2").returncode == -signal.SIGKILL
-    assert start(place, "branch", *argv, ranks=0, stop="SIGTERM:0:5").returncode == 75
+    assert alone("branch", *argv, stop="SIGKILL:0:2").returncode == -signal.SIGKILL
+    assert alone("branch", *argv, stop="SIGTERM:0:5").returncode == 75
     source.rename(place / "moved")
-    succeeded(start(place, "branch", *argv, ranks=0))
+    succeeded(alone("branch", *argv))
     paths = [event["path"] for event in events(place / "branch", "resume")]
     assert paths == [str(source)] * 2 + [str(place / "branch" / "checkpoints" / "step-00000008")]
     assert events(place / "branch", "start") == []
     assert events(place / "branch")[-1]["event"] == "end"
-    missing = start(place, "new", *argv, ranks=0)
+    missing = alone("new", *argv)
     assert f"no checkpoint in {source}" in one_line(missing)
     assert not (place / "new").exists()
 
@@ -262,12 +278,12 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path):
         (["--resume", "data"], "holds a run that did not start from data"),
     ],
 )
-def test_a_checkpoint_of_another_run_is_refused_with_the_first_difference(argv, message, place):
+def test_a_checkpoint_of_another_run_is_refused_with_the_first_difference(alone, argv, message, place):
     folder = place / "refusing"
     if not folder.exists():
-        assert start(place, "refusing", ranks=0, stop="SIGTERM:0:3").returncode == 75
+        assert alone("refusing", stop="SIGTERM:0:3").returncode == 75
     before = contents(folder)
-    assert message in one_line(start(place, "refusing", *argv, ranks=0))
+    assert message in one_line(alone("refusing", *argv))
     assert contents(folder) == before
 
 
@@ -276,19 +292,19 @@ def contents(folder):
     return {path: path.read_bytes() for path in files}
 
 
-def test_a_damaged_checkpoint_is_logged_and_the_previous_one_is_loaded(place):
-    assert start(place, "damaged", ranks=0, stop="SIGTERM:0:27").returncode == 75
+def test_a_damaged_checkpoint_is_logged_and_the_previous_one_is_loaded(alone, place):
+    assert alone("damaged", stop="SIGTERM:0:27").returncode == 75
     newest = sorted((place / "damaged" / "checkpoints").glob("step-*"))[-1]
     assert newest.name == "step-00000014"
     (newest / "state.pt").write_bytes((newest / "state.pt").read_bytes()[:-1])
     (newest.parent / "latest").write_text("../../elsewhere\n")
     (newest.parent / "best").write_bytes(b"\xff\0")
-    done = succeeded(start(place, "damaged", ranks=0))
+    done = succeeded(alone("damaged"))
     assert f"warning: checkpoint {newest} is damaged: state.pt does not match its checksum" in done.stderr
     assert "resuming after 12 updates" in done.stdout or "resuming after 10 updates" in done.stdout
     for part in (place / "damaged" / "checkpoints").glob("step-*/manifest.json"):
         part.write_bytes(part.read_bytes().replace(b"step", b"stEp", 1))
-    line = one_line(start(place, "damaged", "--epochs", 5, ranks=0))
+    line = one_line(alone("damaged", "--epochs", 5))
     assert f"{place / 'damaged'} has no intact checkpoint: checkpoint" in line
     assert "manifest.json does not match its checksum" in line
 
@@ -314,10 +330,10 @@ def build(in_channels, num_classes, image_size, dropout=0.0):
 """
 
 
-def test_a_temporarily_full_disk_loses_only_the_checkpoints_of_that_time(place):
+def test_a_temporarily_full_disk_loses_only_the_checkpoints_of_that_time(alone, place):
     (place / "filling.py").write_text(FULL_DISK)
     argv = ["--model", "filling:build", "--accumulate", 1, "--checkpoint-every", 3, "--keep", 9]
-    done = succeeded(start(place, "full", *argv, ranks=0))
+    done = succeeded(alone("full", *argv))
     failed = [event["reason"] for event in events(place / "full", "checkpoint_failed")]
     assert failed
     assert all("cannot write the checkpoint" in reason for reason in failed)

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from helpers.cifar_files import write_cifar10
+from helpers.forked_commands import ForkedCommands
 from helpers.training_runs import ROOT, checkpoint, events, one_line, succeeded, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -45,6 +46,17 @@ def trained(tmp_path_factory):
         return succeeded(done), folder
 
     return trained
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A function that runs a command without a launcher, in a fork of a process that has imported PyTorch."""
+    with ForkedCommands(tmp_path_factory.mktemp("commands")) as commands:
+
+        def alone(*argv, folder=None, module="hvd_adam.train"):
+            return commands.run(module, *argv, *(["--output-dir", folder] if folder else []))
+
+        yield alone
 
 
 @pytest.mark.parametrize("launcher", ["none", "horovodrun --mpi", "horovodrun --gloo", "launch/mpirun.sh"])
@@ -220,39 +232,39 @@ def test_cifar10_trains_with_all_classes_and_with_one_class_against_the_rest(tmp
         ("--lr-scaling sqrt --accumulate 20", "below 0"),
     ],
 )
-def test_bad_input_is_reported_in_one_line_and_writes_nothing(argv, message, tmp_path):
+def test_bad_input_is_reported_in_one_line_and_writes_nothing(alone, argv, message, tmp_path):
     if "cuda" in argv and torch.cuda.is_available():
         pytest.skip("needs a machine without a GPU")
-    done = train(*argv.format(tmp=tmp_path).split(), folder=tmp_path / "run")
+    done = alone(*argv.format(tmp=tmp_path).split(), folder=tmp_path / "run")
     assert message in one_line(done)
     assert done.stdout == ""
     assert not (tmp_path / "run").exists()
 
 
-def test_the_error_names_a_damaged_data_file(tmp_path):
+def test_the_error_names_a_damaged_data_file(alone, tmp_path):
     folder = write_cifar10(tmp_path / "data")
     file = folder / "data_batch_1"
     file.write_bytes(file.read_bytes()[:100])
-    done = train("--dataset", "cifar10", "--data-dir", tmp_path / "data", folder=tmp_path / "run")
+    done = alone("--dataset", "cifar10", "--data-dir", tmp_path / "data", folder=tmp_path / "run")
     assert "data_batch_1" in one_line(done)
 
 
-def test_a_run_folder_that_is_unwritable_or_holds_a_run_is_refused(trained, tmp_path):
+def test_a_run_folder_that_is_unwritable_or_holds_a_run_is_refused(alone, trained, tmp_path):
     (tmp_path / "file").write_text("")
-    assert "cannot write to the run folder" in one_line(train(folder=tmp_path / "file" / "run"))
+    assert "cannot write to the run folder" in one_line(alone(folder=tmp_path / "file" / "run"))
     _, folder = trained("none")
     before = (folder / "metrics.jsonl").read_text()
-    assert "holds a run already" in one_line(train(*FAST, "--resume", "never", folder=folder))
+    assert "holds a run already" in one_line(alone(*FAST, "--resume", "never", folder=folder))
     assert (folder / "metrics.jsonl").read_text() == before
 
 
-def test_paths_that_the_system_refuses_are_reported_as_bad_input(tmp_path):
+def test_paths_that_the_system_refuses_are_reported_as_bad_input(alone, tmp_path):
     long = "x" * 300
-    assert "cannot write to the run folder" in one_line(train(folder=tmp_path / long))
+    assert "cannot write to the run folder" in one_line(alone(folder=tmp_path / long))
     assert "cannot look into" in one_line(
-        train("--dataset", "cifar10", "--data-dir", long, folder=tmp_path / "run")
+        alone("--dataset", "cifar10", "--data-dir", long, folder=tmp_path / "run")
     )
-    assert "cannot be read" in one_line(train("--checkpoint", long, module="hvd_adam.evaluate"))
+    assert "cannot be read" in one_line(alone("--checkpoint", long, module="hvd_adam.evaluate"))
 
 
 FULL_DISK_MODEL = """
@@ -274,14 +286,14 @@ def test_a_full_disk_is_reported_and_leaves_no_partial_checkpoint(tmp_path):
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
-def test_a_diverging_run_logs_a_warning_and_keeps_its_metrics_readable(tmp_path):
+def test_a_diverging_run_logs_a_warning_and_keeps_its_metrics_readable(alone, tmp_path):
     options = ["--lr", "1e30", "--model", "mlp", "--max-steps", "8", "--log-every", "1"]
-    done = succeeded(train(*options, folder=tmp_path / "run"))
+    done = succeeded(alone(*options, folder=tmp_path / "run"))
     assert "warning: loss is no longer finite (step" in done.stderr
     assert events(tmp_path / "run", "step")[-1]["loss"] is None
 
 
-def test_updates_skipped_by_the_loss_scaler_are_recorded(tmp_path):
+def test_updates_skipped_by_the_loss_scaler_are_recorded(alone, tmp_path):
     # GradScaler starts with a scale of 65536, at which float16 gradients of a large loss overflow.
     options = [
         "--precision",
@@ -295,7 +307,7 @@ def test_updates_skipped_by_the_loss_scaler_are_recorded(tmp_path):
         "--lr-decay",
         "constant",
     ]
-    succeeded(train(*options, folder=tmp_path / "run"))
+    succeeded(alone(*options, folder=tmp_path / "run"))
     skips = events(tmp_path / "run", "skip")
     assert skips
     assert [event["skipped"] for event in skips] == list(range(1, len(skips) + 1))
@@ -333,15 +345,15 @@ def test_a_bad_argument_on_a_rank_other_than_0_ends_the_job(tmp_path):
     assert "--lr is -1.0: it must be 0 or above [rank 1 on " in done.stderr
 
 
-def test_a_checkpoint_that_is_foreign_damaged_or_missing_is_refused(tmp_path):
+def test_a_checkpoint_that_is_foreign_damaged_or_missing_is_refused(alone, tmp_path):
     folder = tmp_path / "run"
-    succeeded(train("--max-steps", 1, "--model", "mlp", folder=folder))
+    succeeded(alone("--max-steps", 1, "--model", "mlp", folder=folder))
     (step,) = (folder / "checkpoints").glob("step-*")
 
     def evaluate(*argv):
-        return one_line(train("--checkpoint", folder, *argv, module="hvd_adam.evaluate"))
+        return one_line(alone("--checkpoint", folder, *argv, module="hvd_adam.evaluate"))
 
-    assert "no checkpoint in" in one_line(train("--checkpoint", tmp_path / "no", module="hvd_adam.evaluate"))
+    assert "no checkpoint in" in one_line(alone("--checkpoint", tmp_path / "no", module="hvd_adam.evaluate"))
     assert "of another model or data set: its classes are" in evaluate("--dataset", "synthetic")
     content = (step / "state.pt").read_bytes()
     (step / "state.pt").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))

@@ -25,6 +25,7 @@ from hvd_adam.bench.config import (
 from hvd_adam.cli import run
 from hvd_adam.distributed.launch_env import detect_launcher
 from hvd_adam.errors import UserError
+from hvd_adam.loading import loading_modules
 
 NAME = "hvd_adam.bench"
 COMMANDS: dict[str, type[BenchConfig]] = {
@@ -66,12 +67,14 @@ def measure(command: str, config: BenchConfig) -> None:
     launcher = detect_launcher().launcher
     if launcher != "none":
         raise UserError(f"started by {launcher}: start it without a launcher, it starts the ranks itself")
-    from hvd_adam.bench import report  # here: --help and a bad value answer before torch is loaded
+    with loading_modules():  # here: --help and a bad value answer before torch is loaded
+        from hvd_adam.bench import report
 
+        benchmark = import_module(f"hvd_adam.bench.{command}")
     machine = report.machine(load)
     if not config.json:
         print(report.describe(machine), flush=True)
-    result = import_module(f"hvd_adam.bench.{command}").measure(config)
+    result = benchmark.measure(config)
     report.show(command, config, machine, result)
     if all("error" in row for row in result.rows):
         sys.exit(1)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hvd_adam.bench.interleave import serve
 from hvd_adam.distributed.launch_env import detect_launcher
+from hvd_adam.loading import loading_modules
 
 # By kind of task. Only one is imported, because a rank that measures bare MPI must not load Horovod.
 MODULES = {
@@ -20,7 +21,8 @@ def main(folder: Path) -> None:
     """Prepares this rank for the group's task, and measures at each turn of the group."""
     task = json.loads((folder / "task.json").read_text())
     launch = detect_launcher()
-    module = import_module(MODULES[task["kind"]])
+    with loading_modules():
+        module = import_module(MODULES[task["kind"]])
     serve(folder, launch.rank, lambda: module.prepare(task, launch, folder))
 
 

@@ -6,13 +6,14 @@ The dictionary contains plain containers, numbers, strings and tensors. The opti
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
-from hvd_adam.distributed.context import Cluster, horovod
+from hvd_adam.distributed.cluster import Cluster
 from hvd_adam.errors import UserError
 
 # Options that a resumed run may change: they affect where and how fast it computes, not the result.
@@ -178,21 +179,9 @@ def rank_state(cluster: Cluster, loss: tuple[float, float]) -> dict[str, Any]:
 
 
 def gather_rank_states(cluster: Cluster, own: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns the entries of all ranks; every rank must call it.
-
-    Sends one message of bytes. `allgather_object` would send two, and pickle.
-    """
-    if cluster.size == 1:
-        return [own]
-    loss = torch.tensor(own["loss"], dtype=torch.float64, device="cpu").view(torch.uint8)
-    parts = [own["cpu"], *([] if own["cuda"] is None else [own["cuda"]]), loss]  # of equal sizes on all ranks
-    sizes = [part.numel() for part in parts]
-    gathered = horovod().allgather(torch.cat(parts).unsqueeze(0), name="hvd_adam.ranks")
-    entries = []
-    for row in gathered:
-        cpu, *cuda, loss = (part.clone() for part in torch.split(row, sizes))
-        entries.append({"cpu": cpu, "cuda": cuda[0] if cuda else None, "loss": loss.view(torch.float64).tolist()})
-    return entries
+    """Returns the entries of all ranks, which all have a GPU or all none; every rank must call it."""
+    present = {name: value for name, value in own.items() if value is not None}
+    return [{**dict.fromkeys(own), **entry} for entry in cluster.gather(present)]
 
 
 def restore_rng_state(entry: Mapping[str, Any], cluster: Cluster) -> None:
@@ -213,6 +202,8 @@ def copy_to_cpu(value: Any, over: Any = None) -> Any:
     if isinstance(value, torch.Tensor):
         fits = isinstance(over, torch.Tensor) and (over.shape, over.dtype) == (value.shape, value.dtype)
         return over.copy_(value.detach()) if fits else value.detach().to("cpu", copy=True)
+    if isinstance(value, Counter | set):  # of immutable values
+        return type(value)(value)
     if isinstance(value, Mapping):
         older = over if isinstance(over, Mapping) else {}
         return {key: copy_to_cpu(item, older.get(key)) for key, item in value.items()}

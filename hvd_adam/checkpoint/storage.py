@@ -22,6 +22,7 @@ import torch
 
 from hvd_adam._version import __version__
 from hvd_adam.checkpoint.files import HashingFile, fsync, publish, sha256, write_draft
+from hvd_adam.checkpoint.loadable import loadable
 from hvd_adam.errors import UserError
 
 STATE = "state.pt"
@@ -53,10 +54,7 @@ def load_newest(checkpoints: Path) -> tuple[Path | None, dict[str, Any], list[st
         The checkpoint's folder (None if there is none), its state (empty if there is none), and for each newer
         checkpoint a message that says how it is damaged.
     """
-    for backup in checkpoints.glob(".step-*.old"):  # left by a process that was killed inside `_replace`
-        final = checkpoints / backup.stem[1:]
-        if not final.exists():
-            backup.rename(final)
+    _put_back(checkpoints)
     damaged: list[str] = []
     for folder in newest_first(checkpoints):
         try:
@@ -66,18 +64,35 @@ def load_newest(checkpoints: Path) -> tuple[Path | None, dict[str, Any], list[st
     return None, {}, damaged
 
 
+def _put_back(checkpoints: Path) -> None:
+    """Gives checkpoints their names back that a process had when it was killed inside `_replace`."""
+    for backup in checkpoints.glob(".step-*.old"):
+        final = checkpoints / backup.stem[1:]
+        if not final.exists():
+            backup.rename(final)
+
+
+def remove_drafts(checkpoints: Path) -> None:
+    """Removes the temporary files that a killed process has left. No process may write to the folder meanwhile."""
+    _put_back(checkpoints)
+    for draft in checkpoints.glob(".*"):
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.unlink(missing_ok=True)
+
+
 def save(checkpoints: Path, step: int, state: dict[str, Any]) -> Path:
     """Writes a checkpoint and returns its folder.
 
     Args:
         checkpoints: the folder of all checkpoints of a run; created if it does not exist.
         step: number of updates made so far, ≥ 0. An existing checkpoint of the same step is replaced.
-        state: plain containers, numbers, strings and tensors.
+        state: plain containers, numbers, strings and tensors; see `loadable`.
 
     Raises:
-        UserError: the checkpoint cannot be written, for example because the disk is full. Earlier checkpoints
-            are unchanged.
+        UserError: the checkpoint cannot be written, for example because the disk is full, or holds a value that
+            could not be loaded again. Earlier checkpoints are unchanged.
     """
+    state = loadable(state)
     final = checkpoint_path(checkpoints, step)
     draft = checkpoints / f".{final.name}.{os.getpid()}"
     try:

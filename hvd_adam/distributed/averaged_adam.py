@@ -18,6 +18,7 @@ from hvd_adam.distributed.gradients.backward_pass import Callbacks
 from hvd_adam.distributed.gradients.grad_scaling import GradScaling
 from hvd_adam.distributed.gradients.lockstep import LOADED, STEPS, UPDATES, Lockstep, facts_of_groups
 from hvd_adam.distributed.gradients.ownership import retire_others, take_over, warn_of_unaveraged
+from hvd_adam.distributed.gradients.same_batches import SameBatches
 from hvd_adam.distributed.horovod_adapter import HorovodAdapter, move_step_hooks
 from hvd_adam.distributed.join import REDUCE, Join, refuse_in_join
 from hvd_adam.distributed.layout import DistributedLayout
@@ -72,7 +73,8 @@ class AveragedAdam(Adam):
             ZeroStrategy(prefix, self._parameters()[0].device) if sharded else AllReduceStrategy(prefix)
         )
         self._scaling = GradScaling(max_grad_norm, loss_scaler, skip_nonfinite)
-        self._lockstep = Lockstep(self._rank, self._ranks)
+        self._same_batches = SameBatches(model, self._parameters, rank=self._rank, ranks=self._ranks)
+        self._lockstep = Lockstep(self._rank, self._ranks, self._same_batches)
         self._averager = GradientAverager(
             Callbacks(
                 parameters=self._parameters,
@@ -230,6 +232,7 @@ class AveragedAdam(Adam):
         self.supersede("distribute() has been called again for its parameters; use the optimizer it returned")
         self._horovod.retire()
         self._scaling.close()
+        self._same_batches.close()
 
     def refuse_unfinished(self) -> None:
         """Raises a RuntimeError if this rank has gradients that are not yet the mean, or of its shard only."""

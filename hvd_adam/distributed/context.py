@@ -1,4 +1,4 @@
-"""Rank, world size, device and launcher of this process: `init` starts Horovod and returns a `Cluster`.
+"""`init` starts Horovod and returns the `Cluster` of this process: its rank, world size, device and launcher.
 
     cluster = init()
     model.to(cluster.device)
@@ -17,13 +17,13 @@ import os
 import sys
 import warnings
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from hvd_adam.distributed import rendezvous
+from hvd_adam.distributed.cluster import Cluster as Cluster
 from hvd_adam.distributed.launch_env import (
     BUILD_COMMAND,
     describe_unused_tasks,
@@ -41,9 +41,6 @@ from hvd_adam.distributed.placement import (
     use_device,
 )
 from hvd_adam.errors import UserError
-
-if TYPE_CHECKING:
-    import torch
 
 # Defaults for Horovod and Open MPI, which read them once, in hvd.init. Variables set by the user take precedence.
 HOROVOD_DEFAULTS = {
@@ -65,34 +62,6 @@ HOROVOD_DEFAULTS = {
     "OMPI_MCA_coll_tuned_use_dynamic_rules": "1",
     "OMPI_MCA_coll_tuned_dynamic_rules_filename": str(Path(__file__).with_name("openmpi_allreduce.rules")),
 }
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """Rank, world size and device of this process, as `init` returns them.
-
-    Ranks and sizes are Horovod's: one process is one rank.
-
-    Attributes:
-        rank: index of this process in the job, 0 ≤ rank < size.
-        size: number of processes in the job, the world size, at least 1.
-        local_rank: index of this process on its host, 0 ≤ local_rank < local_size.
-        local_size: number of processes of the job on this host.
-        cross_rank: index of this host among the hosts that have this local_rank, 0 ≤ cross_rank < cross_size.
-        cross_size: number of hosts that have this local_rank.
-        device: the device to put model and data on. No other rank of the job uses the same GPU.
-        launcher: program that started the process: "horovodrun", "mpirun", "srun", "mpiexec", "torchrun" or
-            "none".
-    """
-
-    rank: int
-    size: int
-    local_rank: int
-    local_size: int
-    cross_rank: int
-    cross_size: int
-    device: torch.device
-    launcher: str
 
 
 _cluster: Cluster | None = None  # the result of the last `init` or `restart`

@@ -22,7 +22,8 @@ def refuse_in_join() -> None:
     if _open:
         raise RuntimeError(
             "ranks that have left the block of join() take part in what its optimizer does, and in nothing else: "
-            "nest no second join(), and train with no other optimizer in the block"
+            "nest no second join(), train with no other optimizer, and call no method of the cluster such as "
+            "mean() in the block"
         )
 
 

@@ -12,6 +12,7 @@ exception is not caught.
 
 from __future__ import annotations
 
+import mmap
 import multiprocessing.util
 import os
 import re
@@ -25,12 +26,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import horovod
 import psutil
-from horovod.runner import gloo_run
+from horovod.runner import gloo_run, launch
 from horovod.runner.common.util.env import is_exportable
 from horovod.runner.elastic.registration import WorkerStateRegistry
 from horovod.runner.elastic.worker import WorkerNotificationClient
-from horovod.runner.launch import run_commandline
 from horovod.runner.util import remote
 
 if not __package__:  # run by its path
@@ -45,6 +46,12 @@ SIGNAL_PROXY = (sys.executable, "-I", str(Path(__file__).with_name("signal_proxy
 
 # Without these, ssh never notices that a host has become unreachable.
 KEEP_ALIVE = " -o ServerAliveInterval=5 -o ServerAliveCountMax=3 -o ConnectTimeout=10"
+
+# What Horovod's library contains if it was built with a controller, by the function that asks it.
+CONTROLLERS = {
+    "gloo_built": b"horovod6common11GlooContext10Initialize",
+    "mpi_built": b"horovod6common10MPIContext10Initialize",
+}
 
 SHELL_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")  # other variables do not pass through sh
 
@@ -133,6 +140,18 @@ if __name__ == "__mp_main__":
     patch(os, "setsid", setsid_and_unblock)
 
 
+def find_controllers_without_torch() -> None:
+    """Looks for Horovod's controllers in its library: to ask it, horovodrun imports PyTorch first, in 2 s.
+
+    If a controller is not found this way, Horovod's own check decides.
+    """
+    for library in Path(horovod.__file__).parent.glob("torch/mpi_lib_v2*.so"):
+        with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            for name, symbol in CONTROLLERS.items():
+                if content.find(symbol) >= 0:
+                    patch(launch, name, lambda verbose=False: True)
+
+
 def report_losses() -> None:
     """Puts a mark into the ranks' key-value store when a rank ends, for ranks that wait for it to connect.
 
@@ -189,6 +208,7 @@ def main() -> None:
     Exits with the failed rank's code (128 + n for signal n), 130 instead after Ctrl-C, and 1 if ssh fails.
     """
     patch(os, "execve", execve_without_shell)
+    find_controllers_without_torch()
     report_losses()
     notify_in_threads()
     record_interrupts()
@@ -199,7 +219,7 @@ def main() -> None:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # ignored: by nohup
             signal.signal(number, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     try:
-        run_commandline()
+        launch.run_commandline()
     except KeyboardInterrupt:  # before there are ranks
         sys.exit(INTERRUPTED)
     except RuntimeError as error:

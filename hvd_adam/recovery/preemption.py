@@ -73,7 +73,7 @@ class Preemption:
     """
 
     def __init__(
-        self, cluster: Cluster, max_time: float | None, hosts_changed: Callable[[], bool] | None = None
+        self, cluster: Cluster, max_time: float | None = None, hosts_changed: Callable[[], bool] | None = None
     ) -> None:
         self._cluster = cluster
         self._deadline = None if max_time is None else _started + max_time

@@ -23,7 +23,6 @@ from hvd_adam.errors import UserError
 from hvd_adam.log import write_result
 from hvd_adam.models import zoo
 from hvd_adam.training.builders import load_images
-from hvd_adam.training.meters import sum_over_ranks
 from hvd_adam.training.precision import autocast, parameter_dtype
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
@@ -78,7 +77,7 @@ def score(forward: Forward, loader: Loader, cluster: Cluster, batch_size: int = 
         if cells:  # a model may have more outputs than there are classes
             known = predicted < classes
             pairs += torch.bincount((classes * labels + predicted)[known], minlength=cells)
-    loss_sum, *counts = sum_over_ranks(sums, cluster, "scores")
+    loss_sum, *counts = cluster.sum(sums).tolist()
     hits, totals, flat = counts[:classes], counts[classes : 2 * classes], list(map(int, counts[2 * classes :]))
     recalls = [hit / total for hit, total in zip(hits, totals, strict=True) if total]
     images_seen = sum(totals)

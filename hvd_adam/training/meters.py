@@ -7,15 +7,7 @@ import time
 
 import torch
 
-from hvd_adam.distributed.context import Cluster, horovod
-
-
-def sum_over_ranks(values: torch.Tensor, cluster: Cluster, name: str) -> list[float]:
-    """Returns the elementwise sum of a small float64 tensor over all ranks; every rank must call it."""
-    if cluster.size > 1:
-        values = horovod().allreduce(values, op=horovod().Sum, name=f"hvd_adam.metrics.{name}")
-    sums: list[float] = values.tolist()
-    return sums
+from hvd_adam.distributed.context import Cluster
 
 
 class RunningMean:
@@ -46,7 +38,7 @@ class RunningMean:
 
     def read(self) -> float:
         """Returns the mean over all ranks (NaN without samples) and resets it; every rank must call it."""
-        total, samples = sum_over_ranks(self._sums, self._cluster, "loss")
+        total, samples = self._cluster.sum(self._sums).tolist()
         self._sums.zero_()
         return total / samples if samples else math.nan
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from hvd_adam.checkpoint import storage
-from hvd_adam.checkpoint.manager import CheckpointManager
 from hvd_adam.checkpoint.state import Progress, TrainingState, gather_rank_states, rank_state, restore_rng_state
+from hvd_adam.checkpoint.writer import CheckpointWriter
 from hvd_adam.config import TrainConfig
 from hvd_adam.data.protocols import Batch
 from hvd_adam.distributed.agreement import raise_on_all_ranks
@@ -73,7 +73,7 @@ class Trainer:
             resources.callback(self.log.close)
             self.skips = SkipTracker(self.cluster, self.optimizer, self.progress, self.log, config.max_skipped)
             folder = None if self.folder is None else self.folder / "checkpoints"
-            self.checkpoints = CheckpointManager(folder, config.keep)
+            self.checkpoints = CheckpointWriter(folder, config.keep)
             resources.callback(self.checkpoints.close)
             self._resources = resources.pop_all()
 

@@ -12,8 +12,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from hvd_adam.loading import loading_modules
+
 ROOT = Path(__file__).parents[2]
-PRELOADED = ("hvd_adam.training.trainer", "hvd_adam.training.evaluation", "horovod.torch", "sklearn")
+PRELOADED = (
+    *("hvd_adam.training.trainer", "hvd_adam.training.evaluation", "horovod.torch", "jsonargparse", "sklearn"),
+    *("matplotlib.backends.backend_agg", "matplotlib.figure", "tensorboard.compat.proto.event_pb2"),
+    *("tensorboard.plugins.hparams.summary_v2", "tensorboard.plugins.text.summary_v2"),
+)
 
 
 class ForkedCommands:
@@ -72,6 +78,7 @@ def become(request):
 
 
 if __name__ == "__main__":
-    for name in PRELOADED:
-        importlib.import_module(name)
+    with loading_modules():
+        for name in PRELOADED:
+            importlib.import_module(name)
     serve()

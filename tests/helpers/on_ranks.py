@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,7 +27,10 @@ from typing import NamedTuple
 
 import pytest
 
+from hvd_adam.loading import loading_modules
+
 TESTS = Path(__file__).parents[1]
+POLL_SECONDS = 5e-5
 LAUNCH_SECONDS = int(os.environ.get("HVD_ADAM_LAUNCH_SECONDS", "280"))
 MARKS_OF_LAUNCHES = ("multirank", "cluster", "slurm", "image", "gpu")
 
@@ -229,17 +233,36 @@ def _arguments(test: Callable, indices: dict[str, int]) -> dict[str, object]:
     }
 
 
+def _wait_without_spinning() -> None:
+    """Lets a rank sleep while it waits for a collective; Horovod calls sched_yield in a loop.
+
+    There are more ranks than cores, and those that wait would take the time of those that they wait for.
+    """
+    from horovod.torch.mpi_ops import mpi_lib
+
+    is_done, wait_and_clear = mpi_lib.horovod_torch_poll, mpi_lib.horovod_torch_wait_and_clear
+
+    def sleep_and_clear(handle: int) -> None:
+        while not is_done(handle):
+            time.sleep(POLL_SECONDS)
+        wait_and_clear(handle)
+
+    mpi_lib.horovod_torch_wait_and_clear = sleep_and_clear
+
+
 def _run_on_this_rank(module: str, folder: str) -> None:
     """Runs the cases in order on this rank and writes the outcome of each to `folder/RANK.jsonl`."""
     sys.path[:1] = [str(TESTS), str(TESTS / "gpu")]  # in place of this file's folder
-    import torch
-
-    from hvd_adam import init
-
     # A test that hangs ends with the stacks of all threads before pytest gives the launch up.
     faulthandler.dump_traceback_later(LAUNCH_SECONDS - 30, exit=True)
-    cluster = init(os.environ.get("HVD_ADAM_TEST_DEVICE", "auto"))
-    tests = vars(importlib.import_module(module))
+    with loading_modules():
+        import torch
+
+        from hvd_adam import init
+
+        cluster = init(os.environ.get("HVD_ADAM_TEST_DEVICE", "auto"))
+        _wait_without_spinning()
+        tests = vars(importlib.import_module(module))
     with Path(folder, f"{cluster.rank}.jsonl").open("w", buffering=1) as report:
         for name, function, indices in json.loads(Path(folder, "cases.json").read_text()):
             torch.manual_seed(0)

@@ -6,6 +6,7 @@ buffers) arrive unchanged.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -87,7 +88,7 @@ def _without_tensors(value: Any, found: list[torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
         found.append(value)
         return _Place(len(found) - 1, value.shape, value.dtype)
-    if isinstance(value, dict):
+    if isinstance(value, dict) and not isinstance(value, Counter):
         return {key: _without_tensors(item, found) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(_without_tensors(item, found) for item in value)
@@ -98,7 +99,7 @@ def _with_tensors(value: Any, tensors: list[torch.Tensor]) -> Any:
     """Returns nested containers with tensors in their places."""
     if isinstance(value, _Place):
         return tensors[value.number]
-    if isinstance(value, dict):
+    if isinstance(value, dict) and not isinstance(value, Counter):
         return {key: _with_tensors(item, tensors) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(_with_tensors(item, tensors) for item in value)

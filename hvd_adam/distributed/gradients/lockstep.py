@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hvd_adam.distributed.context import horovod
+from hvd_adam.distributed.gradients.same_batches import SameBatches
 from hvd_adam.errors import JobError
 
 _BITS = 32
@@ -41,14 +42,17 @@ class Lockstep:
       two sums is exactly zero, whatever the dtype and the number of ranks,
     - one for each rank, which is missing from a rank that has called `hvd.join()`.
 
+    - what `SameBatches` sends.
+
     Args:
         rank, size: of this process.
+        same_batches: notices ranks that train on the same batches.
     """
 
-    def __init__(self, rank: int, size: int) -> None:
-        self._rank, self._size = rank, size
+    def __init__(self, rank: int, size: int, same_batches: SameBatches) -> None:
+        self._rank, self._size, self._same_batches = rank, size, same_batches
         counts = -(-size // _RANKS_PER_COUNT)
-        self.length = 1 + 2 * _BITS + counts
+        self.length = 1 + 2 * _BITS + counts + same_batches.length
         self._expected = [min(_RANKS_PER_COUNT, size - i * _RANKS_PER_COUNT) for i in range(counts)]
 
     def message(self, facts: Mapping[str, object], *, again: bool) -> Tensor:
@@ -62,7 +66,9 @@ class Lockstep:
         bits = [checksum >> i & 1 for i in range(_BITS)]
         present = [int(i == self._rank // _RANKS_PER_COUNT) for i in range(len(self._expected))]
         return torch.tensor(
-            [again, *bits, *(1 - bit for bit in bits), *present], dtype=torch.float32, device="cpu"
+            [again, *bits, *(1 - bit for bit in bits), *present, *self._same_batches.message()],
+            dtype=torch.float32,
+            device="cpu",
         )
 
     def check(self, received: Sequence[float], facts: Mapping[str, object]) -> bool:
@@ -80,7 +86,8 @@ class Lockstep:
                 the remaining ranks, if a rank has called `hvd.join()`.
         """
         again, bits, inverted = received[0], received[1 : 1 + _BITS], received[1 + _BITS : 1 + 2 * _BITS]
-        present = received[1 + 2 * _BITS :]
+        counts = 1 + 2 * _BITS + len(self._expected)
+        present = received[1 + 2 * _BITS : counts]
         if any(count < expected - 0.5 for count, expected in zip(present, self._expected, strict=True)):
             raise JobError(
                 "a rank has left its training loop by hvd.join() and is behind the others: use `with "
@@ -88,6 +95,7 @@ class Lockstep:
             )
         if any(a and b for a, b in zip(bits, inverted, strict=True)):
             self._raise_difference(facts)
+        self._same_batches.read(received[counts:])
         return again > 0
 
     def _raise_difference(self, facts: Mapping[str, object]) -> None:

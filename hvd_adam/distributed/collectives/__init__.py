@@ -1,0 +1,1 @@
+"""Sums, means and lists over the ranks of numbers, tensors and nested containers of them."""
