@@ -100,12 +100,12 @@ _MIDDLE = {
 
 
 def _draw_final(axes: Any, rows: Sequence[Row], colors: Sequence[str]) -> None:
-    places = range(len(rows))
-    means, errors = [row["test_accuracy"] for row in rows], [row["test_accuracy_error"] for row in rows]
-    axes.barh(places, means, xerr=errors, color=colors, height=0.7)
-    axes.set_yticks(places, [row["name"] for row in rows], fontsize=8)
+    # Points, not bars: the axis need not begin at 0.
+    for place, (row, color) in enumerate(zip(rows, colors, strict=True)):
+        axes.errorbar(
+            row["test_accuracy"], place, xerr=row["test_accuracy_error"], fmt="o", color=color, capsize=4
+        )
+    axes.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=8)
     axes.invert_yaxis()
-    lowest = min(means)
-    axes.set(
-        title="test", xlabel="accuracy ± standard error", xlim=(max(0, lowest - 0.05) if lowest > 0.5 else 0, 1)
-    )
+    axes.grid(alpha=0.3)
+    axes.set(title="test", xlabel="accuracy ± standard error")
