@@ -24,6 +24,7 @@ FIGURES=(
   "adam-details|python docs/adam_figures.py"
   "compare|horovodrun -np 2 python -m hvd_adam.compare"
   "compare-he|horovodrun -np 2 python -m hvd_adam.compare --initialization he"
+  "compare-sgd|python -m hvd_adam.compare --optimizers sgd --lrs 0.1 --batch-size 16"
   "compare-initialization|horovodrun -np 2 python -m hvd_adam.compare --study initialization"
   "compare-vanishing|horovodrun -np 2 python -m hvd_adam.compare --study vanishing"
   "compare-batch-size|horovodrun -np 2 python -m hvd_adam.compare --study batch-size"

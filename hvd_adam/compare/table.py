@@ -22,7 +22,7 @@ def table(rows: Sequence[Row], target: float, *, norms: bool) -> str:
     """
     columns: list[Column] = [
         ("", lambda row: row["name"]),
-        ("lr", lambda row: f"{row['lr']:g}{'*' * row['at_end_of_grid']}"),
+        ("lr", lambda row: f"{row['lr']:.4g}{'*' * row['at_end_of_grid']}"),
         ("test accuracy", lambda row: _with_error(row, "test_accuracy", ".4f")),
         ("test loss", lambda row: _with_error(row, "test_loss", ".3f")),
         (f"updates to {target:g}", lambda row: _to_target(row, "updates_to_target", ".0f")),
@@ -38,7 +38,9 @@ def table(rows: Sequence[Row], target: float, *, norms: bool) -> str:
 
 def notes(rows: Sequence[Row]) -> list[str]:
     """Returns what the columns and marks of the table mean."""
-    lines = [f"± standard error over {rows[0]['seeds']} seeds. Learning rates were chosen on validation images."]
+    lines = [f"± standard error over {rows[0]['seeds']} seeds."]
+    if any(len(row["grid"]) > 1 for row in rows):
+        lines[0] += " Learning rates were chosen on validation images."
     if any(row["p_value_holm"] is not None for row in rows):
         baselines = " or ".join(dict.fromkeys(f"'{row['baseline']}'" for row in rows if row["baseline"]))
         lines.append(
