@@ -23,6 +23,12 @@ FIGURES=(
   "checkpoint|python -m hvd_adam.bench checkpoint --models cnn --every 10 --steps 100 --repeats 11"
   "data|python -m hvd_adam.bench data --images 2000,8000"
   "adam-details|python docs/adam_figures.py"
+  "compare|horovodrun -np 2 python -m hvd_adam.compare"
+  "compare-he|horovodrun -np 2 python -m hvd_adam.compare --initialization he"
+  "compare-sgd|python -m hvd_adam.compare --optimizers sgd --lrs 0.1 --batch-size 16"
+  "compare-initialization|horovodrun -np 2 python -m hvd_adam.compare --study initialization"
+  "compare-vanishing|horovodrun -np 2 python -m hvd_adam.compare --study vanishing"
+  "compare-batch-size|horovodrun -np 2 python -m hvd_adam.compare --study batch-size"
   "slow-link|python docs/slow_link.py"
   "recovery|python tests/recovery.py"
 )

@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "train a model with Adam, data-parallel over all ranks",
     "evaluate": "evaluate a checkpoint, each test image exactly once at any number of ranks",
     "report": "write one HTML page that shows runs: curves, scores and what differs between them",
+    "compare": "compare Adam with other optimizers over seeds, or study what its training depends on",
     "doctor": "diagnose this machine, other hosts or a job, with a remedy for each fault",
     "bench": "measure the optimizer, the reduction and whole steps against peers and the hardware's limit",
     "build_horovod": "build Horovod against the PyTorch that is installed",

@@ -10,6 +10,7 @@ EXTRAS = {
     "matplotlib": "train",
     "mpi4py": "horovod",
     "psutil": "horovod",
+    "scipy": "train",
     "sklearn": "train",
     "tensorboard": "train",
     "torchvision": "train",

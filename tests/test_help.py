@@ -11,9 +11,15 @@ import pytest
 from hvd_adam import __version__
 from hvd_adam.arguments import parse
 from hvd_adam.bench.config import AdamConfig
+from hvd_adam.compare.config import CompareConfig
 from hvd_adam.config import EvaluateConfig, TrainConfig
 
-COMMANDS = {"hvd_adam.train": TrainConfig, "hvd_adam.evaluate": EvaluateConfig, "hvd_adam.bench adam": AdamConfig}
+COMMANDS = {
+    "hvd_adam.train": TrainConfig,
+    "hvd_adam.evaluate": EvaluateConfig,
+    "hvd_adam.compare": CompareConfig,
+    "hvd_adam.bench adam": AdamConfig,
+}
 
 
 def printed(capsys, name, *argv):
@@ -46,7 +52,7 @@ def test_the_options_of_the_training_are_in_groups_with_the_frequent_ones_first(
     assert sorted(grouped) == sorted(item.name for item in fields(TrainConfig))
 
 
-@pytest.mark.parametrize("name", ["hvd_adam.train", "hvd_adam.evaluate"])
+@pytest.mark.parametrize("name", ["hvd_adam.train", "hvd_adam.evaluate", "hvd_adam.compare"])
 def test_the_examples_are_valid_command_lines(name, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run.yaml").write_text("lr: 0.002\n")

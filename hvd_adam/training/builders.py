@@ -109,7 +109,7 @@ def make_loader(
     workers = worker_count(config.workers, cluster)
     loaded = load_data(config, workers=workers, progress=progress)
     if isinstance(loaded, data.ImageData):
-        _require_no_workers(config)
+        require_no_workers(config)
         loader: Loader = DeviceLoader(
             loaded, cluster.device, dtype=dtype, channels_last=config.channels_last, transform=transform
         )
@@ -130,9 +130,9 @@ def make_loader(
     return read(loaded) if config.mixup is None else MixupLoader(read(loaded), read(loaded), config.mixup)
 
 
-def _require_no_workers(config: TrainConfig) -> None:
+def require_no_workers(config: DataConfig) -> None:
     """Raises UserError if options for worker processes are given for a function that returned `ImageData`."""
-    given = {"workers": config.workers is not None, "max-corrupt": config.max_corrupt != TrainConfig.max_corrupt}
+    given = {"workers": config.workers is not None, "max-corrupt": config.max_corrupt != DataConfig.max_corrupt}
     idle = " and ".join(f"--{name}" for name, is_given in given.items() if is_given)
     if idle and is_reference(config.dataset):
         raise UserError(f"{idle}: no effect, because {config.dataset} returns images in memory; leave it out")
