@@ -13,15 +13,15 @@ head.
 import argparse
 from pathlib import Path
 
-import horovod.torch as hvd
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import TensorDataset
 
 from hvd_adam import Adam, distribute, guard, init
 from hvd_adam.checkpoint import storage
+from hvd_adam.data import StatefulDistributedSampler
 from hvd_adam.models import zoo
 
 parser = argparse.ArgumentParser()
@@ -36,11 +36,10 @@ with guard(cluster):  # an error on one rank ends all ranks, with one message
     images = torch.tensor(digits.images[:, None] / 16, dtype=torch.get_default_dtype())  # (1797, 1, 8, 8)
     is_odd = torch.tensor(digits.target % 2)
     train_set = TensorDataset(images[:480], is_odd[:480])  # few labelled images
-    sampler = DistributedSampler(train_set, cluster.size, cluster.rank)
-    loader = DataLoader(train_set, args.batch_size, sampler=sampler, drop_last=True)
+    loader = StatefulDistributedSampler(train_set, args.batch_size).loader()
 
     start = storage.load(args.run)  # of a file of torch.save: torch.load(file, weights_only=True)
-    model = zoo.build(start["config"]["model"], in_channels=1, num_classes=10, image_size=(8, 8))
+    model = zoo.build(start["config"]["model"], sample_shape=(1, 8, 8), num_classes=10)
     model.load_state_dict(start["model"])  # before distribute, which copies rank 0's weights to all ranks
     body = list(model.parameters())[:-2]  # all but weight and bias of the head
     model.requires_grad_(False)
@@ -50,7 +49,6 @@ with guard(cluster):  # an error on one rank ends all ranks, with one message
     optimizer = distribute(Adam(model.fc.parameters(), lr=1e-3), model)
 
     for epoch in range(args.epochs):
-        sampler.set_epoch(epoch)
         if epoch == 1:
             for parameter in body:
                 parameter.requires_grad_(True)
@@ -68,9 +66,9 @@ with guard(cluster):  # an error on one rank ends all ranks, with one message
         with torch.no_grad():  # each rank takes every N-th test image
             share = slice(1440 + cluster.rank, None, cluster.size)
             correct = (model(images[share].to(cluster.device)).argmax(1).cpu() == is_odd[share]).sum()
-        accuracy = hvd.allreduce(correct, op=hvd.Sum, name="correct").item() / len(images[1440:])
-        if cluster.rank == 0:
-            print(f"epoch {epoch + 1}: loss {loss.item():.3f} on rank 0, test accuracy {accuracy:.3f}", flush=True)
+        # Every rank calls sum() and mean(); rank 0 prints.
+        accuracy = cluster.sum(correct) / len(images[1440:])
+        cluster.print(f"epoch {epoch + 1}: loss {cluster.mean(loss):.3f}, test accuracy {accuracy:.3f}")
 
-    if cluster.rank == 0:
+    if cluster.is_root:
         torch.save(model.state_dict(), "finetuned.pt")

@@ -29,4 +29,4 @@ with torch.no_grad():
     batches = [(model(x.to(device)).cpu(), y) for x, y in DataLoader(test_set, batch_size=119)]
 correct = sum(int((outputs.argmax(dim=1) == y).sum()) for outputs, y in batches)
 loss = sum(float(F.cross_entropy(outputs, y)) for outputs, y in batches) / len(batches)
-print(f"rank {init().rank}: test accuracy {correct / len(test_set):.3f}, loss {loss:.5f}")
+init().print(f"test accuracy {correct / len(test_set):.3f}, loss {loss:.5f}")

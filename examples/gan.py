@@ -12,14 +12,13 @@ the same noise, and N ranks with batch size b train as one rank with N·b.
 
 import argparse
 
-import horovod.torch as hvd
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler
 
 from hvd_adam import Adam, distribute, guard, init
+from hvd_adam.data import StatefulDistributedSampler
 
 NOISE = 16  # numbers from which an image is made
 
@@ -39,8 +38,7 @@ def noise() -> Tensor:
 cluster = init()
 with guard(cluster):  # an error on one rank ends all ranks, with one message
     images = torch.tensor(load_digits().data / 8 - 1, dtype=torch.get_default_dtype())  # (1797, 64), in [-1, 1]
-    sampler = DistributedSampler(images, cluster.size, cluster.rank)
-    loader = DataLoader(images, args.batch_size, sampler=sampler, drop_last=True)
+    loader = StatefulDistributedSampler(images, args.batch_size).loader()
     torch.manual_seed(0)  # weights and noise: the same on all ranks
     generator = nn.Sequential(nn.Linear(NOISE, 128), nn.GELU(), nn.Linear(128, 64), nn.Tanh()).to(cluster.device)
     discriminator = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 1)).to(cluster.device)
@@ -48,7 +46,6 @@ with guard(cluster):  # an error on one rank ends all ranks, with one message
     d_optimizer = distribute(Adam(discriminator.parameters(), lr=1e-3, betas=(0.5, 0.999)), discriminator)
 
     for epoch in range(args.epochs):
-        sampler.set_epoch(epoch)
         for real in loader:
             real = real.to(cluster.device)
             d_optimizer.zero_grad()
@@ -67,11 +64,10 @@ with guard(cluster):  # an error on one rank ends all ranks, with one message
             discriminator.requires_grad_(True)
             if args.together:
                 d_optimizer.step()
-        d, g = hvd.allreduce(torch.stack([d_loss.detach(), g_loss.detach()]), name="losses").tolist()
-        if cluster.rank == 0:
-            print(f"epoch {epoch + 1}, losses: discriminator {d:.3f}, generator {g:.3f}", flush=True)
+        d, g = cluster.mean([d_loss, g_loss])  # of the last batch, over the ranks
+        cluster.print(f"epoch {epoch + 1}, losses: discriminator {d:.3f}, generator {g:.3f}")
 
-    if cluster.rank == 0:
+    if cluster.is_root:
         with torch.no_grad():
             made = generator(torch.randn(1, NOISE).to(cluster.device)).view(8, 8)
         for row in ((made + 1) * 2.4).int().tolist():

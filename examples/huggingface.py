@@ -11,13 +11,13 @@ N·b.
 
 import argparse
 
-import horovod.torch as hvd
 import torch
 from sklearn.datasets import load_digits
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 from transformers import ViTConfig, ViTForImageClassification, get_cosine_schedule_with_warmup
 
 from hvd_adam import Adam, distribute, guard, init
+from hvd_adam.data import StatefulDistributedSampler
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--epochs", type=int, default=10)
@@ -32,8 +32,7 @@ with guard(cluster):  # an error on one rank ends all ranks, with one message
     images = torch.tensor(digits.images[:, None] / 16, dtype=torch.get_default_dtype())  # (1797, 1, 8, 8)
     pairs = zip(images, torch.tensor(digits.target), strict=True)
     samples = [{"pixel_values": image, "labels": label} for image, label in pairs]
-    sampler = DistributedSampler(samples[:1440], cluster.size, cluster.rank)
-    loader = DataLoader(samples[:1440], args.batch_size, sampler=sampler, drop_last=True)
+    loader = StatefulDistributedSampler(samples[:1440], args.batch_size).loader()
     test_share = samples[1440 + cluster.rank :: cluster.size]  # each rank takes every N-th test image
 
     config = ViTConfig(
@@ -56,7 +55,6 @@ with guard(cluster):  # an error on one rank ends all ranks, with one message
     torch.manual_seed(1 + cluster.rank)  # dropout: another one on each rank
 
     for epoch in range(args.epochs):
-        sampler.set_epoch(epoch)
         model.train()
         for batch in loader:
             optimizer.zero_grad()
@@ -65,14 +63,14 @@ with guard(cluster):  # an error on one rank ends all ranks, with one message
             optimizer.step()
             scheduler.step()
         model.eval()
-        correct = torch.zeros(())
+        correct = 0
         with torch.no_grad():
             for batch in DataLoader(test_share, 64):
                 logits = model(batch["pixel_values"].to(cluster.device)).logits
-                correct += (logits.argmax(1).cpu() == batch["labels"]).sum()
-        accuracy = hvd.allreduce(correct, op=hvd.Sum, name="correct").item() / len(samples[1440:])
-        if cluster.rank == 0:
-            print(f"epoch {epoch + 1}: loss {loss.item():.3f} on rank 0, test accuracy {accuracy:.3f}", flush=True)
+                correct += int((logits.argmax(1).cpu() == batch["labels"]).sum())
+        # Every rank calls sum() and mean(); rank 0 prints.
+        accuracy = cluster.sum(correct) / len(samples[1440:])
+        cluster.print(f"epoch {epoch + 1}: loss {cluster.mean(loss):.3f}, test accuracy {accuracy:.3f}")
 
-    if cluster.rank == 0:
+    if cluster.is_root:
         model.save_pretrained(args.output_dir)  # `ViTForImageClassification.from_pretrained` loads it

@@ -69,9 +69,9 @@ with guard(cluster):  # an error on one rank ends all ranks, with one message
             optimizer.zero_grad()  # keeps the gradients of an update that is not complete
             loss.backward()
             optimizer.step()  # updates after the last micro-batch
-        if cluster.rank == 0 and (step % 50 == 0 or step == args.steps - 1):
-            print(f"update {step + 1}: loss {loss.item():.3f} on rank 0", flush=True)
-    if cluster.rank == 0:
+        if step % 50 == 0 or step == args.steps - 1:  # on every rank: all call mean(), and rank 0 prints
+            cluster.print(f"update {step + 1}: loss {cluster.mean(loss):.3f}")
+    if cluster.is_root:
         model.eval()
         line = data[:1].to(cluster.device)
         for _ in range(79):

@@ -1,7 +1,7 @@
 """The examples run on one and two ranks, with the results that their pages promise.
 
-Hazards: a script that the documents call a change of five lines, but is not; one that ends elsewhere on two ranks
-than on one, or after it was stopped; workers of a DataLoader that a launcher's rank cannot start.
+Hazards: a script that the documents call a change of five lines, but is not; one that ends elsewhere after it was
+stopped; workers of a DataLoader that a launcher's rank cannot start.
 """
 
 import difflib
@@ -37,19 +37,6 @@ def test_a_plain_script_needs_five_changed_lines_which_the_page_shows():
     assert sum(line.startswith("+") for line in difference) == 5
     shown = re.search(r"```text\n(-.*?)```", ROOT.joinpath("docs/data.md").read_text(), re.DOTALL)[1]
     assert sorted(shown.splitlines()) == sorted(difference)
-
-
-@pytest.mark.multirank
-def test_the_changed_script_ends_on_two_ranks_where_it_does_on_one(tmp_path):
-    printed = run("from_plain.py", tmp_path, ranks=0) + run("from_plain.py", tmp_path, ranks=2)
-    results = re.findall(r"rank (\d): test accuracy (\S+), loss (\d\.\d+)", printed)
-    assert sorted(rank for rank, _, _ in results) == ["0", "0", "1"]
-    (_, accuracy, loss), *others = results
-    assert float(accuracy) > 0.85
-    # 300 updates differ by rounding: at most one of 357 images is on the other side.
-    for _, other_accuracy, other_loss in others:
-        assert float(other_accuracy) == pytest.approx(float(accuracy), abs=0.0035)
-        assert float(other_loss) == pytest.approx(float(loss), rel=1e-3)
 
 
 @pytest.mark.multirank

@@ -233,7 +233,7 @@ def _arguments(test: Callable, indices: dict[str, int]) -> dict[str, object]:
     }
 
 
-def _wait_without_spinning() -> None:
+def wait_without_spinning() -> None:
     """Lets a rank sleep while it waits for a collective; Horovod calls sched_yield in a loop.
 
     There are more ranks than cores, and those that wait would take the time of those that they wait for.
@@ -261,7 +261,7 @@ def _run_on_this_rank(module: str, folder: str) -> None:
         from hvd_adam import init
 
         cluster = init(os.environ.get("HVD_ADAM_TEST_DEVICE", "auto"))
-        _wait_without_spinning()
+        wait_without_spinning()
         tests = vars(importlib.import_module(module))
     with Path(folder, f"{cluster.rank}.jsonl").open("w", buffering=1) as report:
         for name, function, indices in json.loads(Path(folder, "cases.json").read_text()):
