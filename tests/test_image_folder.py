@@ -16,6 +16,7 @@ import pytest
 import torch
 from helpers.photos import CLASSES, write_photo, write_photos
 from helpers.training_runs import checkpoint, events, succeeded, train
+from PIL import Image
 
 from hvd_adam.data import UnreadableSample
 from hvd_adam.data.image_folder import packed
@@ -177,6 +178,19 @@ def test_the_cache_gives_the_test_images_of_the_files_and_crops_for_training(pho
     assert loader.data.sample_shape == (3, SIZE, SIZE) and "3×14×14" in data.summary()
 
 
+@pytest.mark.parametrize("size", [12, 24, 64])  # margins of 1, 1½ and 4½ pixels around the crop
+def test_files_and_cache_have_the_same_center_at_odd_sizes(size, tmp_path):
+    photos, height = write_photos(tmp_path / "photos", train=1), round(size * 256 / 224)
+    for width in range(94, 102):
+        pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(photos / "val" / "cat" / f"{width}.png")
+    packed_data = load_packed(photos, tmp_path / "cache", image_size=size)
+    from_files = load(photos, image_size=size)
+    ours, _ = joined(DeviceLoader(packed_data, CPU).test_batches(4))
+    theirs, _ = joined(WorkerLoader(from_files, CPU).test_batches(4))
+    assert torch.equal(ours, theirs)
+
+
 def places(crop, images):
     """Returns the top, left and flip with which the crop is found in one of the images, or None."""
     for top in range(3):
@@ -284,7 +298,7 @@ def test_two_ranks_name_damaged_files_and_resume_exactly_in_the_middle_of_an_epo
     assert [event["images"] for event in evaluations] == [7, 7]
     assert evaluations[0]["test_loss"] == evaluations[1]["test_loss"]
     done = succeeded(train("--checkpoint", tmp_path / "whole", module="hvd_adam.evaluate"))
-    assert f"test images 7 of imagefolder\ntest loss {evaluations[0]['test_loss']:.4f}" in done.stdout
+    assert f"test samples 7 of imagefolder\ntest loss {evaluations[0]['test_loss']:.4f}" in done.stdout
 
 
 def test_more_damaged_files_than_the_limit_end_both_ranks_with_one_line(tmp_path):

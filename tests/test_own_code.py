@@ -100,7 +100,7 @@ def test_evaluate_rebuilds_own_code_and_finds_the_scores_of_the_training(runs, p
     for done in (on_two, commands.run("hvd_adam.evaluate", *argv)):
         assert f"test loss {last['test_loss']:.4f}\n" in succeeded(done).stdout
         assert f"test error {last['test_error']:.4f}\n" in done.stdout
-        assert "test images 33 of sums" in done.stdout and "accuracy" not in done.stdout
+        assert "test samples 33 of sums" in done.stdout and "accuracy" not in done.stdout
     of_weights = succeeded(commands.run("hvd_adam.evaluate", *argv, "--weights", "model"))
     assert f"test loss {last['test_loss']:.4f}\n" not in of_weights.stdout
     best = succeeded(commands.run("hvd_adam.evaluate", *argv, "--which", "best", "--json"))

@@ -58,7 +58,7 @@ class HostImages:
         return batch.to(self._device, non_blocking=True), labels.to(self._device, non_blocking=True)
 
     def centers(self, start: int, stop: int) -> Batch:
-        """Returns the center crops of images `start` to `stop`, not included, and the labels."""
+        """Returns images `start` to `stop`, not included, cropped as by torchvision's `CenterCrop`, and labels."""
         indices = np.arange(start, stop)
-        top, left = (np.full(len(indices), (count - 1) // 2) for count in self.places)
+        top, left = (np.full(len(indices), round((count - 1) / 2)) for count in self.places)
         return self.crops(indices, top, left, np.zeros(len(indices), dtype=bool))

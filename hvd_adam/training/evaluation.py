@@ -207,6 +207,6 @@ def _report(scores: Scores, name: str, checkpoint: Path, as_json: bool) -> str:
     values = scores.as_dict()
     if as_json:
         return json.dumps({**values, "checkpoint": str(checkpoint)})
-    lines = [f"checkpoint {checkpoint}", f"test images {scores.images} of {name}"]
+    lines = [f"checkpoint {checkpoint}", f"test samples {scores.images} of {name}"]
     shown = {key: value for key, value in values.items() if key.startswith("test_") and value is not None}
     return "\n".join([*lines, *(f"{key.replace('_', ' ')} {value:.4f}" for key, value in shown.items())])

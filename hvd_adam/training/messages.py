@@ -38,7 +38,7 @@ def first_line(config: TrainConfig, data: Data, cluster: Cluster, sizes: BatchSi
     """Returns what is trained on what, and how it is divided into updates."""
     return (
         f"hvd_adam {__version__}: {config.model} on {config.dataset} ({data.summary()}), {cluster.size} rank(s) "
-        f"on {cluster.device.type}, {sizes.global_batch} images per update, {sizes.total_steps} updates"
+        f"on {cluster.device.type}, {sizes.global_batch} samples per update, {sizes.total_steps} updates"
     )
 
 

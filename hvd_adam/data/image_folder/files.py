@@ -81,9 +81,13 @@ def training_transform(size: int) -> Transform:
 def centered_transform(side: int, size: int) -> Transform:
     """Returns a transform that resizes the shorter side of an image and crops its center.
 
+    The center is that of the square of side `side`, which a packed cache holds, and not that of the whole image:
+    `CenterCrop` rounds, and the two may be one pixel apart. They are the same for crops of 224.
+
     Args:
         side: length of the shorter side in pixels.
         size: side of the crop in pixels, at most `side`.
     """
-    transform: Transform = v2.Compose([v2.Resize(side), v2.CenterCrop(size), v2.PILToTensor()])
+    crops = v2.CenterCrop(side), v2.CenterCrop(size)
+    transform: Transform = v2.Compose([v2.Resize(side), *crops, v2.PILToTensor()])
     return transform
