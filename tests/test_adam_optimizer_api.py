@@ -612,6 +612,16 @@ def test_run_in_half_precision_resumes_bit_for_bit_and_loads_into_torch(implemen
     assert_same(values(second), values(first))
 
 
+def test_a_loaded_optimizer_saves_what_it_has_loaded():
+    parameters = [torch.nn.Parameter(torch.ones(2))]
+    saved = Adam(parameters).state_dict()
+    loaded = Adam(parameters)
+    loaded.load_state_dict(saved)
+    loaded.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
+    first, second = loaded.state_dict()["param_groups"]
+    assert first.keys() == second.keys() == saved["param_groups"][0].keys()
+
+
 def test_loading_does_not_share_tensors_with_the_source():
     first = Adam(parameters())
     train(first, 0, 2)

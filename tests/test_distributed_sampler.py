@@ -226,6 +226,8 @@ def test_bad_arguments_are_refused(options, message):
         ({"seed": 1}, "seed .* 0, but 1"),
         ({"shuffle": False}, "shuffle .* True, but False"),
         ({"step": None}, "no 'step'"),
+        ({"step": -2}, "step -2, but an epoch has"),
+        ({"step": 99}, "step 99, but an epoch has"),
     ],
 )
 def test_the_state_of_another_run_is_refused(change, message):
@@ -241,8 +243,15 @@ def test_what_cannot_be_counted_is_refused():
         StatefulDistributedSampler(iter(DATA), 4)
     with pytest.raises(UserError, match="in_order"):
         make().loader(in_order=False)
-    with pytest.raises(UserError, match="epoch is -1"):
-        make().set_epoch(-1)
+    for epoch in (-1, 1.5):
+        with pytest.raises(UserError, match=f"epoch is {epoch}"):
+            make().set_epoch(epoch)
+
+
+def test_numpys_whole_numbers_are_taken_as_pythons():
+    sampler = StatefulDistributedSampler(np.int64(SAMPLES), np.int64(4), accumulate=np.int64(2), rank=0, size=1)
+    assert list(sampler) == list(StatefulDistributedSampler(SAMPLES, 4, accumulate=2, rank=0, size=1))
+    assert all(type(value) in (int, bool) for value in sampler._arguments().values())
 
 
 def test_a_process_of_several_that_has_not_called_init_is_refused(monkeypatch):

@@ -7,9 +7,12 @@ made twice; a full disk; a resume in the middle of an epoch that is not exact.
 """
 
 import errno
+import json
 import os
 import shutil
 import subprocess
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ from helpers.photos import CLASSES, write_photo, write_photos
 from helpers.training_runs import checkpoint, events, succeeded, train
 from PIL import Image
 
+from hvd_adam.config import TrainConfig
 from hvd_adam.data import UnreadableSample
 from hvd_adam.data.image_folder import packed
 from hvd_adam.data.image_folder.files import decode
@@ -27,7 +31,7 @@ from hvd_adam.data.loader import DeviceLoader
 from hvd_adam.data.worker_loader import WorkerLoader
 from hvd_adam.data.workers.unreadable import UnreadableSamples
 from hvd_adam.errors import UserError
-from hvd_adam.training.builders import worker_count
+from hvd_adam.training.builders import make_loader, worker_count
 
 CPU = torch.device("cpu")
 SIZE = 14  # of which the packed images have 16
@@ -99,6 +103,25 @@ def test_a_folder_that_cannot_be_used_is_refused_in_one_line(case, photos, tmp_p
     with pytest.raises(UserError, match=message) as caught:
         scan(folder)
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_link_to_a_folder_that_it_is_in_is_refused(tmp_path, photos):
+    folder = tmp_path / "copy"
+    shutil.copytree(photos, folder)
+    (folder / "train" / "dog" / "elsewhere").symlink_to(photos / "val" / "dog")
+    assert len(scan(folder).train) == 26
+    (folder / "train" / "dog" / "loop").symlink_to("..")
+    with pytest.raises(UserError, match=r"train/dog/loop is a link to .*/train, which it is in: remove the link$"):
+        scan(folder)
+
+
+def test_the_current_folder_may_be_the_folder_of_images(tmp_path, monkeypatch):
+    write_photos(tmp_path, test=0)
+    write_photo(tmp_path / "cat" / "more" / "x.jpg", seed=0)
+    monkeypatch.chdir(tmp_path)
+    found = scan(Path("."))
+    assert {"cat/000.jpg", "cat/more/x.jpg"} <= {*paths(found.train)}
+    assert found.train.fingerprint() == scan(tmp_path).train.fingerprint()
 
 
 def test_a_folder_without_permission_is_named(photos, monkeypatch):
@@ -254,6 +277,36 @@ def test_a_cache_that_another_process_makes_is_waited_for(photos, tmp_path, monk
     assert np.array_equal(data.train_images, made.train_images)
 
 
+def test_a_file_that_changes_and_keeps_its_size_makes_the_cache_stale(tmp_path):
+    photos = write_photos(tmp_path / "photos", train=2, test=1)
+    bitmap = photos / "train" / "cat" / "zzz.bmp"
+    Image.new("RGB", (SIZE, SIZE), "red").save(bitmap)
+    before = pack(photos, tmp_path)
+    Image.new("RGB", (SIZE, SIZE), "blue").save(bitmap)
+    after = pack(photos, tmp_path)
+    assert before.train_images[2, :, 0, 0].tolist() == [255, 0, 0]
+    assert after.train_images[2, :, 0, 0].tolist() == [0, 0, 255]
+    assert after.checksum == before.checksum  # hosts may have copies with other times
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda manifest: [],
+        lambda manifest: manifest | {"counts": {"train": 999, "test": 8}},
+        lambda manifest: manifest | {"unreadable": 3},
+        lambda manifest: manifest | {"sizes": {}},
+    ],
+)
+def test_a_cache_with_a_damaged_manifest_is_made_again(photos, tmp_path, spoil):
+    pack(photos, tmp_path)
+    (path,) = tmp_path.glob("imagefolder-*/manifest.json")
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(spoil(manifest)))
+    assert len(pack(photos, tmp_path).train_images) == 24
+    assert json.loads(path.read_text()) == manifest
+
+
 def test_a_full_disk_is_reported_and_leaves_nothing_behind(photos, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -324,6 +377,16 @@ def test_workers_are_the_ranks_share_of_the_cores_less_one(monkeypatch):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         assert worker_count(None, None) == workers
     assert worker_count(0, None) == 0
+
+
+def test_a_damaged_file_counts_once_although_mixup_reads_it_twice(tmp_path, caplog):
+    photos = write_photos(tmp_path / "photos", damaged=["train/cat/001.jpg"])
+    config = TrainConfig(
+        dataset="imagefolder", data_dir=str(photos), image_size=SIZE, mixup=0.2, workers=0, max_corrupt=1
+    )
+    mixed = make_loader(config, SimpleNamespace(device=CPU, local_size=1))
+    assert len(list(mixed.train_batches(0, 0, global_batch_size=8))) == 3
+    assert len([line for line in caplog.messages if "cat/001.jpg" in line]) == 1
 
 
 def test_the_limit_of_unreadable_samples_counts_each_once():

@@ -12,6 +12,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import psutil
@@ -111,15 +112,29 @@ def test_more_unreadable_samples_than_the_limit_end_the_run(batches):
         list(getattr(source, batches)(**arguments))
 
 
+def test_training_samples_that_are_all_unreadable_end_the_run_within_the_limit():
+    source = loader(
+        Datasets(NoisySamples(3, unreadable=range(3)), NoisySamples(1), ()), unreadable=UnreadableSamples(9)
+    )
+    with pytest.raises(UserError, match="no training sample can be read"):
+        next(source.train_batches(0, 0, global_batch_size=2))
+
+
 class ByShape(NoisySamples):
     def __getitem__(self, index):
         return torch.zeros(1 + index % 2), index
+
+
+class Leaving(NoisySamples):
+    def __getitem__(self, index):
+        sys.exit(3)
 
 
 @pytest.mark.parametrize(
     ("datasets", "message"),
     [
         (noisy(failing=(5,)), r"training sample 5 cannot be read: KeyError: .*no key.*\(noisy_samples.py:\d+\)"),
+        (Datasets(Leaving(4), Leaving(4), ()), r"training sample \d cannot be read: SystemExit: 3 \(test_worker"),
         (Datasets(ByShape(4), ByShape(4), ()), r"Tensor of shape \(1,\), int\) and \(Tensor of shape \(2,\)"),
         (Datasets(["abc", "def"] * 4, ["x"], ()), r"do not form a batch: they are str"),
     ],
@@ -141,6 +156,19 @@ def test_a_worker_that_ends_is_reported_and_so_is_what_cannot_be_sent_to_one():
     unsendable = noisy(failing=lambda: None)
     with pytest.raises(UserError, match=r"noisy cannot be sent to worker processes.*--workers 0"):
         list(loader(unsendable, workers=1).train_batches(0, 0, global_batch_size=48))
+
+
+def test_a_worker_that_is_killed_before_its_batch_is_read_is_reported():
+    source = loader(workers=1)
+    others = set(multiprocessing.active_children())
+    batches = source.train_batches(0, 0, global_batch_size=4)
+    next(batches)
+    (worker,) = set(multiprocessing.active_children()) - others
+    time.sleep(0.3)  # the next batches are on their way, most likely; the error is the same without
+    worker.kill()
+    worker.join()
+    with pytest.raises(RankError, match=r"rank 0 on .*worker.*--workers"):
+        list(batches)
 
 
 def test_workers_ignore_the_signals_of_a_job_and_end_when_their_rank_is_killed():

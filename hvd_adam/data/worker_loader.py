@@ -148,8 +148,15 @@ class WorkerLoader:
             try:
                 with preserved() if own_process else nullcontext():  # dropout draws from the same generators
                     answer = next(answers, None)
-            except RuntimeError as error:  # torch's: what a sample raises arrives as a failure
+            except (
+                RuntimeError,
+                OSError,
+                EOFError,
+            ) as error:  # torch's: what a sample raises arrives as a failure
+                # Tensors are in memory that the worker hands over when they are read: it must be alive then.
                 reason = str(error).partition("\n")[0].strip().rstrip(".")
+                if not isinstance(error, RuntimeError):
+                    reason = f"a worker process has ended before its batch was read ({type(error).__name__})"
                 raise RankError(
                     f"rank {rank} on {socket.gethostname()}: {reason}: if memory or /dev/shm is full, use fewer "
                     "--workers"

@@ -186,7 +186,10 @@ class Adam(PlainOptimizer):
         complete_loaded_groups(state["param_groups"], own_groups, options=self.defaults)
         validation.check_loaded_state(state)
         exact = saved_states(self._source, self.param_groups)
+        had = "differentiable" in self.defaults
         super().__setstate__(state)
+        if not had:  # PyTorch has added it, and the groups that are saved next would have it
+            self.defaults.pop("differentiable", None)
         for group in self.param_groups:
             arena = arena_for((p, group) for p in group["params"])
             for p in group["params"]:

@@ -117,17 +117,19 @@ def make_loader(
     if transform is not None:
         loaded = checked_datasets(transformed(loaded, transform), f"--transforms {config.transforms}")
 
-    def read(samples: data.Datasets) -> Loader:
+    unreadable = UnreadableSamples(config.max_corrupt)
+
+    def read() -> Loader:
         return WorkerLoader(
-            samples,
+            loaded,
             cluster.device,
             workers=workers,
             dtype=dtype,
             channels_last=config.channels_last,
-            unreadable=UnreadableSamples(config.max_corrupt),
+            unreadable=unreadable,
         )
 
-    return read(loaded) if config.mixup is None else MixupLoader(read(loaded), read(loaded), config.mixup)
+    return read() if config.mixup is None else MixupLoader(read(), read(), config.mixup)
 
 
 def require_no_workers(config: DataConfig) -> None:

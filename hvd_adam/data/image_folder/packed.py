@@ -2,8 +2,8 @@
 
     CACHE/imagefolder-<key>/   train.images  train.labels.npy  test.images  test.labels.npy  manifest.json
 
-The key is a checksum of the list of files, of the size of the images and of the format. A host makes a cache once,
-under a lock, in a draft that is renamed when it is complete.
+The key is a checksum of the list of files with the times of their last changes, of the size of the images and of
+the format. A host makes a cache once, under a lock, in a draft that is renamed when it is complete.
 """
 
 from __future__ import annotations
@@ -61,16 +61,16 @@ def open_cache(
     Raises:
         UserError: the cache cannot be written, or more files cannot be read.
     """
-    key = hashlib.sha256(
-        f"{FORMAT} {side} {files.classes} {files.train.fingerprint()} {files.test.fingerprint()}".encode()
-    ).hexdigest()[:16]
-    folder = cache / f"{NAME}-{key}"
+    content = f"{FORMAT} {side} {files.classes} {files.train.fingerprint()} {files.test.fingerprint()}"
+    # A file may change and keep its size. Times are no part of the checksum: hosts may have copies of the files.
+    times = b"".join(part.modified.astype("<i8").tobytes() for part in (files.train, files.test))
+    folder = cache / f"{NAME}-{_checksum(content.encode() + times)}"
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        manifest = _read_manifest(folder)
+        manifest = _read_manifest(folder, side)
         if manifest is None:
             with _locked(cache / f".{folder.name}.lock", progress):
-                manifest = _read_manifest(folder)  # another rank of this host may have made it meanwhile
+                manifest = _read_manifest(folder, side)  # another rank of this host may have made it meanwhile
                 if manifest is None:
                     manifest = _make(files, folder, side, workers, max_unreadable, progress)
     except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
@@ -98,18 +98,27 @@ def open_cache(
         crop=crop,
         mean=MEAN,
         std=STD,
-        checksum=key,
+        checksum=_checksum(content.encode()),
     )
 
 
-def _read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Returns the manifest of a complete cache, or None."""
+def _checksum(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _read_manifest(folder: Path, side: int) -> dict[str, Any] | None:
+    """Returns the manifest of a complete cache of images of this side, or None."""
     try:
         manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
         sizes = {name: (folder / name).stat().st_size for name in manifest["sizes"]}
-    except (OSError, ValueError, KeyError):
+        images = {part: manifest["counts"][part] * 3 * side**2 for part in PARTS}
+        is_whole = sizes == manifest["sizes"] and all(
+            sizes[f"{part}.images"] == size > 0 and f"{part}.labels.npy" in sizes for part, size in images.items()
+        )
+        is_whole = is_whole and all(isinstance(message, str) for message in manifest["unreadable"])
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    return manifest if sizes == manifest["sizes"] else None
+    return manifest if is_whole else None
 
 
 class _locked:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,12 +37,14 @@ class FileList:
         paths: bytes, shape `(files,)`.
         labels: int64, shape `(files,)`.
         sizes: in bytes, int64, shape `(files,)`.
+        modified: times of the last changes in nanoseconds, int64, shape `(files,)`.
     """
 
     folder: Path
     paths: np.ndarray
     labels: np.ndarray
     sizes: np.ndarray
+    modified: np.ndarray
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -57,7 +59,8 @@ class FileList:
         Args:
             which: bool, shape `(files,)`.
         """
-        return replace(self, paths=self.paths[which], labels=self.labels[which], sizes=self.sizes[which])
+        columns = {name: getattr(self, name)[which] for name in ("paths", "labels", "sizes", "modified")}
+        return replace(self, **columns)
 
     def fingerprint(self) -> str:
         """Returns a checksum of names, labels and sizes: 16 hexadecimal digits. It does not depend on `folder`."""
@@ -142,32 +145,45 @@ def _read_part(folder: Path) -> tuple[tuple[str, ...], FileList]:
         found = f"only one folder, {names[0]!r}" if names else "no folders"
         raise UserError(f"{folder} has {found}: it needs a folder of images for each of at least 2 classes")
     with ThreadPoolExecutor(_SCAN_THREADS) as pool:
-        found_files = list(pool.map(lambda name: sorted(_images(folder / name)), names))
+        found_files = list(pool.map(lambda name: sorted(_images(os.path.join(folder, name), [folder])), names))
     for name, files in zip(names, found_files, strict=True):
         if not files:
             raise UserError(
                 f"class folder {folder / name} has no images ({', '.join(EXTENSIONS)}): add some, or remove it"
             )
-    start = len(os.fsencode(folder)) + 1
+    start = len(os.fsencode(os.path.join(folder, "")))
     counts = [len(files) for files in found_files]
     return tuple(names), FileList(
         folder,
-        np.array([path[start:] for files in found_files for path, _ in files], dtype=np.bytes_),
+        np.array([path[start:] for files in found_files for path, *_ in files], dtype=np.bytes_),
         np.repeat(np.arange(len(names), dtype=np.int64), counts),
-        np.array([size for files in found_files for _, size in files], dtype=np.int64),
+        np.array([size for files in found_files for _, size, _ in files], dtype=np.int64),
+        np.array([modified for files in found_files for *_, modified in files], dtype=np.int64),
     )
 
 
-def _images(folder: Path) -> Iterator[tuple[bytes, int]]:
-    """Yields path and size of the images in a folder and its subfolders, in no order."""
+def _images(folder: str, above: Sequence[str | Path]) -> Iterator[tuple[bytes, int, int]]:
+    """Yields path, size and time of the last change of the images in a folder and its subfolders, in no order.
+
+    Args:
+        folder: the paths start with it as it is given.
+        above: the folders that it was reached through.
+
+    Raises:
+        UserError: the folder is one of those above it, by a symbolic link.
+    """
+    for other in above:
+        if os.path.samefile(folder, other):
+            raise UserError(f"{folder} is a link to {other}, which it is in: remove the link")
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith("."):  # what macOS writes to other file systems looks like an image
                 continue
             if entry.is_dir():
-                yield from _images(Path(entry.path))
+                yield from _images(entry.path, [*above, folder])
             elif entry.name.lower().endswith(EXTENSIONS):
-                yield os.fsencode(entry.path), entry.stat().st_size
+                stat = entry.stat()
+                yield os.fsencode(entry.path), stat.st_size, stat.st_mtime_ns
 
 
 def _split(classes: tuple[str, ...], files: FileList) -> ImageFolder:

@@ -82,10 +82,10 @@ class StatefulDistributedSampler(Sampler[list[int]]):
     ) -> None:
         cluster = running_cluster() if rank is None and size is None else None
         self.rank, self.size = rank_and_size(rank, size)
-        self.accumulate = accumulate
         self._dataset, self._shuffle, self._seed = dataset, shuffle, seed
         with nullcontext() if cluster is None else raise_on_all_ranks(cluster):
             self._samples = _length(dataset)
+            self.accumulate = accumulate = _at_least_1("accumulate", accumulate)
             self.global_batch_size = _global_batch_size(batch_size, global_batch_size, self.size, accumulate)
             self.batch_size = self.global_batch_size // (self.size * accumulate)
             self._steps = steps_per_epoch(self._samples, self.global_batch_size)
@@ -114,8 +114,9 @@ class StatefulDistributedSampler(Sampler[list[int]]):
         Raises:
             UserError: it is negative.
         """
-        if epoch < 0:
-            raise UserError(f"the epoch is {epoch}; it must be at least 0")
+        if not isinstance(epoch, int | np.integer) or epoch < 0:
+            raise UserError(f"the epoch is {epoch!r}; it must be a whole number, at least 0")
+        epoch = int(epoch)
         self._start_from(epoch, self._first_step if epoch == self._epoch else 0)
 
     def __len__(self) -> int:
@@ -146,7 +147,7 @@ class StatefulDistributedSampler(Sampler[list[int]]):
             UserError: the sampler was created with a length instead of a data set; `in_order=False`, with which
                 a number of batches does not say which ones.
         """
-        if isinstance(self._dataset, int):
+        if isinstance(self._dataset, int | np.integer):
             raise UserError("the sampler was created with a length: create it with the data set")
         if not options.get("in_order", True):
             raise UserError("in_order=False cannot be resumed: leave it out")
@@ -204,7 +205,13 @@ class StatefulDistributedSampler(Sampler[list[int]]):
                     f"{name} of the sampler is {value}, but {state[name]} in the saved state: use the same, or "
                     "start without the saved state"
                 )
-        self._start_from(int(state["epoch"]), int(state["step"]))
+        epoch, step = state["epoch"], state["step"]
+        if not (isinstance(epoch, int) and isinstance(step, int) and epoch >= 0 and 0 <= step <= self._steps):
+            raise UserError(
+                f"the state is of epoch {epoch!r} and step {step!r}, but an epoch has {self._steps} steps: load "
+                "what state_dict() of a sampler returned"
+            )
+        self._start_from(epoch, step)
 
     def _arguments(self) -> dict[str, Any]:
         """Returns what decides which samples a global batch has."""
@@ -272,8 +279,8 @@ class _CountingLoader(DataLoader[Any]):
 
 
 def _length(dataset: Sized | int) -> int:
-    if isinstance(dataset, int):
-        return dataset
+    if isinstance(dataset, int | np.integer):
+        return int(dataset)
     if not hasattr(dataset, "__len__"):
         kind = type(dataset).__name__
         raise UserError(f"the data set is a {kind}, which has no length: use hvd_adam.data.shard and equal_steps")
@@ -285,7 +292,7 @@ def _global_batch_size(batch_size: int | None, global_batch_size: int | None, si
         raise UserError(
             "give either batch_size, the samples of one rank, or global_batch_size, those of all ranks"
         )
-    parts = size * _at_least_1("accumulate", accumulate)
+    parts = size * accumulate
     if batch_size is not None:
         return _at_least_1("batch_size", batch_size) * parts
     total = _at_least_1("global_batch_size", global_batch_size)
@@ -298,6 +305,6 @@ def _global_batch_size(batch_size: int | None, global_batch_size: int | None, si
 
 
 def _at_least_1(name: str, value: int | None) -> int:
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, int | np.integer) or value < 1:
         raise UserError(f"{name} is {value!r}; it must be a whole number, at least 1")
-    return value
+    return int(value)

@@ -68,11 +68,16 @@ class RequestedSamples(Dataset[Answer]):
                 return Answer(samples[index], tuple(unreadable))
             except UnreadableSample as error:
                 unreadable.append(str(error))
-            except Exception as error:
+            except (
+                Exception,
+                SystemExit,
+            ) as error:  # sys.exit() would end a worker, or the rank, without a reason
                 part = "training" if request.training else "test"
                 what = f"data set {self.datasets.name}: {part} sample {index} cannot be read"
                 return Answer(failure=f"{what}: {describe(error)}")
-        return Answer(unreadable=tuple(unreadable))
+        # Training needs a sample in each place. Fewer samples than the limit may all be unreadable.
+        failure = f"data set {self.datasets.name}: no training sample can be read" if request.training else ""
+        return Answer(None, tuple(unreadable), failure)
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,7 @@ def _describe(sample: Any) -> str:
     return type(sample).__name__ if shape is None else f"{type(sample).__name__} of shape {tuple(shape)}"
 
 
-def describe(error: Exception) -> str:
+def describe(error: BaseException) -> str:
     """Returns an exception and the line that raised it, in one line."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     text = " ".join(str(error).split())
