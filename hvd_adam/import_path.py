@@ -4,7 +4,7 @@ import difflib
 import inspect
 import pkgutil
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,8 @@ def call(
     offered: Mapping[str, object],
     args: Mapping[str, object] | None = None,
     option: str = "",
+    *,
+    only_named: Collection[str] = (),
 ) -> Any:
     """Calls the function that `resolve` finds, with those of the offered keywords that it has.
 
@@ -70,6 +72,7 @@ def call(
         offered: values by the names of parameters.
         args: further keyword arguments, which the function must have; they override what is offered.
         option: from which `args` come, for messages.
+        only_named: offered values that a function gets only if it names them, and not by its `**keywords`.
 
     Raises:
         UserError: as `resolve`; the function lacks a parameter that `args` has, or needs one that is not given.
@@ -81,7 +84,8 @@ def call(
             near = difflib.get_close_matches(name, names, n=1)
             hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(names) or 'none'}"
             raise UserError(f"{option} has {name}, but {what} has no parameter {name}: {hint}")
-    given = {name: value for name, value in offered.items() if name in names or takes_any} | dict(args)
+    wanted = (name for name in offered if name in names or (takes_any and name not in only_named))
+    given = {name: offered[name] for name in wanted} | dict(args)
     for name, parameter in names.items():
         if parameter.default is parameter.empty and (name not in given or parameter.kind is _BY_POSITION):
             remedy = f"""give it, as in {option} '{{"{name}": …}}'"""

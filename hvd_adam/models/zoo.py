@@ -116,7 +116,8 @@ def build(
         offered |= {"in_channels": sample_shape[0], "image_size": sample_shape[1:]}
     model: nn.Module
     if is_reference(name):
-        model = call(name, "model", offered, args, "--model-args")
+        twice = ["sample_shape"] if "image_size" in offered else []
+        model = call(name, "model", offered, args, "--model-args", only_named=twice)
         if not isinstance(model, nn.Module):
             raise UserError(f"model {name!r} returned a {type(model).__name__}: return a torch.nn.Module")
     elif not num_classes:
