@@ -1,11 +1,11 @@
-"""`Datasets`: map-style PyTorch data sets for training and testing, with the facts that training needs of them.
+"""`Datasets`: PyTorch data sets for training and testing, with the facts that training needs of them.
 
 Imports no torch, so that commands can answer before it is loaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sized
+from collections.abc import Iterator, Sized
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -39,21 +39,45 @@ class MapDataset(Sized, Protocol):
         """Returns sample `index`, 0 ≤ index < len: a pair of an input and a target."""
 
 
+class StreamDataset(Sized, Protocol):
+    """A `torch.utils.data.IterableDataset` with a length.
+
+    It yields the same samples, in the same order, on every rank: each rank reads all of them and keeps its share.
+    If it has a method `set_epoch`, that is called with the epoch, from 0, before each pass.
+    """
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yields len samples: pairs of an input and a target."""
+
+
+def is_stream(dataset: object) -> bool:
+    """Returns whether a data set is iterable and not map-style."""
+    from torch.utils.data import IterableDataset
+
+    return isinstance(dataset, IterableDataset)
+
+
+def first_sample(dataset: Any) -> Any:
+    """Returns the first sample of a data set of either style."""
+    return next(iter(dataset)) if is_stream(dataset) else dataset[0]
+
+
 @dataclass(frozen=True)
 class Datasets:
-    """Training and test samples as map-style PyTorch data sets.
+    """Training and test samples as PyTorch data sets, each map-style or iterable.
 
     A sample is `(input, target)`. Inputs are tensors or numpy arrays, all of one shape; a target is a class as an
     integer, or anything that `torch.utils.data.default_collate` joins to a tensor. Random augmentation belongs in
-    `__getitem__` of the training set; it may draw from the global generators of torch, numpy and Python.
+    `__getitem__`, or `__iter__`, of the training set; it may draw from the global generators of torch, numpy and
+    Python.
 
     Raises:
         UserError: a part has no samples.
     """
 
-    train: MapDataset
+    train: MapDataset | StreamDataset
     """Training samples."""
-    test: MapDataset
+    test: MapDataset | StreamDataset
     """Test samples."""
     classes: tuple[str, ...]
     """Names of the classes; empty where targets are not classes."""
@@ -83,7 +107,7 @@ class Datasets:
         from hvd_adam.data.workers.random_state import preserved  # it imports torch
 
         with preserved():  # the sample may be augmented
-            sample = self.train[0]
+            sample = first_sample(self.train)
         return tuple(sample[0].shape)
 
     def summary(self) -> str:

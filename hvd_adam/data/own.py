@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from hvd_adam.data.datasets import Datasets, UnreadableSample
+from hvd_adam.data.datasets import Datasets, UnreadableSample, first_sample, is_stream
 from hvd_adam.data.images import ImageData
-from hvd_adam.data.workers.random_state import preserved
+from hvd_adam.data.workers.random_state import preserved, seed_all
 from hvd_adam.errors import UserError
 from hvd_adam.import_path import failure
 
 _PARTS = {
-    "train": "a map-style torch Dataset of training samples",
-    "test": "a map-style torch Dataset of test samples",
+    "train": "a torch Dataset of training samples",
+    "test": "a torch Dataset of test samples",
     "classes": "the names of the classes, empty if there are none",
     "name": "its name in messages and run folders",
 }
 _METHODS = {"__len__": "the number of samples", "__getitem__": "a sample (input, target) by its index"}
+_STREAM_METHODS = {"__len__": "the number of samples", "__iter__": "the samples (input, target)"}
 
 
 def checked(value: Any, what: str) -> ImageData | Datasets:
@@ -61,22 +64,31 @@ def checked_datasets(value: Any, what: str) -> Datasets:
             f"{what}: inputs of train have shape {shapes['train']} but those of test {shapes['test']}: they must "
             "be the same"
         )
-    return value if isinstance(value, Datasets) else Datasets(value.train, value.test, tuple(classes), name=name)
+    made = value if isinstance(value, Datasets) else Datasets(value.train, value.test, tuple(classes), name=name)
+    if is_stream(made.train) and not made.fingerprint:
+        return replace(made, fingerprint=_fingerprint(made.train))
+    return made
+
+
+def _fingerprint(stream: Any) -> str:
+    """Returns a checksum of the first sample, which differs between ranks if each has a stream of its own."""
+    with preserved():
+        seed_all(0)
+        values = [np.asarray(part) for part in first_sample(stream)]
+    return hashlib.sha256(b"".join(value.tobytes() for value in values)).hexdigest()[:16]
 
 
 def _check_samples(dataset: Any, what: str) -> tuple[int, ...] | None:
     """Checks one part and its first sample; returns the shape of its input, or None if it cannot be read."""
-    for method, meaning in _METHODS.items():
-        if isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(type(dataset), method):
-            raise UserError(
-                f"{what} is a {type(dataset).__name__} without {method} ({meaning}): give a map-style torch "
-                "Dataset"
-            )
+    for method, meaning in (_STREAM_METHODS if is_stream(dataset) else _METHODS).items():
+        if not hasattr(type(dataset), method):
+            kinds = "map-style torch Dataset, or an IterableDataset with a length"
+            raise UserError(f"{what} is a {type(dataset).__name__} without {method} ({meaning}): give a {kinds}")
     if not len(dataset):
         raise UserError(f"{what} is empty: it has no samples")
     try:
         with preserved():  # it may be augmented
-            sample = dataset[0]
+            sample = first_sample(dataset)
     except UnreadableSample:
         return None  # which is counted when it is read
     except Exception as error:

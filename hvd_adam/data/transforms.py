@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.utils.data import IterableDataset
 
-from hvd_adam.data.datasets import Datasets, MapDataset
+from hvd_adam.data.datasets import Datasets, MapDataset, StreamDataset, is_stream
 from hvd_adam.data.workers.random_state import preserved, seed_all
 from hvd_adam.errors import UserError
 from hvd_adam.import_path import failure
@@ -76,6 +77,29 @@ class TransformedDataset:
         return self.transform(value), target
 
 
+@dataclass(frozen=True)
+class TransformedStream(IterableDataset[tuple[Any, Any]]):
+    """As `TransformedDataset`, of an iterable data set."""
+
+    dataset: StreamDataset
+    transform: Transform
+
+    def __len__(self) -> int:
+        """Returns the number of samples."""
+        return len(self.dataset)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Passes the epoch on."""
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        """Yields the samples with their inputs transformed."""
+        for value, target in self.dataset:
+            yield self.transform(value), target
+
+
 def transformed(data: Datasets, transform: Transform) -> Datasets:
     """Returns the data with its training inputs transformed."""
-    return replace(data, train=TransformedDataset(data.train, transform))
+    kind: Any = TransformedStream if is_stream(data.train) else TransformedDataset
+    return replace(data, train=kind(data.train, transform))

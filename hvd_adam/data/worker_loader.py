@@ -1,4 +1,4 @@
-"""`WorkerLoader`: makes batches from map-style PyTorch data sets, in worker processes."""
+"""`WorkerLoader`: makes batches from PyTorch data sets, in worker processes."""
 
 from __future__ import annotations
 
@@ -7,28 +7,32 @@ import pickle
 import socket
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from hvd_adam.data import sampling
-from hvd_adam.data.datasets import Datasets
+from hvd_adam.data.datasets import Datasets, is_stream
 from hvd_adam.data.normalize import Normalization
 from hvd_adam.data.protocols import Batch
 from hvd_adam.data.workers import processes
 from hvd_adam.data.workers.random_state import preserved
 from hvd_adam.data.workers.samples import Answer, Collate, Request, RequestedSamples
+from hvd_adam.data.workers.stream import Stream
 from hvd_adam.data.workers.unreadable import UnreadableSamples
 from hvd_adam.errors import RankError, UserError
 
 
 class WorkerLoader:
-    """Training and test batches of map-style data sets, on a device.
+    """Training and test batches of PyTorch data sets, on a device.
 
-    Each rank reads the samples of its own share only. The random numbers of a sample depend on the seed, the epoch
+    Each rank reads the samples of its own share only; of an iterable data set it reads all samples, in one worker,
+    and keeps those of its share. The random numbers of a sample depend on the seed, the epoch
     and its place in the epoch: at any number of ranks and workers the batches are the same bit for bit.
 
     Inputs of dtype uint8 are normalized on the device, if the data sets have statistics. These and all
@@ -99,11 +103,22 @@ class WorkerLoader:
     ) -> Iterator[Batch]:
         """As `protocols.Loader`. An iterator ends where another one of this loader begins.
 
+        Of an iterable data set the updates before `first_step` are read and dropped.
+
         Raises:
             UserError: also: a sample cannot be read, or samples do not form a batch.
             RankError: a worker process has ended.
         """
         steps = range(first_step, self.steps_per_epoch(global_batch_size))
+        if is_stream(self.data.train):
+            shares = [
+                sampling.share(global_batch_size, rank=rank, size=size, micro_batch=part, accumulate=accumulate)
+                for part in range(accumulate)
+            ]
+            starts = ((step * global_batch_size, share) for step in steps for share in shares)
+            ranges = [range(start + share.start, start + share.stop) for start, share in starts]
+            words = partial(sampling.augmentation_bits, seed, epoch, global_batch_size=global_batch_size)
+            return self._batches(self._stream("train", ranges, epoch, words, global_batch_size), rank)
 
         def requests() -> Iterator[list[Request]]:
             order = sampling.epoch_order(len(self.data.train), seed, epoch)
@@ -127,18 +142,27 @@ class WorkerLoader:
         words = sampling.evaluation_bits(len(self.data.test))
         mine = sampling.evaluation_share(len(words), rank, size)
         starts = range(mine.start, mine.stop, batch_size)
-        ranges = (range(start, min(start + batch_size, mine.stop)) for start in starts)
+        ranges = [range(start, min(start + batch_size, mine.stop)) for start in starts]
+        if is_stream(self.data.test):
+            every = partial(_same_for_every_group, words)
+            return self._batches(self._stream("test", ranges, 0, every, len(words)), rank)
         return self._batches(([Request(i, int(words[i]), False) for i in indices] for indices in ranges), rank)
 
     def close(self) -> None:
         """Ends the worker processes; the next batch would start new ones."""
         self._loader = None  # torch's iterator ends them when it is deleted
 
-    def _batches(self, requests: Iterable[list[Request]], rank: int) -> Iterator[Batch]:
+    def _stream(
+        self, part: str, ranges: list[range], epoch: int, words: Callable[[int], np.ndarray], group: int
+    ) -> Stream:
+        name = f"data set {self.data.name}: {part}"
+        return Stream(getattr(self.data, part), name, ranges, epoch, words, group)
+
+    def _batches(self, requests: Iterable[list[Request]] | Stream, rank: int) -> Iterator[Batch]:
         batches = self._fetched(requests, rank)
         return self._copied_ahead(batches) if self.device.type == "cuda" else map(self._converted, batches)
 
-    def _fetched(self, requests: Iterable[list[Request]], rank: int) -> Iterator[Batch]:
+    def _fetched(self, requests: Iterable[list[Request]] | Stream, rank: int) -> Iterator[Batch]:
         """Yields batches on the host."""
         answers = self._start(requests)
         own_process = self.workers == 0
@@ -169,20 +193,13 @@ class WorkerLoader:
             if answer.value is not None:
                 yield answer.value
 
-    def _start(self, requests: Iterable[list[Request]]) -> Iterator[Answer]:
-        if self._loader is None:
-            self._loader = DataLoader(
-                RequestedSamples(self.data, self._unreadable.limit),
-                batch_sampler=self._plan,
-                collate_fn=Collate(self.data.name),
-                num_workers=self.workers,
-                multiprocessing_context=processes.context if self.workers else None,
-                persistent_workers=self.workers > 0,
-                worker_init_fn=processes.end_with_rank,
-                pin_memory=self.device.type == "cuda",
-                generator=torch.Generator(),  # it would otherwise draw from the one of dropout, in every epoch
-            )
-            atexit.register(_close, weakref.ref(self))  # before multiprocessing ends workers by its own means
+    def _start(self, requests: Iterable[list[Request]] | Stream) -> Iterator[Answer]:
+        if isinstance(requests, Stream):  # each pass has a worker of its own
+            self._loader = self._make_loader(requests, min(self.workers, 1), batch_size=None, collate_fn=_as_it_is)
+        elif self._loader is None or isinstance(self._loader.dataset, Stream):
+            samples = RequestedSamples(self.data, self._unreadable.limit)
+            plan = {"batch_sampler": self._plan, "collate_fn": Collate(self.data.name)}
+            self._loader = self._make_loader(samples, self.workers, **plan, persistent_workers=self.workers > 0)
         self._plan.requests = requests
         try:
             with processes.starting() if self.workers else nullcontext(), warnings.catch_warnings():
@@ -194,6 +211,18 @@ class WorkerLoader:
                 f"data set {self.data.name} cannot be sent to worker processes ({error}): define its functions "
                 "and classes at the top of a module, or use --workers 0"
             ) from error
+
+    def _make_loader(self, samples: Dataset[Answer], workers: int, **options: Any) -> DataLoader[Answer]:
+        atexit.register(_close, weakref.ref(self))  # before multiprocessing ends workers by its own means
+        return DataLoader(
+            samples,
+            num_workers=workers,
+            multiprocessing_context=processes.context if workers else None,
+            worker_init_fn=processes.end_with_rank,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # it would otherwise draw from the one of dropout, in every epoch
+            **options,
+        )
 
     def _converted(self, batch: Batch) -> Batch:
         """Returns a batch, on the device, with the loader's dtype."""
@@ -237,10 +266,18 @@ class _Plan:
     """
 
     def __init__(self) -> None:
-        self.requests: Iterable[list[Request]] = ()
+        self.requests: Iterable[Any] = ()
 
     def __iter__(self) -> Iterator[list[Request]]:
         return iter(self.requests)
+
+
+def _as_it_is(answer: Answer) -> Answer:
+    return answer
+
+
+def _same_for_every_group(words: np.ndarray, group: int) -> np.ndarray:
+    return words
 
 
 def _close(loader: weakref.ref[WorkerLoader]) -> None:

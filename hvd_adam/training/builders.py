@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hvd_adam import data
 from hvd_adam.config import DataConfig, TrainConfig
+from hvd_adam.data.datasets import is_stream
 from hvd_adam.data.loader import DeviceLoader
 from hvd_adam.data.mixup import MixupLoader
 from hvd_adam.data.own import checked_datasets
@@ -117,6 +118,8 @@ def make_loader(
     if transform is not None:
         loaded = checked_datasets(transformed(loaded, transform), f"--transforms {config.transforms}")
 
+    if is_stream(loaded.train):
+        _require_stream_options(config)
     unreadable = UnreadableSamples(config.max_corrupt)
 
     def read() -> Loader:
@@ -130,6 +133,17 @@ def make_loader(
         )
 
     return read() if config.mixup is None else MixupLoader(read(), read(), config.mixup)
+
+
+def _require_stream_options(config: TrainConfig) -> None:
+    """Raises UserError for options that an iterable training set cannot follow."""
+    what = f"{config.dataset} returns an iterable training set"
+    if config.mixup is not None:
+        raise UserError(f"--mixup: {what}, which has no second order: return a map-style one")
+    if config.workers is not None and config.workers > 1:
+        raise UserError(f"--workers {config.workers}: {what}, which one process reads: use --workers 1 or 0")
+    if config.max_corrupt != TrainConfig.max_corrupt:
+        raise UserError(f"--max-corrupt: no effect, because {what}; leave it out, and let the set skip samples")
 
 
 def require_no_workers(config: DataConfig) -> None:

@@ -59,7 +59,7 @@ class RequestedSamples(Dataset[Answer]):
 
     def __getitem__(self, request: Request) -> Answer:
         """Reads one sample."""
-        samples = self.datasets.train if request.training else self.datasets.test
+        samples: Any = self.datasets.train if request.training else self.datasets.test
         unreadable: list[str] = []
         for distance in range(self.max_unreadable + 1 if request.training else 1):
             index = (request.index + distance) % len(samples)

@@ -1,0 +1,80 @@
+"""`Stream`: a rank's share of an `IterableDataset`, which every rank reads from its start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch.utils.data import IterableDataset
+
+from hvd_adam.data.workers.random_state import seed_all
+from hvd_adam.data.workers.samples import Answer, Collate, describe
+
+
+@dataclass(frozen=True)
+class Stream(IterableDataset[Answer]):
+    """Yields batches of the samples at some places of a stream, and drops the samples between them.
+
+    So all ranks together have the global batches that one rank would have. Before each sample, dropped ones
+    included, the global random generators are seeded by its place: where a stream draws from them, to shuffle for
+    example, it is the same on every rank.
+
+    Attributes:
+        samples: the stream; if it has a method `set_epoch`, that is called first.
+        name: of the stream, for messages.
+        ranges: the places of each batch, ascending and disjoint.
+        epoch: ≥ 0.
+        words: returns the seeds, uint64, of the places of a group, by its number.
+        group: places in a group.
+    """
+
+    samples: IterableDataset[Any]
+    name: str
+    ranges: Sequence[range]
+    epoch: int
+    words: Callable[[int], np.ndarray]
+    group: int
+
+    def __iter__(self) -> Iterator[Answer]:
+        """Reads the stream up to the end of the last range."""
+        collate, source, start = Collate(self.name), self._answers(), 0
+        for wanted in self.ranges:
+            answers = []
+            for place in range(start, wanted.stop):
+                answer = next(source)
+                if answer.failure:
+                    yield answer
+                    return
+                if place >= wanted.start:
+                    answers.append(answer)
+            start = wanted.stop
+            yield collate(answers)
+
+    def _answers(self) -> Iterator[Answer]:
+        """Yields every sample, or the failure to read one."""
+        place = 0
+        words = self.words(0)
+        seed_all(int(words[0]))  # `iter` may draw, too
+        try:
+            if hasattr(self.samples, "set_epoch"):
+                self.samples.set_epoch(self.epoch)
+            source = iter(self.samples)
+            while True:
+                if place % self.group == 0:
+                    words = self.words(place // self.group)
+                seed_all(int(words[place % self.group]))
+                try:
+                    sample = next(source)
+                except StopIteration:
+                    break
+                yield Answer(sample)
+                place += 1
+        except (Exception, SystemExit) as error:  # sys.exit() would end the process without a reason
+            yield Answer(failure=f"{self.name}: sample {place} cannot be read: {describe(error)}")
+        promised = len(self.samples)  # type: ignore[arg-type]  # checked by `data.own`
+        yield Answer(
+            failure=f"{self.name} has ended after {place} of the {promised} samples of its __len__: let it return "
+            "how many the stream yields"
+        )
