@@ -45,7 +45,11 @@ def run(
     log.setup()
     starting, code = True, 0
     try:
-        values = parse(config, name, argv, needs_extra=needs_extra)
+        try:
+            values = parse(config, name, argv, needs_extra=needs_extra)
+        except OSError as error:  # of --help: argparse of Python 3.11.2 lets it pass
+            log.discard(sys.stdout)
+            raise UserError(log.lost(error)) from None
         starting = False
         main(values)
     except SystemExit as done:  # of --help, --version and --print-config, or of a command with a result of its own

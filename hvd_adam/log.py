@@ -108,11 +108,15 @@ def discard(stream: TextIO) -> None:
 
 
 def finish() -> OSError | None:
-    """Writes what stdout still holds; commands call it at their end.
+    """Writes what stdout and stderr still hold; commands call it at their end.
 
     Returns:
         None, or the error by which a result is lost: lines of the log that could not be written do not count.
     """
+    try:
+        sys.stderr.flush()
+    except OSError:
+        discard(sys.stderr)
     try:
         sys.stdout.flush()
     except OSError as error:

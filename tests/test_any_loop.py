@@ -164,7 +164,8 @@ def test_a_parameter_that_is_unfrozen_on_one_rank_only_ends_the_job(cluster, str
     optimizer = distribute(Adam(model.parameters()), model, strategy=strategy)
     one_update(model, optimizer, cluster)
     model[0].bias.requires_grad_(cluster.rank == 1)
-    with pytest.raises(HorovodInternalError, match="freeze and unfreeze on every rank"):
+    told = r"freeze and unfreeze on every rank|this rank is in a change of parameters or options \(freezing"
+    with pytest.raises(HorovodInternalError, match=told):
         one_update(model, optimizer, cluster)
 
 
@@ -176,6 +177,7 @@ def test_ranks_with_unequal_numbers_of_backward_passes_end_the_job(cluster, stra
     loss = model(ones()).square().sum()
     loss.backward(retain_graph=True)
     parted = r"updates since distribute\(\): 0 on rank 0, 1 on rank 1; .*join|some ranks wait for gradients"
+    parted += r"|this rank is in step\(\)"
     with pytest.raises((JobError, HorovodInternalError), match=parted):
         if cluster.rank == 0:
             loss.backward()

@@ -332,7 +332,7 @@ def test_a_rank_without_a_batch_has_the_loss_scale_of_the_others(cluster, exchan
 def test_other_optimizers_in_the_block_of_a_join_are_refused(cluster):
     model, other = small_model(), small_model()
     with distributed(model.parameters(), model) as optimizer, distributed(other.parameters(), other) as second:
-        refusal = r"train with no other optimizer in the block"
+        refusal = r"train with no other optimizer"
         for join in (optimizer.join, second.join):
             with pytest.raises(RuntimeError, match=refusal), optimizer.join(), join():
                 pass
