@@ -32,8 +32,8 @@ class WorkerLoader:
     """Training and test batches of PyTorch data sets, on a device.
 
     Each rank reads the samples of its own share only; of an iterable data set it reads all samples, in one worker,
-    and keeps those of its share. The random numbers of a sample depend on the seed, the epoch
-    and its place in the epoch: at any number of ranks and workers the batches are the same bit for bit.
+    and keeps those of its share. The random numbers of a sample depend on the seed, the epoch and its place in the
+    epoch: at any number of ranks and workers the batches are the same bit for bit.
 
     Inputs of dtype uint8 are normalized on the device, if the data sets have statistics. These and all
     floating-point inputs and targets get the loader's dtype; integers of other dtypes keep theirs.
@@ -172,12 +172,9 @@ class WorkerLoader:
             try:
                 with preserved() if own_process else nullcontext():  # dropout draws from the same generators
                     answer = next(answers, None)
-            except (
-                RuntimeError,
-                OSError,
-                EOFError,
-            ) as error:  # torch's: what a sample raises arrives as a failure
-                # Tensors are in memory that the worker hands over when they are read: it must be alive then.
+            except (RuntimeError, OSError, EOFError) as error:
+                # The error is torch's: what a sample raises arrives as a failure. Tensors are in memory that the
+                # worker hands over when they are read: it must be alive then.
                 reason = str(error).partition("\n")[0].strip().rstrip(".")
                 if not isinstance(error, RuntimeError):
                     reason = f"a worker process has ended before its batch was read ({type(error).__name__})"

@@ -14,9 +14,8 @@ def seed_all(word: int) -> None:
     Args:
         word: in [0, 2⁶⁴).
     """
-    torch.default_generator.manual_seed(
-        word
-    )  # torch.manual_seed would also look for accelerators, at every sample
+    # torch.manual_seed would also look for accelerators, at every sample.
+    torch.default_generator.manual_seed(word)
     np.random.seed([word & 0xFFFFFFFF, word >> 32])
     random.seed(word)
 

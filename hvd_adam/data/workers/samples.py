@@ -68,10 +68,8 @@ class RequestedSamples(Dataset[Answer]):
                 return Answer(samples[index], tuple(unreadable))
             except UnreadableSample as error:
                 unreadable.append(str(error))
-            except (
-                Exception,
-                SystemExit,
-            ) as error:  # sys.exit() would end a worker, or the rank, without a reason
+            except (Exception, SystemExit) as error:
+                # Not caught, sys.exit() would end a worker, or the rank, without a reason.
                 part = "training" if request.training else "test"
                 what = f"data set {self.datasets.name}: {part} sample {index} cannot be read"
                 return Answer(failure=f"{what}: {describe(error)}")
