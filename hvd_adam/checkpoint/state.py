@@ -97,8 +97,9 @@ class TrainingState:
         ranks: one dictionary per rank: "cpu" and "cuda" (or None), the states of the random generators, and
             "loss", the rank's part of the running mean.
         config: the run's configuration.
-        data: "classes" of the data set; "mean" and "std" of its channels; the numbers "train_images" and
-            "test_images"; "fingerprint", a checksum of the training images and labels.
+        data: "classes" of the data set; "mean" and "std" of its channels; "shape" of an input; "resize", the size
+            that a test image is resized to cover before its center is cropped, or None; the numbers
+            "train_images" and "test_images"; "fingerprint", a checksum of the training images and labels.
         ema: the moving average of the model's state dictionary, or None.
     """
 

@@ -78,6 +78,8 @@ class DeviceLoader:
             "classes": list(data.classes),
             "mean": list(self.mean),
             "std": list(self.std),
+            "shape": list(data.sample_shape),
+            "resize": list(data.test_images.shape[2:]),
             "train_images": len(data.train_images),
             "test_images": len(data.test_images),
             "fingerprint": self._fingerprint,

@@ -11,6 +11,17 @@ _MAPPED_BYTES = 2**20
 _MOST_REUSED = 3  # of the batches that a loop holds at a time; others have pages that are freed with them
 
 
+def per_channel(values: tuple[float, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Returns a statistic of each channel in units of uint8 pixels, shape `(1, c, 1, 1)`, on the CPU.
+
+    Args:
+        values: of each channel, in units where 255 is 1.
+        dtype: of the result.
+    """
+    scaled = torch.tensor(values, dtype=torch.float64, device="cpu") * 255
+    return scaled.to(dtype).view(1, -1, 1, 1)
+
+
 class Normalization:
     """Subtracts each channel's mean and divides by its standard deviation.
 
@@ -41,11 +52,9 @@ class Normalization:
         self._device, self._dtype, self._memory_format = device, dtype, memory_format
         # Half precision would lose the last bits of 0 to 255 in the subtraction, so the conversion is last.
         self._working_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        self._shift, self._divisor = self._per_channel(mean), self._per_channel(std)
-
-    def _per_channel(self, values: tuple[float, ...]) -> torch.Tensor:
-        scaled = torch.tensor(values, dtype=torch.float64, device="cpu") * 255
-        return scaled.to(self._device, self._working_dtype).view(1, -1, 1, 1)
+        self._shift, self._divisor = (
+            per_channel(values, self._working_dtype).to(device) for values in (mean, std)
+        )
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Returns the normalized images.

@@ -45,6 +45,9 @@ class WorkerLoader:
         dtype: of floating-point inputs and targets.
         channels_last: whether inputs with four dimensions have channels-last memory format.
         unreadable: tolerates a number of samples that raise `UnreadableSample`; None: the first one ends the run.
+
+    Attributes:
+        left_out: indices of the test samples that this rank could not read.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class WorkerLoader:
                 datasets.mean, datasets.std, self.device, dtype, self._memory_format, from_workers=workers > 0
             )
         self._unreadable = unreadable or UnreadableSamples(0)
+        self.left_out: set[int] = set()
         self._plan = _Plan()
         self._loader: DataLoader[Answer] | None = None
         if workers:
@@ -81,6 +85,8 @@ class WorkerLoader:
             "classes": list(data.classes),
             "mean": list(data.mean or ()),
             "std": list(data.std or ()),
+            "shape": list(data.sample_shape),
+            "resize": None if data.resize is None else list(data.resize),
             "train_images": len(data.train),
             "test_images": len(data.test),
             "fingerprint": data.fingerprint,
@@ -185,6 +191,7 @@ class WorkerLoader:
             if answer is None:
                 return
             self._unreadable.add(answer.unreadable)
+            self.left_out.update(answer.left_out)
             if answer.failure:
                 raise UserError(answer.failure)
             if answer.value is not None:

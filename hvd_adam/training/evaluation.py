@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.parameter import is_lazy
 
-from hvd_adam.checkpoint import storage
-from hvd_adam.checkpoint.state import require_same_tensors
 from hvd_adam.config import DataConfig, EvaluateConfig
 from hvd_adam.config.effects import reads_files
 from hvd_adam.data import ImageData
@@ -23,10 +22,13 @@ from hvd_adam.data.workers.unreadable import UnreadableSamples
 from hvd_adam.distributed.agreement import raise_on_all_ranks, require_same
 from hvd_adam.distributed.context import Cluster, init
 from hvd_adam.errors import CollectiveError, UserError
+from hvd_adam.inference.fixed_batches import in_fixed_batches
+from hvd_adam.inference.predictions import Predictions
+from hvd_adam.inference.trained import Trained
 from hvd_adam.log import write_result
+from hvd_adam.models.precision import autocast, parameter_dtype
 from hvd_adam.training.builders import load_data, model_of, worker_count
 from hvd_adam.training.objective import Objective
-from hvd_adam.training.precision import autocast, parameter_dtype
 
 Forward = Callable[[torch.Tensor], Any]
 
@@ -64,7 +66,12 @@ class Scores:
 
 
 def score(
-    forward: Forward, loader: Loader, cluster: Cluster, objective: Objective, batch_size: int = 256
+    forward: Forward,
+    loader: Loader,
+    cluster: Cluster,
+    objective: Objective,
+    batch_size: int = 256,
+    record: Callable[[Any, torch.Tensor], None] | None = None,
 ) -> Scores:
     """Evaluates every test sample exactly once over all ranks; every rank must call it.
 
@@ -74,6 +81,7 @@ def score(
         cluster: this process.
         objective: loss and metrics.
         batch_size: samples per rank and batch.
+        record: called with outputs and targets of each batch.
 
     Returns:
         The scores, identical on all ranks.
@@ -89,6 +97,8 @@ def score(
     with raise_on_all_ranks(cluster), torch.inference_mode():
         for inputs, targets in loader.test_batches(batch_size, rank=cluster.rank, size=cluster.size):
             outputs = forward(inputs)
+            if record is not None:
+                record(outputs, targets)
             loss += objective.test_loss(outputs, targets)
             samples += len(inputs)
             metrics += objective.metric_sums(outputs, targets)
@@ -128,49 +138,42 @@ def evaluate(config: EvaluateConfig) -> None:
     cluster = init(config.device)
     require_same(cluster, "arguments", asdict(config))
     with raise_on_all_ranks(cluster):
-        try:
-            checkpoint = storage.resolve(config.checkpoint, config.which)
-        except UserError as error:
-            raise UserError(f"--which {error}" if str(error).startswith("best ") else str(error)) from None
-        forward, loader, objective = load_model(replace(config, checkpoint=str(checkpoint)), cluster)
-    scores = score(forward, loader, cluster, objective, config.batch_size)
+        trained = Trained.of_options(config)
+        forward, loader, objective = load_model(config, trained, cluster)
+        log = None if config.predictions is None else Predictions(Path(config.predictions), cluster, loader)
+    if log is None:
+        scores = score(forward, loader, cluster, objective, config.batch_size)
+    else:  # as hvd_adam.predict does, to the last bit
+        forward, record = partial(in_fixed_batches, forward), partial(log.add, dtype=objective.dtype)
+        scores = score(forward, loader, cluster, objective, config.batch_size, record)
+        log.write()
     if cluster.rank == 0:
-        write_result(_report(scores, loader.data.name, checkpoint, config.json) + "\n")
+        write_result(_report(scores, loader.data.name, trained.path, config.json) + "\n")
 
 
-def load_model(config: EvaluateConfig, cluster: Cluster) -> tuple[Forward, Loader, Objective]:
-    """Loads a checkpoint's model, and the test samples with the normalization of the training.
+def load_model(config: EvaluateConfig, trained: Trained, cluster: Cluster) -> tuple[Forward, Loader, Objective]:
+    """Builds a checkpoint's model, and loads the test samples with the normalization of the training.
 
     Returns:
         The forward pass of the model in evaluation mode, the loader, and loss and metrics.
 
     Raises:
-        UserError: the checkpoint is missing or damaged, its model, data set or functions cannot be built, or they
-            do not fit together.
+        UserError: model, data set or functions cannot be built, or they do not fit together.
     """
-    state = storage.load(config.checkpoint)
-    try:
-        trained, data, weights = state["config"], state["data"], state["model"]
-    except KeyError as error:
-        raise UserError(f"checkpoint {config.checkpoint} was not written by hvd_adam.train: no {error}") from None
-    averages = state.get("ema")
-    if config.weights == "ema" and averages is None:
-        raise UserError(f"--weights ema: checkpoint {config.checkpoint} is of a run without --ema")
-    if config.weights != "model" and averages is not None:
-        weights = averages
+    options, data = trained.config, trained.data
     # Test images are the same with and without a cache, which this host may not have.
-    samples = load_data(replace(_data_config(config, trained), cache=None))
+    samples = load_data(replace(_data_config(config, options), cache=None))
     if list(samples.classes) != data["classes"]:
         raise UserError(
-            f"checkpoint {config.checkpoint} is of another model or data set: its classes are {data['classes']}, "
+            f"checkpoint {trained.path} is of another model or data set: its classes are {data['classes']}, "
             f"those of {samples.name} {list(samples.classes)}"
         )
-    model = model_of(trained, samples)
-    dtype = parameter_dtype(trained["precision"])
+    model = model_of(options, samples)
+    dtype = parameter_dtype(options["precision"])
     model.to(cluster.device, dtype).eval()
 
     def forward(batch: torch.Tensor) -> Any:
-        with autocast(trained["precision"], cluster.device):
+        with autocast(options["precision"], cluster.device):
             return model(batch)
 
     loader: Loader
@@ -179,16 +182,15 @@ def load_model(config: EvaluateConfig, cluster: Cluster) -> tuple[Forward, Loade
         loader = DeviceLoader(samples, cluster.device, dtype=dtype, mean=mean, std=std)
     else:
         workers = worker_count(None, cluster)
-        unreadable = UnreadableSamples(trained.get("max_corrupt", DataConfig.max_corrupt))
+        unreadable = UnreadableSamples(options.get("max_corrupt", DataConfig.max_corrupt))
         loader = WorkerLoader(samples, cluster.device, workers=workers, dtype=dtype, unreadable=unreadable)
     if any(map(is_lazy, model.parameters())):  # their shapes depend on the inputs
         forward(next(loader.test_batches(1))[0])
-    require_same_tensors(model.state_dict(), weights, config.checkpoint)
-    model.load_state_dict(weights)
-    return forward, loader, Objective.of(trained, dtype)
+    trained.load_into(model)
+    return forward, loader, Objective.of(options, dtype)
 
 
-def _data_config(config: EvaluateConfig, trained: dict[str, Any]) -> DataConfig:
+def _data_config(config: EvaluateConfig, trained: Mapping[str, Any]) -> DataConfig:
     """Returns the training's data options, with those that are given for the evaluation replaced."""
     dataset = config.dataset or trained["dataset"]
     if config.data_dir is not None and not reads_files(dataset):

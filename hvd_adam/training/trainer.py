@@ -22,12 +22,12 @@ from hvd_adam.distributed.broadcast.training import broadcast_buffers
 from hvd_adam.distributed.consistency import require_consistent
 from hvd_adam.errors import MembershipChanged, Preempted, UserError
 from hvd_adam.log import logger
+from hvd_adam.models.precision import autocast
 from hvd_adam.recovery.elastic import InMemoryCheckpoint
 from hvd_adam.training import messages
 from hvd_adam.training.evaluation import score
 from hvd_adam.training.meters import ThroughputMeter
 from hvd_adam.training.plots import try_plot
-from hvd_adam.training.precision import autocast
 from hvd_adam.training.run import build_run
 from hvd_adam.training.run_dir import ResumePoint, has_ended
 from hvd_adam.training.run_log import RunLog, shown_scores

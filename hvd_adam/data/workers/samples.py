@@ -37,11 +37,13 @@ class Answer(NamedTuple):
         value: the sample, or the batch `(inputs, targets)`; None if there is none.
         unreadable: messages of the samples that cannot be read.
         failure: why the run must end; empty if it need not.
+        left_out: indices of the test samples that cannot be read.
     """
 
     value: Any = None
     unreadable: tuple[str, ...] = ()
     failure: str = ""
+    left_out: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class RequestedSamples(Dataset[Answer]):
                 return Answer(failure=f"{what}: {describe(error)}")
         # Training needs a sample in each place. Fewer samples than the limit may all be unreadable.
         failure = f"data set {self.datasets.name}: no training sample can be read" if request.training else ""
-        return Answer(None, tuple(unreadable), failure)
+        return Answer(None, tuple(unreadable), failure, () if request.training else (request.index,))
 
 
 @dataclass(frozen=True)
@@ -92,16 +94,17 @@ class Collate:
         """Returns the batch; None as its value if no sample of it can be read."""
         unreadable = tuple(message for answer in answers for message in answer.unreadable)
         failure = next((answer.failure for answer in answers if answer.failure), "")
+        left_out = tuple(index for answer in answers for index in answer.left_out)
         samples = [answer.value for answer in answers if answer.value is not None]
         if failure or not samples:
-            return Answer(None, unreadable, failure)
+            return Answer(None, unreadable, failure, left_out)
         try:
             inputs, targets = default_collate(samples)
         except Exception as error:
             return Answer(None, unreadable, self._mismatch(samples, error))
         if not (isinstance(inputs, torch.Tensor) and isinstance(targets, torch.Tensor)):
             return Answer(None, unreadable, self._mismatch(samples, TypeError("not tensors")))
-        return Answer((inputs, targets), unreadable)
+        return Answer((inputs, targets), unreadable, left_out=left_out)
 
     def _mismatch(self, samples: Sequence[Any], error: Exception) -> str:
         kinds = sorted({_describe(sample) for sample in samples})
