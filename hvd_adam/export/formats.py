@@ -43,7 +43,7 @@ def write_program(model: ImageClassifier, form: str, path: Path, metadata: Mappi
     try:
         with _quiet(), torch.no_grad():
             run = write(model, path, metadata)
-            difference = max(_difference(run, model, size) for size in CHECKED_BATCHES)
+            difference = max(relative_difference(run, model, size) for size in CHECKED_BATCHES)
     except OSError:
         raise
     except Exception as error:
@@ -84,7 +84,14 @@ def _images(model: ImageClassifier, count: int) -> torch.Tensor:
     return torch.randint(256, (count, *model.shape), dtype=torch.uint8, generator=generator)
 
 
-def _difference(run: Run, model: ImageClassifier, count: int) -> float:
+def relative_difference(run: Run, model: ImageClassifier, count: int) -> float:
+    """Returns the largest difference between a logit of a program and of a model, relative to the largest logit.
+
+    Args:
+        run: the program.
+        model: the model.
+        count: number of random images to compare with.
+    """
     images = _images(model, count)
     expected = model(images)
     return float((run(images) - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
@@ -105,7 +112,9 @@ def _quiet() -> Iterator[None]:
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        discarded = io.StringIO()
+        printed = contextlib.redirect_stdout(discarded), contextlib.redirect_stderr(discarded)
+        with warnings.catch_warnings(), printed[0], printed[1]:
             warnings.simplefilter("ignore")
             yield
     finally:

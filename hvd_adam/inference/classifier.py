@@ -11,7 +11,7 @@ from torch import nn
 
 from hvd_adam.data.normalize import per_channel
 from hvd_adam.errors import UserError
-from hvd_adam.inference.fixed_batches import in_fixed_batches
+from hvd_adam.inference.one_by_one import one_by_one
 from hvd_adam.inference.preprocessing import MODES, fit
 from hvd_adam.models.precision import autocast
 
@@ -36,6 +36,8 @@ class ImageClassifier(nn.Module):
             the data set was one's own and did not declare it.
         precision: of the training: "fp32", "fp64", "bf16" or "fp16". The last two run under autocast.
         checkpoint: folder of the checkpoint.
+        parallel: whether `predict` may run the model in several threads at a time, on a CPU: not one of one's own,
+            whose `forward` may store values in attributes.
     """
 
     shift: torch.Tensor
@@ -53,10 +55,11 @@ class ImageClassifier(nn.Module):
         precision: str,
         dtype: torch.dtype,
         checkpoint: Path,
+        parallel: bool,
     ) -> None:
         super().__init__()
         self.model, self.classes, self.shape, self.mean, self.std = model, classes, shape, mean, std
-        self.resize, self.precision, self.checkpoint = resize, precision, checkpoint
+        self.resize, self.precision, self.checkpoint, self.parallel = resize, precision, checkpoint, parallel
         # Not persistent: a state dictionary has the model's entries only, as in the checkpoint.
         self.register_buffer("shift", per_channel(mean, dtype), persistent=False)
         self.register_buffer("divisor", per_channel(std, dtype), persistent=False)
@@ -76,8 +79,9 @@ class ImageClassifier(nn.Module):
     def predict(self, images: Images) -> torch.Tensor:
         """Returns the probabilities of the classes: the softmax of the logits.
 
-        Those of an image do not depend on the other images, to the last bit: the model runs on batches of a fixed
-        size. `hvd_adam.evaluate --predictions` computes the same.
+        Those of an image do not depend on the other images, nor on the number of threads, to the last bit: each
+        image passes the model alone. `hvd_adam.evaluate --predictions` computes the same. For the highest
+        throughput pass batches to the model itself.
 
         Args:
             images: a uint8 tensor of shape `(n, channels, height, width)`, on any device; or a Pillow image or a
@@ -90,11 +94,13 @@ class ImageClassifier(nn.Module):
             UserError: the images have another dtype or shape, or cannot be fitted.
         """
         batch, device = self._batch(images), self.shift.device
-        with torch.inference_mode():
-            probabilities: torch.Tensor = in_fixed_batches(
-                lambda rows: self(rows.to(device)).softmax(dim=1), batch
-            )
-        return probabilities
+        if not len(batch):
+            return torch.empty(0, len(self.classes), dtype=self.shift.dtype, device=device)
+        parallel = self.parallel and device.type == "cpu"
+        found: torch.Tensor = one_by_one(
+            lambda rows: self(rows.to(device)).softmax(dim=1), batch, parallel=parallel
+        )
+        return found
 
     def preprocess(self, image: Image) -> torch.Tensor:
         """Fits an image to the model as test images were: gray or RGB, resized, its center cropped.

@@ -89,6 +89,7 @@ def build(trained: Trained, device: torch.device) -> nn.Module:
             precision=precision,
             dtype=dtype,
             checkpoint=trained.path,
+            parallel=trained.parallel,
         )
     if classifier is not None and any(map(is_lazy, model.parameters())):  # their shapes depend on the inputs
         _returns_logits(classifier)

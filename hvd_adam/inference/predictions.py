@@ -16,7 +16,7 @@ from hvd_adam.data.worker_loader import WorkerLoader
 from hvd_adam.distributed.agreement import raise_on_all_ranks
 from hvd_adam.distributed.cluster import Cluster
 from hvd_adam.errors import UserError
-from hvd_adam.inference.fixed_batches import in_fixed_batches
+from hvd_adam.inference.one_by_one import one_by_one
 
 
 class Predictions:
@@ -61,7 +61,7 @@ class Predictions:
             raise UserError(
                 f"--predictions: targets are {targets.dtype} of shape {tuple(targets.shape)}, not labels"
             )
-        probabilities = in_fixed_batches(lambda rows: rows.to(dtype).softmax(dim=1), outputs)
+        probabilities = one_by_one(lambda rows: rows.to(dtype).softmax(dim=1), outputs, parallel=False)
         self._probabilities.append(probabilities.cpu())
         self._targets.append(targets.cpu())
 

@@ -14,6 +14,7 @@ from hvd_adam.checkpoint import storage
 from hvd_adam.checkpoint.state import require_same_tensors
 from hvd_adam.config import CheckpointConfig, DataConfig
 from hvd_adam.errors import UserError
+from hvd_adam.import_path import is_reference
 
 # Channels, height and width of the images of data sets that checkpoints of earlier versions do not describe.
 _SHAPES = {"digits": (1, 8, 8), "cifar10": (3, 32, 32)}
@@ -74,6 +75,11 @@ class Trained:
     def classes(self) -> tuple[str, ...]:
         """Names of the classes; empty if there are none."""
         return tuple(self.data["classes"])
+
+    @property
+    def parallel(self) -> bool:
+        """Whether forward passes may run at the same time: a user's own may store values in attributes."""
+        return not is_reference(self.config["model"])
 
     @property
     def shape(self) -> tuple[int, ...]:

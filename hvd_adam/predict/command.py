@@ -18,13 +18,13 @@ from hvd_adam.data.image_folder.scan import images_below
 from hvd_adam.distributed.launch_env import require_no_launcher
 from hvd_adam.errors import UserError
 from hvd_adam.inference.classifier import ImageClassifier
-from hvd_adam.inference.fixed_batches import ROWS
 from hvd_adam.inference.load import build, find_device
 from hvd_adam.inference.predictions import shortest
 from hvd_adam.inference.trained import Trained
 from hvd_adam.log import write_result
 
 STDIN = "-"
+BATCH = 64  # files that are in memory at a time
 
 Item = TypeVar("Item")
 
@@ -48,7 +48,7 @@ def predict(config: PredictConfig) -> None:
         return model.preprocess(decode("/dev/stdin" if file == STDIN else file, mode))
 
     with ThreadPoolExecutor() as pool:  # Pillow decodes without the interpreter's lock
-        for batch in _batched(files, ROWS):
+        for batch in _batched(files, BATCH):
             try:
                 images = torch.stack(list(pool.map(read, batch)))
             except UnreadableSample as error:

@@ -22,7 +22,7 @@ from hvd_adam.data.workers.unreadable import UnreadableSamples
 from hvd_adam.distributed.agreement import raise_on_all_ranks, require_same
 from hvd_adam.distributed.context import Cluster, init
 from hvd_adam.errors import CollectiveError, UserError
-from hvd_adam.inference.fixed_batches import in_fixed_batches
+from hvd_adam.inference.one_by_one import one_by_one
 from hvd_adam.inference.predictions import Predictions
 from hvd_adam.inference.trained import Trained
 from hvd_adam.log import write_result
@@ -144,8 +144,9 @@ def evaluate(config: EvaluateConfig) -> None:
     if log is None:
         scores = score(forward, loader, cluster, objective, config.batch_size)
     else:  # as hvd_adam.predict does, to the last bit
-        forward, record = partial(in_fixed_batches, forward), partial(log.add, dtype=objective.dtype)
-        scores = score(forward, loader, cluster, objective, config.batch_size, record)
+        parallel = trained.parallel and cluster.device.type == "cpu"
+        alone, record = partial(one_by_one, forward, parallel=parallel), partial(log.add, dtype=objective.dtype)
+        scores = score(alone, loader, cluster, objective, config.batch_size, record)
         log.write()
     if cluster.rank == 0:
         write_result(_report(scores, loader.data.name, trained.path, config.json) + "\n")
