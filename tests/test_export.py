@@ -52,7 +52,8 @@ print(json.dumps([logits, session.get_modelmeta().custom_metadata_map]))
 
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory):
-    with ForkedCommands(tmp_path_factory.mktemp("export")) as commands:
+    preload = ("hvd_adam.export.command", "onnxscript", "torch.onnx", "torch._dynamo")
+    with ForkedCommands(tmp_path_factory.mktemp("export"), *preload) as commands:
         yield commands
 
 
