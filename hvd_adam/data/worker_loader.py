@@ -74,6 +74,12 @@ class WorkerLoader:
             # In the background, while the rank builds its model.
             processes.start_server(__name__, type(datasets.train).__module__, *datasets.preload)
 
+    @property
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """As `protocols.Loader`."""
+        mean, std = self.data.mean, self.data.std
+        return None if mean is None or std is None else (mean, std)
+
     def description(self) -> dict[str, Any]:
         """Returns what a checkpoint records of the data: see `checkpoint.state.TrainingState`."""
         data = self.data
