@@ -1,4 +1,4 @@
-"""`Calibration`: whether the probabilities that a classifier gives its predictions are those with which it is right.
+"""`Calibration`: whether a classifier is right as often as the probabilities of its predictions say.
 
 Guo et al. 2017, "On calibration of modern neural networks", arXiv 1706.04599, section 2.
 """

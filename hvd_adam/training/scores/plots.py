@@ -62,7 +62,9 @@ def _draw_confusion(axes: Any, counts: ClassCounts, classes: Sequence[str]) -> N
 def _draw_reliability(axes: Any, calibration: Calibration) -> None:
     error = calibration.expected_error
     title = "reliability" if error is None else f"reliability: expected calibration error {error:.4f}"
-    axes.set(title=title, xlabel="probability of the predicted class", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
+    axes.set(
+        title=title, xlabel="probability of the predicted class", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.06)
+    )
     for number, (samples, confidence, accuracy) in enumerate(calibration.rows()):
         if samples:
             axes.bar(number / BINS, accuracy, 1 / BINS, align="edge", color="tab:blue", edgecolor="white")
