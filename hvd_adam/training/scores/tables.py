@@ -85,7 +85,7 @@ def as_text(scores: Scores, data: Data, checkpoint: Path, per_class: int) -> str
     lines = [f"checkpoint {checkpoint}", f"test samples {scores.images} of {data.name}"]
     lines += [f"test {name} {value:.4f}" for name, value in means.items() if value is not None]
     if scores.counts is None or scores.calibration is None:
-        return "\n".join([*lines, *([_NO_LOGITS] if data.classes else [])])
+        return "\n".join([*lines, _NO_LOGITS])
     if scores.counts.unpredicted:
         lines.append(f"{scores.counts.unpredicted} samples have outputs that are not finite, and count as wrong")
     names = [_shown(name) for name in data.classes]
