@@ -145,6 +145,36 @@ def test_a_sample_that_fails_is_named(datasets, message):
     assert "\n" not in str(caught.value)
 
 
+def labelled(labels, classes=("a", "b")):
+    samples = [(torch.zeros(1), label) for label in labels]
+    return Datasets(samples, samples, classes, name="own")
+
+
+@pytest.mark.parametrize("label", [2, -1, torch.tensor(-100), np.int64(7), torch.tensor(2, dtype=torch.uint8)])
+def test_a_label_outside_the_classes_is_named(label):
+    made = labelled([0, torch.tensor(1), label, np.int8(0)])
+    for batches, part in (
+        (lambda reader: reader.train_batches(0, 0, global_batch_size=4), "training"),
+        (lambda reader: reader.test_batches(4), "test"),
+    ):
+        with pytest.raises(UserError) as caught:
+            list(batches(loader(made)))
+        assert str(caught.value) == (
+            f"data set own: {part} sample 2 has label {int(label)}, but with 2 classes labels must lie in 0 to 1"
+        )
+
+
+def test_targets_that_are_no_labels_of_classes_are_not_checked():
+    sizes = {"global_batch_size": 2}
+    assert len(list(loader(labelled([5, -1], ())).train_batches(0, 0, **sizes))) == 1
+    assert len(list(loader(labelled([0.5, -1.0])).train_batches(0, 0, **sizes))) == 1
+    assert len(list(loader(labelled([torch.tensor([5]), torch.tensor([7])])).train_batches(0, 0, **sizes))) == 1
+    unlabelled = WorkerLoader(labelled([1, -1]), torch.device("cpu"), checks_training_labels=False)
+    assert len(list(unlabelled.train_batches(0, 0, **sizes))) == 1
+    with pytest.raises(UserError, match="test sample 1 has label -1"):
+        list(unlabelled.test_batches(2))
+
+
 def test_a_part_without_samples_is_refused():
     with pytest.raises(UserError, match="no test samples"):
         noisy(tests=0)

@@ -27,6 +27,9 @@ COLUMNS = 8  # pictures in a row
 
 _LARGEST_SPRITE = 2**20  # pixels: of another program's file, which is not decoded
 
+# What json and Pillow raise for damaged files.
+_DAMAGE = (OSError, ValueError, TypeError, KeyError, IndexError, RecursionError, OverflowError, SyntaxError)
+
 
 def try_write(folder: Path, step: int, mistakes: Sequence[Mistake], classes: Sequence[str]) -> str | None:
     """Calls `write`; returns None, or why it failed, for example because the disk is full."""
@@ -137,7 +140,7 @@ def read(folder: Path, most: int) -> ShownMistakes | None:
             int(content["step"]),
             [_shown(content, sprite, place, entry) for place, entry in enumerate(entries) if sprite],
         )
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+    except _DAMAGE as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else repr(error)
         raise UserError(f"{path} or its picture is damaged ({reason})") from None
 
@@ -148,7 +151,10 @@ def _open(folder: Path, name: str) -> Image:
 
     if Path(name).name != name:
         raise ValueError(f"{name!r} is not in the run folder")
-    sprite = Image.open(folder / name, formats=["PNG"])
+    try:
+        sprite = Image.open(folder / name, formats=["PNG"])
+    except Image.DecompressionBombError as error:
+        raise ValueError(str(error)) from None
     if sprite.width * sprite.height > _LARGEST_SPRITE:
         raise ValueError(f"{name} is too large")
     sprite.load()
@@ -157,8 +163,8 @@ def _open(folder: Path, name: str) -> Image:
 
 def _shown(content: dict[str, Any], sprite: Image, place: int, entry: dict[str, Any]) -> ShownMistake:
     width, height, columns = (int(content[key]) for key in ("width", "height", "columns"))
-    left, top = width * (place % columns), height * (place // columns)
-    if min(width, height) < 1 or left + width > sprite.width or top + height > sprite.height:
+    left, top = width * (place % max(1, columns)), height * (place // max(1, columns))
+    if min(width, height, columns) < 1 or left + width > sprite.width or top + height > sprite.height:
         raise ValueError("the picture is smaller than its description says")
     file = BytesIO()
     sprite.crop((left, top, left + width, top + height)).save(file, "PNG")
