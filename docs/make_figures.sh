@@ -29,6 +29,7 @@ FIGURES=(
   "compare-initialization|horovodrun -np 2 python -m hvd_adam.compare --study initialization"
   "compare-vanishing|horovodrun -np 2 python -m hvd_adam.compare --study vanishing"
   "compare-batch-size|horovodrun -np 2 python -m hvd_adam.compare --study batch-size"
+  "report|python docs/report_figure.py"
   "slow-link|python docs/slow_link.py"
   "recovery|python tests/recovery.py"
 )
