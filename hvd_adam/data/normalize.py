@@ -85,9 +85,8 @@ class Normalization:
         free = next((i for i in range(len(self._memory)) if not any_is_held([self._memory[i]])), None)
         if free is not None:
             return self._memory[free]
-        pages = mmap.mmap(
-            -1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        )  # not shared with forked processes
+        # Private: processes that are forked must not write into it.
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         memory = torch.frombuffer(pages, dtype=self._working_dtype)
         self._memory.append(memory)
         return memory
