@@ -21,7 +21,7 @@ FIGURES=(
   "allreduce|python -m hvd_adam.bench allreduce --sizes 40"
   "memory|python -m hvd_adam.bench memory"
   "checkpoint|python -m hvd_adam.bench checkpoint --models cnn --every 10 --steps 100 --repeats 11"
-  "data|python -m hvd_adam.bench data --images 2000,8000"
+  "data|python -m hvd_adam.bench data --images 1000,8000"
   "adam-details|python docs/adam_figures.py"
   "compare|horovodrun -np 2 python -m hvd_adam.compare"
   "compare-he|horovodrun -np 2 python -m hvd_adam.compare --initialization he"

@@ -67,9 +67,7 @@ class WorkerLoader:
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self._normalize: Normalization | None = None
         if datasets.mean is not None and datasets.std is not None:
-            self._normalize = Normalization(
-                datasets.mean, datasets.std, self.device, dtype, self._memory_format, from_workers=workers > 0
-            )
+            self._normalize = Normalization(datasets.mean, datasets.std, self.device, dtype, self._memory_format)
         self._unreadable, self._checks_training_labels = unreadable or UnreadableSamples(0), checks_training_labels
         self._plan = _Plan()
         self._loader: DataLoader[Answer] | None = None
