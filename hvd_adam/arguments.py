@@ -89,7 +89,10 @@ def _checked(item: Field[Any], value: Any, types: dict[str, Any]) -> Any:
 def _parser(config: type, name: str) -> jsonargparse.ArgumentParser:
     import jsonargparse
 
-    parser = jsonargparse.ArgumentParser(
+    class Parser(_PrintingParser, jsonargparse.ArgumentParser):
+        pass
+
+    parser = Parser(
         prog=f"python -m {name}",
         description=_summary(config),
         exit_on_error=False,
@@ -110,6 +113,13 @@ def _parser(config: type, name: str) -> jsonargparse.ArgumentParser:
         for member in members:
             _add(group, items[member], types[member])
     return parser
+
+
+class _PrintingParser(argparse.ArgumentParser):
+    """Prints `--help` and `--version`, or raises OSError, which argparse ignores in current releases of Python."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        (file or sys.stderr).write(message)
 
 
 def _types(config: Any) -> dict[str, Any]:
@@ -225,7 +235,7 @@ def _expected(kind: Any) -> str:
 # Without jsonargparse.
 
 
-class _PlainParser(argparse.ArgumentParser):
+class _PlainParser(_PrintingParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} ({_see_help(self.prog.removeprefix('python -m '))})")
 

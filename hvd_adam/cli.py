@@ -47,7 +47,7 @@ def run(
     try:
         try:
             values = parse(config, name, argv, needs_extra=needs_extra)
-        except OSError as error:  # of --help: argparse of Python 3.11.2 lets it pass
+        except OSError as error:  # of --help and --version
             log.discard(sys.stdout)
             raise UserError(log.lost(error)) from None
         starting = False

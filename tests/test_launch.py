@@ -170,6 +170,21 @@ def test_second_signal_ends_ranks_that_ignore_the_first(launcher, number, enviro
     wait_for_exit(pids)
 
 
+def test_signal_while_the_proxy_exits_does_not_change_the_exit_code():
+    proxy = str(ROOT / "hvd_adam" / "launch" / "signal_proxy.py")
+    # The object is deleted after Python has replaced signal handlers by the default.
+    code = f"""if True:
+        import os, runpy, signal, sys
+        class Late:
+            def __del__(self, kill=os.kill, pid=os.getpid()):
+                kill(pid, {signal.SIGINT:d})
+        late = Late()
+        sys.argv = ["proxy", "sh", "-c", "exit 3"]
+        runpy.run_path({proxy!r}, run_name="__main__")
+    """
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 3
+
+
 def test_rank_that_horovodrun_terminates_does_not_count_as_successful():
     # The steps of Horovod's helper process in the order that fails; there they are a race.
     code = """if True:

@@ -47,7 +47,7 @@ class Progress:
         skipped_in_a_row: skipped updates since the last one that was applied.
         best_accuracy: the highest test accuracy so far, in [0, 1]; None without one.
         best_loss: the lowest test loss so far of a run without test accuracy; None without one.
-        scores: the last evaluation (`training.evaluation.Scores.as_dict`), or None.
+        scores: the last evaluation (`training.scores.scoring.Scores.as_dict`), or None.
         global_batch_size: images per update, over all ranks.
         micro_batch_size: the largest number of images in a micro-batch of one rank.
     """

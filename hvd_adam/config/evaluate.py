@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 from hvd_adam.config.checkpoint import CheckpointConfig
 from hvd_adam.config.options import option, require
+from hvd_adam.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,10 @@ class EvaluateConfig(CheckpointConfig):
     data_dir: str | None = option(None, "folder of the data set (default: as for training)", path=True)
     batch_size: int = option(256, "samples per rank and batch, ≥ 1")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: a GPU where there is one, else the CPU")
+    per_class: int = option(20, "the most classes to list, those with the lowest recall; 0: none")
+    plot: str | None = option(
+        None, "draw the confusion matrix and the reliability diagram to this PNG file", path=True
+    )
     json: bool = option(False, "print one JSON object instead of lines of text")
     predictions: str | None = option(
         None,
@@ -33,3 +38,8 @@ class EvaluateConfig(CheckpointConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.batch_size >= 1, "batch-size", self.batch_size, "at least 1")
+        require(self.per_class >= 0, "per-class", self.per_class, "0 or above")
+        if self.plot is not None:
+            require(self.plot.lower().endswith(".png"), "plot", self.plot, "a file name that ends in .png")
+        if self.json and self.per_class != type(self).per_class:
+            raise UserError("--per-class has no effect with --json, which lists all classes; leave it out")

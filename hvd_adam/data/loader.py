@@ -71,6 +71,11 @@ class DeviceLoader:
         )
         self._normalize = Normalization(self.mean, self.std, self.device, dtype, self.memory_format)
 
+    @property
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """As `protocols.Loader`."""
+        return self.mean, self.std
+
     def description(self) -> dict[str, Any]:
         """Returns what a checkpoint records of the data: see `checkpoint.state.TrainingState`."""
         data = self.data

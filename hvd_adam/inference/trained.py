@@ -50,8 +50,8 @@ class Trained:
         """
         try:
             folder = storage.resolve(path, which)
-        except UserError as error:
-            raise UserError(f"which {error}" if str(error).startswith("best ") else str(error)) from None
+        except storage.OneCheckpoint as error:
+            raise UserError(f"which {error}") from None
         state = storage.load(folder)
         try:
             config, data, model = state["config"], state["data"], state["model"]

@@ -16,9 +16,11 @@ import subprocess
 import sys
 import time
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 # Seconds during which a signal that arrives twice counts as one. "timeout", for example, signals its child and
 # then the child's process group; launchers forward what their ranks have already received.
@@ -56,7 +58,7 @@ def start(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
                 number, terminating = signal.SIGTERM, True
         launcher.send_signal(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+    for number in FORWARDED:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # ignored: by nohup
             signal.signal(number, forward)
     return launcher
@@ -73,10 +75,15 @@ def interrupted() -> bool:
     return _interrupted
 
 
-def job_code(code: int) -> int:
-    """Returns the exit code of the job: 130 if it was interrupted and has failed or stopped early, else `code`."""
-    return 128 + signal.SIGINT if _interrupted and code else code
+def leave(code: int) -> NoReturn:
+    """Exits with the exit code of the job: 130 if it was interrupted and has failed or stopped early, else `code`.
+
+    One more signal must not change the code: at its end, Python replaces handlers by the default, which kills.
+    """
+    for number in FORWARDED:
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(128 + signal.SIGINT if _interrupted and code else code)
 
 
 if __name__ == "__main__":
-    sys.exit(job_code(wait(start(sys.argv[1:]))))
+    leave(wait(start(sys.argv[1:])))

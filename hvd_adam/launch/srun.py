@@ -11,8 +11,9 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from typing import NoReturn
 
-from hvd_adam.launch.signal_proxy import interrupted, job_code, start, wait
+from hvd_adam.launch.signal_proxy import interrupted, leave, start, wait
 
 RANK_EXITED = re.compile(rb"^srun: error: \S+: tasks? \S+: Exited with exit code (\d+)")
 SRUN_MESSAGE = re.compile(rb"^(srun|slurmstepd\S*): |^Terminated$")
@@ -24,14 +25,14 @@ NOT_LAUNCHED = b"aborted before step completely launched"
 ATTEMPTS = 3
 
 
-def main(command: list[str]) -> int:
-    """Runs `command`, an srun command line, and returns the exit code."""
+def main(command: list[str]) -> NoReturn:
+    """Runs `command`, an srun command line, and exits with the exit code of the job."""
     for _ in range(ATTEMPTS):
         code, launched = run(command)
         if launched or interrupted():
             break
         print("hvd_adam: srun could not start all ranks; trying again", file=sys.stderr, flush=True)
-    return job_code(code)
+    leave(code)
 
 
 def run(command: list[str]) -> tuple[int, bool]:
@@ -51,4 +52,4 @@ def run(command: list[str]) -> tuple[int, bool]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])

@@ -130,6 +130,8 @@ def make_loader(
             dtype=dtype,
             channels_last=config.channels_last,
             unreadable=unreadable,
+            # A loss of the user's own may give other numbers a meaning, such as -1 to samples without a label.
+            checks_training_labels=config.loss is None or config.mixup is not None,
         )
 
     return read() if config.mixup is None else MixupLoader(read(), read(), config.mixup)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset, default_collate
 
@@ -52,11 +53,13 @@ class RequestedSamples(Dataset[Answer]):
 
     Attributes:
         datasets: the samples.
+        checks_training_labels: whether labels of training samples must be those of classes; test labels must.
         max_unreadable: how many training samples in a row may be unreadable: the first that is readable is taken
             for each of them. What it is depends on the files alone.
     """
 
     datasets: Datasets
+    checks_training_labels: bool
     max_unreadable: int
 
     def __getitem__(self, request: Request) -> Answer:
@@ -66,18 +69,41 @@ class RequestedSamples(Dataset[Answer]):
         for distance in range(self.max_unreadable + 1 if request.training else 1):
             index = (request.index + distance) % len(samples)
             seed_all(request.word)
+            part = "training" if request.training else "test"
+            what = f"data set {self.datasets.name}: {part} sample {index}"
             try:
-                return Answer(samples[index], tuple(unreadable))
+                sample = samples[index]
+                is_checked = self.checks_training_labels or not request.training
+                failure = wrong_label(sample, len(self.datasets.classes), what) if is_checked else ""
+                return Answer(sample, tuple(unreadable), failure)
             except UnreadableSample as error:
                 unreadable.append(str(error))
             except (Exception, SystemExit) as error:
                 # Not caught, sys.exit() would end a worker, or the rank, without a reason.
-                part = "training" if request.training else "test"
-                what = f"data set {self.datasets.name}: {part} sample {index} cannot be read"
-                return Answer(failure=f"{what}: {describe(error)}")
+                return Answer(failure=f"{what} cannot be read: {describe(error)}")
         # Training needs a sample in each place. Fewer samples than the limit may all be unreadable.
         failure = f"data set {self.datasets.name}: no training sample can be read" if request.training else ""
         return Answer(None, tuple(unreadable), failure, () if request.training else (request.index,))
+
+
+def wrong_label(sample: Any, classes: int, what: str) -> str:
+    """Returns what is wrong with the label of a sample; empty if nothing is, or its target is no label.
+
+    On a GPU such a label would end the process in the middle of a kernel, without a reason.
+
+    Args:
+        sample: (input, target).
+        classes: number of classes; 0 if targets are not classes.
+        what: the sample, for the message.
+    """
+    target = sample[1] if isinstance(sample, tuple | list) and len(sample) == 2 else None
+    if isinstance(target, torch.Tensor) and not (target.is_floating_point() or target.is_complex()):
+        target = target.item() if target.ndim == 0 else None
+    elif isinstance(target, np.ndarray) and target.ndim == 0:
+        target = target[()]
+    if not classes or not isinstance(target, int | np.integer) or 0 <= target < classes:
+        return ""
+    return f"{what} has label {target}, but with {classes} classes labels must lie in 0 to {classes - 1}"
 
 
 @dataclass(frozen=True)
