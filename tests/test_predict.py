@@ -155,7 +155,7 @@ def test_a_launcher_with_several_ranks_is_refused(commands, folder):
     assert "started by horovodrun on 2 ranks" in one_line(done)
 
 
-def test_predictions_of_an_evaluation_never_replace_a_file_and_need_classes(commands, folder):
+def test_predictions_of_an_evaluation_do_not_replace_a_file_and_need_classes(commands, folder):
     for run, file, message in (
         ("digits", "nets.py", "--predictions nets.py exists"),
         ("digits", "nowhere/p.jsonl", "there is no folder nowhere"),

@@ -129,7 +129,7 @@ def test_every_chart_shows_both_runs_without_errors_requests_or_a_page_that_is_t
     assert browser.texts("figcaption .quiet") == [
         "cross-entropy (nats)",
         "correct (%)",
-        "learning rate",
+        "",
         "images/s",
         "2-norm, before clipping",
     ]
@@ -139,8 +139,8 @@ def test_every_chart_shows_both_runs_without_errors_requests_or_a_page_that_is_t
     assert browser.run("document.documentElement.scrollWidth <= innerWidth")
     widths = browser.run("[...document.images].map((image) => image.naturalWidth)")
     assert widths == [8] * 27  # decoded: the policy allows them
-    bars = browser.run("[...document.querySelectorAll('.bin')].map((bar) => getComputedStyle(bar).fill)")
-    assert bars == [COLORS[scheme][0]] * 4
+    bars = browser.run("[...document.querySelectorAll('.diagram rect')].map((bar) => getComputedStyle(bar).fill)")
+    assert bars == [color for color in COLORS[scheme] for _ in range(2)]
     assert browser.run("performance.getEntriesByType('resource').length") == 0
     assert browser.console() == []
 

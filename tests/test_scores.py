@@ -360,8 +360,14 @@ def test_a_run_has_the_mistakes_and_the_calibration_that_evaluate_finds(commands
         assert np.array_equal(np.asarray(Image.open(run / "one.png")), data.test_images[mistake.index, 0])
     done = succeeded(commands.run(*argv, "--per-class", "3", "--plot", "scores.png"))
     assert "7 of 10 classes" in done.stdout and f"expected error {found['test_ece']:.4f}" in done.stdout
+    assert done.stdout.endswith("\nplot scores.png\n")
     with Image.open(commands.folder / "scores.png") as picture:
         assert picture.width > 1000
+    (commands.folder / "scores.png").write_text("precious")
+    assert "--plot scores.png exists" in one_line(commands.run(*argv, "--plot", "scores.png"))
+    assert (commands.folder / "scores.png").read_text() == "precious"
+    succeeded(commands.run(*argv, "--plot", "scores.png", "--force"))
+    assert (commands.folder / "scores.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_options_without_effect_and_pictures_that_cannot_be_drawn_are_one_line(commands):

@@ -143,13 +143,13 @@ def _results(
         f"{len(cells)} runs, {len(cells) - len(missing)} of them finished; folder {store.folder.parent}"
     )
     mine = missing[cluster.rank :: cluster.size]
-    made = {}
+    made, share = {}, " of rank 0" if cluster.size > 1 else ""
     with raise_on_all_ranks(cluster):
         for number, cell in enumerate(mine, 1):
             made[cell] = train(cell, config, loaders, partial(beat, f"run {number} of {len(mine)}"))
             _write(store, cell, made[cell])
             if number * 10 // len(mine) > (number - 1) * 10 // len(mine):
-                logger.info(f"run {number} of {len(mine)} of this rank: {_describe(cell, made[cell])}")
+                logger.info(f"run {number} of {len(mine)}{share}: {_describe(cell, made[cell])}")
     results.update(_merged(_gather(made, cluster, "results")))
     with raise_on_all_ranks(cluster):
         if cluster.rank == 0:  # ranks on other hosts may have written to disks of their own

@@ -15,8 +15,8 @@ class EvaluateConfig(CheckpointConfig):
     """Evaluates a checkpoint; each test image is counted exactly once at any number of ranks."""
 
     EXAMPLES: ClassVar[str] = """examples:
-  python -m hvd_adam.evaluate --checkpoint runs/first
-  horovodrun -np 2 python -m hvd_adam.evaluate --checkpoint runs/first --which best --json"""
+  horovodrun -np 2 python -m hvd_adam.evaluate --checkpoint runs/first
+  python -m hvd_adam.evaluate --checkpoint runs/first --which best --json"""
 
     dataset: str | None = option(
         None, "data set to evaluate on, with the same classes (default: the one trained on)"
@@ -34,6 +34,7 @@ class EvaluateConfig(CheckpointConfig):
         "file to write with a JSON object a line for each test sample: target, predicted, probabilities",
         path=True,
     )
+    force: bool = option(False, "replace the files of --plot and --predictions if they exist")
 
     def __post_init__(self) -> None:
         super().__post_init__()

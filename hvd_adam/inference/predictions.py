@@ -28,18 +28,13 @@ class Predictions:
         loader: of the test samples.
 
     Raises:
-        UserError: the file exists, its folder does not, or the data has no classes.
+        UserError: the data has no classes.
     """
 
     def __init__(self, path: Path, cluster: Cluster, loader: Loader) -> None:
         classes = tuple(loader.data.classes)
         if not classes:
             raise UserError(f"--predictions {path}: the data set has no classes")
-        if cluster.rank == 0:
-            if path.exists():
-                raise UserError(f"--predictions {path} exists: choose another name, or remove it")
-            if not path.parent.is_dir():
-                raise UserError(f"--predictions {path}: there is no folder {path.parent}: make it first")
         self._path, self._cluster, self._loader, self._classes = path, cluster, loader, classes
         self._probabilities, self._targets = [torch.empty(0, len(classes))], [torch.empty(0, dtype=torch.int64)]
 

@@ -38,13 +38,18 @@ def recalls(runs: Sequence[Run]) -> dict[str, Any]:
     }
 
 
-def reliability(run: Run) -> dict[str, Any]:
-    """Returns a reliability diagram: its bars and the mean probabilities as coordinates, with texts."""
+def reliability(run: Run, place: int) -> dict[str, Any]:
+    """Returns a reliability diagram: its bars and the mean probabilities as coordinates, with texts.
+
+    Args:
+        run: which has a calibration.
+        place: of the run on the page, which has a color for each.
+    """
     bars = []
     rows = run.calibration
-    for place, (samples, confidence, accuracy) in enumerate(rows):
+    for number_of_bin, (samples, confidence, accuracy) in enumerate(rows):
         if samples:
-            low, high = edges(place, len(rows))
+            low, high = edges(number_of_bin, len(rows))
             bars.append(
                 {
                     "x": round(LEFT + SIDE * low, 2),
@@ -61,6 +66,7 @@ def reliability(run: Run) -> dict[str, Any]:
     error = number(last, "test_ece")
     return {
         "run": run.name,
+        "place": place,
         "step": last["step"],
         "error": "" if error is None else f"{error:.4f}",
         "bars": bars,

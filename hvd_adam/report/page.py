@@ -56,7 +56,7 @@ def render(runs: Sequence[Run]) -> str:
         differences=[option for option in options if option["different"]],
         matrices=[_matrix(run) for run in runs if run.confusion],
         recalls=evaluation.recalls(runs),
-        reliabilities=[evaluation.reliability(run) for run in runs if run.calibration],
+        reliabilities=[evaluation.reliability(run, place) for place, run in enumerate(runs) if run.calibration],
         mistakes=[evaluation.mistakes(run) for run in runs if run.mistakes and run.mistakes.mistakes],
         happenings=[summary.happenings(run) for run in runs],
     )

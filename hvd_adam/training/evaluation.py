@@ -37,8 +37,8 @@ def evaluate(config: EvaluateConfig) -> None:
     cluster = init(config.device)
     require_same(cluster, "arguments", asdict(config))
     with raise_on_all_ranks(cluster):
-        if config.plot is not None and not Path(config.plot).parent.is_dir() and cluster.rank == 0:
-            raise UserError(f"--plot {config.plot}: there is no folder {Path(config.plot).parent}: make it first")
+        if cluster.rank == 0:
+            _require_free(config)
         trained = Trained.of_options(config)
         forward, loader, objective = load_model(config, trained, cluster)
         log = None if config.predictions is None else Predictions(Path(config.predictions), cluster, loader)
@@ -56,11 +56,24 @@ def evaluate(config: EvaluateConfig) -> None:
             if config.json
             else tables.as_text(scores, loader.data, checkpoint, config.per_class)
         )
-        write_result(text + "\n")
+        files = {} if config.json else {"plot": config.plot, "predictions": config.predictions}
+        write_result("\n".join([text, *(f"{name} {path}" for name, path in files.items() if path), ""]))
     if config.plot is not None:
         with raise_on_all_ranks(cluster):
             if cluster.rank == 0:
                 _plot(Path(config.plot), scores, loader.data, checkpoint)
+
+
+def _require_free(config: EvaluateConfig) -> None:
+    """Refuses files that cannot be written, or may not be replaced, before the evaluation."""
+    for option, given in (("--plot", config.plot), ("--predictions", config.predictions)):
+        if given is None:
+            continue
+        path = Path(given)
+        if path.exists() and not config.force:
+            raise UserError(f"{option} {path} exists: choose another name, or replace it with --force")
+        if not path.parent.is_dir():
+            raise UserError(f"{option} {path}: there is no folder {path.parent}: make it first")
 
 
 def _plot(path: Path, scores: Scores, data: Data, checkpoint: Path) -> None:
