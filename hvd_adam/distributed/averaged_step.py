@@ -44,7 +44,7 @@ class AveragedStep:
     ) -> None:
         self._optimizer, self._parameters = optimizer, parameters
         self._averager, self._scaling = averager, scaling
-        self._strategy, self._layout = strategy, layout
+        self._strategy, self._layout, self._feedback = strategy, layout, layout.feedback
         self.grad_norm: Tensor | None = None
         self.skipped: Tensor | None = None
         self.skips = SkipCounter()
@@ -54,6 +54,8 @@ class AveragedStep:
     def forget(self) -> None:
         """Called when gradients have been cleared or used: what is known of them no longer holds."""
         self._unscale = None
+        if self._feedback is not None:
+            self._feedback.roll_back()  # unless an update has been made
 
     def synchronize(self) -> float | Tensor:
         """Waits until `p.grad` is the mean. Returns the factor that makes it the unscaled mean."""
@@ -120,12 +122,15 @@ class AveragedStep:
         if scaling.probes and finite_probe is not None:
             self.skipped = scaling.found_inf(finite_probe, self._optimizer)
             deferred = self._layout.store.all_fused and backend(self.skipped.device.type).skips_nan
+            deferred = deferred and self._feedback is None  # the host has to know which residuals are valid
             if not deferred and self.skipped:  # if deferred, the kernel skips, and the host need not wait
                 self.skips.add()
                 return
         # In flight while the kernel runs, so that it takes no time of its own.
         meet = None if scaling.needs_norm else self._start_meeting()
         run(scaling.combined(unscale, finite_probe, carries_found_inf=deferred))
+        if self._feedback is not None:
+            self._feedback.commit()
         if meet is not None:
             meet()
         self._strategy.exchange_parameters(buffers)

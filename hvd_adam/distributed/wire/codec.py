@@ -88,9 +88,7 @@ def encode(
     zero = torch.ones_like(h, dtype=torch.bool)
     zero[: len(gradients)] = gradients == 0
     t = _rotate(h) if codec.rotated else h
-    decoded = _quantize(codec, t, zero.view(-1, codec.block).all(dim=1, keepdim=True), payload)
-    if codec.rotated:
-        decoded = _rotate(decoded) * (1 / GROUP)
+    decoded = unrotate(codec, _quantize(codec, t, zero.view(-1, codec.block).all(dim=1, keepdim=True), payload))
     torch.div(h - decoded, _divisor(h, unit), out=new_residual)
 
 
@@ -127,10 +125,12 @@ def decode(codec: Codec, payloads: Tensor, out: Tensor) -> None:
         payloads: [ranks, bytes], uint8, contiguous: codes and scales of the sum of each part.
         out: [n], contiguous, float32, float16 or bfloat16: receives the first n elements.
     """
-    decoded = _dequantize(codec, payloads).view(-1)
-    if codec.rotated:
-        decoded = _rotate(decoded) * (1 / GROUP)
-    out.copy_(decoded[: len(out)])
+    out.copy_(unrotate(codec, _dequantize(codec, payloads).view(-1))[: len(out)])
+
+
+def unrotate(codec: Codec, values: Tensor) -> Tensor:
+    """Returns the elements of sums, or of a residual of `add_and_encode`, which are rotated if the codes are."""
+    return _rotate(values) * (1 / GROUP) if codec.rotated else values
 
 
 def _quantize(codec: Codec, t: Tensor, keep: Tensor, payload: Tensor) -> Tensor:
