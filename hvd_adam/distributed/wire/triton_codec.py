@@ -102,11 +102,13 @@ def encode_blocks(
     block = first + tl.arange(0, ROWS)
     inside = block < parts * blocks
     places = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    e = tl.load(residual + places, inside[:, None], other=0.0) * unit
     if (first + ROWS) * BLOCK <= count:  # wide accesses, which a mask would make narrow
         g = tl.load(gradients + places).to(tl.float32)
-    else:  # a gradient of -0 changes no residual that is added to it
-        g = tl.load(gradients + places, places < count, other=-0.0).to(tl.float32)
-    h = g * factor + tl.load(residual + places, inside[:, None], other=0.0) * unit
+        h = g * factor + e
+    else:
+        g = tl.load(gradients + places, places < count, other=0.0).to(tl.float32)
+        h = tl.where(places < count, g * factor + e, e)  # -0 + 0 would be 0
     t = _rotate(h, ROWS, BLOCK) if ROTATED else h
     keep = tl.max(_magnitude_bits(g), axis=1) == 0
     decoded = _quantize(t, keep, payload, block, blocks, inside, ROWS, BITS, BLOCK, LEVELS)
