@@ -32,8 +32,8 @@ class CodedAllReduce:
         self._exact_views = [gradients[start:end] for start, end in coded.exact_spans]
         exact = torch.cat(self._exact_views).float()
         factor = Scaling(scaling.factor, len(exact) - len(self._exact_views[-1]))
-        if len(self._exact_views) > 1:
-            torch._foreach_zero_(self._exact_views[:-1])
+        for start, end in coded.zero_spans:
+            gradients[start:end].zero_()
         encode(
             coded.codec,
             self._gradients,

@@ -81,6 +81,7 @@ class CodedBucket:
         parts: [ranks, bytes], uint8: memory for the codes of all parts.
         total: [bytes], uint8: memory for the codes of the sum.
         exact_spans: (start, end) of what is sent exactly; the last one is of flags and message.
+        zero_spans: (start, end) between the coded parameters, where codes leave their errors.
         unit: units of the gradients per unit of the residuals, in the round that is in flight.
     """
 
@@ -106,10 +107,9 @@ class CodedBucket:
         size = codec.payload_bytes(padded // ranks)
         self.parts = torch.empty(ranks, size, dtype=torch.uint8, device=buffer.device)
         self.total = torch.empty(size, dtype=torch.uint8, device=buffer.device)
-        ends = [place[0] + p.numel() for p, place in places.items() if p in exact]
-        starts = [place[0] for p, place in places.items() if p in exact]
-        rest = self.elements, bucket.end - bucket.start
-        self.exact_spans = [*zip(starts, ends, strict=True), rest]
+        sent = [(place[0], place[0] + p.numel()) for p, place in places.items() if p in exact]
+        self.exact_spans = [*sent, (self.elements, bucket.end - bucket.start)]
+        self.zero_spans = list(_gaps(self.params, self.elements))
 
     @property
     def residuals(self) -> tuple[Residual, Residual]:
@@ -157,6 +157,17 @@ def view(flat: Tensor, place: Place) -> Tensor:
     """Returns the elements of a parameter in a bucket."""
     offset, shape, strides = place
     return flat.as_strided(shape, strides, flat.storage_offset() + offset)
+
+
+def _gaps(params: Mapping[Tensor, Place], end: int) -> Iterator[tuple[int, int]]:
+    """Returns (start, end) of what lies between parameters, before the first one, and after the last one."""
+    filled = 0
+    for p, (offset, _, _) in params.items():
+        if filled < offset:
+            yield filled, offset
+        filled = offset + p.numel()
+    if filled < end:
+        yield filled, end
 
 
 def _place(buffer: GradientBuffer, bucket: Bucket, i: int) -> Place:
