@@ -191,8 +191,7 @@ extern "C" void hvd_adam_add_and_encode(const uint8_t* payloads, int64_t ranks, 
 }
 
 // As `decode` in codec.py, with
-//   parts    of the payloads
-//   blocks   of one part
+//   blocks   of each payload
 //   count    elements of out
 //   threads  the most threads to use
 extern "C" void hvd_adam_decode(const uint8_t* payloads, int64_t blocks, float* out, int64_t count, int threads) {

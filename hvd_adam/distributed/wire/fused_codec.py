@@ -98,6 +98,6 @@ def _example(by: Functions, codec: Codec, device_type: str) -> list[Tensor]:
     by.encode(codec, gradients, residual, residual, payload, 1 / 3, 1024.0)
     total, server = torch.empty_like(payload[0]), places[:part].sin() / 8
     by.add_and_encode(codec, payload, server, server, total, 1024.0)
-    decoded = torch.empty(len(gradients), device=device_type)
+    decoded = torch.empty_like(gradients)
     by.decode(codec, payload, decoded)
     return [residual, payload, server, total, decoded]
