@@ -95,9 +95,9 @@ void dequantize(const uint8_t* __restrict__ codes, float scale, float* __restric
     for (int i = 0; i < BLOCK; ++i) t[i] = static_cast<int8_t>(codes[i]) * scale;
   } else {
     for (int i = 0; i < BLOCK / 2; ++i) {
-      const int code = static_cast<int8_t>(codes[i]);
-      t[2 * i] = (static_cast<int8_t>(code << 4) >> 4) * scale;
-      t[2 * i + 1] = (code >> 4) * scale;
+      const uint32_t byte = codes[i];
+      t[2 * i] = (static_cast<int32_t>(byte << 28) >> 28) * scale;  // arithmetic shifts extend the sign
+      t[2 * i + 1] = (static_cast<int32_t>(byte << 24) >> 28) * scale;
     }
   }
 }
@@ -200,10 +200,8 @@ extern "C" void hvd_adam_decode(const uint8_t* payloads, int64_t blocks, float* 
     const int64_t start = block * BLOCK;
     float t[BLOCK];
     dequantize(from.block(block % blocks), from.scale(block % blocks), t);
-    if (ROTATED) {
-      rotate(t);
-      for (int i = 0; i < BLOCK; ++i) t[i] *= 1.0f / GROUP;
-    }
-    std::copy_n(t, std::min<int64_t>(BLOCK, count - start), out + start);
+    if (ROTATED) rotate(t);
+    const int64_t elements = std::min<int64_t>(BLOCK, count - start);
+    for (int64_t i = 0; i < elements; ++i) out[start + i] = ROTATED ? t[i] * (1.0f / GROUP) : t[i];
   });
 }
