@@ -15,6 +15,9 @@ from helpers.on_ranks import on_ranks
 from helpers.small_training import digest, same_everywhere
 
 from hvd_adam import Adam, distribute
+from hvd_adam.data import load
+from hvd_adam.distributed.wire.saved_residuals import SavedResiduals, as_saved
+from hvd_adam.errors import UserError
 
 each_code = pytest.mark.parametrize("compression", ["int8", "int4"])
 
@@ -474,3 +477,77 @@ def test_a_gradscaler_of_ones_own_is_refused(cluster):
     scaler.scale(model.weight.sum()).backward()
     with pytest.raises(RuntimeError, match="give the GradScaler to distribute"):
         scaler.step(optimizer)
+
+
+# Saving.
+
+
+@on_ranks(2)
+@each_code
+def test_other_numbers_of_ranks_and_other_codes_get_the_same_sum(cluster, compression):
+    books = account(cluster, compression)
+    books.update(1)
+    books.model.second.requires_grad_(False)  # in no bucket
+    books.update(2)
+    feedback, expected = books.optimizer.error_feedback, unsent(books.optimizer)
+    assert expected.keys() == {"first", "second", "third"}
+    saved = feedback.state_dict_on_root()
+    of_four = None
+    if cluster.is_root:
+        rows = SavedResiduals(saved).by_name(4)
+        assert all(torch.equal(row, residual[0]) for residual in rows.values() for row in residual)
+        of_four = as_saved("int4", 4, [], {name: residual.contiguous() for name, residual in rows.items()})
+    feedback.load_state_dict(None)
+    assert not any(residual.any() for residual in unsent(books.optimizer).values())
+    for state in (of_four, saved):
+        feedback.load_state_dict(state)
+        for name, residual in unsent(books.optimizer).items():
+            torch.testing.assert_close(residual, expected[name], rtol=0, atol=1e-6 * expected[name].abs().max())
+    other = "int4" if compression == "int8" else "int8"
+    books.optimizer = distribute(Adam(books.model.parameters()), books.model, compression=other)
+    books.optimizer.error_feedback.load_state_dict(saved)
+    for name, residual in unsent(books.optimizer).items():
+        torch.testing.assert_close(residual, expected[name], rtol=0, atol=1e-6 * expected[name].abs().max())
+    books.check()
+
+
+@on_ranks(2)
+def test_residuals_that_do_not_fit_are_refused_on_every_rank(cluster):
+    feedback = account(cluster, "int8").optimizer.error_feedback
+    before = digest(feedback.state_dict_on_root())
+    for saved, message in (
+        ({"compression": "int2", "ranks": 2}, "no residuals of gradients that this version has saved"),
+        (
+            as_saved("int8", 1, [], {"first": torch.ones(1, 5, 5)}),
+            r"first has the shape \(5, 5\), the parameter \(17",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            feedback.load_state_dict(saved if cluster.is_root else None)
+    assert digest(feedback.state_dict_on_root()) == before
+
+
+@on_ranks(2)
+def test_digits_are_learned_as_well_as_without_codes(cluster):
+    data = load("digits")
+    images = (torch.from_numpy(data.train_images).float() / 255 - 0.3) / 0.3
+    labels = torch.from_numpy(data.train_labels)
+    test_images = (torch.from_numpy(data.test_images).float() / 255 - 0.3) / 0.3
+    accuracy = {}
+    for compression in ("none", "int8", "int4"):
+        torch.manual_seed(0)
+        layers = torch.nn.Flatten(), torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 10)
+        model = torch.nn.Sequential(*layers)
+        optimizer = distribute(Adam(model.parameters(), lr=3e-3), model, compression=compression)
+        for _ in range(150):
+            batch = torch.randint(len(images), (cluster.size, 64))[cluster.rank]
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(images[batch]), labels[batch]).backward()
+            optimizer.step()
+        found = model(test_images).argmax(dim=1).numpy() == data.test_labels
+        accuracy[compression] = found.mean()
+        assert same_everywhere(digest(model.state_dict()))
+    standard_error = (accuracy["none"] * (1 - accuracy["none"]) / len(found)) ** 0.5
+    assert accuracy["none"] > 0.9
+    for compression in ("int8", "int4"):
+        assert accuracy[compression] > accuracy["none"] - standard_error, accuracy
