@@ -236,7 +236,9 @@ recipes for --config recipe:NAME: {", ".join(recipes.names())}"""
                 )
         if self.compression in ("int8", "int4"):
             if self.strategy == "sharded":
-                raise UserError(f"--strategy sharded has no {self.compression} compression: use none, fp16 or bf16")
+                raise UserError(
+                    f"--strategy sharded has no {self.compression} compression: use none, fp16 or bf16"
+                )
             if self.precision == "fp64":
                 raise UserError(f"--compression {self.compression} is not for --precision fp64: use none")
 

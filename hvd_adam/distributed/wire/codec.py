@@ -49,6 +49,10 @@ class Codec:
         """Returns how many elements a payload of this size encodes."""
         return payload_bytes // self.payload_bytes(self.block) * self.block
 
+    def blocks(self, payload: Tensor) -> int:
+        """Returns how many blocks each row of a payload encodes."""
+        return self.elements(payload.shape[-1]) // self.block
+
 
 CODECS = {
     "int8": Codec(bits=8, block=512, levels=127, rotated=False),
@@ -145,6 +149,7 @@ def _quantize(codec: Codec, t: Tensor, keep: Tensor, payload: Tensor) -> Tensor:
     levels = torch.full_like(largest, codec.levels)  # tensors: torch multiplies by the reciprocal of a number
     scales = torch.where(sent, largest / levels, 0.0).where(finite, torch.nan)
     codes = (blocks * (levels / largest)).round().clamp(-codec.levels, codec.levels).where(sent, 0.0)
+    codes += 0.0  # makes 0 of -0, which has no code
 
     parts = payload.view(-1, payload.shape[-1])
     size = codec.code_bytes(len(t)) // len(parts)

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from hvd_adam.distributed.context import horovod
 from hvd_adam.distributed.gradients.compression import AllReduce, Scaling
-from hvd_adam.distributed.wire.codec import add_and_encode, decode, encode
 from hvd_adam.distributed.wire.coded_bucket import CodedBucket
 
 
@@ -34,13 +33,9 @@ class CodedAllReduce:
         factor = Scaling(scaling.factor, len(exact) - len(self._exact_views[-1]))
         for start, end in coded.zero_spans:
             gradients[start:end].zero_()
-        encode(
-            coded.codec,
-            self._gradients,
-            *coded.worker.advance(),
-            coded.parts,
-            scale=scaling.factor,
-            unit=coded.unit,
+        before, after = coded.worker.advance()
+        coded.functions.encode(
+            coded.codec, self._gradients, before, after, coded.parts, scaling.factor, coded.unit
         )
         self._sent = self._hvd.alltoall_async(coded.parts.view(-1), name=f"{name}.parts")
         self._exact = exact
@@ -50,16 +45,15 @@ class CodedAllReduce:
         """Waits for the parts of all ranks, adds them, and starts to send the codes of the sum."""
         coded = self._coded
         received, _ = self._hvd.synchronize(self._sent)
-        add_and_encode(
-            coded.codec, received.view(coded.parts.shape), *coded.server.advance(), coded.total, unit=coded.unit
-        )
+        payloads, (before, after) = received.view(coded.parts.shape), coded.server.advance()
+        coded.functions.add_and_encode(coded.codec, payloads, before, after, coded.total, coded.unit)
         self._gathered = self._hvd.allgather_async(coded.total, name=f"{self._name}.sum")
 
     def wait(self) -> None:
         """Waits for the sum."""
         coded = self._coded
         received = self._hvd.synchronize(self._gathered)
-        decode(coded.codec, received.view(coded.parts.shape), self._gradients)
+        coded.functions.decode(coded.codec, received.view(coded.parts.shape), self._gradients)
         self._exact_sum.wait()
         sums = torch.split(self._exact, list(map(len, self._exact_views)))
         torch._foreach_copy_(self._exact_views, list(sums))

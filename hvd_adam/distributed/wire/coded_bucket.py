@@ -10,6 +10,7 @@ from torch import Tensor
 from hvd_adam.distributed.gradients.bucket_layout import Bucket
 from hvd_adam.distributed.gradients.gradient_buffer import GradientBuffer
 from hvd_adam.distributed.wire.codec import Codec, unrotate
+from hvd_adam.distributed.wire.fused_codec import functions
 from hvd_adam.optim.memory import zeros
 
 Place = tuple[int, list[int], list[int]]  # offset in the bucket, shape and strides of a parameter
@@ -74,6 +75,8 @@ class CodedBucket:
         rank, ranks: of this process.
 
     Attributes:
+        codec: the format.
+        functions: what encodes and decodes it on this device.
         params: the coded ones, with their places.
         elements: number of coded elements.
         worker: residual of what this rank sends of its gradients, padded to equal parts for all ranks.
@@ -97,6 +100,7 @@ class CodedBucket:
         ranks: int,
     ) -> None:
         self.codec, self._rank = codec, rank
+        self.functions = functions(codec, buffer.device.type)
         places = {buffer.params[i]: _place(buffer, bucket, i) for i in range(bucket.first, bucket.last)}
         self.params = {p: place for p, place in places.items() if p not in exact}
         self.elements = bucket.flags - bucket.start

@@ -207,7 +207,9 @@ class ErrorFeedback:
         With it on every rank, nothing is lost with a rank.
         """
         names = self._names()
-        own = sorted((names[p], residual.cpu().contiguous()) for p, residual in self.by_parameter().items() if p in names)
+        own = sorted(
+            (names[p], residual.cpu().contiguous()) for p, residual in self.by_parameter().items() if p in names
+        )
         if horovod().size() > 1 and own:
             totals = horovod().grouped_allreduce([r for _, r in own], op=horovod().Sum, name=f"{_NAME}.total")
             own = [(name, total) for (name, _), total in zip(own, totals, strict=True)]
