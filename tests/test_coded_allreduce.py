@@ -434,6 +434,24 @@ def test_several_backward_passes_and_deferred_averaging_count_once(cluster, comp
 
 @on_ranks(2)
 @each_code
+def test_micro_batches_are_encoded_once_with_their_sum(cluster, compression):
+    model = Weights(**SHAPES)
+    optimizer = distribute(Adam(model.parameters()), model, compression=compression, accumulate=2)
+    got = {name: 0.0 for name in SHAPES}
+    for seed in range(4):
+        optimizer.zero_grad()
+        backward(model, random_gradients(model, seed, cluster.rank))
+        optimizer.step()
+        if seed % 2:
+            got = {name: got[name] + p.grad.double() for name, p in model.named_parameters()}
+    means = [mean_of_ranks(model, seed, cluster.size) for seed in range(4)]
+    for name, residual in unsent(optimizer).items():
+        expected = sum(mean[name] for mean in means) / 2
+        torch.testing.assert_close(got[name] + residual, expected, rtol=0, atol=1e-5 * expected.abs().max())
+
+
+@on_ranks(2)
+@each_code
 def test_a_change_of_parameters_between_backward_and_step_keeps_the_reduction(cluster, compression):
     books = account(cluster, compression)
     books.update(1)

@@ -141,8 +141,9 @@ def distribute(
 def _require_supported(model: torch.nn.Module, optimizer: Adam, compression: str) -> None:
     require_parameters_of(model, optimizer.param_groups)
     require_one_device(model)
-    for p in (p for group in optimizer.param_groups for p in group["params"] if compression in CODECS):
-        require_codable(p.dtype, compression)
+    if compression in CODECS:
+        for p in (p for group in optimizer.param_groups for p in group["params"] if p.requires_grad):
+            require_codable(p.dtype, compression)
     if horovod().size() > 1:
         require_copyable(model)
         require_unchanged_by_forward(model, (p for group in optimizer.param_groups for p in group["params"]))
