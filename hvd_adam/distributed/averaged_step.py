@@ -54,8 +54,6 @@ class AveragedStep:
     def forget(self) -> None:
         """Called when gradients have been cleared or used: what is known of them no longer holds."""
         self._unscale = None
-        if self._feedback is not None:
-            self._feedback.roll_back()  # unless an update has been made
 
     def synchronize(self) -> float | Tensor:
         """Waits until `p.grad` is the mean. Returns the factor that makes it the unscaled mean."""
