@@ -155,7 +155,7 @@ class ErrorFeedback:
         return any(residual.is_pending for bucket in self._coded for residual in bucket.residuals)
 
     def forget_unless_kept(self, parameters: Iterable[Tensor]) -> None:
-        """Called before a round: what has been reduced since the last update is dropped if a loop has cleared it.
+        """Drops what has been reduced since the last update, if a loop has cleared all of it.
 
         Args:
             parameters: the averaged ones.
