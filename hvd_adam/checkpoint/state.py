@@ -47,7 +47,7 @@ class Progress:
         skipped_in_a_row: skipped updates since the last one that was applied.
         best_accuracy: the highest test accuracy so far, in [0, 1]; None without one.
         best_loss: the lowest test loss so far of a run without test accuracy; None without one.
-        scores: the last evaluation (`training.evaluation.Scores.as_dict`), or None.
+        scores: the last evaluation (`training.scores.scoring.Scores.as_dict`), or None.
         global_batch_size: images per update, over all ranks.
         micro_batch_size: the largest number of images in a micro-batch of one rank.
     """
@@ -97,8 +97,9 @@ class TrainingState:
         ranks: one dictionary per rank: "cpu" and "cuda" (or None), the states of the random generators, and
             "loss", the rank's part of the running mean.
         config: the run's configuration.
-        data: "classes" of the data set; "mean" and "std" of its channels; the numbers "train_images" and
-            "test_images"; "fingerprint", a checksum of the training images and labels.
+        data: "classes" of the data set; "mean" and "std" of its channels; "shape" of an input; "resize", the size
+            that a test image is resized to cover before its center is cropped, or None; the numbers
+            "train_images" and "test_images"; "fingerprint", a checksum of the training images and labels.
         ema: the moving average of the model's state dictionary, or None.
         residuals: `ErrorFeedback.state_dict_on_root` or `total_state_dict`, or None.
     """
