@@ -60,7 +60,7 @@ class ErrorFeedback:
         self.compression, self._codec = compression, CODECS[compression]
         self._names, self._exact, self._unit = names, exact, unit
         self._buckets: list[CodedBucket | None] = []
-        self._begun = False
+        self._round_unit: float | None = None  # the loss scale of the round in flight
         own, before = names(), filter(None, (optimizer.error_feedback for optimizer in retired))
         found = [item for feedback in before for item in feedback.by_parameter().items()]
         # Of parameters that are in no bucket, such as frozen ones.
@@ -119,8 +119,8 @@ class ErrorFeedback:
         coded = self._buckets[number]
         if coded is None:
             return AllReduce(gradients, exact_name(name), "none", scaling=scaling)
-        if not self._begun:
-            self._begun, self._round_unit = True, self._unit()  # once a round: a GPU is waited for
+        if self._round_unit is None:
+            self._round_unit = self._unit()  # once a round: a GPU is waited for
         coded.unit = self._round_unit
         return CodedAllReduce(gradients, name, coded, scaling)
 
@@ -130,7 +130,7 @@ class ErrorFeedback:
         Args:
             total: finite if all elements of the gradients are; the same on all ranks.
         """
-        self._begun = False
+        self._round_unit = None
         if not total.isfinite():
             self.roll_back()
 
