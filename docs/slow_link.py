@@ -2,7 +2,8 @@
 
     python docs/slow_link.py [--rate 1gbit] [--steps 20]
 
-Prints the median of each controller and strategy. Needs root, and what the tests on several hosts need.
+Prints the median of each controller, strategy and compression. Needs root, and what the tests on several hosts
+need.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP = 5  # steps that do not count
+CASES = [("allreduce", "none"), ("allreduce", "int8"), ("allreduce", "int4"), ("sharded", "none")]
 
 
 def main() -> None:
-    """Runs every controller with every strategy, one after the other."""
+    """Runs every controller with every case, one after the other."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rate", default="1gbit", help="limit of the link, as tc writes it")
     parser.add_argument("--steps", type=int, default=20, help="steps that count")
@@ -35,16 +37,16 @@ def main() -> None:
             limit = f"tc qdisc add dev eth0 root tbf rate {given.rate} burst 1mb latency 50ms"
             hosts.run(host, limit.split(), check=True)
         for controller in ("mpi", "gloo"):
-            for strategy in ("allreduce", "sharded"):
+            for case in CASES:
                 launcher = [Path(sys.executable).with_name("horovodrun"), "-np", "2", "-H", "node1:1,node2:1"]
                 launcher += [f"--{controller}", "--network-interfaces", "eth0"]
-                command = [*launcher, sys.executable, __file__, "--measure", strategy, given.steps]
+                command = [*launcher, sys.executable, __file__, "--measure", *case, given.steps]
                 done = hosts.run(HEAD, command, env=environ, timeout=300)
                 line = next((line for line in done.stdout.splitlines() if "median" in line), done.stderr[-2000:])
                 print(f"{controller:<5} {line.split('>:')[-1]}", flush=True)
 
 
-def measure(strategy: str, steps: int) -> None:
+def measure(strategy: str, compression: str, steps: int) -> None:
     """Trains on this rank, and prints the median on rank 0."""
     import torch
     from torch import nn
@@ -55,7 +57,7 @@ def measure(strategy: str, steps: int) -> None:
     cluster = init("cpu")
     layers = (nn.Linear(3072, 2048), nn.ReLU(), nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, 10))
     model = nn.Sequential(*layers)
-    optimizer = distribute(Adam(model.parameters(), lr=1e-6), model, strategy=strategy)
+    optimizer = distribute(Adam(model.parameters(), lr=1e-6), model, strategy=strategy, compression=compression)
     images, labels = torch.randn(32, 3072), torch.randint(10, (32,))
     times = []
     for _ in range(WARM_UP + steps):
@@ -65,11 +67,12 @@ def measure(strategy: str, steps: int) -> None:
         optimizer.step()
         times.append(time.perf_counter() - start)
     if cluster.rank == 0:
-        print(f"{strategy:<10} median {1000 * statistics.median(times[WARM_UP:]):.0f} ms", flush=True)
+        milliseconds = 1000 * statistics.median(times[WARM_UP:])
+        print(f"{strategy:<10} {compression:<5} median {milliseconds:.0f} ms", flush=True)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--measure"]:
-        measure(sys.argv[2], int(sys.argv[3]))
+        measure(*sys.argv[2:4], int(sys.argv[4]))
     else:
         main()

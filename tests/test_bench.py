@@ -193,6 +193,7 @@ def test_lists_in_arguments_are_parsed():
     assert StepConfig(variants="compute, ddp-zero").variant_names(("x",)) == ("compute", "ddp-zero")
     assert StepConfig().variant_names(("x",))[:2] == ("hvd_adam-x", "horovod")
     assert StepConfig(variants="hvd_adam-x-deferred").variant_names(("x",)) == ("hvd_adam-x-deferred",)
+    assert StepConfig(variants="hvd_adam-x-int4").variant_names(("x",)) == ("hvd_adam-x-int4",)
     assert {*StepConfig(np=1).variant_names(())} - {*StepConfig(np=2).variant_names(())} == {"plain"}
     with pytest.raises(UserError, match="--variants is hvd_adam-y: it must be some of hvd_adam-x, horovod"):
         StepConfig(variants="hvd_adam-y").variant_names(("x",))

@@ -21,6 +21,7 @@ from hvd_adam import Adam, CheckpointManager, Cluster, distribute
 from hvd_adam.checkpoint import storage
 from hvd_adam.checkpoint.loadable import loadable
 from hvd_adam.errors import CollectiveError, UserError
+from hvd_adam.log import logger
 
 SINGLE = Cluster(0, 1, 0, 1, 0, 1, torch.device("cpu"), "none")
 
@@ -35,7 +36,7 @@ def shared_folder(cluster):
 class Training:
     """A loop that draws from every random generator."""
 
-    def __init__(self, cluster, strategy, restore_first, folder):
+    def __init__(self, cluster, strategy, restore_first, folder, compression="none"):
         torch.manual_seed(cluster.rank + 100)
         random.seed(cluster.rank), np.random.seed(cluster.rank)
         self.cluster = cluster
@@ -45,7 +46,7 @@ class Training:
         self.scheduler = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, [2, 3, 3, 5], 0.5)
         self.sampler = Counted()
         self.saved = self.restore() if restore_first else None
-        self.optimizer = distribute(self.optimizer, self.model, strategy=strategy)
+        self.optimizer = distribute(self.optimizer, self.model, strategy=strategy, compression=compression)
         if not restore_first:
             self.saved = self.restore()
 
@@ -117,6 +118,50 @@ def test_a_resumed_loop_ends_bit_for_bit_where_an_uninterrupted_one_does(cluster
     if cluster.is_root:
         loaded = torch.load(folder / "step-00000004" / "state.pt", weights_only=True)
         torch.optim.Adam(resumed.model.parameters()).load_state_dict(loaded["optimizer"])
+
+
+@on_ranks(3, "mpi")
+@pytest.mark.parametrize("compression", ["int8", "int4"])
+def test_residuals_of_all_ranks_are_saved_and_resume_bit_for_bit(cluster, compression):
+    folder = shared_folder(cluster)
+    whole = Training(cluster, "allreduce", False, folder, compression)
+    whole.run(4)
+    whole.save(4)
+    whole.manager.close()
+    expected = whole.optimizer.error_feedback.state_dict_on_root()
+    whole.run(3)
+    final = whole.state()
+    resumed = Training(cluster, "allreduce", False, folder, compression)
+    found = resumed.optimizer.error_feedback.state_dict_on_root()
+    resumed.run(3)
+    assert same(resumed.state(), final)
+    if cluster.is_root:
+        assert same(found, expected)
+        loaded = torch.load(folder / "step-00000004" / "state.pt", weights_only=True)
+        saved = loaded["gradient_residuals"]["optimizer"]
+        assert same(saved, expected)
+        assert all(saved["buckets"][0][kind].any() for kind in ("worker", "server"))
+        torch.optim.Adam(resumed.model.parameters()).load_state_dict(loaded["optimizer"])
+
+
+@on_ranks(3, "mpi")
+def test_residuals_that_get_lost_are_reported(cluster):
+    folder = shared_folder(cluster)
+    training = Training(cluster, "allreduce", False, folder, "int8")
+    training.run(1)
+    training.save(1)
+    training.manager.close()
+    for restore_first, compression, message in (
+        (False, "none", "has residuals of compression int8, which this compression does not use"),
+        (True, "int8", "has residuals of optimizer, which get lost: restore it after distribute()"),
+    ):
+        found = []
+        handler = logging.Handler()
+        handler.emit = lambda record, found=found: found.append(record.getMessage())
+        logger.addHandler(handler)
+        Training(cluster, "allreduce", restore_first, folder, compression)
+        logger.removeHandler(handler)
+        assert any(message in text for text in found) == cluster.is_root, found
 
 
 @on_ranks(3, "mpi")

@@ -20,6 +20,8 @@ OPTIONS = [
     {},
     {"strategy": "sharded"},
     {"compression": "fp16"},
+    {"compression": "int8"},
+    {"compression": "int4", "max_grad_norm": 1.0},
     {"compression": "bf16", "strategy": "sharded"},
     {"accumulate": 2, "max_grad_norm": 1.0},
 ]

@@ -89,6 +89,10 @@ def assert_same_end(place, one, other):
     for number, state in a["optimizer"]["state"].items():
         for name, value in state.items():
             assert torch.equal(value, b["optimizer"]["state"][number][name]), (number, name)
+    for one_bucket, other_bucket in zip(*((s["residuals"] or {}).get("buckets", []) for s in (a, b)), strict=True):
+        for kind in ("worker", "server"):
+            assert one_bucket[kind].any()
+            assert torch.equal(one_bucket[kind], other_bucket[kind])
     for part in ("progress", "loss_scaler", "schedule"):
         assert a[part] == b[part]
     for kind in ("step", "eval"):
@@ -107,7 +111,7 @@ def assert_same_end(place, one, other):
     ("ranks", "controller", "options"),
     [
         (2, "mpi", "--strategy sharded --max-grad-norm 0.5 --precision fp16"),
-        (4, "gloo", "--deterministic --precision bf16"),
+        (4, "gloo", "--deterministic --precision bf16 --compression int4"),
     ],
 )
 def test_a_stopped_and_killed_run_ends_bit_for_bit_as_an_uninterrupted_one(place, ranks, controller, options):

@@ -1,4 +1,4 @@
-"""The kernel for GPUs on a machine without one: run by Triton's interpreter, and compiled ahead of time for a GPU.
+"""The kernels for GPUs on a machine without one: run by Triton's interpreter, and compiled ahead of time.
 
 Hazards: arithmetic that differs from the expression that CPUs compile; writes beyond the end of a buffer; a NaN
 that is not skipped, or changes buffers, step counts or the count of skipped updates; memory accesses narrower than
@@ -52,12 +52,30 @@ def test_interpreted_kernel_passes_the_tests_of_adam():
     assert int(output.rpartition(" passed")[0].split()[-1]) > 100, output
 
 
-def test_kernel_compiles_for_hopper_to_accesses_of_16_bytes():
+def test_interpreted_kernels_for_codes_pass_the_tests_of_those_for_cpus():
+    options = "-q -p helpers.interpreted -p no:cacheprovider -W ignore::RuntimeWarning".split()
+    chosen = ["-m", "not gpu", "-k", "bits_of_codec_py or beyond_the_end or send_nothing"]  # the others take long
+    output = run("-m", "pytest", *options, *chosen, "tests/test_codec_kernels.py", **INTERPRETED)
+    assert output.rpartition(" passed")[0].split()[-1] == "5", output
+
+
+@pytest.fixture(scope="module")
+def compiled_ahead():
+    return json.loads(run("tests/helpers/compiled_ahead.py", **ENVIRON))
+
+
+def test_kernel_compiles_for_hopper_to_accesses_of_16_bytes(compiled_ahead):
     """In whole blocks of aligned tensors; the last block of a tensor, and tensors elsewhere, have narrow ones."""
-    cases = json.loads(run("tests/helpers/compiled_ahead.py", **ENVIRON))["cases"]
-    for name, case in cases.items():
+    for name, case in compiled_ahead["cases"].items():
         assert case["bytes"] > 1000, name
         assert case["wide"] == case["expected"], name
+
+
+def test_kernels_for_codes_compile_for_hopper_to_operations_that_are_rounded_one_by_one(compiled_ahead):
+    allowed = {"add.rn.f32", "div.rn.f32", "mul.rn.f32", "sub.rn.f32"}
+    for name, case in compiled_ahead["codecs"].items():
+        assert set(case["arithmetic"]) <= allowed, name
+        assert case["wide"] == {kind: count for kind, count in case["expected"].items() if count}, name
 
 
 def test_repeated_launches_have_the_form_of_the_first_and_the_numbers_of_their_step():

@@ -17,7 +17,8 @@ Number = TypeVar("Number", int, float)
 
 # Prefix of the variants "hvd_adam-STRATEGY". Their list is in distributed.api, which imports torch.
 OURS = "hvd_adam-"
-DEFERRED = "-deferred"  # after the strategy: with defer_averaging, as `train` has it
+COMPRESSED = ("", "-fp16", "-bf16", "-int8", "-int4")  # after the strategy: with this compression
+DEFERRED = "-deferred"  # after both: with defer_averaging, as `train` has it
 PEERS = ("horovod", "horovod-fused", "ddp-fused", "ddp-zero", "plain", "compute")
 
 # Models that `bench adam` takes its tensor shapes from, and its default workloads on a GPU.
@@ -184,7 +185,7 @@ class StepConfig(RanksConfig):
         peers = (peer for peer in PEERS if peer != "plain" or self.np == 1)
         ours = [OURS + strategy for strategy in strategies]
         usual = (*ours, *peers)
-        known = (*usual, *(name + DEFERRED for name in ours))
+        known = (*usual, *(name + c + d for name in ours for c in COMPRESSED for d in ("", DEFERRED) if c + d))
         names = usual if self.variants == "all" else _words(self.variants)
         for name in names:
             require(name in known, "variants", name, f"some of {', '.join(known)}")

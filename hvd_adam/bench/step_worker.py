@@ -81,8 +81,13 @@ def connect(variant: str, device: str, launch: LaunchInfo, folder: Path) -> Call
     """
     if variant.startswith(OURS):
         init(device)
-        strategy, deferred = variant.removeprefix(OURS).removesuffix(DEFERRED), variant.endswith(DEFERRED)
-        wrap = functools.partial(distribute, strategy=strategy, defer_averaging=deferred)
+        strategy, _, compression = variant.removeprefix(OURS).removesuffix(DEFERRED).partition("-")
+        wrap = functools.partial(
+            distribute,
+            strategy=strategy,
+            compression=compression or "none",
+            defer_averaging=variant.endswith(DEFERRED),
+        )
         return lambda model: (model, wrap(Adam(model.parameters(), LEARNING_RATE), model))
     if device == "cuda":
         torch.cuda.set_device(launch.rank)

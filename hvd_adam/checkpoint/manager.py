@@ -23,6 +23,7 @@ import torch
 from hvd_adam.checkpoint import storage
 from hvd_adam.checkpoint.loadable import loadable
 from hvd_adam.checkpoint.random_states import random_state, restore_random_state
+from hvd_adam.checkpoint.residuals import restore_residuals
 from hvd_adam.checkpoint.state import require_same_tensors
 from hvd_adam.checkpoint.writer import CheckpointWriter
 from hvd_adam.distributed.agreement import raise_on_all_ranks
@@ -33,7 +34,8 @@ from hvd_adam.distributed.collectives.reductions import gather
 from hvd_adam.errors import UserError
 from hvd_adam.log import logger
 
-_EXTRA, _RANDOM = "extra", "random_states"  # keys of a checkpoint beside the names of its parts
+# Keys of a checkpoint beside the names of its parts.
+_EXTRA, _RANDOM, _RESIDUALS = _OWN_KEYS = "extra", "random_states", "gradient_residuals"
 _STEP = "step"  # key of what `restore` returns
 
 
@@ -114,6 +116,11 @@ class CheckpointManager:
         own = {"step": step, "parts": dict.fromkeys(present, 0), "random": random_state(self._cluster.device)}
         of_ranks = gather(self._cluster, own, "CheckpointManager.save()")
         states = {name: _state_on_root(part, self._cluster) for name, part in present.items()}
+        residuals = {
+            name: part.error_feedback.state_dict_on_root()
+            for name, part in present.items()
+            if isinstance(part, AveragedAdam) and part.error_feedback is not None
+        }
         with raise_on_all_ranks(self._cluster):
             steps = {entry["step"] for entry in of_ranks}
             if len(steps) > 1:
@@ -121,6 +128,8 @@ class CheckpointManager:
             if self._cluster.is_root:
                 random_states = [entry["random"] for entry in of_ranks]
                 own_values = {_EXTRA: loadable(dict(extra or {}), _EXTRA), _RANDOM: random_states}
+                if residuals:
+                    own_values[_RESIDUALS] = residuals
                 self._writer.save(step, {**states, **own_values}, best=best)
 
     def restore(self, **parts: Stateful | None) -> dict[str, Any] | None:
@@ -153,7 +162,7 @@ class CheckpointManager:
                 folder, state = self._load_newest(present)
         # A distributed optimizer sends its state itself, each rank the part that it needs.
         of_root = {name for name, part in present.items() if isinstance(part, AveragedAdam)}
-        shared = {name: value for name, value in state.items() if name not in of_root}
+        shared = {name: value for name, value in state.items() if name not in {*of_root, _RESIDUALS}}
         if cluster.size > 1:
             folder, shared = broadcast_nested((folder, shared), "hvd_adam.restore")
         if folder is None:
@@ -162,8 +171,16 @@ class CheckpointManager:
             for name, part in present.items():
                 if name not in of_root or cluster.is_root:
                     _load(name, part, (state if cluster.is_root else shared)[name], folder)
-        for name in sorted(of_root):
-            present[name].broadcast()  # type: ignore[attr-defined]
+        residuals = state.get(_RESIDUALS, {})  # empty on ranks other than 0
+        for name, part in present.items():
+            if isinstance(part, AveragedAdam):
+                part.broadcast()
+                restore_residuals(part, residuals.get(name), str(folder))
+        if dropped := sorted(residuals.keys() & present.keys() - of_root):
+            logger.warning(
+                f"checkpoint {folder} has residuals of {', '.join(dropped)}, which get lost: restore it after "
+                "distribute()"
+            )
         self._restore_random(shared.get(_RANDOM, []), folder)
         return {**shared.get(_EXTRA, {}), _STEP: storage.step_of(folder)}
 
@@ -200,9 +217,9 @@ class CheckpointManager:
             logger.warning(damage)
         if folder is None:
             return None, {}
-        wanted = {name: state[name] for name in (*present, _EXTRA, _RANDOM) if name in state}
+        wanted = {name: state[name] for name in (*present, *_OWN_KEYS) if name in state}
         if missing := sorted(present.keys() - wanted.keys()):
-            held = ", ".join(sorted(state.keys() - {_EXTRA, _RANDOM}))
+            held = ", ".join(sorted(state.keys() - {*_OWN_KEYS}))
             raise UserError(
                 f"checkpoint {folder} has no {', '.join(missing)}, but {held}: restore only what it has"
             )
@@ -225,7 +242,7 @@ def _present(parts: Mapping[str, Stateful | None]) -> dict[str, Stateful]:
         if not (hasattr(part, "state_dict") and hasattr(part, "load_state_dict")):
             kind = f"{type(part).__module__}.{type(part).__qualname__}"
             raise UserError(f"{name} has no state_dict() (it is a {kind}): give own values in extra={{…}}")
-        if name == _RANDOM:
+        if name in (_RANDOM, _RESIDUALS):
             raise UserError(f"checkpoints use the name {name} themselves: call this part something else")
     return present
 

@@ -102,6 +102,7 @@ class TrainingState:
             that a test image is resized to cover before its center is cropped, or None; the numbers
             "train_images" and "test_images"; "fingerprint", a checksum of the training images and labels.
         ema: the moving average of the model's state dictionary, or None.
+        residuals: `ErrorFeedback.state_dict_on_root` or `total_state_dict`, or None.
     """
 
     model: dict[str, Any]
@@ -113,6 +114,7 @@ class TrainingState:
     config: dict[str, Any]
     data: dict[str, Any]
     ema: dict[str, Any] | None = None
+    residuals: dict[str, Any] | None = None
 
     def copy(self, over: TrainingState | None = None) -> TrainingState:
         """Returns a copy on the CPU that training does not modify, in the memory of `over` where it fits."""
@@ -134,7 +136,7 @@ class TrainingState:
             UserError: a part that a resume needs is missing; the message names it.
         """
         for field in fields(cls):
-            if field.name not in saved and field.name != "ema":
+            if field.name not in saved and field.name not in ("ema", "residuals"):
                 raise UserError(f"checkpoint {where} cannot be resumed: it has no {field.name}")
         return cls(**{field.name: saved[field.name] for field in fields(cls) if field.name in saved})
 

@@ -128,7 +128,9 @@ recipes for --config recipe:NAME: {", ".join(recipes.names())}"""
         "sharded: each of N ranks holds 1/N of the optimizer state (ZeRO stage 1) instead of all of it",
     )
     op: Literal["average", "adasum"] = option("average", "how gradients of the ranks are combined")
-    compression: Literal["none", "fp16", "bf16"] = option("none", "format in which gradients are sent")
+    compression: Literal["none", "fp16", "bf16", "int8", "int4"] = option(
+        "none", "format in which gradients are sent; int8 and int4 have error feedback"
+    )
     precision: Literal["fp32", "bf16", "fp16", "fp64", "float32", "bfloat16", "float16", "float64"] = option(
         "fp32", "precision of the model; bf16 and fp16 use autocast, with fp32 weights"
     )
@@ -228,8 +230,17 @@ recipes for --config recipe:NAME: {", ".join(recipes.names())}"""
                 raise UserError(
                     "--op adasum combines the ranks' own steps: no --max-grad-norm, no --precision fp16"
                 )
-            if self.compression == "bf16":
-                raise UserError("--op adasum has no bf16 compression: use --compression none or fp16")
+            if self.compression not in ("none", "fp16"):
+                raise UserError(
+                    f"--op adasum has no {self.compression} compression: use --compression none or fp16"
+                )
+        if self.compression in ("int8", "int4"):
+            if self.strategy == "sharded":
+                raise UserError(
+                    f"--strategy sharded has no {self.compression} compression: use none, fp16 or bf16"
+                )
+            if self.precision == "fp64":
+                raise UserError(f"--compression {self.compression} is not for --precision fp64: use none")
 
     def milestones(self) -> tuple[float, ...]:
         """Returns the epochs of the step decay, ascending."""

@@ -19,6 +19,8 @@ from hvd_adam.distributed.model_checks import (
     require_unchanged_by_forward,
 )
 from hvd_adam.distributed.optimizer import DistributedAdam
+from hvd_adam.distributed.wire.codec import CODECS
+from hvd_adam.distributed.wire.error_feedback import require_codable
 from hvd_adam.errors import UserError
 from hvd_adam.optim.adam import Adam
 
@@ -56,7 +58,8 @@ def distribute(
         accumulate: micro-batches per update, at least 1. Call `step` after each micro-batch: every
             `accumulate`-th call updates, with the mean over the micro-batches. `zero_grad` keeps the gradients of
             an update that is not complete.
-        compression: format in which gradients are sent: "none" (their own), "fp16" or "bf16".
+        compression: format in which gradients are sent: "none" (their own), "fp16", "bf16", or codes of 8 or 4
+            bits with error feedback, "int8" or "int4", with strategy="allreduce".
         op: "average", or "adasum" (Maleki et al. 2020, arXiv 2006.02924), which combines the updates of the ranks
             instead of averaging their gradients. Adasum needs MPI and a number of ranks that is a power of two,
             and cannot clip gradients or scale losses.
@@ -120,8 +123,10 @@ def distribute(
         _require_adasum(compression, max_grad_norm, loss_scaler)
     if loss_scaler is not None and not hasattr(loss_scaler, "is_enabled"):
         raise UserError(f"loss_scaler is {loss_scaler!r}; it must be a torch.amp.GradScaler, or None")
+    if compression in CODECS and strategy == "sharded":
+        raise UserError(f"compression {compression} needs strategy=allreduce; sharded has none, fp16 and bf16")
     with raise_on_all_ranks(current_cluster()):
-        _require_supported(model, optimizer)
+        _require_supported(model, optimizer, compression)
     options = {"accumulate": accumulate, "compression": compression, "op": op, "max_grad_norm": max_grad_norm}
     options |= {"skip_nonfinite": bool(skip_nonfinite), "defer_averaging": bool(defer_averaging)}
     require_same(
@@ -133,9 +138,12 @@ def distribute(
     return DistributedAdam(optimizer, model, strategy=strategy, loss_scaler=loss_scaler, **options)
 
 
-def _require_supported(model: torch.nn.Module, optimizer: Adam) -> None:
+def _require_supported(model: torch.nn.Module, optimizer: Adam, compression: str) -> None:
     require_parameters_of(model, optimizer.param_groups)
     require_one_device(model)
+    if compression in CODECS:
+        for p in (p for group in optimizer.param_groups for p in group["params"] if p.requires_grad):
+            require_codable(p.dtype, compression)
     if horovod().size() > 1:
         require_copyable(model)
         require_unchanged_by_forward(model, (p for group in optimizer.param_groups for p in group["params"]))
@@ -150,8 +158,8 @@ def _require_adasum(compression: str, max_grad_norm: float | None, loss_scaler: 
     hvd = horovod()
     if max_grad_norm is not None or loss_scaler is not None:
         raise UserError("adasum combines the ranks' own steps: it cannot clip or unscale; use op=average")
-    if compression == "bf16":
-        raise UserError("adasum has no bf16 compression; use compression none or fp16")
+    if compression not in ("none", "fp16"):
+        raise UserError(f"adasum has no {compression} compression; use compression none or fp16")
     if hvd.size() > 1 and not hvd.mpi_enabled():
         raise UserError("adasum needs MPI; start the ranks with mpirun or horovodrun --mpi, or use op=average")
     if hvd.size() & (hvd.size() - 1):

@@ -22,9 +22,11 @@ from hvd_adam.distributed.gradients.same_batches import SameBatches
 from hvd_adam.distributed.horovod_adapter import HorovodAdapter, move_step_hooks
 from hvd_adam.distributed.join import REDUCE, Join, refuse_in_join
 from hvd_adam.distributed.layout import DistributedLayout
-from hvd_adam.distributed.model_checks import require_unchanged_by_forward
+from hvd_adam.distributed.model_checks import has_gradient, parameter_of, require_unchanged_by_forward
 from hvd_adam.distributed.strategies.allreduce import AllReduceStrategy
 from hvd_adam.distributed.strategies.zero import ZeroStrategy
+from hvd_adam.distributed.wire.codec import CODECS
+from hvd_adam.distributed.wire.error_feedback import ErrorFeedback, exact_parameters
 from hvd_adam.optim.adam import Adam, PlainOptimizer
 from hvd_adam.optim.optimizer_state import States, copy_of_states
 
@@ -41,6 +43,9 @@ class AveragedAdam(Adam):
 
     Args:
         optimizer: the optimizer that was given to `distribute`, whose arguments the others are.
+
+    Attributes:
+        error_feedback: the residuals of `compression="int8"` and `"int4"`; None with other compressions.
     """
 
     _adapter: HorovodAdapter | None = None  # from the end of construction on
@@ -65,7 +70,7 @@ class AveragedAdam(Adam):
         self._model, self._accumulate = model, accumulate
         self._rank, self._ranks = int(horovod().rank()), int(horovod().size())
         self._adasum = op == "adasum" and self._ranks > 1
-        retire_others(self._parameters())
+        retired = retire_others(self._parameters())
         move_step_hooks(optimizer, self)
         prefix = collective_prefix()  # of the names of its collectives
         sharded = strategy == "sharded" and self._ranks > 1  # on one rank, the shard is the whole state
@@ -73,6 +78,10 @@ class AveragedAdam(Adam):
             ZeroStrategy(prefix, self._parameters()[0].device) if sharded else AllReduceStrategy(prefix)
         )
         self._scaling = GradScaling(max_grad_norm, loss_scaler, skip_nonfinite)
+        self.error_feedback: ErrorFeedback | None = None
+        if compression in CODECS:
+            exact, unit = partial(exact_parameters, model), self._scaling.current_scale
+            self.error_feedback = ErrorFeedback(compression, self._names, exact, unit, retired)
         self._same_batches = SameBatches(model, self._parameters, rank=self._rank, ranks=self._ranks)
         self._lockstep = Lockstep(self._rank, self._ranks, self._same_batches)
         self._averager = GradientAverager(
@@ -87,7 +96,7 @@ class AveragedAdam(Adam):
             self._lockstep,
             accumulate=accumulate,
             deferred=defer_averaging,
-            add=self._scaling.needs_sum,
+            add=self._scaling.needs_sum or self.error_feedback is not None,
             watch=loss_scaler is not None,
         )
         self._layout = DistributedLayout(
@@ -97,6 +106,7 @@ class AveragedAdam(Adam):
             compression=compression,
             accumulate=accumulate,
             adasum=self._adasum,
+            feedback=self.error_feedback,
         )
         self._store = self._layout.store
         self._step = AveragedStep(
@@ -107,7 +117,9 @@ class AveragedAdam(Adam):
         self._replaced: States = {}  # the state before the one that has been loaded, until that is broadcast
         self._looked_for_others = False  # among the gradients of a backward pass
         # GradScaler.step unscales gradients, unless an optimizer has this attribute: then step() refuses it.
-        own_scaling = loss_scaler is not None or accumulate > 1 or defer_averaging
+        own_scaling = (
+            loss_scaler is not None or accumulate > 1 or defer_averaging or self.error_feedback is not None
+        )
         if own_scaling or self._strategy.scatters or self._adasum:
             self._step_supports_amp_scaling = True
         broadcast_training_state(model, self, loss_scaler)
@@ -212,13 +224,13 @@ class AveragedAdam(Adam):
         if isinstance(added, set):
             raise TypeError("the parameters of a group must be in order, identical on all ranks: a set has none")
         added = param_group["params"] = [added] if isinstance(added, Tensor) else list(added)
-        if self._averager.averaged and any(_has_gradient(p) for p in added):
+        if self._averager.averaged and any(has_gradient(p) for p in added):
             raise RuntimeError(
                 "add_param_group() between backward() and step(): the added parameters have gradients of this "
                 "rank alone; call it before backward() or after step()"
             )
         if self._ranks > 1:
-            require_unchanged_by_forward(self._model, map(_parameter, added))
+            require_unchanged_by_forward(self._model, map(parameter_of, added))
         super().add_param_group(param_group)
         self._horovod.share(self)
         self._broadcast("add_param_group()")
@@ -306,13 +318,3 @@ class AveragedAdam(Adam):
     def _refuse_adasum(self) -> None:
         if self._adasum:
             raise RuntimeError("adasum combines updates, not gradients: there is no averaged gradient")
-
-
-def _parameter(item: Any) -> Any:
-    """Returns the parameter of an item of a group: PyTorch takes (name, parameter) pairs, too."""
-    return item[1] if isinstance(item, tuple) and len(item) == 2 else item
-
-
-def _has_gradient(item: Any) -> bool:
-    p = _parameter(item)
-    return isinstance(p, Tensor) and p.grad is not None

@@ -18,6 +18,7 @@ from hvd_adam.distributed.gradients.lockstep import Lockstep
 from hvd_adam.distributed.gradients.reducer import BUCKET_BYTES, Reducer
 from hvd_adam.distributed.horovod_adapter import HorovodAdapter, prefixed
 from hvd_adam.distributed.strategies.allreduce import AllReduceStrategy
+from hvd_adam.distributed.wire.error_feedback import ErrorFeedback
 from hvd_adam.errors import UserError
 from hvd_adam.optim.adam import Adam
 from hvd_adam.optim.memory import is_dense, is_ordinary, is_ordinary_type, is_trained, overlapping
@@ -39,10 +40,12 @@ class DistributedLayout:
         compression: format in which gradients are sent.
         accumulate: micro-batches per update.
         adasum: combine updates by Adasum; gradients are then not reduced.
+        feedback: residuals of gradients that are sent as codes; None with other compressions.
 
     Attributes:
         store: of the parameters.
         buffers: of their gradients, one for each device and dtype; none on one rank and with Adasum.
+        feedback: as the argument.
     """
 
     def __init__(
@@ -54,9 +57,11 @@ class DistributedLayout:
         compression: str,
         accumulate: int,
         adasum: bool,
+        feedback: ErrorFeedback | None = None,
     ) -> None:
         self._strategy, self._averager, self._lockstep = strategy, averager, lockstep
         self._compression, self._accumulate, self._adasum = compression, accumulate, adasum
+        self.feedback = feedback
         self._ranks = int(horovod().size())
         self._flat = self._ranks > 1 and not adasum
         self._adapter: HorovodAdapter | None = None  # from `connect` on
@@ -102,12 +107,15 @@ class DistributedLayout:
             for p, part in zip(buffer.params, buffer.parts(rank, ranks), strict=True)
         }
         self.store.build_layout(groups, state, parts if ranks > 1 else None)
+        if self.feedback is not None:
+            self.feedback.arrange(self.buffers)
         reducer = Reducer(
             self.buffers,
             collective_prefix(),
             self._compression,
             1 / (self._ranks * self._accumulate),
             self._strategy.scatters,
+            self.feedback,
         )
         self._averager.reducer = reducer
         if self._adapter is not None:

@@ -81,3 +81,14 @@ def require_unchanged_by_forward(model: torch.nn.Module, parameters: Iterable[to
                 "step(), under torch.no_grad(): "
                 f"module.weight.renorm_({module.norm_type:g}, 0, {module.max_norm:g})"
             )
+
+
+def parameter_of(item: Any) -> Any:
+    """Returns the parameter of an item of a group: PyTorch takes (name, parameter) pairs, too."""
+    return item[1] if isinstance(item, tuple) and len(item) == 2 else item
+
+
+def has_gradient(item: Any) -> bool:
+    """Returns whether the parameter of an item of a group has a gradient."""
+    p = parameter_of(item)
+    return isinstance(p, torch.Tensor) and p.grad is not None

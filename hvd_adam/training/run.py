@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from hvd_adam.checkpoint.residuals import restore_residuals
 from hvd_adam.checkpoint.state import Progress, require_same_tensors
 from hvd_adam.config import TrainConfig
 from hvd_adam.data.protocols import Loader
@@ -175,7 +176,7 @@ def build_run(config: TrainConfig, memory: InMemoryCheckpoint | None, resources:
     require_same(cluster, "data", loader.description())
     adam = make_adam(config, model, scaled)
     parts = _Loadable(model, adam, scaler, ema)
-    folder, resume = _open_run(config, cluster, memory, loader, parts)
+    folder, resume, residuals = _open_run(config, cluster, memory, loader, parts)
     sizes = BatchSizes.of_run(config, loader, cluster.size, resume)
     schedule = make_schedule(config, scaled.lr, sizes.steps_per_epoch, sizes.total_steps)
     if resume is not None:  # maybe with another number of ranks, which would scale the rates differently
@@ -192,6 +193,8 @@ def build_run(config: TrainConfig, memory: InMemoryCheckpoint | None, resources:
         loss_scaler=scaler,
         defer_averaging=True,  # nothing here looks at gradients
     )
+    if resume is not None:
+        restore_residuals(optimizer, residuals, resume.path)
     if ema is not None:
         ema.start(cluster, saved=resume is not None and resume.state.config.get("ema") is not None)
     return Run(
@@ -241,11 +244,16 @@ class _Loadable:
 
 def _open_run(
     config: TrainConfig, cluster: Cluster, memory: InMemoryCheckpoint | None, loader: Loader, parts: _Loadable
-) -> tuple[Path | None, ResumePoint | None]:
-    """Opens the run folder and loads the state to start from on rank 0; broadcasts the resume point."""
+) -> tuple[Path | None, ResumePoint | None, dict[str, Any] | None]:
+    """Opens the run folder and loads the state to start from on rank 0; broadcasts the resume point.
+
+    Returns:
+        The folder and, on rank 0, the residuals to start from; the resume point, without tensors.
+    """
     in_memory = None if memory is None else memory.newest(cluster)
     folder: Path | None = None
     resume: ResumePoint | None = None
+    residuals = None
     with raise_on_all_ranks(cluster):
         if cluster.rank == ROOT:
             if config.init_from is not None and in_memory is None and not run_dir.resumes(config):
@@ -253,7 +261,8 @@ def _open_run(
             folder, resume = run_dir.open_run(config, cluster.size, in_memory, loader.description())
         if resume is not None:
             parts.load(resume, config.implementation)
+            residuals = resume.state.residuals
             resume = resume.without_tensors()
     if cluster.size > 1:
         resume = horovod().broadcast_object(resume, ROOT, name="hvd_adam.start")
-    return folder, resume
+    return folder, resume, residuals

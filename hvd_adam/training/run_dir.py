@@ -134,8 +134,9 @@ class ResumePoint:
     damaged: list[str]
 
     def without_tensors(self) -> ResumePoint:
-        """Returns it without model, optimizer, loss scaler and averages: `distribute` broadcasts those."""
-        return replace(self, state=replace(self.state, model={}, optimizer={}, loss_scaler=None, ema=None))
+        """Returns it without model, optimizer, loss scaler, averages and residuals: each is sent by itself."""
+        state = replace(self.state, model={}, optimizer={}, loss_scaler=None, ema=None, residuals=None)
+        return replace(self, state=state)
 
 
 def open_run(

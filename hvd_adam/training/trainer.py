@@ -277,6 +277,9 @@ class Trainer:
         self._record_skip()
         own = rank_state(self.cluster, self.loss.state())
         optimizer = self.optimizer.state_dict_on_root() if all_ranks else self.optimizer.state_dict()
+        residuals, feedback = None, self.optimizer.error_feedback
+        if feedback is not None:
+            residuals = feedback.state_dict_on_root() if all_ranks else feedback.total_state_dict()
         return TrainingState(
             model=self.model.state_dict(),
             optimizer=optimizer or {},  # on ranks other than 0, which do not save it
@@ -287,6 +290,7 @@ class Trainer:
             config=asdict(self.config),
             data=self.loader.description(),
             ema=None if self.ema is None else self.ema.state_dict(),
+            residuals=residuals,
         )
 
     def _finish(self) -> None:

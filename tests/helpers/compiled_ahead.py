@@ -1,4 +1,4 @@
-"""Compiles the kernel for GPUs of compute capability 9.0 on any machine; prints the results of all cases as JSON.
+"""Compiles the kernels for GPUs of compute capability 9.0 on any machine; prints the results of all cases as JSON.
 
 python tests/helpers/compiled_ahead.py
 """
@@ -12,27 +12,31 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from hvd_adam.distributed.wire import triton_codec
+from hvd_adam.distributed.wire.codec import CODECS
 from hvd_adam.optim.expression import KernelSpec
 from hvd_adam.optim.kernels import triton_kernel
 
 HOPPER = GPUTarget("cuda", 90, 32)
-POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64"}
+POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64", torch.uint8: "*u8"}
 
 
-def source(arguments):
-    """Returns what Triton would compile when the kernel is called with these arguments, by name."""
+def source(kernel, arguments):
+    """Returns what Triton would compile when a kernel is called with these arguments, by name."""
     signature, constants, divisible = {}, {}, {}
-    assert arguments.keys() == set(triton_kernel.adam.arg_names)
-    for place, name in enumerate(triton_kernel.adam.arg_names):
+    assert arguments.keys() == set(kernel.arg_names)
+    for place, name in enumerate(kernel.arg_names):
         value = arguments[name]
         if value is None or name.isupper():
             signature[name], constants[place,] = "constexpr", value
         elif isinstance(value, float):
             signature[name] = "fp32"
+        elif isinstance(value, int):
+            signature[name] = "i32"
         else:
             signature[name] = POINTERS[value.dtype]
             divisible[place,] = [["tt.divisibility", 16]]
-    return ASTSource(triton_kernel.adam, signature, constants, divisible)
+    return ASTSource(kernel, signature, constants, divisible)
 
 
 def compiled(
@@ -45,13 +49,41 @@ def compiled(
     arguments["real"] = torch.zeros(1, dtype=spec.compute_dtype) if in_table else None
     arguments |= {"device_scale": grad_scale, **dict.fromkeys(triton_kernel.REAL, 0.0)}
     arguments |= {"ALIGNED": aligned, "AMSGRAD": amsgrad, "DECAY": decay, **triton_kernel.constants(spec)}
-    kernel = triton.compile(source(arguments), target=HOPPER, options={"num_warps": triton_kernel.WARPS})
-    accesses = Counter(re.findall(r"(ld|st)\.global\.v(?:4.b32|2.b64)", kernel.asm["ptx"]))
+    options = {"num_warps": triton_kernel.WARPS}
+    kernel = triton.compile(source(triton_kernel.adam, arguments), target=HOPPER, options=options)
+    accesses = wide_accesses(kernel.asm["ptx"])
     state = [moments] * (3 if amsgrad else 2) + [torch.float32] * (rounding == "master")
     elements = triton_kernel.BLOCK // (32 * triton_kernel.WARPS)  # of a thread
     wide = {"st": [dtype, *state], "ld": [dtype, dtype, *state]}
     expected = {name: sum(t.itemsize for t in read) * elements // 16 for name, read in wide.items()}
     return {"bytes": len(kernel.asm["cubin"]), "wide": accesses, "expected": expected if aligned else {}}
+
+
+def wide_accesses(ptx):
+    """Returns the numbers of loads and stores of 16 bytes."""
+    return Counter(re.findall(r"(ld|st)\.global\.v(?:4.b32|2.b64)", ptx))
+
+
+def compiled_codec(kernel, codec, reads, writes):
+    """Returns the arithmetic of a kernel for codes, and how many accesses of 16 bytes it has and should have.
+
+    Args:
+        kernel: of triton_codec.py.
+        codec: the format.
+        reads, writes: numbers of float32 tensors.
+    """
+    values = {"payload": torch.uint8, "payloads": torch.uint8, "factor": 0.5, "unit": 2.0}
+    values |= dict.fromkeys(("gradients", "residual", "new_residual", "out"), torch.float32)
+    arguments = {name: values.get(name, 3) for name in kernel.arg_names}
+    tensors = {name: torch.zeros(1, dtype=v) for name, v in arguments.items() if isinstance(v, torch.dtype)}
+    arguments |= tensors | triton_codec.constants(codec)
+    ptx = triton.compile(source(kernel, arguments), target=HOPPER, options=triton_codec.OPTIONS).asm["ptx"]
+    accesses = triton_codec.ELEMENTS // (32 * triton_codec.OPTIONS["num_warps"]) // 4  # of a thread to a tensor
+    return {
+        "arithmetic": sorted(set(re.findall(r"\b((?:fma|mad|div|mul|add|sub|rcp)\.[a-z.]*f32)", ptx))),
+        "wide": wide_accesses(ptx),
+        "expected": {"ld": reads * accesses, "st": writes * accesses},
+    }
 
 
 def main():
@@ -69,7 +101,17 @@ def main():
         "bfloat16": compiled(brain, brain),
         "float64": compiled(double, double, decay="decoupled"),
     }
-    print(json.dumps({"triton": triton.__version__, "cases": cases}))
+    kernels = {
+        triton_codec.encode_blocks: (2, 1),
+        triton_codec.add_and_encode_blocks: (1, 1),
+        triton_codec.decode_blocks: (0, 1),
+    }
+    codecs = {
+        f"{name}, {kernel.__name__}": compiled_codec(kernel, codec, *accesses)
+        for name, codec in CODECS.items()
+        for kernel, accesses in kernels.items()
+    }
+    print(json.dumps({"triton": triton.__version__, "cases": cases, "codecs": codecs}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A pytest plugin: Triton's interpreter runs the kernel for GPUs in place of the one for CPUs.
+"""A pytest plugin: Triton's interpreter runs the kernels for GPUs in place of those for CPUs.
 
 TRITON_INTERPRET=1 python -m pytest -p helpers.interpreted tests/test_adam.py
 """
@@ -10,10 +10,14 @@ import torch
 from triton import language as tl
 from triton.runtime import interpreter
 
+from hvd_adam.distributed.wire import fused_codec
 from hvd_adam.optim import fused
 
 # A short example, since the interpreter runs one block after the other.
 fused.register_backend("cpu", replace(fused.backend("cuda"), example_elements=5000))
+
+compiled = fused_codec._compiled
+fused_codec._compiled = lambda device_type: compiled("cuda")
 
 
 def convert(values, source, target, _):

@@ -13,7 +13,7 @@ import torch
 
 from hvd_adam.distributed.context import horovod
 
-COMPRESSIONS = ("none", "fp16", "bf16")
+COMPRESSIONS = ("none", "fp16", "bf16", "int8", "int4")
 _HALF = (torch.float16, torch.bfloat16)
 
 

@@ -61,6 +61,10 @@ class GradScaling:
         scale: Tensor | None = loss_scaler._get_scale_async()  # get_scale() would wait for the device
         return float(loss_scaler.get_scale()) if scale is None else scale.double()  # a copy
 
+    def current_scale(self) -> float:
+        """Returns the scale of the losses of now, 1 without a loss scaler. Waits for the device."""
+        return 1.0 if self.loss_scaler is None else float(self.loss_scaler.get_scale())
+
     def close(self) -> None:
         """Called when another optimizer takes over: the loss scaler no longer waits for this one."""
         if self.loss_scaler is not None:

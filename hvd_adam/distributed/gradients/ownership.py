@@ -10,11 +10,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from hvd_adam.distributed.wire.error_feedback import ErrorFeedback
+
 
 class Owner(Protocol):
     """An optimizer that averages gradients."""
 
     param_groups: list[dict[str, Any]]
+    error_feedback: ErrorFeedback | None
 
     def refuse_unfinished(self) -> None:
         """Raises a RuntimeError if gradients would be lost."""
@@ -31,14 +34,16 @@ def take_over(optimizer: Owner) -> None:
     _owners.add(optimizer)
 
 
-def retire_others(parameters: Iterable[Tensor]) -> None:
-    """Retires the optimizers that have averaged gradients of some of these parameters until now."""
-    mine = set(parameters)
+def retire_others(parameters: Iterable[Tensor]) -> list[Owner]:
+    """Retires the optimizers that have averaged gradients of some of these parameters until now. Returns them."""
+    mine, retired = set(parameters), []
     for other in list(_owners):
         if not mine.isdisjoint(_parameters_of(other)):
             other.refuse_unfinished()
             other.retire()
             _owners.discard(other)
+            retired.append(other)
+    return retired
 
 
 def warn_of_unaveraged(model: torch.nn.Module) -> None:

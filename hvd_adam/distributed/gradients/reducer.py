@@ -14,6 +14,8 @@ from hvd_adam.distributed.gradients.bucket_layout import Bucket
 from hvd_adam.distributed.gradients.compression import AllReduce, Reduction, Scaling, is_half, start_reduction
 from hvd_adam.distributed.gradients.grad_scaling import element_sum
 from hvd_adam.distributed.gradients.gradient_buffer import GradientBuffer
+from hvd_adam.distributed.wire.coded_allreduce import exact_name
+from hvd_adam.distributed.wire.error_feedback import ErrorFeedback
 
 # Gradients are reduced in fixed buckets, so that sums do not depend on timing. Large enough to use the network's
 # bandwidth, small enough that the first reduction starts while backward is still running.
@@ -52,10 +54,17 @@ class Reducer:
         compression: as in `start_reduction`.
         scale: factor that makes the mean of a sum over ranks and micro-batches.
         scatter: reduce each shard of a bucket to its owner only; flags and message are then reduced separately.
+        feedback: residuals of gradients that are sent as codes; None with other compressions.
     """
 
     def __init__(
-        self, buffers: Sequence[GradientBuffer], prefix: str, compression: str, scale: float, scatter: bool = False
+        self,
+        buffers: Sequence[GradientBuffer],
+        prefix: str,
+        compression: str,
+        scale: float,
+        scatter: bool = False,
+        feedback: ErrorFeedback | None = None,
     ) -> None:
         self._buffers = buffers
         self._buckets = [(buffer, bucket) for buffer in buffers for bucket in buffer.layout.buckets]
@@ -66,7 +75,7 @@ class Reducer:
         }
         self._index = {p: i for buffer in buffers for i, p in enumerate(buffer.params)}
         self._prefix, self._compression, self.scale = prefix, compression, scale
-        self.scatters = scatter
+        self.scatters, self._feedback = scatter, feedback
         self._in_flight: dict[int, Reduction] = {}
 
     @property
@@ -78,6 +87,11 @@ class Reducer:
     def in_flight(self) -> bool:
         """Whether a round has begun."""
         return bool(self._in_flight)
+
+    def pass_begins(self) -> None:
+        """Called before a backward pass that begins a round: a loop may have cleared gradients itself."""
+        if self._feedback is not None:
+            self._feedback.forget_unless_kept(self._index)
 
     def respect_held_gradients(self) -> None:
         """Called before a round: user code may hold gradients, of now and of earlier rounds."""
@@ -102,16 +116,20 @@ class Reducer:
 
     def _send(self, number: int) -> None:
         buffer, bucket = self._buckets[number]
-        half = is_half(buffer.dtype)
-        present = buffer.collect(bucket.first, bucket.last, 1.0 if half else self.scale)
+        later = is_half(buffer.dtype) or self._feedback is not None  # multiplied in float32, after a conversion
+        present = buffer.collect(bucket.first, bucket.last, 1.0 if later else self.scale)
         for i, has_grad in enumerate(present, start=bucket.first):
             if not has_grad:
                 buffer.clear(i)
         _flags(buffer, bucket).copy_(torch.tensor(present, device="cpu"))
-        scaling = Scaling(self.scale, bucket.flags - bucket.start) if half else None
+        scaling = Scaling(self.scale, bucket.flags - bucket.start) if later else Scaling()
         gradients, name = buffer.grad[bucket.start : bucket.end], f"{self._prefix}.{number}"
         with explained():
-            self._in_flight[number] = start_reduction(gradients, name, self._compression, self.scatters, scaling)
+            if self._feedback is None:
+                reduction = start_reduction(gradients, name, self._compression, self.scatters, scaling)
+            else:
+                reduction = self._feedback.start(number, gradients, name, scaling)
+        self._in_flight[number] = reduction
 
     def send_rest(self, message: Tensor) -> None:
         """Sends the remaining buckets, and with the last one the message.
@@ -146,7 +164,10 @@ class Reducer:
                     buffer, bucket = self._buckets[number]
                     sums.append(element_sum(self._own(buffer.grad, bucket)))
             self._in_flight.clear()
-            return self._read(len(message), torch.stack(sums).mul(0).sum() if add else None)
+            reduced = self._read(len(message), torch.stack(sums).mul(0).sum() if add else None)
+        if self._feedback is not None and reduced.total is not None:
+            self._feedback.finish(reduced.total)
+        return reduced
 
     def start_meeting(self, call: str) -> Callable[[], None]:
         """Makes ranks that reduce gradients fail, instead of waiting for this one for ever, and this one too.
@@ -163,7 +184,8 @@ class Reducer:
         if self.scatters or self._compression == "bf16":
             return lambda: None
         one = torch.zeros(1, dtype=torch.float32, device=self._buckets[_LAST][0].device)
-        meeting = AllReduce(one, f"{self._prefix}.{_LAST}", "none")
+        name = f"{self._prefix}.{_LAST}"
+        meeting = AllReduce(one, name if self._feedback is None else exact_name(name), "none")
 
         def wait() -> None:
             with explained(call):
@@ -209,6 +231,8 @@ class Reducer:
         for (buffer, bucket), counts in zip(self._buckets, used, strict=True):
             for p, ranks in zip(buffer.params[bucket.first : bucket.last], counts.tolist(), strict=True):
                 if ranks == 0:
+                    if self._feedback is not None:
+                        self._feedback.take_back(self._number[p], p, self.place(p))
                     p.grad = None
         for values in (*flags, place):
             values.zero_()

@@ -1,0 +1,64 @@
+"""`CodedAllReduce`: the mean of a bucket over the ranks, sent as codes of few bits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hvd_adam.distributed.context import horovod
+from hvd_adam.distributed.gradients.compression import AllReduce, Scaling
+from hvd_adam.distributed.wire.coded_bucket import CodedBucket
+
+
+class CodedAllReduce:
+    """The sum over the ranks in two phases, each with a residual of its own.
+
+    Every rank sends the codes of the r-th part of its bucket to rank r, which adds the parts in rank order in
+    float32 and sends the codes of the sum to all ranks: about 2·(N−1)/N·n·bits/8 bytes per rank. All ranks decode
+    the same codes, so they get the same bits.
+
+    Args:
+        gradients: the bucket, with flags and message; float32, float16 or bfloat16.
+        name: as in `start_reduction`.
+        coded: residuals and memory of the bucket.
+        scaling: a factor for the gradients.
+    """
+
+    def __init__(self, gradients: Tensor, name: str, coded: CodedBucket, scaling: Scaling) -> None:
+        self._hvd = horovod()
+        self._coded, self._name = coded, name
+        self._gradients = gradients[: coded.elements]
+        self._exact_views = [gradients[start:end] for start, end in coded.exact_spans]
+        exact = torch.cat(self._exact_views).float()
+        factor = Scaling(scaling.factor, len(exact) - len(self._exact_views[-1]))
+        for start, end in coded.zero_spans:
+            gradients[start:end].zero_()
+        before, after = coded.worker.advance()
+        coded.functions.encode(
+            coded.codec, self._gradients, before, after, coded.parts, scaling.factor, coded.unit
+        )
+        self._sent = self._hvd.alltoall_async(coded.parts.view(-1), name=f"{name}.parts")
+        self._exact = exact
+        self._exact_sum = AllReduce(exact, exact_name(name), "none", scaling=factor)
+
+    def start_gather(self) -> None:
+        """Waits for the parts of all ranks, adds them, and starts to send the codes of the sum."""
+        coded = self._coded
+        received, _ = self._hvd.synchronize(self._sent)
+        payloads, (before, after) = received.view(coded.parts.shape), coded.server.advance()
+        coded.functions.add_and_encode(coded.codec, payloads, before, after, coded.total, coded.unit)
+        self._gathered = self._hvd.allgather_async(coded.total, name=f"{self._name}.sum")
+
+    def wait(self) -> None:
+        """Waits for the sum."""
+        coded = self._coded
+        received = self._hvd.synchronize(self._gathered)
+        coded.functions.decode(coded.codec, received.view(coded.parts.shape), self._gradients)
+        self._exact_sum.wait()
+        sums = torch.split(self._exact, list(map(len, self._exact_views)))
+        torch._foreach_copy_(self._exact_views, list(sums))
+
+
+def exact_name(name: str) -> str:
+    """Returns the name of the all-reduce of what is sent exactly."""
+    return f"{name}.exact"

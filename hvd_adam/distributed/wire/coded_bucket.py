@@ -1,0 +1,179 @@
+"""`CodedBucket`: what one bucket of gradients needs to be sent as codes, first of all its residuals."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from hvd_adam.distributed.gradients.bucket_layout import Bucket
+from hvd_adam.distributed.gradients.gradient_buffer import GradientBuffer
+from hvd_adam.distributed.wire.codec import Codec, unrotate
+from hvd_adam.distributed.wire.fused_codec import functions
+from hvd_adam.optim.memory import zeros
+
+Place = tuple[int, list[int], list[int]]  # offset in the bucket, shape and strides of a parameter
+
+
+class Residual:
+    """What codes have missed so far: as of the last update, and with the reductions since then.
+
+    Those become part of it once an update has used what they have reduced. Otherwise nothing has happened.
+
+    Args:
+        elements: its length.
+        device: of the gradients.
+
+    Attributes:
+        committed: as of the last update; float32.
+        is_pending: whether there have been reductions since.
+    """
+
+    def __init__(self, elements: int, device: torch.device) -> None:
+        self.committed = zeros(elements, torch.float32, device)
+        self._pending = zeros(elements, torch.float32, device)
+        self.is_pending = False
+
+    @property
+    def latest(self) -> Tensor:
+        """With the reductions since the last update."""
+        return self._pending if self.is_pending else self.committed
+
+    def advance(self) -> tuple[Tensor, Tensor]:
+        """Returns the residual for a reduction, and where to put the new one. They may be the same memory."""
+        before, self.is_pending = self.latest, True
+        return before, self._pending
+
+    def reset(self) -> None:
+        """Makes it 0."""
+        self.is_pending = False
+        self.committed.zero_()
+
+    def commit(self) -> None:
+        """Called when an update has been made."""
+        if self.is_pending:
+            self.committed, self._pending = self._pending, self.committed
+        self.is_pending = False
+
+    def roll_back(self) -> None:
+        """Called when what has been reduced since the last update is dropped."""
+        self.is_pending = False
+
+
+class CodedBucket:
+    """Residuals and memory of a bucket that is sent as codes.
+
+    Coded are all elements up to the flags. Those of some parameters are sent exactly instead, and are zeros in the
+    codes.
+
+    Args:
+        codec: the format.
+        buffer: the buffer that the bucket is part of.
+        bucket: the bucket.
+        exact: parameters that are sent exactly.
+        rank, ranks: of this process.
+
+    Attributes:
+        codec: the format.
+        functions: what encodes and decodes it on this device.
+        params: the coded ones, with their places.
+        elements: number of coded elements.
+        worker: residual of what this rank sends of its gradients, padded to equal parts for all ranks.
+        server: residual of the sum of one part, which this rank sends; rotated if the codes are.
+        parts: [ranks, bytes], uint8: memory for the codes of all parts.
+        total: [bytes], uint8: memory for the codes of the sum.
+        exact_spans: (start, end) of what is sent exactly; the last one is of flags and message.
+        zero_spans: (start, end) between the coded parameters, where codes leave their errors.
+        unit: units of the gradients per unit of the residuals, in the round that is in flight.
+    """
+
+    unit = 1.0
+
+    def __init__(
+        self,
+        codec: Codec,
+        buffer: GradientBuffer,
+        bucket: Bucket,
+        exact: Collection[Tensor],
+        rank: int,
+        ranks: int,
+    ) -> None:
+        self.codec, self._rank = codec, rank
+        self.functions = functions(codec, buffer.device.type)
+        places = {buffer.params[i]: _place(buffer, bucket, i) for i in range(bucket.first, bucket.last)}
+        self.params = {p: place for p, place in places.items() if p not in exact}
+        self.elements = bucket.flags - bucket.start
+        step = ranks * codec.block
+        padded = -(-self.elements // step) * step
+        self.worker = Residual(padded, buffer.device)
+        self.server = Residual(padded // ranks, buffer.device)
+        size = codec.payload_bytes(padded // ranks)
+        self.parts = torch.empty(ranks, size, dtype=torch.uint8, device=buffer.device)
+        self.total = torch.empty(size, dtype=torch.uint8, device=buffer.device)
+        sent = [(place[0], place[0] + p.numel()) for p, place in places.items() if p in exact]
+        self.exact_spans = [*sent, (self.elements, bucket.end - bucket.start)]
+        self.zero_spans = list(_gaps(self.params, self.elements))
+
+    @property
+    def residuals(self) -> tuple[Residual, Residual]:
+        """Both residuals."""
+        return self.worker, self.server
+
+    def by_parameter(self, *, latest: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+        """Returns the residual of each coded parameter, with its shape; a copy.
+
+        What this rank's codes of its part of the sum have missed is counted as its own. The sum over the ranks,
+        which is what updates have not received yet, stays the same.
+
+        Args:
+            latest: with the reductions since the last update.
+        """
+        worker, server = (r.latest if latest else r.committed for r in self.residuals)
+        flat = folded(self.codec, worker, server, self._rank)
+        return ((p, view(flat, place).clone()) for p, place in self.params.items())
+
+    def put(self, residuals: Mapping[Tensor, Tensor], *, pending: bool = False) -> None:
+        """Replaces the residuals of parameters.
+
+        Args:
+            residuals: for each parameter that is not 0.
+            pending: they are with the reductions since the last update; those without have been put.
+        """
+        target = self.worker.committed
+        if pending:
+            for residual in self.residuals:
+                _, target = residual.advance()
+                target.zero_()
+            target = self.worker.latest
+        for p in self.params.keys() & residuals.keys():
+            view(target, self.params[p]).copy_(residuals[p])
+
+
+def folded(codec: Codec, worker: Tensor, server: Tensor, rank: int) -> Tensor:
+    """Returns a rank's residual of a whole bucket plus that of the part of the sum that it sends."""
+    whole, part = worker.clone(), len(server)
+    whole[rank * part : (rank + 1) * part] += unrotate(codec, server)
+    return whole
+
+
+def view(flat: Tensor, place: Place) -> Tensor:
+    """Returns the elements of a parameter in a bucket."""
+    offset, shape, strides = place
+    return flat.as_strided(shape, strides, flat.storage_offset() + offset)
+
+
+def _gaps(params: Mapping[Tensor, Place], end: int) -> Iterator[tuple[int, int]]:
+    """Returns (start, end) of what lies between parameters, before the first one, and after the last one."""
+    filled = 0
+    for p, (offset, _, _) in params.items():
+        if filled < offset:
+            yield filled, offset
+        filled = offset + p.numel()
+    if filled < end:
+        yield filled, end
+
+
+def _place(buffer: GradientBuffer, bucket: Bucket, i: int) -> Place:
+    gradient = buffer.view(buffer.grad, i)
+    return buffer.layout.offsets[i] - bucket.start, list(gradient.shape), list(gradient.stride())

@@ -1,0 +1,104 @@
+"""`SavedResiduals`: the residuals of all ranks as a checkpoint has them, for any number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvd_adam.distributed.wire.codec import CODECS
+from hvd_adam.distributed.wire.coded_bucket import Place, folded, view
+from hvd_adam.errors import UserError
+
+Places = Mapping[str, Place]
+
+
+def as_saved(
+    compression: str,
+    ranks: int,
+    buckets: Sequence[tuple[Places, Tensor, Tensor]],
+    parked: Mapping[str, Tensor],
+) -> dict[str, Any]:
+    """Returns what a checkpoint holds.
+
+    Args:
+        compression: of the codes.
+        ranks: number of ranks.
+        buckets: for each bucket the places of its parameters, and [ranks, n] of both kinds of residuals.
+        parked: [ranks, *shape] of parameters that are in no bucket.
+    """
+    return {
+        "compression": compression,
+        "ranks": ranks,
+        "buckets": [
+            {
+                "parameters": {name: list(place) for name, place in places.items()},
+                "worker": worker,
+                "server": server,
+            }
+            for places, worker, server in buckets
+        ],
+        "parked": dict(parked),
+    }
+
+
+class SavedResiduals:
+    """Residuals that `as_saved` has returned, or none.
+
+    Args:
+        saved: as a checkpoint has them; None for none.
+
+    Attributes:
+        ranks: whose residuals they are.
+        buckets, parked: as in `as_saved`.
+
+    Raises:
+        UserError: they are not what `as_saved` returns.
+    """
+
+    def __init__(self, saved: Mapping[str, Any] | None) -> None:
+        if saved is None:
+            saved = as_saved("int8", 0, [], {})
+        try:
+            self._compression, self.ranks = saved["compression"], int(saved["ranks"])
+            self._codec = CODECS[self._compression]
+            self.buckets = [
+                (
+                    {name: tuple(place) for name, place in entry["parameters"].items()},
+                    entry["worker"],
+                    entry["server"],
+                )
+                for entry in saved["buckets"]
+            ]
+            self.parked: dict[str, Tensor] = dict(saved["parked"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"these are no residuals of gradients that this version has saved: {error!r}"
+            ) from None
+
+    def fit(self, compression: str, ranks: int, buckets: Sequence[Places]) -> bool:
+        """Returns whether each rank can continue with its own residuals as they are."""
+        saved = [places for places, _, _ in self.buckets]
+        return (self._compression, self.ranks, saved) == (compression, ranks, list(buckets))
+
+    def by_name(self, ranks: int) -> dict[str, Tensor]:
+        """Returns the residuals of each parameter for a number of ranks, [ranks, *shape].
+
+        With the same number of ranks each keeps its own, with that of its part of the sum. With another number all
+        get the same. The sum over the ranks, which is what updates have not received yet, stays the same.
+        """
+        found = dict(self.parked) | dict(self._of_buckets())
+        if ranks == self.ranks:
+            return found
+        return {
+            name: (residual.sum(dim=0, keepdim=True) / ranks).expand(ranks, *residual.shape[1:])
+            for name, residual in found.items()
+        }
+
+    def _of_buckets(self) -> Iterator[tuple[str, Tensor]]:
+        for places, worker, server in self.buckets:
+            whole = [folded(self._codec, worker[rank], server[rank], rank) for rank in range(self.ranks)]
+            for name, place in places.items():
+                yield name, torch.stack([view(flat, place) for flat in whole])

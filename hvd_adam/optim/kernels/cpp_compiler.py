@@ -1,0 +1,53 @@
+"""Compiles C++ with the system's compiler into libraries for CPUs, once for each host."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+from hvd_adam.optim.kernels.kernel_cache import cached
+
+# No option changes results: each operation is rounded by itself, infinities and NaN keep their meaning.
+_OPTIONS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-ffp-contract=off")
+_OPTIONS_FOR_SPEED = ("-fno-math-errno", "-fno-trapping-math")  # square roots and selections in vector registers
+
+
+def compile_library(name: str, source: Path, definitions: Mapping[str, object]) -> ctypes.CDLL:
+    """Compiles a file, or loads the library from this host's cache.
+
+    Args:
+        name: of the library, part of a file name.
+        source: a C++ file that includes no file of ours.
+        definitions: macros and their values.
+
+    Raises:
+        RuntimeError: there is no compiler, or it fails.
+        OSError: the result cannot be loaded.
+    """
+    macros = [f"-D{name}={value}" for name, value in definitions.items()]
+    command = [*_compiler(), *_OPTIONS, *_OPTIONS_FOR_SPEED, *macros]
+    code = source.read_text()
+
+    def build(target: Path) -> None:
+        done = subprocess.run(
+            [*command, "-x", "c++", "-", "-o", str(target)], input=code, capture_output=True, text=True
+        )
+        if done.returncode:
+            raise RuntimeError(f"the C++ compiler failed: {' '.join(command[:1])}: {done.stderr.strip()[-300:]}")
+
+    return ctypes.CDLL(str(cached(name, f"{command}\n{code}", build)))
+
+
+def _compiler() -> list[str]:
+    """Returns the command of the C++ compiler: $CXX, or the first that is installed."""
+    chosen = os.environ.get("CXX")
+    candidates = [chosen.split()] if chosen else [["c++"], ["g++"], ["clang++"]]
+    for command in candidates:
+        if command and shutil.which(command[0]):
+            return command
+    names = ", ".join(command[0] for command in candidates if command)
+    raise RuntimeError(f"no C++ compiler found ({names}): install g++, or set CXX")
