@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hvd_adam.checkpoint.files import fsync, publish
+from hvd_adam.checkpoint.output import require_free, whole_file
 from hvd_adam.data.protocols import Loader
 from hvd_adam.data.sampling import evaluation_share
 from hvd_adam.data.worker_loader import WorkerLoader
@@ -36,10 +36,7 @@ class Predictions:
         if not classes:
             raise UserError(f"--predictions {path}: the data set has no classes")
         if cluster.rank == 0:
-            if path.exists():
-                raise UserError(f"--predictions {path} exists: choose another name, or remove it")
-            if not path.parent.is_dir():
-                raise UserError(f"--predictions {path}: there is no folder {path.parent}: make it first")
+            require_free("--predictions", path, replace=False, remedy="remove it")
         self._path, self._cluster, self._loader, self._classes = path, cluster, loader, classes
         self._probabilities, self._targets = [torch.empty(0, len(classes))], [torch.empty(0, dtype=torch.int64)]
 
@@ -100,20 +97,14 @@ class Predictions:
         columns = part["indices"].tolist(), part["targets"].tolist(), part["probabilities"]
         for index, target, probabilities in zip(*columns, strict=True):
             line = {"index": index} if path_of is None else {"index": index, "path": path_of(index)}
-            line |= {"target": self._classes[target], "predicted": self._classes[int(probabilities.argmax())]}
-            yield json.dumps({**line, "probabilities": shortest(probabilities)}) + "\n"
+            is_finite = bool(probabilities.isfinite().all())  # otherwise there is no prediction
+            predicted = self._classes[int(probabilities.argmax())] if is_finite else None
+            line |= {"target": self._classes[target], "predicted": predicted}
+            yield json.dumps({**line, "probabilities": shortest(probabilities) if is_finite else None}) + "\n"
 
     def _save(self, lines: Iterable[str]) -> None:
-        draft = self._path.with_name(f".{self._path.name}.new")
-        try:
-            with draft.open("w") as file:
-                file.writelines(lines)
-            fsync(draft)
-            publish(draft, self._path)
-        except OSError as error:
-            raise UserError(f"--predictions {self._path} cannot be written ({error.strerror})") from None
-        finally:
-            draft.unlink(missing_ok=True)
+        with whole_file("--predictions", self._path) as draft, draft.open("w") as file:
+            file.writelines(lines)
 
 
 def shortest(values: torch.Tensor) -> list[float]:
