@@ -318,7 +318,7 @@ def test_base_requirements_are_torch_numpy_and_filelock(wheel):
     base = {re.match(r"[\w-]+", line)[0] for line in required if "extra ==" not in line}
     assert base == {"torch", "numpy", "filelock"}
     extras = {line.removeprefix("Provides-Extra: ") for line in lines if line.startswith("Provides-Extra: ")}
-    assert extras == {"horovod", "train", "dev", "all"}
+    assert extras == {"horovod", "train", "export", "dev", "all"}
 
 
 def test_horovods_build_runs_from_the_wheel(wheel, environment, tmp_path):
