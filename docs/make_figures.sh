@@ -30,7 +30,7 @@ FIGURES=(
   "compare-vanishing|horovodrun -np 2 python -m hvd_adam.compare --study vanishing"
   "compare-batch-size|horovodrun -np 2 python -m hvd_adam.compare --study batch-size"
   "report|python docs/report_figure.py"
-  "wire|python -m hvd_adam.bench wire --link 1Gbit"
+  "wire|python -m hvd_adam.bench wire --link 1Gbit --steps 8 --repeats 3"
   "wire-gloo|python -m hvd_adam.bench wire --link 1Gbit --launcher gloo"
   "wire-100Mbit|python -m hvd_adam.bench wire --link 100Mbit --steps 4 --repeats 2"
   "recovery|python tests/recovery.py"
