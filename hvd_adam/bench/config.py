@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from hvd_adam.config import option, require
 from hvd_adam.distributed.placement import cores
@@ -158,14 +158,7 @@ class StepConfig(RanksConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.np >= 1, "np", self.np, "at least 1")
-        for name in ("batch_size", "repeats", "steps"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        require(bool(self.model_names()), "models", repr(self.models), "names of models, as in mlp,cnn")
-        require(bool(words(self.variants)), "variants", repr(self.variants), "all, or names of variants")
-        for name in words(self.variants):
-            known = name in ("all", *PEERS) or name.startswith(OURS)
-            require(known, "variants", name, f"some of {OURS}STRATEGY, {', '.join(PEERS)}")
+        require_training(self, least_ranks=1, peers=PEERS, ours=f"{OURS}STRATEGY")
         if "plain" in words(self.variants) and self.np > 1:
             raise UserError("--variants plain trains one rank without distribution: use --np 1, or leave it out")
 
@@ -293,6 +286,21 @@ def flat_elements(workload: str) -> int | None:
     """Returns the number of parameters of a workload such as "16M" or "1G"; None for other names."""
     match = re.fullmatch("([1-9][0-9]*)([KMG]?)", workload)
     return int(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[match[2]] if match else None
+
+
+def require_training(config: Any, *, least_ranks: int, peers: Sequence[str], ours: str) -> None:
+    """Checks what benchmarks that train models with several variants have in common.
+
+    `peers` are the variants of others; `ours` is the form of the names of our own, for messages.
+    """
+    require(config.np >= least_ranks, "np", config.np, f"at least {least_ranks}")
+    for name in ("batch_size", "repeats", "steps"):
+        require(getattr(config, name) >= 1, name, getattr(config, name), "at least 1")
+    require(bool(config.model_names()), "models", repr(config.models), "names of models, as in mlp,cnn")
+    require(bool(words(config.variants)), "variants", repr(config.variants), "all, or names of variants")
+    for name in words(config.variants):
+        known = name in ("all", *peers) or name.startswith(OURS)
+        require(known, "variants", name, f"some of {ours}, {', '.join(peers)}")
 
 
 def words(text: str) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hvd_adam.bench.config import OURS, RanksConfig, words
+from hvd_adam.bench.config import OURS, RanksConfig, require_training, words
 from hvd_adam.config import option, require
 
 # DistributedDataParallel, by communication hook. PyTorch refuses the hook for bf16 without NCCL.
@@ -38,14 +38,7 @@ class WireConfig(RanksConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.np >= 2, "np", self.np, "at least 2")
-        for name in ("batch_size", "repeats", "steps"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        require(bool(self.model_names()), "models", repr(self.models), "names of models, as in mlp,cnn")
-        require(bool(words(self.variants)), "variants", repr(self.variants), "all, or names of variants")
-        for name in words(self.variants):
-            known = name in ("all", *DDP_VARIANTS) or name.startswith(OURS)
-            require(known, "variants", name, f"some of {OURS}STRATEGY-COMPRESSION, {', '.join(DDP_VARIANTS)}")
+        require_training(self, least_ranks=2, peers=DDP_VARIANTS, ours=f"{OURS}STRATEGY-COMPRESSION")
         if self.link is not None:
             self.rates()
             require(self.np == 2, "np", self.np, "2 with --link, which joins two hosts of one rank each")
