@@ -31,8 +31,7 @@ class CodedAllReduce:
         self._exact_views = [gradients[start:end] for start, end in coded.exact_spans]
         exact = torch.cat(self._exact_views).float()
         factor = Scaling(scaling.factor, len(exact) - len(self._exact_views[-1]))
-        for start, end in coded.zero_spans:
-            gradients[start:end].zero_()
+        self._clear_gaps()
         before, after = coded.worker.advance()
         coded.functions.encode(
             coded.codec, self._gradients, before, after, coded.parts, scaling.factor, coded.unit
@@ -40,6 +39,10 @@ class CodedAllReduce:
         self._sent = self._hvd.alltoall_async(coded.parts.view(-1), name=f"{name}.parts")
         self._exact = exact
         self._exact_sum = AllReduce(exact, exact_name(name), "none", scaling=factor)
+
+    def _clear_gaps(self) -> None:
+        for start, end in self._coded.zero_spans:
+            self._gradients[start:end].zero_()
 
     def start_gather(self) -> None:
         """Waits for the parts of all ranks, adds them, and starts to send the codes of the sum."""
@@ -79,6 +82,7 @@ class CodedReduceScatter(CodedAllReduce):
         for part in others:  # in rank order
             total += part
         self._gradients.view(ranks, -1)[self._hvd.rank()].copy_(total)
+        self._clear_gaps()  # the norm of a shard is that of neighbouring parameters in one piece
         self._wait_for_exact()
 
 
