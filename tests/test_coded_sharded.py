@@ -95,7 +95,7 @@ def masters_follow_adam(cluster, compression):
         assert same_everywhere(digest(model.state_dict()))
 
 
-@on_ranks(2, 3)
+@on_ranks(2)
 @each_code
 def test_masters_follow_adam_and_parameters_follow_masters(cluster, compression):
     masters_follow_adam(cluster, compression)
@@ -225,7 +225,7 @@ def test_parameters_without_a_gradient_do_not_change_and_their_masters_wait(clus
     model.second.requires_grad_(False)
     optimizer.param_groups[0]["amsgrad"] = True  # new buckets, without it
     update(model, optimizer, cluster, 5, ["first", "third"])
-    assert model.second not in optimizer._layout.buffers[0].params
+    assert len(optimizer._layout.buffers[0].params) == 3
     saved = optimizer.error_feedback.state_dict_on_root()
     optimizer.error_feedback.load_state_dict(None)
     assert torch.equal(masters(optimizer)["first"], model.first)
@@ -333,7 +333,7 @@ def test_without_sharding_the_masters_become_the_parameters(cluster, compression
     books = account(cluster, compression, strategy="sharded")
     books.update(1)
     expected, missing = masters(books.optimizer), unsent(books.optimizer)
-    saved = books.optimizer.error_feedback.state_dict_on_root()
+    saved = books.optimizer.error_feedback.total_state_dict()  # as elastic training commits it
     other = Weights(**SHAPES)
     other.load_state_dict(books.model.state_dict())
     optimizer = distribute(Adam(other.parameters()), other, compression="int8")

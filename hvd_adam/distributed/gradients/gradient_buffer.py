@@ -9,7 +9,7 @@ code has assigned, and holds, becomes the gradient again.
 from __future__ import annotations
 
 import operator
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -189,12 +189,7 @@ class GradientBuffer:
         return parts
 
     def pieces(
-        self,
-        bucket: Bucket,
-        start: int,
-        end: int,
-        first: int | None = None,
-        among: Container[Tensor] | None = None,
+        self, bucket: Bucket, start: int, end: int, first: int | None = None
     ) -> Iterator[tuple[Tensor, int]]:
         """Returns views of the parameters, not the gradients, whose elements correspond to a part of a bucket.
 
@@ -203,7 +198,6 @@ class GradientBuffer:
             start: first element of the part, as an index into the buffer.
             end: element after its last one.
             first: element to count places from; None for `start`.
-            among: only views of these parameters; None for all.
 
         Returns:
             1-dimensional views, each with its place.
@@ -211,7 +205,7 @@ class GradientBuffer:
         for i in range(bucket.first, bucket.last):
             p, offset = self.params[i], self.layout.offsets[i]
             a, b = max(offset, start), min(offset + p.numel(), end)
-            if a < b and (among is None or p in among):
+            if a < b:
                 yield memory_order(p.detach(), a - offset, b - a), a - (start if first is None else first)
 
     def unshard(self, shards: Mapping[int, Tensor], dtype: torch.dtype, rank: int, ranks: int) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +15,48 @@ from hvd_adam.distributed.wire.coded_bucket import Place
 from hvd_adam.distributed.wire.fused_codec import functions
 from hvd_adam.optim.memory import memory_order, zeros
 
-Pieces = list[tuple[Tensor, Tensor]]  # 1-dimensional views of parameters, and their places in another tensor
+
+class Span(NamedTuple):
+    """Elements of a parameter, in the order of its memory.
+
+    Attributes:
+        p: the parameter.
+        skip: index of the first one.
+        length: their number.
+        place: index of the first one in a bucket or a shard.
+    """
+
+    p: Tensor
+    skip: int
+    length: int
+    place: int
+
+    def elements(self) -> Tensor:
+        """Returns a view of them."""
+        return memory_order(self.p.detach(), self.skip, self.length)
+
+    def of(self, other: Tensor) -> Tensor:
+        """Returns their place in a tensor of the bucket's, or the shard's, length."""
+        return other[self.place : self.place + self.length]
+
+
+def spans(buffer: GradientBuffer, bucket: Bucket, start: int, end: int, among: Collection[Tensor]) -> list[Span]:
+    """Returns the elements of some parameters that correspond to a part of a bucket.
+
+    Args:
+        buffer: the buffer of the gradients.
+        bucket: of its layout.
+        start: first element of the part, as an index into the buffer.
+        end: element after its last one.
+        among: the parameters.
+    """
+    found = []
+    for i in range(bucket.first, bucket.last):
+        p, offset = buffer.params[i], buffer.layout.offsets[i]
+        a, b = max(offset, start), min(offset + p.numel(), end)
+        if a < b and p in among:
+            found.append(Span(p, a - offset, b - a, a - start))
+    return found
 
 
 class MasterShard:
@@ -46,28 +88,38 @@ class MasterShard:
     ) -> None:
         self._codec, self._functions = codec, functions(codec, buffer.device.type)
         self.buffer, self.bucket, self.coded = buffer, bucket, coded
-        self._exact = {p for p in buffer.params[bucket.first : bucket.last] if p not in coded}
+        params = buffer.params[bucket.first : bucket.last]
+        exact = {p for p in params if p not in coded}
+        start, end = self._shard = bucket.shard(rank, ranks)
+        self._own = spans(buffer, bucket, start, end, set(params))
+        self._coded = spans(buffer, bucket, bucket.start, bucket.end, coded.keys())
+        self._exact = [spans(buffer, bucket, *bucket.shard(other, ranks), exact) for other in range(ranks)]
+        self._rank, self._ranks = rank, ranks
         self._moving: set[Tensor] = set()
-        self._shard, self._ranks = bucket.shard(rank, ranks), ranks
-        elements = self._shard[1] - self._shard[0]
+        elements = end - start
         self.master = zeros(elements, torch.float32, buffer.device)
         self._sent = zeros(elements, torch.float32, buffer.device)  # the parameters, when they were last the same
         self.start_over()
 
-    def _own(self, other: Tensor, among: Container[Tensor] | None = None) -> Pieces:
-        """Returns this rank's pieces of parameters, with their places in a tensor of the shard's length."""
-        pieces = self.buffer.pieces(self.bucket, *self._shard, among=among)
-        return [(piece, other[place : place + len(piece)]) for piece, place in pieces]
+    def _read(self, target: Tensor) -> None:
+        """Copies this rank's shard of the parameters."""
+        if self._own:
+            torch._foreach_copy_([span.of(target) for span in self._own], [span.elements() for span in self._own])
+
+    def _write(self, source: Tensor) -> None:
+        """Replaces this rank's shard of the parameters."""
+        if self._own:
+            torch._foreach_copy_([span.elements() for span in self._own], [span.of(source) for span in self._own])
 
     def start_over(self) -> None:
         """Makes the parameters the masters."""
-        _copy(self._own(self._sent), to_parameters=False)
+        self._read(self._sent)
         self.master.copy_(self._sent)
 
     def notice_changes(self) -> None:
         """Makes parameters that something else than an update has changed, bit by bit, the masters."""
         now = torch.zeros_like(self._sent)
-        _copy(self._own(now), to_parameters=False)
+        self._read(now)
         found, before = now.view(torch.int32), self._sent.view(torch.int32)
         if not torch.equal(found, before):
             self.master.copy_(torch.where(found == before, self.master, now))
@@ -92,12 +144,12 @@ class MasterShard:
         """Makes the masters the parameters, until `end_update`."""
         self.notice_changes()
         self._moving = {p for p in self.coded if p.grad is not None}
-        _copy(self._own(self.master), to_parameters=True)
+        self._write(self.master)
 
     def end_update(self) -> None:
         """Makes the parameters the masters, and what they were before the parameters."""
-        _copy(self._own(self.master), to_parameters=False)
-        _copy(self._own(self._sent), to_parameters=True)
+        self._read(self.master)
+        self._write(self._sent)
 
     def encode(self) -> Tensor:
         """Returns the codes and scales of the change of this rank's shard, uint8.
@@ -105,10 +157,9 @@ class MasterShard:
         Parameters without a gradient do not change.
         """
         change, unused = torch.zeros_like(self.master), torch.zeros_like(self.master)
-        for (_, target), (_, master), (_, sent) in zip(
-            *(self._own(other, self._moving) for other in (change, self.master, self._sent)), strict=True
-        ):
-            torch.sub(master, sent, out=target)
+        for span in self._own:
+            if span.p in self._moving:
+                torch.sub(span.of(self.master), span.of(self._sent), out=span.of(change))
         size = self._codec.payload_bytes(len(change))
         payload = torch.empty(1, size, dtype=torch.uint8, device=change.device)
         self._functions.encode(self._codec, change, unused, unused, payload, 1.0, 1.0)
@@ -116,12 +167,11 @@ class MasterShard:
 
     def own_exact(self) -> list[Tensor]:
         """Returns this rank's pieces of what is sent exactly."""
-        return [master for _, master in self._own(self.master, self._exact)]
+        return [span.of(self.master) for span in self._exact[self._rank]]
 
     def exact_of(self, rank: int) -> list[Tensor]:
         """Returns the parameters' pieces that `own_exact` of a rank is for."""
-        shard = self.bucket.shard(rank, self._ranks)
-        return [piece for piece, _ in self.buffer.pieces(self.bucket, *shard, among=self._exact)]
+        return [span.elements() for span in self._exact[rank]]
 
     def add(self, payloads: Tensor) -> None:
         """Adds the decoded changes of all shards to the parameters: the same on all ranks.
@@ -129,20 +179,12 @@ class MasterShard:
         Args:
             payloads: of all ranks, in order.
         """
-        bucket = self.bucket
-        changes = torch.empty(bucket.end - bucket.start, dtype=torch.float32, device=payloads.device)
+        changes = torch.empty(self.bucket.end - self.bucket.start, dtype=torch.float32, device=payloads.device)
         self._functions.decode(self._codec, payloads.view(self._ranks, -1), changes)
-        pieces = list(self.buffer.pieces(bucket, bucket.start, bucket.end, among=self._moving))
-        if pieces:
-            changed = [changes[place : place + len(piece)] for piece, place in pieces]
-            torch._foreach_add_([piece for piece, _ in pieces], changed)
+        moving = [span for span in self._coded if span.p in self._moving]
+        if moving:
+            torch._foreach_add_([span.elements() for span in moving], [span.of(changes) for span in moving])
 
     def remember(self) -> None:
         """Called when the parameters are the same on all ranks again."""
-        _copy(self._own(self._sent), to_parameters=False)
-
-
-def _copy(pieces: Pieces, *, to_parameters: bool) -> None:
-    if pieces:
-        parameters, others = map(list, zip(*pieces, strict=True))
-        torch._foreach_copy_(*((parameters, others) if to_parameters else (others, parameters)))
+        self._read(self._sent)

@@ -76,7 +76,7 @@ class SavedResiduals:
                 for entry in saved["buckets"]
             ]
             self.parked: dict[str, Tensor] = dict(saved["parked"])
-            self.masters: dict[str, Tensor] = dict(saved["masters"])
+            self.masters: dict[str, Tensor] = dict(saved.get("masters", {}))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
                 f"these are no residuals of gradients that this version has saved: {error!r}"
