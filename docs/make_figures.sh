@@ -21,7 +21,7 @@ FIGURES=(
   "allreduce|python -m hvd_adam.bench allreduce --sizes 40"
   "memory|python -m hvd_adam.bench memory"
   "checkpoint|python -m hvd_adam.bench checkpoint --models cnn --every 10 --steps 100 --repeats 11"
-  "data|python -m hvd_adam.bench data --images 2000,8000"
+  "data|python -m hvd_adam.bench data --images 1000,8000"
   "adam-details|python docs/adam_figures.py"
   "compare|horovodrun -np 2 python -m hvd_adam.compare"
   "compare-he|horovodrun -np 2 python -m hvd_adam.compare --initialization he"
@@ -29,6 +29,7 @@ FIGURES=(
   "compare-initialization|horovodrun -np 2 python -m hvd_adam.compare --study initialization"
   "compare-vanishing|horovodrun -np 2 python -m hvd_adam.compare --study vanishing"
   "compare-batch-size|horovodrun -np 2 python -m hvd_adam.compare --study batch-size"
+  "report|python docs/report_figure.py"
   "slow-link|python docs/slow_link.py"
   "recovery|python tests/recovery.py"
 )

@@ -13,13 +13,24 @@ if TYPE_CHECKING:
     from hvd_adam.checkpoint.manager import CheckpointManager
     from hvd_adam.distributed.api import distribute
     from hvd_adam.distributed.cluster import Cluster
+    from hvd_adam.inference.load import load_model
     from hvd_adam.optim.adam import Adam
     from hvd_adam.recovery.collective_timeout import init
     from hvd_adam.recovery.guard import guard
     from hvd_adam.recovery.preemption import Preemption
     from hvd_adam.recovery.watchdog import Watchdog
 
-__all__ = ["Adam", "CheckpointManager", "Cluster", "Preemption", "Watchdog", "distribute", "guard", "init"]
+__all__ = [
+    "Adam",
+    "CheckpointManager",
+    "Cluster",
+    "Preemption",
+    "Watchdog",
+    "distribute",
+    "guard",
+    "init",
+    "load_model",
+]
 
 _MODULES = {
     "Adam": "optim.adam",
@@ -30,6 +41,7 @@ _MODULES = {
     "distribute": "distributed.api",
     "guard": "recovery.guard",
     "init": "recovery.collective_timeout",
+    "load_model": "inference.load",
 }
 
 

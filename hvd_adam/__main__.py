@@ -12,6 +12,8 @@ import sys
 COMMANDS = {
     "train": "train a model with Adam, data-parallel over all ranks",
     "evaluate": "evaluate a checkpoint, each test image exactly once at any number of ranks",
+    "predict": "classify image files with a trained model",
+    "export": "write a trained model to one file for torch.export, ONNX or safetensors",
     "report": "write one HTML page that shows runs: curves, scores and what differs between them",
     "compare": "compare Adam with other optimizers over seeds, or study what its training depends on",
     "doctor": "diagnose this machine, other hosts or a job, with a remedy for each fault",

@@ -42,7 +42,9 @@ def positionals_last(arguments: list[str], switches: Sequence[str]) -> list[str]
     words: list[str] = []
     rest = iter(arguments)
     for argument in rest:
-        is_option = argument.startswith("-")
+        if argument == "--":
+            return [*options, "--", *words, *rest]
+        is_option = argument.startswith("-") and argument != "-"
         (options if is_option else words).append(argument)
         if is_option and "=" not in argument and not any(name.startswith(argument) for name in without_value):
             options += [value for value in [next(rest, None)] if value is not None]

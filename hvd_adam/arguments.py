@@ -82,7 +82,7 @@ def _checked(item: Field[Any], value: Any, types: dict[str, Any]) -> Any:
     if isinstance(value, str) and item.metadata.get("path"):
         return expand_path(value, _option(item.name))
     if isinstance(value, list) and (name := item.metadata.get("positional")):
-        return tuple(expand_path(str(part), name) for part in value)
+        return tuple(expand_path(str(part), name) if item.metadata["path"] else str(part) for part in value)
     return value
 
 

@@ -6,11 +6,14 @@ horovodrun -np 2 python -m hvd_adam.evaluate --checkpoint runs/…
 
 from hvd_adam.cli import run
 from hvd_adam.config import EvaluateConfig
+from hvd_adam.extras import require
 from hvd_adam.loading import loading_modules
 
 
 def main(config: EvaluateConfig) -> None:
     """Evaluates; runs on every rank."""
+    if config.plot is not None:
+        require("matplotlib")
     # Imported here, so that --help and a bad value are answered before PyTorch is loaded.
     with loading_modules():
         from hvd_adam.training.evaluation import evaluate

@@ -77,7 +77,9 @@ def test_distributed_can_be_imported_without_torch():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "report", "compare", "doctor", "bench"])
+@pytest.mark.parametrize(
+    "command", ["train", "evaluate", "predict", "export", "report", "compare", "doctor", "bench"]
+)
 def test_help_does_not_import_torch(command):
     code = """
 import runpy, sys

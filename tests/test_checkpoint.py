@@ -5,12 +5,14 @@ elsewhere; a checkpoint that is lost while it is replaced; a failed write that i
 earlier checkpoints; files of killed processes that accumulate.
 """
 
+import math
 import shutil
 
 import pytest
 import torch
 
 from hvd_adam.checkpoint import storage
+from hvd_adam.checkpoint.state import Progress
 from hvd_adam.checkpoint.writer import CheckpointWriter
 from hvd_adam.errors import UserError
 
@@ -181,3 +183,12 @@ def test_a_writer_without_a_folder_writes_nothing(tmp_path, monkeypatch):
     assert writer.result(wait=True) is None
     writer.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_best_evaluation_has_the_highest_accuracy_and_of_equal_ones_the_lowest_loss():
+    progress = Progress()
+    evaluations = ((0.5, 1.0), (0.5, 2.0), (0.5, 0.9), (0.5, math.nan), (0.6, math.nan), (0.6, 0.5), (0.5, 0.1))
+    assert [progress.is_best(*each) for each in evaluations] == [True, False, True, False, True, True, False]
+    without_accuracy = Progress()
+    losses = (math.nan, 2.0, 2.0, 1.0)
+    assert [without_accuracy.is_best(None, loss) for loss in losses] == [False, True, False, True]

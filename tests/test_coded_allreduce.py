@@ -352,6 +352,24 @@ def test_a_second_distribute_takes_over_what_is_unsent(cluster, compression, str
 @on_ranks(2)
 @each_code
 @each_strategy
+def test_a_rank_without_a_batch_drops_cleared_gradients_as_the_others_do(cluster, compression, strategy):
+    books = account(cluster, compression, strategy=strategy)
+    books.update(1)
+    missing = {name: tensor.clone() for name, tensor in books.missing.items()}
+    books.backward(2)
+    books.optimizer.zero_grad()
+    books.missing = missing
+    if cluster.rank == 0:
+        backward(books.model, random_gradients(books.model, 3))
+    for name, gradient in random_gradients(books.model, 3).items():
+        books.missing[name] = books.missing[name] + gradient.double() / 2
+    books.step()
+    books.check()
+
+
+@on_ranks(2)
+@each_code
+@each_strategy
 def test_several_backward_passes_and_deferred_averaging_count_once(cluster, compression, strategy):
     books = account(cluster, compression, strategy=strategy)
     books.update(1)

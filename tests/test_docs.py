@@ -59,7 +59,7 @@ def test_the_readme_links_to_every_part_of_the_documentation():
 def known_options() -> str:
     helps = ""
     benches = [f"bench.{name}" for name in ("adam", "step", "allreduce", "memory", "checkpoint", "data")]
-    names = ["train", "evaluate", "report", "compare", "doctor", *benches]
+    names = ["train", "evaluate", "predict", "export", "report", "compare", "doctor", *benches]
     for name in names:
         command = [sys.executable, "-m", *f"hvd_adam.{name}".replace("bench.", "bench ").split(), "--help"]
         helps += subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -125,3 +125,16 @@ def test_mkdocs_builds_the_pages_without_a_warning(tmp_path):
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path]
     done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_picture_is_shown_and_has_a_command_that_makes_it():
+    table = (ROOT / "docs/figures.md").read_text()
+    pictures = {path.resolve() for path in (ROOT / "docs").rglob("*.png")}
+    for page in PAGES:
+        for target in re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", page.read_text()):
+            pictures.remove((page.parent / target).resolve())
+            assert f"({page.name}" in table, f"figures.md has no command for {target}"
+    assert not pictures
+    script = (ROOT / "docs/report_figure.py").read_text()
+    for target in re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", (ROOT / "docs/report.md").read_text()):
+        assert f'folder / "{target}"' in script

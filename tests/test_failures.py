@@ -16,7 +16,7 @@ import time
 
 import pytest
 from helpers.on_ranks import on_ranks
-from helpers.training_runs import ROOT
+from helpers.training_runs import ROOT, train
 
 from hvd_adam.distributed.context import Cluster
 from hvd_adam.recovery import watchdog
@@ -97,6 +97,17 @@ def test_a_rank_that_hangs_and_one_that_is_frozen_end_the_job_with_one_report(la
     assert re.search(r'mine\.py", line \d+, in forward\n', stuck)
     waits = re.search(rf"rank 2 on {HOST}, waiting for hvd_adam\.\S+, {since}", stderr)[1]
     assert re.search(r'horovod/torch/mpi_ops\.py", line \d+, in synchronize\n$', waits)
+
+
+def test_a_rank_that_is_frozen_in_a_comparison_ends_it_with_one_report(place):
+    environ = {"PYTHONPATH": f"{place}:{os.environ.get('PYTHONPATH', '')}", "FAULTS": "freeze:1:3"}
+    argv = "--model mine:build --optimizers adam --lrs 0.01 --seeds 2 --max-steps 6 --stall-timeout 3".split()
+    done = train(*argv, ranks=2, folder=place / "comparison", module="hvd_adam.compare", env=environ)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.count("no progress for") == 1
+    assert f"no progress for 3 s: rank 1 on {HOST} not answering (frozen, dead or cut off)" in done.stderr
+    assert "with --resume and the folder as --output-dir makes the runs that are missing" in done.stderr
+    assert len(list((place / "comparison/cells").glob("*.json"))) == 1  # rank 0's run is kept
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,13 @@ from hvd_adam import __version__
 from hvd_adam.arguments import parse
 from hvd_adam.bench.config import AdamConfig
 from hvd_adam.compare.config import CompareConfig
-from hvd_adam.config import EvaluateConfig, TrainConfig
+from hvd_adam.config import EvaluateConfig, ExportConfig, PredictConfig, TrainConfig
 
 COMMANDS = {
     "hvd_adam.train": TrainConfig,
     "hvd_adam.evaluate": EvaluateConfig,
+    "hvd_adam.predict": PredictConfig,
+    "hvd_adam.export": ExportConfig,
     "hvd_adam.compare": CompareConfig,
     "hvd_adam.bench adam": AdamConfig,
 }
@@ -32,11 +34,14 @@ def printed(capsys, name, *argv):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_lists_every_option_once_and_no_internals(name, capsys):
     text = printed(capsys, name, "--help")
-    for item in fields(COMMANDS[name]):
+    options = [item for item in fields(COMMANDS[name]) if not item.metadata["positional"]]
+    positionals = [word for item in fields(COMMANDS[name]) if (word := item.metadata["positional"])]
+    for item in options:
         option = f"  --{item.name.replace('_', '-')}"
         assert sum(line.startswith((f"{option} ", f"{option},")) for line in text.splitlines()) == 1, option
     assert "0x" not in text and "<function" not in text and "two_numbers" not in text and "_" * 3 not in text
-    assert text.startswith(f"usage: python -m {name} [options]\n")
+    words = "".join(f" {word} [{word} ...]" for word in positionals)
+    assert text.startswith(f"usage: python -m {name} [options]{words}\n")
     for option in ("--config", "--print-config", "--version"):
         assert f"  {option}" in text
 
@@ -52,7 +57,7 @@ def test_the_options_of_the_training_are_in_groups_with_the_frequent_ones_first(
     assert sorted(grouped) == sorted(item.name for item in fields(TrainConfig))
 
 
-@pytest.mark.parametrize("name", ["hvd_adam.train", "hvd_adam.evaluate", "hvd_adam.compare"])
+@pytest.mark.parametrize("name", [name for name in COMMANDS if "bench" not in name])
 def test_the_examples_are_valid_command_lines(name, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run.yaml").write_text("lr: 0.002\n")

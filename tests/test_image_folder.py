@@ -23,6 +23,7 @@ from PIL import Image
 
 from hvd_adam.config import TrainConfig
 from hvd_adam.data import UnreadableSample
+from hvd_adam.data.host_images import HostImages
 from hvd_adam.data.image_folder import packed
 from hvd_adam.data.image_folder.files import decode
 from hvd_adam.data.image_folder.load import MEAN, STD, load, load_packed
@@ -199,6 +200,19 @@ def test_the_cache_gives_the_test_images_of_the_files_and_crops_for_training(pho
     assert all(found) and {flipped for *_, flipped in found} == {True, False}
     assert len({place[:2] for place in found}) > 4
     assert loader.data.sample_shape == (3, SIZE, SIZE) and "3×14×14" in data.summary()
+
+
+def test_crops_of_the_cache_are_at_their_places_and_flipped_where_asked(photos, tmp_path):
+    data = pack(photos, tmp_path)
+    images = HostImages(data.train_images, data.train_labels, SIZE, CPU)
+    indices, top, left, flip = (
+        np.array(part) for part in ([5, 0, 5, 23], [0, 1, 2, 2], [2, 0, 1, 2], [1, 0, 0, 1])
+    )
+    crops, labels = images.crops(indices, top, left, flip)
+    for crop, index, y, x, mirrored in zip(crops, indices, top, left, flip, strict=True):
+        expected = data.train_images[index][:, y : y + SIZE, x : x + SIZE]
+        assert np.array_equal(crop, expected[..., ::-1] if mirrored else expected)
+    assert np.array_equal(labels, data.train_labels[indices])
 
 
 @pytest.mark.parametrize("size", [12, 24, 64])  # margins of 1, 1½ and 4½ pixels around the crop

@@ -274,3 +274,16 @@ def test_every_rank_ends_after_a_mistake_that_only_one_makes(place):
     done = start(place, "half", *argv, controller="mpi")
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert "error: rank 1 on" in done.stderr and "--metrics: uneven must return" in done.stderr
+
+
+def test_a_label_outside_the_classes_is_one_line(commands):
+    (commands.folder / "labels.py").write_text(
+        "import torch\n"
+        "from hvd_adam.data import Datasets\n"
+        "def data():\n"
+        "    samples = [(torch.rand(1, 8, 8), 3 if n == 31 else n % 3) for n in range(40)]\n"
+        "    return Datasets(samples, samples[:30], ('a', 'b', 'c'), name='own')\n"
+    )
+    argv = ["--dataset", "labels:data", "--model", "mlp", "--batch-size", "40", "--epochs", "1", "--workers", "0"]
+    message = "data set own: training sample 31 has label 3, but with 3 classes labels must lie in 0 to 2"
+    assert message in one_line(commands.run("hvd_adam.train", *argv, "--output-dir", "labels"))

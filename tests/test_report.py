@@ -1,14 +1,17 @@
 """`python -m hvd_adam.report`: one HTML page about runs, and the input that it refuses.
 
 Hazards: a page that needs a network, or whose charts are empty in some mode; a run whose curve is missing; text
-from a run's files that becomes markup or a script; a comparison of runs of different tasks; a spike or a gap that
-disappears from a long curve; a page of many megabytes; bad input that ends in a traceback or a half-written page.
+from a run's files that becomes markup or a script; a comparison of runs of different tasks; a spike or a gap
+that disappears from a long curve; pictures that the page's own policy forbids; a page of many megabytes; bad
+input that ends in a traceback or a half-written page.
 """
 
 import json
+import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import yaml
 from helpers import browser as browsers
@@ -17,10 +20,13 @@ from helpers.training_runs import ROOT, one_line
 from hvd_adam.arguments import parse
 from hvd_adam.config import ReportConfig
 from hvd_adam.errors import UserError
+from hvd_adam.log import logger
 from hvd_adam.report.command import write_report
 from hvd_adam.report.curves import chart_data, thin
 from hvd_adam.report.page import render
-from hvd_adam.report.runs import Run, load_runs
+from hvd_adam.report.runs import MOST_PICTURES, Run, load_runs
+from hvd_adam.training.scores import mistakes_file
+from hvd_adam.training.scores.mistakes import Mistake
 
 HOSTILE = "</script><script>window.injected = 1</script><img src=x onerror='window.injected = 1'>"
 COLORS = {"light": ("rgb(0, 114, 178)", "rgb(213, 94, 0)"), "dark": ("rgb(78, 168, 222)", "rgb(255, 133, 52)")}
@@ -40,7 +46,9 @@ def events_of_a_run(steps=200, classes=("cat", "dog"), slope=1.0):
         if step in (steps // 2, steps):
             confusion = [[int(i == j) + 1 for j in range(len(classes))] for i in range(len(classes))]
             test = {"test_loss": 0.5 * slope, "test_accuracy": step / steps * 0.9, "test_balanced_accuracy": 0.4}
-            rows.append({"event": "eval", "step": step, "time": 1001.0 + step, **test, "confusion": confusion})
+            test |= {"test_ece": 0.0625, "confusion": confusion, "recall": [n / 60 for n in range(len(classes))]}
+            test["calibration"] = [[0, None, None]] * 13 + [[2, 0.9, 0.5], [4, 0.975, 1.0]]
+            rows.append({"event": "eval", "step": step, "time": 1001.0 + step, **test})
             rows.append({"event": "checkpoint", "step": step, "time": 1001.0 + step, "path": "checkpoints/step-1"})
         if step == steps // 2:
             rows.append({"event": "resume", "step": step, "time": 5000.0, "path": "checkpoints/step-1", **facts})
@@ -53,6 +61,14 @@ def write_run(folder, rows=None, head="# Command line: python -m hvd_adam.train\
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows or events_of_a_run()))
     config = {"dataset": "digits", "lr": 1e-3, "betas": [0.9, 0.999], "output_dir": str(folder), **options}
     (folder / "config.yaml").write_text(head + yaml.safe_dump(config))
+    return folder
+
+
+def write_mistakes(folder, count=3, side=8, classes=("cat", "dog")):
+    noise = np.random.default_rng(0).integers(0, 256, (count, 3, side, side), dtype=np.uint8)
+    mistakes_file.write(
+        folder, 200, [Mistake(n, 0, 1, 0.875, picture) for n, picture in enumerate(noise)], classes
+    )
     return folder
 
 
@@ -72,6 +88,8 @@ def page(tmp_path_factory):
     """The report of two runs."""
     folder = tmp_path_factory.mktemp("report")
     runs = [write_run(folder / "first"), write_run(folder / "second", events_of_a_run(slope=3.0), lr=3e-3)]
+    for run, count in zip(runs, (3, 24), strict=True):
+        write_mistakes(run, count)
     report(*runs, "--output", folder / "two runs.html")
     return folder / "two runs.html"
 
@@ -111,7 +129,7 @@ def test_every_chart_shows_both_runs_without_errors_requests_or_a_page_that_is_t
     assert browser.texts("figcaption .quiet") == [
         "cross-entropy (nats)",
         "correct (%)",
-        "learning rate",
+        "",
         "images/s",
         "2-norm, before clipping",
     ]
@@ -119,6 +137,10 @@ def test_every_chart_shows_both_runs_without_errors_requests_or_a_page_that_is_t
         assert drawn_colors(browser, panel) >= set(COLORS[scheme][1:])  # the second run, drawn over the first
     assert drawn_colors(browser, 0) >= set(COLORS[scheme])
     assert browser.run("document.documentElement.scrollWidth <= innerWidth")
+    widths = browser.run("[...document.images].map((image) => image.naturalWidth)")
+    assert widths == [8] * 27  # decoded: the policy allows them
+    bars = browser.run("[...document.querySelectorAll('.diagram rect')].map((bar) => getComputedStyle(bar).fill)")
+    assert bars == [color for color in COLORS[scheme] for _ in range(2)]
     assert browser.run("performance.getEntriesByType('resource').length") == 0
     assert browser.console() == []
 
@@ -180,11 +202,14 @@ def test_text_of_a_run_stays_text(browser, tmp_path):
         write_run(tmp_path / name, rows, head=f"# Command line: {HOSTILE}\n", model=HOSTILE, **{HOSTILE: 1}),
         write_run(tmp_path / "other", events_of_a_run(classes=(HOSTILE, "dog"))),
     ]
+    write_mistakes(runs[0], 1, classes=(HOSTILE, HOSTILE))
     report(*runs, "--output", tmp_path / "report.html")
     browser.open(tmp_path / "report.html")
     assert browser.run("window.injected") is None
     assert browser.console() == []
-    assert len(browser.texts("script")) == 3 and not browser.texts("img")
+    assert len(browser.texts("script")) == 3 and len(browser.texts("img")) == 1
+    assert browser.texts("#mistakes strong") == [HOSTILE, HOSTILE]
+    assert browser.texts("#recall tbody th") == [HOSTILE, "dog"]
     assert browser.texts(".confusion tbody th")[0] == browser.texts("#differences tbody td")[1].replace(
         "–", HOSTILE
     )
@@ -215,6 +240,7 @@ def test_scores_events_and_confusion_of_each_run_are_shown(page):
         assert text.count(part) >= 2, part  # once for each run
     assert "python -m hvd_adam.train" in text and "hvd_adam 0.1.0, torch 2.13.0" in text
     assert 'title="cat as dog: 1"' in text
+    assert "0.0625" in text and "probability 0.93 to 1.00: 4 samples, mean probability 0.975" in text
     assert "3 min" in text  # training time: the hour in which the run was stopped does not count
 
 
@@ -252,8 +278,39 @@ def test_a_long_curve_keeps_its_spikes_and_gaps():
 
 def test_the_page_of_many_long_runs_is_below_5_megabytes(tmp_path):
     rows = events_of_a_run(steps=60_000, classes=[f"class {n}" for n in range(50)])
-    runs = [Run(f"run {n}", tmp_path, rows, 0, {"seed": n}, {}) for n in range(20)]
-    assert len(render(runs)) < 5e6
+    found = mistakes_file.read(
+        write_mistakes(tmp_path, 24, side=64), MOST_PICTURES // 20
+    )  # noise, the largest files
+    runs = [Run(f"run {n}", tmp_path, rows, 0, {"seed": n}, {}, found) for n in range(20)]
+    text = render(runs)
+    assert len(text) < 5e6 and text.count("<img ") == MOST_PICTURES // 20 * 20
+
+
+def test_the_recall_of_many_classes_is_that_of_the_worst_ones(tmp_path):
+    rows = events_of_a_run(classes=[f"class {n}" for n in range(50)])
+    rows[-3 if rows[-3]["event"] == "eval" else -4]["recall"] = [None, *(1 - n / 60 for n in range(1, 50))]
+    text = render([Run("run", tmp_path, rows, 0, {}, {})])
+    section = text[text.index('<section id="recall">') :].partition("</section>")[0]
+    assert re.findall(r'<th scope="row">class (\d+)</th>', section) == [str(n) for n in range(49, 29, -1)]
+    assert "30 of 50 classes are left out" in section
+
+
+def test_runs_without_recall_calibration_and_mistakes_and_damaged_ones_have_no_such_sections(
+    tmp_path, monkeypatch
+):
+    warnings = []
+    monkeypatch.setattr(logger, "warning", warnings.append)
+    rows = events_of_a_run()
+    for row in rows:
+        row |= {"recall": [0.5], "calibration": [[1, 2, "<b>"]]} if row["event"] == "eval" else {}
+    run = write_mistakes(write_run(tmp_path / "run", rows))
+    (run / "mistakes-00000200.png").write_bytes(b"\x89PNG")
+    old = [{key: row[key] for key in row if key not in ("recall", "calibration", "test_ece")} for row in rows]
+    for folder in (run, write_run(tmp_path / "old", old)):
+        text = render(load_runs([str(folder)]))
+        assert not [part for part in ("recall", "reliability", "mistakes") if f'<section id="{part}">' in text]
+        assert "confusion matrix of" in text.lower()
+    assert len(warnings) == 1 and "mistakes.json or its picture is damaged" in warnings[0]
 
 
 def test_the_page_is_written_without_torch_and_options_may_stand_anywhere(tmp_path):

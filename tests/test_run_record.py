@@ -130,7 +130,13 @@ def test_tags_are_grouped_and_configuration_and_hyper_parameters_are_recorded(tm
     log.event("step", 5, 1, loss=1.5, lr=1e-3, grad_norm=0.25, images_per_second=100.0)
     log.event("skip", 6, 1, reason="gradient not finite", skipped=1)
     log.event("step", 10, 1, loss=math.nan, lr=1e-3, grad_norm=None, images_per_second=100.0)
-    scores = {"test_loss": 0.5, "test_accuracy": 0.75, "test_balanced_accuracy": 0.7, "images": 4}
+    scores = {
+        "test_loss": 0.5,
+        "test_accuracy": 0.75,
+        "test_balanced_accuracy": 0.7,
+        "test_ece": 0.25,
+        "images": 4,
+    }
     log.event("eval", 10, 1, world_size=1, **scores, confusion=[[3, 0], [1, 0]])
     log.close()
     written = board(tmp_path)
@@ -146,6 +152,7 @@ def test_tags_are_grouped_and_configuration_and_hyper_parameters_are_recorded(tm
         "eval/loss": [(10, 0.5)],
         "eval/accuracy": [(10, 0.75)],
         "eval/balanced_accuracy": [(10, 0.7)],
+        "eval/calibration_error": [(10, 0.25)],
     }
     text = written.Tensors("config")[0].tensor_proto.string_val[0].decode()
     assert "| `lr` | `0.001` |" in text and "| `max_steps` | – |" in text and "| `data_dir` | `a\\|b` |" in text

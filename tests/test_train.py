@@ -68,6 +68,7 @@ def test_every_launcher_trains_and_writes_a_complete_run_folder(launcher, traine
     steps = 1442 // (32 * ranks)
     assert {path.name for path in folder.iterdir() if "tfevents" not in path.name} == {
         *(".lock", "config.yaml", "metrics.jsonl", "curves.png", "checkpoints"),
+        *("mistakes.json", f"mistakes-{steps:08d}.png"),
     }
     assert [event["event"] for event in events(folder) if event["event"] != "step"] == [
         *("start", "eval", "checkpoint", "end"),
@@ -85,7 +86,7 @@ def test_every_launcher_trains_and_writes_a_complete_run_folder(launcher, traine
 
     board = EventAccumulator(str(folder)).Reload()
     tags = {"train/loss", "optim/lr", "optim/grad_norm", "perf/images_per_second", "eval/loss", "eval/accuracy"}
-    assert tags | {"eval/balanced_accuracy"} == set(board.Tags()["scalars"])
+    assert tags | {"eval/balanced_accuracy", "eval/calibration_error"} == set(board.Tags()["scalars"])
     point = board.Scalars("train/loss")[-1]
     assert (point.step, point.value) == (steps, pytest.approx(events(folder, "step")[-1]["loss"]))
 

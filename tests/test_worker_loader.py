@@ -145,6 +145,36 @@ def test_a_sample_that_fails_is_named(datasets, message):
     assert "\n" not in str(caught.value)
 
 
+def labelled(labels, classes=("a", "b")):
+    samples = [(torch.zeros(1), label) for label in labels]
+    return Datasets(samples, samples, classes, name="own")
+
+
+@pytest.mark.parametrize("label", [2, -1, torch.tensor(-100), np.int64(7), torch.tensor(2, dtype=torch.uint8)])
+def test_a_label_outside_the_classes_is_named(label):
+    made = labelled([0, torch.tensor(1), label, np.int8(0)])
+    for batches, part in (
+        (lambda reader: reader.train_batches(0, 0, global_batch_size=4), "training"),
+        (lambda reader: reader.test_batches(4), "test"),
+    ):
+        with pytest.raises(UserError) as caught:
+            list(batches(loader(made)))
+        assert str(caught.value) == (
+            f"data set own: {part} sample 2 has label {int(label)}, but with 2 classes labels must lie in 0 to 1"
+        )
+
+
+def test_targets_that_are_no_labels_of_classes_are_not_checked():
+    sizes = {"global_batch_size": 2}
+    assert len(list(loader(labelled([5, -1], ())).train_batches(0, 0, **sizes))) == 1
+    assert len(list(loader(labelled([0.5, -1.0])).train_batches(0, 0, **sizes))) == 1
+    assert len(list(loader(labelled([torch.tensor([5]), torch.tensor([7])])).train_batches(0, 0, **sizes))) == 1
+    unlabelled = WorkerLoader(labelled([1, -1]), torch.device("cpu"), checks_training_labels=False)
+    assert len(list(unlabelled.train_batches(0, 0, **sizes))) == 1
+    with pytest.raises(UserError, match="test sample 1 has label -1"):
+        list(unlabelled.test_batches(2))
+
+
 def test_a_part_without_samples_is_refused():
     with pytest.raises(UserError, match="no test samples"):
         noisy(tests=0)
@@ -197,17 +227,25 @@ def test_closing_ends_the_workers():
 
 
 @pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_batches_in_pages_of_their_own_are_normalized_as_others_are(form, dtype):
-    images = torch.arange(2 * 3 * 260 * 260).remainder(256).to(torch.uint8).view(2, 3, 260, 260)
-    options = (0.4, 0.5, 0.6), (0.2, 0.3, 0.2), CPU, dtype, form
-    expected, ours = Normalization(*options)(images), Normalization(*options, from_workers=True)(images)
-    assert torch.equal(ours, expected) and ours.dtype == dtype
-    assert ours.is_contiguous(memory_format=form) and expected.is_contiguous(memory_format=form)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("side", [20, 320])  # in the heap, and in pages of their own
+def test_normalized_images_are_those_of_the_formula_bit_for_bit(side, dtype, form):
+    images = torch.arange(2 * 3 * side**2).remainder(256).to(torch.uint8).view(2, 3, side, side)
+    mean, std = (0.4, 0.5, 0.6), (0.21, 0.3, 0.2)
+    working = torch.float64 if dtype == torch.float64 else torch.float32
+    shift, divisor = (
+        (torch.tensor(part, dtype=torch.float64) * 255).to(working).view(3, 1, 1) for part in (mean, std)
+    )
+    normalize = Normalization(mean, std, CPU, dtype, form)
+    expected = ((images.to(working) - shift) / divisor).to(dtype)
+    for source in (images, images.contiguous(memory_format=torch.channels_last)):
+        normalized = normalize(source)
+        assert normalized.dtype == dtype and normalized.is_contiguous(memory_format=form)
+        assert torch.equal(normalized, expected)
 
 
 def test_memory_of_a_batch_is_used_again_only_if_nothing_holds_it():
-    normalize = Normalization((0.5,), (0.5,), CPU, torch.float32, torch.contiguous_format, from_workers=True)
+    normalize = Normalization((0.5,), (0.5,), CPU, torch.float32, torch.contiguous_format)
     images = [torch.full((2, 1, 512, 512), value, dtype=torch.uint8) for value in (0, 255, 51)]
     first = normalize(images[0])
     part = first[1, 0, 7]  # a view

@@ -7,7 +7,7 @@ python -m hvd_adam.bench allreduce --np 2 --sizes 0.25,4,40
 python -m hvd_adam.bench step --np 2 --models mlp,cnn --plot step.png
 python -m hvd_adam.bench memory --np 1,2,4 --json
 python -m hvd_adam.bench checkpoint --models cnn --every 10
-python -m hvd_adam.bench data --images 2000,8000
+python -m hvd_adam.bench data --images 1000,8000
 """
 
 import os

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import platform
 import shutil
@@ -16,6 +15,7 @@ from hvd_adam import __version__
 from hvd_adam.bench.config import BenchConfig
 from hvd_adam.bench.stats import Row
 from hvd_adam.distributed.placement import cores
+from hvd_adam.versions import installed_version
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -81,7 +81,7 @@ def machine(load: float) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "horovod": _version("horovod"),
+        "horovod": installed_version("horovod", "") or None,
         "mpi": _mpi_version(),
         "hvd_adam": __version__,
         "load_average": round(load, 2),
@@ -179,13 +179,6 @@ def _cpu_model() -> str:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.machine())
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _mpi_version() -> str | None:

@@ -20,8 +20,8 @@ from hvd_adam.distributed.api import distribute
 from hvd_adam.distributed.context import horovod, init
 from hvd_adam.distributed.launch_env import LaunchInfo
 from hvd_adam.models import zoo
+from hvd_adam.models.precision import autocast
 from hvd_adam.optim.adam import Adam
-from hvd_adam.training.precision import autocast
 
 IMAGE = (3, 32, 32)
 CLASSES = 10
@@ -130,7 +130,7 @@ def training_step(
         optimizer: distributes its gradients and updates it; None for no update.
         images: images of the batch.
         labels: labels of the batch.
-        precision: as in `hvd_adam.training.precision.autocast`.
+        precision: as in `hvd_adam.models.precision.autocast`.
     """
     gradients: Any = optimizer or model
 

@@ -12,23 +12,26 @@ from typing import BinaryIO
 FOLDER_FLUSH_UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Replaces a file's content. After a crash the file has its old or its new content, never a part.
 
     Raises:
         OSError: the file cannot be written; the old content is unchanged.
     """
-    publish(write_draft(path, text), path)
+    publish(write_draft(path, content), path)
 
 
-def write_draft(path: Path, text: str) -> Path:
+def write_draft(path: Path, content: str | bytes) -> Path:
     """Writes the future content of a file next to it and returns the draft, which `publish` renames.
 
     Raises:
         OSError: the draft cannot be written.
     """
     draft = path.with_name(f".{path.name}.new")
-    draft.write_text(text)
+    if isinstance(content, bytes):
+        draft.write_bytes(content)
+    else:
+        draft.write_text(content)
     fsync(draft)
     return draft
 

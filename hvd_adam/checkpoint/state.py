@@ -46,8 +46,8 @@ class Progress:
         skipped: updates skipped because a gradient was not finite.
         skipped_in_a_row: skipped updates since the last one that was applied.
         best_accuracy: the highest test accuracy so far, in [0, 1]; None without one.
-        best_loss: the lowest test loss so far of a run without test accuracy; None without one.
-        scores: the last evaluation (`training.evaluation.Scores.as_dict`), or None.
+        best_loss: the test loss of that evaluation, or the lowest without accuracies; None without one.
+        scores: the last evaluation (`training.scores.scoring.Scores.as_dict`), or None.
         global_batch_size: images per update, over all ranks.
         micro_batch_size: the largest number of images in a micro-batch of one rank.
     """
@@ -66,17 +66,18 @@ class Progress:
     def is_best(self, accuracy: float | None, loss: float) -> bool:
         """Returns whether an evaluation is the best so far, and remembers it.
 
-        The highest accuracy is the best; where there is none, the lowest loss is.
+        The highest accuracy is the best, and of equal ones, or where there is none, the lowest loss.
         """
+        lower_loss = math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss)
         if accuracy is None:
-            if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
-                self.best_loss = loss
-                return True
-            return False
-        if self.best_accuracy is None or accuracy > self.best_accuracy:
-            self.best_accuracy = accuracy
-            return True
-        return False
+            is_best = lower_loss
+        elif self.best_accuracy is None or accuracy > self.best_accuracy:
+            is_best = True
+        else:
+            is_best = accuracy == self.best_accuracy and self.best_loss is not None and lower_loss
+        if is_best:
+            self.best_accuracy, self.best_loss = accuracy, loss if math.isfinite(loss) else math.inf
+        return is_best
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> Progress:
@@ -97,8 +98,9 @@ class TrainingState:
         ranks: one dictionary per rank: "cpu" and "cuda" (or None), the states of the random generators, and
             "loss", the rank's part of the running mean.
         config: the run's configuration.
-        data: "classes" of the data set; "mean" and "std" of its channels; the numbers "train_images" and
-            "test_images"; "fingerprint", a checksum of the training images and labels.
+        data: "classes" of the data set; "mean" and "std" of its channels; "shape" of an input; "resize", the size
+            that a test image is resized to cover before its center is cropped, or None; the numbers
+            "train_images" and "test_images"; "fingerprint", a checksum of the training images and labels.
         ema: the moving average of the model's state dictionary, or None.
         residuals: `ErrorFeedback.state_dict_on_root` or `total_state_dict`, or None.
     """

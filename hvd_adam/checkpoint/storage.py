@@ -32,6 +32,10 @@ BEST = "best"
 NAME = re.compile(r"step-[0-9]{8,}")
 
 
+class OneCheckpoint(UserError):
+    """`which` is "best", but the path is of one checkpoint, of which there is no choice."""
+
+
 def checkpoint_path(checkpoints: Path, step: int) -> Path:
     """Returns the folder of the checkpoint after `step` updates, whether it exists or not."""
     return checkpoints / f"step-{step:08d}"
@@ -164,8 +168,8 @@ def resolve(path: str | Path, which: str = "newest") -> Path:
         which: "newest" or "best": of a run folder or a `checkpoints` folder, the checkpoint to take.
 
     Raises:
-        UserError: there is no such checkpoint, or the path cannot be read; or `which` is "best" and the path is of
-            one checkpoint.
+        OneCheckpoint: `which` is "best" and the path is of one checkpoint.
+        UserError: there is no such checkpoint, or the path cannot be read.
     """
     try:
         return _find(Path(path), which)
@@ -182,7 +186,7 @@ def _find(path: Path, which: str) -> Path:
     is_pointer = path.name in (LATEST, BEST) and path.is_file()
     if is_pointer or (folder / MANIFEST).exists() or (folder / STATE).exists():
         if which == "best":
-            raise UserError(f"best has no effect on {path}, which is one checkpoint: give its run folder")
+            raise OneCheckpoint(f"best has no effect on {path}, which is one checkpoint: give its run folder")
         return _read_pointer(path) if is_pointer else folder
     if which == "best" and any((each / LATEST).is_file() for each in (path, path / "checkpoints")):
         raise UserError(f"{path} has no best checkpoint: the run has not been evaluated yet")

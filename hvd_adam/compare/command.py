@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,17 @@ from hvd_adam.distributed.agreement import raise_on_all_ranks, require_same
 from hvd_adam.distributed.context import Cluster, horovod, init
 from hvd_adam.errors import UserError
 from hvd_adam.log import logger, write_result
-from hvd_adam.recovery.watchdog import defer_horovod_stall_shutdown
+from hvd_adam.recovery.watchdog import Watchdog, defer_horovod_stall_shutdown
 from hvd_adam.training.builders import load_data, require_no_workers, worker_count
 from hvd_adam.versions import installed_version
 
 # A rank that has made its runs waits in a collective for the others, whose runs may take long.
 LONGEST_WAIT = 30 * 86400.0  # seconds
+
+STALL_REMEDY = (
+    "The same command with --resume and the folder as --output-dir makes the runs that are missing; if the job "
+    "was only slow, use a longer --stall-timeout"
+)
 
 CELLS, JSON_FILE, PLOT_FILE = "cells", "compare.json", "compare.png"
 
@@ -41,15 +48,18 @@ def compare(config: CompareConfig) -> None:
         UserError: the data or the model cannot be had, or the output cannot be written; raised on every rank.
     """
     defer_horovod_stall_shutdown(LONGEST_WAIT)
-    compare_on(init(config.device), config)
+    cluster = init(config.device)
+    with closing(Watchdog(cluster, config.stall_timeout, STALL_REMEDY)) as watchdog:
+        compare_on(cluster, config, watchdog.beat)
 
 
-def compare_on(cluster: Cluster, config: CompareConfig) -> None:
+def compare_on(cluster: Cluster, config: CompareConfig, beat: Callable[[str], None] = lambda doing: None) -> None:
     """Runs a comparison on the ranks of a cluster; every rank calls it.
 
     Args:
         cluster: this process.
         config: the comparison; identical on all ranks.
+        beat: called with what this rank does, whenever it makes progress.
 
     Raises:
         UserError: as `compare`.
@@ -65,7 +75,8 @@ def compare_on(cluster: Cluster, config: CompareConfig) -> None:
     with raise_on_all_ranks(cluster):
         _try_out(cells, config, loaders)
     folder = _open_folder(config, cluster)
-    results = _results(cells, config, loaders, CellStore(folder / CELLS, _settings(config, loaders)), cluster)
+    store = CellStore(folder / CELLS, _settings(config, loaders))
+    results = _results(cells, config, loaders, store, cluster, beat)
     with raise_on_all_ranks(cluster):
         if cluster.rank == 0:
             _report(config, folder, summarize(arms, results, config.target))
@@ -115,7 +126,12 @@ def _open_folder(config: CompareConfig, cluster: Cluster) -> Path:
 
 
 def _results(
-    cells: list[Cell], config: CompareConfig, loaders: Loaders, store: CellStore, cluster: Cluster
+    cells: list[Cell],
+    config: CompareConfig,
+    loaders: Loaders,
+    store: CellStore,
+    cluster: Cluster,
+    beat: Callable[[str], None],
 ) -> dict[Cell, Result]:
     """Returns the results of all cells on every rank: those in the folder, and new ones for the others."""
     stored = {cell: result for cell in cells if (result := store.read(cell)) is not None} if config.resume else {}
@@ -127,13 +143,13 @@ def _results(
         f"{len(cells)} runs, {len(cells) - len(missing)} of them finished; folder {store.folder.parent}"
     )
     mine = missing[cluster.rank :: cluster.size]
-    made = {}
+    made, share = {}, " of rank 0" if cluster.size > 1 else ""
     with raise_on_all_ranks(cluster):
         for number, cell in enumerate(mine, 1):
-            made[cell] = train(cell, config, loaders)
+            made[cell] = train(cell, config, loaders, partial(beat, f"run {number} of {len(mine)}"))
             _write(store, cell, made[cell])
             if number * 10 // len(mine) > (number - 1) * 10 // len(mine):
-                logger.info(f"run {number} of {len(mine)} of this rank: {_describe(cell, made[cell])}")
+                logger.info(f"run {number} of {len(mine)}{share}: {_describe(cell, made[cell])}")
     results.update(_merged(_gather(made, cluster, "results")))
     with raise_on_all_ranks(cluster):
         if cluster.rank == 0:  # ranks on other hosts may have written to disks of their own

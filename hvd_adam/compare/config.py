@@ -45,7 +45,7 @@ class CompareConfig(DataConfig):
         "synthetic_classes synthetic_samples seed",
         "training": "initialization max_steps lr_decay eval_every target device",
         "studies": "batch_sizes depth",
-        "output": "resume",
+        "output": "resume stall_timeout",
     }
     EXAMPLES: ClassVar[str] = """examples:
   python -m hvd_adam.compare --seeds 5
@@ -92,6 +92,9 @@ The second command, repeated, continues where it was stopped."""
         None, "folder of the results (default: runs/<date>-<time>-compare-<study>)", path=True
     )
     resume: bool = option(False, "use the finished runs in --output-dir, and make those that are missing")
+    stall_timeout: float = option(
+        600.0, "seconds without an update on any rank after which the job ends with a report of all ranks, > 0"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -101,6 +104,7 @@ The second command, repeated, continues where it was stopped."""
             )
         require(self.seeds >= 2, "seeds", self.seeds, "at least 2: one run alone has no standard error")
         require(0 <= self.seed < 2**62, "seed", self.seed, "in [0, 2⁶²)")
+        require(0 < self.stall_timeout < math.inf, "stall-timeout", self.stall_timeout, "above 0 and finite")
         require(0 < self.target <= 1, "target", self.target, "above 0 and at most 1")
         require(self.depth >= 2, "depth", self.depth, "at least 2")
         if self.resume and self.output_dir is None:

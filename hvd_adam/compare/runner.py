@@ -18,9 +18,12 @@ from hvd_adam.compare.networks import build, weights
 from hvd_adam.data import ImageData
 from hvd_adam.data.loader import DeviceLoader
 from hvd_adam.data.protocols import Batch
+from hvd_adam.distributed.context import Cluster
 from hvd_adam.errors import UserError
 from hvd_adam.optim.adam import Adam
 from hvd_adam.schedule import LearningRateSchedule, learning_rate
+from hvd_adam.training.objective import Objective
+from hvd_adam.training.scores.scoring import score
 
 MOMENTUM = 0.9  # of SGD
 WEIGHT_DECAY = 0.01  # of AdamW, PyTorch's default; the others have none
@@ -104,11 +107,12 @@ class _Record:
     diverged: int | None = None
 
 
-def train(cell: Cell, config: CompareConfig, loaders: Loaders) -> Result:
+def train(cell: Cell, config: CompareConfig, loaders: Loaders, beat: Callable[[], None] = lambda: None) -> Result:
     """Makes one run and returns its measurements as JSON values.
 
-    Losses and accuracies are of the weights after the last update. A run whose loss is not finite ends at the next
-    evaluation: its result has the update in "diverged", and None for values that are not finite.
+    `beat` is called before each update. Losses and accuracies are of the weights after the last update. A run
+    whose loss is not finite ends at the next evaluation: its result has the update in "diverged", and None for
+    values that are not finite.
 
     Raises:
         UserError: the model does not fit the images, or a batch has more images than there are.
@@ -122,7 +126,7 @@ def train(cell: Cell, config: CompareConfig, loaders: Loaders) -> Result:
     batches = _batches(loaders.train, cell)
     while record.updates < total and record.diverged is None:
         count = min(config.eval_every, total - record.updates)
-        _train_some(count, batches, model, optimizer, schedule, record)
+        _train_some(count, batches, model, optimizer, schedule, record, beat)
         loss, accuracy = evaluate(model, loaders.train)
         record.curve.append([record.updates, round(record.seconds, 6), accuracy, _finite(loss)])
     record.norms.append(_gradient_norms(model))
@@ -147,11 +151,13 @@ def _train_some(
     optimizer: torch.optim.Optimizer,
     schedule: LearningRateSchedule,
     record: _Record,
+    beat: Callable[[], None],
 ) -> None:
     """Makes `count` updates."""
     start, loss = _clock(next(model.parameters()).device), torch.zeros(())
     model.train()
     for _ in range(count):
+        beat()
         images, labels = next(batches)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(record.updates, schedule)
@@ -174,21 +180,13 @@ def _batches(loader: DeviceLoader, cell: Cell) -> Iterator[Batch]:
         epoch += 1
 
 
-@torch.inference_mode()
 def evaluate(model: torch.nn.Module, loader: DeviceLoader) -> tuple[float, float]:
-    """Returns the mean cross-entropy in nats and the accuracy on the loader's test images.
-
-    An image with a logit that is not finite counts as classified wrongly.
-    """
+    """Returns the mean cross-entropy in nats and the accuracy on the loader's test images."""
     model.eval()
-    loss, correct = 0.0, 0
-    for images, labels in loader.test_batches(_EVALUATION_BATCH):
-        logits = model(images)
-        loss += F.cross_entropy(logits, labels, reduction="sum").item()
-        right = (logits.argmax(dim=1) == labels) & logits.isfinite().all(dim=1)
-        correct += int(right.sum())
-    count = len(loader.data.test_labels)
-    return loss / count, correct / count
+    alone = Cluster(0, 1, 0, 1, 0, 1, loader.device, "none")
+    scores = score(model, loader, alone, Objective(loader.dtype, None, None, 0.0, {}), _EVALUATION_BATCH)
+    assert scores.test_accuracy is not None  # `networks.build` has checked that outputs are logits
+    return scores.test_loss, scores.test_accuracy
 
 
 def _gradient_norms(model: torch.nn.Module) -> list[float | None]:

@@ -10,7 +10,7 @@ from hvd_adam.errors import UserError
 from hvd_adam.import_path import is_reference
 
 # What metrics.jsonl has under `test_<name>` already.
-_TAKEN = ("loss", "accuracy", "balanced_accuracy")
+_TAKEN = ("loss", "accuracy", "balanced_accuracy", "ece")
 
 
 def require_reference(value: str | None, name: str) -> None:

@@ -72,7 +72,7 @@ class Datasets:
     Python.
 
     Raises:
-        UserError: a part has no samples.
+        UserError: a part has no samples, or `resize` is not a height and a width.
     """
 
     train: MapDataset | StreamDataset
@@ -89,6 +89,9 @@ class Datasets:
     """As `mean`, the standard deviation."""
     shape: tuple[int, ...] | None = None
     """Shape of an input; None: it is read from the first training sample when it is needed."""
+    resize: tuple[int, int] | None = None
+    """Height and width that a test image is resized to cover, before its center is cropped to them and then to
+    `shape`, so that `hvd_adam.predict` can do the same with other files; None: not known."""
     preload: tuple[str, ...] = ()
     """Modules that worker processes need; they are imported once for all workers of a rank."""
     fingerprint: str = ""
@@ -98,6 +101,9 @@ class Datasets:
         for part in ("train", "test"):
             if not len(getattr(self, part)):
                 raise UserError(f"data set {self.name}: there are no {part} samples")
+        sides = self.resize if isinstance(self.resize, tuple | list) else ()
+        if self.resize is not None and [isinstance(side, int) and side > 0 for side in sides] != [True, True]:
+            raise UserError(f"data set {self.name}: resize is {self.resize!r}: it must be (height, width) or None")
 
     @cached_property
     def sample_shape(self) -> tuple[int, ...]:

@@ -44,10 +44,10 @@ class HostImages:
         side, pinned = self._side, self._device.type == "cuda"
         shape = (len(indices), self._images.shape[1], side, side)
         batch = torch.empty(shape, dtype=torch.uint8, device="cpu", pin_memory=pinned)
-        rows = batch.numpy()
-        for row, index, y, x, mirrored in zip(rows, indices, top, left, flip, strict=True):
-            crop = self._images[index, :, y : y + side, x : x + side]
-            row[...] = crop[..., ::-1] if mirrored else crop
+        for row, index, y, x, mirrored in zip(batch, indices, top, left, flip, strict=True):
+            row.numpy()[...] = self._images[index, :, y : y + side, x : x + side]
+            if mirrored:
+                row.copy_(row.flip(2))  # NumPy would copy reversed rows byte by byte
         labels = torch.from_numpy(self._labels[indices])
         if self._map is not None:
             # The pages stay in the host's page cache, which all its ranks share. They would otherwise count as

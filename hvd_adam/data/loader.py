@@ -71,6 +71,11 @@ class DeviceLoader:
         )
         self._normalize = Normalization(self.mean, self.std, self.device, dtype, self.memory_format)
 
+    @property
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """As `protocols.Loader`."""
+        return self.mean, self.std
+
     def description(self) -> dict[str, Any]:
         """Returns what a checkpoint records of the data: see `checkpoint.state.TrainingState`."""
         data = self.data
@@ -78,6 +83,8 @@ class DeviceLoader:
             "classes": list(data.classes),
             "mean": list(self.mean),
             "std": list(self.std),
+            "shape": list(data.sample_shape),
+            "resize": list(data.test_images.shape[2:]),
             "train_images": len(data.train_images),
             "test_images": len(data.test_images),
             "fingerprint": self._fingerprint,

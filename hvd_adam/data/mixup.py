@@ -39,6 +39,11 @@ class MixupLoader:
         self.data: Data = loader.data
         self.device, self.dtype = loader.device, loader.dtype
 
+    @property
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """As `Loader`."""
+        return self._loader.statistics
+
     def description(self) -> dict[str, Any]:
         """As `Loader`."""
         return self._loader.description()

@@ -43,6 +43,10 @@ class Loader(Protocol):
     def data(self) -> Data:
         """The data set."""
 
+    @property
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """Mean and standard deviation of each channel by which inputs are normalized; None if they are not."""
+
     device: torch.device
     dtype: torch.dtype
 

@@ -45,6 +45,11 @@ class WorkerLoader:
         dtype: of floating-point inputs and targets.
         channels_last: whether inputs with four dimensions have channels-last memory format.
         unreadable: tolerates a number of samples that raise `UnreadableSample`; None: the first one ends the run.
+        checks_training_labels: whether integers as targets of training samples must be labels of the classes, if
+            there are any; those of test samples must.
+
+    Attributes:
+        left_out: indices of the test samples that this rank could not read.
     """
 
     def __init__(
@@ -56,6 +61,7 @@ class WorkerLoader:
         dtype: torch.dtype = torch.float32,
         channels_last: bool = False,
         unreadable: UnreadableSamples | None = None,
+        checks_training_labels: bool = True,
     ) -> None:
         self.data = datasets
         self.device = torch.device(device)
@@ -64,15 +70,20 @@ class WorkerLoader:
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self._normalize: Normalization | None = None
         if datasets.mean is not None and datasets.std is not None:
-            self._normalize = Normalization(
-                datasets.mean, datasets.std, self.device, dtype, self._memory_format, from_workers=workers > 0
-            )
-        self._unreadable = unreadable or UnreadableSamples(0)
+            self._normalize = Normalization(datasets.mean, datasets.std, self.device, dtype, self._memory_format)
+        self._unreadable, self._checks_training_labels = unreadable or UnreadableSamples(0), checks_training_labels
+        self.left_out: set[int] = set()
         self._plan = _Plan()
         self._loader: DataLoader[Answer] | None = None
         if workers:
             # In the background, while the rank builds its model.
             processes.start_server(__name__, type(datasets.train).__module__, *datasets.preload)
+
+    @property
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """As `protocols.Loader`."""
+        mean, std = self.data.mean, self.data.std
+        return None if mean is None or std is None else (mean, std)
 
     def description(self) -> dict[str, Any]:
         """Returns what a checkpoint records of the data: see `checkpoint.state.TrainingState`."""
@@ -81,6 +92,8 @@ class WorkerLoader:
             "classes": list(data.classes),
             "mean": list(data.mean or ()),
             "std": list(data.std or ()),
+            "shape": list(data.sample_shape),
+            "resize": None if data.resize is None else list(data.resize),
             "train_images": len(data.train),
             "test_images": len(data.test),
             "fingerprint": data.fingerprint,
@@ -156,7 +169,8 @@ class WorkerLoader:
         self, part: str, ranges: list[range], epoch: int, words: Callable[[int], np.ndarray], group: int
     ) -> Stream:
         name = f"data set {self.data.name}: {part}"
-        return Stream(getattr(self.data, part), name, ranges, epoch, words, group)
+        classes = len(self.data.classes) if part == "test" or self._checks_training_labels else 0
+        return Stream(getattr(self.data, part), name, ranges, epoch, words, group, classes)
 
     def _batches(self, requests: Iterable[list[Request]] | Stream, rank: int) -> Iterator[Batch]:
         batches = self._fetched(requests, rank)
@@ -185,6 +199,7 @@ class WorkerLoader:
             if answer is None:
                 return
             self._unreadable.add(answer.unreadable)
+            self.left_out.update(answer.left_out)
             if answer.failure:
                 raise UserError(answer.failure)
             if answer.value is not None:
@@ -194,7 +209,7 @@ class WorkerLoader:
         if isinstance(requests, Stream):  # each pass has a worker of its own
             self._loader = self._make_loader(requests, min(self.workers, 1), batch_size=None, collate_fn=_as_it_is)
         elif self._loader is None or isinstance(self._loader.dataset, Stream):
-            samples = RequestedSamples(self.data, self._unreadable.limit)
+            samples = RequestedSamples(self.data, self._checks_training_labels, self._unreadable.limit)
             plan = {"batch_sampler": self._plan, "collate_fn": Collate(self.data.name)}
             self._loader = self._make_loader(samples, self.workers, **plan, persistent_workers=self.workers > 0)
         self._plan.requests = requests

@@ -68,6 +68,13 @@ def detect_launcher(environ: Mapping[str, str] = os.environ) -> LaunchInfo:
     return LaunchInfo("none", 0, 1)
 
 
+def require_no_launcher() -> None:
+    """Raises UserError if a launcher started several ranks of a command that runs in one process."""
+    launch = detect_launcher()
+    if launch.size > 1:
+        raise UserError(f"started by {launch.launcher} on {launch.size} ranks: start it without a launcher")
+
+
 def is_elastic() -> bool:
     """Returns whether the launcher is elastic (horovodrun with --min-np or --host-discovery-script)."""
     return os.environ.get("HOROVOD_ELASTIC") == "1"

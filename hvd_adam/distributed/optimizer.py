@@ -108,6 +108,8 @@ class DistributedAdam(AveragedAdam):
         self._step.forget()
         super().zero_grad(set_to_none)
         self._averager.cleared()
+        if self.error_feedback is not None:
+            self.error_feedback.roll_back()
 
     @outside_inference_mode  # what is received in it could not be used outside
     @torch.no_grad()

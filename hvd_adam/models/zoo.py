@@ -134,6 +134,30 @@ def build(
     return model
 
 
+def of_config(
+    config: Mapping[str, Any], sample_shape: tuple[int, ...], num_classes: int, *, try_out: bool = False
+) -> nn.Module:
+    """Builds the model of a training's configuration, on the CPU.
+
+    Args:
+        config: of the training, by option; options that an older checkpoint lacks have their defaults.
+        sample_shape: as for `build`.
+        num_classes: as for `build`.
+        try_out: as for `build`.
+
+    Raises:
+        UserError: as `build`.
+    """
+    return build(
+        config["model"],
+        sample_shape=sample_shape,
+        num_classes=num_classes,
+        args=config.get("model_args"),
+        dropout=config["dropout"],
+        try_out=try_out,
+    )
+
+
 def _image_shape(name: str, sample_shape: tuple[int, ...]) -> tuple[int, int, int]:
     if len(sample_shape) == 3:
         channels, height, width = sample_shape

@@ -11,7 +11,7 @@ from hvd_adam.extras import require
 
 def main(config: ReportConfig) -> None:
     """Writes the page."""
-    require("jinja2", "tqdm", "yaml")
+    require("PIL", "jinja2", "tqdm", "yaml")
     # Imported here, so that --help and a bad value are answered first, and without these packages.
     from hvd_adam.report.command import write_report
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hvd_adam.checkpoint.files import write_atomically
 from hvd_adam.config import ReportConfig
-from hvd_adam.distributed.launch_env import detect_launcher
+from hvd_adam.distributed.launch_env import require_no_launcher
 from hvd_adam.errors import UserError
 from hvd_adam.log import logger, write_result
 from hvd_adam.report.page import render
@@ -20,9 +20,7 @@ def write_report(config: ReportConfig) -> None:
         UserError: a launcher started several ranks, a run folder has no metrics or its files are damaged, the runs
             have different classes, or the page cannot be written.
     """
-    launch = detect_launcher()
-    if launch.size > 1:
-        raise UserError(f"started by {launch.launcher} on {launch.size} ranks: start it without a launcher")
+    require_no_launcher()
     path = Path(config.output)
     if path.is_dir():
         raise UserError(f"--output {path} is a folder: give the name of a file in it")

@@ -74,7 +74,7 @@ def panels(runs: Sequence[Run]) -> list[Panel]:
         Panel("loss", unit, loss, "log"),
         Panel("test accuracy", "correct (%)", accuracy, "percent"),
         *(Panel(key.replace("_", " "), "", (Curve("eval", key, "test"),), "linear") for key in metrics),
-        Panel("learning rate", "learning rate", (Curve("step", "lr", ""),), "zero"),
+        Panel("learning rate", "", (Curve("step", "lr", ""),), "zero"),
         Panel("throughput of all ranks", "images/s", (throughput,), "zero"),
         Panel("gradient norm", "2-norm, before clipping", (Curve("step", "grad_norm", ""),), "log"),
     ]

@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 
 from hvd_adam._version import __version__
-from hvd_adam.report import summary
+from hvd_adam.report import evaluation, summary
 from hvd_adam.report.curves import chart_data
 from hvd_adam.report.runs import Run, data_differences
 
@@ -55,6 +55,9 @@ def render(runs: Sequence[Run]) -> str:
         options=options,
         differences=[option for option in options if option["different"]],
         matrices=[_matrix(run) for run in runs if run.confusion],
+        recalls=evaluation.recalls(runs),
+        reliabilities=[evaluation.reliability(run, place) for place, run in enumerate(runs) if run.calibration],
+        mistakes=[evaluation.mistakes(run) for run in runs if run.mistakes and run.mistakes.mistakes],
         happenings=[summary.happenings(run) for run in runs],
     )
 
@@ -64,8 +67,9 @@ def _file(name: str) -> str:
 
 
 def _policy(scripts: Sequence[str], style: str) -> str:
-    """Returns a content security policy: these scripts and this style alone, and no request to anywhere."""
-    return f"default-src 'none'; script-src {' '.join(map(_source, scripts))}; style-src {_source(style)}"
+    """Returns a content security policy: these scripts, this style, pictures in the page, and no request."""
+    code = f"script-src {' '.join(map(_source, scripts))}; style-src {_source(style)}"
+    return f"default-src 'none'; {code}; img-src data:"
 
 
 def _source(text: str) -> str:

@@ -12,11 +12,15 @@ from typing import Any
 import yaml
 
 from hvd_adam.errors import UserError
+from hvd_adam.log import logger
 from hvd_adam.training.plots import CROSS_ENTROPY
 from hvd_adam.training.run_log import METRICS_FILE, parse_events
+from hvd_adam.training.scores import calibration, mistakes_file
+from hvd_adam.training.scores.mistakes_file import ShownMistakes
 
 CONFIG_FILE = "config.yaml"
-BUILT_IN_SCORES = ("test_loss", "test_accuracy", "test_balanced_accuracy")
+BUILT_IN_SCORES = ("test_loss", "test_accuracy", "test_balanced_accuracy", "test_ece")
+MOST_PICTURES = 96  # on a page: each takes up to 17 kB
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Run:
         damaged_lines: number of lines of `metrics.jsonl` that are no event, without an incomplete last one.
         config: the options by name; None if there is no `config.yaml`.
         head: the comments in front of the options by what precedes their colon, such as "Command line".
+        mistakes: the most confident ones of the last evaluation; None if it has recorded none.
     """
 
     name: str
@@ -38,6 +43,7 @@ class Run:
     damaged_lines: int
     config: dict[str, Any] | None
     head: dict[str, str]
+    mistakes: ShownMistakes | None = None
 
     def of(self, *kinds: str) -> list[dict[str, Any]]:
         """Returns the events of some kinds."""
@@ -78,6 +84,19 @@ class Run:
         return rows if square and all(isinstance(n, int) and n >= 0 for row in rows for n in row) else []
 
     @property
+    def recall(self) -> list[float | None]:
+        """Recall of each class in the last evaluation, None for one without samples; empty if there is none."""
+        values = self.last("eval").get("recall")
+        rows = values if isinstance(values, list) and len(values) == len(self.classes) else []
+        return [number({"recall": value}, "recall") for value in rows]
+
+    @property
+    def calibration(self) -> list[list[Any]]:
+        """The bins of the last evaluation, as `Calibration.rows` returns them; empty if there is none."""
+        rows: Any = self.last("eval").get("calibration")
+        return rows if calibration.is_rows(rows) else []
+
+    @property
     def classes(self) -> list[str]:
         """The names of the classes; their numbers if they are not recorded; empty if nothing is known of them."""
         names = self.data.get("classes")
@@ -106,14 +125,14 @@ def load_runs(paths: Sequence[str]) -> list[Run]:
             raise UserError(f"{folder} is given twice: give each run once")
     names = [place.name for place in resolved]
     runs = [
-        _load(folder, name if names.count(name) == 1 else str(folder))
+        _load(folder, name if names.count(name) == 1 else str(folder), MOST_PICTURES // len(paths))
         for folder, name in zip(folders, names, strict=True)
     ]
     _require_same_classes(runs)
     return runs
 
 
-def _load(folder: Path, name: str) -> Run:
+def _load(folder: Path, name: str, pictures: int) -> Run:
     metrics = folder / METRICS_FILE
     try:
         if not metrics.is_file():
@@ -126,7 +145,15 @@ def _load(folder: Path, name: str) -> Run:
     if not events:
         raise UserError(f"{metrics} has no events: the run has not started, or the file is damaged")
     damaged = sum(map(bool, lines[:-1])) - len(events)  # what follows the last line's end is being written
-    return Run(name, folder, events, max(0, damaged), config, head)
+    return Run(name, folder, events, max(0, damaged), config, head, _load_mistakes(folder, pictures))
+
+
+def _load_mistakes(folder: Path, pictures: int) -> ShownMistakes | None:
+    try:
+        return mistakes_file.read(folder, pictures)
+    except UserError as error:  # the rest of the run is whole
+        logger.warning(f"{error}: the mistakes are left out")
+        return None
 
 
 def _no_metrics(folder: Path) -> str:

@@ -29,6 +29,7 @@ def scores(run: Run) -> dict[str, str]:
         "test loss": _format(number(test, "test_loss"), ".4f"),
         "test accuracy": _percent(number(test, "test_accuracy")),
         "balanced accuracy": _percent(number(test, "test_balanced_accuracy")),
+        "calibration error": _format(number(test, "test_ece"), ".4f"),
         "best accuracy": best_text + (f" (update {best['step']:,})" if best_text != NONE else ""),
         **{key.replace("_", " "): _format(number(test, key), ".5g") for key in run.metrics},
         "images/s": NONE if rate is None else f"{rate:,.0f}" if rate >= 10 else f"{rate:.3g}",

@@ -27,10 +27,10 @@ from hvd_adam.distributed.sync_batchnorm import convert
 from hvd_adam.errors import UserError
 from hvd_adam.import_path import is_reference, resolve
 from hvd_adam.models import zoo
+from hvd_adam.models.precision import parameter_dtype
 from hvd_adam.optim.adam import Adam
 from hvd_adam.schedule import LearningRateSchedule, Scaled, scale
 from hvd_adam.training.objective import Objective
-from hvd_adam.training.precision import parameter_dtype
 from hvd_adam.training.weights.trainable import freeze, parameter_groups
 
 MOST_WORKERS = 16  # by default: more rarely decode faster than one GPU trains
@@ -130,6 +130,8 @@ def make_loader(
             dtype=dtype,
             channels_last=config.channels_last,
             unreadable=unreadable,
+            # A loss of the user's own may give other numbers a meaning, such as -1 to samples without a label.
+            checks_training_labels=config.loss is None or config.mixup is not None,
         )
 
     return read() if config.mixup is None else MixupLoader(read(), read(), config.mixup)
@@ -182,21 +184,14 @@ def model_of(config: Mapping[str, Any], samples: Data) -> torch.nn.Module:
     """Builds the model of a configuration, on the CPU.
 
     Args:
-        config: of the training, by option; options that an older checkpoint lacks have their defaults.
+        config: as for `models.zoo.of_config`.
         samples: the data.
 
     Raises:
         UserError: as `models.zoo.build`.
     """
-    model: torch.nn.Module = zoo.build(
-        config["model"],
-        sample_shape=samples.sample_shape,
-        num_classes=len(samples.classes),
-        args=config.get("model_args"),
-        dropout=config["dropout"],
-        try_out=config.get("loss") is None and isinstance(samples, data.ImageData),
-    )
-    return model
+    has_logits = config.get("loss") is None and isinstance(samples, data.ImageData)
+    return zoo.of_config(config, samples.sample_shape, len(samples.classes), try_out=has_logits)
 
 
 def try_out(objective: Objective, config: TrainConfig, model: torch.nn.Module, loader: Loader) -> None:

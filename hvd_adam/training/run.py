@@ -20,6 +20,7 @@ from hvd_adam.distributed.context import Cluster, horovod, init
 from hvd_adam.distributed.optimizer import DistributedAdam
 from hvd_adam.errors import Preempted
 from hvd_adam.log import logger
+from hvd_adam.models.precision import loss_scaler, make_deterministic
 from hvd_adam.optim.adam import Adam
 from hvd_adam.recovery.elastic import InMemoryCheckpoint
 from hvd_adam.recovery.preemption import Preemption, stop_requested
@@ -35,7 +36,6 @@ from hvd_adam.training.builders import (
     try_out,
 )
 from hvd_adam.training.objective import Objective
-from hvd_adam.training.precision import loss_scaler, make_deterministic
 from hvd_adam.training.run_dir import ResumePoint
 from hvd_adam.training.weights.ema import ModelAverage
 from hvd_adam.training.weights.warm_start import warm_start

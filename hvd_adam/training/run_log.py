@@ -134,11 +134,11 @@ class RunLog:
 
 def shown_scores(scores: Mapping[str, Any], positive_class: str | None) -> dict[str, float]:
     """Returns the scores of an evaluation that are printed: the balanced accuracy only with a positive class."""
-    hidden = "test_balanced_accuracy" if positive_class is None else ""
+    hidden = {"test_ece"} | ({"test_balanced_accuracy"} if positive_class is None else set())
     return {
         name: value
         for name, value in scores.items()
-        if name.startswith("test_") and name != hidden and value is not None
+        if name.startswith("test_") and name not in hidden and value is not None
     }
 
 

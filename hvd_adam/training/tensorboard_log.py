@@ -22,6 +22,7 @@ TAGS = {
     ("eval", "test_loss"): "eval/loss",
     ("eval", "test_accuracy"): "eval/accuracy",
     ("eval", "test_balanced_accuracy"): "eval/balanced_accuracy",
+    ("eval", "test_ece"): "eval/calibration_error",
 }
 CONFUSION_TAG = "eval/confusion_matrix"
 CONFIG_TAG = "config"

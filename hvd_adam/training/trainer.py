@@ -22,15 +22,17 @@ from hvd_adam.distributed.broadcast.training import broadcast_buffers
 from hvd_adam.distributed.consistency import require_consistent
 from hvd_adam.errors import MembershipChanged, Preempted, UserError
 from hvd_adam.log import logger
+from hvd_adam.models.precision import autocast
 from hvd_adam.recovery.elastic import InMemoryCheckpoint
 from hvd_adam.training import messages
-from hvd_adam.training.evaluation import score
 from hvd_adam.training.meters import ThroughputMeter
 from hvd_adam.training.plots import try_plot
-from hvd_adam.training.precision import autocast
 from hvd_adam.training.run import build_run
 from hvd_adam.training.run_dir import ResumePoint, has_ended
 from hvd_adam.training.run_log import RunLog, shown_scores
+from hvd_adam.training.scores import mistakes_file
+from hvd_adam.training.scores.mistakes import MOST_MISTAKES
+from hvd_adam.training.scores.scoring import Scores, score
 from hvd_adam.training.skip_tracker import SkipTracker
 from hvd_adam.training.update import Updater
 from hvd_adam.training.weights.trainable import keep_frozen_statistics
@@ -202,12 +204,22 @@ class Trainer:
         model = self.model if self.ema is None else self.ema.model
         broadcast_buffers(model, self.cluster)
         model.eval()
-        scores = score(partial(self._predict, model), self.loader, self.cluster, self.objective)
+        predict = partial(self._predict, model)
+        scores = score(predict, self.loader, self.cluster, self.objective, mistakes=MOST_MISTAKES)
         if scores.test_accuracy is None and not self.has_evaluated:
             logger.info(messages.NO_ACCURACY)
         progress.scores, self.has_evaluated = scores.as_dict(), True
         self._event("eval", world_size=self.cluster.size, **progress.scores)
+        self._write_mistakes(scores)
         return progress.is_best(scores.test_accuracy, scores.test_loss)
+
+    def _write_mistakes(self, scores: Scores) -> None:
+        if self.folder is None or scores.mistakes is None:
+            return
+        classes, step = self.loader.data.classes, self.progress.step
+        problem = mistakes_file.try_write(self.folder, step, scores.mistakes, classes)
+        if problem is not None:
+            logger.warning(problem)
 
     def _predict(self, model: torch.nn.Module, inputs: torch.Tensor) -> Any:
         self.watchdog.beat(f"the evaluation after update {self.progress.step}")

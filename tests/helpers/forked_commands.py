@@ -23,14 +23,19 @@ PRELOADED = (
 
 
 class ForkedCommands:
-    """A context manager; `run` runs a command as `python -m` does and returns its `CompletedProcess`."""
+    """A context manager; `run` runs a command as `python -m` does and returns its `CompletedProcess`.
 
-    def __init__(self, folder):
-        self.folder = folder
+    Args:
+        folder: where commands run.
+        preload: further modules to import once for all of them.
+    """
+
+    def __init__(self, folder, *preload):
+        self.folder, self.preload = folder, preload
 
     def __enter__(self):
         environ = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, __file__]
+        command = [sys.executable, __file__, *self.preload]
         self.server = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ
         )
@@ -79,6 +84,6 @@ def become(request):
 
 if __name__ == "__main__":
     with loading_modules():
-        for name in PRELOADED:
+        for name in (*PRELOADED, *sys.argv[1:]):
             importlib.import_module(name)
     serve()

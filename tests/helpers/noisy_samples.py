@@ -34,7 +34,7 @@ class NoisySamples:
 
 
 def noisy(count=48, tests=7, **options):
-    return Datasets(NoisySamples(count, **options), NoisySamples(tests, **options), ("a", "b"), "noisy")
+    return Datasets(NoisySamples(count, **options), NoisySamples(tests, **options), (), "noisy")
 
 
 def main():

@@ -45,20 +45,28 @@ class ImageFiles(Dataset[tuple[torch.Tensor, int]]):
         Raises:
             UnreadableSample: the file cannot be read or decoded.
         """
-        return self._transform(decode(self._files.path(index))), int(self._files.labels[index])
+        return self._transform(decode(self.path(index))), int(self._files.labels[index])
+
+    def path(self, index: int) -> str:
+        """Returns the path of a file."""
+        return self._files.path(index)
 
 
-def decode(path: str) -> Image.Image:
-    """Reads an image as RGB.
+def decode(path: str, mode: str = "RGB") -> Image.Image:
+    """Reads an image.
+
+    Args:
+        path: of the file.
+        mode: Pillow's name of the kind of pixels to convert it to, such as "L", which is gray.
 
     Raises:
         UnreadableSample: the file cannot be read or decoded.
     """
     try:
         with open(path, "rb") as file, Image.open(file) as image:
-            rgb: Image.Image = image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
-            rgb.load()
-            return rgb
+            converted: Image.Image = image if image.mode == mode else image.convert(mode)  # which would copy it
+            converted.load()
+            return converted
     except MemoryError:
         raise
     except UnidentifiedImageError:

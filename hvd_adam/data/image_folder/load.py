@@ -47,6 +47,7 @@ def load(folder: Path, *, image_size: int = 224, positive_class: str | None = No
         mean=MEAN,
         std=STD,
         shape=(3, image_size, image_size),
+        resize=(resized_side(image_size),) * 2,
         fingerprint=files.train.fingerprint(),
         preload=(ImageFiles.__module__,),
     )

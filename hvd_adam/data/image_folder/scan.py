@@ -116,6 +116,16 @@ def scan(folder: Path) -> ImageFolder:
         raise UserError(f"cannot read {error.filename or folder}: {error.strerror}") from None
 
 
+def images_below(folder: str) -> list[str]:
+    """Returns the images in a folder and its subfolders, sorted; hidden ones are left out.
+
+    Raises:
+        OSError: the folder cannot be read.
+        UserError: a link leads to a folder that it is in.
+    """
+    return sorted(os.fsdecode(path) for path, *_ in _images(folder, []))
+
+
 def _scan(folder: Path) -> ImageFolder:
     train_folder = folder / "train"
     if not train_folder.is_dir():

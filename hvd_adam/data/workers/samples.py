@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset, default_collate
 
@@ -37,11 +38,13 @@ class Answer(NamedTuple):
         value: the sample, or the batch `(inputs, targets)`; None if there is none.
         unreadable: messages of the samples that cannot be read.
         failure: why the run must end; empty if it need not.
+        left_out: indices of the test samples that cannot be read.
     """
 
     value: Any = None
     unreadable: tuple[str, ...] = ()
     failure: str = ""
+    left_out: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,13 @@ class RequestedSamples(Dataset[Answer]):
 
     Attributes:
         datasets: the samples.
+        checks_training_labels: whether labels of training samples must be those of classes; test labels must.
         max_unreadable: how many training samples in a row may be unreadable: the first that is readable is taken
             for each of them. What it is depends on the files alone.
     """
 
     datasets: Datasets
+    checks_training_labels: bool
     max_unreadable: int
 
     def __getitem__(self, request: Request) -> Answer:
@@ -64,18 +69,41 @@ class RequestedSamples(Dataset[Answer]):
         for distance in range(self.max_unreadable + 1 if request.training else 1):
             index = (request.index + distance) % len(samples)
             seed_all(request.word)
+            part = "training" if request.training else "test"
+            what = f"data set {self.datasets.name}: {part} sample {index}"
             try:
-                return Answer(samples[index], tuple(unreadable))
+                sample = samples[index]
+                is_checked = self.checks_training_labels or not request.training
+                failure = wrong_label(sample, len(self.datasets.classes), what) if is_checked else ""
+                return Answer(sample, tuple(unreadable), failure)
             except UnreadableSample as error:
                 unreadable.append(str(error))
             except (Exception, SystemExit) as error:
                 # Not caught, sys.exit() would end a worker, or the rank, without a reason.
-                part = "training" if request.training else "test"
-                what = f"data set {self.datasets.name}: {part} sample {index} cannot be read"
-                return Answer(failure=f"{what}: {describe(error)}")
+                return Answer(failure=f"{what} cannot be read: {describe(error)}")
         # Training needs a sample in each place. Fewer samples than the limit may all be unreadable.
         failure = f"data set {self.datasets.name}: no training sample can be read" if request.training else ""
-        return Answer(None, tuple(unreadable), failure)
+        return Answer(None, tuple(unreadable), failure, () if request.training else (request.index,))
+
+
+def wrong_label(sample: Any, classes: int, what: str) -> str:
+    """Returns what is wrong with the label of a sample; empty if nothing is, or its target is no label.
+
+    On a GPU such a label would end the process in the middle of a kernel, without a reason.
+
+    Args:
+        sample: (input, target).
+        classes: number of classes; 0 if targets are not classes.
+        what: the sample, for the message.
+    """
+    target = sample[1] if isinstance(sample, tuple | list) and len(sample) == 2 else None
+    if isinstance(target, torch.Tensor) and not (target.is_floating_point() or target.is_complex()):
+        target = target.item() if target.ndim == 0 else None
+    elif isinstance(target, np.ndarray) and target.ndim == 0:
+        target = target[()]
+    if not classes or not isinstance(target, int | np.integer) or 0 <= target < classes:
+        return ""
+    return f"{what} has label {target}, but with {classes} classes labels must lie in 0 to {classes - 1}"
 
 
 @dataclass(frozen=True)
@@ -92,16 +120,17 @@ class Collate:
         """Returns the batch; None as its value if no sample of it can be read."""
         unreadable = tuple(message for answer in answers for message in answer.unreadable)
         failure = next((answer.failure for answer in answers if answer.failure), "")
+        left_out = tuple(index for answer in answers for index in answer.left_out)
         samples = [answer.value for answer in answers if answer.value is not None]
         if failure or not samples:
-            return Answer(None, unreadable, failure)
+            return Answer(None, unreadable, failure, left_out)
         try:
             inputs, targets = default_collate(samples)
         except Exception as error:
             return Answer(None, unreadable, self._mismatch(samples, error))
         if not (isinstance(inputs, torch.Tensor) and isinstance(targets, torch.Tensor)):
             return Answer(None, unreadable, self._mismatch(samples, TypeError("not tensors")))
-        return Answer((inputs, targets), unreadable)
+        return Answer((inputs, targets), unreadable, left_out=left_out)
 
     def _mismatch(self, samples: Sequence[Any], error: Exception) -> str:
         kinds = sorted({_describe(sample) for sample in samples})

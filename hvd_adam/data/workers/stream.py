@@ -10,7 +10,7 @@ import numpy as np
 from torch.utils.data import IterableDataset
 
 from hvd_adam.data.workers.random_state import seed_all
-from hvd_adam.data.workers.samples import Answer, Collate, describe
+from hvd_adam.data.workers.samples import Answer, Collate, describe, wrong_label
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Stream(IterableDataset[Answer]):
         epoch: ≥ 0.
         words: returns the seeds, uint64, of the places of a group, by its number.
         group: places in a group.
+        classes: number of classes of which labels must be; 0: they are not checked.
     """
 
     samples: IterableDataset[Any]
@@ -36,6 +37,7 @@ class Stream(IterableDataset[Answer]):
     epoch: int
     words: Callable[[int], np.ndarray]
     group: int
+    classes: int
 
     def __iter__(self) -> Iterator[Answer]:
         """Reads the stream up to the end of the last range."""
@@ -69,7 +71,7 @@ class Stream(IterableDataset[Answer]):
                     sample = next(source)
                 except StopIteration:
                     break
-                yield Answer(sample)
+                yield Answer(sample, failure=wrong_label(sample, self.classes, f"{self.name}: sample {place}"))
                 place += 1
         except (Exception, SystemExit) as error:  # sys.exit() would end the process without a reason
             yield Answer(failure=f"{self.name}: sample {place} cannot be read: {describe(error)}")

@@ -121,6 +121,7 @@ class GradientAverager:
             self._announce()
             if self.reducer is not None and not self.reducer.in_flight:
                 self._optimizer.ensure_layout()
+                self.reducer.pass_begins()
         self._undo_division()
         self._averaged = False
         if not self._local:

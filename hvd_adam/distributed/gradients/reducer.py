@@ -88,10 +88,13 @@ class Reducer:
         """Whether a round has begun."""
         return bool(self._in_flight)
 
-    def respect_held_gradients(self) -> None:
-        """Called before a round: user code may hold gradients, of now and of earlier rounds."""
+    def pass_begins(self) -> None:
+        """Called before a backward pass that begins a round: a loop may have cleared gradients itself."""
         if self._feedback is not None:
             self._feedback.forget_unless_kept(self._index)
+
+    def respect_held_gradients(self) -> None:
+        """Called before a round: user code may hold gradients, of now and of earlier rounds."""
         for buffer in self._buffers:
             buffer.leave_kept_gradients()
             if not self.scatters:  # else the gradients are not whole when the round ends

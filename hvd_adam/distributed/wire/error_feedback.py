@@ -70,7 +70,7 @@ class ErrorFeedback:
         self._names, self._exact, self._unit, self._masters = names, exact, unit, masters
         self.shard_multiple = ALIGNMENT if masters is None else self._codec.block
         self._buckets: list[CodedBucket | None] = []
-        self._begun = False
+        self._round_unit: float | None = None  # the loss scale of the round in flight
         own, before = names(), filter(None, (optimizer.error_feedback for optimizer in retired))
         found = [item for feedback in before for item in feedback.by_parameter().items()]
         # Of parameters that are in no bucket, such as frozen ones.
@@ -135,8 +135,8 @@ class ErrorFeedback:
         coded = self._buckets[number]
         if coded is None:
             return AllReduce(gradients, exact_name(name), "none", scaling=scaling)
-        if not self._begun:
-            self._begun, self._round_unit = True, self._unit()  # once a round: a GPU is waited for
+        if self._round_unit is None:
+            self._round_unit = self._unit()  # once a round: a GPU is waited for
         coded.unit = self._round_unit
         kind = CodedAllReduce if self._masters is None else CodedReduceScatter
         return kind(gradients, name, coded, scaling)
@@ -147,7 +147,7 @@ class ErrorFeedback:
         Args:
             total: finite if all elements of the gradients are; the same on all ranks.
         """
-        self._begun = False
+        self._round_unit = None
         if not total.isfinite():
             self.roll_back()
 
@@ -173,7 +173,7 @@ class ErrorFeedback:
         return any(residual.is_pending for bucket in self._coded for residual in bucket.residuals)
 
     def forget_unless_kept(self, parameters: Iterable[Tensor]) -> None:
-        """Called before a round: what has been reduced since the last update is dropped if a loop has cleared it.
+        """Drops what has been reduced since the last update, if a loop has cleared all of it.
 
         Args:
             parameters: the averaged ones.

@@ -1,0 +1,1 @@
+"""The command `python -m hvd_adam.export`: a trained model as one file. Imports no torch."""

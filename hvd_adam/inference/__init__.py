@@ -1,0 +1,1 @@
+"""What was trained, for use: models from checkpoints, and their predictions. Needs no data set and no Horovod."""

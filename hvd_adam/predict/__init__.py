@@ -1,0 +1,1 @@
+"""The command `python -m hvd_adam.predict`: the classes of image files. Imports no torch."""
