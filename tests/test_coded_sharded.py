@@ -1,4 +1,4 @@
-"""Sharded state with codes: every rank updates its masters, and all ranks have what codes have told of them.
+"""Sharded state with codes: every rank updates its masters, and sends the codes of their changes to all ranks.
 
 Hazards: ranks whose parameters differ in a bit; masters that are lost when buckets change, when a loop changes its
 parameters, when a job resumes, or when an update fails; parameters that change without a gradient.

@@ -1,4 +1,4 @@
-"""`Masters`: float32 parameters of which all ranks have what codes have told them (`strategy="sharded"`).
+"""`Masters`: float32 parameters whose changes are sent to all ranks as codes (`strategy="sharded"`).
 
 Each rank updates the masters of its shard, and sends the codes of their difference to the parameters, which all
 ranks add. What the codes miss is part of the next difference, so nothing is lost (SDP4Bit, Jia et al. 2024, arXiv
