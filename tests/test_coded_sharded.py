@@ -169,6 +169,22 @@ def test_the_norm_of_all_shards_is_clipped(cluster, compression, deferred):
 
 
 @on_ranks(2)
+def test_buckets_of_exact_parameters_have_no_codes(cluster):
+    model = torch.nn.ModuleDict({"words": torch.nn.Embedding(700, 3100), "head": torch.nn.Linear(30, 40)})
+    before = model["words"].weight.detach().clone()  # 8.7 MB: a bucket by itself
+    optimizer = sharded(model, "int4")
+    for seed in range(2):
+        optimizer.zero_grad()
+        rows = torch.arange(5) + 300 * cluster.rank
+        (model["words"](rows).sum() * (seed + 1) + model["head"](torch.ones(2, 30)).square().sum()).backward()
+        optimizer.step()
+        assert same_everywhere(digest(model.state_dict()))
+    changed = (model["words"].weight != before).any(dim=1)
+    assert changed.nonzero().view(-1).tolist() == [*range(5), *range(300, 305)]
+    assert masters(optimizer).keys() == {"head.weight"}
+
+
+@on_ranks(2)
 @each_code
 def test_half_precision_parameters_are_sent_as_they_are(cluster, compression):
     model = Weights(weight=(60, 40), bias=(40,), more=(30, 50))

@@ -225,8 +225,8 @@ class Reducer:
         small = torch.cat([values.float() for values in (*flags, place)]).cpu()
         if self.scatters and self._feedback is not None:  # flags and message are sent exactly, to all ranks
             assert total is not None
-            both = total.float().cpu().reshape(1)  # 0 or NaN
-            total = horovod().allreduce(both, op=horovod().Sum, name=f"{self._prefix}.used")[0].double()
+            own = total.float().cpu().reshape(1)  # 0 or NaN
+            total = horovod().allreduce(own, op=horovod().Sum, name=f"{self._prefix}.used")[0].double()
         elif self.scatters:
             rest = [] if total is None else [total.float().cpu().reshape(1)]  # 0 or NaN
             small = horovod().allreduce(torch.cat([small, *rest]), op=horovod().Sum, name=f"{self._prefix}.used")

@@ -33,8 +33,9 @@ class Known(NamedTuple):
     parameter: Tensor
 
     def fits(self, p: Tensor) -> bool:
-        """Returns whether the parameter still has the same shape and dtype."""
-        return (p.shape, p.dtype) == (self.master.shape, self.parameter.dtype)
+        """Returns whether the parameter still has the same shape, dtype and device."""
+        known = self.master.shape, self.parameter.dtype, self.master.device
+        return (p.shape, p.dtype, p.device) == known
 
     def now(self, p: Tensor) -> Tensor:
         """Returns the master: the parameter itself where it has been changed since, bit by bit."""
@@ -71,12 +72,18 @@ class Masters:
             for p in shard.coded.keys() & self._parked.keys():
                 shard.put(p, self._parked.pop(p).now(p))
 
+    def _coded(self) -> list[MasterShard]:
+        """Returns the shards that have coded parameters, after they have noticed changes."""
+        shards = [shard for shard in self._shards if shard.coded]
+        for shard in shards:
+            if shard.buffer.fits():  # else the parameters have got other shapes
+                shard.notice_changes()
+        return shards
+
     def _whole(self) -> dict[Tensor, Known]:
         """Returns whole masters, on all ranks. Every rank must call it."""
         found = dict(self._parked)
-        for number, shard in enumerate(self._shards):
-            if shard.buffer.fits():  # else the parameters have got other shapes
-                shard.notice_changes()
+        for number, shard in enumerate(self._coded()):
             flat = horovod().allgather(shard.master, name=f"{self._prefix}.whole.{number}")
             for p, place in shard.coded.items():
                 found[p] = Known(view(flat, place).clone(), p.detach().clone())
@@ -98,9 +105,10 @@ class Masters:
     def exchange(self) -> None:
         """Sends what has changed in this rank's shards to the others. Every rank must call it."""
         hvd = horovod()
+        coded = [shard for shard in self._shards if shard.coded]
         handles = [
             hvd.allgather_async(shard.encode(), name=f"{self._prefix}.codes.{number}")
-            for number, shard in enumerate(self._shards)
+            for number, shard in enumerate(coded)
         ]
         exact = [piece for rank in range(hvd.size()) for shard in self._shards for piece in shard.exact_of(rank)]
         if exact:
@@ -108,8 +116,9 @@ class Masters:
             sent = torch.cat(own) if own else torch.empty(0, dtype=torch.float32, device=exact[0].device)
             received = hvd.allgather(sent, name=f"{self._prefix}.exact")
             torch._foreach_copy_(exact, list(torch.split(received, list(map(len, exact)))))
-        for shard, handle in zip(self._shards, handles, strict=True):
+        for shard, handle in zip(coded, handles, strict=True):
             shard.add(hvd.synchronize(handle))
+        for shard in self._shards:
             shard.remember()
 
     # Saving.
@@ -117,8 +126,7 @@ class Masters:
     def on_root(self, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
         """Returns whole masters by name, on the CPU, on rank 0. Every rank must call it."""
         found = _by_name(self._parked, names)
-        for number, shard in enumerate(self._shards):
-            shard.notice_changes()
+        for number, shard in enumerate(self._coded()):
             rows = rows_to_root(shard.master, f"{self._prefix}.save.{number}")
             if rows is not None:
                 found |= {names[p]: view(rows.view(-1), place).clone() for p, place in shard.coded.items()}
@@ -137,8 +145,9 @@ class Masters:
             parameters: by name.
         """
         names = {p: name for name, p in parameters.items()}
-        for number, shard in enumerate(self._shards):
+        for shard in self._shards:
             shard.start_over()
+        for number, shard in enumerate(self._coded()):
             flat = _flat(shard, names, saved) if horovod().rank() == ROOT else None
             shard.master.copy_(row_of_root(flat, f"{self._prefix}.load.{number}"))
         divided = {p for shard in self._shards for p in shard.coded}
