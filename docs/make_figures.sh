@@ -5,7 +5,7 @@
 #   docs/make_figures.sh --list        print the commands instead
 #
 # Takes about an hour on two cores. Run it on an idle machine, in the environment that launch/setup.sh made.
-# The commands on hosts (tests/recovery.py, docs/slow_link.py) need root.
+# The commands on hosts (tests/recovery.py, bench wire --link) need root.
 set -euo pipefail
 
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." >/dev/null
@@ -30,7 +30,9 @@ FIGURES=(
   "compare-vanishing|horovodrun -np 2 python -m hvd_adam.compare --study vanishing"
   "compare-batch-size|horovodrun -np 2 python -m hvd_adam.compare --study batch-size"
   "report|python docs/report_figure.py"
-  "slow-link|python docs/slow_link.py"
+  "wire|python -m hvd_adam.bench wire --link 1Gbit"
+  "wire-gloo|python -m hvd_adam.bench wire --link 1Gbit --launcher gloo"
+  "wire-100Mbit|python -m hvd_adam.bench wire --link 100Mbit --steps 4 --repeats 2"
   "recovery|python tests/recovery.py"
 )
 

@@ -58,7 +58,7 @@ def test_the_readme_links_to_every_part_of_the_documentation():
 @cache
 def known_options() -> str:
     helps = ""
-    benches = [f"bench.{name}" for name in ("adam", "step", "allreduce", "memory", "checkpoint", "data")]
+    benches = [f"bench.{name}" for name in ("adam", "step", "wire", "allreduce", "memory", "checkpoint", "data")]
     names = ["train", "evaluate", "predict", "export", "report", "compare", "doctor", *benches]
     for name in names:
         command = [sys.executable, "-m", *f"hvd_adam.{name}".replace("bench.", "bench ").split(), "--help"]

@@ -6,6 +6,7 @@ twice; a file that is there, but not whole or wrong; an error of an exporter tha
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -13,10 +14,11 @@ import pytest
 import torch
 from helpers.forked_commands import ForkedCommands
 from helpers.trained_models import train, train_on_digits
-from helpers.training_runs import one_line, succeeded
+from helpers.training_runs import ROOT, one_line, succeeded
 
 from hvd_adam import load_model
 from hvd_adam.checkpoint import storage
+from hvd_adam.errors import UserError
 from hvd_adam.export import formats
 
 EXPORT = "hvd_adam.export"
@@ -137,6 +139,19 @@ def test_safetensors_have_the_weights_that_were_asked_for_and_the_metadata(comma
     assert oct((folder / "digits.st").stat().st_mode)[-3:] == oct(0o666 & ~current_umask())[-3:]
 
 
+def not_finite(folder):
+    """Writes a checkpoint like that of a training which has diverged."""
+    state = storage.load(folder / "digits")
+    next(iter(state["ema"].values())).fill_(float("nan"))
+    storage.save(folder / "nan" / "checkpoints", 3, state)
+
+
+def test_weights_that_are_not_finite_are_the_same_in_safetensors(commands, folder):
+    not_finite(folder)
+    argv = ["--checkpoint", "nan", "--format", "safetensors", "--output", "nan.st"]
+    assert "weights identical" in succeeded(commands.run(EXPORT, *argv)).stdout
+
+
 def current_umask():
     os.umask(mask := os.umask(0))
     return mask
@@ -147,6 +162,10 @@ BAD = [
     (["--output", "nowhere/m.pt2"], "there is no folder nowhere"),
     (["--output", "nets.py"], "--output nets.py exists: choose another name, or replace it with --force"),
     ([], "--output is missing"),
+    (["--output", "m" * 300], "cannot be written (File name too long)"),
+    (["--output", "null", "--force"], "--output null is not a regular file"),
+    (["--output", "digits/checkpoints/step-00000003/state.pt", "--force"], "is a file of the checkpoint itself"),
+    (["--output", "m", "--checkpoint", "nan"], "--format torch: logits are not finite"),
     (["--output", "m", "--format", "tflite"], "--format is tflite: it must be one of torch, onnx, safetensors"),
     (["--output", "m", "--checkpoint", "nowhere"], "no checkpoint in nowhere"),
     (["--output", "m", "--checkpoint", "noisy"], "--format torch: logits of the exported model differ by "),
@@ -161,12 +180,23 @@ def test_bad_input_is_one_line_and_nothing_is_written(commands, folder, argv, me
     for model in ("noisy", "branching"):
         if not (folder / model).exists():
             untrained(folder, model, f"nets:{model}")
+    if not (folder / "null").exists():
+        os.mkfifo(folder / "null")  # as /dev/null, which --force must not replace
+        not_finite(folder)
     before = (folder / "nets.py").read_text()
     line = one_line(commands.run(EXPORT, "--checkpoint", "digits", *argv))
-    assert message in line and len(line) < 400
+    assert message in line and len(line) < 500
     assert (
         not (folder / "m").exists() and not list(folder.glob(".*")) and (folder / "nets.py").read_text() == before
     )
+
+
+def test_a_release_of_torch_that_cannot_write_the_format_is_named(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.5.1+cu121"))
+    formats.require_release("torch")
+    formats.require_release("safetensors")
+    with pytest.raises(UserError, match=r"--format onnx needs torch 2.6 or newer, not 2.5.1\+cu121"):
+        formats.require_release("onnx")
 
 
 def test_a_model_that_does_not_classify_images_is_exported_as_weights_only(commands, folder):
@@ -194,6 +224,22 @@ def test_a_file_is_replaced_only_by_one_that_was_checked(commands, folder, monke
     assert (folder / "old.pt2").read_text() == "old"
     succeeded(commands.run(EXPORT, "--checkpoint", "digits", *options))
     assert (folder / "old.pt2").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_a_file_is_written_leaves_nothing(tmp_path, number):
+    code = f"""
+import os, time
+from pathlib import Path
+from hvd_adam.checkpoint.output import whole_file
+with whole_file("--output", Path("m")) as draft:
+    draft.write_text("half")
+    os.kill(os.getpid(), {int(number)})
+    time.sleep(60)
+"""
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environ, capture_output=True, timeout=50)
+    assert done.returncode == -number and not list(tmp_path.iterdir())
 
 
 def test_a_missing_package_is_named_with_the_extra_that_has_it(commands, folder):

@@ -5,6 +5,7 @@ depend on the other files, on the number of ranks or of threads; a sample that c
 it; a file name that breaks a line; a model that needs its data set, or Horovod, to be loaded.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -238,6 +239,79 @@ def test_checkpoints_of_earlier_versions_work_where_the_data_set_is_known(folder
         assert (model.shape, model.resize) == (shape, resize)
     with pytest.raises(UserError, match="does not hold the shape of the inputs"):
         load_model(tmp_path / "sums")
+
+
+def test_a_checkpoint_that_lacks_what_a_command_needs_is_one_line(commands, folder):
+    state = storage.load(folder / "digits")
+    data = state["data"]
+    for changed, message in (
+        ({"state_dict": state["model"]}, "was not written by hvd_adam.train: no 'config'"),
+        ({**state, "config": ["digits"]}, "no 'config'"),
+        ({**state, "data": {**data, "classes": None}}, "no 'data.classes'"),
+        ({**state, "data": {"classes": data["classes"]}}, "no 'data.mean'"),
+    ):
+        storage.save(folder / "changed", 3, changed)
+        for argv in ([EVALUATE], [PREDICT, "png/000.png"]):
+            assert message in one_line(commands.run(*argv, "--checkpoint", folder / "changed"))
+    storage.save(folder / "changed", 3, {**state, "data": {**data, "mean": [], "std": []}})
+    line = one_line(commands.run(EVALUATE, "--checkpoint", folder / "changed"))
+    assert "is of a training without normalization, which digits has" in line
+
+
+def test_outputs_that_are_not_finite_are_no_prediction(commands, folder):
+    state = storage.load(folder / "digits")
+    next(iter(state["ema"].values())).fill_(float("nan"))
+    storage.save(folder / "nan", 3, state)
+    line = one_line(commands.run(PREDICT, "--checkpoint", "nan", "--json", "png/000.png"))
+    assert "its outputs for png/000.png are not finite" in line
+    argv = ["--checkpoint", "nan", "--predictions", "nan.jsonl", "--json"]
+    scores = json.loads(succeeded(commands.run(EVALUATE, *argv)).stdout, parse_constant=pytest.fail)
+    assert scores["test_loss"] is None and scores["unpredicted"] == scores["images"]
+    assert lines((folder / "nan.jsonl").read_text())[0] == {
+        "index": 0,
+        "target": str(load("digits").test_labels[0]),
+        "predicted": None,
+        "probabilities": None,
+    }
+
+
+OTHER_STATISTICS = """
+import torch
+from hvd_adam.data import Datasets, load
+
+class Images(torch.utils.data.Dataset):
+    def __init__(self, images, labels): self.images, self.labels = images, labels
+    def __len__(self): return len(self.labels)
+    def __getitem__(self, index): return torch.from_numpy(self.images[index].copy()), int(self.labels[index])
+
+def data(mean=None):
+    digits = load("digits")
+    test = Images(digits.test_images, digits.test_labels)
+    return Datasets(test, test, digits.classes, mean=mean and (mean,), std=mean and (mean,))
+
+def brighter(): return data(0.9)
+
+def unknown(): return data()
+"""
+
+
+@pytest.mark.parametrize("dataset", ["scaled:brighter", "scaled:unknown"])
+def test_images_are_normalized_as_in_the_training_whatever_the_data_set_says(commands, folder, dataset):
+    (folder / "scaled.py").write_text(OTHER_STATISTICS)
+    own, other = (
+        json.loads(succeeded(commands.run(EVALUATE, "--checkpoint", "digits", "--json", *argv)).stdout)
+        for argv in ([], ["--dataset", dataset])
+    )
+    assert own == other
+
+
+def test_a_model_that_takes_no_single_sample_is_one_line(commands, folder):
+    argv = ["--model", "nets:paired", "--dataset", "scaled:brighter", "--workers", 0, "--loss", "nets:loss"]
+    (folder / "scaled.py").write_text(OTHER_STATISTICS)
+    run = train(commands, "paired", *argv)
+    line = one_line(commands.run(EVALUATE, "--checkpoint", run, "--predictions", "paired.jsonl"))
+    assert "fails with inputs of shape (1, 1, 8, 8): ValueError: one image (nets.py" in line
+    assert not (folder / "paired.jsonl").exists()
 
 
 def test_how_images_of_an_own_data_set_are_resized_can_be_declared(folder, tmp_path):

@@ -7,6 +7,7 @@ input that ends in a traceback or a half-written page.
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -353,6 +354,18 @@ def test_folders_that_are_no_runs_are_refused(tmp_path):
     (tmp_path / "runs/one/config.yaml").write_text("a: [1\n")
     assert "config.yaml, line 2: this is not valid YAML" in refused(tmp_path / "runs/one", *output)
     assert not (tmp_path / "report.html").exists()
+
+
+def test_names_and_numbers_of_any_kind_are_shown(tmp_path):
+    folder = write_run(tmp_path / os.fsdecode(b"byte\xff"))
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "checkpoint_failed", "step": 1, "reason": "\\ud800"}\n')
+        file.write('{"event": "step", "step": 2, "loss": 1%s}\n' % ("0" * 400))
+    report(folder, "--output", tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert "byte\\udcff" in text and "\\ud800" in text
+    (folder / "config.yaml").write_text("a: &a [*a]\n")
+    assert "this is not valid YAML" in refused(folder, "--output", tmp_path / "other.html")
 
 
 def test_a_page_that_exists_or_cannot_be_written_is_refused_before_runs_are_read(tmp_path):

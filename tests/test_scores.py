@@ -7,6 +7,7 @@ classified; a picture and a description of different evaluations.
 """
 
 import json
+import warnings
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -29,7 +30,7 @@ from hvd_adam.data.sampling import evaluation_share
 from hvd_adam.distributed.context import Cluster
 from hvd_adam.errors import UserError
 from hvd_adam.training.objective import Objective
-from hvd_adam.training.scores import mistakes_file, scoring, tables
+from hvd_adam.training.scores import mistakes_file, plots, scoring, tables
 from hvd_adam.training.scores.calibration import BINS
 from hvd_adam.training.scores.mistakes import LARGEST_SIDE, MOST_MISTAKES, Mistake
 from hvd_adam.training.scores.scoring import score
@@ -195,6 +196,16 @@ def test_names_of_classes_stay_on_their_line():
     lines = lines_of(replace(random_table(classes=3), classes=names))
     assert not [line for line in lines if not line.isprintable()]
     assert max(map(len, lines)) < 120 and any("x" * 20 + "…" in line or "…" in line for line in lines)
+
+
+def test_long_names_of_classes_leave_room_for_the_matrix(tmp_path):
+    scores = random_table(classes=3).score()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib's, of axes without a size
+        names = ("a\nb", "x" * 100_000, "$e")
+        plots.plot(tmp_path / "scores.png", scores.counts, scores.calibration, names, "t" * 1000)
+    with Image.open(tmp_path / "scores.png") as picture:
+        assert np.asarray(picture.convert("RGB")).std(axis=(0, 1)).min() > 10
 
 
 def test_json_has_everything_and_the_likelihood_of_another_loss():

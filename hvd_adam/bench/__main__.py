@@ -5,6 +5,7 @@ Start it without a launcher; it starts the ranks itself.
 python -m hvd_adam.bench adam --threads 1,2
 python -m hvd_adam.bench allreduce --np 2 --sizes 0.25,4,40
 python -m hvd_adam.bench step --np 2 --models mlp,cnn --plot step.png
+python -m hvd_adam.bench wire --link 100Mbit,1Gbit
 python -m hvd_adam.bench memory --np 1,2,4 --json
 python -m hvd_adam.bench checkpoint --models cnn --every 10
 python -m hvd_adam.bench data --images 1000,8000
@@ -24,6 +25,7 @@ from hvd_adam.bench.config import (
     MemoryConfig,
     StepConfig,
 )
+from hvd_adam.bench.wire_config import WireConfig
 from hvd_adam.cli import run
 from hvd_adam.distributed.launch_env import detect_launcher
 from hvd_adam.errors import UserError
@@ -34,6 +36,7 @@ COMMANDS: dict[str, type[BenchConfig]] = {
     "adam": AdamConfig,
     "allreduce": AllreduceConfig,
     "step": StepConfig,
+    "wire": WireConfig,
     "memory": MemoryConfig,
     "checkpoint": CheckpointConfig,
     "data": DataConfig,

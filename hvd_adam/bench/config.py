@@ -91,7 +91,7 @@ class AdamConfig(BenchConfig):
             return (CUSTOM,)
         if self.workloads == "auto":
             return GPU_WORKLOADS if device == "cuda" else ("resnet18",)
-        names = _words(self.workloads)
+        names = words(self.workloads)
         valid = bool(names) and all(name in TENSOR_LISTS or flat_elements(name) is not None for name in names)
         wanted = f"numbers of parameters, as in 16M,1G, or some of {', '.join(TENSOR_LISTS)}"
         require(valid, "workloads", self.workloads, wanted)
@@ -101,7 +101,7 @@ class AdamConfig(BenchConfig):
         """Returns the `DTYPES` to compare on a device, "cpu" or "cuda"."""
         if self.dtype == "auto":
             return ("float32", f"bfloat16{MASTER}") if device == "cuda" else ("float32",)
-        names = _words(self.dtype)
+        names = words(self.dtype)
         require(
             bool(names) and set(names) <= {*DTYPES}, "dtype", self.dtype, f"one of {', '.join(DTYPES)}, or several"
         )
@@ -162,16 +162,16 @@ class StepConfig(RanksConfig):
         for name in ("batch_size", "repeats", "steps"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(bool(self.model_names()), "models", repr(self.models), "names of models, as in mlp,cnn")
-        require(bool(_words(self.variants)), "variants", repr(self.variants), "all, or names of variants")
-        for name in _words(self.variants):
+        require(bool(words(self.variants)), "variants", repr(self.variants), "all, or names of variants")
+        for name in words(self.variants):
             known = name in ("all", *PEERS) or name.startswith(OURS)
             require(known, "variants", name, f"some of {OURS}STRATEGY, {', '.join(PEERS)}")
-        if "plain" in _words(self.variants) and self.np > 1:
+        if "plain" in words(self.variants) and self.np > 1:
             raise UserError("--variants plain trains one rank without distribution: use --np 1, or leave it out")
 
     def model_names(self) -> tuple[str, ...]:
         """Returns the models to train."""
-        return _words(self.models)
+        return words(self.models)
 
     def variant_names(self, strategies: Iterable[str]) -> tuple[str, ...]:
         """Returns the variants to compare.
@@ -186,7 +186,7 @@ class StepConfig(RanksConfig):
         ours = [OURS + strategy for strategy in strategies]
         usual = (*ours, *peers)
         known = (*usual, *(name + c + d for name in ours for c in COMPRESSED for d in ("", DEFERRED) if c + d))
-        names = usual if self.variants == "all" else _words(self.variants)
+        names = usual if self.variants == "all" else words(self.variants)
         for name in names:
             require(name in known, "variants", name, f"some of {', '.join(known)}")
         return names
@@ -243,7 +243,7 @@ class CheckpointConfig(RanksConfig):
 
     def model_names(self) -> tuple[str, ...]:
         """Returns the models to train."""
-        return _words(self.models)
+        return words(self.models)
 
 
 @dataclass(frozen=True)
@@ -295,7 +295,8 @@ def flat_elements(workload: str) -> int | None:
     return int(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[match[2]] if match else None
 
 
-def _words(text: str) -> tuple[str, ...]:
+def words(text: str) -> tuple[str, ...]:
+    """Returns the words of a comma-separated list, each once."""
     return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
 
 
@@ -303,7 +304,7 @@ def _numbers(
     name: str, text: str, kind: Callable[[str], Number], valid: Callable[[Number], bool], wanted: str
 ) -> tuple[Number, ...]:
     try:
-        values = tuple(kind(word) for word in _words(text))
+        values = tuple(kind(word) for word in words(text))
     except ValueError:
         values = ()
     require(bool(values) and all(map(valid, values)), name, text, wanted)

@@ -39,6 +39,6 @@ def add_ratio(rows: Iterable[Row], key: str, peer: Mapping[str, Any] | None) -> 
         row[key] = ratio(row.get("median_ms"), peer.get("median_ms") if peer else None)
 
 
-def bus_bytes(ranks: int, size: int) -> float:
+def bus_bytes(ranks: int, size: float) -> float:
     """Returns the bytes that each rank must send, and receive, to sum `size` bytes over all ranks: 2(N−1)/N·S."""
     return 2 * (ranks - 1) / ranks * size

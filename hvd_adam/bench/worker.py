@@ -15,6 +15,7 @@ MODULES = {
     "data": "hvd_adam.bench.data_worker",
     "memory": "hvd_adam.bench.memory_worker",
     "step": "hvd_adam.bench.step_worker",
+    "wire": "hvd_adam.bench.wire_worker",
 }
 
 

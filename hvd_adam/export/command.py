@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hvd_adam.checkpoint.files import fsync, publish
+from hvd_adam.checkpoint.output import require_free, whole_file
 from hvd_adam.config import ExportConfig
 from hvd_adam.distributed.launch_env import require_no_launcher
 from hvd_adam.errors import UserError
@@ -32,31 +31,17 @@ def export(config: ExportConfig) -> None:
             classifier of images (torch and onnx), cannot be exported, or the file's outputs differ.
     """
     require_no_launcher()
-    path = _output(config)
+    formats.require_release(config.format)
+    path = Path(config.output)
+    require_free("--output", path, replace=config.force)
     trained = Trained.of_options(config)
+    if path.exists() and path.resolve().parent == trained.path.resolve():
+        raise UserError(f"--output {path} is a file of the checkpoint itself: choose another name")
     model = build(trained, torch.device("cpu"))
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-            draft = Path(folder) / path.name
-            difference = _write(model, trained, config.format, draft)
-            fsync(draft)
-            publish(draft, path)
-    except OSError as error:
-        raise UserError(f"--output {path} cannot be written ({error.strerror or error})") from None
+    with whole_file("--output", path) as draft:
+        difference = _write(model, trained, config.format, draft)
     compared = "weights identical" if difference is None else f"logits within {difference:.1e} of the model's"
     write_result(f"{path}: {config.format}, {path.stat().st_size / 1e6:.1f} MB, {compared}\n")
-
-
-def _output(config: ExportConfig) -> Path:
-    """Returns the file to write, if it may be written."""
-    path = Path(config.output)
-    if path.is_dir():
-        raise UserError(f"--output {path} is a folder: give the name of a file in it")
-    if not path.parent.is_dir():
-        raise UserError(f"--output {path}: there is no folder {path.parent}: make it first")
-    if path.exists() and not config.force:
-        raise UserError(f"--output {path} exists: choose another name, or replace it with --force")
-    return path
 
 
 def _write(model: nn.Module, trained: Trained, form: str, draft: Path) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,9 +20,19 @@ from hvd_adam.inference.classifier import ImageClassifier
 
 INPUT, OUTPUT = "images", "logits"  # names in ONNX files
 TOLERANCE = 1e-5  # of a logit, relative to the largest one
+OLDEST_RELEASES = {"torch": (2, 2), "onnx": (2, 6)}  # of torch, for batches of any size
 CHECKED_BATCHES = (1, 3)  # sizes; the example that is traced has another one
 
 Run = Callable[[torch.Tensor], torch.Tensor]
+
+
+def require_release(form: str) -> None:
+    """Raises UserError if this release of torch cannot write a format."""
+    release: Any = torch.__version__  # compares with tuples
+    oldest = OLDEST_RELEASES.get(form, (0,))
+    if release < oldest:
+        needed = ".".join(map(str, oldest))
+        raise UserError(f"--format {form} needs torch {needed} or newer, not {release}: use --format safetensors")
 
 
 def write_program(model: ImageClassifier, form: str, path: Path, metadata: Mapping[str, str]) -> float:
@@ -47,7 +58,11 @@ def write_program(model: ImageClassifier, form: str, path: Path, metadata: Mappi
     except OSError:
         raise
     except Exception as error:
+        if isinstance(error.__context__, OSError):  # torch replaces that of a full disk by an error of its own
+            raise error.__context__ from None
         raise UserError(f"--format {form}: the model cannot be exported: {_reason(error)}") from error
+    if math.isnan(difference):
+        raise UserError(f"--format {form}: logits are not finite; nothing is written. Export another checkpoint")
     if not difference <= TOLERANCE:
         raise UserError(
             f"--format {form}: logits of the exported model differ by {difference:.1e} of the largest one, more "
@@ -57,7 +72,9 @@ def write_program(model: ImageClassifier, form: str, path: Path, metadata: Mappi
 
 
 def _write_torch(model: ImageClassifier, path: Path, metadata: Mapping[str, str]) -> Run:
-    torch.export.save(_traced(model), path, extra_files=dict(metadata))
+    program = _traced(model)
+    with path.open("wb") as file:  # of a path, torch writes in C++, where a full disk is a RuntimeError
+        torch.export.save(program, file, extra_files=dict(metadata))
     loaded: Run = torch.export.load(path).module()
     return loaded
 
@@ -139,5 +156,10 @@ def write_safetensors(model: nn.Module, path: Path, metadata: Mapping[str, str])
     path.write_bytes(save(weights, dict(metadata)))  # save_file would make a file that only its owner can read
     saved = load_file(path)
     for name, value in weights.items():
-        if not (saved[name].dtype == value.dtype and torch.equal(saved[name], value)):
+        if not (saved[name].dtype == value.dtype and torch.equal(_bytes(saved[name]), _bytes(value))):
             raise UserError(f"--format safetensors: {name} is another tensor in the file; nothing is written")
+
+
+def _bytes(values: torch.Tensor) -> torch.Tensor:
+    """Returns the memory of a tensor: NaN, which weights may have, is not equal to itself."""
+    return values.flatten().view(torch.uint8)

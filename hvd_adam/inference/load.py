@@ -75,9 +75,9 @@ def build(trained: Trained, device: torch.device) -> nn.Module:
     with torch.random.fork_rng(devices=[]):  # the initial weights are drawn, and replaced
         model = zoo.of_config(trained.config, shape, len(trained.classes))
     model.to(dtype).eval()
-    mean, std = (tuple(trained.data.get(name) or ()) for name in ("mean", "std"))
     classifier = None
-    if len(shape) == IMAGE_DIMENSIONS and trained.classes and mean and std:
+    if len(shape) == IMAGE_DIMENSIONS and trained.classes and trained.statistics is not None:
+        mean, std = trained.statistics
         channels, height, width = shape
         classifier = ImageClassifier(
             model,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hvd_adam.checkpoint.files import fsync, publish
+from hvd_adam.checkpoint.output import whole_file
 from hvd_adam.data.protocols import Loader
 from hvd_adam.data.sampling import evaluation_share
 from hvd_adam.data.worker_loader import WorkerLoader
@@ -95,20 +95,14 @@ class Predictions:
         columns = part["indices"].tolist(), part["targets"].tolist(), part["probabilities"]
         for index, target, probabilities in zip(*columns, strict=True):
             line = {"index": index} if path_of is None else {"index": index, "path": path_of(index)}
-            line |= {"target": self._classes[target], "predicted": self._classes[int(probabilities.argmax())]}
-            yield json.dumps({**line, "probabilities": shortest(probabilities)}) + "\n"
+            is_finite = bool(probabilities.isfinite().all())  # otherwise there is no prediction
+            predicted = self._classes[int(probabilities.argmax())] if is_finite else None
+            line |= {"target": self._classes[target], "predicted": predicted}
+            yield json.dumps({**line, "probabilities": shortest(probabilities) if is_finite else None}) + "\n"
 
     def _save(self, lines: Iterable[str]) -> None:
-        draft = self._path.with_name(f".{self._path.name}.new")
-        try:
-            with draft.open("w") as file:
-                file.writelines(lines)
-            fsync(draft)
-            publish(draft, self._path)
-        except OSError as error:
-            raise UserError(f"--predictions {self._path} cannot be written ({error.strerror})") from None
-        finally:
-            draft.unlink(missing_ok=True)
+        with whole_file("--predictions", self._path) as draft, draft.open("w") as file:
+            file.writelines(lines)
 
 
 def shortest(values: torch.Tensor) -> list[float]:

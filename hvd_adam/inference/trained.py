@@ -16,6 +16,9 @@ from hvd_adam.config import CheckpointConfig, DataConfig
 from hvd_adam.errors import UserError
 from hvd_adam.import_path import is_reference
 
+# What every version has written; options that an older one did not have are left at their defaults.
+_PARTS = {"config": ("dataset", "model", "precision"), "data": ("classes", "mean", "std"), "model": ()}
+
 # Channels, height and width of the images of data sets that checkpoints of earlier versions do not describe.
 _SHAPES = {"digits": (1, 8, 8), "cifar10": (3, 32, 32)}
 
@@ -53,11 +56,13 @@ class Trained:
         except storage.OneCheckpoint as error:
             raise UserError(f"which {error}") from None
         state = storage.load(folder)
-        try:
-            config, data, model = state["config"], state["data"], state["model"]
-        except KeyError as error:
-            raise UserError(f"checkpoint {folder} was not written by hvd_adam.train: no {error}") from None
-        averages = state.get("ema")
+        for part, keys in _PARTS.items():
+            value = state.get(part) if isinstance(state, Mapping) else None
+            found = value if isinstance(value, Mapping) else {}
+            missing = [part] if found is not value else [f"{part}.{key}" for key in keys if found.get(key) is None]
+            if missing:
+                raise UserError(f"checkpoint {folder} was not written by hvd_adam.train: no {missing[0]!r}")
+        config, data, model, averages = state["config"], state["data"], state["model"], state.get("ema")
         if weights == "ema" and averages is None:
             raise UserError(f"weights ema: checkpoint {folder} is of a run without --ema")
         return cls(folder, config, data, model if weights == "model" or averages is None else averages)
@@ -75,6 +80,12 @@ class Trained:
     def classes(self) -> tuple[str, ...]:
         """Names of the classes; empty if there are none."""
         return tuple(self.data["classes"])
+
+    @property
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """Mean and standard deviation of each channel, in units where 255 is 1; None without normalization."""
+        mean, std = tuple(self.data["mean"]), tuple(self.data["std"])
+        return (mean, std) if mean and std else None
 
     @property
     def parallel(self) -> bool:

@@ -153,7 +153,7 @@ def of_config(
         sample_shape=sample_shape,
         num_classes=num_classes,
         args=config.get("model_args"),
-        dropout=config["dropout"],
+        dropout=config.get("dropout", 0.0),
         try_out=try_out,
     )
 

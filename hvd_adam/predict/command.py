@@ -22,6 +22,7 @@ from hvd_adam.inference.load import build, find_device
 from hvd_adam.inference.predictions import shortest
 from hvd_adam.inference.trained import Trained
 from hvd_adam.log import write_result
+from hvd_adam.text import printable
 
 STDIN = "-"
 BATCH = 64  # files that are in memory at a time
@@ -54,6 +55,11 @@ def predict(config: PredictConfig) -> None:
             except UnreadableSample as error:
                 raise UserError(f"cannot read {error}: repair it, or leave it out") from None
             rows = model.predict(images).cpu()
+            for file, row in zip(batch, rows, strict=True):
+                if not row.isfinite().all():
+                    raise UserError(
+                        f"checkpoint {trained.path}: its outputs for {file} are not finite: use another checkpoint"
+                    )
             lines = [_line(*one, model.classes, config) for one in zip(batch, rows, strict=True)]
             write_result("".join(lines))
 
@@ -68,9 +74,14 @@ def _files(given: Iterable[str]) -> Iterator[str]:
             if not os.path.isdir(name):
                 os.stat(name)
             below = images_below(name) if os.path.isdir(name) else [name]
+        except UserError:  # links that lead in a circle
+            raise
         except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise UserError(f"cannot read {name} ({reason}): check its name") from None
+            reason, place = (
+                getattr(error, "strerror", None) or str(error),
+                getattr(error, "filename", None) or name,
+            )
+            raise UserError(f"cannot read {place} ({reason}): check its name") from None
         if not below:
             raise UserError(f"folder {name} has no images: name the files, or another folder")
         yield from below
@@ -91,11 +102,4 @@ def _line(file: str, probabilities: torch.Tensor, classes: tuple[str, ...], conf
         predictions = [{"class": name, "probability": value} for name, value in top]
         return json.dumps({"file": file, "predictions": predictions}) + "\n"
     columns = [column for name, value in top for column in (name, f"{value:.4f}")]
-    return "\t".join(map(_printable, [file, *columns])) + "\n"
-
-
-def _printable(text: str) -> str:
-    """Returns a text with escape sequences for tabs, line breaks and other control characters."""
-    if text.isprintable():
-        return text
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+    return "\t".join(map(printable, [file, *columns])) + "\n"

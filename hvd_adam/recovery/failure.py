@@ -18,6 +18,7 @@ from typing import NoReturn
 
 from hvd_adam.errors import JobError, Preempted, UserError
 from hvd_adam.recovery.preemption import interrupted, stop_requested
+from hvd_adam.text import printable
 
 # The launcher ends the other ranks once one has exited. They print their errors too if it has not by then.
 GRACE_SECONDS = 8.0  # on a busy machine horovodrun --gloo takes more than 3
@@ -46,9 +47,9 @@ class Failure:
     def of(cls, error: BaseException) -> Failure:
         """Returns the failure that an exception is; `sys.exit` with a text prints it, as in Python."""
         if isinstance(error, UserError):
-            return cls(2, f"error: {error}")
+            return cls(2, f"error: {printable(str(error))}")
         if isinstance(error, JobError):
-            return cls(1, f"error: {error}")
+            return cls(1, f"error: {printable(str(error))}")
         if isinstance(error, Preempted):
             return cls(130 if interrupted() else 75)
         if isinstance(error, KeyboardInterrupt):

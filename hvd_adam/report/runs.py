@@ -13,6 +13,7 @@ import yaml
 
 from hvd_adam.errors import UserError
 from hvd_adam.log import logger
+from hvd_adam.text import described
 from hvd_adam.training.plots import CROSS_ENTROPY
 from hvd_adam.training.run_log import METRICS_FILE, parse_events
 from hvd_adam.training.scores import calibration, mistakes_file
@@ -108,8 +109,12 @@ class Run:
 def number(event: dict[str, Any], key: str) -> float | None:
     """Returns a number of an event; None if it is missing or not finite."""
     value = event.get(key)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and math.isfinite(value) else None  # type: ignore[arg-type]  # a number
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # an integer of hundreds of digits
+        return None
 
 
 def load_runs(paths: Sequence[str]) -> list[Run]:
@@ -172,6 +177,8 @@ def _load_config(path: Path) -> tuple[dict[str, Any] | None, dict[str, str]]:
         return None, {}
     text = path.read_text(errors="replace")
     try:
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            raise ValueError("aliases repeat values, without end or too often")
         config = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
@@ -191,14 +198,9 @@ def _require_same_classes(runs: list[Run]) -> None:
         named = first.data.get("classes") is not None and run.data.get("classes") is not None
         if first.classes != run.classes if named else len(first.classes) != len(run.classes):
             raise UserError(
-                f"{first.folder} has {_described(first.classes)} and {run.folder} {_described(run.classes)}: "
+                f"{first.folder} has {described(first.classes)} and {run.folder} {described(run.classes)}: "
                 "give runs with the same classes"
             )
-
-
-def _described(classes: list[str]) -> str:
-    shown = ", ".join(classes[:5]) + ", …" * (len(classes) > 5)
-    return f"{len(classes)} classes ({shown})"
 
 
 def data_differences(runs: Sequence[Run]) -> list[str]:

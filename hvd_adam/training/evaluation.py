@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.parameter import is_lazy
 
+from hvd_adam.checkpoint.output import require_free, whole_file
 from hvd_adam.config import DataConfig, EvaluateConfig
 from hvd_adam.config.effects import reads_files
-from hvd_adam.data import ImageData
+from hvd_adam.data import Datasets, ImageData
 from hvd_adam.data.loader import DeviceLoader
 from hvd_adam.data.protocols import Data, Loader
 from hvd_adam.data.worker_loader import WorkerLoader
@@ -21,11 +23,13 @@ from hvd_adam.data.workers.unreadable import UnreadableSamples
 from hvd_adam.distributed.agreement import raise_on_all_ranks, require_same
 from hvd_adam.distributed.context import Cluster, init
 from hvd_adam.errors import UserError
+from hvd_adam.import_path import failure
 from hvd_adam.inference.one_by_one import one_by_one
 from hvd_adam.inference.predictions import Predictions
 from hvd_adam.inference.trained import Trained
 from hvd_adam.log import write_result
 from hvd_adam.models.precision import autocast, parameter_dtype
+from hvd_adam.text import described
 from hvd_adam.training.builders import load_data, model_of, worker_count
 from hvd_adam.training.objective import Objective
 from hvd_adam.training.scores import plots, tables
@@ -66,24 +70,17 @@ def evaluate(config: EvaluateConfig) -> None:
 
 def _require_free(config: EvaluateConfig) -> None:
     """Refuses files that cannot be written, or may not be replaced, before the evaluation."""
-    for option, given in (("--plot", config.plot), ("--predictions", config.predictions)):
-        if given is None:
-            continue
-        path = Path(given)
-        if path.exists() and not config.force:
-            raise UserError(f"{option} {path} exists: choose another name, or replace it with --force")
-        if not path.parent.is_dir():
-            raise UserError(f"{option} {path}: there is no folder {path.parent}: make it first")
+    for option, path in (("--plot", config.plot), ("--predictions", config.predictions)):
+        if path is not None:
+            require_free(option, Path(path), replace=config.force)
 
 
 def _plot(path: Path, scores: Scores, data: Data, checkpoint: Path) -> None:
     """Draws the scores; the picture is an addition to the text, which has been printed."""
     if scores.counts is None or scores.calibration is None:
         raise UserError(f"--plot {path}: there is nothing to draw: outputs are not logits of the classes")
-    try:
-        plots.plot(path, scores.counts, scores.calibration, data.classes, f"{data.name}: {checkpoint}")
-    except OSError as error:
-        raise UserError(f"--plot {path} cannot be written ({error.strerror})") from None
+    with whole_file("--plot", path) as draft:
+        plots.plot(draft, scores.counts, scores.calibration, data.classes, f"{data.name}: {checkpoint}")
 
 
 def load_model(config: EvaluateConfig, trained: Trained, cluster: Cluster) -> tuple[Forward, Loader, Objective]:
@@ -95,26 +92,28 @@ def load_model(config: EvaluateConfig, trained: Trained, cluster: Cluster) -> tu
     Raises:
         UserError: model, data set or functions cannot be built, or they do not fit together.
     """
-    options, data = trained.config, trained.data
+    options = trained.config
     # Test images are the same with and without a cache, which this host may not have.
     samples = load_data(replace(_data_config(config, options), cache=None))
-    if list(samples.classes) != data["classes"]:
-        raise UserError(
-            f"checkpoint {trained.path} is of another model or data set: its classes are {data['classes']}, "
-            f"those of {samples.name} {list(samples.classes)}"
-        )
+    _require_same_classes(trained, samples)
+    samples = _normalized(trained, samples)
     model = model_of(options, samples)
     dtype = parameter_dtype(options["precision"])
     model.to(cluster.device, dtype).eval()
 
     def forward(batch: torch.Tensor) -> Any:
-        with autocast(options["precision"], cluster.device):
-            return model(batch)
+        try:
+            with autocast(options["precision"], cluster.device):
+                return model(batch)
+        except Exception as error:
+            given = f"inputs of shape {tuple(batch.shape)}"
+            raise UserError(
+                f"the model of checkpoint {trained.path} fails with {given}: {failure(error)}"
+            ) from error
 
     loader: Loader
     if isinstance(samples, ImageData):
-        mean, std = tuple(data["mean"]), tuple(data["std"])
-        loader = DeviceLoader(samples, cluster.device, dtype=dtype, mean=mean, std=std)
+        loader = DeviceLoader(samples, cluster.device, dtype=dtype)
     else:
         workers = worker_count(None, cluster)
         unreadable = UnreadableSamples(options.get("max_corrupt", DataConfig.max_corrupt))
@@ -123,6 +122,32 @@ def load_model(config: EvaluateConfig, trained: Trained, cluster: Cluster) -> tu
         forward(next(loader.test_batches(1))[0])
     trained.load_into(model)
     return forward, loader, Objective.of(options, dtype)
+
+
+def _require_same_classes(trained: Trained, samples: Data) -> None:
+    pairs = enumerate(zip_longest(trained.classes, samples.classes))
+    other = next((place for place, (saved, own) in pairs if saved != own), None)
+    if other is not None:
+        saved, own = described(trained.classes), described(samples.classes)
+        raise UserError(
+            f"checkpoint {trained.path} is of another model or data set: its classes are not those of "
+            f"{samples.name} from number {other} on: {saved}, not {own}"
+        )
+
+
+def _normalized(trained: Trained, samples: ImageData | Datasets) -> ImageData | Datasets:
+    """Returns the samples with the normalization of the training, whatever their own is.
+
+    Raises:
+        UserError: there was none, but the samples have one.
+    """
+    mean, std = trained.statistics or (None, None)
+    if mean is None and (isinstance(samples, ImageData) or None not in (samples.mean, samples.std)):
+        raise UserError(
+            f"checkpoint {trained.path} is of a training without normalization, which {samples.name} has: "
+            "evaluate it on Datasets without mean and std"
+        )
+    return samples if (samples.mean, samples.std) == (mean, std) else replace(samples, mean=mean, std=std)
 
 
 def _data_config(config: EvaluateConfig, trained: Mapping[str, Any]) -> DataConfig:

@@ -153,7 +153,7 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
 
 def parse_events(text: str) -> Iterator[dict[str, Any]]:
     """Yields the events in the text of a `metrics.jsonl`, as `read_events` does."""
-    for line in text.splitlines():
+    for line in text.split("\n"):
         with suppress(ValueError, RecursionError):
             event = json.loads(line)
             if (

@@ -36,6 +36,20 @@ class Branching(Noisy):
         return logits if logits.sum() > 0 else -logits
 
 
+class Paired(Noisy):
+    def forward(self, images):
+        if len(images) == 1:
+            raise ValueError("one image")
+        return nn.Sequential.forward(self, images)
+
+
+def paired(sample_shape, num_classes):
+    return Paired(*noisy(sample_shape, num_classes))
+
+
+loss = nn.functional.cross_entropy
+
+
 def branching(sample_shape, num_classes):
     return Branching(*noisy(sample_shape, num_classes))
 '''.replace("sample_shape.numel()", "torch.Size(sample_shape).numel()")

@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from hvd_adam.text import shown
 from hvd_adam.training.scores.calibration import BINS, Calibration
 from hvd_adam.training.scores.class_counts import ClassCounts
 
 MOST_NAMES = 30  # classes whose names are readable at the axes
+LONGEST_TITLE = 120  # characters
 MOST_NUMBERS = 15  # classes whose counts are readable in the cells
 MOST_CLASSES = 2000  # classes of a matrix that is drawn: it has as many cells as a picture has pixels
 
@@ -24,7 +26,7 @@ def plot(path: Path, counts: ClassCounts, calibration: Calibration, classes: Seq
         path: of the PNG file.
         counts: of the samples.
         calibration: of the same samples.
-        classes: names of the classes.
+        classes: names of the classes, of any length.
         title: of the picture.
 
     Raises:
@@ -33,7 +35,7 @@ def plot(path: Path, counts: ClassCounts, calibration: Calibration, classes: Seq
     from matplotlib.figure import Figure  # without pyplot, which takes half a second more to import
 
     drawn = Figure(figsize=(13, 6), layout="constrained")
-    drawn.suptitle(title, parse_math=False)
+    drawn.suptitle(shown(title, LONGEST_TITLE), parse_math=False)
     confusion, reliability = drawn.subplots(1, 2)
     _draw_confusion(confusion, counts, classes)
     _draw_reliability(reliability, calibration)
@@ -50,8 +52,9 @@ def _draw_confusion(axes: Any, counts: ClassCounts, classes: Sequence[str]) -> N
     matrix = counts.matrix()
     axes.imshow(matrix / np.maximum(counts.support, 1)[:, None], cmap="Blues", vmin=0, vmax=1)
     if len(classes) <= MOST_NAMES:
-        axes.set_xticks(range(len(classes)), classes, rotation=90, parse_math=False)
-        axes.set_yticks(range(len(classes)), classes, parse_math=False)
+        names = list(map(shown, classes))
+        axes.set_xticks(range(len(names)), names, rotation=90, parse_math=False)
+        axes.set_yticks(range(len(names)), names, parse_math=False)
     if len(classes) <= MOST_NUMBERS:
         for (row, column), number in np.ndenumerate(matrix):
             if number:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hvd_adam.data.protocols import Data
+from hvd_adam.text import printable, shown
 from hvd_adam.training.scores.calibration import Calibration, edges
 from hvd_adam.training.scores.class_counts import ClassCounts
 from hvd_adam.training.scores.scoring import Scores
 
 MOST_COLUMNS = 20  # classes of a confusion matrix in text; with more, lines are wider than a terminal
-LONGEST_NAME = 24  # characters of a class's name
 
 _NONE = "–"
 _NO_LOGITS = (
@@ -41,7 +42,10 @@ def as_json(scores: Scores, data: Data, checkpoint: Path) -> str:
         "mean_confidence": None if calibration is None else calibration.mean_confidence,
         "nll": None if calibration is None else calibration.nll,
     }
-    return json.dumps({**values, "checkpoint": str(checkpoint)})
+    finite = {
+        name: None if isinstance(value, float) and not isfinite(value) else value for name, value in values.items()
+    }
+    return json.dumps({**finite, "checkpoint": str(checkpoint)}, allow_nan=False)
 
 
 def _class_objects(counts: ClassCounts, names: Sequence[str]) -> list[dict[str, Any]]:
@@ -82,13 +86,13 @@ def as_text(scores: Scores, data: Data, checkpoint: Path, per_class: int) -> str
     means = {"loss": scores.test_loss, "accuracy": scores.test_accuracy}
     means |= {"balanced accuracy": scores.test_balanced_accuracy}
     means |= {name.replace("_", " "): value for name, value in scores.metrics.items()}
-    lines = [f"checkpoint {checkpoint}", f"test samples {scores.images} of {data.name}"]
+    lines = [f"checkpoint {printable(str(checkpoint))}", f"test samples {scores.images} of {printable(data.name)}"]
     lines += [f"test {name} {value:.4f}" for name, value in means.items() if value is not None]
     if scores.counts is None or scores.calibration is None:
         return "\n".join([*lines, _NO_LOGITS])
     if scores.counts.unpredicted:
         lines.append(f"{scores.counts.unpredicted} samples have outputs that are not finite, and count as wrong")
-    names = [_shown(name) for name in data.classes]
+    names = [shown(name) for name in data.classes]
     if per_class:
         lines += ["", *class_lines(scores.counts, names, per_class)]
     lines += ["", *_confusion_lines(scores.counts, names), "", *calibration_lines(scores.calibration)]
@@ -169,9 +173,3 @@ def _aligned(rows: Sequence[Sequence[str]], left: set[int]) -> list[str]:
 
 def _ratio(value: float) -> str:
     return _NONE if np.isnan(value) else f"{value:.4f}"
-
-
-def _shown(name: str) -> str:
-    """Returns a class's name for a line of text."""
-    name = name if name.isprintable() else ascii(name)[1:-1]
-    return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
