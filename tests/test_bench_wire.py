@@ -75,10 +75,8 @@ def test_rates_are_in_bits_per_second():
 def test_all_supported_compressions_are_compared():
     names = WireConfig().variant_names(wire.VARIANTS, "cuda")
     ours = {name for name in names if name.startswith("hvd_adam-")}
-    formats = {"hvd_adam-allreduce": "none fp16 bf16 int8 int4", "hvd_adam-sharded": "none fp16 bf16"}
-    assert ours == {
-        f"{prefix}-{name}" for prefix, compressions in formats.items() for name in compressions.split()
-    }
+    strategies, formats = ("allreduce", "sharded"), ("none", "fp16", "bf16", "int8", "int4")
+    assert ours == {f"hvd_adam-{strategy}-{name}" for strategy in strategies for name in formats}
     assert set(names) - ours == {*DDP_VARIANTS}
     assert {*names} - {*WireConfig().variant_names(wire.VARIANTS, "cpu")} == {"ddp-bf16"}  # PyTorch refuses it
     with pytest.raises(
@@ -102,6 +100,7 @@ def small_model():
         ("hvd_adam-allreduce-bf16", "mpi", 1.5 * 2 * 68352),
         ("hvd_adam-allreduce-int8", "gloo", 1.5 * (68352 * (1 + 4 / 512) + 4 * 2816)),
         ("hvd_adam-allreduce-int4", "mpi", 1.5 * (68352 * (0.5 + 4 / 128) + 4 * 2816)),
+        ("hvd_adam-sharded-int4", "gloo", 1.5 * (68352 * (0.5 + 4 / 128) + 1.5 * 4 * 2816)),
         ("hvd_adam-sharded-fp16", "mpi", 0.75 * (2 + 4) * 68352),
         ("hvd_adam-sharded-fp16", "gloo", (1.5 * 2 + 0.75 * 4) * 68352),
         ("ddp", "mpi", 1.5 * 4 * 68352),

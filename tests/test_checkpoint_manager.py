@@ -122,16 +122,17 @@ def test_a_resumed_loop_ends_bit_for_bit_where_an_uninterrupted_one_does(cluster
 
 @on_ranks(3, "mpi")
 @pytest.mark.parametrize("compression", ["int8", "int4"])
-def test_residuals_of_all_ranks_are_saved_and_resume_bit_for_bit(cluster, compression):
+@pytest.mark.parametrize("strategy", ["allreduce", "sharded"])
+def test_residuals_of_all_ranks_are_saved_and_resume_bit_for_bit(cluster, strategy, compression):
     folder = shared_folder(cluster)
-    whole = Training(cluster, "allreduce", False, folder, compression)
+    whole = Training(cluster, strategy, False, folder, compression)
     whole.run(4)
     whole.save(4)
     whole.manager.close()
     expected = whole.optimizer.error_feedback.state_dict_on_root()
     whole.run(3)
     final = whole.state()
-    resumed = Training(cluster, "allreduce", False, folder, compression)
+    resumed = Training(cluster, strategy, False, folder, compression)
     found = resumed.optimizer.error_feedback.state_dict_on_root()
     resumed.run(3)
     assert same(resumed.state(), final)
@@ -140,7 +141,9 @@ def test_residuals_of_all_ranks_are_saved_and_resume_bit_for_bit(cluster, compre
         loaded = torch.load(folder / "step-00000004" / "state.pt", weights_only=True)
         saved = loaded["gradient_residuals"]["optimizer"]
         assert same(saved, expected)
-        assert all(saved["buckets"][0][kind].any() for kind in ("worker", "server"))
+        assert saved["buckets"][0]["worker"].any()
+        assert saved["buckets"][0]["server"].any() == (strategy == "allreduce")
+        assert len(saved["masters"]) == (0 if strategy == "allreduce" else 2)
         torch.optim.Adam(resumed.model.parameters()).load_state_dict(loaded["optimizer"])
 
 

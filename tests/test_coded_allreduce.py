@@ -10,58 +10,27 @@ import copy
 import numpy as np
 import pytest
 import torch
+from helpers.coded_gradients import (
+    SHAPES,
+    Account,
+    Weights,
+    account,
+    backward,
+    each_code,
+    mean_of_ranks,
+    random_gradients,
+    residuals,
+    unsent,
+)
 from helpers.codes_oracle import Oracle
 from helpers.on_ranks import on_ranks
 from helpers.small_training import digest, same_everywhere
+from helpers.strategies import each_strategy
 
 from hvd_adam import Adam, distribute
 from hvd_adam.data import load
 from hvd_adam.distributed.wire.saved_residuals import SavedResiduals, as_saved
 from hvd_adam.errors import UserError
-
-each_code = pytest.mark.parametrize("compression", ["int8", "int4"])
-
-
-class Weights(torch.nn.Module):
-    """Some parameters without a computation."""
-
-    def __init__(self, **shapes):
-        super().__init__()
-        for name, shape in shapes.items():
-            self.register_parameter(name, torch.nn.Parameter(torch.zeros(shape)))
-
-
-def backward(model, gradients, scale=1.0):
-    """Gives the parameters of a model these gradients, as a loss does that is linear in them."""
-    sum(
-        (p * gradients[name]).sum() * scale for name, p in model.named_parameters() if name in gradients
-    ).backward()
-
-
-def random_gradients(model, seed, rank=0):
-    """Gradients that differ between parameters in magnitude; the same for the same seed and rank."""
-    generator = torch.Generator().manual_seed(1000 * seed + rank)
-    return {
-        name: torch.randn(p.shape, generator=generator) * 10.0**i
-        for i, (name, p) in enumerate(model.named_parameters())
-    }
-
-
-def mean_of_ranks(model, seed, size):
-    """Returns the mean of `random_gradients` over the ranks, in float64."""
-    of_ranks = [random_gradients(model, seed, rank) for rank in range(size)]
-    return {name: sum(g[name].double() for g in of_ranks) / size for name in of_ranks[0]}
-
-
-def unsent(optimizer):
-    """Returns what updates have not received yet, by name; the same on all ranks."""
-    return {n: r[0].double() for n, r in optimizer.error_feedback.total_state_dict()["parked"].items()}
-
-
-def residuals(optimizer):
-    """Returns a hash of the residuals of all ranks; on rank 0."""
-    return digest(optimizer.error_feedback.state_dict_on_root())
-
 
 # The exchange.
 
@@ -169,11 +138,12 @@ def test_the_sum_of_means_of_a_constant_gradient_is_exact_up_to_one_step(cluster
 
 @on_ranks(2)
 @each_code
-def test_runs_repeat_bit_for_bit(cluster, compression):
+@each_strategy
+def test_runs_repeat_bit_for_bit(cluster, compression, strategy):
     results = []
     for _ in range(2):
         model = Weights(weight=(30, 40))
-        optimizer = distribute(Adam(model.parameters()), model, compression=compression)
+        optimizer = distribute(Adam(model.parameters()), model, compression=compression, strategy=strategy)
         for seed in range(3):
             optimizer.zero_grad()
             backward(model, random_gradients(model, seed, cluster.rank))
@@ -253,11 +223,14 @@ def test_without_skipping_residuals_stay_finite_too(cluster):
 
 @on_ranks(2)
 @each_code
-def test_a_loss_scale_that_changes_changes_nothing_else(cluster, compression):
+@each_strategy
+def test_a_loss_scale_that_changes_changes_nothing_else(cluster, compression, strategy):
     results = []
     for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)):
         model = Weights(weight=(30, 40), bias=(40,))
-        optimizer = distribute(Adam(model.parameters()), model, compression=compression, loss_scaler=scaler)
+        optimizer = distribute(
+            Adam(model.parameters()), model, compression=compression, strategy=strategy, loss_scaler=scaler
+        )
         scales = []
         for seed in range(7):
             optimizer.zero_grad()
@@ -293,7 +266,8 @@ def test_the_decoded_mean_is_clipped(cluster, compression):
 
 @on_ranks(2)
 @each_code
-def test_embeddings_norms_and_biases_are_exact_and_shared_embeddings_are_coded(cluster, compression):
+@each_strategy
+def test_embeddings_norms_and_biases_are_exact_and_shared_embeddings_are_coded(cluster, compression, strategy):
     class Model(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -308,9 +282,10 @@ def test_embeddings_norms_and_biases_are_exact_and_shared_embeddings_are_coded(c
     for code in ("none", compression):
         torch.manual_seed(0)
         model = Model()
-        optimizer = distribute(Adam(model.parameters()), model, compression=code)
+        optimizer = distribute(Adam(model.parameters()), model, compression=code, strategy=strategy)
         words = torch.arange(6) + 3 * cluster.rank
         model(words).square().sum().backward()
+        optimizer.synchronize()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
         optimizer.step()
     exact, coded = gradients
@@ -324,52 +299,11 @@ def test_embeddings_norms_and_biases_are_exact_and_shared_embeddings_are_coded(c
 # Whatever a loop does: an update gets the mean of the gradients and what earlier ones have missed, once.
 
 
-class Account:
-    """Compares the means that updates should have got with those they have got: residuals are the difference."""
-
-    def __init__(self, cluster, model, optimizer):
-        self.cluster, self.model, self.optimizer = cluster, model, optimizer
-        self.missing = {name: torch.zeros(p.shape).double() for name, p in model.named_parameters()}
-
-    def backward(self, seed, names=None, retain=False):
-        names = names or [name for name, p in self.model.named_parameters() if p.requires_grad]
-        gradients = random_gradients(self.model, seed, self.cluster.rank)
-        backward(self.model, {name: gradients[name] for name in names})
-        for name, mean in mean_of_ranks(self.model, seed, self.cluster.size).items():
-            if name in names:
-                self.missing[name] += mean
-
-    def step(self):
-        self.optimizer.step()
-        for name, p in self.model.named_parameters():
-            if p.grad is not None:
-                self.missing[name] -= p.grad.double()
-        self.optimizer.zero_grad()
-
-    def update(self, seed, names=None):
-        self.backward(seed, names)
-        self.step()
-
-    def check(self):
-        found = unsent(self.optimizer)
-        assert any(residual.any() for residual in found.values())
-        for name, residual in found.items():
-            i = [*self.missing].index(name)
-            assert (residual - self.missing[name]).abs().max() < 1e-4 * 10.0**i, name
-
-
-SHAPES = {"first": (17, 30), "bias": (40,), "second": (33, 20), "third": (9, 70)}
-
-
-def account(cluster, compression, **options):
-    model = Weights(**SHAPES)
-    return Account(cluster, model, distribute(Adam(model.parameters()), model, compression=compression, **options))
-
-
 @on_ranks(2)
 @each_code
-def test_parameters_that_no_rank_uses_keep_what_is_unsent(cluster, compression):
-    books = account(cluster, compression)
+@each_strategy
+def test_parameters_that_no_rank_uses_keep_what_is_unsent(cluster, compression, strategy):
+    books = account(cluster, compression, strategy=strategy)
     books.update(1)
     for seed in (2, 3):
         books.backward(seed, ["first", "third"])
@@ -382,9 +316,12 @@ def test_parameters_that_no_rank_uses_keep_what_is_unsent(cluster, compression):
 
 @on_ranks(2)
 @each_code
-def test_frozen_parameters_and_added_groups_keep_what_is_unsent(cluster, compression):
+@each_strategy
+def test_frozen_parameters_and_added_groups_keep_what_is_unsent(cluster, compression, strategy):
     model = Weights(**SHAPES)
-    optimizer = distribute(Adam([model.first, model.bias, model.second]), model, compression=compression)
+    optimizer = distribute(
+        Adam([model.first, model.bias, model.second]), model, compression=compression, strategy=strategy
+    )
     books = Account(cluster, model, optimizer)
     model.third.requires_grad_(False)
     books.update(1)
@@ -400,11 +337,12 @@ def test_frozen_parameters_and_added_groups_keep_what_is_unsent(cluster, compres
 
 @on_ranks(2)
 @each_code
-def test_a_second_distribute_takes_over_what_is_unsent(cluster, compression):
-    books = account(cluster, compression)
+@each_strategy
+def test_a_second_distribute_takes_over_what_is_unsent(cluster, compression, strategy):
+    books = account(cluster, compression, strategy=strategy)
     books.update(1)
     books.optimizer = distribute(
-        Adam(books.model.parameters()), books.model, compression=compression, accumulate=1
+        Adam(books.model.parameters()), books.model, compression=compression, strategy=strategy, accumulate=1
     )
     books.check()
     books.update(2)
@@ -413,8 +351,9 @@ def test_a_second_distribute_takes_over_what_is_unsent(cluster, compression):
 
 @on_ranks(2)
 @each_code
-def test_a_rank_without_a_batch_drops_cleared_gradients_as_the_others_do(cluster, compression):
-    books = account(cluster, compression)
+@each_strategy
+def test_a_rank_without_a_batch_drops_cleared_gradients_as_the_others_do(cluster, compression, strategy):
+    books = account(cluster, compression, strategy=strategy)
     books.update(1)
     missing = {name: tensor.clone() for name, tensor in books.missing.items()}
     books.backward(2)
@@ -430,8 +369,9 @@ def test_a_rank_without_a_batch_drops_cleared_gradients_as_the_others_do(cluster
 
 @on_ranks(2)
 @each_code
-def test_several_backward_passes_and_deferred_averaging_count_once(cluster, compression):
-    books = account(cluster, compression)
+@each_strategy
+def test_several_backward_passes_and_deferred_averaging_count_once(cluster, compression, strategy):
+    books = account(cluster, compression, strategy=strategy)
     books.update(1)
     books.backward(2)
     books.backward(3)  # onto the mean
@@ -442,7 +382,7 @@ def test_several_backward_passes_and_deferred_averaging_count_once(cluster, comp
     books.backward(5)
     books.step()
     books.check()
-    deferred = account(cluster, compression, defer_averaging=True)
+    deferred = account(cluster, compression, strategy=strategy, defer_averaging=True)
     for seed in range(3):
         deferred.update(seed)
     deferred.backward(5)
@@ -453,13 +393,18 @@ def test_several_backward_passes_and_deferred_averaging_count_once(cluster, comp
 
 @on_ranks(2)
 @each_code
-def test_micro_batches_are_encoded_once_with_their_sum(cluster, compression):
+@each_strategy
+def test_micro_batches_are_encoded_once_with_their_sum(cluster, compression, strategy):
     model = Weights(**SHAPES)
-    optimizer = distribute(Adam(model.parameters()), model, compression=compression, accumulate=2)
+    optimizer = distribute(
+        Adam(model.parameters()), model, compression=compression, strategy=strategy, accumulate=2
+    )
     got = {name: 0.0 for name in SHAPES}
     for seed in range(4):
         optimizer.zero_grad()
         backward(model, random_gradients(model, seed, cluster.rank))
+        if seed % 2:
+            optimizer.synchronize()
         optimizer.step()
         if seed % 2:
             got = {name: got[name] + p.grad.double() for name, p in model.named_parameters()}
@@ -471,8 +416,9 @@ def test_micro_batches_are_encoded_once_with_their_sum(cluster, compression):
 
 @on_ranks(2)
 @each_code
-def test_a_change_of_parameters_between_backward_and_step_keeps_the_reduction(cluster, compression):
-    books = account(cluster, compression)
+@each_strategy
+def test_a_change_of_parameters_between_backward_and_step_keeps_the_reduction(cluster, compression, strategy):
+    books = account(cluster, compression, strategy=strategy)
     books.update(1)
     books.backward(2)
     books.optimizer.param_groups[0]["amsgrad"] = True  # another layout
@@ -521,8 +467,9 @@ def test_a_gradscaler_of_ones_own_is_refused(cluster):
 
 @on_ranks(2)
 @each_code
-def test_other_numbers_of_ranks_and_other_codes_get_the_same_sum(cluster, compression):
-    books = account(cluster, compression)
+@each_strategy
+def test_other_numbers_of_ranks_and_other_codes_get_the_same_sum(cluster, compression, strategy):
+    books = account(cluster, compression, strategy=strategy)
     books.update(1)
     books.model.second.requires_grad_(False)  # in no bucket
     books.update(2)
@@ -541,7 +488,7 @@ def test_other_numbers_of_ranks_and_other_codes_get_the_same_sum(cluster, compre
         for name, residual in unsent(books.optimizer).items():
             torch.testing.assert_close(residual, expected[name], rtol=0, atol=1e-6 * expected[name].abs().max())
     other = "int4" if compression == "int8" else "int8"
-    books.optimizer = distribute(Adam(books.model.parameters()), books.model, compression=other)
+    books.optimizer = distribute(Adam(books.model.parameters()), books.model, compression=other, strategy=strategy)
     books.optimizer.error_feedback.load_state_dict(saved)
     for name, residual in unsent(books.optimizer).items():
         torch.testing.assert_close(residual, expected[name], rtol=0, atol=1e-6 * expected[name].abs().max())
@@ -565,7 +512,8 @@ def test_residuals_that_do_not_fit_are_refused_on_every_rank(cluster):
 
 
 @on_ranks(2)
-def test_digits_are_learned_as_well_as_without_codes(cluster):
+@each_strategy
+def test_digits_are_learned_as_well_as_without_codes(cluster, strategy):
     data = load("digits")
     images = (torch.from_numpy(data.train_images).float() / 255 - 0.3) / 0.3
     labels = torch.from_numpy(data.train_labels)
@@ -575,7 +523,9 @@ def test_digits_are_learned_as_well_as_without_codes(cluster):
         torch.manual_seed(0)
         layers = torch.nn.Flatten(), torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 10)
         model = torch.nn.Sequential(*layers)
-        optimizer = distribute(Adam(model.parameters(), lr=3e-3), model, compression=compression)
+        optimizer = distribute(
+            Adam(model.parameters(), lr=3e-3), model, compression=compression, strategy=strategy
+        )
         for _ in range(150):
             batch = torch.randint(len(images), (cluster.size, 64))[cluster.rank]
             optimizer.zero_grad()

@@ -90,9 +90,14 @@ def assert_same_end(place, one, other):
         for name, value in state.items():
             assert torch.equal(value, b["optimizer"]["state"][number][name]), (number, name)
     for one_bucket, other_bucket in zip(*((s["residuals"] or {}).get("buckets", []) for s in (a, b)), strict=True):
+        assert one_bucket["worker"].any()
         for kind in ("worker", "server"):
-            assert one_bucket[kind].any()
             assert torch.equal(one_bucket[kind], other_bucket[kind])
+    one_masters, other_masters = ((state["residuals"] or {}).get("masters", {}) for state in (a, b))
+    assert one_masters.keys() == other_masters.keys()
+    for name, master in one_masters.items():
+        assert not torch.equal(master, a["model"][name]), name
+        assert torch.equal(master, other_masters[name]), name
     for part in ("progress", "loss_scaler", "schedule"):
         assert a[part] == b[part]
     for kind in ("step", "eval"):
@@ -111,7 +116,7 @@ def assert_same_end(place, one, other):
     ("ranks", "controller", "options"),
     [
         (2, "mpi", "--strategy sharded --max-grad-norm 0.5 --precision fp16"),
-        (4, "gloo", "--deterministic --precision bf16 --compression int4"),
+        (4, "gloo", "--deterministic --precision bf16 --strategy sharded --compression int4"),
     ],
 )
 def test_a_stopped_and_killed_run_ends_bit_for_bit_as_an_uninterrupted_one(place, ranks, controller, options):

@@ -20,7 +20,6 @@ from hvd_adam.bench.wire_bytes import POWERSGD_RANK, predicted_bytes
 from hvd_adam.bench.wire_config import WireConfig
 from hvd_adam.distributed.api import STRATEGIES
 from hvd_adam.distributed.gradients.compression import COMPRESSIONS
-from hvd_adam.distributed.wire.codec import CODECS
 from hvd_adam.log import logger
 
 if TYPE_CHECKING:
@@ -41,13 +40,7 @@ COLUMNS = (
 )
 NO_LINK = "none"
 
-# With strategy "sharded" codes are refused.
-VARIANTS = tuple(
-    f"{OURS}{strategy}-{compression}"
-    for strategy in STRATEGIES
-    for compression in COMPRESSIONS
-    if strategy == "allreduce" or compression not in CODECS
-)
+VARIANTS = tuple(f"{OURS}{strategy}-{compression}" for strategy in STRATEGIES for compression in COMPRESSIONS)
 
 
 def measure(config: WireConfig) -> Result:

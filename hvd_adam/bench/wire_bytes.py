@@ -6,8 +6,8 @@ from torch import nn
 
 from hvd_adam.bench.config import OURS
 from hvd_adam.bench.stats import bus_bytes
+from hvd_adam.distributed.wire.codable import exact_parameters
 from hvd_adam.distributed.wire.codec import CODECS
-from hvd_adam.distributed.wire.error_feedback import exact_parameters
 
 POWERSGD_RANK = 4
 
@@ -30,9 +30,10 @@ def predicted_bytes(variant: str, model: nn.Module, ranks: int, launcher: str) -
     if compression in CODECS:
         codec, embeddings = CODECS[compression], exact_parameters(model)
         exact = sum(p.numel() for p in model.parameters() if p.dim() < 2 or p in embeddings)
-        gradients = elements * codec.payload_bytes(codec.block) / codec.block + 4 * exact
-    else:
-        gradients = elements * _BYTES[compression]
+        # With "sharded" the second half of the codes is of parameters, and exact ones are sent, too.
+        sent = 4 * exact * (1.0 if strategy == "allreduce" else 1.5)
+        return bus_bytes(ranks, elements * codec.payload_bytes(codec.block) / codec.block + sent)
+    gradients = elements * _BYTES[compression]
     if strategy == "allreduce":
         return bus_bytes(ranks, gradients)
     # A half each: gradients to their owners, parameters from them. Gloo has no usable reduce-scatter.

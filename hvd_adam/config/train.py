@@ -234,13 +234,8 @@ recipes for --config recipe:NAME: {", ".join(recipes.names())}"""
                 raise UserError(
                     f"--op adasum has no {self.compression} compression: use --compression none or fp16"
                 )
-        if self.compression in ("int8", "int4"):
-            if self.strategy == "sharded":
-                raise UserError(
-                    f"--strategy sharded has no {self.compression} compression: use none, fp16 or bf16"
-                )
-            if self.precision == "fp64":
-                raise UserError(f"--compression {self.compression} is not for --precision fp64: use none")
+        if self.compression in ("int8", "int4") and self.precision == "fp64":
+            raise UserError(f"--compression {self.compression} is not for --precision fp64: use none")
 
     def milestones(self) -> tuple[float, ...]:
         """Returns the epochs of the step decay, ascending."""

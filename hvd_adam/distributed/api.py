@@ -19,8 +19,8 @@ from hvd_adam.distributed.model_checks import (
     require_unchanged_by_forward,
 )
 from hvd_adam.distributed.optimizer import DistributedAdam
+from hvd_adam.distributed.wire.codable import require_codable
 from hvd_adam.distributed.wire.codec import CODECS
-from hvd_adam.distributed.wire.error_feedback import require_codable
 from hvd_adam.errors import UserError
 from hvd_adam.optim.adam import Adam
 
@@ -59,7 +59,7 @@ def distribute(
             `accumulate`-th call updates, with the mean over the micro-batches. `zero_grad` keeps the gradients of
             an update that is not complete.
         compression: format in which gradients are sent: "none" (their own), "fp16", "bf16", or codes of 8 or 4
-            bits with error feedback, "int8" or "int4", with strategy="allreduce".
+            bits with error feedback, "int8" or "int4".
         op: "average", or "adasum" (Maleki et al. 2020, arXiv 2006.02924), which combines the updates of the ranks
             instead of averaging their gradients. Adasum needs MPI and a number of ranks that is a power of two,
             and cannot clip gradients or scale losses.
@@ -123,8 +123,6 @@ def distribute(
         _require_adasum(compression, max_grad_norm, loss_scaler)
     if loss_scaler is not None and not hasattr(loss_scaler, "is_enabled"):
         raise UserError(f"loss_scaler is {loss_scaler!r}; it must be a torch.amp.GradScaler, or None")
-    if compression in CODECS and strategy == "sharded":
-        raise UserError(f"compression {compression} needs strategy=allreduce; sharded has none, fp16 and bf16")
     with raise_on_all_ranks(current_cluster()):
         _require_supported(model, optimizer, compression)
     options = {"accumulate": accumulate, "compression": compression, "op": op, "max_grad_norm": max_grad_norm}

@@ -23,10 +23,11 @@ from hvd_adam.distributed.horovod_adapter import HorovodAdapter, move_step_hooks
 from hvd_adam.distributed.join import REDUCE, Join, refuse_in_join
 from hvd_adam.distributed.layout import DistributedLayout
 from hvd_adam.distributed.model_checks import has_gradient, parameter_of, require_unchanged_by_forward
-from hvd_adam.distributed.strategies.allreduce import AllReduceStrategy
-from hvd_adam.distributed.strategies.zero import ZeroStrategy
+from hvd_adam.distributed.strategies.coded_zero import strategy_of
+from hvd_adam.distributed.wire.codable import exact_parameters
 from hvd_adam.distributed.wire.codec import CODECS
-from hvd_adam.distributed.wire.error_feedback import ErrorFeedback, exact_parameters
+from hvd_adam.distributed.wire.error_feedback import ErrorFeedback
+from hvd_adam.distributed.wire.masters import Masters
 from hvd_adam.optim.adam import Adam, PlainOptimizer
 from hvd_adam.optim.optimizer_state import States, copy_of_states
 
@@ -74,14 +75,13 @@ class AveragedAdam(Adam):
         move_step_hooks(optimizer, self)
         prefix = collective_prefix()  # of the names of its collectives
         sharded = strategy == "sharded" and self._ranks > 1  # on one rank, the shard is the whole state
-        self._strategy = (
-            ZeroStrategy(prefix, self._parameters()[0].device) if sharded else AllReduceStrategy(prefix)
-        )
+        masters = Masters(compression, prefix) if sharded and compression in CODECS else None
+        self._strategy = strategy_of(prefix, self._parameters()[0].device if sharded else None, masters)
         self._scaling = GradScaling(max_grad_norm, loss_scaler, skip_nonfinite)
         self.error_feedback: ErrorFeedback | None = None
         if compression in CODECS:
             exact, unit = partial(exact_parameters, model), self._scaling.current_scale
-            self.error_feedback = ErrorFeedback(compression, self._names, exact, unit, retired)
+            self.error_feedback = ErrorFeedback(compression, self._names, exact, unit, retired, masters)
         self._same_batches = SameBatches(model, self._parameters, rank=self._rank, ranks=self._ranks)
         self._lockstep = Lockstep(self._rank, self._ranks, self._same_batches)
         self._averager = GradientAverager(

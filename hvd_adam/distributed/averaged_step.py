@@ -126,7 +126,8 @@ class AveragedStep:
                 return
         # In flight while the kernel runs, so that it takes no time of its own.
         meet = None if scaling.needs_norm else self._start_meeting()
-        run(scaling.combined(unscale, finite_probe, carries_found_inf=deferred))
+        with self._strategy.updating():
+            run(scaling.combined(unscale, finite_probe, carries_found_inf=deferred))
         if self._feedback is not None:
             self._feedback.commit()
         if meet is not None:

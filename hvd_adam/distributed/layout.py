@@ -11,7 +11,7 @@ from torch import Tensor
 from hvd_adam.distributed.broadcast.tensors import broadcast_tensors
 from hvd_adam.distributed.context import collective_prefix, horovod
 from hvd_adam.distributed.gradients.averager import GradientAverager
-from hvd_adam.distributed.gradients.bucket_layout import Layout
+from hvd_adam.distributed.gradients.bucket_layout import ALIGNMENT, Layout
 from hvd_adam.distributed.gradients.compression import AdasumCompression
 from hvd_adam.distributed.gradients.gradient_buffer import GradientBuffer
 from hvd_adam.distributed.gradients.lockstep import Lockstep
@@ -97,8 +97,9 @@ class DistributedLayout:
         for p in trained:
             kinds[p.device, p.dtype].append(p)
         rank, ranks = self._strategy.shard
+        multiple = ALIGNMENT if self.feedback is None else self.feedback.shard_multiple
         self.buffers = [
-            GradientBuffer(params, Layout.of(params, BUCKET_BYTES, ranks, self._lockstep.length))
+            GradientBuffer(params, Layout.of(params, BUCKET_BYTES, ranks, self._lockstep.length, multiple))
             for params in kinds.values()
         ]
         parts = {

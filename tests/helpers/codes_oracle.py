@@ -26,8 +26,13 @@ class Oracle:
         self.server = np.zeros((ranks, self.worker.shape[1] // ranks))
         self.margin = 0.5
 
-    def mean(self, gradients):
-        """Returns what the ranks get of their gradients, [ranks, elements]."""
+    def mean(self, gradients, *, scatter=False):
+        """Returns what the ranks get of their gradients, [ranks, elements].
+
+        Args:
+            gradients: of all ranks.
+            scatter: the first phase alone, as with `strategy="sharded"`.
+        """
         ranks, elements = gradients.shape
         decoded = np.zeros_like(self.worker)
         for rank, gradient in enumerate(gradients):
@@ -38,8 +43,8 @@ class Oracle:
             decoded[rank] = self._coded(self._rotated(h), unsent)
             self.worker[rank] = h - self._back(decoded[rank])
         parts = decoded.sum(axis=0).reshape(ranks, -1)
-        total = np.zeros_like(parts)
-        for rank, part in enumerate(parts):
+        total = parts.copy()
+        for rank, part in enumerate([] if scatter else parts):
             t = part + self.server[rank]
             total[rank] = self._coded(t, np.zeros(len(t) // self.block, bool))
             self.server[rank] = t - total[rank]
@@ -48,6 +53,16 @@ class Oracle:
     def unsent(self):
         """Returns the sum of all residuals."""
         return self.worker.sum(axis=0) + self._back(self.server.reshape(-1))
+
+    def rounding(self, change):
+        """Returns by how much the codes of a change of parameters may miss each of its elements.
+
+        Half a step of their block. With int4 it is one of the transform, of which 32 are added and divided by 32.
+        """
+        padded = np.zeros(-(-len(change) // self.block) * self.block)
+        padded[: len(change)] = change
+        largest = np.abs(self._rotated(padded)).reshape(-1, self.block).max(axis=1)
+        return np.repeat(largest / self.levels / 2, self.block)[: len(change)]
 
     def _coded(self, t, unsent):
         blocks = t.reshape(-1, self.block)

@@ -20,6 +20,7 @@ class Bucket:
         flags: start of `last - first` elements of padding, in which each rank flags the parameters that it has
             gradients for.
         control: end of the flags and start of the elements reserved for messages between ranks.
+        used: end of those elements; the rest is padding.
     """
 
     first: int
@@ -28,6 +29,7 @@ class Bucket:
     end: int
     flags: int
     control: int
+    used: int
 
     def shard(self, rank: int, ranks: int) -> tuple[int, int]:
         """Returns (start, end) of this rank's shard of the bucket, one of `ranks` equal ones."""
@@ -50,7 +52,14 @@ class Layout:
     total: int = 0
 
     @classmethod
-    def of(cls, params: list[Tensor], bucket_bytes: int | None = None, ranks: int = 1, control: int = 0) -> Layout:
+    def of(
+        cls,
+        params: list[Tensor],
+        bucket_bytes: int | None = None,
+        ranks: int = 1,
+        control: int = 0,
+        multiple: int = ALIGNMENT,
+    ) -> Layout:
         """Returns a layout of parameters in order.
 
         Buckets are filled from the last parameter backwards, since backward computes its gradient first. A
@@ -61,6 +70,7 @@ class Layout:
             bucket_bytes: limit of a bucket's gradients; None for one bucket.
             ranks: each bucket is padded so that it divides into this many equal shards.
             control: elements to reserve after the flags of the first bucket.
+            multiple: the length of a shard is a multiple of it; a multiple of ALIGNMENT.
         """
         layout = cls()
         for first, last in pairwise(_bounds(params, bucket_bytes)):
@@ -70,9 +80,9 @@ class Layout:
                 layout.total += _aligned(p.numel())
             flags = layout.total
             end = flags + last - first
-            reserved = 0 if layout.buckets else control
-            layout.total = start + _aligned(end + reserved - start, ALIGNMENT * ranks)
-            layout.buckets.append(Bucket(first, last, start, layout.total, flags, end))
+            used = end if layout.buckets else end + control
+            layout.total = start + _aligned(used - start, multiple * ranks)
+            layout.buckets.append(Bucket(first, last, start, layout.total, flags, end, used))
         return layout
 
 

@@ -173,7 +173,8 @@ class Reducer:
         """Makes ranks that reduce gradients fail, instead of waiting for this one for ever, and this one too.
 
         It reduces one element under the name of the last bucket: Horovod refuses tensors of different shapes. It
-        does nothing where gradients are scattered or sent as bfloat16, by other collectives.
+        does nothing where gradients are scattered or sent as bfloat16, by other collectives. Codes always travel
+        with an all-reduce.
 
         Args:
             call: what this rank does, and every rank must, for the error.
@@ -181,7 +182,7 @@ class Reducer:
         Returns:
             Waits until all ranks have called this.
         """
-        if self.scatters or self._compression == "bf16":
+        if self._feedback is None and (self.scatters or self._compression == "bf16"):
             return lambda: None
         one = torch.zeros(1, dtype=torch.float32, device=self._buckets[_LAST][0].device)
         name = f"{self._prefix}.{_LAST}"
@@ -222,7 +223,11 @@ class Reducer:
         place = _message(first_buffer, first_bucket, length)
         flags = [_flags(buffer, bucket) for buffer, bucket in self._buckets]
         small = torch.cat([values.float() for values in (*flags, place)]).cpu()
-        if self.scatters:
+        if self.scatters and self._feedback is not None:  # flags and message are sent exactly, to all ranks
+            assert total is not None
+            own = total.float().cpu().reshape(1)  # 0 or NaN
+            total = horovod().allreduce(own, op=horovod().Sum, name=f"{self._prefix}.used")[0].double()
+        elif self.scatters:
             rest = [] if total is None else [total.float().cpu().reshape(1)]  # 0 or NaN
             small = horovod().allreduce(torch.cat([small, *rest]), op=horovod().Sum, name=f"{self._prefix}.used")
             if total is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor
 
@@ -58,6 +59,10 @@ class AllReduceStrategy:
 
     def gather_gradients(self, buffers: Sequence[GradientBuffer]) -> None:
         """Makes every gradient whole on every rank. Every rank must call it."""
+
+    def updating(self) -> AbstractContextManager[None]:
+        """Returns a context for the update of the parameters."""
+        return nullcontext()
 
     def exchange_parameters(self, buffers: Sequence[GradientBuffer]) -> None:
         """Sends what this rank has updated to the others. Every rank must call it."""

@@ -1,4 +1,4 @@
-"""`CodedAllReduce`: the mean of a bucket over the ranks, sent as codes of few bits."""
+"""`CodedAllReduce`, `CodedReduceScatter`: the mean of a bucket over the ranks, sent as codes of few bits."""
 
 from __future__ import annotations
 
@@ -31,8 +31,7 @@ class CodedAllReduce:
         self._exact_views = [gradients[start:end] for start, end in coded.exact_spans]
         exact = torch.cat(self._exact_views).float()
         factor = Scaling(scaling.factor, len(exact) - len(self._exact_views[-1]))
-        for start, end in coded.zero_spans:
-            gradients[start:end].zero_()
+        self._clear_gaps()
         before, after = coded.worker.advance()
         coded.functions.encode(
             coded.codec, self._gradients, before, after, coded.parts, scaling.factor, coded.unit
@@ -40,6 +39,10 @@ class CodedAllReduce:
         self._sent = self._hvd.alltoall_async(coded.parts.view(-1), name=f"{name}.parts")
         self._exact = exact
         self._exact_sum = AllReduce(exact, exact_name(name), "none", scaling=factor)
+
+    def _clear_gaps(self) -> None:
+        for start, end in self._coded.zero_spans:
+            self._gradients[start:end].zero_()
 
     def start_gather(self) -> None:
         """Waits for the parts of all ranks, adds them, and starts to send the codes of the sum."""
@@ -54,9 +57,33 @@ class CodedAllReduce:
         coded = self._coded
         received = self._hvd.synchronize(self._gathered)
         coded.functions.decode(coded.codec, received.view(coded.parts.shape), self._gradients)
+        self._wait_for_exact()
+
+    def _wait_for_exact(self) -> None:
         self._exact_sum.wait()
         sums = torch.split(self._exact, list(map(len, self._exact_views)))
         torch._foreach_copy_(self._exact_views, list(sums))
+
+
+class CodedReduceScatter(CodedAllReduce):
+    """The first phase alone: each rank gets the sum of its own shard, and all ranks what is sent exactly."""
+
+    def start_gather(self) -> None:
+        """Does nothing: there is no second phase."""
+
+    def wait(self) -> None:
+        """Waits for the sum of the own shard."""
+        coded = self._coded
+        received, _ = self._hvd.synchronize(self._sent)
+        ranks = len(coded.parts)
+        parts = torch.empty(coded.elements, dtype=torch.float32, device=self._gradients.device)
+        coded.functions.decode(coded.codec, received.view(coded.parts.shape), parts)
+        total, *others = parts.view(ranks, -1)
+        for part in others:  # in rank order
+            total += part
+        self._gradients.view(ranks, -1)[self._hvd.rank()].copy_(total)
+        self._clear_gaps()  # the norm of a shard is that of neighbouring parameters in one piece
+        self._wait_for_exact()
 
 
 def exact_name(name: str) -> str:

@@ -64,8 +64,8 @@ class Residual:
 class CodedBucket:
     """Residuals and memory of a bucket that is sent as codes.
 
-    Coded are all elements up to the flags. Those of some parameters are sent exactly instead, and are zeros in the
-    codes.
+    Coded are all elements up to the flags; of a scattered bucket all, so that shards are equal. Those of some
+    parameters are sent exactly instead, and are zeros in the codes.
 
     Args:
         codec: the format.
@@ -73,6 +73,7 @@ class CodedBucket:
         bucket: the bucket.
         exact: parameters that are sent exactly.
         rank, ranks: of this process.
+        scatter: each rank gets the sum of its shard only, and there are no codes of the sum.
 
     Attributes:
         codec: the format.
@@ -80,9 +81,10 @@ class CodedBucket:
         params: the coded ones, with their places.
         elements: number of coded elements.
         worker: residual of what this rank sends of its gradients, padded to equal parts for all ranks.
-        server: residual of the sum of one part, which this rank sends; rotated if the codes are.
+        server: residual of the sum of one part, which this rank sends; rotated if the codes are. Empty if
+            scattered.
         parts: [ranks, bytes], uint8: memory for the codes of all parts.
-        total: [bytes], uint8: memory for the codes of the sum.
+        total: [bytes], uint8: memory for the codes of the sum; empty if scattered.
         exact_spans: (start, end) of what is sent exactly; the last one is of flags and message.
         zero_spans: (start, end) between the coded parameters, where codes leave their errors.
         unit: units of the gradients per unit of the residuals, in the round that is in flight.
@@ -98,27 +100,35 @@ class CodedBucket:
         exact: Collection[Tensor],
         rank: int,
         ranks: int,
+        *,
+        scatter: bool = False,
     ) -> None:
         self.codec, self._rank = codec, rank
         self.functions = functions(codec, buffer.device.type)
         places = {buffer.params[i]: _place(buffer, bucket, i) for i in range(bucket.first, bucket.last)}
         self.params = {p: place for p, place in places.items() if p not in exact}
-        self.elements = bucket.flags - bucket.start
+        flags = bucket.flags - bucket.start
+        self.elements = bucket.end - bucket.start if scatter else flags
         step = ranks * codec.block
         padded = -(-self.elements // step) * step
         self.worker = Residual(padded, buffer.device)
-        self.server = Residual(padded // ranks, buffer.device)
+        self.server = Residual(0 if scatter else padded // ranks, buffer.device)
         size = codec.payload_bytes(padded // ranks)
         self.parts = torch.empty(ranks, size, dtype=torch.uint8, device=buffer.device)
-        self.total = torch.empty(size, dtype=torch.uint8, device=buffer.device)
+        self.total = torch.empty(0 if scatter else size, dtype=torch.uint8, device=buffer.device)
         sent = [(place[0], place[0] + p.numel()) for p, place in places.items() if p in exact]
-        self.exact_spans = [*sent, (self.elements, bucket.end - bucket.start)]
+        self.exact_spans = [*sent, (flags, bucket.used - bucket.start)]
         self.zero_spans = list(_gaps(self.params, self.elements))
 
     @property
     def residuals(self) -> tuple[Residual, Residual]:
         """Both residuals."""
         return self.worker, self.server
+
+    @property
+    def lengths(self) -> list[int]:
+        """Their numbers of elements."""
+        return [len(residual.committed) for residual in self.residuals]
 
     def by_parameter(self, *, latest: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
         """Returns the residual of each coded parameter, with its shape; a copy.
@@ -153,7 +163,8 @@ class CodedBucket:
 def folded(codec: Codec, worker: Tensor, server: Tensor, rank: int) -> Tensor:
     """Returns a rank's residual of a whole bucket plus that of the part of the sum that it sends."""
     whole, part = worker.clone(), len(server)
-    whole[rank * part : (rank + 1) * part] += unrotate(codec, server)
+    if part:
+        whole[rank * part : (rank + 1) * part] += unrotate(codec, server)
     return whole
 
 

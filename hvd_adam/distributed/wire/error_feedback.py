@@ -15,11 +15,14 @@ from torch import Tensor
 
 from hvd_adam.distributed.agreement import raise_on_all_ranks
 from hvd_adam.distributed.context import current_cluster, horovod
+from hvd_adam.distributed.gradients.bucket_layout import ALIGNMENT
 from hvd_adam.distributed.gradients.compression import AllReduce, Reduction, Scaling
 from hvd_adam.distributed.gradients.gradient_buffer import GradientBuffer
+from hvd_adam.distributed.wire.codable import require_codable
 from hvd_adam.distributed.wire.codec import CODECS
-from hvd_adam.distributed.wire.coded_allreduce import CodedAllReduce, exact_name
+from hvd_adam.distributed.wire.coded_allreduce import CodedAllReduce, CodedReduceScatter, exact_name
 from hvd_adam.distributed.wire.coded_bucket import CodedBucket, Place, view
+from hvd_adam.distributed.wire.masters import Masters, apply_masters
 from hvd_adam.distributed.wire.rows import row_of_root, rows_to_root
 from hvd_adam.distributed.wire.saved_residuals import SavedResiduals, as_saved
 from hvd_adam.errors import UserError
@@ -47,6 +50,11 @@ class ErrorFeedback:
         exact: returns the parameters whose gradients are sent exactly; see `exact_parameters`.
         unit: returns the loss scale.
         retired: optimizers that had some of the parameters until now; their residuals are taken over.
+        masters: of the parameters, if each rank gets the gradients of its own shard only; else None.
+
+    Attributes:
+        compression: as the argument.
+        shard_multiple: the length of a shard of a bucket must be a multiple of it.
     """
 
     def __init__(
@@ -56,9 +64,11 @@ class ErrorFeedback:
         exact: Callable[[], set[Tensor]],
         unit: Callable[[], float],
         retired: Iterable[HasErrorFeedback] = (),
+        masters: Masters | None = None,
     ) -> None:
         self.compression, self._codec = compression, CODECS[compression]
-        self._names, self._exact, self._unit = names, exact, unit
+        self._names, self._exact, self._unit, self._masters = names, exact, unit, masters
+        self.shard_multiple = ALIGNMENT if masters is None else self._codec.block
         self._buckets: list[CodedBucket | None] = []
         self._round_unit: float | None = None  # the loss scale of the round in flight
         own, before = names(), filter(None, (optimizer.error_feedback for optimizer in retired))
@@ -85,13 +95,19 @@ class ErrorFeedback:
         exact = self._exact()
         rank, ranks = horovod().rank(), horovod().size()
         self._buckets = []
+        scatter = self._masters is not None
+        divided = []
         for buffer in buffers:
             for bucket in buffer.layout.buckets:
                 params = buffer.params[bucket.first : bucket.last]
                 kept = exact.union(p for p in params if p.dim() < 2)
-                is_coded = not kept.issuperset(params)
-                coded = CodedBucket(self._codec, buffer, bucket, kept, rank, ranks) if is_coded else None
+                coded = None
+                if not kept.issuperset(params):
+                    coded = CodedBucket(self._codec, buffer, bucket, kept, rank, ranks, scatter=scatter)
                 self._buckets.append(coded)
+                divided.append((buffer, bucket, {} if coded is None else coded.params))
+        if self._masters is not None:
+            self._masters.arrange(divided)
         self._put(committed)
         if pending:
             for coded in self._coded:
@@ -122,7 +138,8 @@ class ErrorFeedback:
         if self._round_unit is None:
             self._round_unit = self._unit()  # once a round: a GPU is waited for
         coded.unit = self._round_unit
-        return CodedAllReduce(gradients, name, coded, scaling)
+        kind = CodedAllReduce if self._masters is None else CodedReduceScatter
+        return kind(gradients, name, coded, scaling)
 
     def finish(self, total: Tensor) -> None:
         """Called after a round, on every rank.
@@ -148,7 +165,8 @@ class ErrorFeedback:
         coded = self._buckets[number]
         if coded is not None and p in coded.params:
             residual = view(coded.worker.latest, coded.params[p])
-            residual.add_(gradient, alpha=1 / (horovod().size() * coded.unit))
+            ranks = horovod().size() if self._masters is None else 1  # else only the owner has received something
+            residual.add_(gradient, alpha=1 / (ranks * coded.unit))
 
     @property
     def _is_pending(self) -> bool:
@@ -188,18 +206,17 @@ class ErrorFeedback:
             own = torch.cat([residual.committed for residual in bucket.residuals])
             rows = rows_to_root(own, f"{_NAME}.{number}")
             if rows is not None:
-                worker, server = torch.split(
-                    rows, [len(residual.committed) for residual in bucket.residuals], dim=1
-                )
+                worker, server = torch.split(rows, bucket.lengths, dim=1)
                 buckets.append((places, worker.contiguous(), server.contiguous()))
         parked = {}
         for name, residual in self._parked_by_name().items():
             rows = rows_to_root(residual.reshape(-1), f"{_NAME}.{name}")
             if rows is not None:
                 parked[name] = rows.view(len(rows), *residual.shape)
+        masters = {} if self._masters is None else self._masters.on_root(self._names())
         if horovod().rank() != 0:
             return None
-        return as_saved(self.compression, horovod().size(), buckets, parked)
+        return as_saved(self.compression, horovod().size(), buckets, parked, masters)
 
     def total_state_dict(self) -> dict[str, Any]:
         """Returns the sum of the residuals of all ranks, as if they were of one. Every rank must call it.
@@ -213,7 +230,8 @@ class ErrorFeedback:
         if horovod().size() > 1 and own:
             totals = horovod().grouped_allreduce([r for _, r in own], op=horovod().Sum, name=f"{_NAME}.total")
             own = [(name, total) for (name, _), total in zip(own, totals, strict=True)]
-        return as_saved(self.compression, 1, [], {name: residual.unsqueeze(0) for name, residual in own})
+        masters = {} if self._masters is None else self._masters.everywhere(names)
+        return as_saved(self.compression, 1, [], {name: residual.unsqueeze(0) for name, residual in own}, masters)
 
     def load_state_dict(self, saved: Mapping[str, Any] | None) -> None:
         """Replaces the residuals by those of a checkpoint. Every rank must call it, and while none is in flight.
@@ -226,15 +244,18 @@ class ErrorFeedback:
             UserError: on every rank: it is something else, or a parameter has another shape.
         """
         ranks, names = horovod().size(), self._names()
+        parameters = {name: p for p, name in names.items()}
         loaded, rows, shapes, same = SavedResiduals(None), dict[str, Tensor](), dict[str, Any](), False
+        masters: dict[str, Tensor] = {}
         with raise_on_all_ranks(current_cluster()):
             if horovod().rank() == 0:
                 loaded = SavedResiduals(saved)
-                same = loaded.fit(self.compression, ranks, self._places())
+                same = loaded.fit(self.compression, ranks, self._places(), [b.lengths for b in self._coded])
                 rows = loaded.parked if same else loaded.by_name(ranks)
-                rows = _known(rows, {name: p for p, name in names.items()})
+                rows = _known(rows, parameters)
+                masters = _known(loaded.masters, parameters, "master", 0)
                 shapes = {name: residual.shape[1:] for name, residual in rows.items()}
-        same, shapes = horovod().broadcast_object((same, shapes), 0, name=_NAME)
+        same, shapes, held = horovod().broadcast_object((same, shapes, [*masters]), 0, name=_NAME)
         for bucket in self._coded:
             for residual in bucket.residuals:
                 residual.reset()
@@ -242,11 +263,11 @@ class ErrorFeedback:
             for number, bucket in enumerate(self._coded):
                 both = torch.cat(loaded.buckets[number][1:], dim=1) if loaded.buckets else None
                 row = row_of_root(both, f"{_NAME}.{number}")
-                lengths = [len(residual.committed) for residual in bucket.residuals]
-                for residual, values in zip(bucket.residuals, torch.split(row, lengths), strict=True):
+                for residual, values in zip(bucket.residuals, torch.split(row, bucket.lengths), strict=True):
                     residual.committed.copy_(values)
         received = {name: row_of_root(rows.get(name), f"{_NAME}.{name}").view(shapes[name]) for name in shapes}
         self._put({p: received[name].to(p.device) for p, name in names.items() if name in received})
+        (apply_masters if self._masters is None else self._masters.load)(masters, held, parameters)
 
     def _places(self) -> list[dict[str, Place]]:
         """Returns the places of the parameters in each bucket, by name."""
@@ -258,40 +279,18 @@ class ErrorFeedback:
         return {names[p]: residual for p, residual in self._parked.items() if p in names}
 
 
-def _known(residuals: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the residuals of parameters that this optimizer has."""
-    for name, residual in residuals.items():
+def _known(
+    saved: Mapping[str, Tensor], parameters: Mapping[str, Tensor], what: str = "residual", first: int = 1
+) -> dict[str, Tensor]:
+    """Returns the saved tensors of parameters that this optimizer has, whose shapes begin at dimension `first`."""
+    for name, value in saved.items():
         if name not in parameters:
             warnings.warn(
-                f"hvd_adam: the residual of {name} is dropped: this optimizer has no such parameter",
+                f"hvd_adam: the {what} of {name} is dropped: this optimizer has no such parameter",
                 RuntimeWarning,
                 stacklevel=2,
             )
-        elif residual.shape[1:] != parameters[name].shape:
-            shapes = f"{tuple(residual.shape[1:])}, the parameter {tuple(parameters[name].shape)}"
-            raise UserError(f"the residual of {name} has the shape {shapes}")
-    return {name: residual for name, residual in residuals.items() if name in parameters}
-
-
-def exact_parameters(model: torch.nn.Module) -> set[Tensor]:
-    """Returns the weights of a model whose gradients are sent exactly: of embeddings, unless they are shared.
-
-    Most rows of an embedding have no gradient in most updates, and would get the errors of others. Parameters with
-    less than two dimensions, such as biases and those of norms, are sent exactly, too.
-    """
-    embeddings: set[Tensor] = set()
-    others: set[Tensor] = set()
-    for module in model.modules():
-        is_embedding = isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag)
-        (embeddings if is_embedding else others).update(module.parameters(recurse=False))
-    return embeddings - others
-
-
-def require_codable(dtype: torch.dtype, compression: str) -> None:
-    """Refuses gradients that codes of few bits are not made for.
-
-    Raises:
-        UserError: the dtype is not float32, float16 or bfloat16.
-    """
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise UserError(f"compression {compression} has no {dtype}: use compression none, or float32 parameters")
+        elif value.shape[first:] != parameters[name].shape:
+            shapes = f"{tuple(value.shape[first:])}, the parameter {tuple(parameters[name].shape)}"
+            raise UserError(f"the {what} of {name} has the shape {shapes}")
+    return {name: value for name, value in saved.items() if name in parameters}

@@ -20,6 +20,7 @@ def as_saved(
     ranks: int,
     buckets: Sequence[tuple[Places, Tensor, Tensor]],
     parked: Mapping[str, Tensor],
+    masters: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Any]:
     """Returns what a checkpoint holds.
 
@@ -28,6 +29,7 @@ def as_saved(
         ranks: number of ranks.
         buckets: for each bucket the places of its parameters, and [ranks, n] of both kinds of residuals.
         parked: [ranks, *shape] of parameters that are in no bucket.
+        masters: of the parameters, whole; see `Masters`.
     """
     return {
         "compression": compression,
@@ -41,6 +43,7 @@ def as_saved(
             for places, worker, server in buckets
         ],
         "parked": dict(parked),
+        "masters": dict(masters or {}),
     }
 
 
@@ -52,7 +55,7 @@ class SavedResiduals:
 
     Attributes:
         ranks: whose residuals they are.
-        buckets, parked: as in `as_saved`.
+        buckets, parked, masters: as in `as_saved`.
 
     Raises:
         UserError: they are not what `as_saved` returns.
@@ -73,15 +76,25 @@ class SavedResiduals:
                 for entry in saved["buckets"]
             ]
             self.parked: dict[str, Tensor] = dict(saved["parked"])
+            self.masters: dict[str, Tensor] = dict(saved.get("masters", {}))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
                 f"these are no residuals of gradients that this version has saved: {error!r}"
             ) from None
 
-    def fit(self, compression: str, ranks: int, buckets: Sequence[Places]) -> bool:
-        """Returns whether each rank can continue with its own residuals as they are."""
+    def fit(self, compression: str, ranks: int, buckets: Sequence[Places], lengths: Sequence[list[int]]) -> bool:
+        """Returns whether each rank can continue with its own residuals as they are.
+
+        Args:
+            compression: of this run.
+            ranks: their number in this run.
+            buckets: the places of the parameters in each of its buckets.
+            lengths: of both residuals of each bucket, which also tell the strategy.
+        """
         saved = [places for places, _, _ in self.buckets]
-        return (self._compression, self.ranks, saved) == (compression, ranks, list(buckets))
+        saved_lengths = [[worker.shape[1], server.shape[1]] for _, worker, server in self.buckets]
+        found = self._compression, self.ranks, saved, saved_lengths
+        return found == (compression, ranks, list(buckets), list(lengths))
 
     def by_name(self, ranks: int) -> dict[str, Tensor]:
         """Returns the residuals of each parameter for a number of ranks, [ranks, *shape].

@@ -1,0 +1,32 @@
+"""Which gradients are sent as codes, which exactly, and which not at all."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hvd_adam.errors import UserError
+
+
+def exact_parameters(model: torch.nn.Module) -> set[Tensor]:
+    """Returns the weights of a model whose gradients are sent exactly: of embeddings, unless they are shared.
+
+    Most rows of an embedding have no gradient in most updates, and would get the errors of others. Parameters with
+    less than two dimensions, such as biases and those of norms, are sent exactly, too.
+    """
+    embeddings: set[Tensor] = set()
+    others: set[Tensor] = set()
+    for module in model.modules():
+        is_embedding = isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag)
+        (embeddings if is_embedding else others).update(module.parameters(recurse=False))
+    return embeddings - others
+
+
+def require_codable(dtype: torch.dtype, compression: str) -> None:
+    """Refuses gradients that codes of few bits are not made for.
+
+    Raises:
+        UserError: the dtype is not float32, float16 or bfloat16.
+    """
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise UserError(f"compression {compression} has no {dtype}: use compression none, or float32 parameters")
