@@ -16,9 +16,11 @@ from hvd_adam.optim.optimizer_state import (
     arena_for,
     complete_loaded_groups,
     copy_loaded_state,
+    decoded_states,
     ensure_state,
     is_adams_state,
     saved_states,
+    without_other_formats,
 )
 from hvd_adam.optim.parameter_store import ParameterStore
 from hvd_adam.optim.plain_optimizer import PlainOptimizer
@@ -50,9 +52,14 @@ class Adam(PlainOptimizer):
         decoupled_weight_decay: shrink the parameters by lr · weight_decay instead of adding
             weight_decay · parameter to the gradient.
         maximize: ascend instead of descending.
-        master_weights: keep a float32 copy of float16 and bfloat16 parameters (``master_param`` in the state),
-            update it, and round it into the parameter. Their moments are then float32. No effect on float32 and
-            float64 parameters, which are their own master.
+        master_weights: True keeps a float32 copy of float16 and bfloat16 parameters (``master_param`` in the
+            state), updates it, and rounds it into the parameter. "8bit" keeps 8 more bits of a bfloat16 parameter
+            instead (``param_correction``), 24 bits in all; float16 parameters and small ones have a copy. Their
+            moments are then float32. No effect on float32 and float64 parameters, which are their own master.
+        state_format: how the moments of tensors with at least two dimensions and 4096 elements are held: "float32"
+            (in the parameter's dtype, as in PyTorch), "bfloat16", rounded stochastically, or "8bit": codes with
+            one scale for 32 elements, 2.13 bytes for both moments instead of 8. Put embeddings, whose rows are
+            updated at different times, into a group of their own with "float32". float64 parameters keep theirs.
         stochastic_rounding: round bfloat16 parameters up or down with the probabilities that make the
             expectation exact, instead of to nearest, where small updates vanish. Their moments are then float32.
             The random bits depend only on step and position, so they are identical in a repeated run and on all
@@ -85,7 +92,8 @@ class Adam(PlainOptimizer):
         decoupled_weight_decay: bool = False,
         maximize: bool = False,
         implementation: str = "auto",
-        master_weights: bool = False,
+        master_weights: bool | str = False,
+        state_format: str = "float32",
         stochastic_rounding: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -96,6 +104,7 @@ class Adam(PlainOptimizer):
         defaults: Group = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
         defaults |= {"decoupled_weight_decay": decoupled_weight_decay, "maximize": maximize}
         defaults |= {"master_weights": master_weights, "stochastic_rounding": stochastic_rounding}
+        defaults["state_format"] = state_format
         defaults["implementation"] = choose_implementation(implementation, choices)
         validation.check_hyper_parameters(defaults)
         super().__init__(params, defaults)
@@ -149,8 +158,26 @@ class Adam(PlainOptimizer):
         self._update()
         return loss
 
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state in the format of ``torch.optim.Adam``: moments held in few bits as float32."""
+        own = self.state
+        self.state = decoded_states(own)
+        try:
+            return dict(super().state_dict())
+        finally:
+            self.state = own
+
+    def held_state_dict(self) -> dict[str, Any]:
+        """Returns the state as it is held, with codes and scales, which `load_state_dict` loads exactly.
+
+        ``torch.optim.Adam`` cannot load it. Without state in few bits it is `state_dict`.
+        """
+        return dict(super().state_dict())
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dictionary of this class, or of ``torch.optim.Adam`` or ``AdamW``.
+
+        The format that the state is held in remains this optimizer's: what has another one is converted.
 
         Raises:
             ValueError: it is not Adam's or does not fit the parameters; nothing has been changed.
@@ -182,8 +209,12 @@ class Adam(PlainOptimizer):
         own_groups = self.__dict__.get("param_groups")
         if own_groups is None:  # unpickling or copying: the state is this class's own and complete
             super().__setstate__(state)
+            for options in (self.defaults, *self.param_groups):  # of a version without it
+                options.setdefault("state_format", "float32")
             return
         complete_loaded_groups(state["param_groups"], own_groups, options=self.defaults)
+        for loaded, own in zip(state["param_groups"], own_groups, strict=True):
+            loaded["state_format"] = own["state_format"]
         validation.check_loaded_state(state)
         exact = saved_states(self._source, self.param_groups)
         had = "differentiable" in self.defaults
@@ -195,7 +226,8 @@ class Adam(PlainOptimizer):
             for p in group["params"]:
                 loaded = self.state.get(p, {})
                 if is_adams_state(loaded):
-                    self.state[p] = {**loaded, **copy_loaded_state(p, exact.get(p, loaded), group, arena)}
+                    copied = copy_loaded_state(p, exact.get(p, loaded), group, arena)
+                    self.state[p] = {**without_other_formats(loaded, copied), **copied}
             self._make_missing_state(group)
 
     @torch.inference_mode(False)  # state that is created in that mode could not be updated outside of it

@@ -6,14 +6,15 @@ a step (averaging, unscaling, clipping, weight decay, rounding) is computed in r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-Whole = TypeVar("Whole", int, Any)
+from hvd_adam.optim.formats.random_bits import round_stochastically, rounding_seed
 
 
 @dataclass(frozen=True)
@@ -24,14 +25,22 @@ class KernelSpec:
         device: "cpu" or "cuda".
         dtype: of parameters and gradients.
         moment_dtype: of the moments.
-        rounding: how half-precision parameters are stored: "nearest", "master" (float32 copies are updated) or
-            "stochastic".
+        rounding: how half-precision parameters are stored: "nearest", "master" (float32 copies are updated),
+            "stochastic", or "correction" (an 8-bit correction makes them more exact).
+        state_format: how the moments are stored: "float32" (rounded to nearest), "bfloat16" (rounded
+            stochastically) or "8bit" (as codes; `moment_dtype` is float32).
     """
 
     device: str
     dtype: torch.dtype
     moment_dtype: torch.dtype
     rounding: str
+    state_format: str = "float32"
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether the state is held in few bits, so that blocks of elements are updated together."""
+        return self.state_format != "float32" or self.rounding == "correction"
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -91,7 +100,7 @@ def scalars(group: Mapping[str, Any], step: float) -> Scalars:
     """
     beta1, beta2 = map(float, group["betas"])
     lr, weight_decay = float(group["lr"]), group["weight_decay"]
-    root = (1 - beta2**step) ** 0.5
+    root = math.sqrt(1 - beta2**step)
     return Scalars(
         weight_decay=-weight_decay * lr if group["decoupled_weight_decay"] else weight_decay,
         one_minus_beta1=1 - beta1,
@@ -138,26 +147,6 @@ def adam_expression(
     return theta, m, v, v_max
 
 
-def round_stochastically(x: Tensor, seed: Tensor) -> Tensor:
-    """Rounds float32 to bfloat16, up or down with the probabilities that make the expectation `x`.
-
-    The random bits are a hash of (seed, index), so that they are identical on all ranks and in a resumed run.
-    Infinities and NaN are kept.
-
-    Args:
-        x: 1-dimensional, float32.
-        seed: one int64 in [0, 2³¹).
-    """
-    # The finaliser "lowbias32" of Wellons, https://nullprogram.com/blog/2018/07/31/, in int64 without overflow.
-    # Modulo 2³¹ like the seed: an element's bits must not depend on where the piece that holds it begins.
-    h = (torch.arange(x.numel(), dtype=torch.int64, device=x.device) + seed) & 0x7FFFFFFF
-    h = ((h ^ (h >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
-    h = ((h ^ (h >> 15)) * 0x846CA68B) & 0xFFFFFFFF
-    noise = ((h ^ (h >> 16)) & 0xFFFF).to(torch.int32)
-    rounded = ((x.view(torch.int32) + noise) & -0x10000).view(torch.float32)
-    return torch.where(torch.isfinite(x), rounded, x).to(torch.bfloat16)
-
-
 def current_master(p: Tensor, master: Tensor) -> Tensor:
     """Returns `master`, and `p` where it has changed since the last step (`load_state_dict`, `clamp_`, …).
 
@@ -168,18 +157,6 @@ def current_master(p: Tensor, master: Tensor) -> Tensor:
     rounding = info.eps / 2 * master.abs() + info.smallest_normal * info.eps
     kept = ((wide - master).abs() <= rounding) & master.isfinite() | wide.isinf()
     return torch.where(kept, master, wide)
-
-
-def rounding_seed(step: Whole, position: Whole) -> Whole:
-    """Returns the seed of stochastic rounding, in [0, 2³¹).
-
-    Steps and elements have different random bits; ranks and repeated runs have identical ones.
-
-    Args:
-        step: number of the step, from 1; also an int64 array.
-        position: index of the first element among all of the optimizer's.
-    """
-    return (step * 0x9E3779B1 + position) % 2**31
 
 
 def update_uncompiled(

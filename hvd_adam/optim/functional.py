@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from hvd_adam.optim.expression import current_master, round_stochastically, rounding_seed
-from hvd_adam.optim.optimizer_state import Group, rounding
+from hvd_adam.optim.expression import current_master
+from hvd_adam.optim.formats.random_bits import round_stochastically, rounding_seed
+from hvd_adam.optim.optimizer_state import Group
 from hvd_adam.optim.reference import adam_update
 from hvd_adam.optim.tensor_lists import TensorLists
 
@@ -90,6 +91,20 @@ def update_foreach(lists: TensorLists, group: Group, grad_scale: Tensor | None) 
     _store(lists, group, thetas)
 
 
+def update_lists(name: str, lists: TensorLists, group: Group, grad_scale: Tensor | None) -> None:
+    """Takes one step by an implementation, in float32 copies of a state that is held in few bits.
+
+    Args:
+        name: "reference" or "foreach".
+        lists: what to update, in place.
+        group: the hyper-parameters.
+        grad_scale: multiplies the gradients; 0-dimensional; None for 1.
+    """
+    lists.decode()
+    UPDATES[name](lists, group, grad_scale)
+    lists.encode()
+
+
 UPDATES: dict[str, Callable[[TensorLists, Group, Tensor | None], None]] = {
     "reference": update_reference,
     "foreach": update_foreach,
@@ -98,8 +113,10 @@ UPDATES: dict[str, Callable[[TensorLists, Group, Tensor | None], None]] = {
 
 def _thetas(lists: TensorLists, group: Group, dtype: torch.dtype) -> list[Tensor]:
     """Returns the tensors to update: the parameters, their masters, or copies in `dtype`."""
-    if rounding(group, lists.params[0].dtype) == "stochastic":
+    if lists.rounding == "stochastic" or (lists.in_few_bits and not lists.masters):
         return [p.to(dtype) for p in lists.params]
+    if lists.rounding == "correction":
+        return lists.masters
     for p, master in zip(lists.params if lists.masters else (), lists.masters, strict=True):
         master.copy_(current_master(p, master))
     return lists.masters or lists.params
@@ -107,10 +124,13 @@ def _thetas(lists: TensorLists, group: Group, dtype: torch.dtype) -> list[Tensor
 
 def _store(lists: TensorLists, group: Group, thetas: list[Tensor]) -> None:
     """Rounds the updated tensors into the parameters, unless they are the parameters themselves."""
-    if rounding(group, lists.params[0].dtype) == "stochastic":
+    if lists.rounding == "stochastic":
         for p, theta, step, position in zip(lists.params, thetas, lists.steps, lists.positions, strict=True):
             seed = torch.tensor(rounding_seed(int(step), position), dtype=torch.int64, device="cpu")
             p.copy_(round_stochastically(theta.float().contiguous().reshape(-1), seed).view(p.shape))
-    elif lists.masters:
+    elif lists.rounding == "nearest" and lists.in_few_bits:
+        for p, theta in zip(lists.params, thetas, strict=True):
+            p.copy_(theta)
+    elif lists.rounding == "master":
         for p, master in zip(lists.params, lists.masters, strict=True):
             p.copy_(master)

@@ -6,6 +6,7 @@ with the expression of expression.py before it is used.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hvd_adam.optim.expression import KernelSpec, Tensors, update_uncompiled
+from hvd_adam.optim.formats.expression import update_uncompiled as update_in_blocks
 from hvd_adam.optim.kernels import cpu_kernel
 from hvd_adam.optim.optimizer_state import Group, Member, Part, States
 from hvd_adam.optim.update_rows import Batch, HyperParameters, Kernel, UpdateRows, hyper_parameters
@@ -107,13 +109,22 @@ def _compile_verified(spec: KernelSpec) -> Kernel:
         for (p, state), (q, other), group in zip(ours.items(), expected.items(), groups, strict=True):
             names = state.keys() - {"step"}
             assert q.grad is not None
-            update_uncompiled(
-                spec, Tensors(q.detach(), q.grad, **{name: other[name] for name in names}), None, group, 1, 0
-            )
+            expected_state = {name: other[name] for name in names}
+            _update_uncompiled(spec, q.detach(), q.grad, expected_state, group)
             for mine, right in ((p, q), *((state[name], other[name]) for name in names)):
-                if not torch.allclose(mine.detach(), right.detach(), rtol=2**-6, atol=1e-6):
+                codes = mine.dtype in (torch.int8, torch.uint8)
+                rtol, atol = (0.0, 1.0) if codes else (2**-6, 1e-6)
+                if not torch.allclose(mine.detach().double(), right.detach().double(), rtol=rtol, atol=atol):
                     raise RuntimeError("the compiled kernel does not compute what its source does")
     return kernel
+
+
+def _update_uncompiled(spec: KernelSpec, p: Tensor, grad: Tensor, state: dict[str, Tensor], group: Group) -> None:
+    if not spec.in_blocks:
+        update_uncompiled(spec, Tensors(p, grad, **state), None, group, 1, 0)
+        return
+    flat = {name: t.reshape(-1) for name, t in state.items()}  # of contiguous tensors: views
+    update_in_blocks(spec, p.view(-1), grad.view(-1), flat, 1.0, group, 1, 0)
 
 
 def _compile_with_triton(spec: KernelSpec) -> Kernel:
@@ -136,15 +147,19 @@ _BACKENDS = {
 def _example(spec: KernelSpec, elements: int) -> tuple[list[Group], UpdateRows, States]:
     """Returns groups of one parameter each, of all kinds, their table and their state; identical on each call."""
     common = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "decoupled_weight_decay": False}
-    common |= {"maximize": False, "amsgrad": False, "master_weights": spec.rounding == "master"}
+    masters = {"master": True, "correction": "8bit"}.get(spec.rounding, False)
+    common |= {"maximize": False, "amsgrad": False, "master_weights": masters, "state_format": spec.state_format}
     common |= {"stochastic_rounding": spec.rounding == "stochastic"}
-    kinds: tuple[Group, ...] = ({}, {"amsgrad": True}, {"weight_decay": 0.0}, {"decoupled_weight_decay": True})
+    other: Group = {"maximize": True} if spec.in_blocks else {"amsgrad": True}
+    kinds: tuple[Group, ...] = ({}, other, {"weight_decay": 0.0}, {"decoupled_weight_decay": True})
     groups: list[Group] = [{**common, **kind} for kind in kinds]
     states: States = defaultdict(dict)
     members = []
-    for number, length in enumerate((elements, 1001, 17, 1)):
-        wave = torch.linspace(-3, 3, length, dtype=torch.float32, device=spec.device)
-        p = torch.nn.Parameter(wave.to(spec.dtype))
-        p.grad = wave.cos().to(spec.dtype)
+    sizes = (elements, 1001, 17, 1)
+    shapes = ((2, elements // 2), (3, 1501), (2, 2049), (64, 64)) if spec.in_blocks else [(n,) for n in sizes]
+    for number, shape in enumerate(shapes):
+        wave = torch.linspace(-3, 3, math.prod(shape), dtype=torch.float32, device=spec.device)
+        p = torch.nn.Parameter(wave.to(spec.dtype).reshape(shape))
+        p.grad = wave.cos().to(spec.dtype).reshape(shape)
         members.append(Member(p, number, 0, Part.of(p)))
     return groups, UpdateRows(spec, members, groups, states), states

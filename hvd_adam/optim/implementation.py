@@ -9,8 +9,10 @@ from torch import Tensor
 
 from hvd_adam.optim import fused, validation
 from hvd_adam.optim.expression import KernelSpec
+from hvd_adam.optim.formats.choice import rounding, state_format
+from hvd_adam.optim.formats.held import entries
 from hvd_adam.optim.memory import is_dense, is_ordinary, is_trained
-from hvd_adam.optim.optimizer_state import Group, moment_dtype, rounding
+from hvd_adam.optim.optimizer_state import Group
 
 # On a CPU "auto" uses the fused kernel from this number of elements or of tensors on. Below both a step takes a
 # millisecond or two in either implementation, and compiling takes a second. For 100 tensors of 64 elements the
@@ -18,7 +20,7 @@ from hvd_adam.optim.optimizer_state import Group, moment_dtype, rounding
 AUTO_FUSED_ELEMENTS, AUTO_FUSED_TENSORS = 1 << 20, 64
 
 # The options that decide about layout and kernels.
-_LAYOUT_OPTIONS = ("implementation", "amsgrad", "master_weights", "stochastic_rounding")
+_LAYOUT_OPTIONS = ("implementation", "amsgrad", "master_weights", "stochastic_rounding", "state_format")
 
 
 # What torch.optim.Adam calls its implementations, and what it can do and `Adam` cannot, with the remedy.
@@ -111,15 +113,17 @@ def can_be_fused(p: Tensor) -> bool:
     return is_ordinary(p) and is_dense(p)
 
 
-def kernel_spec(group: Group, device: torch.device, dtype: torch.dtype) -> KernelSpec:
-    """Returns the kernel that updates the group's parameters of this device and dtype."""
-    return KernelSpec(device.type, dtype, moment_dtype(group, dtype), rounding(group, dtype))
+def kernel_spec(group: Group, p: Tensor) -> KernelSpec:
+    """Returns the kernel that updates a parameter of the group."""
+    held = state_format(group, p)
+    moments = torch.float32 if held == "8bit" else entries(group, p)["exp_avg"].dtype
+    return KernelSpec(p.device.type, p.dtype, moments, rounding(group, p), held)
 
 
 def first_compile_error(groups: Sequence[Group], implementations: Sequence[str]) -> str | None:
     """Compiles the kernels of every fused group; returns the first error in one line, or None."""
     specs = {
-        kernel_spec(group, p.device, p.dtype): None  # an ordered set
+        kernel_spec(group, p): None  # an ordered set
         for group, implementation in zip(groups, implementations, strict=True)
         if implementation == "fused"
         for p in group["params"]

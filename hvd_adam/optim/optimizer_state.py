@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, MutableMapping, Sequence
 from itertools import chain
 from operator import is_
@@ -10,6 +11,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hvd_adam.optim.formats.held import (
+    IN_FEW_BITS,
+    Entry,
+    convert,
+    decoded,
+    entries,
+    is_in_few_bits,
+    part_of_scales,
+)
 from hvd_adam.optim.memory import Arena, memory_order, same_objects
 
 Group = dict[str, Any]
@@ -53,41 +63,23 @@ class Member(NamedTuple):
 
 
 REQUIRED_STATE = ("step", "exp_avg", "exp_avg_sq")
-STATE_NAMES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master_param")
+STATE_NAMES = (
+    *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master_param"),
+    *("exp_avg_codes", "exp_avg_scales", "exp_avg_sq_codes", "exp_avg_sq_scales", "param_correction"),
+)
 
 
 def is_adams_state(state: Any) -> bool:
     """Returns whether an entry of `Optimizer.state` has what every state of Adam has."""
-    return isinstance(state, dict) and all(key in state for key in REQUIRED_STATE)
-
-
-def rounding(group: Group, dtype: torch.dtype) -> str:
-    """Returns how parameters of this dtype are stored: "nearest", "master" or "stochastic"."""
-    if group["master_weights"] and dtype in (torch.float16, torch.bfloat16):
-        return "master"
-    return "stochastic" if group["stochastic_rounding"] and dtype == torch.bfloat16 else "nearest"
-
-
-def moment_dtype(group: Group, dtype: torch.dtype) -> torch.dtype:
-    """Returns the parameters' own dtype, as in PyTorch; float32 with master weights or stochastic rounding."""
-    return dtype if rounding(group, dtype) == "nearest" else torch.float32
-
-
-def state_dtypes(group: Group, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """Returns the dtype of each state tensor of a parameter of this dtype; "step" is not included."""
-    moments = moment_dtype(group, dtype)
-    dtypes = {"exp_avg": moments, "exp_avg_sq": moments}
-    if group["amsgrad"]:
-        dtypes["max_exp_avg_sq"] = moments
-    if rounding(group, dtype) == "master":
-        dtypes["master_param"] = torch.float32
-    return dtypes
+    if not isinstance(state, dict) or "step" not in state:
+        return False
+    return all(name in state or f"{name}_codes" in state for name in REQUIRED_STATE[1:])
 
 
 def arena_for(params: Iterable[tuple[Tensor, Group]]) -> Arena:
     """Returns memory for the whole state of some parameters, given with their groups."""
-    sizes = ((p.numel(), state_dtypes(group, p.dtype).values()) for p, group in params)
-    return Arena(sum(n * dtype.itemsize + Arena.GAP for n, dtypes in sizes for dtype in dtypes))
+    sizes = ((p.numel(), entry) for p, group in params for entry in entries(group, p).values())
+    return Arena(sum(entry.elements(n) * entry.dtype.itemsize + Arena.GAP for n, entry in sizes))
 
 
 def ensure_state(
@@ -114,10 +106,19 @@ def ensure_state(
     state["step"] = _step_count(state.get("step"))
     used = {"step": state["step"]}
     dense = torch.empty_like(p, device="meta")
-    for name, dtype in state_dtypes(group, p.dtype).items():
+    wanted = entries(group, p)
+    if not wanted.keys() <= state.keys() and IN_FEW_BITS & {*wanted, *state}:
+        convert(state, p, wanted, _own_elements(state, p, part))
+    for name, entry in wanted.items():
+        dtype = entry.dtype
         if name not in state:
-            state[name] = _initial(name, p, dtype, part, arena)
+            state[name] = _initial(name, p, entry, part, arena)
         found = state[name]
+        if entry.of_blocks:
+            if len(found) != entry.elements(part.length):
+                state[name] = part_of_scales(found, part.skip, part.length)
+            used[name] = state[name]
+            continue
         shape, strides = (p.shape, dense.stride()) if part.whole else ((part.length,), (1,))
         if found.shape != shape and found.shape != p.shape:
             raise RuntimeError(
@@ -138,8 +139,19 @@ def _step_count(found: Any) -> Tensor:
     return torch.tensor(0.0 if found is None else float(found), dtype=torch.float32, device="cpu")
 
 
-def _initial(name: str, p: Tensor, dtype: torch.dtype, part: Part, arena: Arena) -> Tensor:
-    zeros = arena.zeros_like(p, dtype) if part.whole else arena.zeros(part.length, dtype, p.device)
+def _own_elements(state: State, p: Tensor, part: Part) -> Tensor:
+    """Returns the elements of a parameter that its state belongs to: all, unless it is a shard's."""
+    shapes = [state[name].shape for name in STATE_NAMES if name in state and not name.endswith("scales")]
+    skip, length = (0, p.numel()) if p.shape in shapes else (part.skip, part.length)
+    return memory_order(p.detach(), skip, length)
+
+
+def _initial(name: str, p: Tensor, entry: Entry, part: Part, arena: Arena) -> Tensor:
+    dtype = entry.dtype
+    if entry.of_blocks or not part.whole:
+        zeros = arena.zeros(entry.elements(part.length), dtype, p.device)
+    else:
+        zeros = arena.zeros_like(p, dtype)
     if name != "master_param":
         return zeros
     return zeros.copy_(p.detach() if part.whole else shard_of(p.detach(), p, dtype, part))
@@ -197,6 +209,23 @@ def copy_of_states(states: States) -> dict[Any, Any]:
     return {key: {**state} if isinstance(state, dict) else state for key, state in states.items()}
 
 
+def decoded_states(states: Any) -> Any:
+    """Returns a whole state with float32 tensors in place of what is held in few bits."""
+    found = {
+        key: decoded(state, key)
+        for key, state in states.items()
+        if isinstance(key, Tensor) and is_adams_state(state) and is_in_few_bits(state, key)
+    }
+    return defaultdict(dict, {**states, **found}) if found else states
+
+
+def without_other_formats(loaded: dict[str, Any], copied: State) -> dict[str, Any]:
+    """Returns a loaded state without the tensors that `copied` holds in another format."""
+    if not IN_FEW_BITS & {*loaded, *copied}:
+        return loaded
+    return {key: value for key, value in loaded.items() if key in copied or key not in STATE_NAMES}
+
+
 def complete_loaded_groups(loaded: list[Group], own: list[Group], options: Iterable[str]) -> None:
     """Fills in options that loaded parameter groups lack, with this optimizer's values, and makes betas floats.
 
@@ -235,8 +264,15 @@ def copy_loaded_state(p: Tensor, loaded: dict[str, Any], group: Group, arena: Ar
     Entries that are not Adam's are the user's, and not included.
     """
     state = {"step": torch.tensor(float(loaded["step"]), dtype=torch.float32, device="cpu")}
-    dtypes = state_dtypes({**group, "amsgrad": "max_exp_avg_sq" in loaded}, p.dtype)
-    for key, dtype in dtypes.items():
-        if key in loaded:
-            state[key] = arena.zeros_like(p, dtype).copy_(loaded[key])
+    wanted = entries({**group, "amsgrad": "max_exp_avg_sq" in loaded}, p)
+    converted = {key: value for key, value in loaded.items() if key in STATE_NAMES}
+    if not wanted.keys() <= converted.keys() and IN_FEW_BITS & {*wanted, *converted}:
+        on_device = {key: value.to(p.device) for key, value in converted.items()}
+        convert(on_device, p, wanted, memory_order(p.detach(), 0, p.numel()))
+        converted = on_device
+    for key, entry in wanted.items():
+        if key in converted and entry.of_blocks:
+            state[key] = arena.zeros(entry.elements(p.numel()), entry.dtype, p.device).copy_(converted[key])
+        elif key in converted:
+            state[key] = arena.zeros_like(p, entry.dtype).copy_(converted[key])
     return state

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hvd_adam.optim import fused, validation
 from hvd_adam.optim.expression import KernelSpec
-from hvd_adam.optim.functional import UPDATES
+from hvd_adam.optim.functional import update_lists
 from hvd_adam.optim.implementation import (
     can_be_fused,
     first_compile_error,
@@ -116,7 +116,7 @@ class ParameterStore:
             if not is_trained(p):
                 continue
             if self.implementations[i] == "fused" and can_be_fused(p) and p not in shared:
-                kinds[kernel_spec(groups[i], p.device, p.dtype)].append(member)
+                kinds[kernel_spec(groups[i], p)].append(member)
             else:
                 others.append(member)
         self._rows = [UpdateRows(spec, members, groups, state) for spec, members in kinds.items()]
@@ -161,7 +161,7 @@ class ParameterStore:
             validation.refuse_graph_capture()
         # Before anything changes: both check gradients.
         batches = [(rows.spec, batch) for rows in self._rows if (batch := rows.batch()).params]
-        rest = chunks(self._others, self._others_state.used) if self._others else Chunks()
+        rest = chunks(self._others, self._others_state.used, groups) if self._others else Chunks()
         numbers = hyper_parameters(groups)
         for spec, batch in batches:
             increment_versions(batch.params)
@@ -170,7 +170,7 @@ class ParameterStore:
             torch._foreach_add_(rest.counts, 1)
         for lists, i in rest.lists:
             name = self.implementations[i]  # what cannot be fused has the form "foreach"
-            UPDATES["foreach" if name == "fused" else name](lists, groups[i], grad_scale)
+            update_lists("foreach" if name == "fused" else name, lists, groups[i], grad_scale)
         self._counted = [batch.counts for _, batch in batches]
 
     def undo_step_counts(self) -> None:

@@ -12,11 +12,15 @@ from torch import Tensor
 
 from hvd_adam.optim.expression import KernelSpec
 from hvd_adam.optim.memory import ORDINARY, placed_like, shape_in_memory
-from hvd_adam.optim.optimizer_state import Group, Member, StateReader, States
+from hvd_adam.optim.optimizer_state import Group, Member, State, StateReader, States
 from hvd_adam.optim.validation import check_gradient
 
-# As `Row` in kernels/cpu_kernel.cpp.
-ADDRESSES = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master_param", "step")
+# As `Row` in kernels/rows.h. Of a state with codes, their addresses stand in place of the moments'.
+ADDRESSES = (
+    *("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master_param"),
+    *("exp_avg_scales", "exp_avg_sq_scales", "param_correction", "step"),
+)
+_CODES = {"exp_avg": "exp_avg_codes", "exp_avg_sq": "exp_avg_sq_codes"}
 ROW = np.dtype([(name, np.int64) for name in (*ADDRESSES, "elements", "position", "group")])
 
 Rows = np.ndarray[Any, np.dtype[Any]]
@@ -46,7 +50,7 @@ class Batch(NamedTuple):
 
 
 class HyperParameters(NamedTuple):
-    """Those of a parameter group; `Group` in kernels/cpu_kernel.cpp has the same.
+    """Those of a parameter group; `Group` in kernels/rows.h has the same.
 
     Attributes:
         lr: α.
@@ -156,7 +160,12 @@ class UpdateRows:
     def _read_state(self) -> None:
         self._counts = [state["step"] for state in self._state.used]
         for name in ADDRESSES[2:]:
-            self._rows[name] = [state[name].data_ptr() if name in state else 0 for state in self._state.used]
+            self._rows[name] = [_address(state, name) for state in self._state.used]
+
+
+def _address(state: State, name: str) -> int:
+    found = state.get(name, state.get(_CODES.get(name, "")))
+    return 0 if found is None else found.data_ptr()
 
 
 def _has_shape(grads: Sequence[Tensor], shape: object) -> bool:

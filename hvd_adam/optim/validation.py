@@ -8,10 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from hvd_adam.optim.formats.choice import STATE_FORMATS
+from hvd_adam.optim.formats.eight_bit import scales_of
+from hvd_adam.optim.formats.held import SCALES
 from hvd_adam.optim.optimizer_state import REQUIRED_STATE, Group, is_adams_state
 
 IMPLEMENTATIONS = ("reference", "foreach", "fused", "auto")
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+_CODES = ("exp_avg_codes", "exp_avg_sq_codes", "param_correction")
 
 
 def check_hyper_parameters(group: Group) -> None:
@@ -39,7 +43,28 @@ def check_hyper_parameters(group: Group) -> None:
         raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
     if group["master_weights"] and group["stochastic_rounding"]:
         raise ValueError("master_weights and stochastic_rounding exclude each other: use one of them")
+    check_format(group)
     check_implementation(group["implementation"])
+
+
+def check_format(group: Group) -> None:
+    """Checks the options that decide how the state of a group is held.
+
+    Raises:
+        ValueError: one is unknown, or they exclude each other.
+    """
+    if group["master_weights"] not in (False, True, "8bit"):
+        raise ValueError(
+            f"master_weights={group['master_weights']!r} is unknown, choose one of False, True, '8bit'"
+        )
+    if group["state_format"] not in STATE_FORMATS:
+        choices = ", ".join(map(repr, STATE_FORMATS))
+        raise ValueError(f"state_format={group['state_format']!r} is unknown, choose one of {choices}")
+    if group["amsgrad"] and group["state_format"] != "float32":
+        raise ValueError(
+            f"state_format={group['state_format']!r} and amsgrad exclude each other: the largest of many rounded "
+            "moments grows with their rounding errors"
+        )
 
 
 def check_implementation(implementation: object) -> None:
@@ -113,20 +138,27 @@ def check_loaded_state(state: dict[str, Any]) -> None:
     """
     for group in state["param_groups"]:
         check_implementation(group["implementation"])
+        check_format(group)
     params = [p for group in state["param_groups"] for p in group["params"]]
     some_is_adams = any(is_adams_state(state["state"].get(p)) for p in params)
     for i, p in enumerate(params):
         loaded = state["state"].get(p)
         if not loaded or (some_is_adams and not any(key in loaded for key in REQUIRED_STATE)):
             continue  # the user's own entries
-        missing = [key for key in REQUIRED_STATE if key not in loaded]
+        missing = [key for key in REQUIRED_STATE if key not in loaded and f"{key}_codes" not in loaded]
         if missing:
             raise ValueError(f"loaded state of parameter {i} is not Adam's: {missing[0]} is missing")
-        for key in _MOMENTS:
+        for key in (*_MOMENTS, *_CODES):
             if key in loaded and loaded[key].shape != p.shape:
                 raise ValueError(
                     f"loaded {key} of parameter {i} has shape {tuple(loaded[key].shape)}, "
                     f"but the parameter has shape {tuple(p.shape)}"
+                )
+        for key in SCALES & loaded.keys():
+            if loaded[key].shape != (scales_of(p.numel()),):
+                raise ValueError(
+                    f"loaded {key} of parameter {i} has shape {tuple(loaded[key].shape)}, "
+                    f"but {p.numel()} elements have {scales_of(p.numel())} scales"
                 )
         step = torch.as_tensor(loaded["step"], device="cpu")
         if step.numel() != 1 or not step.item() >= 0:

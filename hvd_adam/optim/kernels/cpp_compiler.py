@@ -6,7 +6,7 @@ import ctypes
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hvd_adam.optim.kernels.kernel_cache import cached
@@ -16,12 +16,12 @@ _OPTIONS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"
 _OPTIONS_FOR_SPEED = ("-fno-math-errno", "-fno-trapping-math")  # square roots and selections in vector registers
 
 
-def compile_library(name: str, source: Path, definitions: Mapping[str, object]) -> ctypes.CDLL:
+def compile_library(name: str, source: Path | Sequence[Path], definitions: Mapping[str, object]) -> ctypes.CDLL:
     """Compiles a file, or loads the library from this host's cache.
 
     Args:
         name: of the library, part of a file name.
-        source: a C++ file that includes no file of ours.
+        source: a C++ file that includes no file of ours, or several, which are joined.
         definitions: macros and their values.
 
     Raises:
@@ -30,7 +30,7 @@ def compile_library(name: str, source: Path, definitions: Mapping[str, object]) 
     """
     macros = [f"-D{name}={value}" for name, value in definitions.items()]
     command = [*_compiler(), *_OPTIONS, *_OPTIONS_FOR_SPEED, *macros]
-    code = source.read_text()
+    code = "\n".join(path.read_text() for path in ([source] if isinstance(source, Path) else source))
 
     def build(target: Path) -> None:
         done = subprocess.run(

@@ -169,7 +169,13 @@ def _run(launch: Launch, stream: int, given: tuple[Any, ...]) -> None:
 
 
 def kernel(spec: KernelSpec) -> Kernel:
-    """Returns the kernel of a spec; it does not synchronize host and device."""
+    """Returns the kernel of a spec; it does not synchronize host and device.
+
+    Raises:
+        RuntimeError: there is no kernel for state in few bits.
+    """
+    if spec.in_blocks:
+        raise RuntimeError(f"there is no kernel for GPUs of state_format={spec.state_format!r} ({spec.rounding})")
 
     def run(batch: Batch, groups: Sequence[HyperParameters], grad_scale: Tensor | None) -> None:
         device = batch.params[0].device

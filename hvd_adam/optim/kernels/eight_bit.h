@@ -1,0 +1,195 @@
+// One block of the 8-bit format of formats/eight_bit.py: moments are decoded, updated and encoded in registers and in the
+// first-level cache. Comes after block.h. With AVX-512 and without it, the bits are the same.
+
+#if defined(__AVX512BW__) && !defined(PORTABLE)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int KNEE = 64, LEVELS = 316, FIRST_ONE = 64;      // of the first moment; units of one code before rounding
+constexpr int CODES = 255, SECOND_ONE = 4096;               // of the second one
+constexpr uint32_t SMALLEST_SCALE = 23 << 7, NO_SCALE = 0x7FC0;  // bits of bfloat16: 2^-104, NaN
+constexpr uint32_t LARGEST_FIRST = 0x7F7F, LARGEST_SECOND = 0x5F7F;
+
+// The numbers of an update, as formats/expression.py has them.
+struct EightBit {
+  float first_kept, second_kept, first_new, second_new, step_size, eps;
+};
+
+// Sets the codes of groups to 0 whose scale is NaN: what conversion makes of a value that is not finite is not defined.
+inline void clear_codes(int8_t* exp_avg, uint8_t* exp_avg_sq, const uint16_t* exp_avg_scales, const uint16_t* exp_avg_sq_scales) {
+  for (int i = 0; i < BLOCK; ++i) {
+    if (exp_avg_scales[i % LANES] == NO_SCALE) exp_avg[i] = 0;
+    if (exp_avg_sq_scales[i % LANES] == NO_SCALE) exp_avg_sq[i] = 0;
+  }
+}
+
+#if defined(__AVX512BW__) && !defined(PORTABLE)
+
+inline __m512 wide(const uint16_t* scales) {
+  const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+}
+
+// Stores the bits of scales that are no smaller than `largest`, bits of float32, and returns the scales.
+inline __m512 store_scales(uint16_t* scales, __m512i largest, uint32_t limit, bool* finite) {
+  __m512i bits = _mm512_srli_epi32(_mm512_add_epi32(largest, _mm512_set1_epi32(0xFFFF)), 16);
+  bits = _mm512_max_epi32(bits, _mm512_set1_epi32(SMALLEST_SCALE));
+  const __mmask16 beyond = _mm512_cmpgt_epi32_mask(bits, _mm512_set1_epi32(limit));
+  *finite &= beyond == 0;
+  const __m512i stored = _mm512_mask_mov_epi32(bits, beyond, _mm512_set1_epi32(NO_SCALE));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(scales), _mm512_cvtepi32_epi16(stored));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+}
+
+// Two rows of 16 numbers of 32 bits as one register of numbers of 16 bits, in the order that `store_bytes` expects.
+inline __m512i packed(__m512i first, __m512i second) { return _mm512_packs_epi32(first, second); }
+
+inline void store_bytes(void* place, __m512i packed) {
+  const __m256i order = _mm256_set_epi32(7, 5, 3, 1, 6, 4, 2, 0);
+  const __m256i bytes = _mm256_permutevar8x32_epi32(_mm512_cvtepi16_epi8(packed), order);
+  _mm256_storeu_si256(static_cast<__m256i*>(place), bytes);
+}
+
+inline void update_eight_bit(float* theta, const float* grad, int8_t* exp_avg, uint8_t* exp_avg_sq,
+                             uint16_t* exp_avg_scales, uint16_t* exp_avg_sq_scales, const EightBit& s,
+                             const uint32_t* words) {
+  alignas(64) float first[BLOCK], root[BLOCK];
+  const __m512 first_kept = _mm512_mul_ps(wide(exp_avg_scales), _mm512_set1_ps(s.first_kept));
+  const __m512 second_kept = _mm512_mul_ps(wide(exp_avg_sq_scales), _mm512_set1_ps(s.second_kept));
+  const __m512 first_new = _mm512_set1_ps(s.first_new), second_new = _mm512_set1_ps(s.second_new);
+  const __m512 step_size = _mm512_set1_ps(s.step_size), eps = _mm512_set1_ps(s.eps);
+  __m512i largest_first = _mm512_setzero_si512(), largest_root = largest_first;
+  for (int i = 0; i < BLOCK; i += 2 * LANES) {
+    const __m512i code = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(exp_avg + i)));
+    const __m512i inner =
+        _mm512_max_epi16(_mm512_min_epi16(code, _mm512_set1_epi16(KNEE)), _mm512_set1_epi16(-KNEE));
+    const __m512i outer = _mm512_sub_epi16(code, inner);
+    const __m512i level =
+        _mm512_add_epi16(_mm512_add_epi16(code, outer), _mm512_add_epi16(outer, outer));
+    for (int row = 0; row < 2; ++row) {
+      const int at = i + row * LANES;
+      const __m256i half = row ? _mm512_extracti64x4_epi64(level, 1) : _mm512_castsi512_si256(level);
+      const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(exp_avg_sq + at));
+      const __m512 g = _mm512_loadu_ps(grad + at);
+      __m512 m = _mm512_mul_ps(first_kept, _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(half)));
+      m = _mm512_add_ps(m, _mm512_mul_ps(first_new, g));
+      const __m512 kept = _mm512_mul_ps(second_kept, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)));
+      const __m512 added = _mm512_mul_ps(second_new, g);
+      const __m512 r = _mm512_sqrt_ps(_mm512_add_ps(_mm512_mul_ps(kept, kept), _mm512_mul_ps(added, added)));
+      const __m512 move = _mm512_mul_ps(step_size, _mm512_div_ps(m, _mm512_add_ps(r, eps)));
+      _mm512_storeu_ps(theta + at, _mm512_sub_ps(_mm512_loadu_ps(theta + at), move));
+      _mm512_store_ps(first + at, m);
+      _mm512_store_ps(root + at, r);
+      const __m512i positive = _mm512_set1_epi32(0x7FFFFFFF);
+      largest_first = _mm512_max_epi32(largest_first, _mm512_and_epi32(_mm512_castps_si512(m), positive));
+      largest_root = _mm512_max_epi32(largest_root, _mm512_and_epi32(_mm512_castps_si512(r), positive));
+    }
+  }
+  bool finite = true;
+  const __m512 first_scale = store_scales(exp_avg_scales, largest_first, LARGEST_FIRST, &finite);
+  const __m512 second_scale = store_scales(exp_avg_sq_scales, largest_root, LARGEST_SECOND, &finite);
+  const __m512 to_first = _mm512_div_ps(_mm512_set1_ps(LEVELS * FIRST_ONE), first_scale);
+  const __m512 to_second = _mm512_div_ps(_mm512_set1_ps(CODES * SECOND_ONE), second_scale);
+  __m512i word = _mm512_loadu_si512(words);
+  const __m512i next = _mm512_set1_epi32(GOLDEN);
+  for (int i = 0; i < BLOCK; i += 2 * LANES) {
+    const __m512i word2 = _mm512_add_epi32(word, next);
+    // The low halves of both rows' words, in the order of `packed`; sign-extended, so that no half is saturated.
+    const __m512i noise = packed(_mm512_srai_epi32(_mm512_slli_epi32(word, 16), 16),
+                                 _mm512_srai_epi32(_mm512_slli_epi32(word2, 16), 16));
+    const __m512i level = packed(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(first + i), to_first)),
+                                 _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(first + i + LANES), to_first)));
+    const __m512i quarter = _mm512_srai_epi16(level, 2);
+    const __m512i limit = _mm512_set1_epi16(3 * KNEE * FIRST_ONE / 4);
+    const __m512i rest = _mm512_max_epi16(_mm512_min_epi16(_mm512_sub_epi16(level, quarter), limit),
+                                          _mm512_sub_epi16(_mm512_setzero_si512(), limit));
+    const __m512i code = _mm512_add_epi16(_mm512_add_epi16(quarter, rest), _mm512_srli_epi16(noise, 10));
+    store_bytes(exp_avg + i, _mm512_srai_epi16(code, 6));
+    const __m512i a = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(root + i), to_second));
+    const __m512i b = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(root + i + LANES), to_second));
+    const __m512i both = packed(_mm512_srli_epi32(_mm512_add_epi32(a, _mm512_srli_epi32(word, 20)), 12),
+                                _mm512_srli_epi32(_mm512_add_epi32(b, _mm512_srli_epi32(word2, 20)), 12));
+    store_bytes(exp_avg_sq + i, _mm512_max_epi16(both, _mm512_set1_epi16(1)));
+    word = _mm512_add_epi32(word2, next);
+  }
+  if (!finite) clear_codes(exp_avg, exp_avg_sq, exp_avg_scales, exp_avg_sq_scales);
+}
+
+#else
+
+inline int32_t nearest(float x) {  // to even, of |x| < 2^22; only the low bits of others
+  return static_cast<int32_t>(to_bits(x + 0x1.8p23f) - to_bits(0x1.8p23f));
+}
+
+inline uint32_t scale_bits(uint32_t largest) { return std::max((largest + 0xFFFF) >> 16, SMALLEST_SCALE); }
+
+inline void update_eight_bit(float* theta, const float* grad, int8_t* exp_avg, uint8_t* exp_avg_sq,
+                             uint16_t* exp_avg_scales, uint16_t* exp_avg_sq_scales, const EightBit& s,
+                             const uint32_t* words) {
+  alignas(64) float first[BLOCK], root[BLOCK], first_kept[LANES], second_kept[LANES];
+  alignas(64) float to_first[LANES], to_second[LANES];
+  alignas(64) int16_t level[BLOCK], code[BLOCK];  // of 16 bits between those of 8 and 32: vectors widen in steps
+  alignas(64) uint32_t largest_first[LANES] = {}, largest_root[LANES] = {};
+#pragma omp simd
+  for (int i = 0; i < BLOCK; ++i) {
+    const int16_t c = exp_avg[i];
+    const int16_t outer = static_cast<int16_t>(c - std::clamp<int16_t>(c, -KNEE, KNEE));
+    level[i] = static_cast<int16_t>(c + 3 * outer);
+    code[i] = exp_avg_sq[i];
+  }
+  for (int j = 0; j < LANES; ++j) {
+    first_kept[j] = from_bits(static_cast<uint32_t>(exp_avg_scales[j]) << 16) * s.first_kept;
+    second_kept[j] = from_bits(static_cast<uint32_t>(exp_avg_sq_scales[j]) << 16) * s.second_kept;
+  }
+  for (int row = 0; row < BLOCK; row += LANES) {
+#pragma omp simd
+    for (int j = 0; j < LANES; ++j) {
+      const int i = row + j;
+      const float m = first_kept[j] * static_cast<float>(level[i]) + s.first_new * grad[i];
+      const float kept = second_kept[j] * static_cast<float>(code[i]), added = s.second_new * grad[i];
+      const float r = std::sqrt(kept * kept + added * added);
+      theta[i] = theta[i] - s.step_size * (m / (r + s.eps));
+      first[i] = m;
+      root[i] = r;
+      largest_first[j] = std::max(largest_first[j], to_bits(m) & 0x7FFFFFFF);
+      largest_root[j] = std::max(largest_root[j], to_bits(r) & 0x7FFFFFFF);
+    }
+  }
+  bool finite = true;
+  for (int j = 0; j < LANES; ++j) {
+    const uint32_t first_scale = scale_bits(largest_first[j]), second_scale = scale_bits(largest_root[j]);
+    to_first[j] = LEVELS * FIRST_ONE / from_bits(first_scale << 16);
+    to_second[j] = CODES * SECOND_ONE / from_bits(second_scale << 16);
+    finite &= first_scale <= LARGEST_FIRST && second_scale <= LARGEST_SECOND;
+    exp_avg_scales[j] = static_cast<uint16_t>(first_scale > LARGEST_FIRST ? NO_SCALE : first_scale);
+    exp_avg_sq_scales[j] = static_cast<uint16_t>(second_scale > LARGEST_SECOND ? NO_SCALE : second_scale);
+  }
+  for (int row = 0; row < BLOCK; row += LANES) {
+#pragma omp simd
+    for (int j = 0; j < LANES; ++j) {
+      const uint32_t word = words[j] + static_cast<uint32_t>(row / LANES) * GOLDEN;
+      level[row + j] = static_cast<int16_t>(nearest(first[row + j] * to_first[j]));
+      const int32_t units = nearest(root[row + j] * to_second[j]) + static_cast<int32_t>(word >> 20);
+      code[row + j] = static_cast<int16_t>(std::max(units >> 12, 1));
+    }
+#pragma omp simd
+    for (int j = 0; j < LANES; ++j) {
+      const uint32_t word = words[j] + static_cast<uint32_t>(row / LANES) * GOLDEN;
+      const int16_t quarter = static_cast<int16_t>(level[row + j] >> 2), limit = 3 * KNEE * FIRST_ONE / 4;
+      const int16_t rest = std::clamp<int16_t>(static_cast<int16_t>(level[row + j] - quarter), -limit, limit);
+      level[row + j] = static_cast<int16_t>((quarter + rest + static_cast<int>((word & 0xFFFF) >> 10)) >> 6);
+    }
+  }
+#pragma omp simd
+  for (int i = 0; i < BLOCK; ++i) {
+    exp_avg[i] = static_cast<int8_t>(level[i]);
+    exp_avg_sq[i] = static_cast<uint8_t>(code[i]);
+  }
+  if (!finite) clear_codes(exp_avg, exp_avg_sq, exp_avg_scales, exp_avg_sq_scales);
+}
+
+#endif
+
+}  // namespace
