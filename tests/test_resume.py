@@ -115,7 +115,7 @@ def assert_same_end(place, one, other):
 @pytest.mark.parametrize(
     ("ranks", "controller", "options"),
     [
-        (2, "mpi", "--strategy sharded --max-grad-norm 0.5 --precision fp16"),
+        (2, "mpi", "--strategy sharded --max-grad-norm 0.5 --precision fp16 --state-format 8bit"),
         (4, "gloo", "--deterministic --precision bf16 --strategy sharded --compression int4"),
     ],
 )
@@ -136,6 +136,8 @@ def test_a_stopped_and_killed_run_ends_bit_for_bit_as_an_uninterrupted_one(place
     done = succeeded(start(place, f"{case}-b", *argv, **common))
     assert "resuming after 15 updates" in done.stdout
     assert_same_end(place, f"{case}-a", f"{case}-b")
+    state = checkpoint(place / f"{case}-b")["optimizer"]["state"][0]
+    assert ("exp_avg_codes" in state) == ("8bit" in options)
 
 
 def test_with_other_numbers_of_ranks_it_ends_at_the_same_weights_up_to_rounding(place):
@@ -161,7 +163,8 @@ def test_a_preempted_run_exits_with_75_and_its_metrics_continue_without_gaps(alo
     done = alone("75", "--max-time", "0.001")
     assert done.returncode == 75
     assert "stopped after 9 updates" in done.stdout
-    succeeded(alone("75"))
+    done = succeeded(alone("75", "--state-format", "8bit"))
+    assert "the optimizer state was held as float32 and continues as 8bit" in done.stdout + done.stderr
     assert [event["event"] for event in events(place / "75")].count("start") == 1
     assert [event["step"] for event in events(place / "75", "resume")] == [8, 9]
     assert [event["step"] for event in events(place / "75", "step")] == list(range(4, STEPS + 1, 4))

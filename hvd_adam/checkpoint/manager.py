@@ -33,6 +33,7 @@ from hvd_adam.distributed.cluster import Cluster
 from hvd_adam.distributed.collectives.reductions import gather
 from hvd_adam.errors import UserError
 from hvd_adam.log import logger
+from hvd_adam.optim.adam import Adam
 
 # Keys of a checkpoint beside the names of its parts.
 _EXTRA, _RANDOM, _RESIDUALS = _OWN_KEYS = "extra", "random_states", "gradient_residuals"
@@ -54,9 +55,9 @@ class CheckpointManager:
 
     Rank 0 writes, in a background thread, from a copy. A checkpoint exists completely or not at all, has a
     checksum, and is loaded by plain PyTorch (see `checkpoint.storage`); the optimizer's part has the format of
-    `torch.optim.Adam`, also with `strategy="sharded"`. Every rank creates a manager and calls its methods, with
-    the same arguments, in the same order; an error is raised on every rank. Only one job at a time may use a
-    folder.
+    `torch.optim.Adam`, also with `strategy="sharded"`, unless its state is held in few bits: it is then saved as
+    it is (`Adam.held_state_dict`). Every rank creates a manager and calls its methods, with the same arguments, in
+    the same order; an error is raised on every rank. Only one job at a time may use a folder.
 
     As a context manager it waits at the end of the block for the last checkpoint, unless an exception ends it.
 
@@ -256,8 +257,10 @@ def _whole(name: str, value: Any, at_least: int) -> int:
 def _state_on_root(part: Any, cluster: Cluster) -> Any:
     """Returns the state of a part on rank 0. Every rank must call it."""
     if isinstance(part, AveragedAdam):
-        return part.state_dict_on_root()
-    return part.state_dict() if cluster.is_root else None
+        return part.state_dict_on_root(held=True)
+    if not cluster.is_root:
+        return None
+    return part.held_state_dict() if isinstance(part, Adam) else part.state_dict()
 
 
 def _load(name: str, part: Stateful, state: Any, folder: Path) -> None:

@@ -1,7 +1,7 @@
 """`TrainingState`: everything that a run needs to resume, as the dictionary that a checkpoint holds.
 
 The dictionary contains plain containers, numbers, strings and tensors. The optimizer's part has the format of
-`torch.optim.Adam` for every strategy.
+`torch.optim.Adam` for every strategy, unless `--state-format` holds the state in few bits.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from hvd_adam.errors import UserError
 
 # Options that a resumed run may change: they affect where and how fast it computes, not the result.
 CHANGEABLE_OPTIONS = frozenset(
-    "epochs max_steps batch_size global_batch_size accumulate implementation strategy compression channels_last "
-    "compile deterministic device data_dir download output_dir resume checkpoint_every keep max_time log_every "
-    "eval_every metrics init_from check_consistency_every max_skipped allow_data_change elastic commit_every "
+    "epochs max_steps batch_size global_batch_size accumulate implementation state_format strategy compression "
+    "channels_last compile deterministic device data_dir download output_dir resume checkpoint_every keep max_time "
+    "log_every eval_every metrics init_from check_consistency_every max_skipped allow_data_change elastic commit_every "
     "stall_timeout cache max_corrupt workers".split()
 )
 
@@ -91,7 +91,7 @@ class TrainingState:
 
     Attributes:
         model: the model's state dictionary.
-        optimizer: the optimizer's state dictionary, in the format of `torch.optim.Adam`.
+        optimizer: `Adam.held_state_dict`: the format of `torch.optim.Adam`, unless state is held in few bits.
         loss_scaler: the loss scaler's state dictionary, or None.
         progress: a `Progress` as a dictionary.
         schedule: "initial" and "peak" learning rate.

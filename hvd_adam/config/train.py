@@ -31,7 +31,7 @@ class TrainConfig(DataConfig):
         "model": "model_args init_from freeze ema dropout sync_batchnorm channels_last compile",
         "loss and metrics": "loss label_smoothing metrics",
         "optimizer": "weight_decay decoupled_weight_decay weight_decay_on betas eps amsgrad max_grad_norm "
-        "max_skipped implementation",
+        "max_skipped state_format implementation",
         "schedule": "max_steps max_time lr_scaling warmup_epochs lr_decay lr_decay_epochs lr_decay_factor",
         "distribution": "global_batch_size accumulate strategy compression op elastic commit_every stall_timeout "
         "check_consistency_every",
@@ -99,6 +99,9 @@ recipes for --config recipe:NAME: {", ".join(recipes.names())}"""
         "all", "matrices: no weight decay for tensors of fewer than two dimensions, as biases are"
     )
     amsgrad: bool = option(False, "divide by the maximum of all second moments so far")
+    state_format: Literal["float32", "bfloat16", "8bit"] = option(
+        "float32", "how Adam holds the moments of large tensors: 8 bytes a parameter, 4, or 2.1"
+    )
     implementation: Literal["auto", "fused", "foreach", "reference"] = option(
         "auto", "implementation of Adam; auto: fused (a compiled kernel) from 2^20 parameters on, else foreach"
     )
@@ -233,6 +236,15 @@ recipes for --config recipe:NAME: {", ".join(recipes.names())}"""
             if self.compression not in ("none", "fp16"):
                 raise UserError(
                     f"--op adasum has no {self.compression} compression: use --compression none or fp16"
+                )
+        if self.state_format != "float32":
+            option = f"--state-format {self.state_format}"
+            if self.precision == "fp64":
+                raise UserError(f"{option} is not for --precision fp64, whose state stays float64: leave it out")
+            if self.amsgrad:
+                raise UserError(
+                    f"{option} and --amsgrad exclude each other: the largest of many rounded moments grows with "
+                    "their rounding errors"
                 )
         if self.compression in ("int8", "int4") and self.precision == "fp64":
             raise UserError(f"--compression {self.compression} is not for --precision fp64: use none")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from functools import partial
 from typing import Any
 
@@ -162,13 +161,17 @@ class AveragedAdam(Adam):
         """Returns the state in the format of `torch.optim.Adam`. If it is sharded, every rank must call it."""
         return self._state_dict_of(self._whole_state("state_dict()"))
 
-    def state_dict_on_root(self) -> dict[str, Any] | None:
-        """Returns `state_dict` on rank 0 and None on the others. Every rank must call it if the state is sharded.
+    def held_state_dict(self) -> dict[str, Any]:
+        """Returns the state as it is held. If it is sharded, every rank must call it."""
+        return self._state_dict_of(self._whole_state("held_state_dict()"), held=True)
 
-        A sharded state is then in host memory; the other ranks need memory for one gathered buffer at a time.
+    def state_dict_on_root(self, *, held: bool = False) -> dict[str, Any] | None:
+        """Returns `state_dict`, or `held_state_dict`, on rank 0 and None on the others.
+
+        Every rank must call it if the state is sharded; it is then in host memory.
         """
         whole = self._whole_state("state_dict_on_root()", on_root_only=True)
-        return self._state_dict_of(whole) if self._rank == ROOT else None
+        return self._state_dict_of(whole, held=held) if self._rank == ROOT else None
 
     @outside_inference_mode
     def _whole_state(self, call: str, *, on_root_only: bool = False) -> States:
@@ -176,13 +179,6 @@ class AveragedAdam(Adam):
             self._averager.start_meeting(call)()
         self._step.skips.record()
         return self._strategy.whole_state(self.state, self._layout.buffers, on_root_only=on_root_only)
-
-    def _state_dict_of(self, whole: States) -> dict[str, Any]:
-        own, self.state = self.state, defaultdict(dict, whole)
-        try:
-            return dict(super().state_dict())
-        finally:
-            self.state = own
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a whole state, as `Adam.load_state_dict` does: call it on every rank, or `broadcast` afterwards.

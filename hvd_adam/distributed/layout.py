@@ -21,6 +21,8 @@ from hvd_adam.distributed.strategies.allreduce import AllReduceStrategy
 from hvd_adam.distributed.wire.error_feedback import ErrorFeedback
 from hvd_adam.errors import UserError
 from hvd_adam.optim.adam import Adam
+from hvd_adam.optim.formats.choice import rounding, state_format
+from hvd_adam.optim.formats.random_bits import BLOCK
 from hvd_adam.optim.memory import is_dense, is_ordinary, is_ordinary_type, is_trained, overlapping
 from hvd_adam.optim.optimizer_state import Group, States
 from hvd_adam.optim.parameter_store import ParameterStore, StorePolicy
@@ -28,6 +30,19 @@ from hvd_adam.optim.parameter_store import ParameterStore, StorePolicy
 Names = Mapping[Tensor, str]
 
 _REMEDY = "give it memory of its own, p.data = p.detach().clone(), or use the same torch.nn.Parameter object twice"
+
+
+def _in_blocks(groups: Sequence[Group]) -> set[Tensor]:
+    """Returns the parameters whose state is held in few bits: shards must not divide their blocks."""
+    params = ((p, group) for group in groups for p in group["params"])
+    return {p for p, group in params if state_format(group, p) != "float32" or rounding(group, p) == "correction"}
+
+
+def _layout(params: list[Tensor], blocks: set[Tensor], ranks: int, control: int, multiple: int) -> Layout:
+    if blocks.isdisjoint(params):
+        return Layout.of(params, BUCKET_BYTES, ranks, control, multiple)
+    alignments = [BLOCK if p in blocks else ALIGNMENT for p in params]
+    return Layout.of(params, BUCKET_BYTES, ranks, control, max(multiple, BLOCK), alignments)
 
 
 class DistributedLayout:
@@ -98,8 +113,9 @@ class DistributedLayout:
             kinds[p.device, p.dtype].append(p)
         rank, ranks = self._strategy.shard
         multiple = ALIGNMENT if self.feedback is None else self.feedback.shard_multiple
+        blocks = _in_blocks(groups) if ranks > 1 else set()
         self.buffers = [
-            GradientBuffer(params, Layout.of(params, BUCKET_BYTES, ranks, self._lockstep.length, multiple))
+            GradientBuffer(params, _layout(params, blocks, ranks, self._lockstep.length, multiple))
             for params in kinds.values()
         ]
         parts = {

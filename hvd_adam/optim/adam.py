@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import Any, overload
@@ -13,6 +14,7 @@ from hvd_adam.optim import validation
 from hvd_adam.optim.implementation import choose_group_implementation, choose_implementation
 from hvd_adam.optim.optimizer_state import (
     Group,
+    States,
     arena_for,
     complete_loaded_groups,
     copy_loaded_state,
@@ -160,19 +162,21 @@ class Adam(PlainOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state in the format of ``torch.optim.Adam``: moments held in few bits as float32."""
-        own = self.state
-        self.state = decoded_states(own)
-        try:
-            return dict(super().state_dict())
-        finally:
-            self.state = own
+        return self._state_dict_of(self.state)
 
     def held_state_dict(self) -> dict[str, Any]:
         """Returns the state as it is held, with codes and scales, which `load_state_dict` loads exactly.
 
         ``torch.optim.Adam`` cannot load it. Without state in few bits it is `state_dict`.
         """
-        return dict(super().state_dict())
+        return self._state_dict_of(self.state, held=True)
+
+    def _state_dict_of(self, states: States, *, held: bool = False) -> dict[str, Any]:
+        own, self.state = self.state, defaultdict(dict, states if held else decoded_states(states))
+        try:
+            return dict(super().state_dict())
+        finally:
+            self.state = own
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dictionary of this class, or of ``torch.optim.Adam`` or ``AdamW``.

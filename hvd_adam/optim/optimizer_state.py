@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, MutableMapping, Sequence
 from itertools import chain
 from operator import is_
@@ -11,8 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hvd_adam.optim.formats.eight_bit import scales_of
 from hvd_adam.optim.formats.held import (
     IN_FEW_BITS,
+    SCALES,
     Entry,
     convert,
     decoded,
@@ -115,9 +116,7 @@ def ensure_state(
             state[name] = _initial(name, p, entry, part, arena)
         found = state[name]
         if entry.of_blocks:
-            if len(found) != entry.elements(part.length):
-                state[name] = part_of_scales(found, part.skip, part.length)
-            used[name] = state[name]
+            used[name] = state[name] = shard_of(name, found, p, part)
             continue
         shape, strides = (p.shape, dense.stride()) if part.whole else ((part.length,), (1,))
         if found.shape != shape and found.shape != p.shape:
@@ -125,7 +124,7 @@ def ensure_state(
                 f"{name} has shape {tuple(found.shape)}, but its parameter has shape {tuple(p.shape)}"
             )
         if found.shape != shape:
-            state[name] = shard_of(found, p, dtype, part)
+            state[name] = _shard_of(found, p, dtype, part)
         elif (found.dtype, found.device, found.stride()) != (dtype, p.device, strides) or found.is_neg():
             state[name] = torch.empty_strided(shape, strides, dtype=dtype, device=p.device).copy_(found)
         used[name] = state[name]
@@ -154,10 +153,17 @@ def _initial(name: str, p: Tensor, entry: Entry, part: Part, arena: Arena) -> Te
         zeros = arena.zeros_like(p, dtype)
     if name != "master_param":
         return zeros
-    return zeros.copy_(p.detach() if part.whole else shard_of(p.detach(), p, dtype, part))
+    return zeros.copy_(p.detach() if part.whole else _shard_of(p.detach(), p, dtype, part))
 
 
-def shard_of(whole: Tensor, p: Tensor, dtype: torch.dtype, part: Part) -> Tensor:
+def shard_of(name: str, found: Tensor, p: Tensor, part: Part) -> Tensor:
+    """Returns a part of a state tensor: `found` itself, or a copy of its part of the whole tensor."""
+    if name in SCALES:
+        return found if len(found) == scales_of(part.length) else part_of_scales(found, part.skip, part.length)
+    return found if found.shape == (part.length,) else _shard_of(found, p, found.dtype, part)
+
+
+def _shard_of(whole: Tensor, p: Tensor, dtype: torch.dtype, part: Part) -> Tensor:
     """Returns a copy of a part of a tensor, in the order of the parameter's memory."""
     in_memory = torch.empty_like(p, dtype=dtype).copy_(whole)
     return memory_order(in_memory, part.skip, part.length).clone()
@@ -209,14 +215,14 @@ def copy_of_states(states: States) -> dict[Any, Any]:
     return {key: {**state} if isinstance(state, dict) else state for key, state in states.items()}
 
 
-def decoded_states(states: Any) -> Any:
+def decoded_states(states: States) -> States:
     """Returns a whole state with float32 tensors in place of what is held in few bits."""
     found = {
         key: decoded(state, key)
         for key, state in states.items()
         if isinstance(key, Tensor) and is_adams_state(state) and is_in_few_bits(state, key)
     }
-    return defaultdict(dict, {**states, **found}) if found else states
+    return {**states, **found} if found else states
 
 
 def without_other_formats(loaded: dict[str, Any], copied: State) -> dict[str, Any]:

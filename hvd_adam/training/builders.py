@@ -238,6 +238,7 @@ def make_adam(config: TrainConfig, model: torch.nn.Module, scaled: Scaled) -> Ad
         weight_decay=config.weight_decay,
         amsgrad=config.amsgrad,
         decoupled_weight_decay=config.decoupled_weight_decay,
+        state_format=config.state_format,
         implementation=config.implementation,
     )
 

@@ -260,6 +260,9 @@ def _open_run(
                 logger.info(warm_start(parts.model, config.init_from))  # first: an error leaves no folder behind
             folder, resume = run_dir.open_run(config, cluster.size, in_memory, loader.description())
         if resume is not None:
+            before = resume.state.config.get("state_format", config.state_format)
+            if before != config.state_format and cluster.rank == ROOT:
+                logger.info(f"the optimizer state was held as {before} and continues as {config.state_format}")
             parts.load(resume, config.implementation)
             residuals = resume.state.residuals
             resume = resume.without_tensors()

@@ -276,7 +276,8 @@ class Trainer:
         """
         self._record_skip()
         own = rank_state(self.cluster, self.loss.state())
-        optimizer = self.optimizer.state_dict_on_root() if all_ranks else self.optimizer.state_dict()
+        adam = self.optimizer
+        optimizer = adam.state_dict_on_root(held=True) if all_ranks else adam.held_state_dict()
         residuals, feedback = None, self.optimizer.error_feedback
         if feedback is not None:
             residuals = feedback.state_dict_on_root() if all_ranks else feedback.total_state_dict()

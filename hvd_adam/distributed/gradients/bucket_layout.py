@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -42,7 +43,7 @@ class Layout:
     """The positions of parameters and buckets in a buffer.
 
     Attributes:
-        offsets: first element of each parameter, a multiple of ALIGNMENT.
+        offsets: first element of each parameter, a multiple of its alignment.
         buckets: in order, without gaps.
         total: length of the buffer in elements.
     """
@@ -59,6 +60,7 @@ class Layout:
         ranks: int = 1,
         control: int = 0,
         multiple: int = ALIGNMENT,
+        alignments: Sequence[int] | None = None,
     ) -> Layout:
         """Returns a layout of parameters in order.
 
@@ -71,11 +73,15 @@ class Layout:
             ranks: each bucket is padded so that it divides into this many equal shards.
             control: elements to reserve after the flags of the first bucket.
             multiple: the length of a shard is a multiple of it; a multiple of ALIGNMENT.
+            alignments: for each parameter what its offset is a multiple of, a divisor of `multiple`; None:
+                ALIGNMENT.
         """
         layout = cls()
+        alignments = alignments or [ALIGNMENT] * len(params)
         for first, last in pairwise(_bounds(params, bucket_bytes)):
             start = layout.total
-            for p in params[first:last]:
+            for p, alignment in zip(params[first:last], alignments[first:last], strict=True):
+                layout.total = _aligned(layout.total, alignment)
                 layout.offsets.append(layout.total)
                 layout.total += _aligned(p.numel())
             flags = layout.total

@@ -208,17 +208,20 @@ class GradientBuffer:
             if a < b:
                 yield memory_order(p.detach(), a - offset, b - a), a - (start if first is None else first)
 
-    def unshard(self, shards: Mapping[int, Tensor], dtype: torch.dtype, rank: int, ranks: int) -> Tensor:
-        """Returns a tensor of `layout.total` elements with a rank's shards in their places, and zeros elsewhere.
+    def unshard(
+        self, shards: Mapping[int, Tensor], dtype: torch.dtype, rank: int, ranks: int, each: int = 1
+    ) -> Tensor:
+        """Returns a tensor of `layout.total / each` elements with a rank's shards in place, and zeros elsewhere.
 
         Args:
             shards: by index of the parameter; 1-dimensional.
             dtype: theirs.
             rank: whose shards they are.
             ranks: number of shards of a bucket.
+            each: elements of the parameter to an element of the shards; divides all offsets.
         """
-        whole = torch.zeros(self.layout.total, dtype=dtype, device=self.device)
+        whole = torch.zeros(self.layout.total // each, dtype=dtype, device=self.device)
         parts = self.parts(rank, ranks)
         for i, shard in shards.items():
-            memory_order(whole, self.layout.offsets[i] + parts[i].skip, parts[i].length).copy_(shard)
+            memory_order(whole, (self.layout.offsets[i] + parts[i].skip) // each, len(shard)).copy_(shard)
         return whole

@@ -24,6 +24,8 @@ from hvd_adam.distributed.broadcast.tensors import ROOT
 from hvd_adam.distributed.gradients.grad_scaling import norms_of_pieces
 from hvd_adam.distributed.gradients.gradient_buffer import GradientBuffer
 from hvd_adam.distributed.strategies.allreduce import AllReduceStrategy
+from hvd_adam.optim.formats.eight_bit import scales_of
+from hvd_adam.optim.formats.held import elements_each
 from hvd_adam.optim.memory import in_place
 from hvd_adam.optim.optimizer_state import STATE_NAMES, States, copy_of_states, shard_of
 
@@ -134,28 +136,32 @@ class ZeroStrategy(AllReduceStrategy):
         for small, received in packed:
             torch._foreach_copy_(small, list(torch.split(received, [len(piece) for piece in small])))
 
-    def _exchange(self, buffer: GradientBuffer, values: Tensor, name: str) -> None:
-        """Copies every rank's own shard of a tensor of the buffer's length to all ranks."""
+    def _exchange(self, buffer: GradientBuffer, values: Tensor, name: str, each: int = 1) -> None:
+        """Copies every rank's own shard of a tensor of the buffer's length / `each` to all ranks."""
         values = _carried(values)
-        gathers = self._gather(buffer, values, name) if self.scatters else self._broadcasts(buffer, values, name)
+        exchange = self._gather if self.scatters else self._broadcasts
+        gathers = exchange(buffer, values, name, each)
         for handle, place in list(gathers):
             received = self.hvd.synchronize(handle)
             if place is not None:
                 place.copy_(received)
 
-    def _gather(self, buffer: GradientBuffer, values: Tensor, name: str) -> Iterator[tuple[int, Tensor | None]]:
+    def _gather(
+        self, buffer: GradientBuffer, values: Tensor, name: str, each: int
+    ) -> Iterator[tuple[int, Tensor | None]]:
         for number, bucket in enumerate(buffer.layout.buckets):
             start, end = bucket.shard(*self.shard)
-            handle = self.hvd.allgather_async(values[start:end], name=f"{self.prefix}.{name}.{number}")
-            yield handle, values[bucket.start : bucket.end]
+            own = values[start // each : end // each]
+            handle = self.hvd.allgather_async(own, name=f"{self.prefix}.{name}.{number}")
+            yield handle, values[bucket.start // each : bucket.end // each]
 
     def _broadcasts(
-        self, buffer: GradientBuffer, values: Tensor, name: str
+        self, buffer: GradientBuffer, values: Tensor, name: str, each: int
     ) -> Iterator[tuple[int, Tensor | None]]:
         for number, bucket in enumerate(buffer.layout.buckets):
             for rank in range(self.hvd.size()):
                 start, end = bucket.shard(rank, self.hvd.size())
-                shard = values[start:end]
+                shard = values[start // each : end // each]
                 yield self.hvd.broadcast_async_(shard, rank, name=f"{self.prefix}.{name}.{number}.{rank}"), None
 
     def state_is_broadcast(self, missing: Callable[[], None], own: Callable[[], None]) -> bool:
@@ -196,12 +202,15 @@ class ZeroStrategy(AllReduceStrategy):
         keep = not on_root_only or self.hvd.rank() == ROOT
         for number, buffer in enumerate(buffers):
             for (name, dtype), shards in self._kinds(buffer, state).items():
-                gathered = buffer.unshard(shards, dtype, *self.shard)
-                self._exchange(buffer, gathered, f"{name}.{dtype}.{number}")
+                each = elements_each(name)
+                gathered = buffer.unshard(shards, dtype, *self.shard, each)
+                self._exchange(buffer, gathered, f"{name}.{dtype}.{number}", each)
                 if on_root_only:
                     gathered = gathered.cpu()
                 for i in shards if keep else ():
-                    whole[buffer.params[i]][name] = in_place(buffer.view(gathered, i))
+                    p, first = buffer.params[i], buffer.layout.offsets[i] // each
+                    scales = slice(first, first + scales_of(p.numel()))
+                    whole[p][name] = in_place(buffer.view(gathered, i) if each == 1 else gathered[scales])
             for p in buffer.params:
                 if "step" in whole.get(p, {}):
                     whole[p]["step"] = whole[p]["step"].clone()
@@ -213,7 +222,7 @@ class ZeroStrategy(AllReduceStrategy):
         for i, (p, part) in enumerate(zip(buffer.params, buffer.parts(*self.shard), strict=True)):
             for name, t in state.get(p, {}).items():
                 if name in STATE_NAMES:
-                    kinds[name, t.dtype][i] = t if t.shape == (part.length,) else shard_of(t, p, t.dtype, part)
+                    kinds[name, t.dtype][i] = shard_of(name, t, p, part)
         return kinds
 
     def _own_gradients(self, buffers: Sequence[GradientBuffer]) -> list[Tensor]:

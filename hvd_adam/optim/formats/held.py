@@ -33,6 +33,11 @@ IN_FEW_BITS = frozenset({FIRST_CODES[0], CORRECTION})
 ELEMENTS_PER_SCALE = BLOCK // LANES
 
 
+def elements_each(name: str) -> int:
+    """Returns the number of a parameter's elements to an element of a state tensor."""
+    return ELEMENTS_PER_SCALE if name in SCALES else 1
+
+
 class Entry(NamedTuple):
     """A state tensor of a parameter.
 
