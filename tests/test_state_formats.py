@@ -7,6 +7,7 @@ Hazards: a scale that overflows or vanishes; a root rounded to 0 under a first m
 """
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -403,3 +404,24 @@ def test_8_bit_masters_hold_updates_that_bfloat16_loses(implementation):
     again.load_state_dict(optimizer.state_dict())
     assert again.param_groups[0]["master_weights"] == "8bit"  # as saved
     assert torch.equal(again.state[other]["param_correction"], state["param_correction"])
+
+
+def test_updates_that_rounding_loses_are_warned_of_once():
+    def run(options, lr, dtype=torch.bfloat16):
+        p = torch.nn.Parameter(torch.ones(20, dtype=dtype))
+        optimizer = Adam([p], lr=lr, **options)
+        for _ in range(1000):
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+
+    with pytest.warns(
+        RuntimeWarning, match=r"lr=0.001, updates of 1 parameters .*shape \(20,\).* bfloat16"
+    ) as caught:
+        run({}, 1e-3)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for options in ({"master_weights": True}, {"master_weights": "8bit"}, {"stochastic_rounding": True}):
+            run(options, 1e-3)
+        run({}, 1e-2)
+        run({}, 1e-3, torch.float32)

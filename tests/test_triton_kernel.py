@@ -52,6 +52,13 @@ def test_interpreted_kernel_passes_the_tests_of_adam():
     assert int(output.rpartition(" passed")[0].split()[-1]) > 100, output
 
 
+def test_interpreted_kernels_for_state_in_few_bits_pass_the_tests_of_those_for_cpus():
+    options = "-q -p helpers.interpreted -p no:cacheprovider -W ignore::RuntimeWarning".split()
+    chosen = ["-k", "implementations_agree or exchanged_with_torch or (8_bit_masters and fused)"]
+    output = run("-m", "pytest", *options, *chosen, "tests/test_state_formats.py", **INTERPRETED)
+    assert output.rpartition(" passed")[0].split()[-1] == "5", output
+
+
 def test_interpreted_kernels_for_codes_pass_the_tests_of_those_for_cpus():
     options = "-q -p helpers.interpreted -p no:cacheprovider -W ignore::RuntimeWarning".split()
     chosen = ["-m", "not gpu", "-k", "bits_of_codec_py or beyond_the_end or send_nothing"]  # the others take long

@@ -34,10 +34,14 @@ COLUMNS = (
     Column("threads", "threads", "d"),
     Column("optimizer", "name"),
     *TIMES,
+    Column("state", "state_bytes", ".2f"),
+    Column("moved", "moved_bytes", ".2f"),
     Column("GB/s", "gb_per_s", ".1f"),
     Column("/ torch fused", "to_torch_fused", ".2f"),
     Column("/ torch foreach", "to_torch_foreach", ".2f"),
+    Column("/ ours float32", "to_float32", ".2f"),
     Column("bandwidth / copy's", "to_copy", ".2f"),
+    Column("/ in place's", "to_in_place", ".2f"),
 )
 
 
@@ -69,21 +73,34 @@ def measure(config: AdamConfig) -> Result:
     return Result(rows, COLUMNS, [*_notes(workloads, config, device), *dict.fromkeys(missing)], draw)
 
 
-def summarize(times: dict[str, list[float]], moved: int, labels: Row) -> list[Row]:
+def summarize(
+    times: dict[str, list[float]], moved: int, labels: Row, state_bytes: Mapping[str, int] | None = None
+) -> list[Row]:
     """Returns one row per candidate.
 
     Args:
         times: seconds by candidate; "copy" is the limit.
-        moved: bytes that a step must read and write in total.
+        moved: bytes that a step with float32 state must read and write in total, and that the copies move.
         labels: values that all rows share.
+        state_bytes: of the state, which a step reads and writes, by candidate; if missing, it moves `moved`.
     """
+    held, count = state_bytes or {}, labels.get("parameters", 0)
     rows = [{**labels, "name": name, **timing(seconds)} for name, seconds in times.items()]
     by_name = {row["name"]: row for row in rows}
     add_ratio(rows, "to_torch_fused", by_name.get("torch fused"))
     add_ratio(rows, "to_torch_foreach", by_name.get("torch foreach"))
+    add_ratio(rows, "to_float32", by_name.get("hvd_adam fused"))
     for row in rows:
-        row["gb_per_s"] = moved / row["median_ms"] / 1e6
-        row["to_copy"] = ratio(by_name.get("copy", {}).get("median_ms"), row["median_ms"])
+        own = moved
+        if row["name"] in held:
+            own = 2 * held[row["name"]] + labels["tensor_bytes"]
+            row["state_bytes"] = held[row["name"]] / count
+        if count:
+            row["moved_bytes"] = own / count
+        row["gb_per_s"] = own / row["median_ms"] / 1e6
+        for limit in ("copy", "in_place"):
+            seconds = by_name.get(limit.replace("_", " "), {}).get("median_ms")
+            row[f"to_{limit}"] = None if seconds is None else ratio(seconds * own / moved, row["median_ms"])
     return rows
 
 
@@ -124,11 +141,12 @@ def _measure(workload: Workload, config: AdamConfig) -> tuple[list[Row], list[st
             "dtype": workload.dtype_name,
             "parameters": workload.parameters,
             "tensors": len(workload.shapes),
+            "tensor_bytes": 3 * workload.parameters * workload.dtype.itemsize,  # two of a parameter, its gradient
             "threads": threads,
         }
         renew = candidates.renew if _gradients(config, workload.device) == "new" else {}
         times, errors = interleaved(calls, config.repeats, workload.device, renew)
-        rows += summarize(times, workload.moved, labels)
+        rows += summarize(times, workload.moved, labels, candidates.state_bytes)
         for name, error in (candidates.errors | errors).items():
             rows.append(
                 {**labels, "name": name, "error": f"{workload.name} {workload.dtype_name}, {name}: {error}"}
@@ -188,6 +206,8 @@ def _notes(workloads: list[Workload], config: AdamConfig, device: torch.device) 
         f"{_gradients(config, device)}",
         "GB/s: the bytes that a step must move, over its time, whatever else it moves; bytes per parameter: "
         f"{', '.join(needed)} (parameter, gradient and moments are read, all but the gradient are written)",
+        "state, moved: bytes a parameter of the state, and that a step reads and writes with it; the bandwidths "
+        "of the last columns are of these bytes",
         "copy: torch.Tensor.copy_ that reads and writes as many bytes in total, in the same rounds; in place: "
         "torch.Tensor.mul_ of as many bytes (most CPUs also fetch what a copy overwrites: copy is no upper limit)",
         f"medians and quartiles of {config.repeats} rounds, each in a different random order, after "

@@ -68,12 +68,14 @@ class Candidates:
     Attributes:
         calls: functions that make a step, by name of the optimizer.
         renew: functions that replace the gradients of its next step, by name of the optimizer; not if shared.
+        state_bytes: bytes of the state by name of the optimizer, masters included, where it is known.
         missing: one line on each optimizer that is not available.
         errors: first line of the error by name, of optimizers for which the memory did not suffice.
     """
 
     calls: dict[str, Call] = field(default_factory=dict)
     renew: dict[str, Call] = field(default_factory=dict)
+    state_bytes: dict[str, int] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     errors: dict[str, str] = field(default_factory=dict)
 
@@ -96,6 +98,8 @@ def build(workload: Workload, reference: bool) -> Candidates:
             if workload.device.type == "cpu" or name.startswith("hvd_adam"):
                 tensors = Tensors(workload)
                 found.calls[name] = _started(make, tensors)
+                if held := _state_bytes(found.calls[name]):
+                    found.state_bytes[name] = held
                 if workload.device.type == "cpu":
                     found.renew[name] = tensors.renew_gradients
             else:
@@ -150,6 +154,13 @@ def copies(workload: Workload) -> dict[str, Call]:
     return {"copy": copy, "in place": in_place}
 
 
+def _state_bytes(step: Call) -> int:
+    """Returns the bytes of the tensors in the state of the optimizer whose method a step is; 0 if it is none."""
+    optimizer = getattr(step, "__self__", None)
+    states = optimizer.state.values() if isinstance(optimizer, torch.optim.Optimizer) else ()
+    return sum(t.nbytes for state in states for t in state.values() if isinstance(t, torch.Tensor) and t.dim())
+
+
 def _started(make: Factory, tensors: Tensors) -> Call:
     step = make(tensors)
     step()
@@ -169,18 +180,25 @@ def factories(workload: Workload, reference: bool) -> dict[str, Factory]:
     found = {
         "hvd_adam foreach": _ours("foreach", workload) if small else None,
         "hvd_adam fused": _ours("fused", workload),
+        "hvd_adam fused bfloat16": _ours("fused", workload, state_format="bfloat16") if on_cpu else None,
+        "hvd_adam fused 8bit": _ours("fused", workload, state_format="8bit") if on_cpu else None,
         "hvd_adam reference": _ours("reference", workload) if reference else None,
         "torch for-loop": _torch(workload, foreach=False, fused=False) if small else None,
         "torch foreach": _torch(workload, foreach=True),
         "torch fused": _torch(workload, fused=True),
         "apex FusedAdam": _apex(workload),
         "deepspeed CPUAdam": _deepspeed(workload) if on_cpu else None,
+        "bitsandbytes 8bit": _eight_bit("bitsandbytes.optim", "Adam8bit", workload),
+        "torchao 8bit": _eight_bit("torchao.optim", "Adam8bit", workload),
     }
+    if workload.master and on_cpu:  # 8-bit corrections in place of float32 masters
+        eight_bits = {"state_format": "8bit", "master_weights": "8bit"}
+        found["hvd_adam fused 8bit + 8bit"] = _ours("fused", workload, **eight_bits)
     return {name: make for name, make in found.items() if make is not None}
 
 
-def _ours(implementation: str, workload: Workload) -> Factory:
-    options: dict[str, Any] = {"implementation": implementation, "master_weights": workload.master}
+def _ours(implementation: str, workload: Workload, **formats: Any) -> Factory:
+    options: dict[str, Any] = {"implementation": implementation, "master_weights": workload.master, **formats}
     return lambda tensors: Adam(tensors.parameters, **options).step
 
 
@@ -200,6 +218,18 @@ def _torch(workload: Workload, **options: Any) -> Factory:
             optimizer.step()
             torch._foreach_copy_(tuple(parameters), tuple(masters))
 
+        return step
+
+    return make
+
+
+def _eight_bit(module: str, name: str, workload: Workload) -> Factory:
+    def make(tensors: Tensors) -> Call:
+        kind = getattr(import_module(module), name)  # optional: large packages
+
+        if workload.master:
+            raise ValueError("has no master weights")
+        step: Call = kind(tensors.parameters).step
         return step
 
     return make

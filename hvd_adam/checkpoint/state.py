@@ -20,9 +20,9 @@ from hvd_adam.errors import UserError
 # Options that a resumed run may change: they affect where and how fast it computes, not the result.
 CHANGEABLE_OPTIONS = frozenset(
     "epochs max_steps batch_size global_batch_size accumulate implementation state_format strategy compression "
-    "channels_last compile deterministic device data_dir download output_dir resume checkpoint_every keep max_time "
-    "log_every eval_every metrics init_from check_consistency_every max_skipped allow_data_change elastic commit_every "
-    "stall_timeout cache max_corrupt workers".split()
+    "channels_last compile deterministic device data_dir download output_dir resume checkpoint_every keep "
+    "max_time log_every eval_every metrics init_from check_consistency_every max_skipped allow_data_change "
+    "elastic commit_every stall_timeout cache max_corrupt workers".split()
 )
 
 # Entries of `TrainingState.data` that a resumed run must find again, and their names in messages.

@@ -21,6 +21,7 @@ from hvd_adam.optim.implementation import (
     resolve_auto,
     without_fused,
 )
+from hvd_adam.optim.lost_updates import LostUpdates
 from hvd_adam.optim.memory import increment_versions, is_trained, overlapping, same_objects
 from hvd_adam.optim.optimizer_state import Group, Member, Part, StateReader, States
 from hvd_adam.optim.tensor_lists import Chunks, chunks
@@ -65,6 +66,7 @@ class ParameterStore:
         self._options: object = None  # what the layout was built for, as its parameters
         self._params: Sequence[Tensor] = ()
         self._counted: Sequence[list[Tensor]] = ()  # the step counts of the last update
+        self._lost_updates = LostUpdates()
 
     @property
     def all_fused(self) -> bool:
@@ -172,6 +174,8 @@ class ParameterStore:
             name = self.implementations[i]  # what cannot be fused has the form "foreach"
             update_lists("foreach" if name == "fused" else name, lists, groups[i], grad_scale)
         self._counted = [batch.counts for _, batch in batches]
+        if self._policy.warns:
+            self._lost_updates.count_update(groups)
 
     def undo_step_counts(self) -> None:
         """Subtracts the last step from the step counts, after an update that has changed nothing."""

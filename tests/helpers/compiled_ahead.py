@@ -1,4 +1,4 @@
-"""Compiles the kernels for GPUs of compute capability 9.0 on any machine; prints the results of all cases as JSON.
+"""Compiles the kernels for GPUs of compute capability 9.0, and 8.0, on any machine; prints all cases as JSON.
 
 python tests/helpers/compiled_ahead.py
 """
@@ -15,9 +15,9 @@ from triton.compiler import ASTSource
 from hvd_adam.distributed.wire import triton_codec
 from hvd_adam.distributed.wire.codec import CODECS
 from hvd_adam.optim.expression import KernelSpec
-from hvd_adam.optim.kernels import triton_kernel
+from hvd_adam.optim.kernels import triton_blocks, triton_kernel
 
-HOPPER = GPUTarget("cuda", 90, 32)
+HOPPER, AMPERE = GPUTarget("cuda", 90, 32), GPUTarget("cuda", 80, 32)
 POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64", torch.uint8: "*u8"}
 
 
@@ -57,6 +57,23 @@ def compiled(
     wide = {"st": [dtype, *state], "ld": [dtype, dtype, *state]}
     expected = {name: sum(t.itemsize for t in read) * elements // 16 for name, read in wide.items()}
     return {"bytes": len(kernel.asm["cubin"]), "wide": accesses, "expected": expected if aligned else {}}
+
+
+def compiled_in_blocks(dtype, rounding, state_format, moments=torch.float32, decay="none", target=HOPPER):
+    """As `compiled`, of the kernel for state in few bits: of its tensors of float32, of bfloat16 and of bytes."""
+    spec = KernelSpec("cuda", dtype, moments, rounding, state_format)
+    arguments = {name: torch.zeros(1, dtype=torch.int64) for name in ("whole", "tensor_of_block")}
+    arguments |= {"real": None, "device_scale": None, **dict.fromkeys(triton_blocks.REAL, 0.0)}
+    arguments |= {"ALIGNED": True, "DECAY": decay, **triton_blocks.constants(spec)}
+    options = {"num_warps": triton_blocks.WARPS}
+    kernel = triton.compile(source(triton_blocks.adam_in_blocks, arguments), target=target, options=options)
+    read = [dtype, dtype] + [torch.int8] * (rounding == "correction") + [torch.float32] * (rounding == "master")
+    read += [torch.int8, torch.uint8] if state_format == "8bit" else [moments] * 2
+    elements = triton_blocks.BLOCK // (32 * triton_blocks.WARPS)  # of a thread, in one access of up to 16 bytes
+    wide = {"ld": read, "st": [*read[:1], *read[2:]]}
+    expected = {name: sum(t.itemsize * elements // 16 for t in tensors) for name, tensors in wide.items()}
+    expected["ld"] += 4 * (state_format == "8bit")  # the scales of both moments, 32 bytes for 16 lanes
+    return {"bytes": len(kernel.asm["cubin"]), "wide": wide_accesses(kernel.asm["ptx"]), "expected": expected}
 
 
 def wide_accesses(ptx):
@@ -100,6 +117,14 @@ def main():
         "bfloat16, stochastic": compiled(brain, single, "stochastic"),
         "bfloat16": compiled(brain, brain),
         "float64": compiled(double, double, decay="decoupled"),
+    }
+    single_in_blocks = (single, "nearest", "8bit")
+    cases |= {
+        "8bit": compiled_in_blocks(*single_in_blocks),
+        "8bit, for compute capability 8.0": compiled_in_blocks(*single_in_blocks, target=AMPERE),
+        "bfloat16 moments": compiled_in_blocks(single, "nearest", "bfloat16", brain, decay="decoupled"),
+        "8bit with 8-bit correction": compiled_in_blocks(brain, "correction", "8bit", decay="coupled"),
+        "8bit with masters": compiled_in_blocks(brain, "master", "8bit"),
     }
     kernels = {
         triton_codec.encode_blocks: (2, 1),

@@ -13,7 +13,7 @@ from triton.runtime import driver
 
 from hvd_adam import Adam
 from hvd_adam.optim import fused
-from hvd_adam.optim.kernels import triton_launch
+from hvd_adam.optim.kernels import triton_kernel, triton_launch
 
 LAUNCHES = []
 
@@ -25,7 +25,7 @@ class Launcher:
         pass
 
     def __call__(self, grid_0, grid_1, grid_2, stream, function, metadata, launch_metadata, enter, leave, *given):
-        names = triton_launch.adam.arg_names
+        names = triton_kernel.adam.arg_names
         LAUNCHES.append({"grid": grid_0, "stream": stream, "given": len(given)})
         LAUNCHES[-1] |= {
             name: value for name, value in zip(names, given, strict=False) if isinstance(value, float)

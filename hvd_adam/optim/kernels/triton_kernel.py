@@ -23,8 +23,8 @@ from hvd_adam.optim.expression import KernelSpec
 BLOCK = 1024
 WARPS = 4
 
-_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-_TYPES[torch.float64] = tl.float64
+TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+TYPES[torch.float64] = tl.float64
 
 # Columns of the table of tensors on the device, one line for each tensor.
 WHOLE = (
@@ -43,13 +43,13 @@ REAL = ("scale", "weight_decay", "one_minus_beta1", "beta2", "one_minus_beta2", 
 
 
 @triton.jit
-def _root(x, DTYPE: tl.constexpr):
+def root(x, DTYPE: tl.constexpr):
     """Returns the square root; of float32 the correctly rounded one: the fast one flushes subnormals to 0."""
     return tl.sqrt_rn(x) if DTYPE is tl.float32 else tl.sqrt(x)
 
 
 @triton.jit
-def _current_master(wide, master, HALF_EPS: tl.constexpr, TINY: tl.constexpr):
+def current_master(wide, master, HALF_EPS: tl.constexpr, TINY: tl.constexpr):
     """As `expression.current_master`."""
     infinity = float("inf")
     is_rounded = tl.abs(wide - master) <= HALF_EPS * tl.abs(master) + TINY
@@ -58,7 +58,7 @@ def _current_master(wide, master, HALF_EPS: tl.constexpr, TINY: tl.constexpr):
 
 
 @triton.jit
-def _round_stochastically(x, places, seed):
+def round_stochastically(x, places, seed):
     """As `expression.round_stochastically`, to the bit; returns float32 that bfloat16 represents exactly."""
     h = ((places + seed) & 0x7FFFFFFF).to(tl.uint32)
     h = (h ^ (h >> 16)) * 0x7FEB352D
@@ -69,7 +69,7 @@ def _round_stochastically(x, places, seed):
 
 
 @triton.jit
-def _pointer(whole, COLUMN: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+def pointer(whole, COLUMN: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """Returns the pointer in a column of the table, aligned to 16 bytes if all are."""
     pointer = tl.load(whole + COLUMN).to(tl.pointer_type(TYPE))
     return tl.multiple_of(pointer, 16) if ALIGNED else pointer
@@ -99,17 +99,17 @@ def _update(
     ALIGNED: tl.constexpr,
 ):
     """Updates the elements at `places` of one tensor; those that are not `inside` are left alone; None for all."""
-    param = _pointer(whole, 0, PARAM, ALIGNED) + places
-    exp_avg = _pointer(whole, 2, MOMENT, ALIGNED) + places
-    exp_avg_sq = _pointer(whole, 3, MOMENT, ALIGNED) + places
+    param = pointer(whole, 0, PARAM, ALIGNED) + places
+    exp_avg = pointer(whole, 2, MOMENT, ALIGNED) + places
+    exp_avg_sq = pointer(whole, 3, MOMENT, ALIGNED) + places
 
     theta = tl.load(param, inside).to(DTYPE)
-    g = tl.load(_pointer(whole, 1, PARAM, ALIGNED) + places, inside).to(DTYPE) * scale
+    g = tl.load(pointer(whole, 1, PARAM, ALIGNED) + places, inside).to(DTYPE) * scale
     m = tl.load(exp_avg, inside).to(DTYPE)
     v = tl.load(exp_avg_sq, inside).to(DTYPE)
     if ROUNDING == "master":
-        master_param = _pointer(whole, 5, tl.float32, ALIGNED) + places
-        theta = _current_master(theta, tl.load(master_param, inside), HALF_EPS, TINY)
+        master_param = pointer(whole, 5, tl.float32, ALIGNED) + places
+        theta = current_master(theta, tl.load(master_param, inside), HALF_EPS, TINY)
 
     if DECAY == "coupled":
         g += weight_decay * theta
@@ -120,18 +120,18 @@ def _update(
     tl.store(exp_avg, m, inside)
     tl.store(exp_avg_sq, v, inside)
     if AMSGRAD:
-        max_exp_avg_sq = _pointer(whole, 4, MOMENT, ALIGNED) + places
+        max_exp_avg_sq = pointer(whole, 4, MOMENT, ALIGNED) + places
         largest = tl.load(max_exp_avg_sq, inside).to(DTYPE)
         v = tl.where((largest >= v) | (largest != largest), largest, v)  # NaN is kept, as in torch.maximum
         tl.store(max_exp_avg_sq, v, inside)
-    theta -= step_size * (m / (_root(v, DTYPE) + eps))
+    theta -= step_size * (m / (root(v, DTYPE) + eps))
 
     if ROUNDING == "master":
         tl.store(master_param, theta, inside)
     if ROUNDING == "stochastic":
         # As `expression.rounding_seed`; what follows takes the remainder.
         seed = tl.cast(step, tl.int64) * 0x9E3779B1 + tl.load(whole + 7)
-        theta = _round_stochastically(theta, places, seed)
+        theta = round_stochastically(theta, places, seed)
     tl.store(param, theta, inside)
 
 
@@ -204,9 +204,9 @@ def constants(spec: KernelSpec) -> dict[str, Any]:
     info = torch.finfo(spec.dtype)
     has_masters = spec.rounding == "master"
     return {
-        "PARAM": _TYPES[spec.dtype],
-        "MOMENT": _TYPES[spec.moment_dtype],
-        "DTYPE": _TYPES[spec.compute_dtype],
+        "PARAM": TYPES[spec.dtype],
+        "MOMENT": TYPES[spec.moment_dtype],
+        "DTYPE": TYPES[spec.compute_dtype],
         "ROUNDING": spec.rounding,
         "HALF_EPS": info.eps / 2 if has_masters else 0.0,
         "TINY": info.smallest_normal * info.eps if has_masters else 0.0,

@@ -17,7 +17,8 @@ import triton
 from torch import Tensor
 
 from hvd_adam.optim.expression import KernelSpec, scalars
-from hvd_adam.optim.kernels.triton_kernel import BLOCK, REAL, WARPS, WHOLE, adam, constants
+from hvd_adam.optim.formats.expression import factors
+from hvd_adam.optim.kernels import triton_blocks, triton_kernel
 from hvd_adam.optim.update_rows import Batch, HyperParameters, Kernel, Rows
 
 # Whether Triton's compiled kernels take all arguments of their source.
@@ -37,9 +38,9 @@ class Launch(NamedTuple):
         group: the group of each.
         groups: the groups, without duplicates.
         blocks: how many blocks they have.
-        whole: table of shape (tensors, WHOLE), int64, on their device.
+        whole: table of the tensors, int64, on their device; its columns are the kernel's WHOLE.
         tensor_of_block: line of the table by block, int64, on their device.
-        constants: the last arguments: AMSGRAD, DECAY, ALIGNED, and those of the spec.
+        constants: the last arguments: AMSGRAD where the kernel has it, DECAY, ALIGNED, and those of the spec.
         compiled: launches of what Triton has compiled, by the form of the arguments.
     """
 
@@ -94,10 +95,12 @@ def plan_for(spec: KernelSpec, batch: Batch, groups: Sequence[HyperParameters]) 
 
 
 def _launch(spec: KernelSpec, rows: Rows, chosen: Rows, kind: int, device: torch.device) -> Launch:
-    rows = rows[chosen]
-    blocks = -(-rows["elements"] // BLOCK)
-    whole = np.stack([rows[name] for name in WHOLE[:-1]] + [np.cumsum(blocks) - blocks], axis=1)
-    aligned = not (whole[:, :6] % 16).any()
+    rows, module = rows[chosen], module_of(spec)
+    blocks = -(-rows["elements"] // module.BLOCK)
+    names = module.WHOLE[:-1]
+    whole = np.stack([rows[name] for name in names] + [np.cumsum(blocks) - blocks], axis=1)
+    aligned = not (whole[:, : names.index("elements")] % 16).any()
+    amsgrad = () if spec.in_blocks else (kind >= 3,)
     return Launch(
         rows=chosen,
         group=rows["group"],
@@ -105,7 +108,7 @@ def _launch(spec: KernelSpec, rows: Rows, chosen: Rows, kind: int, device: torch
         blocks=int(blocks.sum()),
         whole=_on_device(whole, device),
         tensor_of_block=_on_device(np.repeat(np.arange(len(rows)), blocks), device),
-        constants=(kind >= 3, DECAYS[kind % 3], aligned, *constants(spec).values()),
+        constants=(*amsgrad, DECAYS[kind % 3], aligned, *module.constants(spec).values()),
         compiled={},
     )
 
@@ -117,7 +120,7 @@ def arguments(
     grad_scale: Tensor | None,
     steps: Sequence[float],
 ) -> tuple[Any, ...]:
-    """Returns the arguments of `adam`.
+    """Returns the arguments of the kernel.
 
     Args:
         spec: of the batch.
@@ -133,13 +136,17 @@ def arguments(
         device_scale, host_scale = None, float(grad_scale)
 
     def line(group: HyperParameters, step: float) -> tuple[float, ...]:
-        return host_scale * group.sign, *scalars(group._asdict(), step), step
+        numbers = scalars(group._asdict(), step)
+        if spec.in_blocks:
+            decay, last = numbers.weight_decay, (numbers.step_size, numbers.eps, step)
+            return host_scale * group.sign, decay, *factors(spec, group._asdict(), 1.0), *last
+        return host_scale * group.sign, *numbers, step
 
     if len(launch.groups) == 1 and steps.count(steps[0]) == len(steps) and spec.dtype != torch.float64:
         # Arguments cost no copy to the device. Triton makes float32 of them.
         table, alone = None, line(groups[launch.groups[0]], steps[0])
     else:
-        alone = (0.0,) * len(REAL)
+        alone = (0.0,) * len(module_of(spec).REAL)
         # Most tensors have the group and the step of others.
         own = np.stack([launch.group, np.array(steps)[launch.rows]])
         pairs, which = np.unique(own, axis=1, return_inverse=True)
@@ -155,7 +162,12 @@ def _on_device(table: np.ndarray[Any, np.dtype[Any]], device: torch.device) -> T
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
-def _run(launch: Launch, stream: int, given: tuple[Any, ...]) -> None:
+def module_of(spec: KernelSpec) -> Any:
+    """Returns the module of the kernel of a spec."""
+    return triton_blocks if spec.in_blocks else triton_kernel
+
+
+def _run(spec: KernelSpec, launch: Launch, stream: int, given: tuple[Any, ...]) -> None:
     """Launches the kernel; a repeated launch does not ask Triton again which kernel fits its arguments."""
     _, _, table, scale, *_ = given
     # All that Triton's choice depends on, beyond what is the same for a launch: memory of tables is aligned.
@@ -163,19 +175,14 @@ def _run(launch: Launch, stream: int, given: tuple[Any, ...]) -> None:
     if form in launch.compiled:
         launch.compiled[form](*given, stream=stream)
         return
-    compiled = adam[launch.blocks,](*given, num_warps=WARPS)
+    adam = triton_blocks.adam_in_blocks if spec.in_blocks else triton_kernel.adam
+    compiled = adam[launch.blocks,](*given, num_warps=module_of(spec).WARPS)
     if REPEATS_DIRECTLY and compiled is not None:  # None: interpreted
         launch.compiled[form] = compiled[launch.blocks, 1, 1]
 
 
 def kernel(spec: KernelSpec) -> Kernel:
-    """Returns the kernel of a spec; it does not synchronize host and device.
-
-    Raises:
-        RuntimeError: there is no kernel for state in few bits.
-    """
-    if spec.in_blocks:
-        raise RuntimeError(f"there is no kernel for GPUs of state_format={spec.state_format!r} ({spec.rounding})")
+    """Returns the kernel of a spec; it does not synchronize host and device."""
 
     def run(batch: Batch, groups: Sequence[HyperParameters], grad_scale: Tensor | None) -> None:
         device = batch.params[0].device
@@ -185,6 +192,6 @@ def kernel(spec: KernelSpec) -> Kernel:
             plan = plan_for(spec, batch, groups)
             steps = plan.count_step()
             for launch in plan.launches:
-                _run(launch, plan.stream, arguments(spec, launch, groups, grad_scale, steps))
+                _run(spec, launch, plan.stream, arguments(spec, launch, groups, grad_scale, steps))
 
     return run
