@@ -415,7 +415,7 @@ def test_updates_that_rounding_loses_are_warned_of_once():
             optimizer.step()
 
     with pytest.warns(
-        RuntimeWarning, match=r"lr=0.001, updates of 1 parameters .*shape \(20,\).* bfloat16"
+        RuntimeWarning, match=r"lr=0.001, updates of 1 parameters .*shape \(20,\).*bfloat16"
     ) as caught:
         run({}, 1e-3)
     assert len(caught) == 1

@@ -12,21 +12,47 @@ inline void first_words(uint32_t seed, uint32_t* words) {
   for (int j = 0; j < LANES; ++j) words[j] = hashed(seed + static_cast<uint32_t>(j));
 }
 
+// The numbers of an update, as formats/expression.py has them.
+struct Numbers {
+  float grad_scale, weight_decay;
+  float first_kept, second_kept, first_new, second_new, step_size, eps;
+};
+
+template <Decay DECAY>
+inline float decayed(float theta, const Numbers& s) {
+  return DECAY == DECOUPLED ? theta + s.weight_decay * theta : theta;
+}
+
+template <Decay DECAY>
+inline float decayed_gradient(float g, float theta, const Numbers& s) {
+  return DECAY == COUPLED ? g * s.grad_scale + s.weight_decay * theta : g;
+}
+
+// Rounds x up or down with 16 random bits. `place` is bfloat16.
+template <typename Place>
+inline void store_rounded(Place& place, float x, uint32_t noise) {
+  const uint32_t bits = to_bits(x), magnitude = bits & 0x7FFFFFFF;
+  const uint32_t added = magnitude < 0x7F800000 ? noise : 0;
+  const uint32_t rounded = magnitude > 0x7F800000 ? 0x7FC0 : (bits + added) >> 16;
+  if constexpr (std::is_same_v<Place, BFloat16>) place.bits = static_cast<uint16_t>(rounded);
+}
+
 // A parameter, float32 that bfloat16 represents, with its correction, as formats/correction.py.
-inline float corrected(float param, int8_t correction) {
-  const uint32_t bits = to_bits(param);
-  const int32_t magnitude = static_cast<int32_t>(bits & 0x7FFFFFFF) + correction * 256;
-  const float kept = from_bits((bits & 0x80000000) | static_cast<uint32_t>(std::clamp(magnitude, 0, 0x7F800000)));
-  return param == param ? kept : param;
+inline float corrected(float param, int32_t correction) {
+  const uint32_t bits = to_bits(param), sign = bits & 0x80000000, magnitude = bits & 0x7FFFFFFF;
+  const int32_t sum = static_cast<int32_t>(magnitude) + correction * 256;
+  const int32_t positive = sum > 0 ? sum : 0;
+  const int32_t kept = positive < 0x7F800000 ? positive : 0x7F800000;
+  return from_bits(magnitude > 0x7F800000 ? bits : sign | static_cast<uint32_t>(kept));
 }
 
 // Returns the parameter that is stored for x, and sets its correction, with 8 random bits.
-inline float split(float x, uint32_t noise, int8_t& correction) {
-  const uint32_t magnitude = to_bits(x) & 0x7FFFFFFF;
+inline float split(float x, uint32_t noise, int32_t& correction) {
+  const uint32_t bits = to_bits(x), sign = bits & 0x80000000, magnitude = bits & 0x7FFFFFFF;
   const bool finite = magnitude < 0x7F800000;
-  const uint32_t kept = finite ? magnitude + noise : magnitude;
-  correction = static_cast<int8_t>(finite ? static_cast<uint8_t>(kept >> 8) : 0);
-  return finite ? from_bits((to_bits(x) & 0x80000000) | ((kept + 0x8000) & 0xFFFF0000)) : x;
+  const uint32_t kept = magnitude + (finite ? noise : 0);
+  correction = static_cast<int32_t>(finite ? kept >> 8 : 0);
+  return from_bits(finite ? sign | ((kept + 0x8000) & 0xFFFF0000) : bits);
 }
 
 }  // namespace

@@ -20,91 +20,111 @@ struct Block {
   int8_t* correction;
 };
 
-struct Numbers {
-  float grad_scale, weight_decay, kept_second;
-  EightBit update;
-};
-
 Numbers numbers(const Group& group, const Scalars& s) {
   const bool coupled = decay_of(group) == COUPLED;  // then the gradient is scaled before the decay is added
   const double scale = coupled ? 1 : s.scale, beta2 = group.beta2;
+  const bool codes = STATE == EIGHT_BIT;
   Numbers n;
   n.grad_scale = s.scale;
   n.weight_decay = s.weight_decay;
-  n.kept_second = static_cast<float>(beta2);
-  const bool codes = STATE == EIGHT_BIT;
-  n.update.first_kept = static_cast<float>(codes ? group.beta1 / LEVELS : group.beta1);
-  n.update.second_kept = static_cast<float>(codes ? std::sqrt(beta2) / CODES : beta2);
-  n.update.first_new = static_cast<float>((1 - group.beta1) * scale);
-  n.update.second_new = static_cast<float>(std::sqrt(1 - beta2) * scale);
-  n.update.step_size = s.step_size;
-  n.update.eps = s.eps;
+  n.first_kept = static_cast<float>(codes ? group.beta1 / LEVELS : group.beta1);
+  n.second_kept = static_cast<float>(codes ? std::sqrt(beta2) / CODES : beta2);
+  n.first_new = static_cast<float>((1 - group.beta1) * scale);
+  n.second_new = static_cast<float>(std::sqrt(1 - beta2) * scale);
+  n.step_size = s.step_size;
+  n.eps = s.eps;
   return n;
 }
 
 // Moments that are held as float32, or as bfloat16 that is rounded stochastically.
-void update_moments(float* theta, const float* grad, Moment* exp_avg, Moment* exp_avg_sq, const EightBit& s,
-                    const uint32_t* words) {
+template <Decay DECAY>
+void update_moments(float* __restrict__ theta, const float* __restrict__ grad, Moment* __restrict__ exp_avg,
+                    Moment* __restrict__ exp_avg_sq, const Numbers s, const uint32_t* __restrict__ words) {
   for (int row = 0; row < BLOCK; row += LANES) {
+    const uint32_t next = static_cast<uint32_t>(row / LANES) * GOLDEN;
 #pragma omp simd
     for (int j = 0; j < LANES; ++j) {
       const int i = row + j;
-      const uint32_t word = words[j] + static_cast<uint32_t>(row / LANES) * GOLDEN;
-      const float m = s.first_kept * load(exp_avg[i]) + s.first_new * grad[i];
-      const float added = s.second_new * grad[i];
+      const float g = decayed_gradient<DECAY>(grad[i], theta[i], s);
+      const float m = s.first_kept * load(exp_avg[i]) + s.first_new * g;
+      const float added = s.second_new * g;
       const float v = s.second_kept * load(exp_avg_sq[i]) + added * added;
-      theta[i] = theta[i] - s.step_size * (m / (std::sqrt(v) + s.eps));
-      store(exp_avg[i], STATE == BFLOAT16 ? rounded_by(m, word & 0xFFFF) : m);
-      store(exp_avg_sq[i], STATE == BFLOAT16 ? rounded_by(v, word >> 16) : v);
+      theta[i] = decayed<DECAY>(theta[i], s) - s.step_size * (m / (std::sqrt(v) + s.eps));
+      if constexpr (STATE == BFLOAT16) {
+        store_rounded(exp_avg[i], m, (words[j] + next) & 0xFFFF);
+        store_rounded(exp_avg_sq[i], v, (words[j] + next) >> 16);
+      } else {
+        store(exp_avg[i], m);
+        store(exp_avg_sq[i], v);
+      }
     }
   }
 }
 
+// The float32 values of a block of parameters, in the first-level cache.
+void load_block(const Block& block, float* __restrict__ theta, float* __restrict__ grad) {
+  if constexpr (ROUNDING == CORRECTION) {
+    alignas(64) int32_t extra[BLOCK];
+#pragma omp simd
+    for (int i = 0; i < BLOCK; ++i) extra[i] = block.correction[i];
+#pragma omp simd
+    for (int i = 0; i < BLOCK; ++i) theta[i] = corrected(load(block.param[i]), extra[i]);
+  } else if constexpr (ROUNDING == MASTER) {
+#pragma omp simd
+    for (int i = 0; i < BLOCK; ++i) theta[i] = current_master(load(block.param[i]), block.master_param[i]);
+  } else {
+#pragma omp simd
+    for (int i = 0; i < BLOCK; ++i) theta[i] = load(block.param[i]);
+  }
+#pragma omp simd
+  for (int i = 0; i < BLOCK; ++i) grad[i] = load(block.grad[i]);
+}
+
+void store_block(const Block& block, float* __restrict__ theta, const uint32_t* words, uint32_t seed) {
+  if constexpr (ROUNDING == CORRECTION) {
+    alignas(64) int32_t extra[BLOCK];
+    for (int row = 0; row < BLOCK; row += LANES) {
+      const uint32_t next = static_cast<uint32_t>(row / LANES) * GOLDEN;
+#pragma omp simd
+      for (int j = 0; j < LANES; ++j) {
+        theta[row + j] = split(theta[row + j], ((words[j] + next) >> 2) & 0xFF, extra[row + j]);
+      }
+    }
+#pragma omp simd
+    for (int i = 0; i < BLOCK; ++i) block.correction[i] = static_cast<int8_t>(extra[i]);
+  } else if constexpr (ROUNDING == MASTER) {
+    std::copy_n(theta, BLOCK, block.master_param);
+  } else if constexpr (ROUNDING == STOCHASTIC) {
+#pragma omp simd
+    for (int i = 0; i < BLOCK; ++i) theta[i] = round_stochastically(theta[i], seed + static_cast<uint32_t>(i));
+  }
+#pragma omp simd
+  for (int i = 0; i < BLOCK; ++i) store(block.param[i], theta[i]);
+}
+
+// Updates a block; of 8 bits, it is encoded with the next one, or by `encode`.
 template <Decay DECAY>
-void update_block(const Block& block, const Numbers& n, uint32_t seed) {
+void update_block(const Block& block, const Numbers& n, uint32_t seed, Updated& now, const Updated* done) {
   alignas(64) float wide[BLOCK], gradients[BLOCK];
-  alignas(64) uint32_t words[LANES];
-  first_words(seed, words);
-  constexpr bool in_place = std::is_same_v<Param, float> && DECAY == NONE;
+  first_words(seed, now.words);
   float* theta = wide;
   const float* grad = gradients;
-  if constexpr (in_place) {
+  if constexpr (std::is_same_v<Param, float>) {
     theta = block.param;
     grad = block.grad;
   } else {
-#pragma omp simd
-    for (int i = 0; i < BLOCK; ++i) {
-      float x = load(block.param[i]), g = load(block.grad[i]);
-      if constexpr (ROUNDING == MASTER) x = current_master(x, block.master_param[i]);
-      if constexpr (ROUNDING == CORRECTION) x = corrected(x, block.correction[i]);
-      if constexpr (DECAY == COUPLED) g = g * n.grad_scale + n.weight_decay * x;
-      if constexpr (DECAY == DECOUPLED) x = x + n.weight_decay * x;
-      wide[i] = x;
-      gradients[i] = g;
-    }
+    load_block(block, wide, gradients);
   }
   if constexpr (STATE == EIGHT_BIT) {
-    update_eight_bit(theta, grad, block.first_codes, block.second_codes, block.first_scales, block.second_scales,
-                     n.update, words);
+    now.exp_avg = block.first_codes;
+    now.exp_avg_sq = block.second_codes;
+    now.exp_avg_scales = block.first_scales;
+    now.exp_avg_sq_scales = block.second_scales;
+    update_eight_bit<DECAY>(theta, grad, now, done, n);
   } else {
-    update_moments(theta, grad, block.exp_avg, block.exp_avg_sq, n.update, words);
+    update_moments<DECAY>(theta, grad, block.exp_avg, block.exp_avg_sq, n, now.words);
   }
-  if constexpr (!in_place) {
-    for (int row = 0; row < BLOCK; row += LANES) {
-#pragma omp simd
-      for (int j = 0; j < LANES; ++j) {
-        const int i = row + j;
-        float x = wide[i];
-        if constexpr (ROUNDING == MASTER) block.master_param[i] = x;
-        if constexpr (ROUNDING == STOCHASTIC) x = round_stochastically(x, seed + static_cast<uint32_t>(i));
-        if constexpr (ROUNDING == CORRECTION) {
-          const uint32_t word = words[j] + static_cast<uint32_t>(row / LANES) * GOLDEN;
-          x = split(x, (word >> 2) & 0xFF, block.correction[i]);
-        }
-        store(block.param[i], x);
-      }
-    }
-  }
+  if constexpr (!std::is_same_v<Param, float>) store_block(block, wide, now.words, seed);
 }
 
 // A part of a row, from one element on, as a block.
@@ -160,7 +180,9 @@ void update_last(const Block& block, int64_t count, const Numbers& n, uint32_t s
   replace(whole.second_codes, padded.second_codes);
   replace(whole.master_param, padded.master_param);
   replace(whole.correction, padded.correction);
-  update_block<DECAY>(whole, n, seed);
+  Updated now;
+  update_block<DECAY>(whole, n, seed, now, nullptr);
+  if constexpr (STATE == EIGHT_BIT) encode(now);
   copy(block.param, whole.param);
   copy(block.exp_avg, whole.exp_avg);
   copy(block.exp_avg_sq, whole.exp_avg_sq);
@@ -172,14 +194,16 @@ void update_last(const Block& block, int64_t count, const Numbers& n, uint32_t s
 
 template <Decay DECAY>
 void update(const Row& row, int64_t begin, int64_t end, const Numbers& n, uint32_t seed) {
-  for (int64_t i = begin; i < end; i += BLOCK) {
-    const uint32_t own = seed + static_cast<uint32_t>(i);
-    if (end - i >= BLOCK) {
-      update_block<DECAY>(block_at(row, i), n, own);
-    } else {
-      update_last<DECAY>(block_at(row, i), end - i, n, own);
-    }
+  Updated updated[2];
+  const Updated* done = nullptr;
+  int64_t i = begin;
+  for (; end - i >= BLOCK; i += BLOCK) {
+    Updated& now = updated[done == updated];
+    update_block<DECAY>(block_at(row, i), n, seed + static_cast<uint32_t>(i), now, done);
+    done = &now;
   }
+  if (STATE == EIGHT_BIT && done) encode(*done);
+  if (i < end) update_last<DECAY>(block_at(row, i), end - i, n, seed + static_cast<uint32_t>(i));
 }
 
 }  // namespace
