@@ -112,6 +112,7 @@ def test_allreduce_rows_have_bandwidth_and_bound():
 def test_the_predicted_state_is_divided_by_sharding():
     assert memory.predicted("allreduce", 4)["state"] == 8
     assert memory.predicted("sharded", 4)["state"] == 2
+    assert memory.predicted("sharded", 2, "8bit")["state"] == 2.125 / 2
     assert memory.predicted("another", 4) is None
 
 
@@ -681,7 +682,8 @@ def test_checkpoint_reports_the_run_that_failed():
 def test_memory_of_every_strategy_matches_the_prediction(tmp_path):
     plot = tmp_path / "memory.png"
     output = bench_json("memory", "--model", "cnn", "--np", "2", "--device", "cpu", "--plot", plot)
-    assert [(row["strategy"], row["np"]) for row in output["rows"]] == [(name, 2) for name in STRATEGIES]
+    expected = [(name, held, 2) for name in STRATEGIES for held in ("float32", "8bit")]
+    assert [(row["strategy"], row["state_format"], row["np"]) for row in output["rows"]] == expected
     for row in output["rows"]:
         assert row["total"] == pytest.approx(row["parameters"] + row["gradients"] + row["state"], rel=0.01)
         assert row["total"] == pytest.approx(row["predicted_total"], rel=0.05)

@@ -1,4 +1,4 @@
-"""`bench memory`: bytes per parameter on a rank by strategy and number of ranks, compared with the prediction."""
+"""`bench memory`: bytes per parameter on a rank by strategy, format of the state and number of ranks."""
 
 from __future__ import annotations
 
@@ -20,8 +20,12 @@ if TYPE_CHECKING:
 
 PARTS = ("parameters", "gradients", "state")
 
+# Bytes of both moments of a float32 parameter, with the scales of 32 elements; small tensors keep 8 bytes.
+MOMENTS = {"float32": 8.0, "8bit": 2.125}
+
 COLUMNS = (
     Column("strategy", "strategy"),
+    Column("state", "state_format"),
     Column("ranks", "np", "d"),
     *(Column(name, name, ".3f") for name in (*PARTS, "total")),
     Column("predicted", "predicted_total", ".3f"),
@@ -40,42 +44,50 @@ def measure(config: MemoryConfig) -> Result:
     for ranks in config.rank_counts():
         task = {"kind": "memory", "model": config.model, "device": launchers.device(config, ranks)}
         plans: list[Plan] = [
-            launchers.horovodrun(strategy, {**task, "strategy": strategy}, ranks, config.launcher)
+            launchers.horovodrun(
+                f"{strategy} {held}", {**task, "strategy": strategy, "state_format": held}, ranks, config.launcher
+            )
             for strategy in STRATEGIES
+            for held in MOMENTS
         ]
         logger.info(f"{ranks} rank{'s' * (ranks > 1)}")
         outcomes = take_turns(plans, ranks=ranks, rounds=1, timeout=config.timeout, log=logger.info)
-        rows += [summarize(strategy, ranks, outcome, count) for strategy, outcome in outcomes.items()]
+        for name, outcome in outcomes.items():
+            strategy, held = name.split()
+            rows.append(summarize(strategy, held, ranks, outcome, count))
     threads = ", ".join(str(launchers.threads(ranks)) for ranks in config.rank_counts())
     notes = [
         f"horovodrun --{config.launcher}, except for 1 rank; threads per rank: {threads}",
         f"{config.model}, {count:,} float32 parameters; bytes per parameter on the rank that holds most, after "
         f"{2 * STEPS} steps; whole buffers are counted, each once",
-        "predicted: 4 for the parameter, 4 for its gradient, 8 for Adam's moments (8/N if they are sharded)",
+        "predicted: 4 for the parameter, 4 for its gradient, 8 for Adam's moments, 2.125 if they are held "
+        "in 8 bits (1/N of it if they are sharded); tensors that are small or have one dimension keep 8",
     ]
     return Result(rows, COLUMNS, notes, partial(_draw, rows))
 
 
-def predicted(strategy: str, ranks: int) -> dict[str, float] | None:
+def predicted(strategy: str, ranks: int, state_format: str = "float32") -> dict[str, float] | None:
     """Returns the bytes per float32 parameter on a rank, by part; None for an unknown strategy."""
-    state = {"allreduce": 8.0, "sharded": 8.0 / ranks}.get(strategy)
+    moments = MOMENTS[state_format]
+    state = {"allreduce": moments, "sharded": moments / ranks}.get(strategy)
     return None if state is None else {"parameters": 4.0, "gradients": 4.0, "state": state}
 
 
-def summarize(strategy: str, ranks: int, outcome: Outcome, count: int) -> Row:
+def summarize(strategy: str, state_format: str, ranks: int, outcome: Outcome, count: int) -> Row:
     """Returns the row of a strategy.
 
     Args:
         strategy: name of the strategy.
+        state_format: how the moments are held.
         ranks: number of ranks.
         outcome: the bytes of each part, or an error.
         count: number of parameters of the model.
     """
-    row: Row = {"strategy": strategy, "np": ranks}
+    row: Row = {"strategy": strategy, "state_format": state_format, "np": ranks}
     if outcome.error is not None:
         return {**row, "error": outcome.error}
     row |= {name: max(outcome.times[name]) / count for name in (*PARTS, "total")}
-    prediction = predicted(strategy, ranks)
+    prediction = predicted(strategy, ranks, state_format)
     row |= {f"predicted_{name}": prediction[name] if prediction else None for name in PARTS}
     row["predicted_total"] = sum(prediction.values()) if prediction else None
     row["to_predicted"] = ratio(row["total"], row["predicted_total"])
@@ -85,7 +97,7 @@ def summarize(strategy: str, ranks: int, outcome: Outcome, count: int) -> Row:
 def _draw(rows: list[Row], figure: Figure) -> None:
     axis = figure.subplots()
     measured = [row for row in rows if "error" not in row]
-    labels = [f"{row['strategy']}, {row['np']}" for row in measured]
+    labels = [f"{row['strategy']} {row['state_format']}, {row['np']}" for row in measured]
     bottom = [0.0] * len(measured)
     for part in PARTS:
         sizes = [row[part] for row in measured]

@@ -22,11 +22,11 @@ def prepare(task: dict[str, Any], launch: LaunchInfo, folder: Path) -> Measure:
     """Returns a function that trains `STEPS` steps and counts the bytes held after them.
 
     Args:
-        task: "strategy", "model" and "device".
+        task: "strategy", "state_format", "model" and "device".
         launch: launcher, rank and size of this process.
         folder: directory shared by the ranks.
     """
-    wrap = connect(OURS + task["strategy"], task["device"], launch, folder)
+    wrap = connect(OURS + task["strategy"], task["device"], launch, folder, task["state_format"])
     device = init().device
     model, optimizer = wrap(build_model(task["model"]).to(device))
     step = training_step(model, optimizer, *random_batch(BATCH_SIZE, launch.rank, device))

@@ -72,7 +72,9 @@ def prepare(task: dict[str, Any], launch: LaunchInfo, folder: Path) -> Measure:
     return lambda: {"step": time_calls(step, steps, synchronize, steps_per_sync)}
 
 
-def connect(variant: str, device: str, launch: LaunchInfo, folder: Path) -> Callable[[nn.Module], Wrapped]:
+def connect(
+    variant: str, device: str, launch: LaunchInfo, folder: Path, state_format: str = "float32"
+) -> Callable[[nn.Module], Wrapped]:
     """Connects this rank with the others.
 
     Returns a function from a model to the distributed model and its optimizer (None for "compute").
@@ -88,7 +90,8 @@ def connect(variant: str, device: str, launch: LaunchInfo, folder: Path) -> Call
             compression=compression or "none",
             defer_averaging=variant.endswith(DEFERRED),
         )
-        return lambda model: (model, wrap(Adam(model.parameters(), LEARNING_RATE), model))
+        make = functools.partial(Adam, lr=LEARNING_RATE, state_format=state_format)
+        return lambda model: (model, wrap(make(model.parameters()), model))
     if device == "cuda":
         torch.cuda.set_device(launch.rank)
     if variant == "compute":

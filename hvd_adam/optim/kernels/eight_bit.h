@@ -48,41 +48,70 @@ inline __m512 store_scales(uint16_t* scales, __m512i largest, uint32_t limit, bo
   return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
 }
 
-// Two rows of 16 numbers of 32 bits as one register of numbers of 16 bits, in the order that `store_bytes` expects.
-inline __m512i packed(__m512i first, __m512i second) { return _mm512_packs_epi32(first, second); }
+// Random bits of the next four rows: all 32 of a row, and the last 16 of two rows in the order that packing has.
+struct Noise {
+  __m512i word, halves;
 
-inline void store_bytes(void* place, __m512i packed) {
-  const __m256i order = _mm256_set_epi32(7, 5, 3, 1, 6, 4, 2, 0);
-  const __m256i bytes = _mm256_permutevar8x32_epi32(_mm512_cvtepi16_epi8(packed), order);
-  _mm256_storeu_si256(static_cast<__m256i*>(place), bytes);
-}
+  explicit Noise(const uint32_t* words) : word(_mm512_load_si512(words)) {
+    const __m512i second = _mm512_add_epi32(word, _mm512_set1_epi32(GOLDEN));
+    halves = _mm512_packus_epi32(_mm512_and_si512(word, _mm512_set1_epi32(0xFFFF)),
+                                 _mm512_and_si512(second, _mm512_set1_epi32(0xFFFF)));
+  }
 
-// Encodes two rows of a block that has been updated. `word` is that of the first one, and becomes that of the next.
-inline void encode_rows(const Updated& done, int i, __m512 to_first, __m512 to_second, __m512i& word) {
-  const __m512i word2 = _mm512_add_epi32(word, _mm512_set1_epi32(GOLDEN));
-  // The low halves of both rows' words, in the order of `packed`; sign-extended, so that no half is saturated.
-  const __m512i noise = packed(_mm512_srai_epi32(_mm512_slli_epi32(word, 16), 16),
-                               _mm512_srai_epi32(_mm512_slli_epi32(word2, 16), 16));
-  const __m512i level = packed(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(done.first + i), to_first)),
-                               _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(done.first + i + LANES), to_first)));
+  // The first 12 bits of the words of a row.
+  __m512i of_row() {
+    const __m512i noise = _mm512_srli_epi32(word, 20);
+    word = _mm512_add_epi32(word, _mm512_set1_epi32(GOLDEN));
+    return noise;
+  }
+
+  // The first 6 of the last 16 bits of the words of two rows.
+  __m512i of_two_rows() {
+    const __m512i noise = _mm512_srli_epi16(halves, 10);
+    halves = _mm512_add_epi16(halves, _mm512_set1_epi16(static_cast<int16_t>(2 * (GOLDEN & 0xFFFF))));
+    return noise;
+  }
+};
+
+// The codes of the first moments of two rows, in 16 bits.
+inline __m512i first_codes(const float* first, __m512 to_first, Noise& noise) {
+  const __m512i level = _mm512_packs_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(first), to_first)),
+                                           _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(first + LANES), to_first)));
   const __m512i quarter = _mm512_srai_epi16(level, 2);
   const __m512i limit = _mm512_set1_epi16(3 * KNEE * FIRST_ONE / 4);
   const __m512i rest = _mm512_max_epi16(_mm512_min_epi16(_mm512_sub_epi16(level, quarter), limit),
                                         _mm512_sub_epi16(_mm512_setzero_si512(), limit));
-  const __m512i code = _mm512_add_epi16(_mm512_add_epi16(quarter, rest), _mm512_srli_epi16(noise, 10));
-  store_bytes(done.exp_avg + i, _mm512_srai_epi16(code, 6));
-  const __m512i a = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(done.root + i), to_second));
-  const __m512i b = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(done.root + i + LANES), to_second));
-  const __m512i both = packed(_mm512_srli_epi32(_mm512_add_epi32(a, _mm512_srli_epi32(word, 20)), 12),
-                              _mm512_srli_epi32(_mm512_add_epi32(b, _mm512_srli_epi32(word2, 20)), 12));
-  store_bytes(done.exp_avg_sq + i, _mm512_max_epi16(both, _mm512_set1_epi16(1)));
-  word = _mm512_add_epi32(word2, _mm512_set1_epi32(GOLDEN));
+  return _mm512_srai_epi16(_mm512_add_epi16(_mm512_add_epi16(quarter, rest), noise.of_two_rows()), 6);
+}
+
+// The codes of the second moments of a row, in 32 bits.
+inline __m512i second_codes(const float* root, __m512 to_second, Noise& noise) {
+  const __m512i units = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(root), to_second));
+  return _mm512_srli_epi32(_mm512_add_epi32(units, noise.of_row()), 12);
+}
+
+// Packing works in each quarter of a register: this brings the bytes of four rows into order.
+inline void store_bytes(void* place, __m512i packed) {
+  const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+  _mm512_storeu_si512(place, _mm512_permutexvar_epi32(order, packed));
+}
+
+// Encodes four rows of a block that has been updated.
+inline void encode_rows(const Updated& done, int i, __m512 to_first, __m512 to_second, Noise& noise) {
+  const __m512i a = first_codes(done.first + i, to_first, noise);
+  const __m512i b = first_codes(done.first + i + 2 * LANES, to_first, noise);
+  store_bytes(done.exp_avg + i, _mm512_packs_epi16(a, b));
+  __m512i rows[4];
+  for (int row = 0; row < 4; ++row) rows[row] = second_codes(done.root + i + row * LANES, to_second, noise);
+  const __m512i codes =
+      _mm512_packus_epi16(_mm512_packs_epi32(rows[0], rows[1]), _mm512_packs_epi32(rows[2], rows[3]));
+  store_bytes(done.exp_avg_sq + i, _mm512_max_epu8(codes, _mm512_set1_epi8(1)));
 }
 
 inline void encode(const Updated& done) {
   const __m512 to_first = _mm512_load_ps(done.to_first), to_second = _mm512_load_ps(done.to_second);
-  __m512i word = _mm512_load_si512(done.words);
-  for (int i = 0; i < BLOCK; i += 2 * LANES) encode_rows(done, i, to_first, to_second, word);
+  Noise noise(done.words);
+  for (int i = 0; i < BLOCK; i += 4 * LANES) encode_rows(done, i, to_first, to_second, noise);
   if (!done.finite) clear_codes(done);
 }
 
@@ -96,13 +125,13 @@ inline void update_rows(float* theta, const float* grad, Updated& now, const Upd
   const __m512 grad_scale = _mm512_set1_ps(s.grad_scale), weight_decay = _mm512_set1_ps(s.weight_decay);
   const __m512i positive = _mm512_set1_epi32(0x7FFFFFFF);
   __m512 to_first = eps, to_second = eps;
-  __m512i word = positive, largest_first = _mm512_setzero_si512(), largest_root = largest_first;
+  __m512i largest_first = _mm512_setzero_si512(), largest_root = largest_first;
+  Noise noise(done.words);
   if constexpr (ENCODES) {
     to_first = _mm512_load_ps(done.to_first);
     to_second = _mm512_load_ps(done.to_second);
-    word = _mm512_load_si512(done.words);
   }
-  for (int i = 0; i < BLOCK; i += 2 * LANES) {
+  const auto update_two_rows = [&](int i) {
     const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(now.exp_avg + i));
     const __m512i code = _mm512_cvtepi8_epi16(codes);
     const __m512i inner =
@@ -126,12 +155,25 @@ inline void update_rows(float* theta, const float* grad, Updated& now, const Upd
       _mm512_store_ps(now.first + at, m);
       _mm512_store_ps(now.root + at, r);
       largest_first = _mm512_max_epi32(largest_first, _mm512_and_epi32(_mm512_castps_si512(m), positive));
-      largest_root = _mm512_max_epi32(largest_root, _mm512_and_epi32(_mm512_castps_si512(r), positive));
+      largest_root = _mm512_max_epu32(largest_root, _mm512_castps_si512(r));  // not negative, except NaN
     }
-    if constexpr (ENCODES) encode_rows(done, i, to_first, to_second, word);
+  };
+  for (int i = 0; i < BLOCK; i += 4 * LANES) {
+#ifdef AHEAD
+    for (int line = 0; line < 4 * LANES; line += LANES) {
+      __builtin_prefetch(theta + i + line + AHEAD, 1);
+      __builtin_prefetch(grad + i + line + AHEAD);
+    }
+    __builtin_prefetch(now.exp_avg + i + AHEAD, 1);
+    __builtin_prefetch(now.exp_avg_sq + i + AHEAD, 1);
+#endif
+    update_two_rows(i);
+    update_two_rows(i + 2 * LANES);
+    if constexpr (ENCODES) encode_rows(done, i, to_first, to_second, noise);
   }
   now.finite = true;
   const __m512 first_scale = store_scales(now.exp_avg_scales, largest_first, LARGEST_FIRST, &now.finite);
+  largest_root = _mm512_and_epi32(largest_root, positive);
   const __m512 second_scale = store_scales(now.exp_avg_sq_scales, largest_root, LARGEST_SECOND, &now.finite);
   _mm512_store_ps(now.to_first, _mm512_div_ps(_mm512_set1_ps(LEVELS * FIRST_ONE), first_scale));
   _mm512_store_ps(now.to_second, _mm512_div_ps(_mm512_set1_ps(CODES * SECOND_ONE), second_scale));
