@@ -18,8 +18,8 @@ CHECKS = (100, 1_000, 10_000)
 class LostUpdates:
     """Looks at the weights a few times in a training, and warns once.
 
-    An update of Adam moves a weight w by about the learning rate. Rounding to nearest loses it if that is less than
-    half a unit in the last place of w, which is at least ε/4 · |w| with the ε of the weight's dtype.
+    An update of Adam moves a weight w by about the learning rate. Rounding to nearest loses it if that is less
+    than half a unit in the last place of w, which is at least ε/4 · |w| with the ε of the weight's dtype.
     """
 
     def __init__(self) -> None:
