@@ -67,17 +67,20 @@ class Case:
 
     controller: str
     strategy: str
+    state_format: str = "float32"
 
     @classmethod
     def draw(cls, rng: random.Random) -> "Case":
         """Draws a case."""
-        return cls(rng.choice(("mpi", "gloo")), rng.choice(("allreduce", "sharded")))
+        controller, strategy = rng.choice(("mpi", "gloo")), rng.choice(("allreduce", "sharded"))
+        return cls(controller, strategy, rng.choice(("float32", "8bit")))
 
     def command(self, place: Path, folder: Path) -> list[str]:
         """Returns the command that starts and resumes the run."""
         launcher = [sys.executable, str(HOROVODRUN), "-np", "2", f"--{self.controller}"]
         data = ["--data-dir", str(place / "data"), "--output-dir", str(folder), "--strategy", self.strategy]
-        return [*launcher, sys.executable, "-m", "hvd_adam.train", *OPTIONS, *OFTEN, *data]
+        held = ["--state-format", self.state_format]
+        return [*launcher, sys.executable, "-m", "hvd_adam.train", *OPTIONS, *OFTEN, *data, *held]
 
 
 @dataclass(frozen=True)
@@ -193,7 +196,7 @@ def await_true(running: subprocess.Popen, condition: Callable[[], bool]) -> None
 
 def uninterrupted(case: Case, place: Path) -> Result:
     """Returns the result of a run that is not killed."""
-    folder = place / f"uninterrupted-{case.controller}-{case.strategy}"
+    folder = place / f"uninterrupted-{case.controller}-{case.strategy}-{case.state_format}"
     assert start(case, place, folder).wait(timeout=LAUNCH_SECONDS) == 0, f"see {folder}.log"
     return Result.read(folder)
 
@@ -235,7 +238,7 @@ def run(trials: int, seed: int, jobs: int, place: Path) -> int:
 
     def attempt(number: int) -> bool:
         case, rng = cases[number], rngs[number]
-        title = f"trial {number + 1} of {trials}: {case.controller}, {case.strategy}: killed"
+        title = f"trial {number + 1} of {trials}: {case.controller}, {case.strategy}, {case.state_format}: killed"
         try:
             print(title, trial(case, place, number + 1, rng, expected[case]) + "; ok", flush=True)
         except Exception as error:

@@ -47,11 +47,11 @@ inline float corrected(float param, int32_t correction) {
 }
 
 // Returns the parameter that is stored for x, and sets its correction, with 8 random bits.
-inline float split(float x, uint32_t noise, int32_t& correction) {
+inline float split(float x, uint32_t noise, int16_t& correction) {
   const uint32_t bits = to_bits(x), sign = bits & 0x80000000, magnitude = bits & 0x7FFFFFFF;
   const bool finite = magnitude < 0x7F800000;
   const uint32_t kept = magnitude + (finite ? noise : 0);
-  correction = static_cast<int32_t>(finite ? kept >> 8 : 0);
+  correction = static_cast<int16_t>(finite ? kept >> 8 : 0);
   return from_bits(finite ? sign | ((kept + 0x8000) & 0xFFFF0000) : bits);
 }
 

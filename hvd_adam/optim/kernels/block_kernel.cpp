@@ -64,7 +64,7 @@ void update_moments(float* __restrict__ theta, const float* __restrict__ grad, M
 // The float32 values of a block of parameters, in the first-level cache.
 void load_block(const Block& block, float* __restrict__ theta, float* __restrict__ grad) {
   if constexpr (ROUNDING == CORRECTION) {
-    alignas(64) int32_t extra[BLOCK];
+    alignas(64) int16_t extra[BLOCK];
 #pragma omp simd
     for (int i = 0; i < BLOCK; ++i) extra[i] = block.correction[i];
 #pragma omp simd
@@ -82,7 +82,7 @@ void load_block(const Block& block, float* __restrict__ theta, float* __restrict
 
 void store_block(const Block& block, float* __restrict__ theta, const uint32_t* words, uint32_t seed) {
   if constexpr (ROUNDING == CORRECTION) {
-    alignas(64) int32_t extra[BLOCK];
+    alignas(64) int16_t extra[BLOCK];
     for (int row = 0; row < BLOCK; row += LANES) {
       const uint32_t next = static_cast<uint32_t>(row / LANES) * GOLDEN;
 #pragma omp simd
