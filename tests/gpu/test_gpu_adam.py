@@ -108,7 +108,7 @@ def test_state_in_few_bits_makes_the_steps_of_a_cpu_within_a_code(dtype, options
         for optimizer, params in zip(optimizers, (here, there), strict=True):
             take_step(optimizer, params, gradients)
     for p, q in zip(here, there, strict=True):
-        # A code of the first step's moments moves the second step by up to 1/79 of the rate; and bfloat16's last bit.
+        # A code of the first step's moments moves the second step by up to 1/79 of the rate; and a last bit.
         torch.testing.assert_close(
             q.detach().cpu(), p.detach(), rtol=2**-7 if dtype != torch.float32 else 0, atol=3e-4
         )
