@@ -79,7 +79,8 @@ def test_signature_is_the_documented_one():
     assert [f"{p.name}={p.default}" for p in signature.parameters.values() if p.default is not p.empty] == [
         *("lr=0.001", "betas=(0.9, 0.999)", "eps=1e-08", "weight_decay=0.0", "amsgrad=False"),
         *("decoupled_weight_decay=False", "maximize=False", "implementation=auto"),
-        *("master_weights=False", "stochastic_rounding=False", "foreach=None", "fused=None"),
+        *("master_weights=False", "state_format=float32", "stochastic_rounding=False"),
+        *("foreach=None", "fused=None"),
         *("capturable=False", "differentiable=False"),
     ]
     assert signature.parameters["amsgrad"].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD

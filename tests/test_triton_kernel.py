@@ -124,6 +124,27 @@ def test_kernel_neither_reads_nor_writes_beyond_the_end_of_a_tensor(cluster):
 
 
 @on_ranks(0, **INTERPRETED)
+def test_kernel_for_state_in_few_bits_skips_on_the_device_and_writes_nothing_beyond_the_end(cluster):
+    use_interpreted_kernel()
+    from hvd_adam import Adam
+
+    for options in ({"state_format": "8bit"}, {"state_format": "bfloat16"}):
+        around = torch.full((4099 + 32,), float("nan"))
+        p = torch.nn.Parameter(around[16:-16].view(1, -1))  # the last block has 3 elements
+        torch.nn.init.constant_(p, 0.5)
+        optimizer = Adam([p], implementation="fused", **options)
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        assert around.isnan().sum() == 32
+        before = [t.clone() for t in (p, *optimizer.state[p].values())]
+        optimizer._store.update(optimizer.param_groups, optimizer.state, torch.tensor(float("nan")))
+        optimizer._store.undo_step_counts()
+        assert all(map(torch.equal, before, (p, *optimizer.state[p].values())))
+        optimizer.step()
+        assert p.max() < 0.499
+
+
+@on_ranks(0, **INTERPRETED)
 def test_update_skipped_on_the_device_changes_nothing(cluster):
     use_interpreted_kernel()
     check_skipping(cluster, {})

@@ -37,22 +37,20 @@ inline void store_rounded(Place& place, float x, uint32_t noise) {
   if constexpr (std::is_same_v<Place, BFloat16>) place.bits = static_cast<uint16_t>(rounded);
 }
 
-// A parameter, float32 that bfloat16 represents, with its correction, as formats/correction.py.
-inline float corrected(float param, int32_t correction) {
-  const uint32_t bits = to_bits(param), sign = bits & 0x80000000, magnitude = bits & 0x7FFFFFFF;
-  const int32_t sum = static_cast<int32_t>(magnitude) + correction * 256;
-  const int32_t positive = sum > 0 ? sum : 0;
-  const int32_t kept = positive < 0x7F800000 ? positive : 0x7F800000;
-  return from_bits(magnitude > 0x7F800000 ? bits : sign | static_cast<uint32_t>(kept));
+// A parameter with its correction, as formats/correction.py; without it where the sum is no magnitude.
+inline float corrected(uint16_t param, int32_t correction) {
+  const uint32_t bits = static_cast<uint32_t>(param) << 16, added = static_cast<uint32_t>(correction * 256);
+  const bool valid = (bits & 0x7FFFFFFF) + added <= 0x7F800000u;  // a negative sum wraps around
+  return from_bits(bits + (valid ? added : 0));
 }
 
-// Returns the parameter that is stored for x, and sets its correction, with 8 random bits.
-inline float split(float x, uint32_t noise, int16_t& correction) {
-  const uint32_t bits = to_bits(x), sign = bits & 0x80000000, magnitude = bits & 0x7FFFFFFF;
+// Returns the bits of the parameter that is stored for x, and sets its correction, with 8 random bits.
+inline uint16_t split(float x, uint32_t noise, int16_t& correction) {
+  const uint32_t bits = to_bits(x), magnitude = bits & 0x7FFFFFFF;
   const bool finite = magnitude < 0x7F800000;
-  const uint32_t kept = magnitude + (finite ? noise : 0);
+  const uint32_t kept = bits + (finite ? noise : 0);
   correction = static_cast<int16_t>(finite ? kept >> 8 : 0);
-  return from_bits(finite ? sign | ((kept + 0x8000) & 0xFFFF0000) : bits);
+  return static_cast<uint16_t>(magnitude > 0x7F800000 ? 0x7FC0 : (kept + (finite ? 0x8000 : 0)) >> 16);
 }
 
 }  // namespace

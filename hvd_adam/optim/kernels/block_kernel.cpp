@@ -67,8 +67,9 @@ void load_block(const Block& block, float* __restrict__ theta, float* __restrict
     alignas(64) int16_t extra[BLOCK];
 #pragma omp simd
     for (int i = 0; i < BLOCK; ++i) extra[i] = block.correction[i];
+    const uint16_t* bits = reinterpret_cast<const uint16_t*>(block.param);
 #pragma omp simd
-    for (int i = 0; i < BLOCK; ++i) theta[i] = corrected(load(block.param[i]), extra[i]);
+    for (int i = 0; i < BLOCK; ++i) theta[i] = corrected(bits[i], extra[i]);
   } else if constexpr (ROUNDING == MASTER) {
 #pragma omp simd
     for (int i = 0; i < BLOCK; ++i) theta[i] = current_master(load(block.param[i]), block.master_param[i]);
@@ -83,15 +84,17 @@ void load_block(const Block& block, float* __restrict__ theta, float* __restrict
 void store_block(const Block& block, float* __restrict__ theta, const uint32_t* words, uint32_t seed) {
   if constexpr (ROUNDING == CORRECTION) {
     alignas(64) int16_t extra[BLOCK];
+    uint16_t* __restrict__ bits = reinterpret_cast<uint16_t*>(block.param);
     for (int row = 0; row < BLOCK; row += LANES) {
       const uint32_t next = static_cast<uint32_t>(row / LANES) * GOLDEN;
 #pragma omp simd
       for (int j = 0; j < LANES; ++j) {
-        theta[row + j] = split(theta[row + j], ((words[j] + next) >> 2) & 0xFF, extra[row + j]);
+        bits[row + j] = split(theta[row + j], ((words[j] + next) >> 2) & 0xFF, extra[row + j]);
       }
     }
 #pragma omp simd
     for (int i = 0; i < BLOCK; ++i) block.correction[i] = static_cast<int8_t>(extra[i]);
+    return;
   } else if constexpr (ROUNDING == MASTER) {
     std::copy_n(theta, BLOCK, block.master_param);
   } else if constexpr (ROUNDING == STOCHASTIC) {
