@@ -42,6 +42,12 @@ void update_moments(float* __restrict__ theta, const float* __restrict__ grad, M
                     Moment* __restrict__ exp_avg_sq, const Numbers s, const uint32_t* __restrict__ words) {
   for (int row = 0; row < BLOCK; row += LANES) {
     const uint32_t next = static_cast<uint32_t>(row / LANES) * GOLDEN;
+    if constexpr (std::is_same_v<Param, float>) {
+      __builtin_prefetch(theta + row + AHEAD, 1);
+      __builtin_prefetch(grad + row + AHEAD);
+    }
+    __builtin_prefetch(exp_avg + row + AHEAD, 1);
+    __builtin_prefetch(exp_avg_sq + row + AHEAD, 1);
 #pragma omp simd
     for (int j = 0; j < LANES; ++j) {
       const int i = row + j;

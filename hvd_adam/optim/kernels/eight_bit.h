@@ -159,14 +159,12 @@ inline void update_rows(float* theta, const float* grad, Updated& now, const Upd
     }
   };
   for (int i = 0; i < BLOCK; i += 4 * LANES) {
-#ifdef AHEAD
     for (int line = 0; line < 4 * LANES; line += LANES) {
       __builtin_prefetch(theta + i + line + AHEAD, 1);
       __builtin_prefetch(grad + i + line + AHEAD);
     }
     __builtin_prefetch(now.exp_avg + i + AHEAD, 1);
     __builtin_prefetch(now.exp_avg_sq + i + AHEAD, 1);
-#endif
     update_two_rows(i);
     update_two_rows(i + 2 * LANES);
     if constexpr (ENCODES) encode_rows(done, i, to_first, to_second, noise);
