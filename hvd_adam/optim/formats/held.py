@@ -105,8 +105,9 @@ def convert(state: dict[str, Any], p: Tensor, wanted: Mapping[str, Entry], own: 
 
 
 def is_in_few_bits(state: Mapping[str, Any], p: Tensor) -> bool:
-    """Returns whether `decoded` would replace a tensor of a whole parameter's state."""
-    return bool(IN_FEW_BITS & state.keys()) or ("exp_avg" in state and _is_narrow(state["exp_avg"], p))
+    """Returns whether `decoded` would replace a tensor of a parameter's state; not where it is a shard."""
+    in_codes = any(state[name].shape == p.shape for name in IN_FEW_BITS & state.keys())
+    return in_codes or ("exp_avg" in state and _is_narrow(state["exp_avg"], p))
 
 
 def _is_narrow(moment: Tensor, p: Tensor) -> bool:
