@@ -50,7 +50,8 @@ class KernelSpec:
     @property
     def name(self) -> str:
         """A name for the spec that can be part of a file name."""
-        return "adam-" + "-".join(str(value).removeprefix("torch.") for value in astuple(self))
+        values = astuple(self) if self.state_format != "float32" else astuple(self)[:-1]
+        return "adam-" + "-".join(str(value).removeprefix("torch.") for value in values)
 
 
 @dataclass
