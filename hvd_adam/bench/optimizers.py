@@ -180,18 +180,18 @@ def factories(workload: Workload, reference: bool) -> dict[str, Factory]:
     found = {
         "hvd_adam foreach": _ours("foreach", workload) if small else None,
         "hvd_adam fused": _ours("fused", workload),
-        "hvd_adam fused bfloat16": _ours("fused", workload, state_format="bfloat16") if on_cpu else None,
-        "hvd_adam fused 8bit": _ours("fused", workload, state_format="8bit") if on_cpu else None,
+        "hvd_adam fused bfloat16": _ours("fused", workload, state_format="bfloat16") if small else None,
+        "hvd_adam fused 8bit": _ours("fused", workload, state_format="8bit") if small else None,
         "hvd_adam reference": _ours("reference", workload) if reference else None,
         "torch for-loop": _torch(workload, foreach=False, fused=False) if small else None,
         "torch foreach": _torch(workload, foreach=True),
         "torch fused": _torch(workload, fused=True),
         "apex FusedAdam": _apex(workload),
         "deepspeed CPUAdam": _deepspeed(workload) if on_cpu else None,
-        "bitsandbytes 8bit": _eight_bit("bitsandbytes.optim", "Adam8bit", workload),
-        "torchao 8bit": _eight_bit("torchao.optim", "Adam8bit", workload),
+        "bitsandbytes 8bit": _eight_bit("bitsandbytes.optim", "Adam8bit", workload) if small else None,
+        "torchao 8bit": _eight_bit("torchao.optim", "Adam8bit", workload) if small else None,
     }
-    if workload.master and on_cpu:  # 8-bit corrections in place of float32 masters
+    if workload.master and small:  # 8-bit corrections in place of float32 masters
         eight_bits = {"state_format": "8bit", "master_weights": "8bit"}
         found["hvd_adam fused 8bit + 8bit"] = _ours("fused", workload, **eight_bits)
     return {name: make for name, make in found.items() if make is not None}
