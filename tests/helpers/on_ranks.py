@@ -30,7 +30,7 @@ import pytest
 from hvd_adam.loading import loading_modules
 
 TESTS = Path(__file__).parents[1]
-POLL_SECONDS = 5e-5
+FIRST_PAUSE, LONGEST_PAUSE = 5e-5, 1e-3  # seconds between two polls of a rank that waits
 LAUNCH_SECONDS = int(os.environ.get("HVD_ADAM_LAUNCH_SECONDS", "280"))
 MARKS_OF_LAUNCHES = ("multirank", "cluster", "slurm", "image", "gpu")
 
@@ -119,8 +119,20 @@ def on_ranks(*ranks: int | str, controller: str = "gloo", **environ: str) -> Cal
     return decorate
 
 
-def launch(arguments: list[str], ranks: int, controller: str, **options: object) -> subprocess.CompletedProcess:
-    """Runs `python ARGUMENTS` on this many local ranks, for 0 without a launcher; captures the output as text."""
+def launch(
+    arguments: list[str], ranks: int, controller: str, *, forked: bool = True, **options: object
+) -> subprocess.CompletedProcess:
+    """Runs `python ARGUMENTS` on this many local ranks, for 0 without a launcher; captures the output as text.
+
+    Args:
+        arguments: what Python runs, and its arguments.
+        ranks: number of ranks, or 0.
+        controller: as for `on_ranks`.
+        forked: the ranks are forks of a process that has imported PyTorch (`helpers.forked_python`).
+        options: of `subprocess.run`; `env` is added to the environment.
+    """
+    from helpers.forked_python import forked_python  # here: the ranks import this file without the package
+
     launcher = []
     if ranks:
         assert may_start_ranks, f"a test that starts ranks needs one of the marks {MARKS_OF_LAUNCHES}"
@@ -135,7 +147,7 @@ def launch(arguments: list[str], ranks: int, controller: str, **options: object)
     environ = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     environ.update(options.pop("env", {}))
     return subprocess.run(
-        [*launcher, sys.executable, *arguments],
+        [*launcher, forked_python() if forked else sys.executable, *arguments],
         env=environ,
         capture_output=True,
         text=True,
@@ -243,8 +255,10 @@ def wait_without_spinning() -> None:
     is_done, wait_and_clear = mpi_lib.horovod_torch_poll, mpi_lib.horovod_torch_wait_and_clear
 
     def sleep_and_clear(handle: int) -> None:
+        pause = FIRST_PAUSE
         while not is_done(handle):
-            time.sleep(POLL_SECONDS)
+            time.sleep(pause)
+            pause = min(1.5 * pause, LONGEST_PAUSE)
         wait_and_clear(handle)
 
     mpi_lib.horovod_torch_wait_and_clear = sleep_and_clear
