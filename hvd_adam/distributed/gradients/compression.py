@@ -132,9 +132,10 @@ class Bf16AllReduce:
     def start_gather(self) -> None:
         """Waits for the parts of all ranks, adds them, and unless scattered starts to send the sum."""
         received, _ = self._hvd.synchronize(self._sent)
-        parts = received.view(torch.bfloat16).view(self._hvd.size(), -1)
-        self._sum = parts.float().sum(dim=0)
-        self._scaling.apply(self._sum, start=self._hvd.rank() * len(self._sum))
+        parts = received.view(torch.bfloat16).view(self._hvd.size(), -1).float()
+        for part in parts:  # before the sum, which might overflow
+            self._scaling.apply(part, start=self._hvd.rank() * len(part))
+        self._sum = parts.sum(dim=0)
         if not self._scatter:
             rounded = self._sum.bfloat16().view(torch.uint8)
             self._gathered = self._hvd.allgather_async(rounded, name=f"{self._name}.sum")
