@@ -45,6 +45,8 @@ class AutomaticCompression:
         self._active = bool(layout.buffers)
         self._device = layout.buffers[0].device if self._active else torch.device("cpu")
         self._timer = UpdateTimer(self._device, lambda: averager.waited)
+        if not self._active and horovod().size() > 1:
+            self._log(f"uses {FIRST}: op='adasum' leaves no choice")
         self._trial: Trial | None = None
         self._begun = False  # whether there has been a trial
         self._chosen = Lap(0.0, 0.0)  # an update with the chosen compression, in the trial

@@ -57,7 +57,7 @@ class Trial:
         return self._warm_up + BLOCK
 
     def add(self, laps: Sequence[Lap]) -> None:
-        """Adds the measurements of a block, and goes on to the next one.
+        """Adds the measurements of a block, and continues with the next one.
 
         Args:
             laps: of all its updates, the same on all ranks.
