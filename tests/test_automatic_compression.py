@@ -354,6 +354,8 @@ def test_a_resumed_training_continues_with_the_choice_bit_for_bit_and_a_trial_wh
         return other.optimizer.compression, digest(other.model.state_dict(), *state) == end
 
     assert ends_as_own(restored(cluster, strategy, chosen)) == ("int8", True)
+    own.optimizer.use_compression("int4")
+    assert restored(cluster, strategy, saved_by(own)).optimizer.compression == "int4"
     other = restored(cluster, strategy, within)  # in the block of bf16, which starts again
     assert other.optimizer.compression == "bf16"
     with timed(lambda: TIMES[other.optimizer.compression]):

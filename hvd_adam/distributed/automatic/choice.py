@@ -49,6 +49,7 @@ class AutomaticCompression:
             self._log(f"uses {FIRST}: op='adasum' leaves no choice")
         self._trial: Trial | None = None
         self._begun = False  # whether there has been a trial
+        self._fixed = False  # whether `use` has been called
         self._chosen = Lap(0.0, 0.0)  # an update with the chosen compression, in the trial
         self._drifted = 0  # windows in a row that have differed from it, negative if the wait was shorter
 
@@ -92,7 +93,7 @@ class AutomaticCompression:
                 f"compression {compression!r} is not what {self._option} may choose here: use one of "
                 f"{', '.join(allowed)}"
             )
-        self._active, self._trial = False, None
+        self._active, self._fixed, self._trial = False, True, None
         self._layout.use(compression)
 
     # A trial.
@@ -181,6 +182,7 @@ class AutomaticCompression:
             "compression": self._layout.compression,
             "trial": None if self._trial is None else self._trial.state_dict(),
             "chosen": list(self._chosen) if self._begun and self._trial is None else None,
+            "fixed": self._fixed,
         }
 
     def load_state_dict(self, saved: Mapping[str, Any] | None) -> None:
@@ -195,7 +197,9 @@ class AutomaticCompression:
         self._begun, self._trial, self._drifted, compression = False, None, 0, FIRST
         if saved is not None and saved["ranks"] == horovod().size() and saved["compression"] in allowed:
             trial = saved["trial"]
-            if trial is not None and allowed == trial["laps"].keys():
+            if saved["fixed"]:
+                self._active, self._fixed, compression = False, True, saved["compression"]
+            elif trial is not None and allowed == trial["laps"].keys():
                 self._trial, self._begun = Trial.from_state_dict(trial), True
                 compression = self._trial.compression
             elif saved["chosen"] is not None:

@@ -52,6 +52,11 @@ class Trial:
         self.compression, self.is_over = self._left[0], False
 
     @property
+    def candidates(self) -> tuple[str, ...]:
+        """As the argument."""
+        return tuple(self._candidates)
+
+    @property
     def block(self) -> int:
         """Updates until `add` is to be called."""
         return self._warm_up + BLOCK
@@ -143,8 +148,3 @@ class Trial:
         trial._laps = {name: [Lap(*lap) for lap in laps] for name, laps in saved["laps"].items()}
         trial.compression = trial._order()[trial._place]
         return trial
-
-    @property
-    def candidates(self) -> tuple[str, ...]:
-        """As the argument."""
-        return tuple(self._candidates)
