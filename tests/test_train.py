@@ -155,7 +155,8 @@ def test_evaluate_counts_each_image_once_at_any_number_of_ranks(trained):
 @pytest.mark.parametrize(
     "options",
     [
-        "--precision bf16 --channels-last --weight-decay 0.01 --decoupled-weight-decay --amsgrad",
+        "--precision bf16 --channels-last --weight-decay 0.01 --decoupled-weight-decay --amsgrad "
+        "--compression auto:any",
         "--precision fp16 --compression fp16 --accumulate 2 --max-grad-norm 1 --lr-decay linear",
         "--compression bf16 --lr-scaling sqrt --lr-decay step --lr-decay-epochs 0.5 --warmup-epochs 0.25",
     ],
@@ -167,7 +168,10 @@ def test_options_work_together_on_two_ranks(options, tmp_path):
 
 
 def test_adasum_trains_under_mpi_without_learning_rate_scaling(tmp_path):
-    succeeded(train(*FAST, "--op", "adasum", ranks=2, controller="mpi", folder=tmp_path / "run"))
+    options = ["--op", "adasum", "--compression", "auto:any"]
+    done = succeeded(train(*FAST, *options, ranks=2, controller="mpi", folder=tmp_path / "run"))
+    assert done.stdout.count("compression auto:any: uses none: op='adasum' leaves no choice") == 1
+    assert {event["compression"] for event in events(tmp_path / "run", "step")} == {"none"}
     curve = losses(tmp_path / "run")
     assert curve[-1] < 0.8 * curve[0]
     assert max(event["lr"] for event in events(tmp_path / "run", "step")) <= 1e-3

@@ -9,7 +9,6 @@ environment, folder, cores and streams to the server, forwards signals to the fo
 its exit code or by its signal. If the client is killed, so is the fork.
 
 Not for tests of how a process starts (`--help` without PyTorch) or of launchers, nor in other network namespaces.
-Where SLEEPING_WAITS is set, ranks sleep while they wait for each other, which then shows in reports of stalls.
 All forks of a server have the same hashes of strings. HVD_ADAM_FORKS=0 starts new processes instead, in all tests.
 """
 
@@ -44,7 +43,7 @@ PRELOADED = (
         "sklearn",
     ),
     *("matplotlib.backends.backend_agg", "matplotlib.figure", "tensorboard.compat.proto.event_pb2"),
-    *("tensorboard.plugins.hparams.summary_v2", "tensorboard.plugins.text.summary_v2", "on_ranks"),
+    *("tensorboard.plugins.hparams.summary_v2", "tensorboard.plugins.text.summary_v2"),
 )
 
 # What the launch scripts run besides ranks is a new process.
@@ -185,12 +184,9 @@ def become(streams, argv, environ, folder, cores):
         sys.path.append(str(ROOT))
     import numpy
     import torch
-    from on_ranks import wait_without_spinning  # loaded already, as the others
 
     numpy.random.seed()
     torch.set_num_threads(int(environ.get("OMP_NUM_THREADS", len(cores))))
-    if "SLEEPING_WAITS" in environ:
-        wait_without_spinning()
     return argv
 
 

@@ -19,7 +19,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -30,7 +29,6 @@ import pytest
 from hvd_adam.loading import loading_modules
 
 TESTS = Path(__file__).parents[1]
-FIRST_PAUSE, LONGEST_PAUSE = 5e-5, 1e-3  # seconds between two polls of a rank that waits
 LAUNCH_SECONDS = int(os.environ.get("HVD_ADAM_LAUNCH_SECONDS", "280"))
 MARKS_OF_LAUNCHES = ("multirank", "cluster", "slurm", "image", "gpu")
 
@@ -245,25 +243,6 @@ def _arguments(test: Callable, indices: dict[str, int]) -> dict[str, object]:
     }
 
 
-def wait_without_spinning() -> None:
-    """Lets a rank sleep while it waits for a collective; Horovod calls sched_yield in a loop.
-
-    There are more ranks than cores, and those that wait would take the time of those that they wait for.
-    """
-    from horovod.torch.mpi_ops import mpi_lib
-
-    is_done, wait_and_clear = mpi_lib.horovod_torch_poll, mpi_lib.horovod_torch_wait_and_clear
-
-    def sleep_and_clear(handle: int) -> None:
-        pause = FIRST_PAUSE
-        while not is_done(handle):
-            time.sleep(pause)
-            pause = min(1.5 * pause, LONGEST_PAUSE)
-        wait_and_clear(handle)
-
-    mpi_lib.horovod_torch_wait_and_clear = sleep_and_clear
-
-
 def _run_on_this_rank(module: str, folder: str) -> None:
     """Runs the cases in order on this rank and writes the outcome of each to `folder/RANK.jsonl`."""
     sys.path[:1] = [str(TESTS), str(TESTS / "gpu")]  # in place of this file's folder
@@ -275,7 +254,6 @@ def _run_on_this_rank(module: str, folder: str) -> None:
         from hvd_adam import init
 
         cluster = init(os.environ.get("HVD_ADAM_TEST_DEVICE", "auto"))
-        wait_without_spinning()
         tests = vars(importlib.import_module(module))
     with Path(folder, f"{cluster.rank}.jsonl").open("w", buffering=1) as report:
         for name, function, indices in json.loads(Path(folder, "cases.json").read_text()):

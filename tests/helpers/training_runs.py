@@ -20,8 +20,7 @@ def train(*argv, ranks=0, controller="gloo", folder=None, module="hvd_adam.train
     """
     arguments = ["-m", module, *map(str, argv), *(["--output-dir", str(folder)] if folder else [])]
     if ranks:
-        environ = {"SLEEPING_WAITS": "1", **options.pop("env", {})}
-        return launch(arguments, ranks, controller, forked=forked, env=environ, **options)
+        return launch(arguments, ranks, controller, forked=forked, **options)
     command = [forked_python() if forked else sys.executable, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=200, **options)
 

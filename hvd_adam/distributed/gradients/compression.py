@@ -136,9 +136,10 @@ class Bf16AllReduce:
 
     def start_gather(self) -> None:
         """Waits for the parts of all ranks, adds them, and unless scattered starts to send the sum."""
-        parts = self._received().view(torch.bfloat16)
-        self._sum = parts.float().sum(dim=0)
-        self._scaling.apply(self._sum, start=horovod().rank() * len(self._sum))
+        parts = self._received().view(torch.bfloat16).float()
+        for part in parts:  # before the sum, which might overflow
+            self._scaling.apply(part, start=horovod().rank() * len(part))
+        self._sum = parts.sum(dim=0)
         if not self._scatter:
             rounded = self._sum.bfloat16().view(torch.uint8)
             self._gathered = start_allgather(rounded, f"{self._name}.sum")
