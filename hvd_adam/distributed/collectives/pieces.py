@@ -6,6 +6,7 @@ Each starts the collective of every piece, and returns a function that waits for
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,8 +29,7 @@ def start_allreduce(values: Tensor, name: str) -> Callable[[], None]:
     ]
 
     def wait() -> None:
-        for handle in handles:
-            hvd.synchronize(handle)
+        _results(handles, name)
 
     return wait
 
@@ -48,7 +48,7 @@ def start_reducescatter(rows: Tensor, name: str) -> Callable[[], Tensor]:
     handles = [
         hvd.reducescatter_async(piece.reshape(-1), op=hvd.Sum, name=part) for piece, part in _pieces(rows, name)
     ]
-    return lambda: _joined([hvd.synchronize(handle) for handle in handles])
+    return lambda: _joined(_results(handles, name))
 
 
 def start_alltoall(rows: Tensor, name: str) -> Callable[[], Tensor]:
@@ -63,7 +63,7 @@ def start_alltoall(rows: Tensor, name: str) -> Callable[[], Tensor]:
     """
     hvd, ranks = horovod(), len(rows)
     handles = [hvd.alltoall_async(piece.reshape(-1), name=part) for piece, part in _pieces(rows, name)]
-    return lambda: _joined([hvd.synchronize(handle)[0].view(ranks, -1) for handle in handles])
+    return lambda: _joined([received.view(ranks, -1) for received, _ in _results(handles, name)])
 
 
 def start_allgather(values: Tensor, name: str) -> Callable[[], Tensor]:
@@ -78,7 +78,7 @@ def start_allgather(values: Tensor, name: str) -> Callable[[], Tensor]:
     """
     hvd, ranks = horovod(), horovod().size()
     handles = [hvd.allgather_async(piece, name=part) for piece, part in _pieces(values, name)]
-    return lambda: _joined([hvd.synchronize(handle).view(ranks, -1) for handle in handles])
+    return lambda: _joined([received.view(ranks, -1) for received in _results(handles, name)])
 
 
 def _pieces(values: Tensor, name: str, nbytes: int = MESSAGE_BYTES) -> list[tuple[Tensor, str]]:
@@ -86,6 +86,11 @@ def _pieces(values: Tensor, name: str, nbytes: int = MESSAGE_BYTES) -> list[tupl
     length = nbytes // values.element_size() if values.device.type == "cpu" else values.shape[-1]
     pieces = torch.split(values, max(1, length), dim=-1)
     return [(piece, f"{name}.{number}" if number else name) for number, piece in enumerate(pieces)]
+
+
+def _results(handles: list[int], name: str) -> list[Any]:
+    """Waits for collectives; a report of a stalled job shows `name`."""
+    return list(map(horovod().synchronize, handles))
 
 
 def _joined(pieces: list[Tensor]) -> Tensor:
