@@ -19,11 +19,12 @@ from hypothesis import settings
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 LONGEST = (
-    "test_images test_train test_slurm test_resume test_readme test_bench test_idioms test_guard test_kernels "
-    "test_adam test_elastic test_failures test_distribute_average test_zero_equivalence test_hosts "
-    "test_zero_clipping test_nonfinite test_any_loop test_doctor test_zero_state test_launch test_models "
-    "test_any_loop_more test_larger_examples test_iterable test_examples test_setup test_triton_kernel "
-    "test_distribute_join test_crash_matrix test_cluster"
+    "test_images test_slurm test_bench test_resume test_readme test_train test_idioms test_hosts test_doctor "
+    "test_failures test_triton_kernel test_launch test_guard test_zero_equivalence test_larger_examples "
+    "test_examples test_export test_own_code test_elastic test_kernels test_zero_state test_predict test_iterable "
+    "test_cluster test_nonfinite test_collective_timeout test_data_change test_finished_runs test_zero_clipping "
+    "test_streams test_crash_matrix test_torchvision_operators test_distribute_join test_any_loop_more test_adam "
+    "test_coded_allreduce test_distribute_average test_setup test_image_folder test_any_loop test_compare"
 ).split()
 
 MARK_OF_MODULE = {

@@ -75,7 +75,7 @@ def test_rates_are_in_bits_per_second():
 def test_all_supported_compressions_are_compared():
     names = WireConfig().variant_names(wire.VARIANTS, "cuda")
     ours = {name for name in names if name.startswith("hvd_adam-")}
-    strategies, formats = ("allreduce", "sharded"), ("none", "fp16", "bf16", "int8", "int4")
+    strategies, formats = ("allreduce", "sharded"), ("none", "fp16", "bf16", "int8", "int4", "auto:any")
     assert ours == {f"hvd_adam-{strategy}-{name}" for strategy in strategies for name in formats}
     assert set(names) - ours == {*DDP_VARIANTS}
     assert {*names} - {*WireConfig().variant_names(wire.VARIANTS, "cpu")} == {"ddp-bf16"}  # PyTorch refuses it
@@ -136,14 +136,16 @@ def test_rows_compare_with_none_with_ddp_and_with_the_formula():
         "hvd_adam-allreduce-none": Outcome({"step": [0.4], **turns}),
         "ddp": Outcome({"step": [0.5], "gradient_error": [0.0]}),
         "ddp-fp16": Outcome(error="ddp-fp16 died"),
+        "hvd_adam-allreduce-auto:any": Outcome({"step": [0.3], "choice": [2.0]}),
     }
     model = torch.nn.Linear(10, 20, bias=False)
-    ours, ddp, failed = wire.summarize("m", "1Gbit", model, outcomes, WireConfig())
+    ours, ddp, failed, auto = wire.summarize("m", "1Gbit", model, outcomes, WireConfig())
     assert (ours["to_none"], ours["to_ddp"], ddp["to_none"]) == (1.0, 0.8, 1.25)
     assert (ours["interface_mb"], ours["sent_mb"], ours["formula_mb"]) == (850e-6, 800e-6, 800e-6)
     assert ours["to_formula"] == pytest.approx(1.0)
     assert "sent_mb" not in ddp  # no bytes without an interface
     assert failed["error"] == "ddp-fp16 died"
+    assert (auto["chosen"], auto["formula_mb"], "gradient_error" in auto) == ("bf16", 400e-6, False)
 
 
 # The link.
@@ -200,7 +202,7 @@ def test_a_launcher_reaches_both_hosts_over_a_link_that_is_limited_in_each_direc
 @needs_hosts
 @pytest.mark.multirank
 def test_bytes_over_a_real_link_agree_with_the_formula_and_errors_with_the_format(tmp_path):
-    variants = ("hvd_adam-allreduce-none", "hvd_adam-allreduce-int4")
+    variants = ("hvd_adam-allreduce-none", "hvd_adam-allreduce-int4", "hvd_adam-sharded-auto:any")
     argv = ("--link", "3Gbit", "--models", "cnn", "--batch-size", 2, "--steps", 2, "--repeats", 1, "--json")
     done = bench_wire(*argv, "--variants", ",".join(variants), "--plot", tmp_path / "wire.png")
     output, errors = done.communicate(timeout=280)
@@ -212,7 +214,8 @@ def test_bytes_over_a_real_link_agree_with_the_formula_and_errors_with_the_forma
         assert row["to_formula"] == pytest.approx(1, abs=0.03)
         assert row["sent_mb"] < row["interface_mb"] < 1.06 * row["sent_mb"]
         assert row["low_ms"] <= row["median_ms"] <= row["high_ms"]
-    none, int4 = rows.values()
+    none, int4, auto = rows.values()
+    assert auto["chosen"] in ("none", "bf16", "int8", "int4")
     assert none["gradient_error"] < 1e-6 < 1e-3 < int4["gradient_error"] < 0.5
     assert int4["to_none"] == pytest.approx(int4["median_ms"] / none["median_ms"])
     assert (tmp_path / "wire.png").read_bytes().startswith(b"\x89PNG")

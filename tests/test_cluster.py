@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.forked_python import forked_python
 from helpers.on_ranks import launch, on_ranks
 
 from hvd_adam import init
@@ -59,10 +60,10 @@ def test_the_launcher_is_detected_from_its_variables(environ, expected):
     assert detect_launcher(environ) == expected
 
 
-def run(code, environ=None, python=(sys.executable,)):
+def run(code, environ=None, python=None):
     environ = {**os.environ, "PYTHONPATH": str(ROOT), **(environ or {})}
     command = [
-        *python,
+        *(python or [forked_python()]),
         "-c",
         f"from hvd_adam.errors import UserError\ntry:\n {code}\nexcept UserError as e: print(e)",
     ]
@@ -296,7 +297,7 @@ def test_a_host_with_more_ranks_than_cores_is_named_with_both_numbers():
 def test_a_job_with_more_ranks_than_cores_gets_one_warning():
     code = "import hvd_adam; hvd_adam.init(); hvd_adam.init()"
     core = str(min(os.sched_getaffinity(0)))
-    command = ["taskset", "-c", core, "horovodrun", "-np", "2", "--gloo", sys.executable, "-c", code]
+    command = ["taskset", "-c", core, "horovodrun", "-np", "2", "--gloo", forked_python(), "-c", code]
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
@@ -323,6 +324,6 @@ def test_one_rank_in_a_slurm_job_with_several_tasks_is_reported(environ, warned)
         code = "import hvd_adam; hvd_adam.init()"
         environ = {**os.environ, "PYTHONPATH": str(ROOT), **environ}
         done = subprocess.run(
-            [sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=100
+            [forked_python(), "-c", code], env=environ, capture_output=True, text=True, timeout=100
         )
         assert (done.returncode, done.stderr) == (0, f"{warning}\n")

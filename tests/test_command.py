@@ -100,6 +100,7 @@ def test_a_printed_configuration_can_be_read_back(tmp_path):
         ("--dropout 1", "--dropout is 1.0"),
         ("--strategy ring", "--strategy is ring: it must be one of allreduce"),
         ("--compression int2", "--compression is int2: it must be one of none, fp16, bf16, int8, int4"),
+        ("--compression auto:some", "one of none, fp16, bf16, int8, int4, auto, auto:lossless, auto:any"),
         ("--compression int4 --precision fp64", "--compression int4 is not for --precision fp64"),
         ("--batch-size 8 --global-batch-size 16", "--batch-size and --global-batch-size exclude each other"),
         ("--op adasum --max-grad-norm 1", "--op adasum combines the ranks' own steps"),

@@ -15,6 +15,7 @@ import threading
 import time
 
 import pytest
+from helpers.forked_python import forked_python
 from helpers.on_ranks import on_ranks
 from helpers.training_runs import ROOT, train
 
@@ -72,7 +73,7 @@ def start(place, launcher, ranks, faults, *argv):
     path = f"{place}:{os.environ.get('PYTHONPATH', '')}"
     done = subprocess.run(
         [*command, "--output-dir", str(folder), *argv],
-        env={**os.environ, "PYTHONPATH": path, "FAULTS": faults, "HVD_ADAM_PYTHON": sys.executable},
+        env={**os.environ, "PYTHONPATH": path, "FAULTS": faults, "HVD_ADAM_PYTHON": forked_python()},
         capture_output=True,
         text=True,
         timeout=200,

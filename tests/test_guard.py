@@ -14,6 +14,7 @@ import sys
 import threading
 
 import pytest
+from helpers.forked_python import forked_python
 from helpers.on_ranks import launch, on_ranks
 from helpers.training_runs import ROOT
 
@@ -92,21 +93,21 @@ def place(tmp_path_factory):
     return folder
 
 
-def start(place, launcher, ranks, fault):
+def start(place, launcher, ranks, fault, forked=True):
     """Runs the script; returns the exit code and what the ranks wrote to stderr, without the launcher's prefixes.
 
     "patient" is an mpirun that lets the other ranks run when one has failed; the exit code is that of every rank.
     """
-    environ = {"PYTHONPATH": f"{place}:{ROOT}", "HVD_ADAM_PYTHON": sys.executable}
+    environ = {"PYTHONPATH": f"{place}:{ROOT}"}
     if launcher in ("gloo", "mpi"):
-        done = launch([str(place / "mine.py"), fault], ranks, launcher, env=environ, timeout=150)
+        done = launch([str(place / "mine.py"), fault], ranks, launcher, forked=forked, env=environ, timeout=150)
     else:
         environ["OMPI_MCA_orte_abort_on_non_zero_status"] = "0"
         environ |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
         mpirun = ["mpirun", "--oversubscribe", "-np", str(ranks)]
         code_on_stdout = ["sh", "-c", '"$@"; code=$?; echo "exit code $code"; exit $code', "sh"]
         done = subprocess.run(
-            [*mpirun, *code_on_stdout, sys.executable, str(place / "mine.py"), fault],
+            [*mpirun, *code_on_stdout, forked_python(), str(place / "mine.py"), fault],
             env={**os.environ, **environ},
             capture_output=True,
             text=True,
@@ -187,7 +188,7 @@ def test_expected_exceptions_are_one_line_with_their_exit_code(launcher, fault, 
 
 
 def test_a_rank_that_hangs_ends_the_job_with_a_report_whose_remedy_a_script_has(place):
-    code, stderr = start(place, "gloo", 2, "hang")
+    code, stderr = start(place, "gloo", 2, "hang", forked=False)  # the report shows the whole stack
     assert code == 1, stderr
     assert stderr.count("no progress for 2 s") == 1
     assert f"rank 1 on {HOST} behind; rank 0 on {HOST} waiting for " in stderr
@@ -225,7 +226,7 @@ def test_nothing_remains_after_the_block_and_it_can_be_used_again(cluster):
 def run_alone(statement, *, inside="from hvd_adam import errors, guard"):
     code = f"from hvd_adam.distributed.context import Cluster\n{inside}\n"
     code += f"with guard(Cluster(0, 1, 0, 1, 0, 1, None, 'none')):\n    {statement}\n"
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    return subprocess.run([forked_python(), "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
 
 
 @pytest.mark.parametrize(

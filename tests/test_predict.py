@@ -31,7 +31,7 @@ PREDICT, EVALUATE = "hvd_adam.predict", "hvd_adam.evaluate"
 
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory):
-    with ForkedCommands(tmp_path_factory.mktemp("predict"), "hvd_adam.predict.command") as commands:
+    with ForkedCommands(tmp_path_factory.mktemp("predict")) as commands:
         yield commands
 
 

@@ -1,7 +1,8 @@
 """The commands and the Python examples of the README and of docs/ run as written.
 
 Hazards: a command that the new name of an option broke; an example that needs what the reader does not have.
-A command that several pages show runs once.
+A command that several pages show runs once. `python` is that of
+`helpers.forked_python`; the scripts of launch/ start their ranks with the installed one.
 """
 
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from helpers import documents
+from helpers.forked_python import forked_python
 
 ROOT = documents.ROOT
 BIN = Path(sys.executable).parent
@@ -33,7 +35,8 @@ def checkout(tmp_path_factory):
 
 
 def run(command: list[str], folder: Path) -> subprocess.CompletedProcess:
-    environ = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "HVD_ADAM_VENV": str(BIN.parent)}
+    path = f"{Path(forked_python()).parent}:{BIN}:{os.environ['PATH']}"
+    environ = {**os.environ, "PATH": path, "HVD_ADAM_VENV": str(BIN.parent)}
     done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     return done

@@ -18,6 +18,7 @@ import pytest
 import torch
 from helpers.cifar_files import write_cifar10
 from helpers.forked_commands import ForkedCommands
+from helpers.forked_python import forked_python
 from helpers.training_runs import ROOT, checkpoint, events, one_line, succeeded, train
 
 # A model that sends a signal to its process in a training forward pass: STOP is SIGNAL:RANK:PASS.
@@ -185,12 +186,12 @@ def test_ctrl_c_saves_a_checkpoint_with_one_message_and_exits_with_130(alone, pl
 
 
 def test_a_closed_terminal_saves_a_checkpoint_unless_the_job_ignores_it(place):
-    done = start(place, "hangup", ranks=0, stop="SIGHUP:0:15")
+    done = start(place, "hangup", ranks=0, stop="SIGHUP:0:15", forked=False)
     assert (done.returncode, done.stderr) == (75, "")
     assert checkpoint(place / "hangup")["progress"]["step"] == 8
     previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup; processes inherit it
     try:
-        succeeded(start(place, "nohup", ranks=0, stop="SIGHUP:0:15"))
+        succeeded(start(place, "nohup", ranks=0, stop="SIGHUP:0:15", forked=False))
     finally:
         signal.signal(signal.SIGHUP, previous)
     assert events(place / "nohup")[-1]["step"] == STEPS
@@ -250,8 +251,10 @@ def test_a_signal_to_the_launcher_reaches_the_ranks_which_save(script, number, c
     name, *options = shlex.split(script)
     command = ["bash", str(ROOT / "launch" / name), *options, "-np", "2", "--", "--epochs", "500"]
     command += ["--output-dir", str(folder)]
+    new_processes = number in (signal.SIGTERM, signal.SIGUSR1) or "elastic" in script  # the others are forks
+    environ = {**os.environ, "HVD_ADAM_PYTHON": sys.executable if new_processes else forked_python()}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, start_new_session=True, **streams) as running:
+    with subprocess.Popen(command, start_new_session=True, env=environ, **streams) as running:
         while "step 10/" not in running.stdout.readline():
             assert running.poll() is None
         # A terminal sends Ctrl-C to the whole process group.

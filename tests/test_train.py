@@ -42,7 +42,8 @@ def trained(tmp_path_factory):
             done = subprocess.run(command, capture_output=True, text=True, timeout=200)
         else:
             controller = launcher.rpartition("--")[2]
-            done = train(*FAST, ranks=0 if launcher == "none" else 2, controller=controller, folder=folder)
+            ranks = 0 if launcher == "none" else 2
+            done = train(*FAST, ranks=ranks, controller=controller, folder=folder, forked=bool(ranks))
         return succeeded(done), folder
 
     return trained
@@ -154,7 +155,8 @@ def test_evaluate_counts_each_image_once_at_any_number_of_ranks(trained):
 @pytest.mark.parametrize(
     "options",
     [
-        "--precision bf16 --channels-last --weight-decay 0.01 --decoupled-weight-decay --amsgrad",
+        "--precision bf16 --channels-last --weight-decay 0.01 --decoupled-weight-decay --amsgrad "
+        "--compression auto:any",
         "--precision fp16 --compression fp16 --accumulate 2 --max-grad-norm 1 --lr-decay linear",
         "--compression bf16 --lr-scaling sqrt --lr-decay step --lr-decay-epochs 0.5 --warmup-epochs 0.25",
     ],
@@ -166,7 +168,10 @@ def test_options_work_together_on_two_ranks(options, tmp_path):
 
 
 def test_adasum_trains_under_mpi_without_learning_rate_scaling(tmp_path):
-    succeeded(train(*FAST, "--op", "adasum", ranks=2, controller="mpi", folder=tmp_path / "run"))
+    options = ["--op", "adasum", "--compression", "auto:any"]
+    done = succeeded(train(*FAST, *options, ranks=2, controller="mpi", folder=tmp_path / "run"))
+    assert done.stdout.count("compression auto:any: uses none: op='adasum' leaves no choice") == 1
+    assert {event["compression"] for event in events(tmp_path / "run", "step")} == {"none"}
     curve = losses(tmp_path / "run")
     assert curve[-1] < 0.8 * curve[0]
     assert max(event["lr"] for event in events(tmp_path / "run", "step")) <= 1e-3
@@ -315,17 +320,23 @@ def test_updates_skipped_by_the_loss_scaler_are_recorded(alone, tmp_path):
     assert [event["skipped"] for event in skips] == list(range(1, len(skips) + 1))
 
 
-SCRIPTS = [["launch/horovodrun.sh", "--gloo"], ["launch/horovodrun.sh", "--mpi"], ["launch/mpirun.sh"]]
+# Of an argument alone, and of what the model's name must be.
+BAD_INPUT = {"--lr -1": "--lr is -1.0: it must be 0 or above", "--model resnet19": "resnet18"}
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=" ".join)
 @pytest.mark.parametrize(
-    ("argv", "message"), [("--lr -1", "--lr is -1.0: it must be 0 or above"), ("--model resnet19", "resnet18")]
+    ("script", "argv"),
+    [
+        ("horovodrun.sh --gloo", "--lr -1"),
+        ("horovodrun.sh --gloo", "--model resnet19"),
+        ("horovodrun.sh --mpi", "--model resnet19"),
+        ("mpirun.sh", "--lr -1"),
+    ],
 )
-def test_bad_input_gives_one_line_and_exit_code_2_under_every_launcher(script, argv, message, tmp_path):
-    command = ["bash", str(ROOT / script[0]), *script[1:], "-np", "2", "--", *argv.split()]
+def test_bad_input_gives_one_line_and_exit_code_2_under_every_launcher(script, argv, tmp_path):
+    command = ["bash", *f"{ROOT}/launch/{script}".split(), "-np", "2", "--", *argv.split()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=tmp_path)
-    assert message in one_line(done)
+    assert BAD_INPUT[argv] in one_line(done)
     assert list(tmp_path.iterdir()) == []
 
 

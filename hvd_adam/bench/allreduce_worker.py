@@ -57,10 +57,13 @@ def _copy(task: dict[str, Any], launch: LaunchInfo, folder: Path) -> Factory:
 
 
 def _horovod(task: dict[str, Any], launch: LaunchInfo, folder: Path) -> Factory:
-    """Horovod, with the settings of `hvd_adam.init` for variant "hvd_adam", otherwise with its defaults."""
+    """Horovod with its defaults; "hvd_adam": the buckets of a step, with the settings of `hvd_adam.init`."""
     import torch  # here: a rank that measures bare MPI must not load it
 
+    from hvd_adam.distributed.collectives.pieces import start_allreduce
     from hvd_adam.distributed.context import horovod, init
+    from hvd_adam.distributed.gradients.reducer import BUCKET_BYTES
+    from hvd_adam.optim.memory import zeros
 
     hvd = horovod()
     if task["variant"] == "hvd_adam":
@@ -71,8 +74,19 @@ def _horovod(task: dict[str, Any], launch: LaunchInfo, folder: Path) -> Factory:
             torch.cuda.set_device(launch.rank)
 
     def make_call(size: int) -> Callable[[], object]:
-        tensor = _zeros(size, task["device"])
-        return lambda: hvd.allreduce_(tensor, op=hvd.Sum, name=f"bench.{size}")
+        name = f"bench.{size}"
+        if task["variant"] == "horovod":
+            tensor = _zeros(size, task["device"])
+            return lambda: hvd.allreduce_(tensor, op=hvd.Sum, name=name)
+        buffer = zeros(size, torch.float32, torch.device(task["device"]))  # as the gradients
+        buckets = torch.split(buffer, BUCKET_BYTES // buffer.element_size())
+
+        def reduce() -> None:
+            reductions = [start_allreduce(bucket, f"{name}.{i}") for i, bucket in enumerate(buckets)]
+            for wait in reductions:
+                wait()
+
+        return reduce
 
     return make_call
 

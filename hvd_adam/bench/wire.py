@@ -19,6 +19,7 @@ from hvd_adam.bench.timer import WARM_UP_CALLS
 from hvd_adam.bench.wire_bytes import POWERSGD_RANK, predicted_bytes
 from hvd_adam.bench.wire_config import WireConfig
 from hvd_adam.distributed.api import STRATEGIES
+from hvd_adam.distributed.automatic.candidates import ANY
 from hvd_adam.distributed.gradients.compression import COMPRESSIONS
 from hvd_adam.log import logger
 
@@ -37,10 +38,11 @@ COLUMNS = (
     Column("MB formula", "formula_mb", ".3f"),
     Column("/ formula", "to_formula", ".3f"),
     Column("error", "gradient_error", ".1e"),
+    Column("chosen", "chosen"),
 )
 NO_LINK = "none"
 
-VARIANTS = tuple(f"{OURS}{strategy}-{compression}" for strategy in STRATEGIES for compression in COMPRESSIONS)
+VARIANTS = tuple(f"{OURS}{strategy}-{name}" for strategy in STRATEGIES for name in (*COMPRESSIONS, ANY))
 
 
 def measure(config: WireConfig) -> Result:
@@ -113,8 +115,13 @@ def summarize(
             row["error"] = outcome.error
             continue
         row |= timing(outcome.times["step"])
-        row["gradient_error"] = outcome.times["gradient_error"][0]
-        row["formula_mb"] = predicted_bytes(variant, model, config.np, config.launcher) / 1e6
+        used = variant
+        if "choice" in outcome.times:
+            row["chosen"] = COMPRESSIONS[round(outcome.times["choice"][0])]
+            used = variant.replace(ANY, row["chosen"])
+        else:
+            row["gradient_error"] = outcome.times["gradient_error"][0]
+        row["formula_mb"] = predicted_bytes(used, model, config.np, config.launcher) / 1e6
         if "payload" in outcome.times:
             for key, measured in (("interface_mb", "interface"), ("sent_mb", "payload")):
                 row[key] = quartiles(outcome.times[measured])[1] / 1e6
@@ -137,6 +144,7 @@ def _notes(config: WireConfig, device: str, models: dict[str, nn.Module]) -> lis
         f"for fp16, bf16 and PowerSGD (rank {POWERSGD_RANK}, in one bucket)",
         "formula: what a rank sends in a step, without headers (docs: Compressed gradients); error: 2-norm of the "
         "averaged gradient's error over that of the gradient, in one step without residuals",
+        f"{ANY}: after its trial, with what it has chosen",
     ]
     if device == "cpu":
         notes.append("ddp-bf16: PyTorch accepts this hook with NCCL only")

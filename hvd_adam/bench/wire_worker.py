@@ -24,6 +24,8 @@ from hvd_adam.bench.step_worker import (
 )
 from hvd_adam.bench.timer import WARM_UP_CALLS, synchronizer, time_calls
 from hvd_adam.bench.wire_bytes import POWERSGD_RANK
+from hvd_adam.distributed.automatic.candidates import ANY
+from hvd_adam.distributed.gradients.compression import COMPRESSIONS
 from hvd_adam.distributed.launch_env import LaunchInfo
 
 # Steps before PowerSGD compresses: DDP changes its buckets after the first.
@@ -42,6 +44,8 @@ def prepare(task: dict[str, Any], launch: LaunchInfo, folder: Path) -> Measure:
 
     A turn returns the seconds of each step as "step", the bytes at the network interface and those without headers
     per step as "interface" and "payload" if the task has an interface, and the relative error as "gradient_error".
+    Where the compression is chosen by measurements, they have ended, and instead of the error it returns the index
+    of the chosen one in `COMPRESSIONS` as "choice".
 
     Args:
         task: "variant", "model", "batch_size", "device" ("cpu" or "cuda"), "steps" per turn and "interface" (a
@@ -59,12 +63,10 @@ def prepare(task: dict[str, Any], launch: LaunchInfo, folder: Path) -> Measure:
     step = training_step(model, optimizer, *own)
     for _ in range(POWERSGD_START if variant == "ddp-powersgd" else 0):
         step()
-    batches = [random_batch(size, rank, device) for rank in range(launch.size)]
-    copy = build_model(name).to(device)
-    copy.load_state_dict(module.state_dict())
-    error = relative_error(averaged(model, optimizer, own), exact_mean(copy, batches))
-    optimizer.step()
-    del copy
+    known = error_of_one_step(name, module, model, optimizer, launch, size) if ANY not in variant else {}
+    choice = getattr(getattr(optimizer, "error_feedback", None), "choice", None)
+    while choice is not None and choice.is_measuring:
+        step()
     synchronize, steps, interface = synchronizer(task["device"]), task["steps"], task["interface"]
 
     def measure() -> Times:
@@ -72,9 +74,32 @@ def prepare(task: dict[str, Any], launch: LaunchInfo, folder: Path) -> Measure:
         times = time_calls(step, steps, synchronize)
         calls = WARM_UP_CALLS + steps
         counts = {key: [(after - before[key]) / calls] for key, after in sent(interface).items()}
-        return {"step": times, "gradient_error": [error], **counts}
+        chosen = {} if choice is None else {"choice": [float(COMPRESSIONS.index(optimizer.compression))]}
+        return {"step": times, **known, **chosen, **counts}
 
     return measure
+
+
+def error_of_one_step(
+    name: str, module: nn.Module, model: nn.Module, optimizer: Any, launch: LaunchInfo, size: int
+) -> Times:
+    """Makes a step, and returns the relative error of its averaged gradient as "gradient_error".
+
+    Args:
+        name: of the model.
+        module: the model.
+        model: the distributed one.
+        optimizer: of it.
+        launch: of this process.
+        size: images per rank.
+    """
+    device = next(module.parameters()).device
+    batches = [random_batch(size, rank, device) for rank in range(launch.size)]
+    copy = build_model(name).to(device)
+    copy.load_state_dict(module.state_dict())
+    error = relative_error(averaged(model, optimizer, batches[launch.rank]), exact_mean(copy, batches))
+    optimizer.step()
+    return {"gradient_error": [error]}
 
 
 def sent(interface: str | None) -> dict[str, int]:

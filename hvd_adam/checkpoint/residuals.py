@@ -23,7 +23,7 @@ def restore_residuals(optimizer: AveragedAdam, saved: dict[str, Any] | None, whe
     """
     if optimizer.error_feedback is not None:
         optimizer.error_feedback.load_state_dict(saved)
-    elif saved is not None and horovod().rank() == ROOT:
+    elif saved is not None and (saved.get("buckets") or saved.get("parked")) and horovod().rank() == ROOT:
         logger.warning(
             f"checkpoint {where} has residuals of compression {saved.get('compression')}, which this compression "
             "does not use: gradients that were not yet sent are dropped"

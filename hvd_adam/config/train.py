@@ -131,8 +131,10 @@ recipes for --config recipe:NAME: {", ".join(recipes.names())}"""
         "sharded: each of N ranks holds 1/N of the optimizer state (ZeRO stage 1) instead of all of it",
     )
     op: Literal["average", "adasum"] = option("average", "how gradients of the ranks are combined")
-    compression: Literal["none", "fp16", "bf16", "int8", "int4"] = option(
-        "none", "format in which gradients are sent; int8 and int4 have error feedback"
+    compression: Literal["none", "fp16", "bf16", "int8", "int4", "auto", "auto:lossless", "auto:any"] = option(
+        "none",
+        "format in which gradients are sent; int8 and int4 have error feedback; auto:any: the fastest of none, "
+        "bf16, int8 and int4, measured in the first updates; auto (auto:lossless): only what rounds no gradient",
     )
     precision: Literal["fp32", "bf16", "fp16", "fp64", "float32", "bfloat16", "float16", "float64"] = option(
         "fp32", "precision of the model; bf16 and fp16 use autocast, with fp32 weights"
@@ -233,7 +235,7 @@ recipes for --config recipe:NAME: {", ".join(recipes.names())}"""
                 raise UserError(
                     "--op adasum combines the ranks' own steps: no --max-grad-norm, no --precision fp16"
                 )
-            if self.compression not in ("none", "fp16"):
+            if self.compression in ("bf16", "int8", "int4"):
                 raise UserError(
                     f"--op adasum has no {self.compression} compression: use --compression none or fp16"
                 )

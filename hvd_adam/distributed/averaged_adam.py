@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hvd_adam.distributed.automatic.candidates import first_of, is_automatic, is_lossless, may_send_codes
+from hvd_adam.distributed.automatic.choice import AutomaticCompression
 from hvd_adam.distributed.averaged_step import AveragedStep
 from hvd_adam.distributed.broadcast.tensors import ROOT
 from hvd_adam.distributed.broadcast.training import broadcast_training_state
@@ -21,12 +23,16 @@ from hvd_adam.distributed.gradients.same_batches import SameBatches
 from hvd_adam.distributed.horovod_adapter import HorovodAdapter, move_step_hooks
 from hvd_adam.distributed.join import REDUCE, Join, refuse_in_join
 from hvd_adam.distributed.layout import DistributedLayout
-from hvd_adam.distributed.model_checks import has_gradient, parameter_of, require_unchanged_by_forward
+from hvd_adam.distributed.model_checks import (
+    in_order,
+    parameter_names,
+    parameter_of,
+    refuse_own_gradients,
+    require_unchanged_by_forward,
+)
 from hvd_adam.distributed.strategies.coded_zero import strategy_of
 from hvd_adam.distributed.wire.codable import exact_parameters
-from hvd_adam.distributed.wire.codec import CODECS
 from hvd_adam.distributed.wire.error_feedback import ErrorFeedback
-from hvd_adam.distributed.wire.masters import Masters
 from hvd_adam.optim.adam import Adam, PlainOptimizer
 from hvd_adam.optim.optimizer_state import States, copy_of_states
 
@@ -45,9 +51,12 @@ class AveragedAdam(Adam):
         optimizer: the optimizer that was given to `distribute`, whose arguments the others are.
 
     Attributes:
-        error_feedback: the residuals of `compression="int8"` and `"int4"`; None with other compressions.
+        error_feedback: the residuals of `compression="int8"` and `"int4"`, and what `"auto"` has chosen; None with
+            other compressions.
     """
 
+    error_feedback: ErrorFeedback | None = None
+    _automatic: AutomaticCompression | None = None
     _adapter: HorovodAdapter | None = None  # from the end of construction on
 
     def __init__(
@@ -74,13 +83,14 @@ class AveragedAdam(Adam):
         move_step_hooks(optimizer, self)
         prefix = collective_prefix()  # of the names of its collectives
         sharded = strategy == "sharded" and self._ranks > 1  # on one rank, the shard is the whole state
-        masters = Masters(compression, prefix) if sharded and compression in CODECS else None
-        self._strategy = strategy_of(prefix, self._parameters()[0].device if sharded else None, masters)
+        first, codes = first_of(compression), may_send_codes(compression)
+        self._strategy = strategy_of(prefix, self._parameters()[0].device if sharded else None, first, codes)
         self._scaling = GradScaling(max_grad_norm, loss_scaler, skip_nonfinite)
-        self.error_feedback: ErrorFeedback | None = None
-        if compression in CODECS:
+        if codes or first != compression:
             exact, unit = partial(exact_parameters, model), self._scaling.current_scale
-            self.error_feedback = ErrorFeedback(compression, self._names, exact, unit, retired, masters)
+            self.error_feedback = ErrorFeedback(
+                first, self._names, exact, unit, retired, self._strategy.masters, switches=first != compression
+            )
         self._same_batches = SameBatches(model, self._parameters, rank=self._rank, ranks=self._ranks)
         self._lockstep = Lockstep(self._rank, self._ranks, self._same_batches)
         self._averager = GradientAverager(
@@ -95,17 +105,18 @@ class AveragedAdam(Adam):
             self._lockstep,
             accumulate=accumulate,
             deferred=defer_averaging,
-            add=self._scaling.needs_sum or self.error_feedback is not None,
+            add=self._scaling.needs_sum,
             watch=loss_scaler is not None,
         )
         self._layout = DistributedLayout(
             self._strategy,
             self._averager,
             self._lockstep,
-            compression=compression,
+            compression=first,
             accumulate=accumulate,
             adasum=self._adasum,
             feedback=self.error_feedback,
+            lossless=is_lossless(compression),
         )
         self._store = self._layout.store
         self._step = AveragedStep(
@@ -116,9 +127,7 @@ class AveragedAdam(Adam):
         self._replaced: States = {}  # the state before the one that has been loaded, until that is broadcast
         self._looked_for_others = False  # among the gradients of a backward pass
         # GradScaler.step unscales gradients, unless an optimizer has this attribute: then step() refuses it.
-        own_scaling = (
-            loss_scaler is not None or accumulate > 1 or defer_averaging or self.error_feedback is not None
-        )
+        own_scaling = loss_scaler is not None or accumulate > 1 or defer_averaging or codes
         if own_scaling or self._strategy.scatters or self._adasum:
             self._step_supports_amp_scaling = True
         broadcast_training_state(model, self, loss_scaler)
@@ -126,6 +135,9 @@ class AveragedAdam(Adam):
         follows_passes = accumulate > 1 or loss_scaler is not None
         self._adapter = self._layout.connect(optimizer, self._names(), follows_passes=follows_passes)
         self._adapter.share(self)
+        if is_automatic(compression) and self.error_feedback is not None:
+            self._automatic = AutomaticCompression(compression, self._layout, self._averager, prefix)
+            self.error_feedback.choice = self._automatic
         if self._adasum:  # Horovod has set zero gradients, with which unused parameters would be updated
             PlainOptimizer.zero_grad(self)
         reason = "distribute() has returned another optimizer for its parameters; call step() on that"
@@ -216,15 +228,9 @@ class AveragedAdam(Adam):
             PlainOptimizer.add_param_group(self, param_group)
             return
         self._refuse_in_flight("add_param_group() between backward() and step() would change what is in flight")
-        added = param_group["params"]
-        if isinstance(added, set):
-            raise TypeError("the parameters of a group must be in order, identical on all ranks: a set has none")
-        added = param_group["params"] = [added] if isinstance(added, Tensor) else list(added)
-        if self._averager.averaged and any(has_gradient(p) for p in added):
-            raise RuntimeError(
-                "add_param_group() between backward() and step(): the added parameters have gradients of this "
-                "rank alone; call it before backward() or after step()"
-            )
+        added = param_group["params"] = in_order(param_group["params"])
+        if self._averager.averaged:
+            refuse_own_gradients(added)
         if self._ranks > 1:
             require_unchanged_by_forward(self._model, map(parameter_of, added))
         super().add_param_group(param_group)
@@ -261,13 +267,7 @@ class AveragedAdam(Adam):
         return [p for group in self.param_groups for p in group["params"]]
 
     def _names(self) -> dict[Tensor, str]:
-        """Returns a name for every parameter, identical on all ranks: the model's, where it has one."""
-        names = {
-            p: f"param_groups.{i}.{j}"
-            for i, group in enumerate(self.param_groups)
-            for j, p in enumerate(group["params"])
-        }
-        return names | {p: name for name, p in self._model.named_parameters() if p in names}
+        return parameter_names(self._model, self.param_groups)
 
     def _ensure_layout(self) -> None:
         """Builds the layout unless it fits parameters and state. Nothing may be in flight."""
@@ -281,7 +281,6 @@ class AveragedAdam(Adam):
         self._strategy.loaded, self._replaced = False, {}
 
     def _facts(self) -> dict[str, object]:
-        """Returns what must be identical on all ranks."""
         states = filter(None, map(self.state.get, self._parameters()))  # other keys are the user's
         steps = sum(float(state.get("step", 0.0)) for state in states)
         facts = {UPDATES: self._updates, LOADED: self._loads, STEPS: steps}

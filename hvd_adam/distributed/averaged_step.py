@@ -44,7 +44,7 @@ class AveragedStep:
     ) -> None:
         self._optimizer, self._parameters = optimizer, parameters
         self._averager, self._scaling = averager, scaling
-        self._strategy, self._layout, self._feedback = strategy, layout, layout.feedback
+        self._strategy, self._layout = strategy, layout
         self.grad_norm: Tensor | None = None
         self.skipped: Tensor | None = None
         self.skips = SkipCounter()
@@ -120,7 +120,7 @@ class AveragedStep:
         if scaling.probes and finite_probe is not None:
             self.skipped = scaling.found_inf(finite_probe, self._optimizer)
             deferred = self._layout.store.all_fused and backend(self.skipped.device.type).skips_nan
-            deferred = deferred and self._feedback is None  # the host has to know which residuals are valid
+            deferred = deferred and self._layout.feedback is None  # the host has to know which residuals are valid
             if not deferred and self.skipped:  # if deferred, the kernel skips, and the host need not wait
                 self.skips.add()
                 return
@@ -128,10 +128,11 @@ class AveragedStep:
         meet = None if scaling.needs_norm else self._start_meeting()
         with self._strategy.updating():
             run(scaling.combined(unscale, finite_probe, carries_found_inf=deferred))
-        if self._feedback is not None:
-            self._feedback.commit()
+        if self._layout.feedback is not None:
+            self._layout.feedback.commit()
         if meet is not None:
             meet()
-        self._strategy.exchange_parameters(buffers)
+        with self._averager.waiting():
+            self._strategy.exchange_parameters(buffers)
         if deferred and self.skipped is not None:
             self.skips.defer(self.skipped, self._layout.store.undo_step_counts)

@@ -18,6 +18,7 @@ from hvd_adam.distributed.gradients.lockstep import Lockstep
 from hvd_adam.distributed.gradients.reducer import BUCKET_BYTES, Reducer
 from hvd_adam.distributed.horovod_adapter import HorovodAdapter, prefixed
 from hvd_adam.distributed.strategies.allreduce import AllReduceStrategy
+from hvd_adam.distributed.wire.codec import CODECS
 from hvd_adam.distributed.wire.error_feedback import ErrorFeedback
 from hvd_adam.errors import UserError
 from hvd_adam.optim.adam import Adam
@@ -55,12 +56,13 @@ class DistributedLayout:
         compression: format in which gradients are sent.
         accumulate: micro-batches per update.
         adasum: combine updates by Adasum; gradients are then not reduced.
-        feedback: residuals of gradients that are sent as codes; None with other compressions.
+        feedback: residuals of gradients that are, or may be, sent as codes; else None.
+        lossless: as in `Reducer`.
 
     Attributes:
+        compression: as the argument; `use` changes it.
         store: of the parameters.
         buffers: of their gradients, one for each device and dtype; none on one rank and with Adasum.
-        feedback: as the argument.
     """
 
     def __init__(
@@ -73,10 +75,11 @@ class DistributedLayout:
         accumulate: int,
         adasum: bool,
         feedback: ErrorFeedback | None = None,
+        lossless: bool = False,
     ) -> None:
         self._strategy, self._averager, self._lockstep = strategy, averager, lockstep
-        self._compression, self._accumulate, self._adasum = compression, accumulate, adasum
-        self.feedback = feedback
+        self.compression, self._accumulate, self._adasum = compression, accumulate, adasum
+        self._feedback, self._lossless = feedback, lossless
         self._ranks = int(horovod().size())
         self._flat = self._ranks > 1 and not adasum
         self._adapter: HorovodAdapter | None = None  # from `connect` on
@@ -84,6 +87,11 @@ class DistributedLayout:
         policy = StorePolicy(foreach_only=adasum, agree=self._agree, warns=bool(horovod().rank() == 0))
         self.store = ParameterStore(policy)
         self.buffers: Sequence[GradientBuffer] = ()
+
+    @property
+    def feedback(self) -> ErrorFeedback | None:
+        """The residuals, if reductions have to do with any."""
+        return self._feedback if self._feedback is not None and self._feedback.in_use else None
 
     def _agree(self, error: str | None) -> str | None:
         """Returns the same on all ranks: if one rank cannot compile, none must, or the ranks would drift apart."""
@@ -112,7 +120,7 @@ class DistributedLayout:
         for p in trained:
             kinds[p.device, p.dtype].append(p)
         rank, ranks = self._strategy.shard
-        multiple = ALIGNMENT if self.feedback is None else self.feedback.shard_multiple
+        multiple = ALIGNMENT if self._feedback is None else self._feedback.shard_multiple
         blocks = _in_blocks(groups) if ranks > 1 else set()
         self.buffers = [
             GradientBuffer(params, _layout(params, blocks, ranks, self._lockstep.length, multiple))
@@ -124,20 +132,45 @@ class DistributedLayout:
             for p, part in zip(buffer.params, buffer.parts(rank, ranks), strict=True)
         }
         self.store.build_layout(groups, state, parts if ranks > 1 else None)
-        if self.feedback is not None:
-            self.feedback.arrange(self.buffers)
-        reducer = Reducer(
-            self.buffers,
-            collective_prefix(),
-            self._compression,
-            1 / (self._ranks * self._accumulate),
-            self._strategy.scatters,
-            self.feedback,
-        )
-        self._averager.reducer = reducer
+        if self._feedback is not None:
+            self._feedback.arrange(self.buffers)
+        self._averager.reducer = reducer = self._make_reducer(1 / (self._ranks * self._accumulate))
         if self._adapter is not None:
             self._adapter.set_buckets(reducer.parameters)
             self.add_hooks(names, names)  # parameters may have been unfrozen
+
+    def _make_reducer(self, scale: float) -> Reducer:
+        return Reducer(
+            self.buffers,
+            collective_prefix(),
+            self.compression,
+            scale,
+            self._strategy.scatters,
+            self._feedback,
+            lossless=self._lossless,
+        )
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def use(self, compression: str) -> None:
+        """Changes the compression. Every rank must call it, after an update and before the next forward pass.
+
+        Buckets, and what this rank updates, stay as they are. Nothing that updates have not received is lost: see
+        `ErrorFeedback`, and `CodedZeroStrategy` for masters.
+
+        Args:
+            compression: the new one. If the layout was made without `feedback`, not "int8" or "int4".
+        """
+        if compression == self.compression:
+            return
+        if self.compression in CODECS and compression not in CODECS:
+            self._strategy.leave_codes(self.buffers)
+            self._averager.changes_are_welcome()
+        self.compression = compression
+        if self._feedback is not None:
+            self._feedback.use(compression, self.buffers)
+        if self._averager.reducer is not None:
+            self._averager.reducer = self._make_reducer(self._averager.reducer.scale)
 
     def _refuse_unusual(self, trained: Sequence[Tensor], names: Names) -> None:
         """Refuses parameters whose gradients cannot be averaged, or that cannot be sharded."""
@@ -188,7 +221,7 @@ class DistributedLayout:
             optimizer,
             prefixed(self._strategy.prefix, names, names),
             accumulate=self._accumulate,
-            compression=AdasumCompression(self._compression),
+            compression=AdasumCompression(self.compression),
             adasum=self._adasum,
             buckets=reducer.parameters if reducer else None,
             before_accumulation=averager.before_accumulation if self._flat or follows_passes else None,

@@ -88,7 +88,27 @@ def parameter_of(item: Any) -> Any:
     return item[1] if isinstance(item, tuple) and len(item) == 2 else item
 
 
-def has_gradient(item: Any) -> bool:
-    """Returns whether the parameter of an item of a group has a gradient."""
-    p = parameter_of(item)
-    return isinstance(p, torch.Tensor) and p.grad is not None
+def in_order(params: Any) -> list[Any]:
+    """Returns the items of a group that `add_param_group` takes.
+
+    Raises:
+        TypeError: they have no order, identical on all ranks.
+    """
+    if isinstance(params, set):
+        raise TypeError("the parameters of a group must be in order, identical on all ranks: a set has none")
+    return [params] if isinstance(params, torch.Tensor) else list(params)
+
+
+def refuse_own_gradients(items: Iterable[Any]) -> None:
+    """Refuses to add parameters that have gradients of this rank alone, where others have been averaged."""
+    if any(isinstance(p, torch.Tensor) and p.grad is not None for p in map(parameter_of, items)):
+        raise RuntimeError(
+            "add_param_group() between backward() and step(): the added parameters have gradients of this rank "
+            "alone; call it before backward() or after step()"
+        )
+
+
+def parameter_names(model: torch.nn.Module, groups: Sequence[Mapping[str, Any]]) -> dict[torch.Tensor, str]:
+    """Returns a name for every parameter of an optimizer: the model's, where it has one."""
+    names = {p: f"param_groups.{i}.{j}" for i, group in enumerate(groups) for j, p in enumerate(group["params"])}
+    return names | {p: name for name, p in model.named_parameters() if p in names}

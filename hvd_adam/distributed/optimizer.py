@@ -86,6 +86,24 @@ class DistributedAdam(AveragedAdam):
     def skipped_updates(self, count: int) -> None:
         self._step.skips.count = count
 
+    @property
+    def compression(self) -> str:
+        """The compression of gradients that is in use."""
+        return self._layout.compression
+
+    @outside_inference_mode
+    def use_compression(self, compression: str) -> None:
+        """Fixes what `compression="auto"` would choose, from the next update on. Every rank must call it.
+
+        Raises:
+            UserError: it is not what the option may choose, or `distribute` was called with a fixed compression.
+            RuntimeError: called after `backward` and before `step`, while reductions are in flight.
+        """
+        if self._automatic is None:
+            raise UserError("use_compression() needs distribute(compression='auto' or 'auto:any')")
+        self._refuse_in_flight("use_compression() between backward() and step() would change what is in flight")
+        self._automatic.use(compression)
+
     # Called by a training loop.
 
     @not_compiled
@@ -130,9 +148,8 @@ class DistributedAdam(AveragedAdam):
 
         Raises:
             RuntimeError: `distribute` has been called again for these parameters; called in a hook of backward, on
-                several ranks; with Adasum, a closure or a
-                parameter that was frozen when `distribute` was called; a GradScaler calls it that was given to
-                `distribute`.
+                several ranks; with Adasum, a closure or a parameter that was frozen when `distribute` was called;
+                a GradScaler calls it that was given to `distribute`.
             JobError: on every rank: hyper-parameters, loaded states or numbers of calls differ between ranks.
         """
         self.refuse_superseded()
@@ -171,6 +188,8 @@ class DistributedAdam(AveragedAdam):
         self._averager.updated()
         self._step.forget()
         self._updates += 1
+        if self._automatic is not None:
+            self._automatic.after_update(self._step.skipped)
 
     @not_compiled
     @outside_inference_mode

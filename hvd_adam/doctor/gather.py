@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, cast
 
-from hvd_adam.distributed.context import HOROVOD_DEFAULTS
+from hvd_adam.distributed.context import horovod_defaults
 from hvd_adam.distributed.kv_store import KeyValueStore
 from hvd_adam.distributed.launch_env import LaunchInfo, refuse_srun_without_pmix, size_mismatch
 
@@ -84,7 +84,7 @@ def connect(launch: LaunchInfo, store: str | None, timeout: float) -> Gathering:
 
 class _MpiGathering(Gathering):
     def __init__(self, launch: LaunchInfo, timeout: float) -> None:
-        for name, value in HOROVOD_DEFAULTS.items():
+        for name, value in horovod_defaults().items():
             os.environ.setdefault(name, value)
         MPI = mpi()
         if not MPI.Is_initialized():

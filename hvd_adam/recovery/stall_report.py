@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from types import FrameType
 from typing import Any
 
+from hvd_adam.distributed.collectives import waiting as sleeping_wait
+
 State = dict[str, Any]  # of one rank: "doing" (or ""), "beats", "idle" seconds, "waits_for" (or None), "stack"
 
 
@@ -18,7 +20,7 @@ def waits_for(frame: FrameType) -> str | None:
     Args:
         frame: the thread's innermost frame.
     """
-    caller: FrameType | None = frame
+    caller = _of_horovod(frame)
     if not _in_horovod(caller):
         return None
     while caller is not None and _in_horovod(caller):
@@ -29,6 +31,11 @@ def waits_for(frame: FrameType) -> str | None:
         return None
     code = caller.f_code
     return _collective_name(caller) or f"{code.co_name} ({os.path.basename(code.co_filename)}:{caller.f_lineno})"
+
+
+def _of_horovod(frame: FrameType) -> FrameType | None:
+    """Returns a thread's innermost frame, or Horovod's that calls it if it is that of `sleep_while_waiting`."""
+    return frame.f_back if frame.f_globals.get("__name__") == sleeping_wait.__name__ else frame
 
 
 def _in_horovod(frame: FrameType | None) -> bool:
@@ -51,7 +58,8 @@ def oldest_wait(frames: Iterable[FrameType]) -> int | None:
     Args:
         frames: the innermost frame of each thread.
     """
-    waiting = [frame for frame in frames if _in_horovod(frame) and frame.f_code.co_name == "synchronize"]
+    innermost = [frame for frame in map(_of_horovod, frames) if frame is not None]
+    waiting = [frame for frame in innermost if _in_horovod(frame) and frame.f_code.co_name == "synchronize"]
     numbers = [frame.f_locals.get("handle") for frame in waiting if not _is_join(frame.f_back)]
     return min((number for number in numbers if number is not None), default=None)
 

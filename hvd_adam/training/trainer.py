@@ -196,6 +196,7 @@ class Trainer:
         self._record_skip()
         loss = self.loss.read()  # waits for the device, so that the lap counts finished work
         values = {"lr": self.optimizer.param_groups[0]["lr"], "grad_norm": self.optimizer.finite_grad_norm()}
+        values["compression"] = self.optimizer.compression
         self._event("step", loss=loss, **values, images_per_second=self.throughput.lap())
 
     def _evaluate(self) -> bool:

@@ -19,7 +19,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -30,7 +29,6 @@ import pytest
 from hvd_adam.loading import loading_modules
 
 TESTS = Path(__file__).parents[1]
-POLL_SECONDS = 5e-5
 LAUNCH_SECONDS = int(os.environ.get("HVD_ADAM_LAUNCH_SECONDS", "280"))
 MARKS_OF_LAUNCHES = ("multirank", "cluster", "slurm", "image", "gpu")
 
@@ -119,8 +117,20 @@ def on_ranks(*ranks: int | str, controller: str = "gloo", **environ: str) -> Cal
     return decorate
 
 
-def launch(arguments: list[str], ranks: int, controller: str, **options: object) -> subprocess.CompletedProcess:
-    """Runs `python ARGUMENTS` on this many local ranks, for 0 without a launcher; captures the output as text."""
+def launch(
+    arguments: list[str], ranks: int, controller: str, *, forked: bool = True, **options: object
+) -> subprocess.CompletedProcess:
+    """Runs `python ARGUMENTS` on this many local ranks, for 0 without a launcher; captures the output as text.
+
+    Args:
+        arguments: what Python runs, and its arguments.
+        ranks: number of ranks, or 0.
+        controller: as for `on_ranks`.
+        forked: the ranks are forks of a process that has imported PyTorch (`helpers.forked_python`).
+        options: of `subprocess.run`; `env` is added to the environment.
+    """
+    from helpers.forked_python import forked_python  # here: the ranks import this file without the package
+
     launcher = []
     if ranks:
         assert may_start_ranks, f"a test that starts ranks needs one of the marks {MARKS_OF_LAUNCHES}"
@@ -135,7 +145,7 @@ def launch(arguments: list[str], ranks: int, controller: str, **options: object)
     environ = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     environ.update(options.pop("env", {}))
     return subprocess.run(
-        [*launcher, sys.executable, *arguments],
+        [*launcher, forked_python() if forked else sys.executable, *arguments],
         env=environ,
         capture_output=True,
         text=True,
@@ -233,23 +243,6 @@ def _arguments(test: Callable, indices: dict[str, int]) -> dict[str, object]:
     }
 
 
-def wait_without_spinning() -> None:
-    """Lets a rank sleep while it waits for a collective; Horovod calls sched_yield in a loop.
-
-    There are more ranks than cores, and those that wait would take the time of those that they wait for.
-    """
-    from horovod.torch.mpi_ops import mpi_lib
-
-    is_done, wait_and_clear = mpi_lib.horovod_torch_poll, mpi_lib.horovod_torch_wait_and_clear
-
-    def sleep_and_clear(handle: int) -> None:
-        while not is_done(handle):
-            time.sleep(POLL_SECONDS)
-        wait_and_clear(handle)
-
-    mpi_lib.horovod_torch_wait_and_clear = sleep_and_clear
-
-
 def _run_on_this_rank(module: str, folder: str) -> None:
     """Runs the cases in order on this rank and writes the outcome of each to `folder/RANK.jsonl`."""
     sys.path[:1] = [str(TESTS), str(TESTS / "gpu")]  # in place of this file's folder
@@ -261,7 +254,6 @@ def _run_on_this_rank(module: str, folder: str) -> None:
         from hvd_adam import init
 
         cluster = init(os.environ.get("HVD_ADAM_TEST_DEVICE", "auto"))
-        wait_without_spinning()
         tests = vars(importlib.import_module(module))
     with Path(folder, f"{cluster.rank}.jsonl").open("w", buffering=1) as report:
         for name, function, indices in json.loads(Path(folder, "cases.json").read_text()):

@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 
 import torch
-from on_ranks import wait_without_spinning
 
 from hvd_adam import init
 from hvd_adam.config import TrainConfig
@@ -24,7 +23,6 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 def main(folder: Path, start: str | None = None) -> None:
     cluster = init()
-    wait_without_spinning()
     if start:
         train(TrainConfig(model="shufflenet_v2_x0_5", max_steps=2, output_dir=start))
     for name, (script, options, dtype) in json.loads((folder / "runs.json").read_text()).items():

@@ -7,17 +7,21 @@ from pathlib import Path
 
 import torch
 
+from helpers.forked_python import forked_python
 from helpers.on_ranks import launch
 
 ROOT = Path(__file__).parents[2]
 
 
-def train(*argv, ranks=0, controller="gloo", folder=None, module="hvd_adam.train", **options):
-    """Trains in `folder` and returns the finished process; with ranks=0, without a launcher."""
+def train(*argv, ranks=0, controller="gloo", folder=None, module="hvd_adam.train", forked=True, **options):
+    """Trains in `folder` and returns the finished process; with ranks=0, without a launcher.
+
+    With forked=False in new processes, not in forks of one that has imported PyTorch.
+    """
     arguments = ["-m", module, *map(str, argv), *(["--output-dir", str(folder)] if folder else [])]
     if ranks:
-        return launch(arguments, ranks, controller, **options)
-    command = [sys.executable, *arguments]
+        return launch(arguments, ranks, controller, forked=forked, **options)
+    command = [forked_python() if forked else sys.executable, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=200, **options)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -44,6 +45,7 @@ class GradientAverager:
         hooks: Horovod's wrapper; None on one rank.
         micro_batch: index of the current micro-batch of the update.
         spoiled: whether the gradients have a part of a pass that ended with an exception.
+        waited: seconds that this process has waited for the gradients, and parameters, of other ranks.
     """
 
     reducer: Reducer | None = None
@@ -56,6 +58,7 @@ class GradientAverager:
         self._accumulate, self._deferred, self._add, self._watch = accumulate, deferred, add, watch
         self.micro_batch = 0
         self.spoiled = False
+        self.waited = 0.0
         self._syncs = True  # False inside no_sync
         # Autograd's numbers of the passes that are running, with what `at_end_of_backward` returns.
         self._tasks: dict[int, weakref.ref[Callable[[], None]]] = {}
@@ -175,6 +178,13 @@ class GradientAverager:
         self._announced, self._averaged, self._divided = False, True, True
         self.look()
 
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time in this block as time that this process has waited for others."""
+        start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - start
+
     def start_meeting(self, call: str) -> Callable[[], None]:
         """Called before other collectives of the optimizer: ranks that wait for gradients then fail, not hang.
 
@@ -269,7 +279,8 @@ class GradientAverager:
             self._send_rest()
             assert self.reducer is not None and self._sent is not None
             facts, message = self._sent
-            reduced = self.reducer.finish(message, add=self._add)
+            with self.waiting():
+                reduced = self.reducer.finish(message, add=self._add)
             self._sent = None
             again = self._lockstep.check(reduced.message, facts)
             if again:

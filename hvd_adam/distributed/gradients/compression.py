@@ -11,6 +11,12 @@ from typing import Protocol
 
 import torch
 
+from hvd_adam.distributed.collectives.pieces import (
+    start_allgather,
+    start_allreduce,
+    start_alltoall,
+    start_reducescatter,
+)
 from hvd_adam.distributed.context import horovod
 
 COMPRESSIONS = ("none", "fp16", "bf16", "int8", "int4")
@@ -83,28 +89,28 @@ class AllReduce:
         scatter: bool = False,
         scaling: Scaling | None = None,
     ) -> None:
-        self._hvd = hvd = horovod()
         self._bucket = self._wire = bucket
-        self._name, self._scatter = name, scatter
+        self._scatter = scatter
         if is_half(bucket.dtype):
             self._wire = bucket.float()
         (scaling or Scaling()).apply(self._wire)  # before the sum, which might overflow
         if compression == "fp16":
             self._wire = self._wire.half()
         if scatter:
-            self._handle = hvd.reducescatter_async(self._wire, op=hvd.Sum, name=name)
-        else:  # a group of one: Horovod does not fuse it with others, and reduces it without a copy
-            self._handle = hvd.grouped_allreduce_async_([self._wire], op=hvd.Sum, name=name)
+            self._received = start_reducescatter(self._wire.view(horovod().size(), -1), name)
+        else:
+            self._finish = start_allreduce(self._wire, name)
 
     def start_gather(self) -> None:
         """Does nothing: the reduction has one part."""
 
     def wait(self) -> None:
         """Waits for the sum."""
-        received = self._hvd.synchronize(self._handle)
         if self._scatter:
-            _own_shard(self._bucket).copy_(received)
-        elif self._wire is not self._bucket:
+            _own_shard(self._bucket).copy_(self._received())
+            return
+        self._finish()
+        if self._wire is not self._bucket:
             self._bucket.copy_(self._wire)
 
 
@@ -120,31 +126,30 @@ class Bf16AllReduce:
     def __init__(
         self, bucket: torch.Tensor, name: str, scatter: bool = False, scaling: Scaling | None = None
     ) -> None:
-        self._hvd = horovod()
         self._bucket, self._name, self._scatter = bucket, name, scatter
         self._scaling = scaling or Scaling()
-        ranks = self._hvd.size()
+        ranks = horovod().size()
         part = -(-bucket.numel() // ranks)
         parts = torch.zeros(ranks * part, dtype=torch.bfloat16, device=bucket.device)
         parts[: bucket.numel()] = bucket
-        self._sent = self._hvd.alltoall_async(parts.view(torch.uint8), name=f"{name}.parts")
+        self._received = start_alltoall(parts.view(torch.uint8).view(ranks, -1), f"{name}.parts")
 
     def start_gather(self) -> None:
         """Waits for the parts of all ranks, adds them, and unless scattered starts to send the sum."""
-        received, _ = self._hvd.synchronize(self._sent)
-        parts = received.view(torch.bfloat16).view(self._hvd.size(), -1)
-        self._sum = parts.float().sum(dim=0)
-        self._scaling.apply(self._sum, start=self._hvd.rank() * len(self._sum))
+        parts = self._received().view(torch.bfloat16).float()
+        for part in parts:  # before the sum, which might overflow
+            self._scaling.apply(part, start=horovod().rank() * len(part))
+        self._sum = parts.sum(dim=0)
         if not self._scatter:
             rounded = self._sum.bfloat16().view(torch.uint8)
-            self._gathered = self._hvd.allgather_async(rounded, name=f"{self._name}.sum")
+            self._gathered = start_allgather(rounded, f"{self._name}.sum")
 
     def wait(self) -> None:
         """Waits for the sum."""
         if self._scatter:
             _own_shard(self._bucket).copy_(self._sum)
         else:
-            received = self._hvd.synchronize(self._gathered).view(torch.bfloat16)
+            received = self._gathered().view(torch.bfloat16).view(-1)
             self._bucket.copy_(received[: self._bucket.numel()])
 
 

@@ -54,7 +54,8 @@ class Reducer:
         compression: as in `start_reduction`.
         scale: factor that makes the mean of a sum over ranks and micro-batches.
         scatter: reduce each shard of a bucket to its owner only; flags and message are then reduced separately.
-        feedback: residuals of gradients that are sent as codes; None with other compressions.
+        feedback: residuals of gradients that are, or may be, sent as codes; else None.
+        lossless: use the compression only for gradients that it does not round: bf16 for those of bfloat16.
     """
 
     def __init__(
@@ -65,6 +66,8 @@ class Reducer:
         scale: float,
         scatter: bool = False,
         feedback: ErrorFeedback | None = None,
+        *,
+        lossless: bool = False,
     ) -> None:
         self._buffers = buffers
         self._buckets = [(buffer, bucket) for buffer in buffers for bucket in buffer.layout.buckets]
@@ -75,7 +78,7 @@ class Reducer:
         }
         self._index = {p: i for buffer in buffers for i, p in enumerate(buffer.params)}
         self._prefix, self._compression, self.scale = prefix, compression, scale
-        self.scatters, self._feedback = scatter, feedback
+        self.scatters, self._residuals, self._lossless = scatter, feedback, lossless
         self._in_flight: dict[int, Reduction] = {}
 
     @property
@@ -87,6 +90,19 @@ class Reducer:
     def in_flight(self) -> bool:
         """Whether a round has begun."""
         return bool(self._in_flight)
+
+    @property
+    def _feedback(self) -> ErrorFeedback | None:
+        """The residuals, if there are any."""
+        return self._residuals if self._residuals is not None and self._residuals.in_use else None
+
+    @property
+    def _codes(self) -> ErrorFeedback | None:
+        """The residuals, if gradients are sent as codes."""
+        return self._residuals if self._residuals is not None and self._residuals.sends_codes else None
+
+    def _compression_of(self, buffer: GradientBuffer) -> str:
+        return "none" if self._lossless and buffer.dtype != torch.bfloat16 else self._compression
 
     def pass_begins(self) -> None:
         """Called before a backward pass that begins a round: a loop may have cleared gradients itself."""
@@ -116,19 +132,23 @@ class Reducer:
 
     def _send(self, number: int) -> None:
         buffer, bucket = self._buckets[number]
-        later = is_half(buffer.dtype) or self._feedback is not None  # multiplied in float32, after a conversion
+        later = is_half(buffer.dtype) or self._codes is not None  # multiplied in float32, after a conversion
         present = buffer.collect(bucket.first, bucket.last, 1.0 if later else self.scale)
         for i, has_grad in enumerate(present, start=bucket.first):
             if not has_grad:
                 buffer.clear(i)
         _flags(buffer, bucket).copy_(torch.tensor(present, device="cpu"))
         scaling = Scaling(self.scale, bucket.flags - bucket.start) if later else Scaling()
+        if self._feedback is not None and self._codes is None:  # of another compression before
+            for i in range(bucket.first, bucket.last):
+                self._feedback.add_waiting(buffer.params[i], buffer.grad_view(i), scaling.factor)
         gradients, name = buffer.grad[bucket.start : bucket.end], f"{self._prefix}.{number}"
         with explained():
-            if self._feedback is None:
-                reduction = start_reduction(gradients, name, self._compression, self.scatters, scaling)
+            if self._codes is None:
+                compression = self._compression_of(buffer)
+                reduction = start_reduction(gradients, name, compression, self.scatters, scaling)
             else:
-                reduction = self._feedback.start(number, gradients, name, scaling)
+                reduction = self._codes.start(number, gradients, name, scaling)
         self._in_flight[number] = reduction
 
     def send_rest(self, message: Tensor) -> None:
@@ -154,6 +174,7 @@ class Reducer:
         Raises:
             HorovodInternalError: another rank has ended, or is in another collective.
         """
+        add = add or self._feedback is not None
         with explained():
             for reduction in self._in_flight.values():
                 reduction.start_gather()
@@ -182,11 +203,12 @@ class Reducer:
         Returns:
             Waits until all ranks have called this.
         """
-        if self._feedback is None and (self.scatters or self._compression == "bf16"):
+        first = self._buckets[_LAST][0]
+        if self._codes is None and (self.scatters or self._compression_of(first) == "bf16"):
             return lambda: None
-        one = torch.zeros(1, dtype=torch.float32, device=self._buckets[_LAST][0].device)
+        one = torch.zeros(1, dtype=torch.float32, device=first.device)
         name = f"{self._prefix}.{_LAST}"
-        meeting = AllReduce(one, name if self._feedback is None else exact_name(name), "none")
+        meeting = AllReduce(one, name if self._codes is None else exact_name(name), "none")
 
         def wait() -> None:
             with explained(call):
@@ -223,7 +245,7 @@ class Reducer:
         place = _message(first_buffer, first_bucket, length)
         flags = [_flags(buffer, bucket) for buffer, bucket in self._buckets]
         small = torch.cat([values.float() for values in (*flags, place)]).cpu()
-        if self.scatters and self._feedback is not None:  # flags and message are sent exactly, to all ranks
+        if self.scatters and self._codes is not None:  # flags and message are sent exactly, to all ranks
             assert total is not None
             own = total.float().cpu().reshape(1)  # 0 or NaN
             total = horovod().allreduce(own, op=horovod().Sum, name=f"{self._prefix}.used")[0].double()

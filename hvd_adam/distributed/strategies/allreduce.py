@@ -10,6 +10,7 @@ from torch import Tensor
 from hvd_adam.distributed.context import horovod
 from hvd_adam.distributed.gradients.grad_scaling import probe_of, total_norm
 from hvd_adam.distributed.gradients.gradient_buffer import GradientBuffer
+from hvd_adam.distributed.wire.masters import Masters
 from hvd_adam.optim.optimizer_state import States
 
 
@@ -21,6 +22,7 @@ class AllReduceStrategy:
     """
 
     exchanges = False  # whether `exchange_parameters` sends anything
+    masters: Masters | None = None  # of a sharded state whose gradients may be sent as codes
     loaded = False  # whether a whole state has been loaded that is not yet sharded
 
     def __init__(self, prefix: str) -> None:
@@ -59,6 +61,9 @@ class AllReduceStrategy:
 
     def gather_gradients(self, buffers: Sequence[GradientBuffer]) -> None:
         """Makes every gradient whole on every rank. Every rank must call it."""
+
+    def leave_codes(self, buffers: Sequence[GradientBuffer]) -> None:
+        """Called after an update, before gradients are sent without codes. Every rank must call it."""
 
     def updating(self) -> AbstractContextManager[None]:
         """Returns a context for the update of the parameters."""

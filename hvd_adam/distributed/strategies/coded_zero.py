@@ -10,11 +10,14 @@ import torch
 from hvd_adam.distributed.gradients.gradient_buffer import GradientBuffer
 from hvd_adam.distributed.strategies.allreduce import AllReduceStrategy
 from hvd_adam.distributed.strategies.zero import ZeroStrategy
+from hvd_adam.distributed.wire.codec import CODECS
 from hvd_adam.distributed.wire.masters import Masters
 
 
 class CodedZeroStrategy(ZeroStrategy):
     """As `ZeroStrategy`. Each rank gets the gradients of its own shard only, with any launcher: as codes.
+
+    While the masters have no codec, it is `ZeroStrategy`.
 
     Args:
         prefix: as in `AllReduceStrategy`.
@@ -22,37 +25,53 @@ class CodedZeroStrategy(ZeroStrategy):
         masters: of the parameters.
     """
 
+    masters: Masters
+
     def __init__(self, prefix: str, device: torch.device, masters: Masters) -> None:
         super().__init__(prefix, device)
-        self._masters = masters
+        self.masters = masters
 
     @property
     def scatters(self) -> bool:
-        """Always."""
-        return True
+        """Always, as codes."""
+        return self.masters.codec is not None or super().scatters
 
     def updating(self) -> AbstractContextManager[None]:
         """Returns a context in which the parameters of this rank's shard are the masters."""
-        return self._masters.updating()
+        return super().updating() if self.masters.codec is None else self.masters.updating()
 
     def exchange_parameters(self, buffers: Sequence[GradientBuffer]) -> None:
         """Sends the codes of what has changed in this rank's shard to the others. Every rank must call it."""
-        self._masters.exchange()
+        if self.masters.codec is None:
+            super().exchange_parameters(buffers)
+            return
+        self.masters.exchange()
         for number, buffer in enumerate(buffers):
             if (
                 buffer.dtype != torch.float32
             ):  # as many bytes as the codes of int8, or twice as many, and no masters
                 self._gather_parameters(buffer, f"{self.prefix}.parameters.{number}")
 
+    def leave_codes(self, buffers: Sequence[GradientBuffer]) -> None:
+        """Makes gradients whole, and the masters the parameters, on all ranks. Every rank must call it."""
+        self.gather_gradients(buffers)
+        self.masters.leave()
+        self.exchange_parameters(buffers)
 
-def strategy_of(prefix: str, device: torch.device | None, masters: Masters | None) -> AllReduceStrategy:
+
+def strategy_of(
+    prefix: str, device: torch.device | None, compression: str, may_send_codes: bool
+) -> AllReduceStrategy:
     """Returns the strategy of an optimizer.
 
     Args:
         prefix: as in `AllReduceStrategy`.
         device: of the parameters if the state is sharded, else None.
-        masters: of a sharded state whose gradients are sent as codes, else None.
+        compression: the one that is used at first.
+        may_send_codes: whether gradients may be sent as codes, now or later.
     """
     if device is None:
         return AllReduceStrategy(prefix)
-    return ZeroStrategy(prefix, device) if masters is None else CodedZeroStrategy(prefix, device, masters)
+    if not may_send_codes:
+        return ZeroStrategy(prefix, device)
+    return CodedZeroStrategy(prefix, device, Masters(CODECS.get(compression), prefix))

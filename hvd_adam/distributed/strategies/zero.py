@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from hvd_adam.distributed.broadcast.tensors import ROOT
+from hvd_adam.distributed.collectives.pieces import start_allgather
 from hvd_adam.distributed.gradients.grad_scaling import norms_of_pieces
 from hvd_adam.distributed.gradients.gradient_buffer import GradientBuffer
 from hvd_adam.distributed.strategies.allreduce import AllReduceStrategy
@@ -98,15 +99,15 @@ class ZeroStrategy(AllReduceStrategy):
 
     def _gather_parameters(self, buffer: GradientBuffer, name: str) -> None:
         rank, ranks = self.shard
-        handles = []
+        gathers = []
         for number, bucket in enumerate(buffer.layout.buckets):
             start, end = bucket.shard(rank, ranks)
             own = torch.zeros(end - start, dtype=buffer.dtype, device=buffer.device)
             for piece, place in buffer.pieces(bucket, start, end):
                 own[place : place + len(piece)] = piece
-            handles.append(self.hvd.allgather_async(_carried(own), name=f"{name}.{number}"))
-        for bucket, handle in zip(buffer.layout.buckets, handles, strict=True):
-            received = self.hvd.synchronize(handle).view(buffer.dtype)
+            gathers.append(start_allgather(_carried(own), f"{name}.{number}"))
+        for bucket, gathered in zip(buffer.layout.buckets, gathers, strict=True):
+            received = gathered().view(buffer.dtype).view(-1)
             start, end = bucket.shard(rank, ranks)
             others = chain(
                 buffer.pieces(bucket, bucket.start, start, bucket.start),

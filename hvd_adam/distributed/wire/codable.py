@@ -7,6 +7,8 @@ from torch import Tensor
 
 from hvd_adam.errors import UserError
 
+CODABLE = (torch.float32, torch.float16, torch.bfloat16)
+
 
 def exact_parameters(model: torch.nn.Module) -> set[Tensor]:
     """Returns the weights of a model whose gradients are sent exactly: of embeddings, unless they are shared.
@@ -28,5 +30,5 @@ def require_codable(dtype: torch.dtype, compression: str) -> None:
     Raises:
         UserError: the dtype is not float32, float16 or bfloat16.
     """
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if dtype not in CODABLE:
         raise UserError(f"compression {compression} has no {dtype}: use compression none, or float32 parameters")

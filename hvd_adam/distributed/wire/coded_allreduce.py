@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hvd_adam.distributed.collectives.pieces import start_allgather, start_alltoall
 from hvd_adam.distributed.context import horovod
 from hvd_adam.distributed.gradients.compression import AllReduce, Scaling
 from hvd_adam.distributed.wire.coded_bucket import CodedBucket
@@ -25,7 +26,6 @@ class CodedAllReduce:
     """
 
     def __init__(self, gradients: Tensor, name: str, coded: CodedBucket, scaling: Scaling) -> None:
-        self._hvd = horovod()
         self._coded, self._name = coded, name
         self._gradients = gradients[: coded.elements]
         self._exact_views = [gradients[start:end] for start, end in coded.exact_spans]
@@ -36,7 +36,7 @@ class CodedAllReduce:
         coded.functions.encode(
             coded.codec, self._gradients, before, after, coded.parts, scaling.factor, coded.unit
         )
-        self._sent = self._hvd.alltoall_async(coded.parts.view(-1), name=f"{name}.parts")
+        self._received = start_alltoall(coded.parts, f"{name}.parts")
         self._exact = exact
         self._exact_sum = AllReduce(exact, exact_name(name), "none", scaling=factor)
 
@@ -47,16 +47,14 @@ class CodedAllReduce:
     def start_gather(self) -> None:
         """Waits for the parts of all ranks, adds them, and starts to send the codes of the sum."""
         coded = self._coded
-        received, _ = self._hvd.synchronize(self._sent)
-        payloads, (before, after) = received.view(coded.parts.shape), coded.server.advance()
+        payloads, (before, after) = self._received(), coded.server.advance()
         coded.functions.add_and_encode(coded.codec, payloads, before, after, coded.total, coded.unit)
-        self._gathered = self._hvd.allgather_async(coded.total, name=f"{self._name}.sum")
+        self._gathered = start_allgather(coded.total, f"{self._name}.sum")
 
     def wait(self) -> None:
         """Waits for the sum."""
         coded = self._coded
-        received = self._hvd.synchronize(self._gathered)
-        coded.functions.decode(coded.codec, received.view(coded.parts.shape), self._gradients)
+        coded.functions.decode(coded.codec, self._gathered(), self._gradients)
         self._wait_for_exact()
 
     def _wait_for_exact(self) -> None:
@@ -74,14 +72,13 @@ class CodedReduceScatter(CodedAllReduce):
     def wait(self) -> None:
         """Waits for the sum of the own shard."""
         coded = self._coded
-        received, _ = self._hvd.synchronize(self._sent)
         ranks = len(coded.parts)
         parts = torch.empty(coded.elements, dtype=torch.float32, device=self._gradients.device)
-        coded.functions.decode(coded.codec, received.view(coded.parts.shape), parts)
+        coded.functions.decode(coded.codec, self._received(), parts)
         total, *others = parts.view(ranks, -1)
         for part in others:  # in rank order
             total += part
-        self._gradients.view(ranks, -1)[self._hvd.rank()].copy_(total)
+        self._gradients.view(ranks, -1)[horovod().rank()].copy_(total)
         self._clear_gaps()  # the norm of a shard is that of neighbouring parameters in one piece
         self._wait_for_exact()
 

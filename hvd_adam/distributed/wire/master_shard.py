@@ -86,8 +86,8 @@ class MasterShard:
         rank: int,
         ranks: int,
     ) -> None:
-        self._codec, self._functions = codec, functions(codec, buffer.device.type)
         self.buffer, self.bucket, self.coded = buffer, bucket, coded
+        self.use(codec)
         params = buffer.params[bucket.first : bucket.last]
         exact = {p for p in params if p not in coded}
         start, end = self._shard = bucket.shard(rank, ranks)
@@ -101,6 +101,10 @@ class MasterShard:
         self._sent = zeros(elements, torch.float32, buffer.device)  # the parameters, when they were last the same
         self.start_over()
 
+    def use(self, codec: Codec) -> None:
+        """Encodes in this format from now on; shards are whole blocks of it."""
+        self._codec, self._functions = codec, functions(codec, self.buffer.device.type)
+
     def _read(self, target: Tensor) -> None:
         """Copies this rank's shard of the parameters."""
         if self._own:
@@ -110,6 +114,10 @@ class MasterShard:
         """Replaces this rank's shard of the parameters."""
         if self._own:
             torch._foreach_copy_([span.elements() for span in self._own], [span.of(source) for span in self._own])
+
+    def write_masters(self) -> None:
+        """Makes the masters the parameters of this rank's shard."""
+        self._write(self.master)
 
     def start_over(self) -> None:
         """Makes the parameters the masters."""

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from hvd_adam.distributed.broadcast.tensors import ROOT, broadcast_tensors
+from hvd_adam.distributed.collectives.pieces import start_allgather
 from hvd_adam.distributed.context import horovod
 from hvd_adam.distributed.gradients.bucket_layout import Bucket
 from hvd_adam.distributed.gradients.gradient_buffer import GradientBuffer
-from hvd_adam.distributed.wire.codec import CODECS
+from hvd_adam.distributed.wire.codec import Codec
 from hvd_adam.distributed.wire.coded_bucket import Place, view
 from hvd_adam.distributed.wire.master_shard import MasterShard
 from hvd_adam.distributed.wire.rows import row_of_root, rows_to_root
@@ -49,22 +50,41 @@ class Masters:
     Half-precision parameters have none here: they are sent as they are.
 
     Args:
-        compression: "int8" or "int4".
+        codec: the format of what is sent; None until `use`.
         prefix: prefix of the names of the collectives, identical on all ranks and used by no other optimizer.
+
+    Attributes:
+        codec: as the argument; None while nothing is sent as codes, and parameters have no masters.
     """
 
-    def __init__(self, compression: str, prefix: str) -> None:
-        self._codec, self._prefix = CODECS[compression], f"{prefix}.masters"
+    def __init__(self, codec: Codec | None, prefix: str) -> None:
+        self.codec, self._prefix = codec, f"{prefix}.masters"
         self._shards: list[MasterShard] = []
         # Of parameters that are in no bucket, such as frozen ones; on every rank.
         self._parked: dict[Tensor, Known] = {}
 
+    def use(self, codec: Codec) -> None:
+        """Sends in another format from the next update on."""
+        self.codec = codec
+        for shard in self._shards:
+            shard.use(codec)
+
+    def leave(self) -> None:
+        """Makes the masters the parameters, in this rank's shards only, and forgets them."""
+        for shard in self._coded():
+            shard.write_masters()
+        for p, known in self._parked.items():  # whole on every rank
+            if known.fits(p):
+                p.detach().copy_(known.now(p))
+        self.codec, self._shards, self._parked = None, [], {}
+
     def arrange(self, buckets: Iterable[Coded]) -> None:
         """Divides the masters as new buckets are. Every rank must call it."""
+        assert self.codec is not None
         rank, ranks = horovod().rank(), horovod().size()
         self._parked = {p: known for p, known in self._whole().items() if known.fits(p)}
         self._shards = [
-            MasterShard(self._codec, buffer, bucket, coded, rank, ranks)
+            MasterShard(self.codec, buffer, bucket, coded, rank, ranks)
             for buffer, bucket, coded in buckets
             if buffer.dtype == torch.float32
         ]
@@ -106,9 +126,8 @@ class Masters:
         """Sends what has changed in this rank's shards to the others. Every rank must call it."""
         hvd = horovod()
         coded = [shard for shard in self._shards if shard.coded]
-        handles = [
-            hvd.allgather_async(shard.encode(), name=f"{self._prefix}.codes.{number}")
-            for number, shard in enumerate(coded)
+        gathers = [
+            start_allgather(shard.encode(), f"{self._prefix}.codes.{number}") for number, shard in enumerate(coded)
         ]
         exact = [piece for rank in range(hvd.size()) for shard in self._shards for piece in shard.exact_of(rank)]
         if exact:
@@ -116,8 +135,8 @@ class Masters:
             sent = torch.cat(own) if own else torch.empty(0, dtype=torch.float32, device=exact[0].device)
             received = hvd.allgather(sent, name=f"{self._prefix}.exact")
             torch._foreach_copy_(exact, list(torch.split(received, list(map(len, exact)))))
-        for shard, handle in zip(coded, handles, strict=True):
-            shard.add(hvd.synchronize(handle))
+        for shard, gathered in zip(coded, gathers, strict=True):
+            shard.add(gathered())
         for shard in self._shards:
             shard.remember()
 

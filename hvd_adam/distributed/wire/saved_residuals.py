@@ -21,15 +21,17 @@ def as_saved(
     buckets: Sequence[tuple[Places, Tensor, Tensor]],
     parked: Mapping[str, Tensor],
     masters: Mapping[str, Tensor] | None = None,
+    choice: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Returns what a checkpoint holds.
 
     Args:
-        compression: of the codes.
+        compression: the one in use.
         ranks: number of ranks.
         buckets: for each bucket the places of its parameters, and [ranks, n] of both kinds of residuals.
         parked: [ranks, *shape] of parameters that are in no bucket.
         masters: of the parameters, whole; see `Masters`.
+        choice: where an automatic choice of the compression stands; None if it is fixed.
     """
     return {
         "compression": compression,
@@ -44,6 +46,7 @@ def as_saved(
         ],
         "parked": dict(parked),
         "masters": dict(masters or {}),
+        "choice": None if choice is None else dict(choice),
     }
 
 
@@ -55,7 +58,7 @@ class SavedResiduals:
 
     Attributes:
         ranks: whose residuals they are.
-        buckets, parked, masters: as in `as_saved`.
+        buckets, parked, masters, choice: as in `as_saved`.
 
     Raises:
         UserError: they are not what `as_saved` returns.
@@ -66,7 +69,6 @@ class SavedResiduals:
             saved = as_saved("int8", 0, [], {})
         try:
             self._compression, self.ranks = saved["compression"], int(saved["ranks"])
-            self._codec = CODECS[self._compression]
             self.buckets = [
                 (
                     {name: tuple(place) for name, place in entry["parameters"].items()},
@@ -77,6 +79,8 @@ class SavedResiduals:
             ]
             self.parked: dict[str, Tensor] = dict(saved["parked"])
             self.masters: dict[str, Tensor] = dict(saved.get("masters", {}))
+            self.choice: dict[str, Any] | None = saved.get("choice")
+            self._codec = CODECS[self._compression if self.buckets else "int8"]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
                 f"these are no residuals of gradients that this version has saved: {error!r}"

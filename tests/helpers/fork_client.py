@@ -1,0 +1,28 @@
+"""The client of `forked_python.py`. Imports little, to start fast."""
+
+import json
+import os
+import signal
+import socket
+import struct
+
+FORWARDED = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def run(address: str, argv: list[str]) -> None:
+    """Runs `python ARGV` in a fork of the server at a socket's path, and ends this process as the fork ends."""
+    server = socket.socket(socket.AF_UNIX)
+    server.connect(address)
+    request = {"argv": argv, "environ": dict(os.environ), "folder": os.getcwd()}
+    request["cores"] = list(os.sched_getaffinity(0))
+    socket.send_fds(server, [b"-"], [0, 1, 2])
+    server.sendall(json.dumps(request).encode() + b"\n")
+    for number in FORWARDED:
+        signal.signal(number, lambda number, _: server.sendall(bytes([number])))
+    end = server.recv(4)
+    (code,) = struct.unpack("i", end) if end else (-signal.SIGKILL,)
+    if code < 0:
+        if -code in FORWARDED:
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)

@@ -1,0 +1,88 @@
+"""The Python of `helpers.forked_python` behaves as the installed one.
+
+Hazards: an exit code or a signal that does not pass through; a variable, folder or path that is the server's; a
+fork that outlives the program that was started.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from helpers.forked_python import ForkServer
+from helpers.training_runs import ROOT
+
+
+@pytest.fixture(scope="module")
+def python():
+    server = ForkServer()
+    yield server.python
+    server.close()
+
+
+def run(python, *argv, **options):
+    return subprocess.run([python, *argv], capture_output=True, text=True, timeout=60, **options)
+
+
+SHOWN = """
+import json, os, sys, torch
+def tell():
+    names = ("argv", "orig_argv", "dont_write_bytecode", "executable")
+    shown = {name: getattr(sys, name) for name in names} | {"path": sys.path[:3], "name": __name__}
+    shown |= {"threads": torch.get_num_threads(), "cores": list(os.sched_getaffinity(0))}
+    print(json.dumps([shown, os.getcwd(), dict(os.environ)]))
+tell()
+"""
+
+
+@pytest.mark.parametrize("how", ["-c", "-m", "script"])
+def test_a_program_finds_what_it_would_find_in_a_new_process(python, how, tmp_path):
+    (tmp_path / "mine.py").write_text(SHOWN)
+    start = {"-c": ["-c", SHOWN], "-m": ["-m", "mine"], "script": ["mine.py"]}[how]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MINE": "a\n'b"}
+    environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    options = {"cwd": tmp_path, "env": environ}
+    found, expected = (run(each, *start, "x", "a  b", **options) for each in (python, sys.executable))
+    assert found.stderr == expected.stderr == ""
+    assert json.loads(found.stdout) == json.loads(expected.stdout)
+
+
+@pytest.mark.parametrize(
+    "code", ["raise SystemExit", "raise SystemExit(75)", "raise SystemExit('text')", "1 / 0", "print('\\u00e9')"]
+)
+def test_output_and_exit_code_are_those_of_a_new_process(python, code):
+    found, expected = run(python, "-c", code), run(sys.executable, "-c", code)
+    assert (found.returncode, found.stdout, found.stderr) == (
+        expected.returncode,
+        expected.stdout,
+        expected.stderr,
+    )
+
+
+def test_the_signal_that_ends_a_fork_ends_the_program(python):
+    assert run(python, "-c", "import os; os.abort()").returncode == -signal.SIGABRT
+    assert run(python, "-c", "import os; os.kill(os.getpid(), 9)").returncode == -signal.SIGKILL
+
+
+@pytest.fixture
+def waiting(python):
+    """A program that has started, and the number of its fork's process."""
+    code = "import os, signal; print(os.getpid(), flush=True)\ntry: signal.pause()\nfinally: print('ends')"
+    with subprocess.Popen([python, "-c", code], stdout=subprocess.PIPE, text=True) as program:
+        yield program, int(program.stdout.readline())
+
+
+def test_signals_reach_the_fork(waiting):
+    program, _ = waiting
+    program.send_signal(signal.SIGINT)
+    assert (program.communicate(timeout=60)[0], program.returncode) == ("ends\n", -signal.SIGINT)
+
+
+def test_a_fork_ends_with_its_program(waiting):
+    program, fork = waiting
+    end = os.pidfd_open(fork)
+    program.kill()
+    assert program.stdout.read() == ""  # until the fork has closed it, too
+    os.close(end)
