@@ -750,7 +750,7 @@ hvd.init()
 model = torch.nn.Linear(3, 2)
 options = dict(lr=0.01, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1, amsgrad=True,
                decoupled_weight_decay=True, maximize=True, master_weights=False, stochastic_rounding=True,
-               implementation="reference")
+               state_format="float32", implementation="reference")
 groups = [{"params": [model.weight], "lr": 0.5}, {"params": [model.bias]}]
 optimizer = hvd.DistributedOptimizer(Adam(groups, **options), named_parameters=model.named_parameters())
 assert isinstance(optimizer, Adam)
