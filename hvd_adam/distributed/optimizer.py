@@ -36,7 +36,7 @@ class DistributedAdam(AveragedAdam):
     | after `zero_grad` | None, or zero; unchanged between micro-batches of one update | same |
 
     A gradient that is changed while it is in flight is refused. Where `strategy="sharded"` reduce-scatters
-    (several GPUs, several hosts under MPI, int8 or int4), a rank has the mean of its own shard only until
+    (several GPUs, several hosts, int8 or int4), a rank has the mean of its own shard only until
     `synchronize` is called: before that a change is refused, too, and `clip_grad_norm_` is exact. If no rank has a
     gradient for a parameter, `p.grad` is None and it is not updated. If only some ranks have one, the others count
     as zero.

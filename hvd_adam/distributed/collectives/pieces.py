@@ -45,10 +45,21 @@ def start_reducescatter(rows: Tensor, name: str) -> Callable[[], Tensor]:
         Waits for the sum of this rank's row, [n].
     """
     hvd = horovod()
-    handles = [
-        hvd.reducescatter_async(piece.reshape(-1), op=hvd.Sum, name=part) for piece, part in _pieces(rows, name)
-    ]
-    return lambda: _joined(_results(handles, name))
+    if rows.device.type != "cpu":
+        handle = hvd.reducescatter_async(rows.view(-1), op=hvd.Sum, name=name)
+        return lambda: _joined(_results([handle], name))
+    # Horovod's Gloo has a reduce-scatter after which the next large broadcast hangs, and that of Open MPI asks
+    # before it sends.
+    received = start_alltoall(rows, name)
+
+    def wait() -> Tensor:
+        summands = received()
+        total = summands[0]
+        for row in summands[1:]:  # in rank order
+            total += row
+        return total
+
+    return wait
 
 
 def start_alltoall(rows: Tensor, name: str) -> Callable[[], Tensor]:

@@ -4,11 +4,10 @@ Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Paramet
 section 5.1. Gradients are reduced while backward is running, as in the default strategy. After the update every
 rank sends its shard of the parameters to the others.
 
-On GPUs, and under MPI on several hosts, each bucket is reduce-scattered and the updated shards are all-gathered:
-together the traffic of one all-reduce. Within one host, and under Gloo, the bucket is all-reduced and the shards
-are broadcast: 1.5 times that traffic, but in place, where Horovod's reduce-scatter and all-gather allocate their
-results. An MLP of 10.5 M parameters on two ranks takes 65 ms per step in place, as with the default strategy; over
-a link of 1 Gbit/s it takes 828 ms in place, 458 ms scattered, and 537 ms with the default strategy.
+On GPUs and on several hosts, each bucket is reduce-scattered and the updated shards are all-gathered: together the
+traffic of one all-reduce. On CPUs within one host the bucket is all-reduced and the shards are broadcast: 1.5
+times that traffic, but in place, where Horovod's other collectives allocate their results. An MLP of 10.5 M
+parameters on two ranks takes 65 ms per step in place, as with the default strategy.
 """
 
 from __future__ import annotations
@@ -59,10 +58,9 @@ class ZeroStrategy(AllReduceStrategy):
     @property
     def scatters(self) -> bool:
         """Whether gradients are reduce-scattered; `gather_gradients` then makes them whole."""
-        # Not over Gloo: after a reduce-scatter of Horovod 0.28.1 the next large broadcast hangs.
         if self._on_gpu:
             return bool(self.hvd.nccl_built())
-        return bool(self.hvd.mpi_enabled()) and self.hvd.size() != self.hvd.local_size()  # same on all ranks
+        return bool(self.hvd.size() != self.hvd.local_size())  # the same on all ranks
 
     def __init__(self, prefix: str, device: torch.device) -> None:
         super().__init__(prefix)
