@@ -13,7 +13,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -178,16 +178,17 @@ def evaluate(cluster: Cluster, model: nn.Module, samples: Tensor, targets: Tenso
 
 
 def table(results: Results, runs: Sequence[Run]) -> str:
-    """Returns means ± standard errors, and differences to `none`, as a Markdown table."""
-    lines = ["| model | gradients | training loss | Δ | test loss | Δ | test accuracy | Δ |", "|---" * 8 + "|"]
-    for first in (run for run in runs if run.seed == runs[0].seed):
-        cells = [first.model, str(first.row)]
+    """Returns means ± standard errors, and differences to `none`, as a Markdown table of the finished runs."""
+    lines = [
+        "| model | gradients | seeds | training loss | Δ | test loss | Δ | test accuracy | Δ |",
+        "|---" * 9 + "|",
+    ]
+    for model, row in dict.fromkeys((run.model, run.row) for run in runs if run in results):
+        of_row = [run for run in runs if (run.model, run.row) == (model, row) and run in results]
+        of_none = [replace(run, row=ROWS[0]) for run in of_row]
+        cells = [model, str(row), str(len(of_row))]
         for metric in METRICS:
-            of_row, of_none = (
-                [results[run][metric] for run in runs if (run.model, run.row) == (first.model, row)]
-                for row in (first.row, ROWS[0])
-            )
-            cells += compared(of_row, of_none)
+            cells += compared(*([results[run][metric] for run in some] for some in (of_row, of_none)))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
