@@ -35,6 +35,7 @@ FIGURES=(
   "wire|python -m hvd_adam.bench wire --link 1Gbit --steps 8 --repeats 3"
   "wire-gloo|python -m hvd_adam.bench wire --link 1Gbit --launcher gloo"
   "wire-100Mbit|python -m hvd_adam.bench wire --link 100Mbit --steps 4 --repeats 2"
+  "compression-quality|horovodrun -np 2 python docs/compression_quality.py"
   "recovery|python tests/recovery.py"
 )
 

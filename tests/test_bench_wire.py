@@ -98,9 +98,9 @@ def small_model():
         # n = 1,280 of the embedding + 65,536 weights + 512 biases + 1,024 of the normalization = 68,352.
         ("hvd_adam-allreduce-none", "mpi", 1.5 * 4 * 68352),
         ("hvd_adam-allreduce-bf16", "mpi", 1.5 * 2 * 68352),
-        ("hvd_adam-allreduce-int8", "gloo", 1.5 * (68352 * (1 + 4 / 512) + 4 * 2816)),
-        ("hvd_adam-allreduce-int4", "mpi", 1.5 * (68352 * (0.5 + 4 / 128) + 4 * 2816)),
-        ("hvd_adam-sharded-int4", "gloo", 1.5 * (68352 * (0.5 + 4 / 128) + 1.5 * 4 * 2816)),
+        ("hvd_adam-allreduce-int8", "gloo", 1.5 * (68352 * (1 + 2 / 256) + 4 * 2816)),
+        ("hvd_adam-allreduce-int4", "mpi", 1.5 * (68352 * (0.5 + 2 / 32) + 4 * 2816)),
+        ("hvd_adam-sharded-int4", "gloo", 1.5 * (68352 * (0.5 + 2 / 32) + 1.5 * 4 * 2816)),
         ("hvd_adam-sharded-fp16", "mpi", 0.75 * (2 + 4) * 68352),
         ("hvd_adam-sharded-fp16", "gloo", (1.5 * 2 + 0.75 * 4) * 68352),
         ("ddp", "mpi", 1.5 * 4 * 68352),

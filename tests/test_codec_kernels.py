@@ -148,7 +148,7 @@ def oracle_decode(codec, payload, elements):
     """Returns what the bytes of a payload mean, by their definition, in float64 and not rotated back."""
     raw = payload.numpy()
     codes = raw[: codec.code_bytes(elements)]
-    scales = raw[codec.code_bytes(elements) :].view("<f4").astype(np.float64)
+    scales = (raw[codec.code_bytes(elements) :].view("<u2").astype("<u4") << 16).view("<f4").astype(np.float64)
     if codec.bits == 4:
         codes = np.stack([codes % 16, codes // 16], axis=1).reshape(-1)
     codes = codes.astype(np.float64)
@@ -162,9 +162,12 @@ def rotated(codec, x):
 
 
 def bound(codec, x):
-    """Returns how far elements may be from decoded ones: half a level of their block, and rounding errors."""
+    """Returns how far elements may be from decoded ones: half a level of their block, and rounding errors.
+
+    A level is rounded up to bfloat16, by a 128th at most.
+    """
     largest = np.abs(x).reshape(-1, codec.block).max(axis=1).repeat(codec.block)
-    return largest * (0.5 / codec.levels + 16 * GROUP * 2.0**-24)
+    return largest * ((1 + 2**-7) / (2 * codec.levels + 1) + 16 * GROUP * 2.0**-24)
 
 
 @FORMATS

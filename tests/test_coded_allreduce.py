@@ -45,7 +45,7 @@ def exchange_agrees_with_the_oracle(cluster, compression):
     for seed in range(100):
         draws = torch.randn(updates, *shape, generator=torch.Generator().manual_seed(seed))
         draws[:, :, :, 7] *= 100  # outliers
-        draws[0, 0].view(-1)[100:400] = 0  # some whole blocks of int4
+        draws[0, 0].view(-1)[200:600] = 0  # some whole blocks
         oracle = Oracle(compression, cluster.size, ELEMENTS)
         places = torch.zeros(updates, cluster.size, ELEMENTS, dtype=torch.float64)
         places[:, :, :672] = draws.double().view(updates, cluster.size, -1)
@@ -106,7 +106,7 @@ def test_channels_last_weights_and_several_buckets_follow_their_gradients(cluste
     assert len(optimizer.error_feedback._buckets) == 2
     for name, p in model.named_parameters():
         error = (p.grad - expected[name]).norm() / expected[name].norm()
-        assert error < {"int8": 0.02, "int4": 0.25}[compression], name
+        assert error < {"int8": 0.02, "int4": 0.16}[compression], name
     assert not model.images.grad.is_contiguous()
     optimizer.step()
     for name, residual in unsent(optimizer).items():

@@ -2,17 +2,15 @@
 
 import torch
 
-from hvd_adam.distributed.wire.codec import CODECS, GROUP, SMALLEST
+from hvd_adam.distributed.wire.codec import CODECS, SMALLEST, unrotate
 
 
 def ties(block):
     """Returns elements whose codes are halfway between two integers, but for the largest."""
-    if block == CODECS["int8"].block:
-        return torch.arange(block).remainder(254).sub(126.5).index_fill(0, torch.tensor([0]), 127.0)
-    groups = torch.zeros(block // GROUP, GROUP)
-    odd = torch.arange(len(groups)) + 0.5  # transformed, a group is 7s and these
-    groups[:, 0], groups[:, 1] = (7 + odd) / 2, (7 - odd) / 2
-    return groups.view(-1)
+    codec = next(codec for codec in CODECS.values() if codec.block == block)
+    t = torch.arange(block).remainder(2 * codec.levels) - (codec.levels - 0.5)
+    t[0] = codec.levels
+    return unrotate(codec, t)
 
 
 # What a block of gradients and residuals may contain, as functions of normally distributed values.

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-FORMATS = {"int8": (512, 127), "int4": (128, 7)}  # block, levels
+FORMATS = {"int8": (256, 127), "int4": (32, 7)}  # block, levels
 
 _H = np.array([[1.0]])
 while len(_H) < 32:
@@ -57,19 +57,21 @@ class Oracle:
     def rounding(self, change):
         """Returns by how much the codes of a change of parameters may miss each of its elements.
 
-        Half a step of their block. With int4 it is one of the transform, of which 32 are added and divided by 32.
+        Half a step of their block, which is rounded up to bfloat16. With int4 it is one of the transform, of which
+        32 are added and divided by 32.
         """
         padded = np.zeros(-(-len(change) // self.block) * self.block)
         padded[: len(change)] = change
         largest = np.abs(self._rotated(padded)).reshape(-1, self.block).max(axis=1)
-        return np.repeat(largest / self.levels / 2, self.block)[: len(change)]
+        return np.repeat(largest / (self.levels + 0.5) / 2 * (1 + 2**-7), self.block)[: len(change)]
 
     def _coded(self, t, unsent):
         blocks = t.reshape(-1, self.block)
         largest = np.abs(blocks).max(axis=1, keepdims=True)
         sent = (largest >= 2.0**-100) & ~unsent[:, None]
-        scale = np.where(sent, largest, 1.0) / self.levels
-        exact = np.where(sent, blocks / scale, 0.0)
+        fraction, exponent = np.frexp(np.where(sent, largest, 1.0) / (self.levels + 0.5))
+        scale = np.ldexp(np.ceil(fraction * 256) / 256, exponent)  # rounded up to the 8 bits of bfloat16
+        exact = np.clip(np.where(sent, blocks / scale, 0.0), -self.levels, self.levels)
         codes = np.rint(exact)
         self.margin = min(self.margin, (0.5 - np.abs(exact - codes)).min())
         return (codes * scale).reshape(-1)

@@ -13,16 +13,22 @@ from torch import Tensor
 GROUP = 32
 """Elements that the Walsh-Hadamard transform mixes."""
 
+SCALE_BYTES = 2
+"""Size of a scale: bfloat16."""
+
 SMALLEST = 2.0**-100
 """Blocks whose largest magnitude is smaller are not sent: their error stays in the residual."""
 
 
 @dataclass(frozen=True)
 class Codec:
-    """A format: each block of elements becomes integer codes and one float32 scale.
+    """A format: each block of elements becomes integer codes and one bfloat16 scale.
 
     The payload of n elements has n·bits/8 bytes of codes, then n/block scales. Of two 4-bit codes in one byte, the
     low nibble is the first; both are two's complements.
+
+    From −m to m, the largest magnitude of a block, there are as many equal cells as codes, which stand for their
+    middles. The scale is the size of a cell, rounded up.
 
     Attributes:
         bits: bits per code, 8 or 4.
@@ -43,7 +49,7 @@ class Codec:
 
     def payload_bytes(self, elements: int) -> int:
         """Returns the size in bytes of codes and scales of so many elements, a multiple of `block`."""
-        return self.code_bytes(elements) + elements // self.block * 4
+        return self.code_bytes(elements) + elements // self.block * SCALE_BYTES
 
     def elements(self, payload_bytes: int) -> int:
         """Returns how many elements a payload of this size encodes."""
@@ -55,8 +61,8 @@ class Codec:
 
 
 CODECS = {
-    "int8": Codec(bits=8, block=512, levels=127, rotated=False),
-    "int4": Codec(bits=4, block=128, levels=7, rotated=True),
+    "int8": Codec(bits=8, block=256, levels=127, rotated=False),
+    "int4": Codec(bits=4, block=32, levels=7, rotated=True),
 }
 
 
@@ -146,9 +152,10 @@ def _quantize(codec: Codec, t: Tensor, keep: Tensor, payload: Tensor) -> Tensor:
     largest = blocks.abs().amax(dim=1, keepdim=True)  # NaN if any is
     finite = largest.isfinite()
     sent = finite & (largest >= SMALLEST) & ~keep
-    levels = torch.full_like(largest, codec.levels)  # tensors: torch multiplies by the reciprocal of a number
-    scales = torch.where(sent, largest / levels, 0.0).where(finite, torch.nan)
-    codes = (blocks * (levels / largest)).round().clamp(-codec.levels, codec.levels).where(sent, 0.0)
+    cells = torch.full_like(largest, codec.levels + 0.5)  # tensors: torch multiplies by the reciprocal of a number
+    stored = _rounded_up(torch.where(sent, largest / cells, 0.0).where(finite, torch.nan))
+    scales = _widened(stored)
+    codes = (blocks * (1 / scales)).round().clamp(-codec.levels, codec.levels).where(sent, 0.0)
     codes += 0.0  # makes 0 of -0, which has no code
 
     parts = payload.view(-1, payload.shape[-1])
@@ -157,7 +164,7 @@ def _quantize(codec: Codec, t: Tensor, keep: Tensor, payload: Tensor) -> Tensor:
     if codec.bits == 4:
         integers = integers[:, 0::2] & 15 | integers[:, 1::2] << 4
     parts[:, :size] = integers
-    parts[:, size:] = scales.view(torch.uint8).view(len(parts), -1)
+    parts[:, size:] = stored.view(torch.uint8).view(len(parts), -1)
     return (codes * scales).view(-1)
 
 
@@ -168,9 +175,19 @@ def _dequantize(codec: Codec, payloads: Tensor) -> Tensor:
     codes = payloads[:, :size].contiguous().view(torch.int8)
     if codec.bits == 4:
         codes = torch.stack([codes << 4 >> 4, codes >> 4], dim=-1)  # arithmetic shifts extend the sign
-    scales = payloads[:, size:].contiguous().view(torch.float32)
+    scales = _widened(payloads[:, size:].contiguous().view(torch.int16))
     decoded = codes.reshape(len(payloads), -1, codec.block).float() * scales.unsqueeze(-1)
     return decoded.view(len(payloads), elements)
+
+
+def _rounded_up(scales: Tensor) -> Tensor:
+    """Returns the bits of the next bfloat16 that is not smaller, as int16: the upper half of float32."""
+    return (scales.view(torch.int32) + 0xFFFF >> 16).to(torch.int16)
+
+
+def _widened(stored: Tensor) -> Tensor:
+    """Returns the scales that have these bits."""
+    return (stored.to(torch.int32) << 16).view(torch.float32)
 
 
 def _rotate(values: Tensor) -> Tensor:

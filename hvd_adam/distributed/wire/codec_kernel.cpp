@@ -1,17 +1,19 @@
 // The functions of codec.py for CPUs, to the bit, each in one pass over memory. Compiled by cpu_codec.py with
 //   BITS, BLOCK, LEVELS, ROTATED   as the attributes of Codec
-//   GROUP, SMALLEST                as in codec.py
-// Every operation is rounded by itself (-ffp-contract=off). A block is computed in arrays of fixed length, which
-// stay in registers and the first cache; compilers turn their loops into vector instructions.
+//   GROUP, SCALE_BYTES, SMALLEST   as in codec.py
+// Every operation is rounded by itself (-ffp-contract=off). Some blocks are computed in arrays of fixed length, which
+// stay in registers and the first cache; compilers turn their loops into vector instructions, unless they are short.
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 namespace {
 
 constexpr int CODE_BYTES = BLOCK * BITS / 8;
+constexpr int TOGETHER = std::max(1, 256 / BLOCK);  // blocks that are computed together
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
 
 // An integer is added to ROUNDER exactly, a fraction is rounded to the nearest integer, ties to even, and the last
@@ -44,9 +46,9 @@ void rotate_once(const float* __restrict__ values, float* __restrict__ result) {
 
 // The unnormalized Walsh-Hadamard transform of each group. After five stages each bit of the indices is
 // transformed, strides 1, 2, 4, 8, 16, and in its place again.
-void rotate(float* values) {
+void rotate(float* values, int elements) {
   static_assert(GROUP == 1 << 5);
-  for (int start = 0; start < BLOCK; start += GROUP) {
+  for (int start = 0; start < elements; start += GROUP) {
     float* group = values + start;
     float other[GROUP], another[GROUP];
     rotate_once(group, other);
@@ -57,92 +59,135 @@ void rotate(float* values) {
   }
 }
 
-// Writes the codes of t, makes t what they decode to, and returns the scale. See `_quantize` in codec.py; codes need
-// no clamp: two roundings make at most LEVELS + 1/2 of t * (LEVELS / largest).
-float quantize(float* __restrict__ t, bool keep, uint8_t* __restrict__ codes) {
-  int32_t largest_bits = 0;  // as bits, NaN is larger than infinity
-  for (int i = 0; i < BLOCK; ++i) largest_bits = std::max(largest_bits, magnitude_bits(t[i]));
-  const float largest = from_bits(static_cast<uint32_t>(largest_bits));
-
-  float scale = 0, inverse = 0;
-  if (!(largest < INFINITE)) {
-    scale = std::numeric_limits<float>::quiet_NaN();
-    std::fill_n(t, BLOCK, 0.0f);
-  } else if (!keep && largest >= SMALLEST) {
-    scale = largest / LEVELS;
-    inverse = LEVELS / largest;
-  }
-
-  uint8_t bytes[BLOCK];
-  for (int i = 0; i < BLOCK; ++i) {
-    const float sum = t[i] * inverse + ROUNDER;
-    bytes[i] = static_cast<uint8_t>(to_bits(sum));
-    t[i] = (sum - ROUNDER) * scale;
-  }
-  if constexpr (BITS == 8) {
-    std::memcpy(codes, bytes, BLOCK);
-  } else {
-    for (int i = 0; i < BLOCK / 2; ++i) {
-      codes[i] = static_cast<uint8_t>((bytes[2 * i] & 15) | (bytes[2 * i + 1] << 4));
-    }
-  }
-  return scale;
-}
-
-// Decodes a block, still rotated.
-void dequantize(const uint8_t* __restrict__ codes, float scale, float* __restrict__ t) {
-  if constexpr (BITS == 8) {
-    for (int i = 0; i < BLOCK; ++i) t[i] = static_cast<int8_t>(codes[i]) * scale;
-  } else {
-    for (int i = 0; i < BLOCK / 2; ++i) {
-      const uint32_t byte = codes[i];
-      t[2 * i] = (static_cast<int32_t>(byte << 28) >> 28) * scale;  // arithmetic shifts extend the sign
-      t[2 * i + 1] = (static_cast<int32_t>(byte << 24) >> 28) * scale;
-    }
-  }
-}
-
-// Codes and scales of the blocks of one part.
+// Codes and scales of some blocks. A scale is the upper half of a float32.
 struct Payload {
   uint8_t* codes;
   uint8_t* scales;
 
-  Payload(const uint8_t* payloads, int64_t part, int64_t blocks)
-      : codes(const_cast<uint8_t*>(payloads) + part * blocks * (CODE_BYTES + 4)), scales(codes + blocks * CODE_BYTES) {}
-
-  uint8_t* block(int64_t i) const { return codes + i * CODE_BYTES; }
-  float scale(int64_t i) const {
-    float scale;
-    std::memcpy(&scale, scales + i * 4, 4);
-    return scale;
+  Payload(const uint8_t* payloads, int64_t part, int64_t blocks, int64_t first)
+      : codes(const_cast<uint8_t*>(payloads) + part * blocks * (CODE_BYTES + SCALE_BYTES)),
+        scales(codes + blocks * CODE_BYTES + first * SCALE_BYTES) {
+    codes += first * CODE_BYTES;
   }
-  void set_scale(int64_t i, float scale) const { std::memcpy(scales + i * 4, &scale, 4); }
+
+  float scale(int block) const {
+    uint16_t stored;
+    std::memcpy(&stored, scales + block * SCALE_BYTES, SCALE_BYTES);
+    return from_bits(static_cast<uint32_t>(stored) << 16);
+  }
+  void set_scale(int block, float scale) const {
+    const uint16_t stored = static_cast<uint16_t>(to_bits(scale) >> 16);
+    std::memcpy(scales + block * SCALE_BYTES, &stored, SCALE_BYTES);
+  }
 };
 
-void encode_block(const float* gradients, const float* residual, float* new_residual, float factor, float unit,
-                  const Payload& payload, int64_t block) {
-  float h[BLOCK], t[BLOCK];
-  int32_t any = 0;
-  for (int i = 0; i < BLOCK; ++i) {
-    any |= magnitude_bits(gradients[i]);
-    h[i] = t[i] = gradients[i] * factor + residual[i] * unit;
+// The next number that is not smaller, of those that are 0 but for their upper half.
+float rounded_up(float scale) { return from_bits((to_bits(scale) + 0xFFFF) & 0xFFFF0000); }
+
+// Writes codes and scales of blocks, and makes t what they decode to. See `_quantize` in codec.py.
+template <int BLOCKS>
+void quantize(float* __restrict__ t, const bool* keep, const Payload& payload) {
+  float scales[BLOCKS];
+  for (int block = 0; block < BLOCKS; ++block) {
+    float* of_block = t + block * BLOCK;
+    int32_t largest_bits = 0;  // as bits, NaN is larger than infinity
+    for (int i = 0; i < BLOCK; ++i) largest_bits = std::max(largest_bits, magnitude_bits(of_block[i]));
+    const float largest = from_bits(static_cast<uint32_t>(largest_bits));
+
+    float scale = 0, inverse = 0;
+    if (!(largest < INFINITE)) {
+      scale = std::numeric_limits<float>::quiet_NaN();
+      std::fill_n(of_block, BLOCK, 0.0f);
+    } else if (!keep[block] && largest >= SMALLEST) {
+      scale = rounded_up(largest / (LEVELS + 0.5f));
+      inverse = 1 / scale;
+    }
+    scales[block] = scale;
+    payload.set_scale(block, scale);
+    for (int i = 0; i < BLOCK; ++i) of_block[i] *= inverse;
   }
-  if (ROTATED) rotate(t);
-  payload.set_scale(block, quantize(t, any == 0, payload.block(block)));
-  if (ROTATED) rotate(t);
-  for (int i = 0; i < BLOCK; ++i) {
+
+  uint8_t bytes[BLOCKS * BLOCK];
+  for (int i = 0; i < BLOCKS * BLOCK; ++i) {
+    const float sum = std::min(std::max(t[i], -1.0f * LEVELS), 1.0f * LEVELS) + ROUNDER;
+    bytes[i] = static_cast<uint8_t>(to_bits(sum));
+    t[i] = sum - ROUNDER;
+  }
+  for (int block = 0; block < BLOCKS; ++block) {
+    for (int i = 0; i < BLOCK; ++i) t[block * BLOCK + i] *= scales[block];
+  }
+  if constexpr (BITS == 8) {
+    std::memcpy(payload.codes, bytes, BLOCKS * BLOCK);
+  } else {
+    uint8_t* __restrict__ codes = payload.codes;
+    for (int i = 0; i < BLOCKS * BLOCK / 2; ++i) {
+      codes[i] = static_cast<uint8_t>((bytes[2 * i] & 15) | (bytes[2 * i + 1] << 4));
+    }
+  }
+}
+
+// Makes t the codes of blocks.
+template <int BLOCKS>
+void read_codes(const uint8_t* __restrict__ codes, float* __restrict__ t) {
+  if constexpr (BITS == 8) {
+    for (int i = 0; i < BLOCKS * BLOCK; ++i) t[i] = static_cast<int8_t>(codes[i]);
+  } else {
+    for (int i = 0; i < BLOCKS * BLOCK / 2; ++i) {
+      const uint32_t byte = codes[i];
+      t[2 * i] = static_cast<int32_t>(byte << 28) >> 28;  // arithmetic shifts extend the sign
+      t[2 * i + 1] = static_cast<int32_t>(byte << 24) >> 28;
+    }
+  }
+}
+
+// Adds what blocks decode to, still rotated.
+template <int BLOCKS>
+void add_decoded(const Payload& payload, float* __restrict__ sum) {
+  float codes[BLOCKS * BLOCK];
+  read_codes<BLOCKS>(payload.codes, codes);
+  for (int block = 0; block < BLOCKS; ++block) {
+    const float scale = payload.scale(block);
+    for (int i = block * BLOCK; i < (block + 1) * BLOCK; ++i) sum[i] += codes[i] * scale;
+  }
+}
+
+template <int BLOCKS>
+void encode_blocks(const float* gradients, const float* residual, float* new_residual, float factor, float unit,
+                   const Payload& payload) {
+  constexpr int ELEMENTS = BLOCKS * BLOCK;
+  float h[ELEMENTS], t[ELEMENTS];
+  bool keep[BLOCKS];
+  for (int block = 0; block < BLOCKS; ++block) {
+    int32_t any = 0;
+    for (int i = block * BLOCK; i < (block + 1) * BLOCK; ++i) any |= magnitude_bits(gradients[i]);
+    keep[block] = any == 0;
+  }
+  for (int i = 0; i < ELEMENTS; ++i) h[i] = t[i] = gradients[i] * factor + residual[i] * unit;
+  if (ROTATED) rotate(t, ELEMENTS);
+  quantize<BLOCKS>(t, keep, payload);
+  if (ROTATED) rotate(t, ELEMENTS);
+  for (int i = 0; i < ELEMENTS; ++i) {
     const float decoded = ROTATED ? t[i] * (1.0f / GROUP) : t[i];
     new_residual[i] = (h[i] - decoded) / unit;
   }
 }
 
-// Calls a function for each block, in parallel if that is worth it.
+// Calls function(part, first block, number of blocks) until there was each block of each part, in parallel if that is
+// worth it. The number is a constant for the compiler: TOGETHER, or 1 at the end of a part.
 template <class Function>
-void for_each_block(int64_t blocks, int threads, Function function) {
+void for_each_block(int64_t parts, int64_t blocks, int threads, Function function) {
   constexpr int64_t MIN_ELEMENTS_PER_THREAD = 1 << 15;
-  threads = static_cast<int>(std::clamp<int64_t>(blocks * BLOCK / MIN_ELEMENTS_PER_THREAD, 1, threads));
+  threads = static_cast<int>(std::clamp<int64_t>(parts * blocks * BLOCK / MIN_ELEMENTS_PER_THREAD, 1, threads));
+  const int64_t calls = (blocks + TOGETHER - 1) / TOGETHER;
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t block = 0; block < blocks; ++block) function(block);
+  for (int64_t call = 0; call < parts * calls; ++call) {
+    const int64_t part = call / calls, first = call % calls * TOGETHER;
+    if (first + TOGETHER <= blocks) {
+      function(part, first, std::integral_constant<int, TOGETHER>());
+    } else {
+      for (int64_t block = first; block < blocks; ++block) function(part, block, std::integral_constant<int, 1>());
+    }
+  }
 }
 
 }  // namespace
@@ -155,17 +200,18 @@ void for_each_block(int64_t blocks, int threads, Function function) {
 extern "C" void hvd_adam_encode(const float* gradients, int64_t count, const float* residual, float* new_residual,
                                 uint8_t* payload, int64_t parts, int64_t blocks, float factor, float unit,
                                 int threads) {
-  for_each_block(parts * blocks, threads, [=](int64_t block) {
-    const int64_t start = block * BLOCK;
-    const Payload to(payload, block / blocks, blocks);
+  for_each_block(parts, blocks, threads, [=](int64_t part, int64_t first, auto number) {
+    constexpr int ELEMENTS = number * BLOCK;
+    const int64_t start = (part * blocks + first) * BLOCK;
     const float* source = gradients + start;
-    float padded[BLOCK];
-    if (start + BLOCK > count) {
-      std::fill_n(padded, BLOCK, -0.0f);  // which changes no residual that is added to it
+    float padded[ELEMENTS];
+    if (start + ELEMENTS > count) {
+      std::fill_n(padded, ELEMENTS, -0.0f);  // which changes no residual that is added to it
       std::copy(source, gradients + std::max(start, count), padded);
       source = padded;
     }
-    encode_block(source, residual + start, new_residual + start, factor, unit, to, block % blocks);
+    const Payload to(payload, part, blocks, first);
+    encode_blocks<number>(source, residual + start, new_residual + start, factor, unit, to);
   });
 }
 
@@ -175,33 +221,37 @@ extern "C" void hvd_adam_encode(const float* gradients, int64_t count, const flo
 extern "C" void hvd_adam_add_and_encode(const uint8_t* payloads, int64_t ranks, int64_t blocks,
                                         const float* residual, float* new_residual, uint8_t* payload, float unit,
                                         int threads) {
-  const Payload to(payload, 0, blocks);
-  for_each_block(blocks, threads, [=](int64_t block) {
-    float sum[BLOCK] = {}, t[BLOCK];
-    for (int64_t rank = 0; rank < ranks; ++rank) {
-      const Payload from(payloads, rank, blocks);
-      dequantize(from.block(block), from.scale(block), t);
-      for (int i = 0; i < BLOCK; ++i) sum[i] += t[i];
-    }
-    const float* old = residual + block * BLOCK;
-    for (int i = 0; i < BLOCK; ++i) sum[i] = t[i] = sum[i] + old[i] * unit;
-    to.set_scale(block, quantize(t, false, to.block(block)));
-    for (int i = 0; i < BLOCK; ++i) new_residual[block * BLOCK + i] = (sum[i] - t[i]) / unit;
+  for_each_block(1, blocks, threads, [=](int64_t, int64_t first, auto number) {
+    constexpr int ELEMENTS = number * BLOCK;
+    float sum[ELEMENTS] = {}, t[ELEMENTS];
+    for (int64_t rank = 0; rank < ranks; ++rank) add_decoded<number>(Payload(payloads, rank, blocks, first), sum);
+    const float* old = residual + first * BLOCK;
+    for (int i = 0; i < ELEMENTS; ++i) sum[i] = t[i] = sum[i] + old[i] * unit;
+    const bool keep[number] = {};
+    quantize<number>(t, keep, Payload(payload, 0, blocks, first));
+    for (int i = 0; i < ELEMENTS; ++i) new_residual[first * BLOCK + i] = (sum[i] - t[i]) / unit;
   });
 }
 
 // As `decode` in codec.py, with
-//   blocks   of each payload
+//   parts    of the payload
+//   blocks   of one part
 //   count    elements of out
 //   threads  the most threads to use
-extern "C" void hvd_adam_decode(const uint8_t* payloads, int64_t blocks, float* out, int64_t count, int threads) {
-  for_each_block((count + BLOCK - 1) / BLOCK, threads, [=](int64_t block) {
-    const Payload from(payloads, block / blocks, blocks);
-    const int64_t start = block * BLOCK;
-    float t[BLOCK];
-    dequantize(from.block(block % blocks), from.scale(block % blocks), t);
-    if (ROTATED) rotate(t);
-    const int64_t elements = std::min<int64_t>(BLOCK, count - start);
+extern "C" void hvd_adam_decode(const uint8_t* payloads, int64_t parts, int64_t blocks, float* out, int64_t count,
+                                int threads) {
+  for_each_block(parts, blocks, threads, [=](int64_t part, int64_t first, auto number) {
+    constexpr int ELEMENTS = number * BLOCK;
+    const int64_t start = (part * blocks + first) * BLOCK;
+    const Payload from(payloads, part, blocks, first);
+    float t[ELEMENTS];
+    read_codes<number>(from.codes, t);
+    for (int block = 0; block < number; ++block) {
+      const float scale = from.scale(block);
+      for (int i = block * BLOCK; i < (block + 1) * BLOCK; ++i) t[i] *= scale;
+    }
+    if (ROTATED) rotate(t, ELEMENTS);
+    const int64_t elements = std::min<int64_t>(ELEMENTS, count - start);
     for (int64_t i = 0; i < elements; ++i) out[start + i] = ROTATED ? t[i] * (1.0f / GROUP) : t[i];
   });
 }

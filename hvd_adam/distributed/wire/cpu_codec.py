@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hvd_adam.distributed.wire.codec import GROUP, SMALLEST, Codec
+from hvd_adam.distributed.wire.codec import GROUP, SCALE_BYTES, SMALLEST, Codec
 from hvd_adam.optim.kernels.cpp_compiler import compile_library
 
 _SOURCE = Path(__file__).with_name("codec_kernel.cpp")
@@ -23,7 +23,7 @@ _P, _N, _F, _T = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _ARGUMENTS = {
     "hvd_adam_encode": (_P, _N, _P, _P, _P, _N, _N, _F, _F, _T),
     "hvd_adam_add_and_encode": (_P, _N, _N, _P, _P, _P, _F, _T),
-    "hvd_adam_decode": (_P, _N, _P, _N, _T),
+    "hvd_adam_decode": (_P, _N, _N, _P, _N, _T),
 }
 
 
@@ -58,7 +58,8 @@ def decode(codec: Codec, payloads: Tensor, out: Tensor) -> None:
     """As `codec.decode`."""
     wide = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
     _library(codec).hvd_adam_decode(
-        *(payloads.data_ptr(), codec.blocks(payloads), wide.data_ptr(), len(wide), torch.get_num_threads())
+        *(payloads.data_ptr(), len(payloads), codec.blocks(payloads)),
+        *(wide.data_ptr(), len(wide), torch.get_num_threads()),
     )
     if wide is not out:
         out.copy_(wide)
@@ -72,6 +73,7 @@ def _library(codec: Codec) -> ctypes.CDLL:
         "LEVELS": codec.levels,
         "ROTATED": int(codec.rotated),
         "GROUP": GROUP,
+        "SCALE_BYTES": SCALE_BYTES,
         "SMALLEST": f"{SMALLEST.hex()}f",
     }
     library = compile_library(f"codec-{codec.bits}", _SOURCE, definitions)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hvd_adam.distributed.wire.codec import GROUP, SMALLEST, Codec
+from hvd_adam.distributed.wire.codec import GROUP, SCALE_BYTES, SMALLEST, Codec
 
 # Of one program: 16 elements a thread.
 ELEMENTS = 2048
@@ -25,7 +25,9 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 _GROUP = tl.constexpr(GROUP)
 _STAGES = tl.constexpr(GROUP.bit_length() - 1)
+_SCALE_BYTES = tl.constexpr(SCALE_BYTES)
 _SMALLEST = tl.constexpr(SMALLEST)
+_NAN = tl.constexpr(0x7FC0)  # in bfloat16
 # As in codec_kernel.cpp: the last bits of a number plus this are its nearest integer, ties to even.
 _ROUNDER = tl.constexpr(1.5 * 2**23)
 
@@ -45,11 +47,17 @@ def _rotate(values, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _widened(stored):
+    """Returns the scales that have these bits in bfloat16, the upper half of float32."""
+    return (stored.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _part(payload, block, blocks, CODE_BYTES: tl.constexpr):
     """Returns pointers to the codes and to the scale of each block; `blocks` are in one part."""
-    part = payload + block // blocks * blocks * (CODE_BYTES + 4)
+    part = payload + block // blocks * blocks * (CODE_BYTES + _SCALE_BYTES)
     place = block % blocks
-    return part + place * CODE_BYTES, (part + blocks * CODE_BYTES).to(tl.pointer_type(tl.float32)) + place
+    return part + place * CODE_BYTES, (part + blocks * CODE_BYTES).to(tl.pointer_type(tl.int16)) + place
 
 
 @triton.jit
@@ -61,12 +69,13 @@ def _quantize(
     largest = tl.max(_magnitude_bits(t), axis=1).to(tl.float32, bitcast=True)  # as bits, NaN is the largest
     finite = largest < float("inf")
     sent = finite & (largest >= _SMALLEST) & ~keep
-    divisor = tl.where(sent, largest, 1.0)
-    levels = tl.full((ROWS,), LEVELS, tl.float32)
-    scale = tl.where(sent, tl.div_rn(divisor, levels), tl.where(finite, 0.0, float("nan")))
-    inverse = tl.where(sent, tl.div_rn(levels, divisor), 0.0)
+    exact = tl.div_rn(tl.where(sent, largest, 1.0), tl.full((ROWS,), LEVELS + 0.5, tl.float32))
+    rounded_up = (exact.to(tl.int32, bitcast=True) + 0xFFFF) >> 16
+    inverse = tl.where(sent, tl.div_rn(tl.full((ROWS,), 1.0, tl.float32), _widened(rounded_up)), 0.0)
+    stored = tl.where(sent, rounded_up, tl.where(finite, 0, _NAN))
 
-    rounded = tl.where(finite[:, None], t, 0.0) * inverse[:, None] + _ROUNDER
+    exact_codes = tl.where(finite[:, None], t, 0.0) * inverse[:, None]
+    rounded = tl.clamp(exact_codes, -LEVELS, LEVELS) + _ROUNDER
     codes = rounded.to(tl.int32, bitcast=True)
     if BITS == 4:
         low, high = tl.split(tl.reshape(codes, (ROWS, BLOCK // 2, 2)))
@@ -74,8 +83,8 @@ def _quantize(
     to, scales = _part(payload, block, blocks, BLOCK * BITS // 8)
     columns = tl.arange(0, BLOCK * BITS // 8)
     tl.store(to[:, None] + columns[None, :], codes.to(tl.uint8), inside[:, None])
-    tl.store(scales, scale, inside)
-    return (rounded - _ROUNDER) * scale[:, None]
+    tl.store(scales, stored.to(tl.int16), inside)
+    return (rounded - _ROUNDER) * _widened(stored)[:, None]
 
 
 @triton.jit
@@ -89,7 +98,7 @@ def _dequantize(
     if BITS == 4:
         integers = tl.join((integers << 4) >> 4, integers >> 4)  # arithmetic shifts extend the sign
         integers = tl.reshape(integers, (ROWS, BLOCK))
-    return integers.to(tl.float32) * tl.load(scales, inside, other=0.0)[:, None]
+    return integers.to(tl.float32) * _widened(tl.load(scales, inside, other=0))[:, None]
 
 
 @triton.jit
