@@ -87,7 +87,7 @@ def test_half_precision_gradients_are_averaged_beyond_the_range_of_float16(clust
     backward(
         model, {"weight": torch.full((2, 320), 60000.0).to(dtype), "bias": torch.full((2,), 50000.0).to(dtype)}
     )
-    # Two roundings, each by at most half a step, which is a 255th or a 15th of the largest, and scales in bfloat16.
+    # Two roundings, each by at most half a step, a 255th or a 15th of the largest, and scales in bfloat16.
     error = 2 / {"int8": 255, "int4": 15}[compression] + 2**-7
     for p in model.parameters():
         assert p.grad.dtype == dtype
