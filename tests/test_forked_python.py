@@ -72,8 +72,10 @@ def waiting(python):
     code = "import os, signal; print(os.getpid(), flush=True)\ntry: signal.pause()\nfinally: print('ends')"
     with subprocess.Popen([python, "-c", code], stdout=subprocess.PIPE, text=True) as program:
         yield program, int(program.stdout.readline())
+        program.kill()
 
 
+@pytest.mark.skipif(signal.getsignal(signal.SIGINT) == signal.SIG_IGN, reason="a background job ignores Ctrl-C")
 def test_signals_reach_the_fork(waiting):
     program, _ = waiting
     program.send_signal(signal.SIGINT)
