@@ -121,7 +121,7 @@ def summarize(
             used = variant.replace(ANY, row["chosen"])
         else:
             row["gradient_error"] = outcome.times["gradient_error"][0]
-        row["formula_mb"] = predicted_bytes(used, model, config.np, config.launcher) / 1e6
+        row["formula_mb"] = predicted_bytes(used, model, config.np) / 1e6
         if "payload" in outcome.times:
             for key, measured in (("interface_mb", "interface"), ("sent_mb", "payload")):
                 row[key] = quartiles(outcome.times[measured])[1] / 1e6

@@ -14,14 +14,13 @@ POWERSGD_RANK = 4
 _BYTES = {"none": 4, "fp16": 2, "bf16": 2}
 
 
-def predicted_bytes(variant: str, model: nn.Module, ranks: int, launcher: str) -> float:
+def predicted_bytes(variant: str, model: nn.Module, ranks: int) -> float:
     """Returns the bytes that each of the ranks sends in a step, without headers and messages of launchers.
 
     Args:
         variant: a variant of `bench wire`.
         model: the model, float32; all parameters are trained.
         ranks: number of ranks, on as many hosts.
-        launcher: "mpi" or "gloo".
     """
     elements = sum(p.numel() for p in model.parameters())
     if not variant.startswith(OURS):
@@ -36,8 +35,8 @@ def predicted_bytes(variant: str, model: nn.Module, ranks: int, launcher: str) -
     gradients = elements * _BYTES[compression]
     if strategy == "allreduce":
         return bus_bytes(ranks, gradients)
-    # A half each: gradients to their owners, parameters from them. Gloo has no usable reduce-scatter.
-    return bus_bytes(ranks, gradients) / (2 if launcher == "mpi" else 1) + bus_bytes(ranks, 4 * elements) / 2
+    # A half each: gradients to their owners, parameters from them.
+    return bus_bytes(ranks, gradients) / 2 + bus_bytes(ranks, 4 * elements) / 2
 
 
 def _ddp_bytes(hook: str, model: nn.Module, elements: int) -> int:
