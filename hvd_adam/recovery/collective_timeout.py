@@ -36,7 +36,7 @@ def init(device: str = "auto") -> Cluster:
 
     It makes the assigned GPU the current one. Unless OMP_NUM_THREADS is set, it sets PyTorch's number of threads
     so that the ranks of a host share its cores. It sets environment variables of Horovod and Open MPI that the
-    user has not set (`HOROVOD_DEFAULTS`). If Horovod has been started before, these have no effect, and a warning
+    user has not set (`horovod_defaults`). If Horovod has been started before, these have no effect, and a warning
     names them.
 
     A collective that some rank waits for longer than HOROVOD_STALL_SHUTDOWN_TIME_SECONDS, 600 by default, ends the
