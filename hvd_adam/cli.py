@@ -88,7 +88,7 @@ def _end(error: BaseException, name: str, starting: bool) -> NoReturn:
         and not stopped_by_launcher(GRACE_SECONDS, starting)
     ):
         print(f"{name}: {failure.line} [{where}]", file=sys.stderr, flush=True)
-    leave(failure.code)
+    leave(failure)
 
 
 def _install_command(module: str) -> str | None:

@@ -16,7 +16,7 @@ import time
 
 import pytest
 from helpers.forked_python import forked_python
-from helpers.on_ranks import on_ranks
+from helpers.on_ranks import launch, on_ranks
 from helpers.training_runs import ROOT, train
 
 from hvd_adam.distributed.context import Cluster
@@ -290,3 +290,21 @@ def test_horovods_stall_shutdown_is_later_than_the_watchdog_unless_the_user_has_
     monkeypatch.setenv("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "7")
     watchdog.defer_horovod_stall_shutdown(1000.0)
     assert os.environ["HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"] == "7"
+
+
+def test_a_rank_that_stops_before_another_leaves_no_error_of_horovods_thread(tmp_path):
+    script = tmp_path / "stop.py"
+    script.write_text(
+        "import signal, time\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"  # of horovodrun, once the first rank has ended
+        "from hvd_adam import init\n"
+        "from hvd_adam.errors import Preempted\n"
+        "from hvd_adam.recovery.failure import Failure, leave\n"
+        "rank = init().rank\n"
+        "time.sleep(rank)\n"
+        "print('leaves', flush=True)\n"
+        "leave(Failure.of(Preempted()))\n"
+    )
+    done = launch([str(script)], 2, "gloo", env={"PYTHONPATH": str(ROOT)}, timeout=100)
+    assert done.stdout.count("leaves") == 2
+    assert "background loop" not in done.stderr

@@ -24,7 +24,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from hvd_adam.cli import parse
 from hvd_adam.config import TrainConfig
 from hvd_adam.training import confusion, plots, run_dir
-from hvd_adam.training.run_log import RunLog
+from hvd_adam.training.run_log import METRICS_FILE, RunLog, read_events
 
 
 def run_folder(tmp_path, losses=(2.3, 1.0, 0.4, 0.02), name="digits-small", **step):
@@ -164,6 +164,20 @@ def test_tags_are_grouped_and_configuration_and_hyper_parameters_are_recorded(tm
     (picture,) = written.Images("eval/confusion_matrix")
     image = Image.open(io.BytesIO(picture.encoded_image_string))
     assert (image.width, image.height) == (picture.width, picture.height)
+
+
+def test_an_event_that_a_lost_rank_0_has_not_recorded_is_recorded_by_the_next_rank_0(tmp_path):
+    lost, other = RunLog(tmp_path, 10), RunLog(None, 10)
+    for step in (1, 2, 3):
+        for log in (lost, other)[step == 3 :]:  # rank 0 is lost after the third update
+            log.event("step", step, 1, loss=1.0 / step, lr=1e-3, images_per_second=100.0)
+    lost.close()
+    for _ in range(2):  # the next one is lost, too
+        log = RunLog(tmp_path, 10, 3, recent=[*other.recent])
+        log.event("step", 4, 1, loss=0.25, lr=1e-3, images_per_second=100.0)
+        log.close()
+    steps = [(event["step"], event["loss"]) for event in read_events(tmp_path / METRICS_FILE)]
+    assert steps == [(1, 1.0), (2, 0.5), (3, 1 / 3), (4, 0.25)]
 
 
 def test_the_shades_of_a_confusion_matrix_are_fractions_of_the_true_class():

@@ -93,7 +93,7 @@ class TrainingState:
         model: the model's state dictionary.
         optimizer: `Adam.held_state_dict`: the format of `torch.optim.Adam`, unless state is held in few bits.
         loss_scaler: the loss scaler's state dictionary, or None.
-        progress: a `Progress` as a dictionary.
+        progress: a `Progress` as a dictionary; in memory also "events", the last ones of `RunLog`.
         schedule: "initial" and "peak" learning rate.
         ranks: one dictionary per rank: "cpu" and "cuda" (or None), the states of the random generators, and
             "loss", the rank's part of the running mean.

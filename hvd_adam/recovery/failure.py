@@ -23,7 +23,7 @@ from hvd_adam.text import printable
 # The launcher ends the other ranks once one has exited. They print their errors too if it has not by then.
 GRACE_SECONDS = 8.0  # on a busy machine horovodrun --gloo takes more than 3
 LONGEST_REASON = 400  # characters of the error
-FLUSH_SECONDS = 5.0  # for output that nobody reads
+FLUSH_SECONDS = 5.0  # for output that nobody reads, and Horovod's shutdown
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,14 @@ class Failure:
         traceback: the traceback of an error that is not expected, else empty.
         lost_ranks: "lost the other ranks…" in one line if Horovod ended a collective, most likely because another
             rank has ended; else empty.
+        agreed: whether all ranks end at this point, for the same reason.
     """
 
     code: int
     line: str = ""
     traceback: str = ""
     lost_ranks: str = ""
+    agreed: bool = False
 
     @classmethod
     def of(cls, error: BaseException) -> Failure:
@@ -51,7 +53,7 @@ class Failure:
         if isinstance(error, JobError):
             return cls(1, f"error: {printable(str(error))}")
         if isinstance(error, Preempted):
-            return cls(130 if interrupted() else 75)
+            return cls(130 if interrupted() else 75, agreed=True)
         if isinstance(error, KeyboardInterrupt):
             return cls(130, "interrupted")
         if isinstance(error, SystemExit):
@@ -96,10 +98,17 @@ def leave_later(code: int, seconds: float) -> None:
     timer.start()
 
 
-def leave(code: int) -> NoReturn:
-    """Exits at once: Horovod's shutdown would wait for ranks that are stuck in a collective."""
-    leave_later(code, FLUSH_SECONDS)
+def leave(failure: Failure) -> NoReturn:
+    """Exits at once: Horovod's shutdown would wait for ranks that are stuck in a collective.
+
+    Where all ranks end, Horovod is shut down first. Its thread on a rank that exits later would report the
+    connections that this exit closes.
+    """
+    leave_later(failure.code, FLUSH_SECONDS)
+    horovod = sys.modules.get("horovod.torch")
+    if failure.agreed and horovod is not None:
+        horovod.shutdown()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):  # closed
             stream.flush()
-    os._exit(code)
+    os._exit(failure.code)

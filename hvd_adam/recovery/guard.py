@@ -172,7 +172,7 @@ class Guard:
             self._ask_others("end", code=failure.code)
         else:
             stopped_by_launcher(GRACE_SECONDS)  # or by that rank
-        leave(failure.code)
+        leave(failure)
 
     def _text(self, failure: Failure, script: str, verdict: Answer) -> str:
         """Returns the error of the ranks in the verdict, which failed in the same way."""
@@ -213,7 +213,7 @@ class Guard:
             elif answer["ranks"]:
                 return answer
             elif failure.lost_ranks and stop_requested() and not stopping:
-                leave(failure.code)  # the launcher, which stops this rank, names the one that ended
+                leave(failure)  # the launcher, which stops this rank, names the one that ended
             else:
                 time.sleep(POLL_SECONDS)
 
@@ -240,7 +240,7 @@ class Guard:
             return self._judge.decide(request["rank"], request["signature"], request["weak"])
         if request["what"] == "end":
             silence()
-            timer = threading.Timer(END_SECONDS, leave, [request["code"]])
+            timer = threading.Timer(END_SECONDS, leave, [Failure(request["code"])])
             timer.daemon = True
             timer.start()
         return {}

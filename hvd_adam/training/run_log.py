@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ from hvd_adam.training.append_log import AppendLog
 from hvd_adam.training.tensorboard_log import TensorBoardLog
 
 METRICS_FILE = "metrics.jsonl"
+MOST_RECENT = 8  # events; an update has two at most
 
 
 class RunLog:
@@ -35,6 +37,11 @@ class RunLog:
             because their updates are computed again.
         config: the configuration by option, for TensorBoard.
         classes: names of the classes, for TensorBoard.
+        recent: `recent` of the rank whose state the run resumes from; those missing in `metrics.jsonl` are added.
+
+    Attributes:
+        recent: the last "step" and "skip" events, on every rank. Rank 0 may be lost after an update of which it
+            has not recorded the event, and the other ranks continue after that update.
 
     Raises:
         UserError: the folder cannot be written to.
@@ -47,16 +54,20 @@ class RunLog:
         first_step: int | None = None,
         config: Mapping[str, Any] | None = None,
         classes: Sequence[str] = (),
+        recent: Sequence[dict[str, Any]] = (),
     ) -> None:
         self._folder = folder
+        self.recent = deque(recent, MOST_RECENT)
         if folder is None:
             return
         try:
-            _remove_later_events(folder / METRICS_FILE, first_step)
+            missing = _restore_events(folder / METRICS_FILE, first_step, recent)
             self._lines = AppendLog(folder / METRICS_FILE)
             self._board = TensorBoardLog(folder, (first_step or 0) + 1, classes)
             if config is not None:
                 self._board.add_config(config, first_step or 0)
+            for event in missing:
+                self._board.add_event(event["event"], event, event["step"])
         except OSError as error:
             raise UserError(f"cannot write to the run folder {folder} ({error.strerror})") from None
         self._bar = tqdm(
@@ -81,10 +92,12 @@ class RunLog:
             values: the event's values by name, in the units that the documentation of `metrics.jsonl` lists.
                 Numbers that are not finite are recorded as null.
         """
-        if self._folder is None:
-            return
         finite = {name: value if _is_finite(value) else None for name, value in values.items()}
         line = {"event": event, "step": step, "epoch": epoch, "time": time.time(), **finite}
+        if event in ("step", "skip"):
+            self.recent.append(line)
+        if self._folder is None:
+            return
         self._lines.write(json.dumps(line, allow_nan=False).encode() + b"\n")
         if finite != values and not self._nonfinite_logged:
             self._nonfinite_logged = True
@@ -164,13 +177,25 @@ def parse_events(text: str) -> Iterator[dict[str, Any]]:
                 yield event
 
 
-def _remove_later_events(path: Path, step: int | None) -> None:
-    """Removes the events after `step` updates (None: all), the "end" event and an incomplete last line."""
+def _restore_events(path: Path, step: int | None, recent: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
+    """Removes the events after `step` updates (None: all), the "end" event and an incomplete last line.
+
+    Args:
+        path: of `metrics.jsonl`.
+        step: updates made.
+        recent: events up to `step`; those that are missing are added.
+
+    Returns:
+        The events that were added.
+    """
     if not path.exists():
-        return
+        return []
     last = -1 if step is None else step
     kept = [event for event in read_events(path) if event["step"] <= last and event["event"] != "end"]
-    write_atomically(path, "".join(json.dumps(event) + "\n" for event in kept))
+    recorded = {(event["event"], event["step"]) for event in kept}
+    missing = [event for event in recent if (event["event"], event["step"]) not in recorded]
+    write_atomically(path, "".join(json.dumps(event) + "\n" for event in (*kept, *missing)))
+    return missing
 
 
 def _is_finite(value: Any) -> bool:

@@ -70,7 +70,8 @@ class Trainer:
                 ended = self.folder is not None and self.is_finished and has_ended(self.folder)
                 folder = None if ended else self.folder
                 classes = self.loader.data.classes
-                self.log = RunLog(folder, self.sizes.total_steps, first_step, asdict(config), classes)
+                recent = [] if self.resume is None else self.resume.state.progress.get("events", [])
+                self.log = RunLog(folder, self.sizes.total_steps, first_step, asdict(config), classes, recent)
             resources.callback(self.log.close)
             self.skips = SkipTracker(self.cluster, self.optimizer, self.progress, self.log, config.max_skipped)
             folder = None if self.folder is None else self.folder / "checkpoints"
@@ -273,7 +274,7 @@ class Trainer:
 
         Args:
             all_ranks: gather the state of all ranks, for rank 0 to save. Otherwise the state is for this rank
-                only, and `ranks` has only its entry.
+                only, `ranks` has only its entry, and `progress` has the last events.
         """
         self._record_skip()
         own = rank_state(self.cluster, self.loss.state())
@@ -286,7 +287,7 @@ class Trainer:
             model=self.model.state_dict(),
             optimizer=optimizer or {},  # on ranks other than 0, which do not save it
             loss_scaler=None if self.scaler is None else self.scaler.state_dict(),
-            progress=asdict(self.progress),
+            progress=asdict(self.progress) | ({} if all_ranks else {"events": [*self.log.recent]}),
             schedule={"initial": self.schedule.initial, "peak": self.schedule.peak},
             ranks=gather_rank_states(self.cluster, own) if all_ranks else [own],
             config=asdict(self.config),
