@@ -34,6 +34,7 @@ from hvd_adam.training.scores import mistakes_file
 from hvd_adam.training.scores.mistakes import MOST_MISTAKES
 from hvd_adam.training.scores.scoring import Scores, score
 from hvd_adam.training.skip_tracker import SkipTracker
+from hvd_adam.training.slow_ranks.monitor import SlowRankMonitor
 from hvd_adam.training.update import Updater
 from hvd_adam.training.weights.trainable import keep_frozen_statistics
 
@@ -74,6 +75,7 @@ class Trainer:
                 self.log = RunLog(folder, self.sizes.total_steps, first_step, asdict(config), classes, recent)
             resources.callback(self.log.close)
             self.skips = SkipTracker(self.cluster, self.optimizer, self.progress, self.log, config.max_skipped)
+            self.slow_ranks = SlowRankMonitor(self.cluster, self.watchdog.hosts, self._event)
             folder = None if self.folder is None else self.folder / "checkpoints"
             self.checkpoints = CheckpointWriter(folder, config.keep)
             resources.callback(self.checkpoints.close)
@@ -159,6 +161,7 @@ class Trainer:
             accumulate=sizes.accumulate,
             first_step=progress.step - start,
         )
+        batches = self.slow_ranks.timed(batches)
         end = min(progress.epoch * sizes.steps_per_epoch, sizes.total_steps)
         while progress.step < end:
             self.preemption.ask()
@@ -182,6 +185,7 @@ class Trainer:
         self.watchdog.beat(f"update {progress.step + 1}")
         nonfinite = self.updater.update(micro_batches, progress.step, self._record_skip)
         progress.step += 1
+        self.slow_ranks.update_ended(self.optimizer.compression)
         self.skips.add(nonfinite)
         self.throughput.add(self.sizes.global_batch)
 
@@ -241,9 +245,10 @@ class Trainer:
     def _checkpoint(self, *, best: bool = False) -> None:
         """Starts to write a checkpoint, after the previous one is written; every rank calls it."""
         self.watchdog.beat(f"the checkpoint after update {self.progress.step}")
-        state = self._state().as_dict()
-        self._report_checkpoint(wait=True)
-        self.checkpoints.save(self.progress.step, state, best=best)
+        with self.slow_ranks.checkpoint():
+            state = self._state().as_dict()
+            self._report_checkpoint(wait=True)
+            self.checkpoints.save(self.progress.step, state, best=best)
 
     def _report_checkpoint(self, *, wait: bool = False) -> None:
         """Records a completed checkpoint. A failed write is logged and training continues."""

@@ -1,0 +1,186 @@
+"""`SlowRankDetector`: decides from the times of all ranks which of them holds the others up. Pure: no clock."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from hvd_adam.training.slow_ranks.times import WindowTimes
+
+WINDOWS = 4  # in a row
+START, END = 0.10, 0.05  # slowdowns: named from the first one on, until the second one
+_BASELINE = 16  # windows that say how long transfers take, at most; WINDOWS at least
+# Where the whole machine is slow, transfers and computation are. The network is named only if transfers have
+# become slower by this factor more than computation has.
+_TRANSFER_FACTOR = 1.5
+
+DATA, COMPUTE, NETWORK, CHECKPOINT = "data", "compute", "network", "checkpoint"
+
+
+@dataclass(frozen=True)
+class Slow:
+    """What holds a training up.
+
+    Attributes:
+        cause: "data", "compute", "network" or "checkpoint".
+        rank: None for the network, which all ranks wait for.
+        slowdown: by which part of the undisturbed time updates take longer: 0.5 for 150 ms instead of 100.
+        seconds: by which an update, or a checkpoint, takes longer.
+    """
+
+    cause: str
+    rank: int | None
+    slowdown: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Times in seconds per update; lists have one number for each rank."""
+
+    slowdowns: list[float]
+    own: float
+    transfer: float
+    update: float
+    ranks: Sequence[WindowTimes]
+
+    @classmethod
+    def of(cls, ranks: Sequence[WindowTimes]) -> _Window:
+        update = median(times.update for times in ranks)
+        excesses = [_excess(ranks, rank, lambda times: times.own) for rank in range(len(ranks))]
+        slowdowns = [_slowdown(excess, update) for excess in excesses]
+        transfer = min(times.least_wait for times in ranks)
+        return cls(slowdowns, median(times.own for times in ranks), transfer, update, ranks)
+
+
+class SlowRankDetector:
+    """Names what makes updates at least 10 % slower, in each of the last four windows.
+
+    A rank is slow if its own work takes longer than the median of that of the other ranks. The ranks wait for each
+    other in every update, so all updates take longer by about the difference. What takes longer than for others,
+    data or computation, is the cause. The network is slow if the least wait of all ranks is longer than it was:
+    the last rank to be ready waits for no other one, so its wait is that of the transfer. Ranks from which an
+    update needs no more than from others cannot be told apart by it.
+
+    A named cause ends when the median of the last four windows is below 5 %.
+
+    False alarms: if a rank's own work is above the limit in a window with probability p by chance, independently
+    of the window before, four in a row have probability p⁴; a run of n windows on N ranks has at most n·N·p⁴ false
+    alarms on average. With p = 0.02, two ranks and 1,000 windows that is 0.0003. Disturbances that last for four
+    windows are no false alarms: the rank was slow.
+
+    Args:
+        ranks: in the job, at least 2.
+    """
+
+    def __init__(self, ranks: int) -> None:
+        self._recent: deque[_Window] = deque(maxlen=WINDOWS)
+        self._before: deque[_Window] = deque(maxlen=_BASELINE)
+        self._named: dict[int | None, Slow] = {}
+        self._ranks = range(ranks)
+        self._baseline: tuple[float, float] | None = None  # own time and transfer while the network is named
+
+    def restart(self) -> None:
+        """Forgets the windows, but not what is named: the times of transfers are to change."""
+        self._recent.clear()
+        self._before.clear()
+        self._baseline = None
+
+    def add(self, ranks: Sequence[WindowTimes]) -> tuple[list[Slow], list[Slow]]:
+        """Takes the times of a window.
+
+        Args:
+            ranks: one for each rank, in their order.
+
+        Returns:
+            What has become slow with this window, and what was named and has ended.
+        """
+        if len(self._recent) == WINDOWS and not self._named:
+            self._before.append(self._recent[0])
+        self._recent.append(_Window.of(ranks))
+        if len(self._recent) < WINDOWS:
+            return [], []
+        started = [slow for rank in self._ranks if (slow := self._slow_rank(rank)) is not None]
+        if (network := self._slow_network()) is not None:
+            started.append(network)
+        ended = [slow for slow in self._named.values() if self._has_ended(slow)]
+        for slow in ended:
+            del self._named[slow.rank]
+        self._named |= {slow.rank: slow for slow in started}
+        return started, ended
+
+    def _slow_rank(self, rank: int) -> Slow | None:
+        slowdowns = [window.slowdowns[rank] for window in self._recent]
+        if rank in self._named or min(slowdowns) < START:
+            return None
+        data = median(_excess(window.ranks, rank, lambda times: times.data) for window in self._recent)
+        compute = median(_excess(window.ranks, rank, lambda times: times.compute) for window in self._recent)
+        return Slow(DATA if data > compute else COMPUTE, rank, median(slowdowns), max(data, compute))
+
+    def _slow_network(self) -> Slow | None:
+        if self._named or len(self._before) < WINDOWS:
+            return None
+        own = median(window.own for window in self._before)
+        transfer = median(window.transfer for window in self._before)
+        slower = [_slowdown(window.transfer - transfer, window.update) for window in self._recent]
+        by_rank = [max(window.slowdowns) for window in self._recent]
+        more = all(w.transfer * own >= _TRANSFER_FACTOR * w.own * transfer for w in self._recent)
+        if min(slower) < START or max(by_rank) >= START or not more:
+            return None
+        self._baseline = own, transfer
+        return Slow(NETWORK, None, median(slower), median(w.transfer - transfer for w in self._recent))
+
+    def _has_ended(self, slow: Slow) -> bool:
+        if slow.rank is not None:
+            return median(window.slowdowns[slow.rank] for window in self._recent) < END
+        if self._baseline is None:
+            return True
+        transfer = self._baseline[1]
+        return median(_slowdown(w.transfer - transfer, w.update) for w in self._recent) < END
+
+
+class SlowCheckpoints:
+    """Notices checkpoints that hold training up: each of the last three by at least 10 % of the time between them.
+
+    Training waits for a checkpoint only to be copied, and for the one before to be written. Rank 0 writes, so it
+    holds the others up.
+
+    Args:
+        least_seconds: that the last three must span; checkpoints of less are too short to judge.
+    """
+
+    def __init__(self, least_seconds: float) -> None:
+        self._least, self._named = least_seconds, False
+        self._recent: deque[tuple[float, float]] = deque(maxlen=WINDOWS - 1)
+
+    def add(self, between: float, held: float) -> tuple[Slow | None, bool]:
+        """Takes a checkpoint.
+
+        Args:
+            between: seconds of training since the one before.
+            held: seconds for which training waited.
+
+        Returns:
+            What has become slow, or None; and whether that has ended.
+        """
+        self._recent.append((between, held))
+        slowdowns = [held / max(between, 1e-9) for between, held in self._recent]
+        spans = sum(map(sum, self._recent)) >= self._least
+        if not self._named and len(self._recent) == WINDOWS - 1 and spans and min(slowdowns) >= START:
+            self._named = True
+            return Slow(CHECKPOINT, 0, median(slowdowns), median(held for _, held in self._recent)), False
+        ended = self._named and median(slowdowns) < END
+        self._named = self._named and not ended
+        return None, ended
+
+
+def _excess(ranks: Sequence[WindowTimes], rank: int, of: Callable[[WindowTimes], float]) -> float:
+    """Returns by how much a time of a rank is above the median of those of the others."""
+    return of(ranks[rank]) - median(of(times) for other, times in enumerate(ranks) if other != rank)
+
+
+def _slowdown(excess: float, update: float) -> float:
+    """Returns an excess as a part of the time that the update takes without it."""
+    return excess / max(update - excess, 1e-9)
