@@ -9,12 +9,15 @@ from statistics import median
 
 from hvd_adam.training.slow_ranks.times import WindowTimes
 
-WINDOWS = 4  # in a row
+WINDOWS = 5  # in a row; all but one must show a slowdown
+CHECKPOINTS = 3  # in a row; all must
 START, END = 0.10, 0.05  # slowdowns: named from the first one on, until the second one
 _BASELINE = 16  # windows that say how long transfers take, at most; WINDOWS at least
 # Where the whole machine is slow, transfers and computation are. The network is named only if transfers have
 # become slower by this factor more than computation has.
 _TRANSFER_FACTOR = 1.5
+# Standard deviations of the slowdowns before; and the median absolute deviation of a normal distribution to one.
+_DEVIATIONS, _DEVIATION = 3.0, 1.4826
 
 DATA, COMPUTE, NETWORK, CHECKPOINT = "data", "compute", "network", "checkpoint"
 
@@ -56,7 +59,7 @@ class _Window:
 
 
 class SlowRankDetector:
-    """Names what makes updates at least 10 % slower, in each of the last four windows.
+    """Names what makes updates at least 10 % slower, in four of the last five windows.
 
     A rank is slow if its own work takes longer than the median of that of the other ranks. The ranks wait for each
     other in every update, so all updates take longer by about the difference. What takes longer than for others,
@@ -64,12 +67,15 @@ class SlowRankDetector:
     the last rank to be ready waits for no other one, so its wait is that of the transfer. Ranks from which an
     update needs no more than from others cannot be told apart by it.
 
-    A named cause ends when the median of the last four windows is below 5 %.
+    A named cause ends when the median of the last five windows is below 5 %.
 
-    False alarms: if a rank's own work is above the limit in a window with probability p by chance, independently
-    of the window before, four in a row have probability p⁴; a run of n windows on N ranks has at most n·N·p⁴ false
-    alarms on average. With p = 0.02, two ranks and 1,000 windows that is 0.0003. Disturbances that last for four
-    windows are no false alarms: the rank was slow.
+    The limit is 10 %, or three standard deviations of the rank's slowdowns in the 16 windows before, estimated by
+    their median absolute deviation, if that is more; 20 % as long as fewer than ten windows are known.
+
+    False alarms: if a rank is above its limit in a window with probability p by chance, independently of other
+    windows, it is above it in four of five with probability below 5 p⁴. A run of n windows on N ranks has at most
+    5 n N p⁴ false alarms on average: 0.0016 for p = 0.02, two ranks and 1,000 windows. A disturbance that lasts for
+    four windows is no false alarm: the rank was slow.
 
     Args:
         ranks: in the job, at least 2.
@@ -113,11 +119,20 @@ class SlowRankDetector:
 
     def _slow_rank(self, rank: int) -> Slow | None:
         slowdowns = [window.slowdowns[rank] for window in self._recent]
-        if rank in self._named or min(slowdowns) < START:
+        if rank in self._named or sorted(slowdowns)[1] < self._limit(rank):
             return None
         data = median(_excess(window.ranks, rank, lambda times: times.data) for window in self._recent)
         compute = median(_excess(window.ranks, rank, lambda times: times.compute) for window in self._recent)
         return Slow(DATA if data > compute else COMPUTE, rank, median(slowdowns), max(data, compute))
+
+    def _limit(self, rank: int) -> float:
+        """Returns the slowdown from which on a rank is named: more where its times vary."""
+        if len(self._before) < WINDOWS:
+            return 2 * START  # it is not known yet how much they do
+        before = [window.slowdowns[rank] for window in self._before]
+        middle = median(before)
+        deviation = _DEVIATION * median(abs(slowdown - middle) for slowdown in before)
+        return max(START, _DEVIATIONS * deviation)
 
     def _slow_network(self) -> Slow | None:
         if self._named or len(self._before) < WINDOWS:
@@ -125,9 +140,9 @@ class SlowRankDetector:
         own = median(window.own for window in self._before)
         transfer = median(window.transfer for window in self._before)
         slower = [_slowdown(window.transfer - transfer, window.update) for window in self._recent]
-        by_rank = [max(window.slowdowns) for window in self._recent]
-        more = all(w.transfer * own >= _TRANSFER_FACTOR * w.own * transfer for w in self._recent)
-        if min(slower) < START or max(by_rank) >= START or not more:
+        typical = [median(window.slowdowns[rank] for window in self._recent) for rank in self._ranks]
+        more = sum(w.transfer * own >= _TRANSFER_FACTOR * w.own * transfer for w in self._recent) >= WINDOWS - 1
+        if sorted(slower)[1] < START or max(typical) >= START or not more:
             return None
         self._baseline = own, transfer
         return Slow(NETWORK, None, median(slower), median(w.transfer - transfer for w in self._recent))
@@ -153,7 +168,7 @@ class SlowCheckpoints:
 
     def __init__(self, least_seconds: float) -> None:
         self._least, self._named = least_seconds, False
-        self._recent: deque[tuple[float, float]] = deque(maxlen=WINDOWS - 1)
+        self._recent: deque[tuple[float, float]] = deque(maxlen=CHECKPOINTS)
 
     def add(self, between: float, held: float) -> tuple[Slow | None, bool]:
         """Takes a checkpoint.
@@ -168,7 +183,7 @@ class SlowCheckpoints:
         self._recent.append((between, held))
         slowdowns = [held / max(between, 1e-9) for between, held in self._recent]
         spans = sum(map(sum, self._recent)) >= self._least
-        if not self._named and len(self._recent) == WINDOWS - 1 and spans and min(slowdowns) >= START:
+        if not self._named and len(self._recent) == CHECKPOINTS and spans and min(slowdowns) >= START:
             self._named = True
             return Slow(CHECKPOINT, 0, median(slowdowns), median(held for _, held in self._recent)), False
         ended = self._named and median(slowdowns) < END

@@ -17,14 +17,14 @@ from hvd_adam.training.slow_ranks.detector import CHECKPOINT, WINDOWS, Slow, Slo
 from hvd_adam.training.slow_ranks.messages import ended_line, slow_line
 from hvd_adam.training.slow_ranks.times import UpdateTimes, WindowTimes
 
-LEAST_UPDATES = 4  # in a window
-LEAST_SECONDS = 0.5  # of a window, so that time slices of the operating system do not decide
+LEAST_UPDATES = 3  # in a window
+LEAST_SECONDS = 0.4  # of a window, so that time slices of the operating system do not decide
 
 
 class SlowRankMonitor:
     """Sends this rank's times to the others once in a window of updates, and records on rank 0 what they show.
 
-    A window has at least 4 updates and takes at least half a second. Its times travel during the next update, so
+    A window has at least 3 updates and takes at least 0.4 seconds. Its times travel during the next update, so
     no rank waits for them. On one rank this does nothing.
 
     Args:

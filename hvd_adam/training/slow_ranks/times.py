@@ -13,7 +13,7 @@ Item = TypeVar("Item")
 
 # One update of a window counts at most this many times the window's median, so that one that was interrupted
 # does not make the mean. It is above 1, so that a loader whose batches arrive in bursts counts.
-_MOST_OF_MEDIAN = 1.5
+_MOST_OF_MEDIAN = 1.25
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class WindowTimes:
     """Times of one rank in a window of updates, in seconds per update.
 
     Attributes:
-        own: mean of the work that no other rank can delay, each update limited to 1.5 times the median.
+        own: mean of the work that no other rank can delay, each update limited to 1.25 times the median.
         data: mean time for the next batches.
         compute: mean time of the passes and the update, without waiting for collectives.
         least_wait: lower quartile of the time spent waiting for collectives: that of updates for which this rank
