@@ -76,9 +76,9 @@ class Simulation:
         started, ended, first = [], [], self.updates
         for _ in range(updates):
             longer = [float(other == rank) for other in range(self.ranks)]
-            datas = [all_ranks * (0.1 + data * slow) for slow in longer]
+            arrivals = [all_ranks * (0.1 + data * slow) for slow in longer]
             computes = [all_ranks * (0.7 + compute * slow) for slow in longer]
-            new, over = self.update(datas, computes, all_ranks * 0.2 + transfer)
+            new, over = self.update(arrivals, computes, all_ranks * 0.2 + transfer)
             started += [(slow, self.updates - first) for slow in new]
             ended += over
         return started, ended
@@ -89,7 +89,7 @@ class Simulation:
 def test_a_slowdown_in_noise_with_heavy_tails_is_named_rightly_in_time_in_95_of_100_runs(cause, slowdown):
     right = 0
     for seed in range(100):
-        simulation = Simulation(seed)
+        simulation = Simulation(seed, noise=0.03, interrupted=0.02)
         simulation.run(60 + seed % UPDATES)
         extra = {"network": "transfer"}.get(cause, cause)
         started, _ = simulation.run(WITHIN, rank=seed % 2, **{extra: slowdown})

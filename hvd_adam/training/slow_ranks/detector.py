@@ -74,8 +74,8 @@ class SlowRankDetector:
 
     False alarms: if a rank is above its limit in a window with probability p by chance, independently of other
     windows, it is above it in four of five with probability below 5 p⁴. A run of n windows on N ranks has at most
-    5 n N p⁴ false alarms on average: 0.0016 for p = 0.02, two ranks and 1,000 windows. A disturbance that lasts for
-    four windows is no false alarm: the rank was slow.
+    5 n N p⁴ false alarms on average: 0.0016 for p = 0.02, two ranks and 1,000 windows. A disturbance that lasts
+    for four windows is no false alarm: the rank was slow.
 
     Args:
         ranks: in the job, at least 2.
