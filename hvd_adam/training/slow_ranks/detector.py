@@ -65,7 +65,7 @@ class SlowRankDetector:
     other in every update, so all updates take longer by about the difference. What takes longer than for others,
     data or computation, is the cause. The network is slow if the least wait of all ranks is longer than it was:
     the last rank to be ready waits for no other one, so its wait is that of the transfer. Ranks from which an
-    update needs no more than from others cannot be told apart by it.
+    update needs no more than from others cannot be distinguished by it.
 
     A named cause ends when the median of the last five windows is below 5 %.
 
