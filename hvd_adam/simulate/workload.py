@@ -69,7 +69,7 @@ class Published:
     source: str
 
 
-# Shares of backward: estimated from the layers of the papers (arXiv 1512.03385, 1512.00567, 1409.1556), not measured.
+# Shares of backward: estimated from the layers (arXiv 1512.03385, 1512.00567, 1409.1556), not measured.
 PUBLISHED = {
     "resnet101": Published(
         ((2.0e6, 0.01), (15.0e6, 0.10), (26.1e6, 0.69), (1.2e6, 0.13), (0.2e6, 0.07)),
