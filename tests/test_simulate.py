@@ -248,7 +248,7 @@ def test_another_network_changes_the_step_and_not_what_processors_spend(tmp_path
     assert seconds(bandwidth="100Mbit") > seconds() > seconds(bandwidth="25Gbit") >= seconds(network="ndr400")
     assert seconds(latency="10ms") > seconds()
     assert seconds(cores_per_host=0.5) > 1.9 * seconds()
-    assert seconds(ranks_per_host=4) < seconds()
+    assert seconds(ranks_per_host=4, cores_per_host=4.0) < seconds() < seconds(ranks_per_host=4)  # 2 cores
 
 
 @pytest.mark.parametrize(
