@@ -204,7 +204,7 @@ def test_codes_mean_the_gradients_within_half_a_level_and_residuals_are_what_the
 @FORMATS
 def test_a_fraction_of_the_residual_in_each_update_adds_little_noise_and_the_sum_is_exact(codec):
     by, generator = functions(codec, "cpu"), torch.Generator().manual_seed(5)
-    blocks, updates, settled = 8, 400, 40
+    blocks, updates, steady = 8, 400, 40
     gradients = torch.randn(updates, blocks * codec.block, generator=generator)
     residual, means = torch.zeros(blocks * codec.block), torch.empty_like(gradients)
     sent = torch.empty(1, codec.payload_bytes(len(residual)), dtype=torch.uint8)
@@ -217,8 +217,8 @@ def test_a_fraction_of_the_residual_in_each_update_adds_little_noise_and_the_sum
         missed.append((t - mean).double().square().mean())
     # Each noise is a rounding error minus a fraction of the residual of all earlier ones; see `SENT`. Squares of
     # neighbouring updates are correlated, over 2 / SENT updates at most.
-    ratio = sum(noise[settled:]) / sum(missed[settled:])
-    standard_error = (2 / (len(residual) * (updates - settled) * SENT / 2)) ** 0.5
+    ratio = sum(noise[steady:]) / sum(missed[steady:])
+    standard_error = (2 / (len(residual) * (updates - steady) * SENT / 2)) ** 0.5
     assert ratio == pytest.approx(1 + SENT / (2 - SENT), abs=5 * standard_error)
     exact, largest = gradients.double().sum(dim=0), gradients.abs().max()
     assert (means.double().sum(dim=0) + residual - exact).abs().max() < updates * 2**-22 * largest

@@ -83,10 +83,10 @@ def encode(
     scale: float,
     unit: float,
 ) -> None:
-    """Encodes gradients · scale + SENT · residual · unit, and computes what the codes miss.
+    """Encodes t = gradients · scale + SENT · residual · unit, and computes the new residual.
 
-    That is what they miss of h = gradients · scale + residual · unit, of which t = h − (1 − SENT) · residual · unit is
-    encoded.
+    It is what the codes miss of h = gradients · scale + residual · unit; t is h − (1 − SENT) · residual · unit, in
+    this order of operations.
 
     A block that is not finite gets the scale NaN and decodes to NaN. A block whose gradients are all 0, or whose
     magnitudes are less than `SMALLEST`, gets the scale 0: nothing of it is sent, and its residual keeps all of h.
@@ -114,9 +114,9 @@ def encode(
 def add_and_encode(
     codec: Codec, payloads: Tensor, residual: Tensor, new_residual: Tensor, payload: Tensor, unit: float
 ) -> None:
-    """Adds the same part of all ranks in float32, in rank order, and encodes the sum + SENT · residual · unit.
+    """Adds the same part of all ranks in float32, in rank order, and encodes t = sum + SENT · residual · unit.
 
-    As in `encode`, of h = sum + residual · unit. The sum and the residual stay rotated if the codes are.
+    As in `encode`, with h = sum + residual · unit. The sum and the residual stay rotated if the codes are.
 
     Args:
         codec: the format.
