@@ -7,10 +7,7 @@ Hazards: a scale that overflows or vanishes; a root rounded to 0 under a first m
 """
 
 import math
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -428,11 +425,3 @@ def test_updates_that_rounding_loses_are_warned_of_once():
             run(options, 1e-3)
         run({}, 1e-2)
         run({}, 1e-3, torch.float32)
-
-
-def test_the_comparison_of_formats_in_the_documentation_runs():
-    script = Path(__file__).parents[1] / "docs" / "state_formats_quality.py"
-    argv = [sys.executable, str(script), "--seeds", "2", "--epochs", "1"]
-    done = subprocess.run(argv, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert [line.split(" | ")[0] for line in done.stdout.splitlines()[2:]] == ["| float32", "| bfloat16", "| 8bit"]
