@@ -358,6 +358,18 @@ def test_a_state_that_is_held_in_one_format_continues_in_another(before, after):
     assert max(differences(found, expected)) < 0.01  # of 8 steps of 0.01
 
 
+@pytest.mark.parametrize("name", ["exp_avg_scales", "exp_avg_sq_scales"])
+def test_codes_without_their_scales_are_refused_before_anything_changes(name):
+    params, optimizer = trained({"state_format": "8bit"})
+    held, before = optimizer.held_state_dict(), optimizer.held_state_dict()
+    number = next(i for i, entry in held["state"].items() if name in entry)
+    del held["state"][number][name]
+    with pytest.raises(ValueError, match=f"loaded state of parameter {number} is not Adam's: {name} is missing"):
+        optimizer.load_state_dict(held)
+    for i, entry in optimizer.held_state_dict()["state"].items():
+        assert all(torch.equal(value, before["state"][i][key]) for key, value in entry.items())
+
+
 def test_a_format_that_is_changed_between_steps_is_converted():
     params, optimizer = trained({"state_format": "8bit"})
     optimizer.param_groups[0]["state_format"] = "float32"
