@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -97,6 +97,33 @@ class AveragedStep:
     def _start_meeting(self) -> Callable[[], None]:
         return self._averager.start_meeting("step()") if self._strategy.exchanges else lambda: None
 
+    def update_behind(self, run: Callable[[Iterator[int]], None]) -> bool:
+        """Makes an update while gradients are still arriving, if nothing needs all of them first.
+
+        Args:
+            run: updates the parameters of each bucket, whose numbers it gets as the gradients arrive.
+
+        Returns:
+            Whether it has; else nothing has been changed, and `update` makes it.
+        """
+        self.skips.record()
+        arrivals = self._averager.start_arrivals()
+        if arrivals is None:
+            return False
+        self.skipped = torch.zeros((), dtype=torch.bool, device="cpu") if self._scaling.probes else None
+        meet = self._start_meeting()
+        with self._strategy.updating():
+            run(arrivals)
+        self._end_update(meet)
+        return True
+
+    def _end_update(self, meet: Callable[[], None]) -> None:
+        if self._layout.feedback is not None:
+            self._layout.feedback.commit()
+        meet()
+        with self._averager.waiting():
+            self._strategy.exchange_parameters(self._layout.buffers)
+
     def update(self, run: Callable[[Tensor | None], Any]) -> None:
         """Makes an update, or skips it if the averaged gradient is not finite, identically on all ranks.
 
@@ -125,14 +152,9 @@ class AveragedStep:
                 self.skips.add()
                 return
         # In flight while the kernel runs, so that it takes no time of its own.
-        meet = None if scaling.needs_norm else self._start_meeting()
+        meet = (lambda: None) if scaling.needs_norm else self._start_meeting()
         with self._strategy.updating():
             run(scaling.combined(unscale, finite_probe, carries_found_inf=deferred))
-        if self._layout.feedback is not None:
-            self._layout.feedback.commit()
-        if meet is not None:
-            meet()
-        with self._averager.waiting():
-            self._strategy.exchange_parameters(buffers)
+        self._end_update(meet)
         if deferred and self.skipped is not None:
             self.skips.defer(self.skipped, self._layout.store.undo_step_counts)

@@ -58,6 +58,7 @@ class DistributedLayout:
         adasum: combine updates by Adasum; gradients are then not reduced.
         feedback: residuals of gradients that are, or may be, sent as codes; else None.
         lossless: as in `Reducer`.
+        ahead: updates need not wait for all gradients; where they are on CPUs, see `Reducer`.
 
     Attributes:
         compression: as the argument; `use` changes it.
@@ -76,10 +77,11 @@ class DistributedLayout:
         adasum: bool,
         feedback: ErrorFeedback | None = None,
         lossless: bool = False,
+        ahead: bool = False,
     ) -> None:
         self._strategy, self._averager, self._lockstep = strategy, averager, lockstep
         self.compression, self._accumulate, self._adasum = compression, accumulate, adasum
-        self._feedback, self._lossless = feedback, lossless
+        self._feedback, self._lossless, self._ahead = feedback, lossless, ahead
         self._ranks = int(horovod().size())
         self._flat = self._ranks > 1 and not adasum
         self._adapter: HorovodAdapter | None = None  # from `connect` on
@@ -131,10 +133,12 @@ class DistributedLayout:
             for buffer in self.buffers
             for p, part in zip(buffer.params, buffer.parts(rank, ranks), strict=True)
         }
-        self.store.build_layout(groups, state, parts if ranks > 1 else None)
+        reducer = self._make_reducer(1 / (self._ranks * self._accumulate))
+        sections = reducer.number if reducer.ahead else None
+        self.store.build_layout(groups, state, parts if ranks > 1 else None, sections)
         if self._feedback is not None:
             self._feedback.arrange(self.buffers)
-        self._averager.reducer = reducer = self._make_reducer(1 / (self._ranks * self._accumulate))
+        self._averager.reducer = reducer
         if self._adapter is not None:
             self._adapter.set_buckets(reducer.parameters)
             self.add_hooks(names, names)  # parameters may have been unfrozen
@@ -148,6 +152,7 @@ class DistributedLayout:
             self._strategy.scatters,
             self._feedback,
             lossless=self._lossless,
+            ahead=self._ahead and all(buffer.device.type == "cpu" for buffer in self.buffers),
         )
 
     @torch.inference_mode(False)

@@ -14,7 +14,7 @@ from torch import Tensor
 from hvd_adam.distributed.context import horovod
 from hvd_adam.distributed.gradients.backward_pass import Callbacks, Hooks, at_end_of_backward, once_all_have_sent
 from hvd_adam.distributed.gradients.grad_scaling import multiply_gradients
-from hvd_adam.distributed.gradients.lockstep import ABORTED, Lockstep
+from hvd_adam.distributed.gradients.lockstep import ABORTED, Lockstep, asks_again
 from hvd_adam.distributed.gradients.reducer import Reducer
 from hvd_adam.distributed.gradients.seen_gradients import SeenGradients
 
@@ -152,6 +152,43 @@ class GradientAverager:
             self._syncs = before
 
     @torch.no_grad()
+    def start_arrivals(self) -> Iterator[int] | None:
+        """Sends the rest of a round whose buckets can be used as they arrive. Every rank must call it.
+
+        Returns:
+            Waits for one bucket after the other, and returns its number in `Reducer.number`; at the end every
+            gradient is the mean. None where gradients must be complete first, so that `finish` is to be called: on
+            one rank, if an element of a sum may be infinite, if no rank has gradients or one has late ones.
+
+        Raises:
+            RuntimeError, JobError, HorovodInternalError: as `finish`; nothing has been used.
+        """
+        self.leave_aborted_pass()
+        if self._averaged or self.reducer is None or not self.reducer.ahead:
+            return None
+        self._begin_last_round()
+        self._send_rest()
+        assert self._sent is not None
+        with self.waiting():
+            header = self.reducer.header()
+        if not header.sums_are_finite or asks_again(header.message) or not any(map(any, header.used)):
+            return None
+        self._lockstep.check(header.message, self._sent[0])
+        return self._arrive(self.reducer)
+
+    def _arrive(self, reducer: Reducer) -> Iterator[int]:
+        arrivals = reducer.arrive()
+        while True:
+            with self.waiting():
+                number = next(arrivals, None)
+            if number is None:
+                break
+            yield number
+        self._total = None
+        self._end_round()
+        self._end_last_round()
+
+    @torch.no_grad()
     def finish(self, *, again: bool = False) -> None:
         """Makes every gradient the mean over ranks and micro-batches, unless it is. Every rank must call it.
 
@@ -166,14 +203,21 @@ class GradientAverager:
         self.leave_aborted_pass()
         if self._averaged and not again:
             return
-        if self._deferred and self._announced:
-            self.refuse_changed("is being reduced (defer_averaging)")
-        self._undo_division()  # also of gradients that an update has used, and that are not cleared
-        self._announce()
+        self._begin_last_round()
         if self.reducer is None:
             multiply_gradients(self._optimizer.parameters(), 1 / self._accumulate)
         else:
             self._reduce()
+        self._end_last_round()
+
+    def _begin_last_round(self) -> None:
+        if self._deferred and self._announced:
+            self.refuse_changed("is being reduced (defer_averaging)")
+        self._undo_division()  # also of gradients that an update has used, and that are not cleared
+        self._announce()
+
+    def _end_last_round(self) -> None:
+        if self.reducer is not None:
             self.reducer.give_back()
         self._announced, self._averaged, self._divided = False, True, True
         self.look()
@@ -286,6 +330,10 @@ class GradientAverager:
             if again:
                 self._take_late(self.reducer)
         self._total = reduced.total
+        self._end_round()
+
+    def _end_round(self) -> None:
+        self._sent = None
         self._counted.clear()
         if self.hooks is not None:
             self.hooks.rearm()
