@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from hvd_adam.distributed.gradients.grad_scaling import GradScaling, SkipCounter
 from hvd_adam.distributed.layout import DistributedLayout
 from hvd_adam.distributed.strategies.allreduce import AllReduceStrategy
 from hvd_adam.optim.fused import backend
+from hvd_adam.optim.optimizer_state import Group, States
 
 Update = Callable[[Tensor | None], None]
 
@@ -97,23 +99,29 @@ class AveragedStep:
     def _start_meeting(self) -> Callable[[], None]:
         return self._averager.start_meeting("step()") if self._strategy.exchanges else lambda: None
 
-    def update_behind(self, run: Callable[[Iterator[int]], None]) -> bool:
-        """Makes an update while gradients are still arriving, if nothing needs all of them first.
+    def update_behind(
+        self, run: Callable[[Callable[[], None]], None], groups: Sequence[Group], state: States
+    ) -> bool:
+        """Updates each bucket as soon as its sum is there, while others arrive, if nothing needs all of them.
 
         Args:
-            run: updates the parameters of each bucket, whose numbers it gets as the gradients arrive.
+            run: runs the optimizer's step with an update.
+            groups: the parameter groups.
+            state: the state of every parameter.
 
         Returns:
-            Whether it has; else nothing has been changed, and `update` makes it.
+            Whether it has; else nothing has been changed, and `update` makes the update.
         """
         self.skips.record()
+        if not self._layout.updates_sections(groups, state):
+            return False
         arrivals = self._averager.start_arrivals()
         if arrivals is None:
             return False
         self.skipped = torch.zeros((), dtype=torch.bool, device="cpu") if self._scaling.probes else None
         meet = self._start_meeting()
         with self._strategy.updating():
-            run(arrivals)
+            run(partial(self._layout.store.update_sections, groups, arrivals))
         self._end_update(meet)
         return True
 

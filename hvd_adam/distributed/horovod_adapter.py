@@ -16,7 +16,6 @@ what it does is replaced, because the wrapper
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 import weakref
 from collections import defaultdict
@@ -150,12 +149,6 @@ class HorovodAdapter:
         """Counts complete gradients from zero, for the next round; not with Adasum, where `step` does."""
         self._wrapper._handles.clear()
         self._wrapper._group_counts = dict.fromkeys(self._wrapper._group_counts, 0)
-
-    @property
-    def step_is_extended(self) -> bool:
-        """Whether the optimizer's class has a `step` of its own, which may use gradients before the update."""
-        own: Any = type(self._adapted).step  # PyTorch and decorators wrap it
-        return inspect.unwrap(own) is not inspect.unwrap(Adam.step)
 
     def step(self, update: Callable[[], None]) -> None:
         """Runs the optimizer's own `step`, which may be that of a user's subclass, with `update` as its update."""

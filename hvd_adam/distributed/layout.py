@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,6 +87,7 @@ class DistributedLayout:
         self._ranks = int(horovod().size())
         self._flat = self._ranks > 1 and not adasum
         self._adapter: HorovodAdapter | None = None  # from `connect` on
+        self._plain_step = False
         # Adasum steps one parameter at a time.
         policy = StorePolicy(foreach_only=adasum, agree=self._agree, warns=bool(horovod().rank() == 0))
         self.store = ParameterStore(policy)
@@ -105,6 +108,13 @@ class DistributedLayout:
     def fits(self, groups: Sequence[Group], state: States) -> bool:
         """Returns whether the layout fits parameters, state and options, after reading replaced tensors."""
         return all(buffer.fits() for buffer in self.buffers) and self.store.fits(groups, state)
+
+    def updates_sections(self, groups: Sequence[Group], state: States) -> bool:
+        """Returns whether buckets can be updated one by one. It need not be the same on all ranks.
+
+        Not by the `step` of a derived class, which may use all gradients before it calls Adam's.
+        """
+        return self._plain_step and self.store.all_fused and self.fits(groups, state)
 
     @torch.inference_mode(False)  # what is created here is written in Horovod's thread, which is not in that mode
     @torch.no_grad()
@@ -221,6 +231,8 @@ class DistributedLayout:
             names: a name for every parameter.
             follows_passes: on one rank, where nothing is reduced: whether the averager needs its backward passes.
         """
+        own: Any = type(optimizer).step  # PyTorch wraps it
+        self._plain_step = inspect.unwrap(own) is inspect.unwrap(Adam.step)
         averager, reducer = self._averager, self._averager.reducer
         self._adapter = HorovodAdapter(
             optimizer,

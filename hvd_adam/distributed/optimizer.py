@@ -173,13 +173,8 @@ class DistributedAdam(AveragedAdam):
         return loss
 
     def _update_averaged(self) -> None:
-        def run(grad_scale: Tensor | None) -> None:
-            self._horovod.step(partial(self._store.update, self.param_groups, self.state, grad_scale))
-
-        def run_behind(arrivals: Iterator[int]) -> None:
-            self._horovod.step(partial(self._store.update_sections, self.param_groups, arrivals))
-
-        if self._can_update_behind() and self._step.update_behind(run_behind):
+        step, groups, state = self._horovod.step, self.param_groups, self.state
+        if self._join is None and self._step.update_behind(step, groups, state):
             return
         self._step.synchronize()
         if self._join is not None:
@@ -187,13 +182,7 @@ class DistributedAdam(AveragedAdam):
         self._ensure_layout()
         if self._join is not None and self._join.some_have_left and not self._strategy.scatters:
             self._layout.broadcast_gradients(self._join.root)  # the loop may have changed them since backward
-        self._step.update(run)
-
-    def _can_update_behind(self) -> bool:
-        """Returns whether buckets may be updated while others arrive; this need not be the same on all ranks."""
-        if self._join is not None or not self._store.all_fused or self._horovod.step_is_extended:
-            return False
-        return self._layout.fits(self.param_groups, self.state)
+        self._step.update(lambda grad_scale: step(partial(self._store.update, groups, state, grad_scale)))
 
     def _count_update(self) -> None:
         self._averager.updated()

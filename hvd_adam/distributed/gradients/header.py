@@ -10,8 +10,8 @@ from torch import Tensor
 
 from hvd_adam.distributed.collectives.pieces import start_allreduce
 
-# Largest 2-norm of what one rank has in a bucket with which no sum over the ranks, and no code of it, can overflow:
-# far below the largest float32, 3.4e38. Its square is a float32, too.
+# Largest 2-norm of what one rank has in a bucket with which no sum over the ranks, and no code of it, can
+# overflow: far below the largest float32, 3.4e38. Its square is a float32, too.
 _LARGEST_NORM = 1e18
 _LARGEST_FP16_SUM = 3e4  # half of the largest float16
 

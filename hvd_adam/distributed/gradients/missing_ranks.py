@@ -2,8 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+import torch
+
+from hvd_adam.distributed.gradients.compression import AllReduce
+
+
+def start_meeting(name: str, device: torch.device, call: str) -> Callable[[], None]:
+    """Makes ranks that wait for another reduction of this name fail, and this one too.
+
+    It reduces one element: Horovod refuses tensors of different shapes.
+
+    Args:
+        name: of a reduction that the others may wait for, of several elements.
+        device: of the gradients.
+        call: what this rank does, and every rank must, for the error.
+
+    Returns:
+        Waits until all ranks have called this.
+    """
+    meeting = AllReduce(torch.zeros(1, dtype=torch.float32, device=device), name, "none")
+
+    def wait() -> None:
+        with explained(call):
+            meeting.wait()
+
+    return wait
 
 
 @contextmanager

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hvd_adam.distributed.context import horovod
 from hvd_adam.distributed.gradients.bucket_layout import Bucket
-from hvd_adam.distributed.gradients.compression import AllReduce, Reduction, Scaling, is_half, start_reduction
+from hvd_adam.distributed.gradients.compression import Reduction, Scaling, is_half, start_reduction
+from hvd_adam.distributed.gradients.flags import Located, Reduced, finite_or_nan, flags_of, message_of, read_flags
 from hvd_adam.distributed.gradients.grad_scaling import element_sum
 from hvd_adam.distributed.gradients.gradient_buffer import GradientBuffer
 from hvd_adam.distributed.gradients.header import Header, sums_are_finite
-from hvd_adam.distributed.gradients.missing_ranks import explained
+from hvd_adam.distributed.gradients.missing_ranks import explained, start_meeting
 from hvd_adam.distributed.wire.coded_allreduce import exact_name
 from hvd_adam.distributed.wire.error_feedback import ErrorFeedback
 
@@ -23,19 +23,6 @@ from hvd_adam.distributed.wire.error_feedback import ErrorFeedback
 BUCKET_BYTES = 8 * 2**20
 
 _LAST = 0  # the bucket of the first parameters: backward completes it last, and it carries the message
-
-
-class Reduced(NamedTuple):
-    """The result of one round of reductions.
-
-    Attributes:
-        message: the sum of the messages of all ranks.
-        total: 0-dimensional float64, or None: 0 if all elements of the gradients are finite, else NaN, and that
-            on all ranks or on none.
-    """
-
-    message: list[float]
-    total: Tensor | None
 
 
 class Reducer:
@@ -74,7 +61,7 @@ class Reducer:
         ahead: bool = False,
     ) -> None:
         self._buffers = buffers
-        self._buckets = [(buffer, bucket) for buffer in buffers for bucket in buffer.layout.buckets]
+        self._buckets: list[Located] = [(buffer, bucket) for buffer in buffers for bucket in buffer.layout.buckets]
         self.number: Mapping[Tensor, int] = {
             p: number
             for number, (buffer, bucket) in enumerate(self._buckets)
@@ -147,7 +134,7 @@ class Reducer:
             if not has_grad:
                 buffer.clear(i)
         self._present[number] = present
-        _flags(buffer, bucket).copy_(torch.tensor(present, device="cpu"))
+        flags_of(buffer, bucket).copy_(torch.tensor(present, device="cpu"))
         scaling = Scaling(self.scale, bucket.flags - bucket.start) if later else Scaling()
         if self._feedback is not None and self._codes is None:  # of another compression before
             for i in range(bucket.first, bucket.last):
@@ -181,7 +168,7 @@ class Reducer:
             safe = self._sums_are_finite and not (self._codes is not None and self._codes.may_be_large)
             self._header = Header(self._name_of_message, message, present, sums_are_finite=safe)
         else:
-            _message(*self._buckets[_LAST], len(message)).copy_(message)
+            message_of(*self._buckets[_LAST], len(message)).copy_(message)
         for number, scaling in zip(rest, scalings, strict=True):
             self._start(number, scaling)
 
@@ -238,8 +225,7 @@ class Reducer:
             HorovodInternalError: another rank has ended, or is in another collective.
         """
         add = add or self._feedback is not None
-        if self.ahead:
-            self.header()
+        header = self.header() if self.ahead else None
         with explained():
             for reduction in self._in_flight.values():
                 reduction.start_gather()
@@ -249,7 +235,6 @@ class Reducer:
                 if add:
                     buffer, bucket = self._buckets[number]
                     sums.append(element_sum(self._own(buffer.grad, bucket)))
-            header = self._header
             reduced = self._read(len(message), torch.stack(sums).mul(0).sum() if add else None)
         self._end_round()
         if self._feedback is not None and reduced.total is not None:
@@ -261,12 +246,11 @@ class Reducer:
     def start_meeting(self, call: str) -> Callable[[], None]:
         """Makes ranks that reduce gradients fail, instead of waiting for this one for ever, and this one too.
 
-        It reduces one element under the name of the reduction that has the message: Horovod refuses tensors of
-        different shapes. Without a header it does nothing where gradients are scattered or sent as bfloat16, by
-        other collectives. Codes always travel with an all-reduce.
+        Without a header it does nothing where gradients are scattered or sent as bfloat16, by other collectives.
+        Codes always travel with an all-reduce.
 
         Args:
-            call: what this rank does, and every rank must, for the error.
+            call: what this rank does, for the error.
 
         Returns:
             Waits until all ranks have called this.
@@ -275,14 +259,7 @@ class Reducer:
         others = self.scatters or self._compression_of(first) == "bf16"
         if others and self._codes is None and not self.ahead:
             return lambda: None
-        one = torch.zeros(1, dtype=torch.float32, device=first.device)
-        meeting = AllReduce(one, self._name_of_message, "none")
-
-        def wait() -> None:
-            with explained(call):
-                meeting.wait()
-
-        return wait
+        return start_meeting(self._name_of_message, first.device, call)
 
     def place(self, p: Tensor) -> Tensor:
         """Returns the view of the buffer that holds the averaged gradient of `p`."""
@@ -309,24 +286,15 @@ class Reducer:
 
     def _read(self, length: int, total: Tensor | None) -> Reduced:
         """Reads flags and message of all ranks, and drops the gradients that no rank has."""
-        if self._header is not None:
+        if self._header is None:
+            codes = self._codes is not None
+            used, message, total = read_flags(
+                self._buckets, length, total, self.scatters, codes, self._of_all_ranks
+            )
+        else:
             used, message = self._header.used, self._header.message
             if self.scatters and total is not None:
-                total = self._of_all_ranks(_small(total))[0].double()
-        else:
-            flags = [_flags(buffer, bucket) for buffer, bucket in self._buckets]
-            place = _message(*self._buckets[_LAST], length)
-            small = torch.cat([values.float() for values in (*flags, place)]).cpu()
-            if self.scatters and self._codes is not None:  # flags and message are sent exactly, to all ranks
-                assert total is not None
-                total = self._of_all_ranks(_small(total))[0].double()
-            elif self.scatters:
-                small = self._of_all_ranks(torch.cat([small, *([] if total is None else [_small(total)])]))
-                if total is not None:
-                    total, small = small[-1].double(), small[:-1]
-            *counts, received = torch.split(small, [*map(len, flags), length])
-            used, message = [(count > 0).tolist() for count in counts], received.tolist()
-            place.zero_()
+                total = self._of_all_ranks(finite_or_nan(total))[0].double()
         for number, is_used in enumerate(used):
             self._drop_unused(number, is_used)
         return Reduced(message, total)
@@ -344,20 +312,8 @@ class Reducer:
                 if self._feedback is not None:
                     self._feedback.take_back(number, p, self.place(p))
                 p.grad = None
-        _flags(buffer, bucket).zero_()
+        flags_of(buffer, bucket).zero_()
 
     def _end_round(self) -> None:
         self._in_flight.clear()
         self._header, self._sums_are_finite = None, True
-
-
-def _flags(buffer: GradientBuffer, bucket: Bucket) -> Tensor:
-    return buffer.grad[bucket.flags : bucket.flags + bucket.last - bucket.first]
-
-
-def _message(buffer: GradientBuffer, bucket: Bucket, length: int) -> Tensor:
-    return buffer.grad[bucket.control : bucket.control + length]
-
-
-def _small(total: Tensor) -> Tensor:
-    return total.float().cpu().reshape(1)  # 0 or NaN
