@@ -236,3 +236,19 @@ def test_sums_are_known_to_be_finite_if_gradients_are_small(value, compression, 
     gradients = torch.zeros(100, dtype=dtype)
     gradients[63] = value
     assert sums_are_finite(gradients, compression, ranks=2) is expected
+
+
+@on_ranks(2)
+def test_a_rank_that_broadcasts_while_another_steps_ends_the_job(cluster):
+    from horovod.common.exceptions import HorovodInternalError
+
+    model = make_model()
+    optimizer = distribute(Adam(model.parameters(), implementation="fused"), model, defer_averaging=True)
+    before = digest(model.state_dict())
+    with pytest.raises(HorovodInternalError, match=r"some ranks wait for gradients|this rank is in broadcast\(\)"):
+        if cluster.rank == 0:
+            backward(model, cluster, 0)
+            optimizer.step()
+        else:
+            optimizer.broadcast()
+    assert digest(model.state_dict()) == before
