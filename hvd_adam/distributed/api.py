@@ -76,7 +76,8 @@ def distribute(
             otherwise it would make weights and moments NaN for good. `skipped_updates` counts them. With a
             `loss_scaler` such updates are always skipped, with Adasum never.
         defer_averaging: `step` waits for the reductions, not `backward`. Gradients must then not be used between
-            the two. A loop that needs only `backward` and `step` saves the wait between them.
+            the two. A loop that needs only `backward` and `step` saves the wait between them; on CPUs, without
+            `max_grad_norm` and `loss_scaler`, buckets are updated while others are being reduced.
 
     Returns:
         The optimizer to use in place of `optimizer`. See `DistributedAdam` for what `p.grad` holds when, and for

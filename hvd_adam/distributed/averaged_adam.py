@@ -117,6 +117,7 @@ class AveragedAdam(Adam):
             adasum=self._adasum,
             feedback=self.error_feedback,
             lossless=is_lossless(compression),
+            ahead=defer_averaging and not self._scaling.needs_norm,
         )
         self._store = self._layout.store
         self._step = AveragedStep(
