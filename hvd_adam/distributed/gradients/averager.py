@@ -17,6 +17,7 @@ from hvd_adam.distributed.gradients.grad_scaling import multiply_gradients
 from hvd_adam.distributed.gradients.lockstep import ABORTED, Lockstep
 from hvd_adam.distributed.gradients.reducer import Reducer
 from hvd_adam.distributed.gradients.seen_gradients import SeenGradients
+from hvd_adam.distributed.noise.meter import NoiseMeter
 
 _numbers = itertools.count()
 
@@ -41,6 +42,7 @@ class GradientAverager:
         watch: notice changes of gradients on one rank, too.
 
     Attributes:
+        noise: measures the noise scale.
         reducer: the buckets; None on one rank.
         hooks: Horovod's wrapper; None on one rank.
         micro_batch: index of the current micro-batch of the update.
@@ -50,6 +52,7 @@ class GradientAverager:
 
     reducer: Reducer | None = None
     hooks: Hooks | None = None
+    noise = NoiseMeter(None)
 
     def __init__(
         self, optimizer: Callbacks, lockstep: Lockstep, *, accumulate: int, deferred: bool, add: bool, watch: bool
@@ -136,6 +139,8 @@ class GradientAverager:
         self._tasks.clear()
         self._optimizer.backward_ended()
         self.look()
+        if self.reducer is None and self.micro_batch == 0:
+            self.noise.begin_on_one_rank(self._optimizer.parameters())
         if not self._local and not self._deferred:
             self._send_rest()
             once_all_have_sent(self._number, self.finish)
@@ -172,6 +177,7 @@ class GradientAverager:
         self._announce()
         if self.reducer is None:
             multiply_gradients(self._optimizer.parameters(), 1 / self._accumulate)
+            self.noise.end_on_one_rank(self._optimizer.parameters())
         else:
             self._reduce()
             self.reducer.give_back()
@@ -206,6 +212,7 @@ class GradientAverager:
         """Called after an update: gradients are to be reduced again, even if there is no pass before the next."""
         self._averaged = self.spoiled = False
         self._aborted = self.micro_batch = 0
+        self.noise.updated()
 
     def cleared(self) -> None:
         """Called after all gradients have been cleared: an update starts."""

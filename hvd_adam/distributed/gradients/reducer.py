@@ -11,9 +11,11 @@ from torch import Tensor
 
 from hvd_adam.distributed.context import horovod
 from hvd_adam.distributed.gradients.bucket_layout import Bucket
+from hvd_adam.distributed.gradients.bucket_noise import BucketNoise
 from hvd_adam.distributed.gradients.compression import AllReduce, Reduction, Scaling, is_half, start_reduction
 from hvd_adam.distributed.gradients.grad_scaling import element_sum
 from hvd_adam.distributed.gradients.gradient_buffer import GradientBuffer
+from hvd_adam.distributed.noise.meter import NoiseMeter
 from hvd_adam.distributed.wire.coded_allreduce import exact_name
 from hvd_adam.distributed.wire.error_feedback import ErrorFeedback
 
@@ -49,13 +51,15 @@ class Reducer:
         scale, scatters: as the arguments `scale` and `scatter`.
 
     Args:
-        buffers: identical on all ranks, at least one, with `control` elements reserved for the message.
+        buffers: identical on all ranks, at least one, with `control` elements reserved for the message and
+            what `noise` sends.
         prefix: prefix of the names of the collectives, identical on all ranks and used by no other reducer.
         compression: as in `start_reduction`.
         scale: factor that makes the mean of a sum over ranks and micro-batches.
         scatter: reduce each shard of a bucket to its owner only; flags and message are then reduced separately.
         feedback: residuals of gradients that are, or may be, sent as codes; else None.
         lossless: use the compression only for gradients that it does not round: bf16 for those of bfloat16.
+        noise: measures the noise scale.
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class Reducer:
         feedback: ErrorFeedback | None = None,
         *,
         lossless: bool = False,
+        noise: NoiseMeter,
     ) -> None:
         self._buffers = buffers
         self._buckets = [(buffer, bucket) for buffer in buffers for bucket in buffer.layout.buckets]
@@ -79,6 +84,7 @@ class Reducer:
         self._index = {p: i for buffer in buffers for i, p in enumerate(buffer.params)}
         self._prefix, self._compression, self.scale = prefix, compression, scale
         self.scatters, self._residuals, self._lossless = scatter, feedback, lossless
+        self._noise = BucketNoise(noise, self._buckets, _LAST)
         self._in_flight: dict[int, Reduction] = {}
 
     @property
@@ -138,6 +144,7 @@ class Reducer:
             if not has_grad:
                 buffer.clear(i)
         _flags(buffer, bucket).copy_(torch.tensor(present, device="cpu"))
+        self._noise.measure_own(number, self.scale if later else 1.0, is_first=not self._in_flight)
         scaling = Scaling(self.scale, bucket.flags - bucket.start) if later else Scaling()
         if self._feedback is not None and self._codes is None:  # of another compression before
             for i in range(bucket.first, bucket.last):
@@ -184,6 +191,7 @@ class Reducer:
                 if add:
                     buffer, bucket = self._buckets[number]
                     sums.append(element_sum(self._own(buffer.grad, bucket)))
+                self._noise.measure_mean(number, *self._own_span(self._buckets[number][1]))
             self._in_flight.clear()
             reduced = self._read(len(message), torch.stack(sums).mul(0).sum() if add else None)
         if self._feedback is not None and reduced.total is not None:
@@ -234,10 +242,11 @@ class Reducer:
 
     def _own(self, gradients: Tensor, bucket: Bucket) -> Tensor:
         """Returns the gradients of a bucket that this rank has the sum of."""
-        start, end = (
-            bucket.shard(horovod().rank(), horovod().size()) if self.scatters else (bucket.start, bucket.end)
-        )
+        start, end = self._own_span(bucket)
         return gradients[start:end]
+
+    def _own_span(self, bucket: Bucket) -> tuple[int, int]:
+        return bucket.shard(horovod().rank(), horovod().size()) if self.scatters else (bucket.start, bucket.end)
 
     def _read(self, length: int, total: Tensor | None) -> Reduced:
         """Reads flags and message of all ranks, and drops the gradients that no rank has."""
@@ -245,15 +254,17 @@ class Reducer:
         place = _message(first_buffer, first_bucket, length)
         flags = [_flags(buffer, bucket) for buffer, bucket in self._buckets]
         small = torch.cat([values.float() for values in (*flags, place)]).cpu()
-        if self.scatters and self._codes is not None:  # flags and message are sent exactly, to all ranks
-            assert total is not None
-            own = total.float().cpu().reshape(1)  # 0 or NaN
-            total = horovod().allreduce(own, op=horovod().Sum, name=f"{self._prefix}.used")[0].double()
-        elif self.scatters:
+        numbers = self._noise.numbers(own=self.scatters)
+        if self.scatters:  # with codes, flags and message have been sent exactly, to all ranks
+            head = [] if self._codes is not None else [small]
             rest = [] if total is None else [total.float().cpu().reshape(1)]  # 0 or NaN
-            small = horovod().allreduce(torch.cat([small, *rest]), op=horovod().Sum, name=f"{self._prefix}.used")
+            sent = torch.cat([*head, numbers, *rest])
+            sums = horovod().allreduce(sent, op=horovod().Sum, name=f"{self._prefix}.used")
             if total is not None:
-                total, small = small[-1].double(), small[:-1]
+                total, sums = sums[-1].double(), sums[:-1]
+            *head, numbers = torch.split(sums, [*map(len, head), len(numbers)])
+            small = head[0] if head else small
+        self._noise.receive(numbers)
         *used, received = torch.split(small, [*map(len, flags), length])
         for (buffer, bucket), counts in zip(self._buckets, used, strict=True):
             for p, ranks in zip(buffer.params[bucket.first : bucket.last], counts.tolist(), strict=True):
