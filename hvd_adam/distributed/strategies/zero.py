@@ -13,7 +13,7 @@ parameters on two ranks takes 65 ms per step in place, as with the default strat
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 
 import torch
@@ -137,31 +137,26 @@ class ZeroStrategy(AllReduceStrategy):
 
     def _exchange(self, buffer: GradientBuffer, values: Tensor, name: str, each: int = 1) -> None:
         """Copies every rank's own shard of a tensor of the buffer's length / `each` to all ranks."""
-        values = _carried(values)
-        exchange = self._gather if self.scatters else self._broadcasts
-        gathers = exchange(buffer, values, name, each)
-        for handle, place in list(gathers):
-            received = self.hvd.synchronize(handle)
-            if place is not None:
-                place.copy_(received)
+        exchange = self._gather if self.scatters else self._broadcast
+        exchange(buffer, _carried(values), f"{self.prefix}.{name}", each)
 
-    def _gather(
-        self, buffer: GradientBuffer, values: Tensor, name: str, each: int
-    ) -> Iterator[tuple[int, Tensor | None]]:
+    def _gather(self, buffer: GradientBuffer, values: Tensor, name: str, each: int) -> None:
+        gathers = []
         for number, bucket in enumerate(buffer.layout.buckets):
             start, end = bucket.shard(*self.shard)
-            own = values[start // each : end // each]
-            handle = self.hvd.allgather_async(own, name=f"{self.prefix}.{name}.{number}")
-            yield handle, values[bucket.start // each : bucket.end // each]
+            gathers.append(start_allgather(values[start // each : end // each], f"{name}.{number}"))
+        for bucket, gathered in zip(buffer.layout.buckets, gathers, strict=True):
+            values[bucket.start // each : bucket.end // each] = gathered().view(-1)
 
-    def _broadcasts(
-        self, buffer: GradientBuffer, values: Tensor, name: str, each: int
-    ) -> Iterator[tuple[int, Tensor | None]]:
+    def _broadcast(self, buffer: GradientBuffer, values: Tensor, name: str, each: int) -> None:
+        ranks, handles = self.hvd.size(), []
         for number, bucket in enumerate(buffer.layout.buckets):
-            for rank in range(self.hvd.size()):
-                start, end = bucket.shard(rank, self.hvd.size())
+            for rank in range(ranks):
+                start, end = bucket.shard(rank, ranks)
                 shard = values[start // each : end // each]
-                yield self.hvd.broadcast_async_(shard, rank, name=f"{self.prefix}.{name}.{number}.{rank}"), None
+                handles.append(self.hvd.broadcast_async_(shard, rank, name=f"{name}.{number}.{rank}"))
+        for handle in handles:
+            self.hvd.synchronize(handle)
 
     def state_is_broadcast(self, missing: Callable[[], None], own: Callable[[], None]) -> bool:
         """Returns whether rank 0 has a whole state to broadcast. Every rank must call it.
