@@ -45,8 +45,7 @@ def build(in_channels, num_classes, image_size, dropout=0.0):
 
 # 200 images: 6 updates per epoch, 24 in total; a forward pass is a micro-batch.
 OPTIONS = (
-    "--dataset cifar10 --model mine:build --epochs 4 --accumulate 2 --log-every 4 --checkpoint-every 5 "
-    "--noise-scale 2".split()
+    "--dataset cifar10 --model mine:build --epochs 4 --accumulate 2 --log-every 4 --checkpoint-every 5".split()
 )
 STEPS = 24
 
