@@ -360,7 +360,7 @@ def test_a_state_that_is_held_in_one_format_continues_in_another(before, after):
 
 @pytest.mark.parametrize("name", ["exp_avg_scales", "exp_avg_sq_scales"])
 def test_codes_without_their_scales_are_refused_before_anything_changes(name):
-    params, optimizer = trained({"state_format": "8bit"})
+    _, optimizer = trained({"state_format": "8bit"})
     held, before = optimizer.held_state_dict(), optimizer.held_state_dict()
     number = next(i for i, entry in held["state"].items() if name in entry)
     del held["state"][number][name]

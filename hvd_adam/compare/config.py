@@ -32,7 +32,7 @@ STUDIES: dict[str, tuple[str, ...]] = {
     "batch-size": ("adam",),
 }
 
-SCALING_RULES = ("none", "linear", "sqrt")
+SCALING_RULES = ("none", "linear", "sqrt", "halflife")
 
 
 @dataclass(frozen=True)

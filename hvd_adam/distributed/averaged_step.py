@@ -63,6 +63,7 @@ class AveragedStep:
         self._averager.finish()
         if self._unscale is None:
             self._unscale = self._scaling.unscale_factor(self._optimizer)
+            self._averager.noise.unscale(self._unscale)
         return self._unscale
 
     def _refuse_changed(self, unscale: float | Tensor) -> None:

@@ -134,9 +134,9 @@ class DistributedLayout:
         rank, ranks = self._strategy.shard
         multiple = ALIGNMENT if self._feedback is None else self._feedback.shard_multiple
         blocks = _in_blocks(groups) if ranks > 1 else set()
+        control = self._lockstep.length + self._averager.noise.length
         self.buffers = [
-            GradientBuffer(params, _layout(params, blocks, ranks, self._lockstep.length, multiple))
-            for params in kinds.values()
+            GradientBuffer(params, _layout(params, blocks, ranks, control, multiple)) for params in kinds.values()
         ]
         parts = {
             p: part
@@ -163,6 +163,7 @@ class DistributedLayout:
             self._feedback,
             lossless=self._lossless,
             ahead=self._ahead and all(buffer.device.type == "cpu" for buffer in self.buffers),
+            noise=self._averager.noise,
         )
 
     @torch.inference_mode(False)

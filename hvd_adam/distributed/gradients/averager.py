@@ -15,6 +15,7 @@ from hvd_adam.distributed.gradients.backward_pass import Callbacks, at_end_of_ba
 from hvd_adam.distributed.gradients.grad_scaling import multiply_gradients
 from hvd_adam.distributed.gradients.lockstep import Lockstep, asks_again
 from hvd_adam.distributed.gradients.rounds import Rounds
+from hvd_adam.distributed.noise.meter import NoiseMeter
 
 _numbers = itertools.count()
 
@@ -39,12 +40,15 @@ class GradientAverager(Rounds):
         watch: notice changes of gradients on one rank, too.
 
     Attributes:
+        noise: measures the noise scale.
         reducer: the buckets; None on one rank.
         hooks: Horovod's wrapper; None on one rank.
         micro_batch: index of the current micro-batch of the update.
         spoiled: whether the gradients have a part of a pass that ended with an exception.
         waited: seconds that this process has waited for the gradients, and parameters, of other ranks.
     """
+
+    noise = NoiseMeter(None)
 
     def __init__(
         self, optimizer: Callbacks, lockstep: Lockstep, *, accumulate: int, deferred: bool, add: bool, watch: bool
@@ -121,6 +125,8 @@ class GradientAverager(Rounds):
         self._tasks.clear()
         self._optimizer.backward_ended()
         self.look()
+        if self.reducer is None and self.micro_batch == 0:
+            self.noise.begin_on_one_rank(self._optimizer.parameters())
         if not self._local and not self._deferred:
             self._send_rest()
             once_all_have_sent(self._number, self.finish)
@@ -149,7 +155,7 @@ class GradientAverager(Rounds):
             RuntimeError, JobError, HorovodInternalError: as `finish`; nothing has been used.
         """
         self.leave_aborted_pass()
-        if self._averaged or self.reducer is None or not self.reducer.ahead:
+        if self._averaged or self.reducer is None or not self.reducer.ahead or self.noise.due:
             return None
         self._begin_last_round()
         self._send_rest()
@@ -179,6 +185,7 @@ class GradientAverager(Rounds):
         self._begin_last_round()
         if self.reducer is None:
             multiply_gradients(self._optimizer.parameters(), 1 / self._accumulate)
+            self.noise.end_on_one_rank(self._optimizer.parameters())
         else:
             self._reduce()
         self._end_last_round()
@@ -204,6 +211,7 @@ class GradientAverager(Rounds):
         """Called after an update: gradients are to be reduced again, even if there is no pass before the next."""
         self._averaged = self.spoiled = False
         self._aborted = self.micro_batch = 0
+        self.noise.updated()
 
     def cleared(self) -> None:
         """Called after all gradients have been cleared: an update starts."""

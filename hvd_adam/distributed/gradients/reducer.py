@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from hvd_adam.distributed.context import horovod
-from hvd_adam.distributed.gradients.bucket_layout import Bucket
+from hvd_adam.distributed.gradients.buckets import Buckets
 from hvd_adam.distributed.gradients.compression import Reduction, Scaling, is_half, start_reduction
-from hvd_adam.distributed.gradients.flags import Located, Reduced, finite_or_nan, flags_of, message_of, read_flags
+from hvd_adam.distributed.gradients.flags import Reduced, finite_or_nan, flags_of, message_of, read_flags
 from hvd_adam.distributed.gradients.grad_scaling import element_sum
 from hvd_adam.distributed.gradients.gradient_buffer import GradientBuffer
 from hvd_adam.distributed.gradients.header import Header, sums_are_finite
 from hvd_adam.distributed.gradients.missing_ranks import explained, start_meeting
+from hvd_adam.distributed.noise.buckets import BucketNoise
+from hvd_adam.distributed.noise.meter import NoiseMeter
 from hvd_adam.distributed.wire.coded_allreduce import exact_name
 from hvd_adam.distributed.wire.error_feedback import ErrorFeedback
 
@@ -25,8 +27,8 @@ BUCKET_BYTES = 8 * 2**20
 _LAST = 0  # the bucket of the first parameters: backward completes it last, and it carries the message
 
 
-class Reducer:
-    """The buckets of flat gradients, and one round of reductions: every bucket once.
+class Reducer(Buckets):
+    """One round of reductions of the buckets of flat gradients: every bucket once.
 
     Every rank multiplies its gradients by `scale` on their way into the bucket, so that their sum over the ranks
     is the mean; of half-precision gradients the sum is multiplied, in float32.
@@ -34,10 +36,11 @@ class Reducer:
     of the flags shows all ranks which parameters no rank has used, without another message.
 
     Attributes:
-        scale, scatters, ahead: as the arguments `scale`, `scatter` and `ahead`.
+        ahead: as the argument; see `Buckets` for the others.
 
     Args:
-        buffers: identical on all ranks, at least one, with `control` elements reserved for the message.
+        buffers: identical on all ranks, at least one, with `control` elements reserved for the message and
+            what `noise` sends.
         prefix: prefix of the names of the collectives, identical on all ranks and used by no other reducer.
         compression: as in `start_reduction`.
         scale: factor that makes the mean of a sum over ranks and micro-batches.
@@ -46,6 +49,7 @@ class Reducer:
         lossless: use the compression only for gradients that it does not round: bf16 for those of bfloat16.
         ahead: send a `Header` ahead of the last bucket, instead of the message within it; then buckets can be used
             as they arrive, see `arrive`.
+        noise: measures the noise scale.
     """
 
     def __init__(
@@ -59,26 +63,16 @@ class Reducer:
         *,
         lossless: bool = False,
         ahead: bool = False,
+        noise: NoiseMeter,
     ) -> None:
-        self._buffers = buffers
-        self._buckets: list[Located] = [(buffer, bucket) for buffer in buffers for bucket in buffer.layout.buckets]
-        self.number: Mapping[Tensor, int] = {
-            p: number
-            for number, (buffer, bucket) in enumerate(self._buckets)
-            for p in buffer.params[bucket.first : bucket.last]
-        }
-        self._index = {p: i for buffer in buffers for i, p in enumerate(buffer.params)}
-        self._prefix, self._compression, self.scale = prefix, compression, scale
-        self.scatters, self._residuals, self._lossless, self.ahead = scatter, feedback, lossless, ahead
+        super().__init__(buffers, scale, scatter)
+        self._prefix, self._compression, self._residuals = prefix, compression, feedback
+        self._lossless, self.ahead = lossless, ahead
+        self._noise = BucketNoise(noise, self._buckets, _LAST)
         self._in_flight: dict[int, Reduction] = {}
         self._present: dict[int, list[bool]] = {}  # by bucket: for each parameter whether this rank has a gradient
         self._sums_are_finite = True  # if those of all ranks are as small as this rank's in this round
         self._header: Header | None = None  # of this round, once sent
-
-    @property
-    def parameters(self) -> list[tuple[Tensor, ...]]:
-        """The parameters of each bucket."""
-        return [tuple(buffer.params[bucket.first : bucket.last]) for buffer, bucket in self._buckets]
 
     @property
     def in_flight(self) -> bool:
@@ -103,18 +97,6 @@ class Reducer:
         if self._feedback is not None:
             self._feedback.forget_unless_kept(self._index)
 
-    def respect_held_gradients(self) -> None:
-        """Called before a round: user code may hold gradients, of now and of earlier rounds."""
-        for buffer in self._buffers:
-            buffer.leave_kept_gradients()
-            if not self.scatters:  # else the gradients are not whole when the round ends
-                buffer.remember_assigned()
-
-    def give_back(self) -> None:
-        """Called after the last round: tensors that user code has assigned become the gradients again."""
-        for buffer in self._buffers:
-            buffer.give_back()
-
     def sent(self, p: Tensor) -> bool:
         """Returns whether the bucket of `p` has been sent in this round, so that its gradient must not change."""
         return self.number.get(p) in self._in_flight
@@ -135,6 +117,7 @@ class Reducer:
                 buffer.clear(i)
         self._present[number] = present
         flags_of(buffer, bucket).copy_(torch.tensor(present, device="cpu"))
+        self._noise.measure_own(number, self.scale if later else 1.0, is_first=not self._in_flight)
         scaling = Scaling(self.scale, bucket.flags - bucket.start) if later else Scaling()
         if self._feedback is not None and self._codes is None:  # of another compression before
             for i in range(bucket.first, bucket.last):
@@ -235,6 +218,7 @@ class Reducer:
                 if add:
                     buffer, bucket = self._buckets[number]
                     sums.append(element_sum(self._own(buffer.grad, bucket)))
+                self._noise.measure_mean(number, *self._own_span(self._buckets[number][1]))
             reduced = self._read(len(message), torch.stack(sums).mul(0).sum() if add else None)
         self._end_round()
         if self._feedback is not None and reduced.total is not None:
@@ -261,29 +245,6 @@ class Reducer:
             return lambda: None
         return start_meeting(self._name_of_message, first.device, call)
 
-    def place(self, p: Tensor) -> Tensor:
-        """Returns the view of the buffer that holds the averaged gradient of `p`."""
-        buffer, _ = self._buckets[self.number[p]]
-        return buffer.grad_view(self._index[p])
-
-    def spread(self) -> None:
-        """After a scattered round, makes the averaged shards what the ranks contribute to another round.
-
-        Each rank contributes its own shard, undivided, and zeros for the others.
-        """
-        for buffer, bucket in self._buckets:
-            own = self._own(buffer.grad, bucket)
-            mean = own / self.scale
-            buffer.grad[bucket.start : bucket.end].zero_()
-            own.copy_(mean)
-
-    def _own(self, gradients: Tensor, bucket: Bucket) -> Tensor:
-        """Returns the gradients of a bucket that this rank has the sum of."""
-        start, end = (
-            bucket.shard(horovod().rank(), horovod().size()) if self.scatters else (bucket.start, bucket.end)
-        )
-        return gradients[start:end]
-
     def _read(self, length: int, total: Tensor | None) -> Reduced:
         """Reads flags and message of all ranks, and drops the gradients that no rank has."""
         if self._header is None:
@@ -295,9 +256,15 @@ class Reducer:
             used, message = self._header.used, self._header.message
             if self.scatters and total is not None:
                 total = self._of_all_ranks(finite_or_nan(total))[0].double()
+        self._read_noise()
         for number, is_used in enumerate(used):
             self._drop_unused(number, is_used)
         return Reduced(message, total)
+
+    def _read_noise(self) -> None:
+        numbers = self._noise.numbers(own=self.scatters)
+        if len(numbers):
+            self._noise.receive(self._of_all_ranks(numbers) if self.scatters else numbers)
 
     def _of_all_ranks(self, values: Tensor) -> Tensor:
         hvd = horovod()
