@@ -27,7 +27,8 @@ class NoiseMeter:
 
     Args:
         every: measure in the first update, and in every `every`-th after it. None: never.
-        rank, ranks: of this process.
+        rank: of this process.
+        ranks: number of ranks.
         accumulate: micro-batches per update.
 
     Attributes:
