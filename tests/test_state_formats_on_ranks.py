@@ -81,6 +81,17 @@ def test_bits_are_those_of_one_process(cluster, options):
             assert_same_bits(model, optimizer, other, alone)
 
 
+def after_two_steps(options):
+    """A model and its optimizer on one rank, and on all ranks with sharded state."""
+    other, alone = made(options, "fused")
+    model, adam = made(options, "fused")
+    optimizer = distribute(adam, model, strategy="sharded")
+    for step in range(1, 3):
+        step_alone(other, alone, step)
+        step_on_ranks(model, optimizer, step)
+    return (other, alone), (model, optimizer)
+
+
 @on_ranks(2)
 def test_a_checkpoint_continues_exactly_with_another_strategy(cluster):
     import tempfile
@@ -89,12 +100,7 @@ def test_a_checkpoint_continues_exactly_with_another_strategy(cluster):
 
     options = OPTIONS[0]
     folder = horovod().broadcast_object(tempfile.mkdtemp(), 0, name="test.folder")
-    other, alone = made(options, "fused")
-    model, adam = made(options, "fused")
-    optimizer = distribute(adam, model, strategy="sharded")
-    for step in range(1, 3):
-        step_alone(other, alone, step)
-        step_on_ranks(model, optimizer, step)
+    (other, alone), (model, optimizer) = after_two_steps(options)
     with CheckpointManager(cluster, folder) as checkpoints:
         checkpoints.save(2, model=model, optimizer=optimizer)
         checkpoints.wait()
@@ -120,12 +126,7 @@ def test_a_checkpoint_continues_exactly_with_another_strategy(cluster):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_codes_survive_the_loss_of_rank_0_in_the_memory_of_another_rank(cluster, options):
     """Rank 0 has no copy, as a rank that has taken the place of a lost one, and gets that of rank 1."""
-    other, alone = made(options, "fused")
-    model, adam = made(options, "fused")
-    optimizer = distribute(adam, model, strategy="sharded")
-    for step in range(1, 3):
-        step_alone(other, alone, step)
-        step_on_ranks(model, optimizer, step)
+    (other, alone), (model, optimizer) = after_two_steps(options)
     memory, held = InMemoryCheckpoint(), optimizer.held_state_dict()
     if cluster.rank == 1:
         memory.commit(TrainingState(model.state_dict(), held, None, {"step": 2}, {}, [], {}, {}))
