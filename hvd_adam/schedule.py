@@ -30,8 +30,8 @@ def scale(factor: float, rule: str, *, lr: float, betas: tuple[float, float], ep
     - "sqrt": lr·√k, 1−β → k·(1−β), eps/√k (Malladi et al. 2022, arXiv 2205.10287, the square root scaling rule for
       Adam).
     - "halflife": β₂ → β₂ᵏ (Marek et al. 2025, arXiv 2507.07101): the second moment forgets a sample after the same
-      number of samples, whatever the batch; β₂ stays within [0, 1) for every k. lr, β₁ and eps are unchanged. The
-      paper has no formula for the learning rate: it finds that the best one changes less than by √k.
+      number of samples, whatever the batch; β₂ stays within [0, 1) for every k. lr, β₁ and eps are unchanged:
+      choose lr for the whole batch.
     - "none": nothing changes.
 
     Args:
