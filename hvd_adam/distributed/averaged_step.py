@@ -114,7 +114,7 @@ class AveragedStep:
             Whether it has; else nothing has been changed, and `update` makes the update.
         """
         self.skips.record()
-        if not self._layout.updates_sections(groups, state):
+        if self._averager.reducer is None or not self._layout.updates_sections(groups, state):
             return False
         arrivals = self._averager.start_arrivals()
         if arrivals is None:
@@ -150,6 +150,8 @@ class AveragedStep:
             self.grad_norm = finite_probe = self._strategy.norm(parameters, buffers) * unscale
         elif scaling.needs_sum:
             finite_probe = self._averager.total
+            if finite_probe is None and not buffers:
+                finite_probe = self._layout.store.finite_probe(self._optimizer.param_groups)
             if finite_probe is None:
                 finite_probe = self._strategy.finite_probe(parameters, buffers)
         self.skipped, deferred = None, False

@@ -187,6 +187,31 @@ class ParameterStore:
         if self._policy.warns:
             self._lost_updates.count_update(groups)
 
+    def finite_probe(self, groups: Sequence[Group]) -> Tensor | None:
+        """Returns a number, 0-dim float64, that is finite if and only if all gradients are; the layout must fit.
+
+        It is made in one launch for each kind of parameters, and not waited for.
+
+        Args:
+            groups: the parameter groups.
+
+        Returns:
+            None where no kernel does this: not all is fused, on a CPU, on several devices, or without gradients.
+
+        Raises:
+            RuntimeError: as `update`.
+        """
+        if self._others or not all(fused.backend(rows.spec.device).skips_nan for rows in self._rows):
+            return None
+        batches = [(rows.spec, batch) for rows in self._rows if (batch := rows.batch()).params]
+        devices = {batch.params[0].device for _, batch in batches}
+        if len(devices) != 1:
+            return None
+        numbers, mark = hyper_parameters(groups), torch.zeros((), dtype=torch.float64, device=devices.pop())
+        for spec, batch in batches:
+            fused.find_nonfinite(spec, batch, numbers, mark)
+        return mark
+
     def update_sections(self, groups: Sequence[Group], ready: Iterable[int]) -> None:
         """Takes one step, section by section; the layout must fit, and `all_fused`. Bit for bit as `update`.
 

@@ -69,9 +69,21 @@ class HyperParameters(NamedTuple):
     sign: int
 
 
-# Counts a step of every parameter of a batch and updates it in place. The other arguments are the hyper-parameters
-# of all groups, and a factor for the gradients, 0-dimensional or None.
-Kernel = Callable[[Batch, Sequence[HyperParameters], "Tensor | None"], None]
+FindNonfinite = Callable[[Batch, Sequence[HyperParameters], Tensor], None]
+
+
+class Kernel(NamedTuple):
+    """What is compiled for a spec.
+
+    Attributes:
+        update: counts a step of every parameter of a batch and updates it in place. The other arguments are the
+            hyper-parameters of all groups, and a factor for the gradients, 0-dimensional or None.
+        find_nonfinite: makes a number NaN, float64, 0-dimensional, on the device, if an element of a gradient is
+            infinite or NaN, and leaves it alone otherwise. None: there is no such kernel.
+    """
+
+    update: Callable[[Batch, Sequence[HyperParameters], Tensor | None], None]
+    find_nonfinite: FindNonfinite | None = None
 
 
 def hyper_parameters(groups: Iterable[Group]) -> list[HyperParameters]:
