@@ -8,7 +8,7 @@ captured in a graph, which would repeat its first learning rate; a device that i
 import pytest
 import torch
 from helpers.adam_oracle import IMPLEMENTATIONS, Oracle, cases, oracles, sweep, unit_roundoff
-from helpers.finite_probe import check_finite_probe
+from helpers.one_if_finite import check_one_if_finite
 from hypothesis import given
 
 from hvd_adam import Adam
@@ -215,7 +215,7 @@ def test_elements_beyond_two_to_the_31_are_updated():
 
 def test_elements_that_are_not_finite_are_found_at_any_place():
     dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-    check_finite_probe(GPU, dtypes, lengths=(1, 15, 1023, 1024, 1025, 100_003))
+    check_one_if_finite(GPU, dtypes, lengths=(1, 15, 1023, 1024, 1025, 100_003))
 
 
 # --- a step -------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch
 from hvd_adam import Adam
 
 
-def check_finite_probe(device, dtypes, lengths):
+def check_one_if_finite(device, dtypes, lengths):
     """Plants infinity and NaN at the ends and in the middle of gradients of all lengths, one at a time."""
     for dtype, offset in product(dtypes, (0, 1)):  # not aligned to 16 bytes, too
         storage = [torch.zeros(length + offset, dtype=dtype, device=device) for length in lengths]
@@ -22,13 +22,13 @@ def check_finite_probe(device, dtypes, lengths):
             p.grad[::2] *= -1
 
         def probe(optimizer=optimizer):
-            return optimizer._store.finite_probe(optimizer.param_groups)
+            return optimizer._store.one_if_finite(optimizer.param_groups)
 
-        assert probe().item() == 0, dtype
+        assert probe().item() == 1, dtype
         for p, bad in product(params, (math.inf, -math.inf, math.nan)):
             for place in {0, p.numel() // 2, p.numel() - 1} if p.numel() else ():
                 before = p.grad[place].item()
                 p.grad[place] = bad
                 assert probe().isnan(), (dtype, p.numel(), place, bad)
                 p.grad[place] = before
-        assert probe().item() == 0, dtype
+        assert probe().item() == 1, dtype
