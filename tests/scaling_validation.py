@@ -3,8 +3,8 @@
     python tests/scaling_validation.py FOLDER [--ranks 2,4] [--links 100Mbit,1Gbit] [--models mlp,cnn]
 
 Calibrates with two ranks inside one host, measures each model over each link with every strategy and compression,
-and prints each prediction next to its measurement, and the errors. What is in FOLDER already is not measured again,
-so that measurements can be divided into several calls. Needs root.
+and prints each prediction next to its measurement, and the errors. What is in FOLDER already is not measured
+again, so that measurements can be divided into several calls. Needs root.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A rank of `scaling_validation.py`: seconds of a training step of one model with each strategy and compression.
 
-    horovodrun -np 2 python -m helpers.scaling_worker MODEL BATCH OUTPUT
+horovodrun -np 2 python -m helpers.scaling_worker MODEL BATCH OUTPUT
 """
 
 import json
