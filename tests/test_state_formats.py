@@ -6,6 +6,7 @@ Hazards: a scale that overflows or vanishes; a root rounded to 0 under a first m
     lost.
 """
 
+import copy
 import math
 import warnings
 
@@ -396,6 +397,27 @@ def test_options_that_exclude_each_other_are_refused():
     stock.step()
     with pytest.raises(ValueError, match="amsgrad exclude each other"):
         Adam([p], state_format="8bit").load_state_dict(stock.state_dict())
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    "changed",
+    [{"amsgrad": True}, {"state_format": "fp8"}, {"master_weights": "4bit"}, {"implementation": "triton"}],
+)
+def test_options_that_exclude_each_other_are_refused_when_a_loop_sets_them(changed, implementation):
+    params, optimizer = trained({"state_format": "8bit", "implementation": implementation})
+    before = [p.detach().clone() for p in params], copy.deepcopy(optimizer.held_state_dict()["state"])
+    (group,) = optimizer.param_groups
+    own = {name: group[name] for name in changed}
+    group.update(changed)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"exclude each other|is unknown"):
+            optimizer.step()
+    after = [p.detach() for p in params], optimizer.held_state_dict()["state"]
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    group.update(own)
+    optimizer.step()
+    assert not torch.equal(params[0], before[0][0])
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
