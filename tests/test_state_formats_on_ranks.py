@@ -143,7 +143,7 @@ def test_codes_survive_the_loss_of_rank_0_in_the_memory_of_another_rank(cluster,
 
 
 @on_ranks(2)
-@pytest.mark.parametrize("options", [{}, {"defer_averaging": True}, {"strategy": "sharded", "compression": "int4"}])
+@pytest.mark.parametrize("options", [{"defer_averaging": True}, {"strategy": "sharded", "compression": "int4"}])
 def test_amsgrad_that_a_loop_sets_is_refused_and_training_can_continue(cluster, options):
     def train(refused_step):
         model = Model()
