@@ -247,7 +247,7 @@ def test_kernels_have_the_bits_of_the_definition_with_any_number_of_threads(spec
     definitions = cpu_kernel._definitions
     if portable:
         monkeypatch.setattr(cpu_kernel, "_definitions", lambda spec: {**definitions(spec), "PORTABLE": 1})
-    kernel = cpu_kernel.compile_kernel(spec)
+    update = cpu_kernel.compile_kernel(spec).update
     threads = torch.get_num_threads()
     for options in OPTIONS:
         groups, rows, ours = made(spec, options, 1 << 17)
@@ -259,7 +259,7 @@ def test_kernels_have_the_bits_of_the_definition_with_any_number_of_threads(spec
                 for p, gradient in zip(both, gradients, strict=True):
                     p.grad = gradient.clone()
             torch.set_num_threads(step)
-            kernel(rows.batch(), hyper_parameters(groups), torch.tensor(0.5))
+            update(rows.batch(), hyper_parameters(groups), torch.tensor(0.5))
             for (q, state), group in zip(expected.items(), groups, strict=True):
                 flat = {name: t.view(-1) for name, t in state.items()}
                 update_uncompiled(spec, q.detach().view(-1), q.grad.view(-1), flat, 0.5, group, step, 0)
