@@ -215,11 +215,8 @@ class AutomaticCompression:
                 self._trial, self._begun = Trial.from_state_dict(trial), True
                 compression = self._trial.compression
             elif saved["chosen"] is not None:
-                self._chosen, self._begun, compression = (
-                    Lap(*map(float, saved["chosen"])),
-                    True,
-                    saved["compression"],
-                )
+                self._chosen, self._begun = Lap(*map(float, saved["chosen"])), True
+                compression = saved["compression"]
         return compression
 
 
