@@ -84,11 +84,29 @@ class ParameterStore:
         if not self.fits(groups, state):
             self.build_layout(groups, state)
 
+    def check_options(self, groups: Sequence[Group]) -> bool:
+        """Returns whether the options of the groups are those that the layout was built for.
+
+        Raises:
+            ValueError: they are not, and one is unknown, or they exclude each other.
+        """
+        if layout_options(groups) == self._options:
+            return True
+        for group in groups:
+            validation.check_format(group)
+            validation.check_implementation(group["implementation"])
+        return False
+
     def fits(self, groups: Sequence[Group], state: States) -> bool:
-        """Returns whether the layout fits parameters, state and options, after reading replaced tensors."""
+        """Returns whether the layout fits parameters, state and options, after reading replaced tensors.
+
+        Raises:
+            ValueError: as `check_options`.
+        """
+        same_options = self.check_options(groups)
         thawed = any(map(is_trained, self._frozen))
         params = [p for group in groups for p in group["params"]]
-        if thawed or layout_options(groups) != self._options or not same_objects(self._params, params):
+        if thawed or not same_options or not same_objects(self._params, params):
             return False
         if list(map(_form, self._others)) != self._others_form:
             return False

@@ -71,7 +71,7 @@ class GradScaling:
             _sharing[self.loss_scaler].discard(self)
 
     def found_inf(self, finite_probe: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
-        """Returns whether to skip the update, and updates the loss scale, if there is a scaler, accordingly.
+        """Returns whether to skip the update, and updates the loss scale accordingly; there is a loss scaler.
 
         Where optimizers share a loss scaler, the scale is updated once all of them have stepped, as by
         `scaler.step(a); scaler.step(b); scaler.update()`, or before one steps again.
@@ -83,20 +83,20 @@ class GradScaling:
         Returns:
             0-dimensional, bool, on the device of `finite_probe`.
         """
+        assert self.loss_scaler is not None
         skip = is_nonfinite(finite_probe)
-        if self.loss_scaler is not None:
-            if self.loss_scaler._scale is None:  # a rank that has had no batch yet
-                self.loss_scaler._lazy_init_scale_growth_tracker(skip.device)
+        if self.loss_scaler._scale is None:  # a rank that has had no batch yet
+            self.loss_scaler._lazy_init_scale_growth_tracker(skip.device)
+        states = self.loss_scaler._per_optimizer_states
+        if states[id(optimizer)]["found_inf_per_device"] and not self._is_unscaled(optimizer):
+            self.loss_scaler.update()  # which clears the results of all optimizers
             states = self.loss_scaler._per_optimizer_states
-            if states[id(optimizer)]["found_inf_per_device"] and not self._is_unscaled(optimizer):
-                self.loss_scaler.update()  # which clears the results of all optimizers
-                states = self.loss_scaler._per_optimizer_states
-            # What GradScaler.unscale_ records after a pass over all gradients, which the norm has made already.
-            states[id(optimizer)]["found_inf_per_device"] = {skip.device: skip.float()}
-            self._scale = None
-            results = [state for state in states.values() if state["found_inf_per_device"]]
-            if len(results) >= len(_sharing[self.loss_scaler]):
-                self.loss_scaler.update()
+        # What GradScaler.unscale_ records after a pass over all gradients, which the norm has made already.
+        states[id(optimizer)]["found_inf_per_device"] = {skip.device: skip.float()}
+        self._scale = None
+        results = [state for state in states.values() if state["found_inf_per_device"]]
+        if len(results) >= len(_sharing[self.loss_scaler]):
+            self.loss_scaler.update()
         return skip
 
     def combined(
