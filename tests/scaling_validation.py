@@ -3,21 +3,26 @@
     python tests/scaling_validation.py FOLDER [--ranks 2,4] [--links 100Mbit,1Gbit] [--models mlp,cnn]
 
 Calibrates with two ranks inside one host, measures each model over each link with every strategy and compression,
-and prints each prediction next to its measurement, and the errors. What is in FOLDER already is not measured
-again, so that measurements can be divided into several calls. Needs root.
+in turns, and prints each prediction next to the median of the steps, and the errors next to how well measurements
+repeat: the difference between the medians of even and of odd turns. What is in FOLDER already is not measured
+again, so that measurements can be divided into several calls. Each call calibrates anew, since the speed of a
+virtual machine changes within hours. Needs root.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from itertools import combinations, product
+import time
+from collections.abc import Callable, Iterator
+from itertools import chain, combinations, product
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 from hvd_adam.bench.interleave import Plan
 from hvd_adam.bench.link import limited_link
@@ -34,18 +39,16 @@ HOROVODRUN = str(Path(sys.executable).with_name("horovodrun"))
 ENVIRON = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"}
 
 
-def calibrate(launcher: str, file: Path) -> None:
-    """Calibrates inside one host, unless that has been done."""
-    if not file.exists():
-        launch = [HOROVODRUN, f"--{launcher}", "-np", "2", sys.executable, "-m", "hvd_adam.simulate", "calibrate"]
-        options = ["--models", ",".join(MODELS.values()), "--batch-size", str(BATCH), "--output", str(file)]
-        subprocess.run([*launch, *options], check=True, env={**os.environ, **ENVIRON})
+def calibrate(launcher: str, models: str, file: Path) -> None:
+    """Calibrates two ranks inside one host."""
+    launch = [HOROVODRUN, f"--{launcher}", "-np", "2", sys.executable, "-m", "hvd_adam.simulate", "calibrate"]
+    names = ",".join(MODELS[model] for model in models.split(","))
+    options = ["--models", names, "--batch-size", str(BATCH), "--repeats", "8", "--output", str(file)]
+    subprocess.run([*launch, *options], check=True, env={**os.environ, **ENVIRON})
 
 
 def measure(launcher: str, model: str, ranks: int, link: str, file: Path) -> None:
-    """Measures a model, unless that has been done."""
-    if file.exists():
-        return
+    """Measures a model over a link."""
     worker = (sys.executable, "-m", "helpers.scaling_worker", MODELS[model], str(BATCH), str(file.absolute()))
     plan = Plan("", {}, (HOROVODRUN, "-np", str(ranks), f"--{launcher}", *worker), ENVIRON)
     with limited_link(RATES[link], burst=max(LEAST_BURST, RATES[link] // 8000)) as hosts:
@@ -70,22 +73,90 @@ def predict(calibration: Path, model: str, ranks: int, link: str, setting: str) 
     return row.step.seconds
 
 
-def compare(calibration: Path, measured: dict[tuple[str, int, str], dict[str, float]]) -> None:
-    """Prints the table and the errors."""
-    errors, pairs = [], []
-    print("model        ranks link    setting         measured ms predicted ms  error")
-    for (model, ranks, link), times in measured.items():
-        predicted = {name: predict(calibration, model, ranks, link, name) for name in times}
-        for name, seconds in times.items():
-            errors.append(predicted[name] / seconds - 1)
-            print(
-                f"{model:<12} {ranks:>5} {link:<7} {name:<15} {seconds * 1e3:>11.1f} "
-                f"{predicted[name] * 1e3:>12.1f} {errors[-1]:>6.1%}"
-            )
-        pairs += [(times[a] < times[b]) == (predicted[a] < predicted[b]) for a, b in combinations(times, 2)]
-    sizes = list(map(abs, errors))
-    print(f"{len(sizes)} settings: error {median(sizes):.1%} (median), {max(sizes):.1%} (worst); ", end="")
-    print(f"{sum(size <= 0.15 for size in sizes)} within 15%; right order of {sum(pairs)} of {len(pairs)} pairs")
+Place = tuple[str, int, str]  # model, ranks, link
+Times = dict[str, list[list[float]]]  # seconds of the steps of each turn, by "strategy-compression"
+
+Measured = dict[Place, tuple[Path, Times]]  # with the calibration of the same call
+
+
+class Row(NamedTuple):
+    """A setting: its place and name, the seconds measured and predicted, and those of even and of odd turns."""
+
+    place: Place
+    name: str
+    measured: float
+    predicted: float
+    halves: tuple[float, float]
+
+    @property
+    def error(self) -> float:
+        """Relative error of the prediction."""
+        return self.predicted / self.measured - 1
+
+    @property
+    def repeats(self) -> float:
+        """Relative difference of the halves."""
+        return abs(self.halves[0] / self.halves[1] - 1)
+
+
+def rows_of(measured: Measured) -> list[Row]:
+    """Returns a row for each setting."""
+    rows = []
+    for place, (calibration, times) in measured.items():
+        for name, turns in times.items():
+            seconds, *halves = (median(chain(*part)) for part in (turns, turns[::2], turns[1::2]))
+            rows.append(Row(place, name, seconds, predict(calibration, *place, name), (halves[0], halves[1])))
+    return rows
+
+
+def summary(label: str, rows: list[Row]) -> str:
+    """Returns a line of the table of errors."""
+    errors = [abs(row.error) for row in rows]
+    repeats = median(row.repeats for row in rows)
+    pairs = [(a, b) for a, b in combinations(rows, 2) if a.place == b.place]
+    right = [(a.measured < b.measured) == (a.predicted < b.predicted) for a, b in pairs]
+    # Pairs whose order the measurement itself repeats.
+    clear = [
+        ok
+        for ok, (a, b) in zip(right, pairs, strict=True)
+        if (a.halves[0] < b.halves[0]) == (a.halves[1] < b.halves[1])
+    ]
+    cells = (
+        label,
+        f"{len(rows)}",
+        f"{median(errors):.1%}",
+        f"{max(errors):.1%}",
+        f"{sum(error <= 0.15 for error in errors)}",
+        f"{repeats:.1%}",
+        f"{sum(right) / max(1, len(right)):.0%}",
+        f"{sum(clear) / max(1, len(clear)):.0%} of {len(clear)}",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def compare(measured: Measured) -> None:
+    """Prints every setting, and tables of the errors."""
+    rows = rows_of(measured)
+    print("model        ranks link    setting         measured ms predicted ms   error  repeats")
+    for row in rows:
+        model, ranks, link = row.place
+        print(
+            f"{model:<12} {ranks:>5} {link:<7} {row.name:<15} {row.measured * 1e3:>11.1f} "
+            f"{row.predicted * 1e3:>12.1f} {row.error:>7.1%} {row.repeats:>8.1%}"
+        )
+    print("| settings | number | median error | worst | within 15 % | repeats within | right order | if clear |")
+    print("|---|---|---|---|---|---|---|---|")
+    print(summary("all", rows))
+    keys: list[Callable[[Row], str]] = [
+        lambda row: f"{row.place[1]} ranks",
+        lambda row: row.place[2],
+        lambda row: row.place[0],
+        lambda row: row.name.split("-")[0],
+        lambda row: row.name.split("-")[1],
+    ]
+    for key in keys:
+        for label in dict.fromkeys(map(key, rows)):
+            print(summary(label, [row for row in rows if key(row) == label]))
 
 
 def main() -> None:
@@ -96,16 +167,23 @@ def main() -> None:
     parser.add_argument("--ranks", default="2,4")
     parser.add_argument("--links", default=",".join(LINKS))
     parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument(
+        "--within", type=float, default=math.inf, help="start no measurement after so many seconds"
+    )
     arguments = parser.parse_args()
-    folder = arguments.folder
+    folder, end = arguments.folder, time.monotonic() + arguments.within
     folder.mkdir(exist_ok=True)
-    calibrate(arguments.launcher, folder / "calibration.json")
-    measured = {}
-    for ranks, link, model in settings(arguments):
-        file = folder / f"{model}-{ranks}-{link}.json"
-        measure(arguments.launcher, model, ranks, link, file)
-        measured[model, ranks, link] = json.loads(file.read_text())
-    compare(folder / "calibration.json", measured)
+    wanted = {(model, n, link): folder / f"{model}-{n}-{link}.json" for n, link, model in settings(arguments)}
+    if not all(run.exists() for run in wanted.values()):
+        calibration = folder / f"calibration-{len([*folder.glob('calibration-*')])}.json"
+        calibrate(arguments.launcher, arguments.models, calibration)
+        for (model, n, link), run in wanted.items():
+            if not run.exists() and time.monotonic() < end:
+                measure(arguments.launcher, model, n, link, folder / "steps.json")
+                whole = {"calibration": calibration.name, "steps": json.loads((folder / "steps.json").read_text())}
+                run.write_text(json.dumps(whole))
+    made = {place: json.loads(run.read_text()) for place, run in wanted.items() if run.exists()}
+    compare({place: (folder / run["calibration"], run["steps"]) for place, run in made.items()})
 
 
 def settings(arguments: argparse.Namespace) -> Iterator[tuple[int, str, str]]:

@@ -10,9 +10,11 @@ def test_measurements_that_are_the_predictions_have_no_error(tmp_path, capsys):
     file = tmp_path / "calibration.json"
     file.write_text(Calibration(PLAIN, {"cnn": TWO}, 2, {"device": "none"}).to_json())
     place, names = ("cnn", 4, "100Mbit"), ("allreduce-none", "sharded-bf16", "allreduce-int4")
-    times = {name: scaling_validation.predict(file, *place, name) for name in names}
-    scaling_validation.compare(file, {place: times})
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("3 settings: error 0.0% (median), 0.0% (worst); 3 within 15%; right order of 3 of 3")
-    scaling_validation.compare(file, {place: {**times, "allreduce-none": times["allreduce-none"] / 2}})
-    assert "100.0% (worst)" in capsys.readouterr().out
+    seconds = {name: scaling_validation.predict(file, *place, name) for name in names}
+    times = {name: [[each], [each, each]] for name, each in seconds.items()}
+    scaling_validation.compare({place: (file, times)})
+    line = capsys.readouterr().out.splitlines()
+    assert "| all | 3 | 0.0% | 0.0% | 3 | 0.0% | 100% | 100% of 3 |" in line
+    each = seconds["allreduce-none"]
+    scaling_validation.compare({place: (file, {**times, "allreduce-none": [[each / 4], [each * 3 / 4]]})})
+    assert "| none | 1 | 100.0% | 100.0% | 0 | 66.7% | 0% | 0% of 0 |" in capsys.readouterr().out

@@ -31,10 +31,13 @@ from hvd_adam.simulate.step import (
     memory,
     simulate,
 )
-from hvd_adam.simulate.timeline import Timeline
+from hvd_adam.simulate.tcp import tcp_seconds
+from hvd_adam.simulate.timeline import Processors, Timeline
 from hvd_adam.simulate.traffic import Ranks, allgather, allreduce, alltoall
+from hvd_adam.simulate.traffic import seconds as traffic_seconds
 from hvd_adam.simulate.workload import PUBLISHED, Bucket, Workload
 
+KINDS = ("allreduce", "alltoall", "allgather")
 FREE = 1e30  # bytes/s: a pass over memory that costs nothing
 PLAIN = Machine(
     Link(1e9, 0.0), Link(1e8, 0.0), cycle=0.0, negotiation=0.0, update_bandwidth=FREE, copy_bandwidth=FREE
@@ -64,6 +67,30 @@ def test_of_a_ring_one_edge_leaves_each_host():
     assert allreduce(8e6, Ranks(4, 4), PLAIN).between == 0
 
 
+def test_open_mpi_gathers_by_the_algorithm_of_its_number_of_ranks():
+    mpi = replace(PLAIN, collectives="openmpi")
+
+    def blocks(nbytes, ranks):
+        gathered = allgather(nbytes * ranks.total, ranks, mpi)
+        return gathered.messages, gathered.between / nbytes
+
+    assert blocks(1 << 20, Ranks(2, 1)) == (1, 1)
+    assert blocks(1 << 20, Ranks(4, 2)) == (2, 4)  # neighbours: 1 block inside; 2 blocks out at both ends
+    assert blocks(1 << 16, Ranks(4, 2)) == (2, 5)  # Bruck: 1 block of one rank, then 2 of both
+    assert blocks(1 << 20, Ranks(32, 4)) == (31, 31)
+    assert blocks(1 << 20, Ranks(4, 4)) == (2, 0)
+
+
+def test_processors_copy_messages_before_and_after_the_wire():
+    slow = replace(PLAIN, copies={"allreduce": 1e-9}, between=Link(1e8, 0.0, cpu=5e-9))
+    duration, cpu = traffic_seconds(allreduce(8e6, Ranks(2, 1), PLAIN), slow, Ranks(2, 1))
+    assert (duration, cpu) == (pytest.approx(8e-3 + 80e-3), pytest.approx(8e-3 + 40e-3))
+
+
+def test_the_kernel_needs_core_seconds_for_a_byte_over_tcp():
+    assert 1e-12 < tcp_seconds(3) < 1e-6
+
+
 def test_large_tensors_on_processors_are_sent_in_pieces():
     pieces = replace(PLAIN, message_bytes=MESSAGE_BYTES)
     assert allreduce(4 * MESSAGE_BYTES, Ranks(2, 1), pieces).messages == 2 * 2
@@ -81,11 +108,17 @@ def test_bytes_agree_with_those_that_the_benchmark_of_compressions_expects(strat
     work = Workload(1, 0.1, 0.1, (Bucket(model.weight.numel(), 0, 0.1),))
     sent = simulate(work, Setting(Ranks(4, 1), strategy, compression), PLAIN).sent
     assert sent == pytest.approx(
-        predicted_bytes(f"hvd_adam-{strategy}-{compression}", model, 4), rel=1e-6, abs=200
-    )  # 200: flags
+        predicted_bytes(f"hvd_adam-{strategy}-{compression}", model, 4), rel=1e-6, abs=300
+    )  # 300: flags
 
 
 # Discrete events.
+
+
+def test_who_waits_for_long_sleeps_half_a_pause_too_long():
+    line = Timeline(longest_pause=1e-3)
+    line.wait(line.start(1.0, 0.0))
+    assert line.now == pytest.approx(1.0005)
 
 
 def test_collectives_run_one_after_another_behind_the_computing():
@@ -95,7 +128,7 @@ def test_collectives_run_one_after_another_behind_the_computing():
     line.compute(2.0)
     line.wait(second)
     assert first.is_done and line.now == pytest.approx(5.0)
-    assert (line.exposed, line.busy) == pytest.approx((2.0, 4.0))
+    assert line.exposed == pytest.approx(2.0)
 
 
 def test_a_collective_waits_for_half_a_cycle_and_a_negotiation():
@@ -113,7 +146,7 @@ def test_what_comes_during_a_collective_is_agreed_on_after_it():
 
 
 def test_two_threads_on_one_core_take_the_sum_of_their_times():
-    line = Timeline(cores=1)
+    line = Timeline(processors=Processors(cores=1))
     operation = line.start(1.0, 1.0)
     line.compute(1.0)
     line.wait(operation)
@@ -121,14 +154,24 @@ def test_two_threads_on_one_core_take_the_sum_of_their_times():
 
 
 def test_a_collective_that_needs_a_third_of_a_core_slows_computing_by_as_much():
-    line = Timeline(cores=1)
+    line = Timeline(processors=Processors(cores=1))
     line.start(3.0, 1.0)
     line.compute(2.0)
     assert line.now == pytest.approx(3.0)
 
 
+def test_messages_are_noticed_after_a_slice_of_what_computes_on_the_same_core():
+    line = Timeline(negotiation=0.1, processors=Processors(cores=1, slice=0.5))
+    operation = line.start(0.3, latency=0.2, messages=3)
+    line.compute(0.1 + 2 * 0.5 + 0.2 + 3 * 0.5 + 0.1)
+    assert operation.is_done and line.now == pytest.approx(2.9)
+    line = Timeline(negotiation=0.1, processors=Processors(cores=2, slice=0.5))
+    line.wait(line.start(0.3, latency=0.2, messages=3))
+    assert line.now == pytest.approx(0.4)
+
+
 def test_computing_on_half_a_core_takes_twice_as_long():
-    line = Timeline(cores=0.5)
+    line = Timeline(processors=Processors(cores=0.5))
     line.compute(1.0)
     assert line.now == pytest.approx(2.0)
 
@@ -144,11 +187,22 @@ def test_a_step_that_waits_for_its_network_takes_the_time_of_its_bytes():
     assert step.parts["bandwidth"] == pytest.approx(0.02)
 
 
+def test_processors_update_a_bucket_while_later_ones_travel():
+    # 0.05 s for the first bucket's update, while the second one is on the wire: sent in 0.02 s after 0.3 s.
+    slow = replace(
+        PLAIN, update_bandwidth=UPDATE_BYTES * 2e7, copies=dict.fromkeys(KINDS, 0.0), message_bytes=FREE
+    )
+    step = simulate(TWO, Setting(Ranks(2, 1)), slow)
+    assert step.seconds == pytest.approx(0.3 + 0.05 + 0.025, abs=1e-3)
+    assert simulate(TWO, Setting(Ranks(2, 1)), replace(slow, copies=None)).seconds == pytest.approx(0.32 + 0.075)
+
+
 @pytest.mark.parametrize("compression", WIRE_BYTES)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("ranks", [Ranks(1, 1), Ranks(4, 4), Ranks(8, 2)])
-def test_the_parts_add_up_to_the_step(ranks, strategy, compression):
-    machine = replace(PRESETS["p100-roce25"].machine, overhead=1e-3, cores=3.0)
+@pytest.mark.parametrize("copies", [None, dict.fromkeys(KINDS, 1e-9)], ids=["devices", "processors"])
+def test_the_parts_add_up_to_the_step(copies, ranks, strategy, compression):
+    machine = replace(PRESETS["p100-roce25"].machine, cores=3.0, copies=copies)
     step = simulate(TWO, Setting(ranks, strategy, compression, accumulate=2), machine)
     assert sum(step.parts.values()) == pytest.approx(step.seconds)
     assert min(step.parts.values()) >= 0

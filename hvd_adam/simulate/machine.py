@@ -17,7 +17,7 @@ class Link:
     Attributes:
         bandwidth: bytes of payload a second in each direction; of a rank inside a host, of a host between hosts.
         latency: seconds of a message, ≥ 0.
-        cpu: core-seconds that a rank spends to send and receive a byte, ≥ 0; 0 where devices do it.
+        cpu: core-seconds in which the kernel sends and receives a byte, ≥ 0; 0 where devices do it.
     """
 
     bandwidth: float
@@ -51,11 +51,14 @@ class Machine:
         negotiation: seconds until all ranks know that a tensor is ready on all of them.
         update_bandwidth: bytes a second that the optimizer reads and writes.
         copy_bandwidth: bytes a second that a pass over gradients reads and writes.
+        copies: core-seconds that a rank spends for a byte that it sends, by kind of collective: copies of
+            messages, fresh memory, additions; None where devices communicate.
+        collectives: "openmpi", or "ring" for Gloo and NCCL.
         codecs: by compression; others cost what a pass over memory costs.
         jitter: relative standard deviation of a rank's computing time.
-        overhead: seconds of a step that nothing else explains: messages of the optimizer, Python.
         cores: of a host, which computing and communication share; None: communication needs none, as on GPUs.
         threads: that a rank computes with.
+        slice: seconds for which Linux lets a thread compute before another one that waits for the core runs.
         trees: whether all-reduces may use double binary trees (Sanders, Speck, Träff 2009; NCCL from 2.4 on).
         message_bytes: of a message between two ranks, at most; collectives on CPUs are divided into such.
         uncertainty: relative standard errors of "computing", "bandwidth", "latency", "jitter".
@@ -67,11 +70,13 @@ class Machine:
     negotiation: float = 2e-4
     update_bandwidth: float = 1e10
     copy_bandwidth: float = 1e10
+    copies: Mapping[str, float] | None = None
+    collectives: str = "ring"
     codecs: Mapping[str, Codec] = field(default_factory=dict)
     jitter: float = 0.0
-    overhead: float = 0.0
     cores: float | None = None
     threads: int = 1
+    slice: float = 0.0
     trees: bool = False
     message_bytes: float = UNDIVIDED
     uncertainty: Mapping[str, float] = field(default_factory=dict)

@@ -1,8 +1,10 @@
 """The time of one training step, from the program that each rank runs. Imports no torch.
 
-The order of calls is that of `distributed.gradients.reducer`, `gradients.compression`, `wire.coded_allreduce` and
-`strategies.zero`: hooks start a bucket's collective during backward, the second halves start when backward has
-ended, and the update comes after all of them.
+The order of calls is that of `distributed.gradients.reducer`, `gradients.compression`, `wire.coded_allreduce`,
+`wire.masters` and `strategies.zero`: hooks start the collectives of full buckets during backward; the last bucket,
+and the second halves, start when backward has ended. On processors, with `defer_averaging` as in `hvd_adam.train`,
+a small all-reduce travels ahead of the last bucket, and each bucket is updated as soon as its sum is there. On
+devices the update comes after all of them.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 from hvd_adam.simulate.machine import Codec, Machine
-from hvd_adam.simulate.timeline import Operation, Timeline
+from hvd_adam.simulate.timeline import Operation, Processors, Timeline
 from hvd_adam.simulate.traffic import Ranks, Traffic, allgather, allreduce, alltoall, latency, seconds
 from hvd_adam.simulate.workload import Bucket, Workload
 
@@ -29,6 +31,12 @@ STRATEGIES = ("allreduce", "sharded")
 # writes parameter and both moments.
 UPDATE_BYTES = 28
 SMALL_BYTES = 64.0  # of flags and messages that are sent by themselves
+
+# Bytes that `wire.master_shard` reads and writes for a float32 element of the own shard: it looks for changes (4
+# cleared, 8 copied, 8 compared), makes masters the parameters and back (3 × 8), and subtracts (8 cleared, 12).
+MASTER_BYTES = 64
+
+LONGEST_PAUSE = 1e-3  # as collectives.waiting: seconds between two looks of a rank that waits on processors
 
 PARTS = ("computing", "coding", "bandwidth", "latency", "update", "stragglers", "overhead")
 
@@ -81,8 +89,24 @@ def simulate(workload: Workload, setting: Setting, machine: Machine) -> Step:
     even = _Program(workload, setting, machine).run()
     lag = machine.jitter * expected_maximum(setting.ranks.total)
     slow = _Program(workload.slower(1 + lag), setting, machine).run() if lag else even
-    parts = {**even.parts, "stragglers": slow.seconds - even.seconds, "overhead": machine.overhead}
-    return Step(slow.seconds + machine.overhead, parts, even.sent, even.sent_by_host)
+    overhead = _unexplained(workload, setting, machine)
+    parts = {**even.parts, "stragglers": slow.seconds - even.seconds, "overhead": overhead}
+    return Step(slow.seconds + overhead, parts, even.sent, even.sent_by_host)
+
+
+def _unexplained(workload: Workload, setting: Setting, machine: Machine) -> float:
+    """Returns what a measured step took longer than a simulated one; longer still where ranks share cores.
+
+    Sharded ranks of one host have another program, so the other strategy's is taken where there is no measurement.
+    """
+    measured = workload.unexplained
+    if setting.ranks.total == 1:
+        return 0.0
+    names = [f"{strategy}-{setting.compression}" for strategy in (setting.strategy, "allreduce")]
+    seconds = next((measured[name] for name in names if name in measured), 0.0)
+    if machine.cores is None:
+        return seconds
+    return seconds * max(1.0, machine.threads * min(setting.ranks.per_host, setting.ranks.total) / machine.cores)
 
 
 def expected_maximum(draws: int) -> float:
@@ -115,7 +139,9 @@ class _Program:
         self._ranks, self._bytes = setting.ranks, WIRE_BYTES[setting.compression]
         local = min(setting.ranks.per_host, setting.ranks.total)
         cores = math.inf if machine.cores is None else machine.cores / local
-        self._time = Timeline(machine.cycle, machine.negotiation, cores, machine.threads)
+        pause = 0.0 if machine.copies is None else LONGEST_PAUSE
+        processors = Processors(cores, machine.threads, machine.slice)
+        self._time = Timeline(machine.cycle, machine.negotiation, processors, pause)
         self._parts: dict[str, float] = defaultdict(float)
         self._sent = self._sent_by_host = self._latency = self._wire = 0.0
         passed = 1 / machine.copy_bandwidth
@@ -123,6 +149,11 @@ class _Program:
         residual = 8 * passed if setting.compression in CODED else 0.0
         default = Codec((4 + self._bytes) * passed + residual, self._bytes * passed, (4 + self._bytes) * passed)
         self._codec = machine.codecs.get(setting.compression, default)
+        self._coded = setting.compression in CODED
+        self._sharded = self._ranks.total > 1 and setting.strategy == "sharded"
+        self._scatters = self._sharded and (self._ranks.several_hosts or self._coded)
+        self._two_phases = setting.compression in ("bf16", *CODED) and not self._scatters
+        self._ahead = machine.copies is not None and self._ranks.total > 1
 
     def run(self) -> Step:
         """Runs the step. Stragglers and overhead are not part of it."""
@@ -130,92 +161,113 @@ class _Program:
         for _ in range(self._setting.accumulate - 1):
             self._do("computing", work.forward + work.backward)
         self._do("computing", work.forward)
-        first: list[Operation] = []
+        sent: list[list[Operation]] = []
         passed = 0.0
         for bucket in work.buckets:
             self._do("computing", bucket.ready - passed)
             passed = bucket.ready
             if several:
-                first += self._send(bucket)
+                self._collect(bucket)
+                if self._ahead and bucket is work.buckets[-1]:
+                    header = self._start(self._allreduce(SMALL_BYTES))
+                sent.append(self._send(bucket))
         self._do("computing", work.backward - passed)
+        if self._ahead:
+            self._time.wait(header)
         if several:
-            self._finish(first)
-        sharded = several and self._setting.strategy == "sharded"
-        share = self._ranks.total if sharded else 1
-        self._do("update", UPDATE_BYTES * work.elements / share / self._machine.update_bandwidth)
-        if sharded:
+            self._finish(sent)
+        if not self._ahead:
+            self._update(work.elements)
+        if self._sharded:
+            self._time.wait(self._start(self._allreduce(SMALL_BYTES)))  # ranks that have parted
             self._exchange_parameters()
         whole = self._latency + self._wire
         for part, value in (("latency", self._latency), ("bandwidth", self._wire)):
             self._parts[part] = self._time.exposed * value / whole if whole else 0.0
         return Step(self._time.now, {p: self._parts[p] for p in PARTS}, self._sent, self._sent_by_host)
 
-    @property
-    def _two_phases(self) -> bool:
-        """Whether every bucket is sent to the owners of its parts first."""
-        scatters = self._setting.strategy == "sharded" and (self._ranks.several_hosts or self._coded)
-        return scatters or self._setting.compression in ("bf16", *CODED)
-
-    @property
-    def _coded(self) -> bool:
-        return self._setting.compression in CODED
+    def _collect(self, bucket: Bucket) -> None:
+        """Copies the gradients of a bucket into its memory, times 1/N unless they are sent as codes."""
+        self._pass(8 * bucket.elements)
+        if self._ahead:  # a norm, which shows that no sum can be infinite
+            self._pass(4 * bucket.elements)
 
     def _send(self, bucket: Bucket) -> list[Operation]:
         """Starts to reduce a bucket. Returns its collective, and that of what is sent exactly."""
-        if self._coded:
-            self._do("coding", bucket.elements * self._codec.encode)
-            return [
-                self._start(alltoall(bucket.elements * self._bytes, self._ranks, self._machine)),
-                self._start(self._allreduce(4 * bucket.exact + SMALL_BYTES)),
-            ]
-        self._pass(8 * bucket.elements)  # multiplied by 1/N in place
         if self._setting.compression != "none":
             self._do("coding", bucket.elements * self._codec.encode)
         nbytes = bucket.elements * self._bytes
-        return [
-            self._start(
-                alltoall(nbytes, self._ranks, self._machine) if self._two_phases else self._allreduce(nbytes)
-            )
-        ]
+        if not (self._scatters or self._two_phases):
+            return [self._start(self._allreduce(nbytes))]
+        operations = [self._start(alltoall(nbytes, self._ranks, self._machine))]
+        if self._coded:
+            operations.append(self._start(self._allreduce(4 * bucket.exact + SMALL_BYTES)))
+        return operations
 
-    def _finish(self, first: list[Operation]) -> None:
-        """Waits for all buckets."""
-        each = 2 if self._coded else 1
-        sharded, second = self._setting.strategy == "sharded", []
-        if self._two_phases and not sharded:
-            for bucket, operation in zip(self._workload.buckets, first[::each], strict=True):
-                self._time.wait(operation)
+    def _finish(self, sent: list[list[Operation]]) -> None:
+        """Waits for all buckets, and updates each where updates need not wait for all."""
+        work, compressed = self._workload, self._setting.compression != "none"
+        if self._two_phases:
+            for bucket, operations in zip(work.buckets, sent, strict=True):
+                self._time.wait(operations[0])
                 self._do("coding", bucket.elements * self._codec.add)
-                second.append(self._start(allgather(bucket.elements * self._bytes, self._ranks, self._machine)))
-        for number, bucket in enumerate(self._workload.buckets):
-            self._time.wait(second[number] if second else first[each * number])
-            if self._setting.compression != "none":
+                gather = allgather(bucket.elements * self._bytes, self._ranks, self._machine)
+                operations[0] = self._start(gather)
+        for bucket, operations in zip(work.buckets, sent, strict=True):
+            self._time.wait(operations[0])
+            if self._scatters:
+                self._add_parts(bucket)
+            elif compressed:
                 self._do("coding", bucket.elements * self._codec.decode)
-            if self._two_phases and sharded:
-                self._pass(4 * bucket.elements)  # the parts of all ranks are added
             if self._coded:
-                self._time.wait(first[2 * number + 1])
+                self._time.wait(operations[1])
+            if self._ahead:
+                self._update(bucket.elements)
+            elif self._coded:
                 self._pass(4 * bucket.elements)  # a search for infinities
-        if self._two_phases and sharded:  # flags and message
+        if self._scatters and not self._ahead:  # flags and message
             self._time.wait(self._start(self._allreduce(SMALL_BYTES)))
+
+    def _add_parts(self, bucket: Bucket) -> None:
+        """Adds what all ranks have sent of the own shard: N−1 additions of its length, and a copy."""
+        n, elements = self._ranks.total, bucket.elements
+        if self._coded:
+            self._do("coding", elements * self._codec.decode)
+        elif self._setting.compression == "bf16":
+            self._do("coding", elements * self._codec.add)
+            self._pass(8 * elements / n)
+            return
+        self._pass((12 * (n - 1) + 8) * elements / n)
+
+    def _update(self, elements: float) -> None:
+        share = self._ranks.total if self._sharded else 1
+        self._do("update", UPDATE_BYTES * elements / share / self._machine.update_bandwidth)
 
     def _exchange_parameters(self) -> None:
         """Sends the own shard of the parameters, or the codes of its changes, to the others."""
-        nbytes, n, gathers = self._bytes if self._coded else 4.0, self._ranks.total, []
-        for bucket in self._workload.buckets:
+        work, n, gathers = self._workload, self._ranks.total, []
+        if self._coded:
+            self._pass(MASTER_BYTES * work.elements / n)
+        for bucket in work.buckets:
             own = bucket.elements / n
+            nbytes = self._bytes if self._coded else 4.0
             if self._coded:
                 self._do("coding", own * self._codec.encode)
             else:
-                self._pass(8 * own)
+                self._pass(12 * own)  # fresh memory is cleared, and filled
             gathers.append(self._start(allgather(nbytes * bucket.elements, self._ranks, self._machine)))
-            if self._coded and bucket.exact:
-                gathers.append(self._start(allgather(4 * bucket.exact, self._ranks, self._machine)))
-        for operation in gathers:
+        exact = sum(bucket.exact for bucket in work.buckets)
+        if self._coded and exact:
+            self._time.wait(self._start(allgather(4 * exact, self._ranks, self._machine)))
+        for bucket, operation in zip(work.buckets, gathers, strict=True):
             self._time.wait(operation)
+            if self._coded:
+                self._do("coding", bucket.elements * self._codec.decode)
+                self._pass(12 * bucket.elements)  # added to the parameters
+            else:
+                self._pass(8 * (n - 1) / n * bucket.elements)
         if self._coded:
-            self._do("coding", self._workload.elements * self._codec.decode)
-        self._pass(8 * self._workload.elements)
+            self._pass(8 * work.elements / n)  # the own shard is remembered
 
     def _allreduce(self, nbytes: float) -> Traffic:
         return allreduce(nbytes, self._ranks, self._machine)
@@ -227,7 +279,7 @@ class _Program:
         self._wire += duration - waiting
         self._sent += traffic.sent
         self._sent_by_host += traffic.between
-        return self._time.start(duration, cpu)
+        return self._time.start(duration, cpu, waiting, traffic.messages)
 
     def _pass(self, nbytes: float) -> None:
         self._do("coding", nbytes / self._machine.copy_bandwidth)

@@ -5,27 +5,64 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+# Of the time that a rank has waited: its pauses grow with it, see `collectives.waiting`.
+PAUSE_SHARE = 0.23
+
+NOTICED = 2  # messages of an agreement that are noticed one after another
+
 
 @dataclass
-class Operation:
-    """A collective.
+class Phase:
+    """A part of what Horovod's thread does.
 
     Attributes:
-        seconds: that it takes on idle processors.
-        cpu: share of a core that it needs meanwhile, in [0, 1].
-        ready: when this rank has started it.
         left: seconds on idle processors until it is done.
+        cpu: share of a core that it needs meanwhile, in [0, 1].
+        answers: messages that must be noticed one after another.
+        starts_batch: whether it is an agreement: what has come until its end needs no other one.
     """
 
-    seconds: float
-    cpu: float
-    ready: float
     left: float
+    cpu: float = 0.0
+    answers: float = 0.0
+    starts_batch: bool = False
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A collective: first its messages, then its bytes."""
+
+    messages: Phase
+    transfer: Phase
 
     @property
     def is_done(self) -> bool:
         """Whether it has ended."""
-        return self.left <= 0.0
+        return self.transfer.left <= 0.0
+
+
+@dataclass(frozen=True)
+class Processors:
+    """What computing and communication of a rank share.
+
+    Attributes:
+        cores: of this rank, > 0.
+        threads: that the main thread computes with.
+        slice: seconds for which Linux lets a thread compute before another one that waits for the core runs.
+    """
+
+    cores: float = math.inf
+    threads: int = 1
+    slice: float = 0.0
+
+    @property
+    def delay(self) -> float:
+        """Seconds until Horovod's thread notices a message while the main thread computes; 0 with another core.
+
+        It yields the core whenever there is nothing to do, and runs again after one slice of each thread that
+        computes on this core.
+        """
+        return 0.0 if self.cores >= self.threads + 1 else self.slice * max(1.0, self.threads / self.cores)
 
 
 class Timeline:
@@ -39,86 +76,96 @@ class Timeline:
     Args:
         cycle: seconds between two looks of an idle thread.
         negotiation: seconds of an agreement.
-        cores: of this rank, > 0.
-        threads: that the main thread computes with.
+        processors: of this rank.
+        longest_pause: seconds between two looks of a main thread that waits, at most.
 
     Attributes:
         now: seconds since the start.
         exposed: seconds that the main thread has waited for collectives.
-        busy: seconds in which a collective ran.
     """
 
     def __init__(
-        self, cycle: float = 0.0, negotiation: float = 0.0, cores: float = math.inf, threads: int = 1
+        self,
+        cycle: float = 0.0,
+        negotiation: float = 0.0,
+        processors: Processors | None = None,
+        longest_pause: float = 0.0,
     ) -> None:
-        self._cycle, self._negotiation, self._cores, self._threads = cycle, negotiation, cores, threads
-        self._queue: list[Operation] = []
-        self._begin = math.inf  # when the next collective begins
-        self._batch = 0  # collectives of the queue that were agreed on already
-        self.now = self.exposed = self.busy = 0.0
+        self._cycle, self._negotiation, self._longest_pause = cycle, negotiation, longest_pause
+        self._processors = processors or Processors()
+        self._queue: list[Phase] = []
+        self._waiting: list[Operation] = []  # for the next agreement
+        self.now = self.exposed = 0.0
 
-    def start(self, seconds: float, cpu: float) -> Operation:
-        """Adds a collective to the queue.
+    def start(self, seconds: float, cpu: float = 0.0, latency: float = 0.0, messages: float = 0.0) -> Operation:
+        """Adds a collective to those that wait for an agreement.
 
         Args:
             seconds: that it takes on idle processors.
             cpu: core-seconds that it needs.
+            latency: seconds of its messages, part of `seconds`.
+            messages: their number.
         """
-        operation = Operation(seconds, min(1.0, cpu / seconds) if seconds else 0.0, self.now, max(seconds, 1e-12))
+        bytes_alone = max(seconds - latency, 1e-12)
+        operation = Operation(
+            Phase(max(latency, 1e-12), 0.0, messages), Phase(bytes_alone, min(1.0, cpu / bytes_alone))
+        )
+        self._waiting.append(operation)
         if not self._queue:
-            self._begin = self.now + self._cycle / 2 + self._negotiation  # a look is half a cycle away on average
-        self._queue.append(operation)
+            self._agree(self._cycle / 2)  # a look is half a cycle away on average
         return operation
 
     def compute(self, seconds: float) -> None:
         """The main thread computes for so many seconds on an idle machine."""
-        self._advance(seconds * max(1.0, self._threads / self._cores), None)
+        its = self._processors
+        self._advance(seconds * max(1.0, its.threads / its.cores), None, computing=True)
 
     def wait(self, operation: Operation) -> None:
-        """The main thread waits for a collective."""
+        """The main thread sleeps until a collective is done, and on average half a pause longer."""
         before = self.now
-        self._advance(math.inf, operation)
+        self._advance(math.inf, operation, computing=False)
+        pause = min(self._longest_pause, PAUSE_SHARE * (self.now - before))
+        self._advance(pause / 2, None, computing=False)
         self.exposed += self.now - before
 
-    def _rates(self, computing: bool) -> tuple[float, float]:
-        """Returns the speeds of main thread and collective, in [0, 1]; 0 for a collective that has not begun."""
-        running = bool(self._queue) and self.now >= self._begin
-        if not running:
-            return 1.0, 0.0
-        need, share = self._queue[0].cpu, min(1.0, self._cores / self._threads)
-        main = min(1.0, self._cores) if computing else 0.0
-        got = min(need, max(self._cores - main * self._threads, self._cores / 2))
-        if not computing:
-            got = min(need, self._cores)
-        speed = got / need if need else 1.0
-        left = min(share, (self._cores - got) / self._threads)
-        return left / share, speed
+    def _agree(self, pause: float) -> None:
+        self._queue.append(Phase(max(pause + self._negotiation, 1e-12), answers=NOTICED, starts_batch=True))
 
-    def _advance(self, work: float, until: Operation | None) -> None:
-        """Lets time pass until the main thread has computed, or a collective is done."""
-        computing = until is None
+    def _rates(self, computing: bool) -> tuple[float, float]:
+        """Returns the speeds of main thread and of the first phase, in [0, 1]."""
+        its, phase = self._processors, self._queue[0]
+        if not computing:
+            return 1.0, min(1.0, its.cores / phase.cpu) if phase.cpu else 1.0
+        if phase.answers:
+            return 1.0, phase.left / (phase.left + phase.answers * its.delay)
+        share, main = min(1.0, its.cores / its.threads), min(1.0, its.cores)
+        got = min(phase.cpu, max(its.cores - main * its.threads, its.cores / 2))
+        left = min(share, (its.cores - got) / its.threads)
+        return left / share, got / phase.cpu if phase.cpu else 1.0
+
+    def _advance(self, work: float, until: Operation | None, *, computing: bool) -> None:
+        """Lets time pass until a collective is done, or the main thread has computed or slept for so long."""
         while (work > 1e-12) if until is None else not until.is_done:
-            main, speed = self._rates(computing)
-            steps = [work / main] if computing and main > 0 else []
+            main, speed = self._rates(computing) if self._queue else (1.0, 0.0)
+            steps = [work / main] if until is None and main > 0 else []
             if speed > 0:
                 steps.append(self._queue[0].left / speed)
-            elif self._queue and self.now < self._begin:
-                steps.append(self._begin - self.now)
             step = min(steps)
             self.now += step
-            if speed > 0:
-                self.busy += step
-                self._queue[0].left -= step * speed
-                if self._queue[0].left <= 1e-12:
+            work -= step * main
+            if self._queue:
+                phase = self._queue[0]
+                phase.answers *= max(0.0, 1 - step * speed / phase.left)
+                phase.left -= step * speed
+                if phase.left <= 1e-12:
                     self._end_first()
-            elif self._queue and self._begin - self.now <= 1e-12:
-                self.now = max(self.now, self._begin)
-                self._batch = len(self._queue)
-            if computing:
-                work -= step * main
 
     def _end_first(self) -> None:
-        self._queue.pop(0).left = 0.0
-        self._batch -= 1
-        if self._queue and self._batch <= 0:  # what has come meanwhile is agreed on first
-            self._begin = self.now + self._negotiation
+        phase = self._queue.pop(0)
+        phase.left = 0.0
+        if phase.starts_batch:
+            for operation in self._waiting:
+                self._queue += [operation.messages, operation.transfer]
+            self._waiting.clear()
+        elif not self._queue and self._waiting:  # what has come meanwhile is agreed on first
+            self._agree(0.0)

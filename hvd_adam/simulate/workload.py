@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,15 @@ class Workload:
         forward: seconds of the forward pass and the loss.
         backward: seconds of the backward pass.
         buckets: in the order in which they are ready; the last one is sent at the end of backward.
+        unexplained: seconds of a measured step by "strategy-compression" that the model did not explain, where
+            ranks have a core each; may be negative.
     """
 
     samples: int
     forward: float
     backward: float
     buckets: tuple[Bucket, ...]
+    unexplained: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def elements(self) -> int:
@@ -51,7 +54,7 @@ class Workload:
         """
         buckets = tuple(replace(bucket, ready=bucket.ready * factor) for bucket in self.buckets)
         size = round(self.samples * samples)
-        return Workload(size, self.forward * factor, self.backward * factor, buckets)
+        return Workload(size, self.forward * factor, self.backward * factor, buckets, self.unexplained)
 
 
 @dataclass(frozen=True)

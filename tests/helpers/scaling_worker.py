@@ -6,6 +6,7 @@ horovodrun -np 2 python -m helpers.scaling_worker MODEL BATCH OUTPUT
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,35 +19,45 @@ from hvd_adam.distributed.launch_env import detect_launcher
 from hvd_adam.models import zoo
 
 COMPRESSIONS = ("none", "bf16", "int8", "int4")
-WARM_UP, LEAST, MOST, ENOUGH = 2, 3, 15, 2.0  # steps, and seconds after which no more are made
+WARM_UP = 3  # steps before the first turn, and 1 in each turn of several steps
+SLOW = 0.5  # seconds of a step
 
 
 def main(model: str, batch: int, output: Path) -> None:
-    """Measures, and writes the seconds by "strategy-compression" on rank 0."""
+    """Measures in turns, and writes the seconds of each turn's steps by "strategy-compression" on rank 0."""
     launch = detect_launcher()
-    times = {}
+    steps = {}
     for name in [f"{strategy}-{compression}" for strategy in STRATEGIES for compression in COMPRESSIONS]:
         wrap = connect(f"{OURS}{name}{DEFERRED}", "cpu", launch, Path())
         torch.manual_seed(0)
         net, optimizer = wrap(zoo.build(model, sample_shape=IMAGE, num_classes=CLASSES))
-        step = training_step(net, optimizer, *random_batch(batch, launch.rank, torch.device("cpu")))
-        times[name] = seconds(step)
+        steps[name] = training_step(net, optimizer, *random_batch(batch, launch.rank, torch.device("cpu")))
+    numbers = {name: turns_and_steps(step) for name, step in steps.items()}
+    measured: dict[str, list[list[float]]] = {name: [] for name in steps}
+    for turn in range(max(turns for turns, _ in numbers.values())):
+        for name, step in steps.items():
+            turns, count = numbers[name]
+            if turn < turns:
+                times = [timed(step) for _ in range(count if count == 1 else count + 1)]
+                measured[name].append(times[-count:])
+    means = {name: current_cluster().mean(torch.tensor(turns)).tolist() for name, turns in measured.items()}
     if launch.rank == 0:
-        output.write_text(json.dumps(times))
+        output.write_text(json.dumps(means))
 
 
-def seconds(step) -> float:
-    """Returns the mean duration of a step."""
-    cluster = current_cluster()
-    for _ in range(WARM_UP):
+def turns_and_steps(step: Callable[[], None]) -> tuple[int, int]:
+    """Returns the number of turns, and of steps in each: the same on all ranks."""
+    for _ in range(WARM_UP - 1):
         step()
+    seconds = current_cluster().mean(timed(step))
+    return (6, min(6, max(1, int(0.4 / seconds)))) if seconds < SLOW else (4, 1)
+
+
+def timed(step: Callable[[], None]) -> float:
+    """Returns the seconds of a step."""
     before = time.perf_counter()
     step()
-    count = min(MOST, max(LEAST, int(ENOUGH / cluster.mean(time.perf_counter() - before))))
-    before = time.perf_counter()
-    for _ in range(count):
-        step()
-    return cluster.mean((time.perf_counter() - before) / count)
+    return time.perf_counter() - before
 
 
 if __name__ == "__main__":
