@@ -31,9 +31,10 @@ from hvd_adam.simulate.predict import forecasts_of
 
 ROOT = Path(__file__).parents[1]
 MODELS = {"mlp": "helpers.scaling_models:mlp", "cnn": "cnn", "transformer": "helpers.scaling_models:transformer"}
-LINKS = ("100Mbit", "300Mbit", "1Gbit", "3Gbit")
+LINKS = ("1Gbit", "300Mbit", "3Gbit", "100Mbit")
 RATES = {"100Mbit": 100_000_000, "300Mbit": 300_000_000, "1Gbit": 1_000_000_000, "3Gbit": 3_000_000_000}
 BATCH = 16
+MOST_FOREIGN = 0.15  # cores; turns in which other programs used more do not count
 LEAST_BURST = 32 * 1024  # bytes that pass a link at once after a pause; else those of 1 ms
 HOROVODRUN = str(Path(sys.executable).with_name("horovodrun"))
 ENVIRON = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"}
@@ -74,7 +75,7 @@ def predict(calibration: Path, model: str, ranks: int, link: str, setting: str) 
 
 
 Place = tuple[str, int, str]  # model, ranks, link
-Times = dict[str, list[list[float]]]  # seconds of the steps of each turn, by "strategy-compression"
+Times = dict[str, list[list[float]]]  # of each turn, by "strategy-compression": see helpers.scaling_worker
 
 Measured = dict[Place, tuple[Path, Times]]  # with the calibration of the same call
 
@@ -100,11 +101,14 @@ class Row(NamedTuple):
 
 
 def rows_of(measured: Measured) -> list[Row]:
-    """Returns a row for each setting."""
+    """Returns a row for each setting that has been measured in two turns without other programs."""
     rows = []
     for place, (calibration, times) in measured.items():
         for name, turns in times.items():
-            seconds, *halves = (median(chain(*part)) for part in (turns, turns[::2], turns[1::2]))
+            quiet = [steps for foreign, *steps in turns if foreign < MOST_FOREIGN]
+            if len(quiet) < 2:
+                continue
+            seconds, *halves = (median(chain(*part)) for part in (quiet, quiet[::2], quiet[1::2]))
             rows.append(Row(place, name, seconds, predict(calibration, *place, name), (halves[0], halves[1])))
     return rows
 
@@ -137,6 +141,9 @@ def summary(label: str, rows: list[Row]) -> str:
 def compare(measured: Measured) -> None:
     """Prints every setting, and tables of the errors."""
     rows = rows_of(measured)
+    print(
+        f"{len(rows)} of {sum(len(times) for _, times in measured.values())} settings have two undisturbed turns"
+    )
     print("model        ranks link    setting         measured ms predicted ms   error  repeats")
     for row in rows:
         model, ranks, link = row.place
@@ -189,7 +196,8 @@ def main() -> None:
 def settings(arguments: argparse.Namespace) -> Iterator[tuple[int, str, str]]:
     """Yields ranks, link and model."""
     ranks = map(int, arguments.ranks.split(","))
-    yield from product(ranks, arguments.links.split(","), arguments.models.split(","))
+    for model, link, number in product(arguments.models.split(","), arguments.links.split(","), [*ranks]):
+        yield number, link, model
 
 
 if __name__ == "__main__":

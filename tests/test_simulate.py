@@ -208,6 +208,19 @@ def test_the_parts_add_up_to_the_step(copies, ranks, strategy, compression):
     assert min(step.parts.values()) >= 0
 
 
+def test_what_a_measured_step_took_longer_is_added_and_grows_where_ranks_share_cores():
+    work = replace(TWO, unexplained={"allreduce-none": 0.5, "sharded-int8": 0.25})
+
+    def added(per_host, *setting):
+        where = Setting(Ranks(8, per_host), *setting)
+        machine = replace(PLAIN, cores=2.0)
+        return simulate(work, where, machine).seconds - simulate(TWO, where, machine).seconds
+
+    assert [added(2), added(2, "sharded"), added(4)] == pytest.approx([0.5, 0.5, 1.0])
+    assert [added(2, "sharded", "int8"), added(2, "allreduce", "int8")] == pytest.approx([0.25, 0.0])
+    assert simulate(work, Setting(Ranks(1, 1)), PLAIN).parts["overhead"] == 0
+
+
 def test_one_rank_computes_and_updates_only():
     machine = replace(PLAIN, update_bandwidth=UPDATE_BYTES * 1.5e6)
     step = simulate(TWO, Setting(Ranks(1, 1), accumulate=3), machine)
@@ -266,7 +279,7 @@ def test_published_models_have_their_parameters():
 
 def write(path):
     machine = replace(PLAIN, codecs={"int4": Codec(1e-9, 2e-9, 3e-9)}, cores=2.0, uncertainty={"computing": 0.1})
-    made = Calibration(machine, {"m": TWO}, 1, {"device": "none"})
+    made = Calibration(machine, {"m": replace(TWO, unexplained={"sharded-int8": -0.01})}, 1, {"device": "none"})
     path.write_text(made.to_json())
     return made
 
@@ -360,5 +373,6 @@ def test_ranks_measure_the_same_calibration_with_every_part_of_the_model(cluster
     assert work.buckets[-1].ready == work.backward > 0 and work.forward > 0
     assert made.machine.inside.bandwidth > 1e6 and made.machine.cores >= 1
     assert set(made.machine.codecs) == {"fp16", "bf16", "int8", "int4"}
+    assert "allreduce-none" in work.unexplained and "sharded-int4" in work.unexplained
     step = simulate(work, Setting(Ranks(2, 2)), made.machine)
     assert 0 < step.seconds < 60

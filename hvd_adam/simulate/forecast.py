@@ -20,7 +20,7 @@ BOTTLENECKS = {
     "latency": "latency of the network",
     "update": "the optimizer's update",
     "stragglers": "waiting for the slowest rank",
-    "overhead": "fixed costs of a step",
+    "overhead": "costs of measured steps that the model does not explain",
 }
 
 

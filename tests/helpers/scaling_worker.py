@@ -4,6 +4,7 @@ horovodrun -np 2 python -m helpers.scaling_worker MODEL BATCH OUTPUT
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -24,7 +25,10 @@ SLOW = 0.5  # seconds of a step
 
 
 def main(model: str, batch: int, output: Path) -> None:
-    """Measures in turns, and writes the seconds of each turn's steps by "strategy-compression" on rank 0."""
+    """Measures in turns, and writes what it has measured by "strategy-compression" on rank 0.
+
+    That is for each turn the cores that other programs used meanwhile, and the seconds of each step.
+    """
     launch = detect_launcher()
     steps = {}
     for name in [f"{strategy}-{compression}" for strategy in STRATEGIES for compression in COMPRESSIONS]:
@@ -34,13 +38,17 @@ def main(model: str, batch: int, output: Path) -> None:
         steps[name] = training_step(net, optimizer, *random_batch(batch, launch.rank, torch.device("cpu")))
     numbers = {name: turns_and_steps(step) for name, step in steps.items()}
     measured: dict[str, list[list[float]]] = {name: [] for name in steps}
+    cluster = current_cluster()
     for turn in range(max(turns for turns, _ in numbers.values())):
         for name, step in steps.items():
             turns, count = numbers[name]
             if turn < turns:
+                others, own = seconds_of_others(), os.times().user
                 times = [timed(step) for _ in range(count if count == 1 else count + 1)]
-                measured[name].append(times[-count:])
-    means = {name: current_cluster().mean(torch.tensor(turns)).tolist() for name, turns in measured.items()}
+                others, own = seconds_of_others() - others, os.times().user - own
+                foreign = (others - cluster.size * cluster.mean(own)) / sum(times)
+                measured[name].append([foreign, *times[-count:]])
+    means = {name: cluster.mean(torch.tensor(turns)).tolist() for name, turns in measured.items()}
     if launch.rank == 0:
         output.write_text(json.dumps(means))
 
@@ -50,7 +58,13 @@ def turns_and_steps(step: Callable[[], None]) -> tuple[int, int]:
     for _ in range(WARM_UP - 1):
         step()
     seconds = current_cluster().mean(timed(step))
-    return (6, min(6, max(1, int(0.4 / seconds)))) if seconds < SLOW else (4, 1)
+    return (4, min(4, max(1, int(0.4 / seconds)))) if seconds < SLOW else (4, 1)
+
+
+def seconds_of_others() -> float:
+    """Returns the core-seconds of this machine in programs, not in the kernel, or not given to this machine."""
+    user, nice, *_, steal, _, _ = map(int, Path("/proc/stat").read_text().split()[1:11])
+    return (user + nice + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def timed(step: Callable[[], None]) -> float:
