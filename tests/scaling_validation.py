@@ -19,13 +19,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import chain, combinations, product
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
+from helpers.scaling_worker import COMPUTING
+
 from hvd_adam.bench.interleave import Plan
 from hvd_adam.bench.link import limited_link
+from hvd_adam.simulate import calibration
 from hvd_adam.simulate.config import PredictConfig
 from hvd_adam.simulate.predict import forecasts_of
 
@@ -34,6 +38,10 @@ MODELS = {"mlp": "helpers.scaling_models:mlp", "cnn": "cnn", "transformer": "hel
 LINKS = ("1Gbit", "300Mbit", "3Gbit", "100Mbit")
 RATES = {"100Mbit": 100_000_000, "300Mbit": 300_000_000, "1Gbit": 1_000_000_000, "3Gbit": 3_000_000_000}
 BATCH = 16
+COLUMNS = (
+    *("settings", "number", "median error", "worst", "within 15 %", "median, same computing"),
+    *("repeats within", "right order", "if it repeats"),
+)
 MOST_FOREIGN = 0.15  # cores; turns in which other programs used more do not count
 LEAST_BURST = 32 * 1024  # bytes that pass a link at once after a pause; else those of 1 ms
 HOROVODRUN = str(Path(sys.executable).with_name("horovodrun"))
@@ -42,30 +50,35 @@ ENVIRON = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"}
 
 def calibrate(launcher: str, models: str, file: Path) -> None:
     """Calibrates two ranks inside one host."""
-    launch = [HOROVODRUN, f"--{launcher}", "-np", "2", sys.executable, "-m", "hvd_adam.simulate", "calibrate"]
     names = ",".join(MODELS[model] for model in models.split(","))
     options = ["--models", names, "--batch-size", str(BATCH), "--repeats", "8", "--output", str(file)]
-    subprocess.run([*launch, *options], check=True, env={**os.environ, **ENVIRON})
+    plan = _plan(launcher, 2, "hvd_adam.simulate", "calibrate", *options)
+    subprocess.run(plan.command, check=True, env={**os.environ, **plan.environ})
 
 
 def measure(launcher: str, model: str, ranks: int, link: str, file: Path) -> None:
     """Measures a model over a link."""
-    worker = (sys.executable, "-m", "helpers.scaling_worker", MODELS[model], str(BATCH), str(file.absolute()))
-    plan = Plan("", {}, (HOROVODRUN, "-np", str(ranks), f"--{launcher}", *worker), ENVIRON)
+    plan = _plan(launcher, ranks, "helpers.scaling_worker", MODELS[model], str(BATCH), str(file.absolute()))
     with limited_link(RATES[link], burst=max(LEAST_BURST, RATES[link] // 8000)) as hosts:
         plan = hosts.over(plan, ranks // 2)
         subprocess.run(plan.command, check=True, env={**os.environ, **plan.environ})
 
 
-def predict(calibration: Path, model: str, ranks: int, link: str, setting: str) -> float:
-    """Returns the predicted seconds of a step. The hosts share the cores of this machine."""
+def _plan(launcher: str, ranks: int, *module: str) -> Plan:
+    """Returns how a module is run on ranks, each on the core of its host."""
+    launch = (HOROVODRUN, "-np", str(ranks), f"--{launcher}", sys.executable, "-m", "helpers.on_own_core")
+    return Plan("", {}, (*launch, *module), ENVIRON)
+
+
+def predict(file: Path, model: str, ranks: int, link: str, setting: str) -> float:
+    """Returns the predicted seconds of a step. Each host has one core of this machine."""
     strategy, compression = setting.split("-")
     config = PredictConfig(
-        calibration=str(calibration),
+        calibration=str(file),
         model=MODELS[model],
         ranks=str(ranks),
         ranks_per_host=ranks // 2,
-        cores_per_host=len(os.sched_getaffinity(0)) / 2,
+        cores_per_host=1.0,
         bandwidth=link,
         strategy=strategy,  # type: ignore[arg-type]
         compression=compression,  # type: ignore[arg-type]
@@ -81,12 +94,20 @@ Measured = dict[Place, tuple[Path, Times]]  # with the calibration of the same c
 
 
 class Row(NamedTuple):
-    """A setting: its place and name, the seconds measured and predicted, and those of even and of odd turns."""
+    """A setting.
+
+    Attributes:
+        place, name: of it.
+        measured, predicted: seconds of a step.
+        same_computing: predicted with the computing that was measured next to the step, not by the calibration.
+        halves: seconds measured in even and in odd turns.
+    """
 
     place: Place
     name: str
     measured: float
     predicted: float
+    same_computing: float
     halves: tuple[float, float]
 
     @property
@@ -103,14 +124,30 @@ class Row(NamedTuple):
 def rows_of(measured: Measured) -> list[Row]:
     """Returns a row for each setting that has been measured in two turns without other programs."""
     rows = []
-    for place, (calibration, times) in measured.items():
+    for place, (file, times) in measured.items():
+        slowed = with_computing(file, place, times[COMPUTING])
         for name, turns in times.items():
+            if name == COMPUTING:
+                continue
             quiet = [steps for foreign, *steps in turns if foreign < MOST_FOREIGN]
             if len(quiet) < 2:
                 continue
             seconds, *halves = (median(chain(*part)) for part in (quiet, quiet[::2], quiet[1::2]))
-            rows.append(Row(place, name, seconds, predict(calibration, *place, name), (halves[0], halves[1])))
+            both = [predict(made, *place, name) for made in (file, slowed)]
+            rows.append(Row(place, name, seconds, *both, (halves[0], halves[1])))
     return rows
+
+
+def with_computing(file: Path, place: Place, turns: list[list[float]]) -> Path:
+    """Returns a calibration with the time of computing that was measured in a place, where ranks share cores."""
+    model, ranks, _ = place
+    made = calibration.read(str(file))
+    workload = made.workloads[MODELS[model]]
+    seconds = median(chain(*(steps for _, *steps in turns))) / (ranks / 2)
+    slower = workload.slower(seconds / (workload.forward + workload.backward))
+    path = file.with_name("slowed.json")
+    path.write_text(replace(made, workloads={MODELS[model]: slower}).to_json())
+    return path
 
 
 def summary(label: str, rows: list[Row]) -> str:
@@ -131,6 +168,7 @@ def summary(label: str, rows: list[Row]) -> str:
         f"{median(errors):.1%}",
         f"{max(errors):.1%}",
         f"{sum(error <= 0.15 for error in errors)}",
+        f"{median(abs(row.same_computing / row.measured - 1) for row in rows):.1%}",
         f"{repeats:.1%}",
         f"{sum(right) / max(1, len(right)):.0%}",
         f"{sum(clear) / max(1, len(clear)):.0%} of {len(clear)}",
@@ -141,9 +179,8 @@ def summary(label: str, rows: list[Row]) -> str:
 def compare(measured: Measured) -> None:
     """Prints every setting, and tables of the errors."""
     rows = rows_of(measured)
-    print(
-        f"{len(rows)} of {sum(len(times) for _, times in measured.values())} settings have two undisturbed turns"
-    )
+    settings_in_all = sum(len(times) - 1 for _, times in measured.values())
+    print(f"{len(rows)} of {settings_in_all} settings have two undisturbed turns")
     print("model        ranks link    setting         measured ms predicted ms   error  repeats")
     for row in rows:
         model, ranks, link = row.place
@@ -151,8 +188,8 @@ def compare(measured: Measured) -> None:
             f"{model:<12} {ranks:>5} {link:<7} {row.name:<15} {row.measured * 1e3:>11.1f} "
             f"{row.predicted * 1e3:>12.1f} {row.error:>7.1%} {row.repeats:>8.1%}"
         )
-    print("| settings | number | median error | worst | within 15 % | repeats within | right order | if clear |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(f"| {' | '.join(COLUMNS)} |")
+    print("|---" * len(COLUMNS) + "|")
     print(summary("all", rows))
     keys: list[Callable[[Row], str]] = [
         lambda row: f"{row.place[1]} ranks",
@@ -182,12 +219,12 @@ def main() -> None:
     folder.mkdir(exist_ok=True)
     wanted = {(model, n, link): folder / f"{model}-{n}-{link}.json" for n, link, model in settings(arguments)}
     if not all(run.exists() for run in wanted.values()):
-        calibration = folder / f"calibration-{len([*folder.glob('calibration-*')])}.json"
-        calibrate(arguments.launcher, arguments.models, calibration)
+        file = folder / f"calibration-{len([*folder.glob('calibration-*')])}.json"
+        calibrate(arguments.launcher, arguments.models, file)
         for (model, n, link), run in wanted.items():
             if not run.exists() and time.monotonic() < end:
                 measure(arguments.launcher, model, n, link, folder / "steps.json")
-                whole = {"calibration": calibration.name, "steps": json.loads((folder / "steps.json").read_text())}
+                whole = {"calibration": file.name, "steps": json.loads((folder / "steps.json").read_text())}
                 run.write_text(json.dumps(whole))
     made = {place: json.loads(run.read_text()) for place, run in wanted.items() if run.exists()}
     compare({place: (folder / run["calibration"], run["steps"]) for place, run in made.items()})

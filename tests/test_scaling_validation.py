@@ -12,11 +12,12 @@ def test_measurements_that_are_the_predictions_have_no_error(tmp_path, capsys):
     place, names = ("cnn", 4, "100Mbit"), ("allreduce-none", "sharded-bf16", "allreduce-int4")
     seconds = {name: scaling_validation.predict(file, *place, name) for name in names}
     times = {name: [[0.0, each], [0.0, each, each], [0.5, 9 * each]] for name, each in seconds.items()}
+    times["computing"] = [[0.0, 2 * (TWO.forward + TWO.backward)]]
     scaling_validation.compare({place: (file, times)})
     line = capsys.readouterr().out.splitlines()
-    assert "| all | 3 | 0.0% | 0.0% | 3 | 0.0% | 100% | 100% of 3 |" in line
+    assert "| all | 3 | 0.0% | 0.0% | 3 | 0.0% | 0.0% | 100% | 100% of 3 |" in line
     each = seconds["allreduce-none"]
     scaling_validation.compare(
         {place: (file, {**times, "allreduce-none": [[0.0, each / 4], [0.1, each * 3 / 4]]})}
     )
-    assert "| none | 1 | 100.0% | 100.0% | 0 | 66.7% | 0% | 0% of 0 |" in capsys.readouterr().out
+    assert "| none | 1 | 100.0% | 100.0% | 0 | 100.0% | 66.7% | 0% | 0% of 0 |" in capsys.readouterr().out

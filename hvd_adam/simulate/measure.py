@@ -246,9 +246,10 @@ def _slice(cluster: Cluster, idle: float, messages: float, repeats: int) -> floa
 def _cores_of_host(cluster: Cluster) -> float:
     """Returns the cores that the ranks of a host share: ranks of several "hosts" of one machine share them too."""
     of_machine = Path("/proc/sys/kernel/random/boot_id")
-    machines = horovod().allgather_object(of_machine.read_text() if of_machine.exists() else platform.node())
-    share = len(cores()) / int(machines.count(machines[cluster.rank]))
-    return share * cluster.local_size
+    own = of_machine.read_text() if of_machine.exists() else platform.node()
+    placed = horovod().allgather_object((own, cores()))
+    of_ranks = [set(may_use) for machine, may_use in placed if machine == own]
+    return len(set().union(*of_ranks)) / len(of_ranks) * cluster.local_size
 
 
 def _description(cluster: Cluster, config: CalibrateConfig) -> dict[str, str]:

@@ -98,10 +98,15 @@ def timed(call: Callable[[], object], cluster: Cluster, repeats: int) -> float:
     """Returns the median seconds of a call on this rank, after some that are not counted."""
     times = []
     for _ in range(WARM_UP + repeats):
-        before = _clock(cluster)
-        call()
-        times.append(_clock(cluster) - before)
+        times.append(seconds_of(call, cluster))
     return median(times[WARM_UP:])
+
+
+def seconds_of(call: Callable[[], object], cluster: Cluster) -> float:
+    """Returns the seconds of one call on this rank."""
+    before = _clock(cluster)
+    call()
+    return _clock(cluster) - before
 
 
 def _clock(cluster: Cluster) -> float:

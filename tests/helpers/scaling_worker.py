@@ -20,6 +20,7 @@ from hvd_adam.distributed.launch_env import detect_launcher
 from hvd_adam.models import zoo
 
 COMPRESSIONS = ("none", "bf16", "int8", "int4")
+COMPUTING = "computing"  # forward and backward alone
 WARM_UP = 3  # steps before the first turn, and 1 in each turn of several steps
 SLOW = 0.5  # seconds of a step
 
@@ -36,6 +37,8 @@ def main(model: str, batch: int, output: Path) -> None:
         torch.manual_seed(0)
         net, optimizer = wrap(zoo.build(model, sample_shape=IMAGE, num_classes=CLASSES))
         steps[name] = training_step(net, optimizer, *random_batch(batch, launch.rank, torch.device("cpu")))
+    net = zoo.build(model, sample_shape=IMAGE, num_classes=CLASSES)
+    steps[COMPUTING] = training_step(net, None, *random_batch(batch, launch.rank, torch.device("cpu")))
     numbers = {name: turns_and_steps(step) for name, step in steps.items()}
     measured: dict[str, list[list[float]]] = {name: [] for name in steps}
     cluster = current_cluster()
