@@ -217,10 +217,12 @@ def try_out(objective: Objective, config: TrainConfig, model: torch.nn.Module, l
 def scale_for_ranks(config: TrainConfig, cluster: Cluster) -> Scaled:
     """Scales Adam's hyper-parameters for the number of ranks and micro-batches.
 
+    With --strategy local an update has the batch of one rank: the number of ranks does not scale it.
+
     Raises:
         UserError: a scaled value is out of range.
     """
-    ranks = cluster.size
+    ranks = 1 if config.strategy == "local" else cluster.size
     if config.op == "adasum":
         # Adasum keeps the scale of one rank's step; on GPUs with NCCL it averages within a host first
         # (Horovod's documentation, "AdaSum with Horovod", on learning rates).
