@@ -35,8 +35,8 @@ def restore_unsent(
     if islands is not None and islands["updates_in_round"] and horovod().rank() == ROOT:
         dropped = islands["updates_in_round"]
         logger.warning(
-            f"checkpoint {where} was written within a round of --strategy local: {dropped} local updates since the "
-            "last meeting are dropped"
+            f"checkpoint {where} was written within a round of --strategy local: {dropped} local updates "
+            "since the last meeting are dropped"
         )
 
 
