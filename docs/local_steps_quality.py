@@ -23,11 +23,13 @@ from hvd_adam.compare.statistics import estimate
 from hvd_adam.distributed.local.training import meet, shared_weights
 from hvd_adam.schedule import LearningRateSchedule, learning_rate
 
+PLAIN = {"outer_lr": 1.0, "outer_momentum": 0.0}  # the outer step is the mean of the local weights
 ROWS: dict[str, dict[str, Any]] = {
     "averaged gradients": {},
     "local, H = 10, int4": {"strategy": "local", "local_steps": 10, "compression": "int4"},
+    "local, H = 10, int4, mean": {"strategy": "local", "local_steps": 10, "compression": "int4", **PLAIN},
     "local, H = 50, int4": {"strategy": "local", "local_steps": 50, "compression": "int4"},
-    "local, H = 50, none": {"strategy": "local", "local_steps": 50},
+    "local, H = 50, int4, mean": {"strategy": "local", "local_steps": 50, "compression": "int4", **PLAIN},
 }
 UPDATES = {"cnn": 600, "transformer": 600}
 POINTS = 6  # of the curve of each run
