@@ -6,6 +6,7 @@ in an evaluation or a checkpoint; a parameter that no meeting averages; options 
 """
 
 import copy
+import tempfile
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ import torch.nn.functional as F
 from helpers.on_ranks import on_ranks
 from helpers.small_training import batches, digest, same_everywhere, share, small_model
 
-from hvd_adam import Adam, distribute
+from hvd_adam import Adam, CheckpointManager, distribute
+from hvd_adam.arguments import parse
+from hvd_adam.config import TrainConfig
 from hvd_adam.errors import JobError, UserError
 
 
@@ -281,6 +284,26 @@ def test_options_that_islands_cannot_honour_are_refused(cluster, options, messag
     assert message in str(refusal.value) and "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--local-steps 0", "local-steps"),
+        ("--outer-lr 0", "outer-lr"),
+        ("--outer-momentum 1", "outer-momentum"),
+        ("--compression auto", "--strategy local has no auto compression"),
+        ("--op adasum", "--op adasum combines"),
+        ("--elastic", "--elastic cannot be used with --strategy local"),
+        ("--ema 0.9", "--ema cannot be used with --strategy local"),
+        ("--model resnet18 --sync-batchnorm", "--sync-batchnorm cannot be used with --strategy local"),
+        ("--check-consistency-every 5", "--check-consistency-every cannot be used with --strategy local"),
+    ],
+)
+def test_the_command_refuses_what_islands_cannot_honour(argv, message):
+    with pytest.raises(UserError) as refusal:
+        parse(TrainConfig, "hvd_adam.train", ["--strategy", "local", *argv.split()])
+    assert message in str(refusal.value) and "\n" not in str(refusal.value)
+
+
 @on_ranks(0)
 def test_calls_that_average_gradients_are_refused(cluster):
     model = small_model()
@@ -290,6 +313,8 @@ def test_calls_that_average_gradients_are_refused(cluster):
             call()
     with pytest.raises(UserError, match="add_param_group"):
         optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]})
+    with tempfile.TemporaryDirectory() as folder, pytest.raises(UserError, match="islands_on_root"):
+        CheckpointManager(cluster, folder).save(1, optimizer=optimizer)
 
 
 @on_ranks(0)
