@@ -73,7 +73,7 @@ class Case:
     def draw(cls, rng: random.Random) -> "Case":
         """Draws a case."""
         controller, strategy = rng.choice(("mpi", "gloo")), rng.choice(("allreduce", "sharded"))
-        return cls(controller, strategy, rng.choice(("float32", "8bit")))
+        return cls(controller, strategy, rng.choice(("float32", "bfloat16", "8bit")))
 
     def command(self, place: Path, folder: Path) -> list[str]:
         """Returns the command that starts and resumes the run."""

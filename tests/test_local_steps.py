@@ -270,6 +270,7 @@ REFUSED = [
     ({"compression": "auto"}, "has no auto compression"),
     ({"op": "adasum"}, "adasum combines updates"),
     ({"defer_averaging": True}, "defer_averaging has no effect"),
+    ({"noise_scale": 5, "accumulate": 2}, "noise_scale compares gradients with their mean"),
     ({"strategy": "allreduce", "local_steps": 7}, "local_steps=7 has no effect with strategy='allreduce'"),
     ({"strategy": "sharded", "outer_lr": 0.5}, "outer_lr=0.5 has no effect with strategy='sharded'"),
 ]
@@ -295,6 +296,7 @@ def test_options_that_islands_cannot_honour_are_refused(cluster, options, messag
         ("--elastic", "--elastic cannot be used with --strategy local"),
         ("--ema 0.9", "--ema cannot be used with --strategy local"),
         ("--model resnet18 --sync-batchnorm", "--sync-batchnorm cannot be used with --strategy local"),
+        ("--noise-scale 5", "--noise-scale cannot be used with --strategy local"),
         ("--check-consistency-every 5", "--check-consistency-every cannot be used with --strategy local"),
     ],
 )

@@ -129,7 +129,7 @@ def assert_same_end(place, one, other):
 @pytest.mark.parametrize(
     ("ranks", "controller", "options"),
     [
-        (2, "mpi", "--strategy sharded --max-grad-norm 0.5 --precision fp16 --state-format 8bit"),
+        (2, "mpi", "--strategy sharded --max-grad-norm 0.5 --precision fp16 --state-format 8bit --noise-scale 2"),
         (4, "gloo", "--deterministic --precision bf16 --strategy sharded --compression int4"),
         (2, "gloo", "--strategy local --local-steps 4 --compression int4 --precision fp16"),
     ],
@@ -151,8 +151,10 @@ def test_a_stopped_and_killed_run_ends_bit_for_bit_as_an_uninterrupted_one(place
     done = succeeded(start(place, f"{case}-b", *argv, **common))
     assert "resuming after 15 updates" in done.stdout
     assert_same_end(place, f"{case}-a", f"{case}-b")
-    state = checkpoint(place / f"{case}-b")["optimizer"]["state"][0]
-    assert ("exp_avg_codes" in state) == ("8bit" in options)
+    state = checkpoint(place / f"{case}-b")
+    assert ("exp_avg_codes" in state["optimizer"]["state"][0]) == ("8bit" in options)
+    assert bool(state["progress"]["noise"]) == ("noise_scale" in events(place / f"{case}-b", "step")[-1])
+    assert bool(state["progress"]["noise"]) == ("noise" in options)
 
 
 def test_with_other_numbers_of_ranks_it_ends_at_the_same_weights_up_to_rounding(place):

@@ -37,7 +37,7 @@ class TrainConfig(DataConfig):
         "elastic commit_every stall_timeout check_consistency_every",
         "precision and device": "precision device deterministic",
         "checkpoints": "resume checkpoint_every keep allow_data_change",
-        "logging": "log_every eval_every",
+        "logging": "log_every eval_every noise_scale",
     }
     EXAMPLES: ClassVar[str] = f"""examples:
   python -m hvd_adam.train --epochs 3
@@ -110,9 +110,10 @@ recipes for --config recipe:NAME: {", ".join(recipes.names())}"""
         20, "end the job after more than this many updates in a row with gradients that are not finite, ≥ 1"
     )
 
-    lr_scaling: Literal["linear", "sqrt", "none"] = option(
+    lr_scaling: Literal["linear", "sqrt", "halflife", "none"] = option(
         "linear",
-        "scaling of --lr with k = ranks × micro-batches: linear: ×k; sqrt: ×√k, and betas and eps are scaled too",
+        "scaling with k = ranks × micro-batches: linear: --lr ×k; sqrt: --lr ×√k, and betas and eps "
+        "too; halflife: the second of betas to its k-th power, and --lr as it is",
     )
     warmup_epochs: float = option(
         1.0,
@@ -180,6 +181,9 @@ recipes for --config recipe:NAME: {", ".join(recipes.names())}"""
     )
     log_every: int = option(10, "updates between lines of metrics, ≥ 1")
     eval_every: int = option(1, "epochs between evaluations, ≥ 1; the last epoch is always evaluated")
+    noise_scale: int | None = option(
+        None, "updates between measurements of the gradient noise scale, ≥ 1 (default: never)"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -196,7 +200,7 @@ recipes for --config recipe:NAME: {", ".join(recipes.names())}"""
             )
         for name in ("log_every", "eval_every", "keep", "max_skipped", "commit_every", "local_steps"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("checkpoint_every", "check_consistency_every"):
+        for name in ("checkpoint_every", "check_consistency_every", "noise_scale"):
             every = getattr(self, name)
             require(every is None or every >= 1, name, every, "at least 1")
         seconds = self.max_time
@@ -235,6 +239,8 @@ recipes for --config recipe:NAME: {", ".join(recipes.names())}"""
         if (self.lr_decay == "step") != bool(self.milestones()):
             raise UserError("--lr-decay step and --lr-decay-epochs go together, as in --lr-decay-epochs 30,60,80")
         if self.op == "adasum":
+            if self.noise_scale is not None:
+                raise UserError("--op adasum averages no gradients, whose noise scale --noise-scale measures")
             if self.strategy != "allreduce":
                 raise UserError("--op adasum combines updates of whole tensors: use --strategy allreduce")
             if self.max_grad_norm is not None or self.precision == "fp16":
@@ -269,6 +275,7 @@ recipes for --config recipe:NAME: {", ".join(recipes.names())}"""
             "ema": (self.ema is not None, "each rank would average weights of its own"),
             "sync-batchnorm": (self.sync_batchnorm, "all ranks would wait for each other in every update"),
             "check-consistency-every": (self.check_consistency_every is not None, "the ranks differ by design"),
+            "noise-scale": (self.noise_scale is not None, "no gradients are averaged"),
         }
         for name, (given, reason) in reasons.items():
             if given:
@@ -291,9 +298,15 @@ recipes for --config recipe:NAME: {", ".join(recipes.names())}"""
             size: number of ranks.
 
         Raises:
-            UserError: --global-batch-size is no multiple of ranks × micro-batches, without --elastic.
+            UserError: without --elastic, --global-batch-size is no multiple of ranks × micro-batches, or
+                --noise-scale is given with one rank and micro-batch.
         """
         parts = size * self.accumulate
+        if parts == 1 and self.noise_scale is not None and not self.elastic:
+            raise UserError(
+                f"--noise-scale {self.noise_scale} compares ranks, or micro-batches, of which there is one: use "
+                "more ranks or --accumulate 2, or leave it out"
+            )
         if self.global_batch_size is None:
             return (self.batch_size or 32) * parts
         if self.global_batch_size % parts and not self.elastic:

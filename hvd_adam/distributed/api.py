@@ -58,6 +58,7 @@ def distribute(
     loss_scaler: Any | None = None,
     skip_nonfinite: bool = True,
     defer_averaging: bool = False,
+    noise_scale: int | None = None,
     local_steps: int = 50,
     outer_lr: float = 0.7,
     outer_momentum: float = 0.9,
@@ -95,7 +96,10 @@ def distribute(
             otherwise it would make weights and moments NaN for good. `skipped_updates` counts them. With a
             `loss_scaler` such updates are always skipped, with Adasum never.
         defer_averaging: `step` waits for the reductions, not `backward`. Gradients must then not be used between
-            the two. A loop that needs only `backward` and `step` saves the wait between them.
+            the two. A loop that needs only `backward` and `step` saves the wait between them; on CPUs, without
+            `max_grad_norm` and `loss_scaler`, buckets are updated while others are being reduced.
+        noise_scale: measure the gradient noise scale in every `noise_scale`-th update, at least 1; read it with
+            `optimizer.noise.estimate()`. It needs several ranks or micro-batches, and no Adasum. None: do not.
         local_steps: with "local", updates of each rank between two meetings, at least 1.
         outer_lr: with "local", learning rate of the outer SGD, greater than 0.
         outer_momentum: with "local", its Nesterov momentum, in [0, 1).
@@ -142,6 +146,8 @@ def distribute(
         raise UserError(f"accumulate is {accumulate!r}; it must be a whole number ≥ 1")
     if max_grad_norm is not None and not (isinstance(max_grad_norm, Real) and max_grad_norm > 0):
         raise UserError(f"max_grad_norm is {max_grad_norm!r}; it must be a number > 0")
+    if noise_scale is not None:
+        _require_noise(noise_scale, accumulate, op)
     if op == "adasum":
         if strategy != "allreduce":
             raise UserError("adasum combines updates of whole tensors: use strategy=allreduce, or op=average")
@@ -149,12 +155,13 @@ def distribute(
     if loss_scaler is not None and not hasattr(loss_scaler, "is_enabled"):
         raise UserError(f"loss_scaler is {loss_scaler!r}; it must be a torch.amp.GradScaler, or None")
     local = {"local_steps": local_steps, "outer_lr": outer_lr, "outer_momentum": outer_momentum}
-    require_options(strategy, local, compression, defers=defer_averaging)
+    require_options(strategy, local, compression, defers=defer_averaging, noise=noise_scale is not None)
     with raise_on_all_ranks(current_cluster()):
         if strategy == LOCAL:
             require_local_model(optimizer, model)
         _require_supported(model, optimizer, compression)
     options = {"accumulate": accumulate, "compression": compression, "op": op, "max_grad_norm": max_grad_norm}
+    options |= {"noise_scale": noise_scale}
     options |= {"skip_nonfinite": bool(skip_nonfinite), "defer_averaging": bool(defer_averaging)}
     require_same(
         current_cluster(),
@@ -182,6 +189,15 @@ def _require_supported(model: torch.nn.Module, optimizer: Adam, compression: str
 def _require_choice(what: str, value: object, choices: Collection[str]) -> None:
     if value not in choices:
         raise UserError(f"{what} is {value!r}; use one of {', '.join(choices)}")
+
+
+def _require_noise(noise_scale: object, accumulate: int, op: str) -> None:
+    if isinstance(noise_scale, bool) or not isinstance(noise_scale, Integral) or noise_scale < 1:
+        raise UserError(f"noise_scale is {noise_scale!r}; it must be a whole number ≥ 1, or None")
+    if op == "adasum":
+        raise UserError("noise_scale compares gradients with their mean, which adasum has not: use op=average")
+    if horovod().size() * accumulate == 1:
+        raise UserError("noise_scale on one rank compares micro-batches: use accumulate ≥ 2, or more ranks")
 
 
 def _require_adasum(compression: str, max_grad_norm: float | None, loss_scaler: object) -> None:

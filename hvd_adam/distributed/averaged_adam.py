@@ -30,6 +30,7 @@ from hvd_adam.distributed.model_checks import (
     refuse_own_gradients,
     require_unchanged_by_forward,
 )
+from hvd_adam.distributed.noise.meter import NoiseMeter
 from hvd_adam.distributed.strategies.coded_zero import strategy_of
 from hvd_adam.distributed.wire.codable import exact_parameters
 from hvd_adam.distributed.wire.error_feedback import ErrorFeedback
@@ -53,6 +54,7 @@ class AveragedAdam(Adam):
     Attributes:
         error_feedback: the residuals of `compression="int8"` and `"int4"`, and what `"auto"` has chosen; None with
             other compressions.
+        noise: measures the noise scale, with `noise_scale`.
     """
 
     error_feedback: ErrorFeedback | None = None
@@ -72,6 +74,7 @@ class AveragedAdam(Adam):
         loss_scaler: Any | None,
         skip_nonfinite: bool,
         defer_averaging: bool,
+        noise_scale: int | None,
     ) -> None:
         # Not Adam's constructor: parameters, state and hyper-parameters are those of the given optimizer.
         torch.optim.Optimizer.__init__(self, optimizer.param_groups, optimizer.defaults)
@@ -108,6 +111,7 @@ class AveragedAdam(Adam):
             add=self._scaling.needs_sum,
             watch=loss_scaler is not None,
         )
+        self._averager.noise = self.noise = NoiseMeter(noise_scale, self._rank, self._ranks, accumulate)
         self._layout = DistributedLayout(
             self._strategy,
             self._averager,
@@ -117,6 +121,7 @@ class AveragedAdam(Adam):
             adasum=self._adasum,
             feedback=self.error_feedback,
             lossless=is_lossless(compression),
+            ahead=defer_averaging and not self._scaling.needs_norm,
         )
         self._store = self._layout.store
         self._step = AveragedStep(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from hvd_adam.distributed.gradients.grad_scaling import GradScaling, SkipCounter
 from hvd_adam.distributed.layout import DistributedLayout
 from hvd_adam.distributed.strategies.allreduce import AllReduceStrategy
 from hvd_adam.optim.fused import backend
+from hvd_adam.optim.optimizer_state import Group, States
 
 Update = Callable[[Tensor | None], None]
 
@@ -61,6 +63,7 @@ class AveragedStep:
         self._averager.finish()
         if self._unscale is None:
             self._unscale = self._scaling.unscale_factor(self._optimizer)
+            self._averager.noise.unscale(self._unscale)
         return self._unscale
 
     def _refuse_changed(self, unscale: float | Tensor) -> None:
@@ -97,6 +100,39 @@ class AveragedStep:
     def _start_meeting(self) -> Callable[[], None]:
         return self._averager.start_meeting("step()") if self._strategy.exchanges else lambda: None
 
+    def update_behind(
+        self, run: Callable[[Callable[[], None]], None], groups: Sequence[Group], state: States
+    ) -> bool:
+        """Updates each bucket as soon as its sum is there, while others arrive, if nothing needs all of them.
+
+        Args:
+            run: runs the optimizer's step with an update.
+            groups: the parameter groups.
+            state: the state of every parameter.
+
+        Returns:
+            Whether it has; else nothing has been changed, and `update` makes the update.
+        """
+        self.skips.record()
+        if not self._layout.updates_sections(groups, state):
+            return False
+        arrivals = self._averager.start_arrivals()
+        if arrivals is None:
+            return False
+        self.skipped = torch.zeros((), dtype=torch.bool, device="cpu") if self._scaling.probes else None
+        meet = self._start_meeting()
+        with self._strategy.updating():
+            run(partial(self._layout.store.update_sections, groups, arrivals))
+        self._end_update(meet)
+        return True
+
+    def _end_update(self, meet: Callable[[], None]) -> None:
+        if self._layout.feedback is not None:
+            self._layout.feedback.commit()
+        meet()
+        with self._averager.waiting():
+            self._strategy.exchange_parameters(self._layout.buffers)
+
     def update(self, run: Callable[[Tensor | None], Any]) -> None:
         """Makes an update, or skips it if the averaged gradient is not finite, identically on all ranks.
 
@@ -125,14 +161,9 @@ class AveragedStep:
                 self.skips.add()
                 return
         # In flight while the kernel runs, so that it takes no time of its own.
-        meet = None if scaling.needs_norm else self._start_meeting()
+        meet = (lambda: None) if scaling.needs_norm else self._start_meeting()
         with self._strategy.updating():
             run(scaling.combined(unscale, finite_probe, carries_found_inf=deferred))
-        if self._layout.feedback is not None:
-            self._layout.feedback.commit()
-        if meet is not None:
-            meet()
-        with self._averager.waiting():
-            self._strategy.exchange_parameters(buffers)
+        self._end_update(meet)
         if deferred and self.skipped is not None:
             self.skips.defer(self.skipped, self._layout.store.undo_step_counts)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,6 +60,7 @@ class DistributedLayout:
         adasum: combine updates by Adasum; gradients are then not reduced.
         feedback: residuals of gradients that are, or may be, sent as codes; else None.
         lossless: as in `Reducer`.
+        ahead: updates need not wait for all gradients; where they are on CPUs, see `Reducer`.
 
     Attributes:
         compression: as the argument; `use` changes it.
@@ -76,13 +79,15 @@ class DistributedLayout:
         adasum: bool,
         feedback: ErrorFeedback | None = None,
         lossless: bool = False,
+        ahead: bool = False,
     ) -> None:
         self._strategy, self._averager, self._lockstep = strategy, averager, lockstep
         self.compression, self._accumulate, self._adasum = compression, accumulate, adasum
-        self._feedback, self._lossless = feedback, lossless
+        self._feedback, self._lossless, self._ahead = feedback, lossless, ahead
         self._ranks = int(horovod().size())
         self._flat = self._ranks > 1 and not adasum
         self._adapter: HorovodAdapter | None = None  # from `connect` on
+        self._plain_step = False
         # Adasum steps one parameter at a time.
         policy = StorePolicy(foreach_only=adasum, agree=self._agree, warns=bool(horovod().rank() == 0))
         self.store = ParameterStore(policy)
@@ -104,6 +109,13 @@ class DistributedLayout:
         """Returns whether the layout fits parameters, state and options, after reading replaced tensors."""
         return all(buffer.fits() for buffer in self.buffers) and self.store.fits(groups, state)
 
+    def updates_sections(self, groups: Sequence[Group], state: States) -> bool:
+        """Returns whether buckets can be updated one by one. It need not be the same on all ranks.
+
+        Not by the `step` of a derived class, which may use all gradients before it calls Adam's.
+        """
+        return self._plain_step and self.store.all_fused and self.fits(groups, state)
+
     @torch.inference_mode(False)  # what is created here is written in Horovod's thread, which is not in that mode
     @torch.no_grad()
     def build(self, groups: Sequence[Group], state: States, names: Names) -> None:
@@ -122,19 +134,21 @@ class DistributedLayout:
         rank, ranks = self._strategy.shard
         multiple = ALIGNMENT if self._feedback is None else self._feedback.shard_multiple
         blocks = _in_blocks(groups) if ranks > 1 else set()
+        control = self._lockstep.length + self._averager.noise.length
         self.buffers = [
-            GradientBuffer(params, _layout(params, blocks, ranks, self._lockstep.length, multiple))
-            for params in kinds.values()
+            GradientBuffer(params, _layout(params, blocks, ranks, control, multiple)) for params in kinds.values()
         ]
         parts = {
             p: part
             for buffer in self.buffers
             for p, part in zip(buffer.params, buffer.parts(rank, ranks), strict=True)
         }
-        self.store.build_layout(groups, state, parts if ranks > 1 else None)
+        reducer = self._make_reducer(1 / (self._ranks * self._accumulate))
+        sections = reducer.number if reducer.ahead else None
+        self.store.build_layout(groups, state, parts if ranks > 1 else None, sections)
         if self._feedback is not None:
             self._feedback.arrange(self.buffers)
-        self._averager.reducer = reducer = self._make_reducer(1 / (self._ranks * self._accumulate))
+        self._averager.reducer = reducer
         if self._adapter is not None:
             self._adapter.set_buckets(reducer.parameters)
             self.add_hooks(names, names)  # parameters may have been unfrozen
@@ -148,6 +162,8 @@ class DistributedLayout:
             self._strategy.scatters,
             self._feedback,
             lossless=self._lossless,
+            ahead=self._ahead and all(buffer.device.type == "cpu" for buffer in self.buffers),
+            noise=self._averager.noise,
         )
 
     @torch.inference_mode(False)
@@ -216,6 +232,8 @@ class DistributedLayout:
             names: a name for every parameter.
             follows_passes: on one rank, where nothing is reduced: whether the averager needs its backward passes.
         """
+        own: Any = type(optimizer).step  # PyTorch wraps it
+        self._plain_step = inspect.unwrap(own) is inspect.unwrap(Adam.step)
         averager, reducer = self._averager, self._averager.reducer
         self._adapter = HorovodAdapter(
             optimizer,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,7 +58,8 @@ class ParameterStore:
     def __init__(self, policy: StorePolicy | None = None) -> None:
         self._policy = policy or StorePolicy()
         self.implementations: Sequence[str] = ()
-        self._rows: Sequence[UpdateRows] = ()
+        self._rows: list[UpdateRows] = []
+        self._sections: dict[int, list[UpdateRows]] = {}
         self._others: Sequence[Member] = ()  # which the fused kernels do not update
         self._others_state = StateReader((), (), {})
         self._others_form: object = []  # of which dtype, device and shape they were
@@ -92,7 +93,11 @@ class ParameterStore:
         return all(rows.fits(groups, state) for rows in self._rows)
 
     def build_layout(
-        self, groups: Sequence[Group], state: States, parts: Mapping[Tensor, Part] | None = None
+        self,
+        groups: Sequence[Group],
+        state: States,
+        parts: Mapping[Tensor, Part] | None = None,
+        sections: Mapping[Tensor, int] | None = None,
     ) -> None:
         """Decides which implementation updates each parameter, and makes the state of all complete.
 
@@ -100,6 +105,7 @@ class ParameterStore:
             groups: the parameter groups.
             state: the optimizer's state.
             parts: what this process updates of each parameter; all of those that are missing.
+            sections: numbers of parameters that are updated together, for `update_sections`; None for one section.
 
         Raises:
             ValueError: a trained parameter is sparse or complex.
@@ -108,9 +114,9 @@ class ParameterStore:
         self._frozen = [p for p in params if not is_trained(p)]
         validation.check_parameters(list(params))
         self.implementations = self._resolve_implementations(groups)
-        parts = parts or {}
+        parts, sections = parts or {}, sections or {}
         shared = overlapping(list(params))
-        kinds: dict[KernelSpec, list[Member]] = defaultdict(list)
+        kinds: dict[tuple[int, KernelSpec], list[Member]] = defaultdict(list)
         others, position = [], 0
         for p, i in params.items():
             member = Member(p, i, position, parts.get(p) or Part.of(p))
@@ -118,10 +124,14 @@ class ParameterStore:
             if not is_trained(p):
                 continue
             if self.implementations[i] == "fused" and can_be_fused(p) and p not in shared:
-                kinds[kernel_spec(groups[i], p)].append(member)
+                kinds[sections.get(p, 0), kernel_spec(groups[i], p)].append(member)
             else:
                 others.append(member)
-        self._rows = [UpdateRows(spec, members, groups, state) for spec, members in kinds.items()]
+        self._rows, self._sections = [], defaultdict(list)
+        for (section, spec), members in kinds.items():
+            rows = UpdateRows(spec, members, groups, state)
+            self._rows.append(rows)
+            self._sections[section].append(rows)
         self._others = others
         self._others_state = StateReader(others, groups, state)
         self._others_form = list(map(_form, others))
@@ -174,6 +184,27 @@ class ParameterStore:
             name = self.implementations[i]  # what cannot be fused has the form "foreach"
             update_lists("foreach" if name == "fused" else name, lists, groups[i], grad_scale)
         self._counted = [batch.counts for _, batch in batches]
+        if self._policy.warns:
+            self._lost_updates.count_update(groups)
+
+    def update_sections(self, groups: Sequence[Group], ready: Iterable[int]) -> None:
+        """Takes one step, section by section; the layout must fit, and `all_fused`. Bit for bit as `update`.
+
+        Args:
+            groups: the parameter groups.
+            ready: returns the number of each section as soon as its gradients are there.
+
+        Raises:
+            RuntimeError: a gradient is sparse or not of its parameter's dtype.
+        """
+        numbers = hyper_parameters(groups)
+        for section in ready:
+            for rows in self._sections.get(section, ()):
+                batch = rows.batch()
+                if batch.params:
+                    increment_versions(batch.params)
+                    fused.update(rows.spec, batch, numbers, None)
+        self._counted = ()
         if self._policy.warns:
             self._lost_updates.count_update(groups)
 

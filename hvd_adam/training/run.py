@@ -196,6 +196,9 @@ def build_run(config: TrainConfig, memory: InMemoryCheckpoint | None, resources:
         max_grad_norm=config.max_grad_norm,
         loss_scaler=scaler,
         defer_averaging=config.strategy != "local",  # nothing here looks at gradients
+        noise_scale=config.noise_scale
+        if cluster.size * sizes.accumulate > 1
+        else None,  # elastic: one may be left
     )
     if resume is not None:
         restore_unsent(optimizer, *unsent, resume.path)

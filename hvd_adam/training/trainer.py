@@ -88,6 +88,8 @@ class Trainer:
         state, cluster = resume.state, self.cluster
         self.progress = progress = self.sizes.resumed(Progress.from_dict(state.progress))
         self.optimizer.skipped_updates = progress.skipped
+        if progress.global_batch_size == self.sizes.global_batch:
+            self.optimizer.noise.load_state(progress.noise)
         if len(state.ranks) == cluster.size:
             restore_rng_state(state.ranks[cluster.rank], cluster)
             self.loss.load_state(*state.ranks[cluster.rank]["loss"])
@@ -200,7 +202,9 @@ class Trainer:
         self._record_skip()
         loss = self.loss.read()  # waits for the device, so that the lap counts finished work
         values = {"lr": self.optimizer.param_groups[0]["lr"], "grad_norm": self.optimizer.finite_grad_norm()}
-        values["compression"] = self.optimizer.compression
+        values |= {"compression": self.optimizer.compression} | self.optimizer.noise.metrics(
+            self.sizes.global_batch
+        )
         self._event("step", loss=loss, **values, images_per_second=self.throughput.lap())
 
     def _evaluate(self) -> bool:
@@ -281,6 +285,7 @@ class Trainer:
                 only, `ranks` has only its entry, and `progress` has the last events.
         """
         self._record_skip()
+        self.progress.noise = self.optimizer.noise.state()
         own = rank_state(self.cluster, self.loss.state())
         adam = self.optimizer
         optimizer = adam.state_dict_on_root(held=True) if all_ranks else adam.held_state_dict()

@@ -241,6 +241,16 @@ def norms_of_pieces(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
     return torch._foreach_norm(pieces) if pieces else ()
 
 
+def square_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Returns the squared 2-norm of all elements of some tensors, 0-dim float64; does not wait for the device.
+
+    Args:
+        gradients: all on one device.
+    """
+    norms = norms_of_pieces(gradients) or [torch.zeros((), device="cpu")]
+    return torch.stack(list(norms)).double().square().sum()
+
+
 def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     """Returns the 2-norm of all elements of some tensors, 0-dimensional; zero without any."""
     norms = norms_of_pieces(gradients) or [torch.zeros((), device="cpu")]

@@ -20,6 +20,7 @@ from hvd_adam.distributed.local.buffers import OuterBuffers
 from hvd_adam.distributed.local.exchange import IslandMean
 from hvd_adam.distributed.local.outer import OuterWeights
 from hvd_adam.distributed.model_checks import parameter_names
+from hvd_adam.distributed.noise.meter import NoiseMeter
 from hvd_adam.distributed.wire.codable import exact_parameters
 from hvd_adam.distributed.wire.codec import CODECS
 from hvd_adam.distributed.wire.error_feedback import ErrorFeedback
@@ -36,6 +37,7 @@ class IslandAdam(Adam):
     Attributes:
         compression: "none", "int8" or "int4".
         error_feedback: None: residuals are part of `islands_on_root`.
+        noise: measures nothing: no gradient is compared with a mean.
         skipped_updates: updates that islands had skipped at the last meeting, the sum over all islands.
         skipped_in_a_row: how many of the last updates up to then the island with the most had skipped.
     """
@@ -66,6 +68,7 @@ class IslandAdam(Adam):
         ]:
             setattr(optimizer, name, type(getattr(optimizer, name))())  # its `step` may run inside this one's
         self._share()
+        self.noise = NoiseMeter(None)
         self._scaling = GradScaling(max_grad_norm, loss_scaler, skip_nonfinite)
         broadcast_training_state(model, self, loss_scaler)
         self._parameters = self._ordered(model)

@@ -19,7 +19,9 @@ DEFAULTS = {"local_steps": 50, "outer_lr": 0.7, "outer_momentum": 0.9}
 _DTYPES = (torch.float32, torch.float64)
 
 
-def require_options(strategy: str, options: Mapping[str, Any], compression: str, *, defers: bool) -> None:
+def require_options(
+    strategy: str, options: Mapping[str, Any], compression: str, *, defers: bool, noise: bool
+) -> None:
     """Checks options of `distribute`.
 
     Args:
@@ -27,6 +29,7 @@ def require_options(strategy: str, options: Mapping[str, Any], compression: str,
         options: those of `DEFAULTS`.
         compression: of `distribute`.
         defers: its `defer_averaging`.
+        noise: its `noise_scale` is given.
 
     Raises:
         UserError: an option is out of range, or has no effect with this strategy.
@@ -47,6 +50,8 @@ def require_options(strategy: str, options: Mapping[str, Any], compression: str,
         raise UserError(f"strategy='local' has no {compression} compression: use none, int8 or int4")
     if defers:
         raise UserError("defer_averaging has no effect with strategy='local', which averages no gradients")
+    if noise:
+        raise UserError("noise_scale compares gradients with their mean, which strategy='local' has not")
 
 
 def require_local_model(optimizer: Adam, model: torch.nn.Module) -> None:

@@ -53,7 +53,10 @@ class GradientResiduals:
     Attributes:
         compression: the one in use.
         shard_multiple: the length of a shard of a bucket must be a multiple of it.
+        may_be_large: whether gradients have been so large that sums of residuals may overflow.
     """
+
+    may_be_large = False
 
     def __init__(
         self,

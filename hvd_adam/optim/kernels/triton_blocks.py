@@ -11,13 +11,19 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 
 from hvd_adam.optim.expression import KernelSpec
 from hvd_adam.optim.formats import random_bits
-from hvd_adam.optim.kernels.triton_kernel import TYPES, current_master, pointer, root, round_stochastically
+from hvd_adam.optim.kernels.triton_kernel import (
+    TYPES,
+    current_master,
+    pointer,
+    root,
+    round_stochastically,
+    rounding_constants,
+)
 
 BLOCK = random_bits.BLOCK
 WARPS = 2  # 8 elements a thread, as in triton_kernel.py
@@ -225,15 +231,11 @@ def adam_in_blocks(
 @cache
 def constants(spec: KernelSpec) -> dict[str, Any]:
     """Returns the arguments of `adam_in_blocks` that are compiled into the kernel of a spec."""
-    info = torch.finfo(spec.dtype)
-    has_masters = spec.rounding == "master"
     return {
         "PARAM": TYPES[spec.dtype],
         "MOMENT": TYPES[spec.moment_dtype],
         "STATE": spec.state_format,
-        "ROUNDING": spec.rounding,
-        "HALF_EPS": info.eps / 2 if has_masters else 0.0,
-        "TINY": info.smallest_normal * info.eps if has_masters else 0.0,
+        **rounding_constants(spec),
         "WHOLE": len(WHOLE),
         "REAL": len(REAL),
         "BLOCK": BLOCK,

@@ -198,18 +198,25 @@ def adam(
         )  # fmt: skip
 
 
+def rounding_constants(spec: KernelSpec) -> dict[str, Any]:
+    """Returns both kernels' arguments of how parameters are stored, in the order of their signatures."""
+    info = torch.finfo(spec.dtype)
+    has_masters = spec.rounding == "master"
+    return {
+        "ROUNDING": spec.rounding,
+        "HALF_EPS": info.eps / 2 if has_masters else 0.0,
+        "TINY": info.smallest_normal * info.eps if has_masters else 0.0,
+    }
+
+
 @cache
 def constants(spec: KernelSpec) -> dict[str, Any]:
     """Returns the arguments of `adam` that are compiled into the kernel of a spec."""
-    info = torch.finfo(spec.dtype)
-    has_masters = spec.rounding == "master"
     return {
         "PARAM": TYPES[spec.dtype],
         "MOMENT": TYPES[spec.moment_dtype],
         "DTYPE": TYPES[spec.compute_dtype],
-        "ROUNDING": spec.rounding,
-        "HALF_EPS": info.eps / 2 if has_masters else 0.0,
-        "TINY": info.smallest_normal * info.eps if has_masters else 0.0,
+        **rounding_constants(spec),
         "WHOLE": len(WHOLE),
         "REAL": len(REAL),
         "BLOCK": BLOCK,
