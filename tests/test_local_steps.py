@@ -7,6 +7,7 @@ in an evaluation or a checkpoint; a parameter that no meeting averages; options 
 
 import copy
 import tempfile
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from hvd_adam import Adam, CheckpointManager, distribute
 from hvd_adam.arguments import parse
 from hvd_adam.config import TrainConfig
 from hvd_adam.errors import JobError, UserError
+from hvd_adam.training.builders import scale_for_ranks
 
 
 def wide_model(seed=0, dtype=torch.float32):
@@ -28,6 +30,7 @@ def wide_model(seed=0, dtype=torch.float32):
 
 
 def local(model, local_steps=3, lr=0.01, **options):
+    options = {"outer_lr": 0.7, "outer_momentum": 0.9, **options}
     return distribute(Adam(model.parameters(), lr=lr), model, strategy="local", local_steps=local_steps, **options)
 
 
@@ -257,6 +260,29 @@ def test_another_number_of_islands_begins_a_round_at_the_outer_weights(cluster):
             assert torch.equal(own["exp_avg"], island["exp_avg"])
     train(again, resumed_optimizer, cluster, 3)
     assert same_everywhere(digest(again.state_dict()))
+
+
+# The learning rate.
+
+
+@pytest.mark.parametrize("rule", ["linear", "sqrt"])
+def test_islands_move_by_as_much_more_as_the_noise_of_one_rank_makes_adam_move_them_less(rule):
+    """Where gradients are noise, √v of one rank is √N times that of the mean: lr·m/(√v + ε) stays what it was."""
+    config = parse(TrainConfig, "hvd_adam.train", ["--lr-scaling", rule, "--accumulate", "2"])
+    islands = parse(
+        TrainConfig, "hvd_adam.train", ["--strategy", "local", "--lr-scaling", rule, "--accumulate", "2"]
+    )
+    cluster = SimpleNamespace(size=4)
+    averaged, own = scale_for_ranks(config, cluster), scale_for_ranks(islands, cluster)
+    root_v = 1e-8
+    assert own.betas == averaged.betas
+    assert own.lr / (2 * root_v + own.eps) == pytest.approx(averaged.lr / (root_v + averaged.eps))
+
+
+@pytest.mark.parametrize("rule", ["none", "halflife"])
+def test_a_learning_rate_that_no_rule_scales_is_that_of_the_islands(rule):
+    config = parse(TrainConfig, "hvd_adam.train", ["--strategy", "local", "--lr-scaling", rule, "--lr", "0.003"])
+    assert scale_for_ranks(config, SimpleNamespace(size=4)).lr == 0.003
 
 
 # What is refused.

@@ -113,7 +113,8 @@ recipes for --config recipe:NAME: {", ".join(recipes.names())}"""
     lr_scaling: Literal["linear", "sqrt", "halflife", "none"] = option(
         "linear",
         "scaling with k = ranks × micro-batches: linear: --lr ×k; sqrt: --lr ×√k, and betas and eps "
-        "too; halflife: the second of betas to its k-th power, and --lr as it is",
+        "too; halflife: the second of betas to its k-th power, and --lr as it is; --strategy local: linear and sqrt "
+        "multiply --lr and eps by √ranks, too",
     )
     warmup_epochs: float = option(
         1.0,
@@ -133,8 +134,8 @@ recipes for --config recipe:NAME: {", ".join(recipes.names())}"""
         "ranks update by themselves, and average their weights every --local-steps updates (DiLoCo)",
     )
     local_steps: int = option(50, "with --strategy local: updates of each rank between two meetings, ≥ 1")
-    outer_lr: float = option(0.7, "with --strategy local: learning rate of the outer step at meetings, > 0")
-    outer_momentum: float = option(0.9, "with --strategy local: Nesterov momentum of the outer step, in [0, 1)")
+    outer_lr: float = option(1.0, "with --strategy local: learning rate of the outer step at meetings, > 0")
+    outer_momentum: float = option(0.0, "with --strategy local: Nesterov momentum of the outer step, in [0, 1)")
     op: Literal["average", "adasum"] = option("average", "how gradients of the ranks are combined")
     compression: Literal["none", "fp16", "bf16", "int8", "int4", "auto", "auto:lossless", "auto:any"] = option(
         "none",

@@ -60,8 +60,8 @@ def distribute(
     defer_averaging: bool = False,
     noise_scale: int | None = None,
     local_steps: int = 50,
-    outer_lr: float = 0.7,
-    outer_momentum: float = 0.9,
+    outer_lr: float = 1.0,
+    outer_momentum: float = 0.0,
 ) -> DistributedAdam | LocalAdam:
     """Distributes an optimizer: when `backward` returns, gradients are the mean over all ranks.
 

@@ -15,7 +15,7 @@ from hvd_adam.errors import UserError
 from hvd_adam.optim.adam import Adam
 
 LOCAL = "local"
-DEFAULTS = {"local_steps": 50, "outer_lr": 0.7, "outer_momentum": 0.9}
+DEFAULTS = {"local_steps": 50, "outer_lr": 1.0, "outer_momentum": 0.0}
 _DTYPES = (torch.float32, torch.float64)
 
 
