@@ -52,9 +52,9 @@ ONLY_NAMES_LAUNCHERS = {"test_mpijob", "test_setup"}
 
 def pytest_configure(config: pytest.Config) -> None:
     """Draws fewer cases in a run that marks select: the quick tests; all tests together draw all of them."""
-    if config.option.markexpr:
-        settings.register_profile("quick", max_examples=8)
-        settings.load_profile("quick")
+    settings.register_profile("all", deadline=None)  # no test depends on the speed of the machine
+    settings.register_profile("quick", deadline=None, max_examples=8)
+    settings.load_profile("quick" if config.option.markexpr else "all")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest evaluates -m

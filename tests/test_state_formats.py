@@ -6,6 +6,7 @@ Hazards: a scale that overflows or vanishes; a root rounded to 0 under a first m
     lost.
 """
 
+import copy
 import math
 import warnings
 
@@ -246,7 +247,7 @@ def test_kernels_have_the_bits_of_the_definition_with_any_number_of_threads(spec
     definitions = cpu_kernel._definitions
     if portable:
         monkeypatch.setattr(cpu_kernel, "_definitions", lambda spec: {**definitions(spec), "PORTABLE": 1})
-    kernel = cpu_kernel.compile_kernel(spec)
+    update = cpu_kernel.compile_kernel(spec).update
     threads = torch.get_num_threads()
     for options in OPTIONS:
         groups, rows, ours = made(spec, options, 1 << 17)
@@ -258,7 +259,7 @@ def test_kernels_have_the_bits_of_the_definition_with_any_number_of_threads(spec
                 for p, gradient in zip(both, gradients, strict=True):
                     p.grad = gradient.clone()
             torch.set_num_threads(step)
-            kernel(rows.batch(), hyper_parameters(groups), torch.tensor(0.5))
+            update(rows.batch(), hyper_parameters(groups), torch.tensor(0.5))
             for (q, state), group in zip(expected.items(), groups, strict=True):
                 flat = {name: t.view(-1) for name, t in state.items()}
                 update_uncompiled(spec, q.detach().view(-1), q.grad.view(-1), flat, 0.5, group, step, 0)
@@ -396,6 +397,27 @@ def test_options_that_exclude_each_other_are_refused():
     stock.step()
     with pytest.raises(ValueError, match="amsgrad exclude each other"):
         Adam([p], state_format="8bit").load_state_dict(stock.state_dict())
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    "changed",
+    [{"amsgrad": True}, {"state_format": "fp8"}, {"master_weights": "4bit"}, {"implementation": "triton"}],
+)
+def test_options_that_exclude_each_other_are_refused_when_a_loop_sets_them(changed, implementation):
+    params, optimizer = trained({"state_format": "8bit", "implementation": implementation})
+    before = [p.detach().clone() for p in params], copy.deepcopy(optimizer.held_state_dict()["state"])
+    (group,) = optimizer.param_groups
+    own = {name: group[name] for name in changed}
+    group.update(changed)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"exclude each other|is unknown"):
+            optimizer.step()
+    after = [p.detach() for p in params], optimizer.held_state_dict()["state"]
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    group.update(own)
+    optimizer.step()
+    assert not torch.equal(params[0], before[0][0])
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -140,3 +140,21 @@ def test_codes_survive_the_loss_of_rank_0_in_the_memory_of_another_rank(cluster,
         step_alone(other, alone, step)
         step_on_ranks(again, resumed, step)
     assert_same_bits(again, resumed, other, alone)
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("options", [{"defer_averaging": True}, {"strategy": "sharded", "compression": "int4"}])
+def test_amsgrad_that_a_loop_sets_is_refused_and_training_can_continue(cluster, options):
+    def train(refused_step):
+        model = Model()
+        optimizer = distribute(Adam(model.parameters(), lr=1e-2, state_format="8bit"), model, **options)
+        for step in range(4):
+            optimizer.param_groups[0]["amsgrad"] = step == refused_step
+            if step == refused_step:
+                with pytest.raises(ValueError, match="'8bit' and amsgrad exclude each other"):
+                    step_on_ranks(model, optimizer, step)
+                optimizer.param_groups[0]["amsgrad"] = False
+            step_on_ranks(model, optimizer, step)
+        return [p.detach() for p in model.parameters()]
+
+    assert all(map(torch.equal, train(2), train(None)))

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.on_ranks import on_ranks
+from helpers.one_if_finite import check_one_if_finite
 from helpers.skipping import check_skipping, made, update
 
 ROOT = Path(__file__).parents[1]
@@ -143,6 +144,12 @@ def test_kernel_for_state_in_few_bits_skips_on_the_device_and_writes_nothing_bey
         assert all(map(torch.equal, before, (p, *optimizer.state[p].values())))
         optimizer.step()
         assert p.max() < 0.499
+
+
+@on_ranks(0, **INTERPRETED)
+def test_elements_that_are_not_finite_are_found_at_any_place(cluster):
+    use_interpreted_kernel()
+    check_one_if_finite(torch.device("cpu"), dtypes=(torch.float32, torch.float64), lengths=(1, 17, 1025))
 
 
 @on_ranks(0, **INTERPRETED)

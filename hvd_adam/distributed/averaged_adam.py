@@ -132,12 +132,11 @@ class AveragedAdam(Adam):
         self._replaced: States = {}  # the state before the one that has been loaded, until that is broadcast
         self._looked_for_others = False  # among the gradients of a backward pass
         # GradScaler.step unscales gradients, unless an optimizer has this attribute: then step() refuses it.
-        own_scaling = loss_scaler is not None or accumulate > 1 or defer_averaging or codes
-        if own_scaling or self._strategy.scatters or self._adasum:
+        follows_passes = accumulate > 1 or loss_scaler is not None
+        if follows_passes or defer_averaging or codes or self._strategy.scatters or self._adasum:
             self._step_supports_amp_scaling = True
         broadcast_training_state(model, self, loss_scaler)
         self._ensure_layout()
-        follows_passes = accumulate > 1 or loss_scaler is not None
         self._adapter = self._layout.connect(optimizer, self._names(), follows_passes=follows_passes)
         self._adapter.share(self)
         if is_automatic(compression) and self.error_feedback is not None:
@@ -299,6 +298,7 @@ class AveragedAdam(Adam):
                 warn_of_unaveraged(self._model)
 
     def _averaging_begins(self) -> None:
+        self._store.check_options(self.param_groups)
         if self._join is not None:
             self._join.announce(REDUCE)
             self._layout.divide_by(self._join.divisor)

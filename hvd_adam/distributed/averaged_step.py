@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 from hvd_adam.distributed.gradients.averager import GradientAverager
-from hvd_adam.distributed.gradients.grad_scaling import GradScaling, SkipCounter, multiply_gradients
+from hvd_adam.distributed.gradients.grad_scaling import (
+    GradScaling,
+    SkipCounter,
+    is_nonfinite,
+    multiply_gradients,
+)
 from hvd_adam.distributed.layout import DistributedLayout
 from hvd_adam.distributed.strategies.allreduce import AllReduceStrategy
 from hvd_adam.optim.fused import backend
@@ -31,7 +36,7 @@ class AveragedStep:
         layout: of the parameters and their gradients.
 
     Attributes:
-        grad_norm, skipped: as in `DistributedAdam`.
+        grad_norm: as in `DistributedAdam`.
         skips: counts skipped updates.
     """
 
@@ -48,10 +53,19 @@ class AveragedStep:
         self._averager, self._scaling = averager, scaling
         self._strategy, self._layout = strategy, layout
         self.grad_norm: Tensor | None = None
-        self.skipped: Tensor | None = None
+        self._skipped: Tensor | None = None
+        self._probe: Tensor | None = None  # of the last update: not finite if it was skipped
         self.skips = SkipCounter()
         # Factor that makes the averaged gradients the unscaled mean; None until they are averaged.
         self._unscale: float | Tensor | None = None
+
+    @property
+    def skipped(self) -> Tensor | None:
+        """As in `DistributedAdam`. It is computed only if it is read, because that takes launches."""
+        if self._skipped is None and self._probe is not None:
+            with torch.inference_mode(False):
+                self._skipped = is_nonfinite(self._probe)
+        return self._skipped
 
     def forget(self) -> None:
         """Called when gradients have been cleared or used: what is known of them no longer holds."""
@@ -114,12 +128,13 @@ class AveragedStep:
             Whether it has; else nothing has been changed, and `update` makes the update.
         """
         self.skips.record()
-        if not self._layout.updates_sections(groups, state):
+        if self._averager.reducer is None or not self._layout.updates_sections(groups, state):
             return False
         arrivals = self._averager.start_arrivals()
         if arrivals is None:
             return False
-        self.skipped = torch.zeros((), dtype=torch.bool, device="cpu") if self._scaling.probes else None
+        self._skipped = torch.zeros((), dtype=torch.bool, device="cpu") if self._scaling.probes else None
+        self._probe = None
         meet = self._start_meeting()
         with self._strategy.updating():
             run(partial(self._layout.store.update_sections, groups, arrivals))
@@ -144,18 +159,22 @@ class AveragedStep:
         parameters, scaling, buffers = self._parameters(), self._scaling, self._layout.buffers
         if all(p.grad is None for p in parameters):
             return
-        finite_probe = None
+        finite_probe, is_one = None, False
         if scaling.needs_norm:
             self._start_meeting()()  # the norm is a collective where the state is sharded
             self.grad_norm = finite_probe = self._strategy.norm(parameters, buffers) * unscale
         elif scaling.needs_sum:
             finite_probe = self._averager.total
+            if finite_probe is None and not buffers:
+                finite_probe = self._layout.store.one_if_finite(self._optimizer.param_groups)
+                is_one = finite_probe is not None
             if finite_probe is None:
                 finite_probe = self._strategy.finite_probe(parameters, buffers)
-        self.skipped, deferred = None, False
-        if scaling.probes and finite_probe is not None:
-            self.skipped = scaling.found_inf(finite_probe, self._optimizer)
-            deferred = self._layout.store.all_fused and backend(self.skipped.device.type).skips_nan
+        self._skipped, self._probe, deferred = None, finite_probe if scaling.probes else None, False
+        if self._probe is not None:
+            if scaling.loss_scaler is not None:
+                self._skipped = scaling.found_inf(self._probe, self._optimizer)
+            deferred = self._layout.store.all_fused and backend(self._probe.device.type).skips_nan
             deferred = deferred and self._layout.feedback is None  # the host has to know which residuals are valid
             if not deferred and self.skipped:  # if deferred, the kernel skips, and the host need not wait
                 self.skips.add()
@@ -163,7 +182,7 @@ class AveragedStep:
         # In flight while the kernel runs, so that it takes no time of its own.
         meet = (lambda: None) if scaling.needs_norm else self._start_meeting()
         with self._strategy.updating():
-            run(scaling.combined(unscale, finite_probe, carries_found_inf=deferred))
+            run(scaling.combined(unscale, finite_probe, carries_found_inf=deferred, is_one=is_one))
         self._end_update(meet)
-        if deferred and self.skipped is not None:
-            self.skips.defer(self.skipped, self._layout.store.undo_step_counts)
+        if deferred and self._probe is not None:
+            self.skips.defer(self._probe, self._layout.store.undo_step_counts)

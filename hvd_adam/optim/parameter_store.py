@@ -6,6 +6,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -22,10 +23,10 @@ from hvd_adam.optim.implementation import (
     without_fused,
 )
 from hvd_adam.optim.lost_updates import LostUpdates
-from hvd_adam.optim.memory import increment_versions, is_trained, overlapping, same_objects
+from hvd_adam.optim.memory import Ones, increment_versions, is_trained, overlapping, same_objects
 from hvd_adam.optim.optimizer_state import Group, Member, Part, StateReader, States
 from hvd_adam.optim.tensor_lists import Chunks, chunks
-from hvd_adam.optim.update_rows import UpdateRows, hyper_parameters
+from hvd_adam.optim.update_rows import Batch, UpdateRows, hyper_parameters
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,9 @@ class ParameterStore:
         self._options: object = None  # what the layout was built for, as its parameters
         self._params: Sequence[Tensor] = ()
         self._counted: Sequence[list[Tensor]] = ()  # the step counts of the last update
+        self._probed: list[Batch] = []  # whose gradients `one_if_finite` has looked at in this step
         self._lost_updates = LostUpdates()
+        self._ones = Ones()
 
     @property
     def all_fused(self) -> bool:
@@ -81,11 +84,29 @@ class ParameterStore:
         if not self.fits(groups, state):
             self.build_layout(groups, state)
 
+    def check_options(self, groups: Sequence[Group]) -> bool:
+        """Returns whether the options of the groups are those that the layout was built for.
+
+        Raises:
+            ValueError: they are not, and one is unknown, or they exclude each other.
+        """
+        if layout_options(groups) == self._options:
+            return True
+        for group in groups:
+            validation.check_format(group)
+            validation.check_implementation(group["implementation"])
+        return False
+
     def fits(self, groups: Sequence[Group], state: States) -> bool:
-        """Returns whether the layout fits parameters, state and options, after reading replaced tensors."""
+        """Returns whether the layout fits parameters, state and options, after reading replaced tensors.
+
+        Raises:
+            ValueError: as `check_options`.
+        """
+        same_options = self.check_options(groups)
         thawed = any(map(is_trained, self._frozen))
         params = [p for group in groups for p in group["params"]]
-        if thawed or layout_options(groups) != self._options or not same_objects(self._params, params):
+        if thawed or not same_options or not same_objects(self._params, params):
             return False
         if list(map(_form, self._others)) != self._others_form:
             return False
@@ -136,6 +157,7 @@ class ParameterStore:
         self._others_state = StateReader(others, groups, state)
         self._others_form = list(map(_form, others))
         self._options, self._params = layout_options(groups), [*params]
+        self._probed = []
 
     def _resolve_implementations(self, groups: Sequence[Group]) -> list[str]:
         """Returns each group's implementation; "fused" only where its kernels compile, otherwise "foreach"."""
@@ -172,7 +194,9 @@ class ParameterStore:
         if any(rows.spec.device == "cuda" for rows in self._rows):
             validation.refuse_graph_capture()
         # Before anything changes: both check gradients.
-        batches = [(rows.spec, batch) for rows in self._rows if (batch := rows.batch()).params]
+        probed, self._probed = self._probed, []
+        found = ((rows.spec, rows.batch(known)) for rows, known in zip_longest(self._rows, probed))
+        batches = [(spec, batch) for spec, batch in found if batch.params]
         rest = chunks(self._others, self._others_state.used, groups) if self._others else Chunks()
         numbers = hyper_parameters(groups)
         for spec, batch in batches:
@@ -186,6 +210,33 @@ class ParameterStore:
         self._counted = [batch.counts for _, batch in batches]
         if self._policy.warns:
             self._lost_updates.count_update(groups)
+
+    def one_if_finite(self, groups: Sequence[Group]) -> Tensor | None:
+        """Returns 1 if all gradients are finite, else NaN, 0-dim float64, on their device; the layout must fit.
+
+        It is made in one launch for each kind of parameters, and not waited for.
+
+        Args:
+            groups: the parameter groups.
+
+        Returns:
+            None where no kernel does this: not all is fused, on a CPU, on several devices, or without gradients.
+
+        Raises:
+            RuntimeError: as `update`.
+        """
+        if self._others or not all(fused.backend(rows.spec.device).skips_nan for rows in self._rows):
+            return None
+        batches = [rows.batch() for rows in self._rows]
+        devices = {batch.params[0].device for batch in batches if batch.params}
+        if len(devices) != 1:
+            return None
+        numbers, mark = hyper_parameters(groups), self._ones.take(devices.pop())
+        for rows, batch in zip(self._rows, batches, strict=True):
+            if batch.params:
+                fused.find_nonfinite(rows.spec, batch, numbers, mark)
+        self._probed = batches
+        return mark
 
     def update_sections(self, groups: Sequence[Group], ready: Iterable[int]) -> None:
         """Takes one step, section by section; the layout must fit, and `all_fused`. Bit for bit as `update`.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hvd_adam.optim.expression import KernelSpec
-from hvd_adam.optim.memory import ORDINARY, placed_like, shape_in_memory
+from hvd_adam.optim.memory import ORDINARY, placed_like, same_objects, shape_in_memory
 from hvd_adam.optim.optimizer_state import Group, Member, State, StateReader, States
 from hvd_adam.optim.validation import check_gradient
 
@@ -69,9 +69,21 @@ class HyperParameters(NamedTuple):
     sign: int
 
 
-# Counts a step of every parameter of a batch and updates it in place. The other arguments are the hyper-parameters
-# of all groups, and a factor for the gradients, 0-dimensional or None.
-Kernel = Callable[[Batch, Sequence[HyperParameters], "Tensor | None"], None]
+FindNonfinite = Callable[[Batch, Sequence[HyperParameters], Tensor], None]
+
+
+class Kernel(NamedTuple):
+    """What is compiled for a spec.
+
+    Attributes:
+        update: counts a step of every parameter of a batch and updates it in place. The other arguments are the
+            hyper-parameters of all groups, and a factor for the gradients, 0-dimensional or None.
+        find_nonfinite: makes a number NaN, float64, 0-dimensional, on the device, if an element of a gradient is
+            infinite or NaN, and leaves it alone otherwise. None: there is no such kernel.
+    """
+
+    update: Callable[[Batch, Sequence[HyperParameters], Tensor | None], None]
+    find_nonfinite: FindNonfinite | None = None
 
 
 def hyper_parameters(groups: Iterable[Group]) -> list[HyperParameters]:
@@ -129,13 +141,21 @@ class UpdateRows:
             self._read_state()
         return True
 
-    def batch(self) -> Batch:
+    def batch(self, known: Batch | None = None) -> Batch:
         """Returns the rows of the parameters that have gradients.
+
+        Args:
+            known: what was returned before in this step. It is returned again if the gradients are the same
+                tensors, at the same addresses: looking at each costs more than the rest of a step on a GPU.
 
         Raises:
             RuntimeError: a gradient is sparse or of another dtype than its parameter.
         """
         grads = list(map(_grad, self.params))
+        if known is not None and same_objects(known.grads, grads):
+            addresses = np.array(list(map(Tensor.data_ptr, grads)), np.int64)
+            if np.array_equal(addresses + self._skipped_bytes, known.rows["grad"]):
+                return known
         rows, params, counts, skipped = self._rows, self.params, self._counts, self._skipped_bytes
         shape = self._shape
         kinds = set(map(type, grads))

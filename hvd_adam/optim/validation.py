@@ -41,8 +41,6 @@ def check_hyper_parameters(group: Group) -> None:
             raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
     if not group["weight_decay"] >= 0.0:
         raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
-    if group["master_weights"] and group["stochastic_rounding"]:
-        raise ValueError("master_weights and stochastic_rounding exclude each other: use one of them")
     check_format(group)
     check_implementation(group["implementation"])
 
@@ -57,6 +55,8 @@ def check_format(group: Group) -> None:
         raise ValueError(
             f"master_weights={group['master_weights']!r} is unknown, choose one of False, True, '8bit'"
         )
+    if group["master_weights"] and group["stochastic_rounding"]:
+        raise ValueError("master_weights and stochastic_rounding exclude each other: use one of them")
     if group["state_format"] not in STATE_FORMATS:
         choices = ", ".join(map(repr, STATE_FORMATS))
         raise ValueError(f"state_format={group['state_format']!r} is unknown, choose one of {choices}")
