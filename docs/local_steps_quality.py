@@ -82,7 +82,7 @@ def train(cluster: Cluster, task: Task, row: Row, updates: int, seed: int) -> di
             meet(optimizer)
         if step % (updates // POINTS) == 0:
             model.eval()
-            with shared_weights(optimizer):
+            with shared_weights(optimizer, model, cluster):
                 curve.append(evaluate(cluster, model, *task.test))
                 train_loss = evaluate(cluster, model, *task.train)[0] if step == updates else 0.0
             model.train()

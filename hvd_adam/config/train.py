@@ -113,8 +113,8 @@ recipes for --config recipe:NAME: {", ".join(recipes.names())}"""
     lr_scaling: Literal["linear", "sqrt", "halflife", "none"] = option(
         "linear",
         "scaling with k = ranks × micro-batches: linear: --lr ×k; sqrt: --lr ×√k, and betas and eps "
-        "too; halflife: the second of betas to its k-th power, and --lr as it is; --strategy local: linear and sqrt "
-        "multiply --lr and eps by √ranks, too",
+        "too; halflife: the second of betas to its k-th power, and --lr as it is; --strategy local: linear and "
+        "sqrt multiply --lr and eps by √ranks, too",
     )
     warmup_epochs: float = option(
         1.0,

@@ -18,7 +18,6 @@ from hvd_adam.config import TrainConfig
 from hvd_adam.data.protocols import Batch
 from hvd_adam.distributed.agreement import raise_on_all_ranks
 from hvd_adam.distributed.broadcast.tensors import ROOT
-from hvd_adam.distributed.broadcast.training import broadcast_buffers
 from hvd_adam.distributed.consistency import require_consistent
 from hvd_adam.distributed.local.training import islands_on_root, meet, shared_state_dict, shared_weights
 from hvd_adam.errors import MembershipChanged, Preempted, UserError
@@ -201,10 +200,9 @@ class Trainer:
     def _log_step(self) -> None:
         self._record_skip()
         loss = self.loss.read()  # waits for the device, so that the lap counts finished work
-        values = {"lr": self.optimizer.param_groups[0]["lr"], "grad_norm": self.optimizer.finite_grad_norm()}
-        values |= {"compression": self.optimizer.compression} | self.optimizer.noise.metrics(
-            self.sizes.global_batch
-        )
+        adam = self.optimizer
+        values = {"lr": adam.param_groups[0]["lr"], "grad_norm": adam.finite_grad_norm()}
+        values |= {"compression": adam.compression} | adam.noise.metrics(self.sizes.global_batch)
         self._event("step", loss=loss, **values, images_per_second=self.throughput.lap())
 
     def _evaluate(self) -> bool:
@@ -213,8 +211,7 @@ class Trainer:
         model = self.model if self.ema is None else self.ema.model
         model.eval()
         predict = partial(self._predict, model)
-        with shared_weights(self.optimizer):
-            broadcast_buffers(model, self.cluster)
+        with shared_weights(self.optimizer, model, self.cluster):
             scores = score(predict, self.loader, self.cluster, self.objective, mistakes=MOST_MISTAKES)
         if scores.test_accuracy is None and not self.has_evaluated:
             logger.info(messages.NO_ACCURACY)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hvd_adam.distributed.context import current_cluster
-from hvd_adam.distributed.gradients.grad_scaling import probe_of, total_norm
+from hvd_adam.distributed.gradients.grad_scaling import is_nonfinite, probe_of, total_norm
 from hvd_adam.distributed.gradients.lockstep import facts_of_groups
 from hvd_adam.distributed.local.island_adam import IslandAdam
 from hvd_adam.errors import JobError, UserError
@@ -189,12 +189,13 @@ class LocalAdam(IslandAdam):
         elif scaling.needs_sum:
             probe = probe_of(gradients)
         if scaling.probes and probe is not None:
-            self.skipped = scaling.found_inf(probe, self)
+            has_scaler = scaling.loss_scaler is not None
+            self.skipped = scaling.found_inf(probe, self) if has_scaler else is_nonfinite(probe)
             if self.skipped:  # on a GPU the host waits here
                 self._skipped, self._in_a_row = self._skipped + 1, self._in_a_row + 1
                 return
         self._in_a_row = 0
-        self._run_step(scaling.combined(factor, probe, carries_found_inf=False))
+        self._run_step(scaling.combined(factor, probe, carries_found_inf=False, is_one=False))
 
     def _run_step(self, grad_scale: Tensor | None) -> None:
         """Runs the `step` of the optimizer's class, which may be the user's, with the update of this one."""

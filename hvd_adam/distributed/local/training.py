@@ -7,13 +7,23 @@ from typing import Any
 
 import torch
 
+from hvd_adam.distributed.broadcast.training import broadcast_buffers
+from hvd_adam.distributed.context import Cluster
 from hvd_adam.distributed.local.optimizer import LocalAdam
 from hvd_adam.distributed.optimizer import DistributedAdam
 
 
-def shared_weights(optimizer: DistributedAdam | LocalAdam) -> AbstractContextManager[None]:
-    """Returns a context in which the model has weights that are identical on all ranks."""
-    return optimizer.outer_weights() if isinstance(optimizer, LocalAdam) else nullcontext()
+def shared_weights(
+    optimizer: DistributedAdam | LocalAdam, model: torch.nn.Module, cluster: Cluster
+) -> AbstractContextManager[None]:
+    """Returns a context in which a model has weights and buffers that are identical on all ranks.
+
+    Every rank must call it. Without islands the weights are that already, and rank 0's buffers are broadcast.
+    """
+    if isinstance(optimizer, LocalAdam):
+        return optimizer.outer_weights()
+    broadcast_buffers(model, cluster)
+    return nullcontext()
 
 
 def shared_state_dict(model: torch.nn.Module, optimizer: DistributedAdam | LocalAdam) -> dict[str, Any]:
