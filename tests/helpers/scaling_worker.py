@@ -14,10 +14,10 @@ import torch
 
 from hvd_adam.bench.config import DEFERRED, OURS
 from hvd_adam.bench.step_worker import CLASSES, IMAGE, connect, random_batch, training_step
-from hvd_adam.distributed.api import STRATEGIES
 from hvd_adam.distributed.context import current_cluster
 from hvd_adam.distributed.launch_env import detect_launcher
 from hvd_adam.models import zoo
+from hvd_adam.simulate.step import STRATEGIES
 
 COMPRESSIONS = ("none", "bf16", "int8", "int4")
 COMPUTING = "computing"  # forward and backward alone
