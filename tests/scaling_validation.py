@@ -181,6 +181,8 @@ def compare(measured: Measured) -> None:
     rows = rows_of(measured)
     settings_in_all = sum(len(times) - 1 for _, times in measured.values())
     print(f"{len(rows)} of {settings_in_all} settings have two undisturbed turns")
+    if not rows:
+        return
     print("model        ranks link    setting         measured ms predicted ms   error  repeats")
     for row in rows:
         model, ranks, link = row.place
