@@ -93,6 +93,7 @@ def _marks(item: pytest.Item) -> set[str]:
 def _start_ranks(path: Path) -> set[str]:
     """Returns the functions of a module that start ranks, directly or through its other functions and fixtures."""
     source = path.read_text()
+    lines = source.encode().splitlines()  # ast.get_source_segment would split them for every statement
     functions = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
     uses = {
         name: {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
@@ -102,8 +103,14 @@ def _start_ranks(path: Path) -> set[str]:
     found = {
         name
         for name, function in functions.items()
-        if any(STARTS_RANKS.search(ast.get_source_segment(source, part)) for part in function.body)
+        if any(STARTS_RANKS.search(_segment(lines, part)) for part in function.body)
     }
     while more := {name for name in functions if uses[name] & found} - found:
         found |= more
     return found
+
+
+def _segment(lines: list[bytes], node: ast.stmt) -> str:
+    """Returns the source of a statement."""
+    *whole, last = lines[node.lineno - 1 : node.end_lineno]
+    return b"\n".join([*whole, last[: node.end_col_offset]]).decode()
