@@ -17,9 +17,11 @@ import torch
 from hvd_adam.distributed.cluster import Cluster
 from hvd_adam.errors import UserError
 
-# Options that a resumed run may change: they affect where and how fast it computes, not the result.
+# Options that a resumed run may change: they affect where and how fast it computes, not the result, or, with
+# --strategy local, how far the islands go between meetings.
 CHANGEABLE_OPTIONS = frozenset(
-    "epochs max_steps batch_size global_batch_size accumulate implementation state_format strategy compression "
+    "epochs max_steps batch_size global_batch_size accumulate implementation state_format strategy local_steps "
+    "outer_lr outer_momentum compression "
     "channels_last compile deterministic device data_dir download output_dir resume checkpoint_every keep "
     "max_time log_every eval_every metrics init_from check_consistency_every max_skipped allow_data_change "
     "elastic commit_every stall_timeout cache max_corrupt workers noise_scale".split()
@@ -105,6 +107,7 @@ class TrainingState:
             "train_images" and "test_images"; "fingerprint", a checksum of the training images and labels.
         ema: the moving average of the model's state dictionary, or None.
         residuals: `ErrorFeedback.state_dict_on_root` or `total_state_dict`, or None.
+        islands: `LocalAdam.islands_on_root`, or None.
     """
 
     model: dict[str, Any]
@@ -117,6 +120,7 @@ class TrainingState:
     data: dict[str, Any]
     ema: dict[str, Any] | None = None
     residuals: dict[str, Any] | None = None
+    islands: dict[str, Any] | None = None
 
     def copy(self, over: TrainingState | None = None) -> TrainingState:
         """Returns a copy on the CPU that training does not modify, in the memory of `over` where it fits."""
@@ -138,7 +142,7 @@ class TrainingState:
             UserError: a part that a resume needs is missing; the message names it.
         """
         for part in fields(cls):
-            if part.name not in saved and part.name not in ("ema", "residuals"):
+            if part.name not in saved and part.name not in ("ema", "residuals", "islands"):
                 raise UserError(f"checkpoint {where} cannot be resumed: it has no {part.name}")
         return cls(**{f.name: saved[f.name] for f in fields(cls) if f.name in saved})
 

@@ -54,6 +54,9 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         "--lr-scaling linear or sqrt, or --lr-decay cosine or linear",
     ),
     "lr_decay_factor": (lambda c: c.lr_decay == "step", "--lr-decay step"),
+    "local_steps": (lambda c: c.strategy == "local", "--strategy local"),
+    "outer_lr": (lambda c: c.strategy == "local", "--strategy local"),
+    "outer_momentum": (lambda c: c.strategy == "local", "--strategy local"),
     "commit_every": (lambda c: c.elastic, "--elastic"),
     "allow_data_change": (lambda c: c.resume != "never", "--resume auto or a checkpoint"),
 }

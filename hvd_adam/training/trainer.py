@@ -18,8 +18,8 @@ from hvd_adam.config import TrainConfig
 from hvd_adam.data.protocols import Batch
 from hvd_adam.distributed.agreement import raise_on_all_ranks
 from hvd_adam.distributed.broadcast.tensors import ROOT
-from hvd_adam.distributed.broadcast.training import broadcast_buffers
 from hvd_adam.distributed.consistency import require_consistent
+from hvd_adam.distributed.local.training import islands_on_root, meet, shared_state_dict, shared_weights
 from hvd_adam.errors import MembershipChanged, Preempted, UserError
 from hvd_adam.log import logger
 from hvd_adam.models.precision import autocast
@@ -139,6 +139,8 @@ class Trainer:
             progress.epoch, progress.epoch_done = progress.epoch + 1, False
         self._train_epoch()
         last = progress.step >= self.sizes.total_steps
+        if last:
+            meet(self.optimizer)
         best = (last or progress.epoch % config.eval_every == 0) and self._evaluate()
         progress.epoch_done = True
         if best or last or config.checkpoint_every is None or self._is_due(config.checkpoint_every):
@@ -198,20 +200,19 @@ class Trainer:
     def _log_step(self) -> None:
         self._record_skip()
         loss = self.loss.read()  # waits for the device, so that the lap counts finished work
-        values = {"lr": self.optimizer.param_groups[0]["lr"], "grad_norm": self.optimizer.finite_grad_norm()}
-        values |= {"compression": self.optimizer.compression} | self.optimizer.noise.metrics(
-            self.sizes.global_batch
-        )
+        adam = self.optimizer
+        values = {"lr": adam.param_groups[0]["lr"], "grad_norm": adam.finite_grad_norm()}
+        values |= {"compression": adam.compression} | adam.noise.metrics(self.sizes.global_batch)
         self._event("step", loss=loss, **values, images_per_second=self.throughput.lap())
 
     def _evaluate(self) -> bool:
         """Evaluates the model, or its moving average; returns whether it is the best so far."""
         progress = self.progress
         model = self.model if self.ema is None else self.ema.model
-        broadcast_buffers(model, self.cluster)
         model.eval()
         predict = partial(self._predict, model)
-        scores = score(predict, self.loader, self.cluster, self.objective, mistakes=MOST_MISTAKES)
+        with shared_weights(self.optimizer, model, self.cluster):
+            scores = score(predict, self.loader, self.cluster, self.objective, mistakes=MOST_MISTAKES)
         if scores.test_accuracy is None and not self.has_evaluated:
             logger.info(messages.NO_ACCURACY)
         progress.scores, self.has_evaluated = scores.as_dict(), True
@@ -289,7 +290,7 @@ class Trainer:
         if feedback is not None:
             residuals = feedback.state_dict_on_root() if all_ranks else feedback.total_state_dict()
         return TrainingState(
-            model=self.model.state_dict(),
+            model=shared_state_dict(self.model, adam),
             optimizer=optimizer or {},  # on ranks other than 0, which do not save it
             loss_scaler=None if self.scaler is None else self.scaler.state_dict(),
             progress=asdict(self.progress) | ({} if all_ranks else {"events": [*self.log.recent]}),
@@ -299,6 +300,7 @@ class Trainer:
             data=self.loader.description(),
             ema=None if self.ema is None else self.ema.state_dict(),
             residuals=residuals,
+            islands=islands_on_root(adam),
         )
 
     def _finish(self) -> None:
