@@ -147,7 +147,7 @@ def measured(cluster, accumulate, **options):
         ({}, 1, 1e-5),
         ({"strategy": "sharded"}, 3, 1e-5),
         ({"max_grad_norm": 0.1, "defer_averaging": True}, 2, 1e-5),
-        ({"defer_averaging": True}, 1, 1e-5),  # other updates are made while gradients arrive, these wait
+        ({"defer_averaging": True}, 1, 1e-5),  # on a CPU: updates are made while gradients arrive
         ({"loss_scaler": "float16"}, 1, 1e-5),
         # The mean is rounded: by 2⁻¹¹ and by 2⁻⁸ of each element, and L by as much in the worst case.
         ({"compression": "fp16"}, 1, 2e-2),

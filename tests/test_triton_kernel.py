@@ -45,12 +45,19 @@ def run(*argv, **environ):
     return done.stdout
 
 
-def test_interpreted_kernel_passes_the_tests_of_adam():
+@pytest.fixture
+def marks(request):
+    """The option -m of this run, with which hypothesis draws fewer cases, for a run within it."""
+    chosen = request.config.option.markexpr
+    return ["-m", chosen] if chosen else []
+
+
+def test_interpreted_kernel_passes_the_tests_of_adam(marks):
     # Without what only repeats updates with other numbers, and takes long here.
     chosen = "(fused or test_update_rows or shards) and not too_small_for_nearest and not (betas1 or betas2)"
     options = "-q -p helpers.interpreted -p no:cacheprovider -W ignore::RuntimeWarning".split()
     tests = [f"tests/test_{name}.py" for name in ("adam", "update_rows", "bucket_layout")]
-    output = run("-m", "pytest", *options, "-k", chosen, *tests, **INTERPRETED)
+    output = run("-m", "pytest", *options, *marks, "-k", chosen, *tests, **INTERPRETED)
     assert int(output.rpartition(" passed")[0].split()[-1]) > 100, output
 
 

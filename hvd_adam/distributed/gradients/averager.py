@@ -155,7 +155,7 @@ class GradientAverager(Rounds):
             RuntimeError, JobError, HorovodInternalError: as `finish`; nothing has been used.
         """
         self.leave_aborted_pass()
-        if self._averaged or self.reducer is None or not self.reducer.ahead or self.noise.due:
+        if self._averaged or self.reducer is None or not self.reducer.ahead:
             return None
         self._begin_last_round()
         self._send_rest()

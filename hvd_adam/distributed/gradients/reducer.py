@@ -190,8 +190,10 @@ class Reducer(Buckets):
         for number, reduction in self._in_flight.items():
             with explained():
                 reduction.wait()
+            self._noise.measure_mean(number, *self._own_span(self._buckets[number][1]))
             self._drop_unused(number, header.used[number])
             yield number
+        self._read_noise()
         self._end_round()
         if self._feedback is not None:
             self._feedback.finish(torch.zeros((), device="cpu"))
