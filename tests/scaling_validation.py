@@ -5,7 +5,7 @@
 Calibrates with two ranks inside one host, measures each model over each link with every strategy and compression,
 in turns, and prints each prediction next to the median of the steps, and the errors next to how well measurements
 repeat: the difference between the medians of even and of odd turns. What is in FOLDER already is not measured
-again, so that measurements can be divided into several calls. Each call calibrates anew, since the speed of a
+again, so that measurements can be divided into several calls. Each call calibrates, since the speed of a
 virtual machine changes within hours. Needs root.
 """
 

@@ -29,7 +29,7 @@ def with_unexplained(
 ) -> Workload:
     """Returns a workload with the seconds of a step that the model does not explain. Every rank calls it.
 
-    A prediction is then a measured step, plus what the model says of another network and other ranks. Less than
+    A prediction is then a measured step, plus what another network and other ranks change in the model. Less than
     two standard errors count as 0.
 
     Args:
