@@ -26,7 +26,7 @@ DOCKER = ROOT / "docker"
 COMPOSE = yaml.safe_load((DOCKER / "compose.yaml").read_text())
 TRAINER = 10001
 
-# The first build takes five minutes next to another test process, and three more if Horovod has to be compiled.
+# Building takes four minutes next to another test process, and three more if Horovod has to be compiled.
 pytestmark = pytest.mark.timeout(1800)
 no_image = cpu_image.skip_reason()
 needs_image = pytest.mark.skipif(no_image is not None, reason=f"no image can be built: {no_image}")

@@ -1,16 +1,13 @@
 """Build the CPU image of docker/Dockerfile with buildah, and run commands in it.
 
-The image is in one folder, which `remove` deletes. ~/.cache/hvd_adam keeps what does not change from one test run
-to the next: debian-*.tar, the Debian system of the base image, which debootstrap makes, and image-*, the layers
-that buildah has built from it. buildah builds an instruction again if its text, the files that it copies or an
-earlier instruction have changed. Horovod's wheel comes from the same cache if it was built for the same
+Storage and layers are in one folder, which `remove` deletes. debootstrap makes the Debian system of the base image
+once, as ~/.cache/hvd_adam/debian-*.tar. Horovod's wheel comes from the same cache if it was built for the same
 distribution; otherwise it is compiled (3 minutes).
 """
 
 from __future__ import annotations
 
 import ast
-import hashlib
 import json
 import os
 import platform
@@ -19,19 +16,14 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-
-from filelock import FileLock
 
 ROOT = Path(__file__).parents[2]
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hvd_adam"
 SUITE = "bookworm"
 DEBOOTSTRAP = "/usr/sbin/debootstrap"
 TOOLS = ("buildah", DEBOOTSTRAP, "tar", "unshare", "chroot")
-
-# The layers of one build have 5 GB; those of changed files are added to them.
-MAX_LAYER_BYTES = 15e9
 
 # The settings of Debian's own container image: no fsync, no translations, no manuals.
 SLIM = {
@@ -67,10 +59,12 @@ def base_system() -> Path:
     return tar
 
 
-def run(command: list[object], timeout: float, required: bool = True) -> str:
-    """Runs a command and returns its stdout; if it is required and fails, the exception contains its output."""
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=timeout, check=False)
-    if done.returncode != 0 and required:
+def run(command: list[object], timeout: float, **options: object) -> str:
+    """Runs a command and returns its stdout; if it fails, the exception contains its output."""
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, timeout=timeout, check=False, **options
+    )
+    if done.returncode != 0:
         end = "\n".join((done.stdout + done.stderr).splitlines()[-40:])
         raise RuntimeError(f"{shlex.join(map(str, command))[:200]} exited with {done.returncode}:\n{end}")
     return done.stdout
@@ -107,52 +101,6 @@ def build_contexts(settings: dict[str, str]) -> list[str]:
     return options
 
 
-class Layers:
-    """A context manager: the layers of earlier builds, for one build at a time.
-
-    Args:
-        secrets: contents of the build's secrets. Layers of a build with others are not used, so that a layer that
-            contains a secret contains one that the tests search for.
-    """
-
-    def __init__(self, secrets: Iterable[str]) -> None:
-        base = base_system()
-        key = hashlib.sha256("\0".join([str(base.stat().st_mtime_ns), *secrets]).encode()).hexdigest()
-        self._folder, self._base = CACHE / f"image-{key[:12]}", base
-        self._lock = FileLock(CACHE / "image.lock")
-
-    def __enter__(self) -> Layers:
-        self._lock.acquire()
-        for folder in CACHE.glob("image-*"):
-            self._unmount(folder)  # after a test run that was killed
-            if folder != self._folder or _bytes_in(folder) > MAX_LAYER_BYTES:
-                shutil.rmtree(folder)
-        if not self.run("images", "--noheading", f"localhost/debian:{SUITE}", check=False):
-            container = self.run("from", "scratch").strip()
-            self.run("add", "--quiet", container, self._base, "/")
-            self.run("commit", "--quiet", "--rm", container, f"localhost/debian:{SUITE}")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._unmount(self._folder)
-        self._lock.release()
-
-    def _unmount(self, folder: Path) -> None:
-        """Deletes the containers of a build, and unmounts what buildah leaves mounted."""
-        storage = folder / "storage"
-        run(["buildah", "--root", storage, "--runroot", folder / "run", "rm", "--all"], 100, required=False)
-        run(["umount", "--recursive", storage / "overlay"], 100, required=False)
-
-    def run(self, command: str, *arguments: object, timeout: float = 300, check: bool = True) -> str:
-        """Runs a command of buildah and returns its stdout, also if it fails and `check` is false."""
-        folders = ["--root", self._folder / "storage", "--runroot", self._folder / "run"]
-        return run(["buildah", *folders, command, *arguments], timeout, required=check)
-
-
-def _bytes_in(folder: Path) -> int:
-    return 1024 * int(run(["du", "-sk", folder], timeout=120).split()[0])
-
-
 # The mounts that a container has in addition to its image. $1 is the image's file system. Runs in namespaces.
 MOUNT = """
 set -e
@@ -174,6 +122,7 @@ class CpuImage:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.rootfs = folder, folder / "rootfs"
+        self._buildah = ["buildah", "--root", folder / "storage", "--runroot", folder / "run"]
         try:
             self.secrets = self._write_secrets()
             self._build()
@@ -194,22 +143,27 @@ class CpuImage:
         return {name: self.folder / name for name in secrets}
 
     def _build(self) -> None:
+        base = self._run("from", "scratch").strip()
+        self._run("add", "--quiet", base, base_system(), "/")
+        self._run("commit", "--quiet", "--rm", base, f"localhost/debian:{SUITE}")
         # The layers are written to a folder, uncompressed: reading and unpacking them there takes less than half
-        # of the time that buildah needs to store them as an image.
-        with Layers(path.read_text() for path in self.secrets.values()) as layers:
-            layers.run(
-                *"build --layers --isolation chroot --network host --format docker --disable-compression".split(),
-                *("--build-arg=DEVICE=cpu", f"--build-arg=BASE_IMAGE=localhost/debian:{SUITE}"),
-                *build_contexts(self.settings),
-                *(f"--secret=id={name},src={path}" for name, path in self.secrets.items()),
-                *("--file", ROOT / "docker" / "Dockerfile", "--tag", f"dir:{self.folder / 'image'}", ROOT),
-                timeout=1200,
-            )
+        # of the time that buildah needs to store them.
+        self._run(
+            *"build --isolation chroot --network host --format docker --disable-compression".split(),
+            *("--build-arg=DEVICE=cpu", f"--build-arg=BASE_IMAGE=localhost/debian:{SUITE}"),
+            *build_contexts(self.settings),
+            *(f"--secret=id={name},src={path}" for name, path in self.secrets.items()),
+            *("--file", ROOT / "docker" / "Dockerfile", "--tag", f"dir:{self.folder / 'image'}", ROOT),
+            timeout=1200,
+        )
         image = self.folder / "image"
         manifest = json.loads((image / "manifest.json").read_text())
         self.layers = [image / layer["digest"].partition(":")[2] for layer in manifest["layers"]]
         described = json.loads((image / manifest["config"]["digest"].partition(":")[2]).read_text())
         self.config, self.history = described["config"], described["history"]
+
+    def _run(self, command: str, *arguments: object, timeout: float = 300) -> str:
+        return run([*self._buildah, command, *arguments], timeout)
 
     def _unpack(self) -> None:
         self.rootfs.mkdir()
@@ -260,11 +214,15 @@ class CpuImage:
                     yield number, tar, entry
 
     def table(self) -> str:
-        """Returns a table of the layers' sizes, from the base up."""
+        """Returns a table of the layers' sizes, from the base up. buildah makes one layer of each stage."""
         sizes = [layer.stat().st_size / 1e6 for layer in self.layers]
         rows = [f"{size:7.0f} MB  layer {number}" for number, size in enumerate(sizes)]
         return "\n".join([*rows, f"{sum(sizes):7.0f} MB  total"])
 
     def remove(self) -> None:
-        """Deletes the image and its file system; the layers remain in the cache."""
+        """Unmounts and deletes everything."""
+        for command in (["umount", "--all"], ["rm", "--all"]):
+            subprocess.run([*map(str, self._buildah), *command], capture_output=True, check=False)
+        # The storage's own mount remains after its containers are gone.
+        subprocess.run(["umount", self.folder / "storage" / "overlay"], capture_output=True, check=False)
         shutil.rmtree(self.folder, ignore_errors=True)
