@@ -80,7 +80,8 @@ def test_open_mpi_gathers_by_the_algorithm_of_its_number_of_ranks():
     assert blocks(1 << 20, Ranks(32, 4)) == (31, 31)
     assert blocks(1 << 20, Ranks(4, 4)) == (2, 0)
     pieces = replace(mpi, message_bytes=MESSAGE_BYTES)
-    assert [allgather(4 * block, Ranks(4, 2), pieces).turns for block in (2**21, 2**21 + 4)] == [1, 2]
+    # Two blocks of neighbours are at most one message.
+    assert [allgather(4 * block, Ranks(4, 2), pieces).messages for block in (2**21, 2**21 + 4)] == [2, 4]
 
 
 def test_processors_copy_messages_before_and_after_the_wire():

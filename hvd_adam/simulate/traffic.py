@@ -21,7 +21,6 @@ class Traffic:
         inside: bytes that a rank sends to ranks of its host.
         between: bytes that a host sends to other hosts.
         sent: bytes that a rank sends, wherever to.
-        turns: 2 if the two directions of a link take turns, else 1.
     """
 
     kind: str
@@ -29,7 +28,6 @@ class Traffic:
     inside: float
     between: float
     sent: float
-    turns: int = 1
 
 
 @dataclass(frozen=True)
@@ -93,9 +91,9 @@ def allgather(nbytes: float, ranks: Ranks, machine: Machine) -> Traffic:
       blocks to the one 2ᵏ before it (Bruck et al., "Efficient algorithms for all-to-all communications", TPDS
       8(11), 1997);
     - 4 or 6 ranks from 256 KiB of a rank on: neighbour exchange in N/2 rounds, the later ones of two blocks (Chen
-      et al., "Performance evaluation of allgather algorithms on Terascale Linux cluster", HPC Asia 2005). If two
-      blocks are longer than a message, Open MPI asks before it sends them, and the directions of a link take turns
-      (distributed/context.py).
+      et al., "Performance evaluation of allgather algorithms on Terascale Linux cluster", HPC Asia 2005). So
+      that two blocks are no longer than a message, more than two ranks gather half a message of each
+      (distributed/collectives/pieces.py).
 
     Args:
         nbytes: of the tensors of all ranks together.
@@ -104,20 +102,19 @@ def allgather(nbytes: float, ranks: Ranks, machine: Machine) -> Traffic:
     """
     n, local = ranks.total, min(ranks.per_host, ranks.total)
     block = nbytes / n
-    sent, pieces = (n - 1) * block, _pieces(block, machine)
+    sent, pieces = (n - 1) * block, _pieces(block if n == 2 else 2 * block, machine)
     each = block / pieces
     if machine.collectives == "openmpi" and (8 <= n < 16 or (2 < n < 8 and each < _BRUCK_BYTES)):
         distances = [2**k for k in range(math.ceil(math.log2(n)))]
         between = sum(min(local, d) * min(d, n - d) for d in distances) * block
-        rounds, turns = len(distances), 1
+        rounds = len(distances)
     elif machine.collectives == "openmpi" and n in (4, 6):
         # With an even number of ranks on a host, every second round crosses both ends of the host.
         between, rounds = (4 * (n // 4) * block if local % 2 == 0 else sent), n // 2
-        turns = 2 if 2 * each > machine.message_bytes else 1
     else:
         return _around_the_ring("allgather", (n - 1) * pieces, sent, ranks)
     between = between if ranks.several_hosts else 0.0
-    return Traffic("allgather", rounds * pieces, sent if local > 1 else 0.0, between, sent, turns)
+    return Traffic("allgather", rounds * pieces, sent if local > 1 else 0.0, between, sent)
 
 
 def _around_the_ring(kind: str, messages: float, sent: float, ranks: Ranks) -> Traffic:
@@ -147,7 +144,7 @@ def seconds(traffic: Traffic, machine: Machine, ranks: Ranks) -> tuple[float, fl
     message before its first byte is sent and after its last one has arrived, and add, so that the bytes of the
     wire take their time in addition. The kernel's work for the wire runs while the wire is busy.
     """
-    wire = traffic.turns * traffic.between / machine.between.bandwidth
+    wire = traffic.between / machine.between.bandwidth
     if machine.copies is None:
         return latency(traffic, machine, ranks) + max(traffic.inside / machine.inside.bandwidth, wire), 0.0
     copies = traffic.sent * machine.copies[traffic.kind]
