@@ -24,6 +24,7 @@ from compression_quality import TASKS, Task, batches, evaluate, positive
 from hvd_adam import Adam, Cluster, distribute, guard, init
 from hvd_adam.checkpoint.files import write_atomically
 from hvd_adam.compare.statistics import estimate
+from hvd_adam.distributed.broadcast.tensors import broadcast_nested
 from hvd_adam.distributed.local.training import meet, shared_weights
 from hvd_adam.schedule import LearningRateSchedule, learning_rate
 
@@ -163,7 +164,7 @@ def main() -> None:
             | {"seed": seed}
             for seed, name, row in product(range(args.seeds), tasks, rows)
         ]
-        results = cluster.gather(read(args.output))[0]
+        results = broadcast_nested(read(args.output), "finished runs")
         for key in wanted:
             if any(key.items() <= result.items() for result in results):
                 continue
