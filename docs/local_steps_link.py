@@ -2,14 +2,16 @@
 
     python docs/local_steps_link.py [--rate 100000000] [--model cnn]
 
-Needs root. Prints, for each form, the time of an update, the share of it that is not spent in meetings, and the
-bytes that a host sends per update, counted at its interface.
+Needs root. Prints, for each form, the mean time of an update in whole rounds; the share of computation in it,
+which is the mean time of the updates without a meeting; and the bytes that a host sends per update, counted at its
+interface.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -24,7 +26,6 @@ from hvd_adam.bench.interleave import Plan
 from hvd_adam.bench.link import INTERFACE, limited_link
 from hvd_adam.bench.step_worker import build_model, random_batch, training_step
 from hvd_adam.bench.wire_worker import sent
-from hvd_adam.distributed.local.training import meet
 
 FORMS: dict[str, dict[str, Any]] = {
     "averaged gradients, none": {},
@@ -35,34 +36,28 @@ FORMS: dict[str, dict[str, Any]] = {
 
 
 def measure(name: str, options: dict[str, Any], updates: int, batch_size: int) -> dict[str, float]:
-    """Returns seconds, seconds in meetings and bytes, each per update."""
+    """Returns seconds and bytes per update, and the share of computation."""
     cluster = init()
     torch.manual_seed(0)
     model = build_model(name)
     optimizer = distribute(Adam(model.parameters(), lr=1e-4), model, **options)
     step = training_step(model, optimizer, *random_batch(batch_size, cluster.rank, cluster.device))
-    for _ in range(3):
+    local_steps = options.get("local_steps", 0)
+    for _ in range(local_steps or 1):
         step()
-    meet(optimizer)
-    in_meetings = 0.0
-    if options.get("strategy") == "local":
-        original = optimizer.meet
-
-        def timed() -> None:
-            nonlocal in_meetings
-            start = time.perf_counter()
-            original()
-            in_meetings += time.perf_counter() - start
-
-        optimizer.meet = timed  # type: ignore[method-assign]
     cluster.barrier()
-    before, start = sent(INTERFACE)["interface"], time.perf_counter()
+    before, times = sent(INTERFACE)["interface"], []
     for _ in range(updates):
+        start = time.perf_counter()
         step()
-    seconds = time.perf_counter() - start
-    values = {"seconds": seconds, "meetings": in_meetings, "bytes": float(sent(INTERFACE)["interface"] - before)}
-    largest: dict[str, float] = {key: max(row[key] for row in cluster.gather(values)) for key in values}
-    return {key: value / updates for key, value in largest.items()}
+        times.append(time.perf_counter() - start)
+    mean = sum(times) / updates
+    values = {"seconds": mean, "bytes": (sent(INTERFACE)["interface"] - before) / updates, "share": math.nan}
+    if local_steps:
+        alone = [t for number, t in enumerate(times, 1) if number % local_steps]
+        values["share"] = sum(alone) / len(alone) / mean
+    ranks = cluster.gather(values)
+    return {key: (min if key == "share" else max)(rank[key] for rank in ranks) for key in values}
 
 
 def main() -> None:
@@ -97,10 +92,9 @@ def main() -> None:
         if line is None:
             sys.exit(f"{form}: {done.stdout}{done.stderr}")
         values = json.loads(line.partition("RESULT ")[2])
-        computing = 1 - values["meetings"] / values["seconds"]
-        share = f"{computing:.3f}" if "local" in form else "–"
+        share = f"{values['share']:.3f}" if "local" in form else "–"
         print(
-            f"{form:26} {1000 * values['seconds']:8.1f} ms an update  {share:>6} outside meetings  "
+            f"{form:26} {1000 * values['seconds']:8.1f} ms an update  {share:>6} computing  "
             f"{values['bytes'] / 1e6:9.4f} MB an update",
             flush=True,
         )

@@ -16,19 +16,24 @@ _LARGEST_NORM = 1e18
 _LARGEST_FP16_SUM = 3e4  # half of the largest float16
 
 
-def sums_are_finite(gradients: Tensor, compression: str, ranks: int) -> bool:
+def square_of(gradients: Tensor) -> Tensor:
+    """Returns the squared 2-norm of a 1-dimensional tensor on the CPU, which is read once, at memory bandwidth."""
+    values = gradients.to(torch.promote_types(gradients.dtype, torch.float32))
+    return torch.dot(values, values)
+
+
+def sums_are_finite(square: Tensor, compression: str, ranks: int) -> bool:
     """Returns whether the sums over the ranks are finite if every rank's gradients are as small as this one's.
 
     No element is larger than the 2-norm. Larger gradients, which may have a finite sum, return False too.
 
     Args:
-        gradients: of this rank; 1-dimensional, on the CPU. They are read once, at memory bandwidth.
+        square: squared 2-norm of this rank's gradients.
         compression: as in `start_reduction`, or a format of codes.
         ranks: number of ranks.
     """
-    values = gradients.to(torch.promote_types(gradients.dtype, torch.float32))
     largest = _LARGEST_FP16_SUM / ranks if compression == "fp16" else _LARGEST_NORM
-    return bool(torch.dot(values, values) < largest**2)
+    return bool(square < largest**2)
 
 
 class Header:

@@ -13,7 +13,7 @@ from hvd_adam.distributed.gradients.compression import Reduction, Scaling, is_ha
 from hvd_adam.distributed.gradients.flags import Reduced, finite_or_nan, flags_of, message_of, read_flags
 from hvd_adam.distributed.gradients.grad_scaling import element_sum
 from hvd_adam.distributed.gradients.gradient_buffer import GradientBuffer
-from hvd_adam.distributed.gradients.header import Header, sums_are_finite
+from hvd_adam.distributed.gradients.header import Header, square_of, sums_are_finite
 from hvd_adam.distributed.gradients.missing_ranks import explained, start_meeting
 from hvd_adam.distributed.noise.buckets import BucketNoise
 from hvd_adam.distributed.noise.meter import NoiseMeter
@@ -117,15 +117,26 @@ class Reducer(Buckets):
                 buffer.clear(i)
         self._present[number] = present
         flags_of(buffer, bucket).copy_(torch.tensor(present, device="cpu"))
-        self._noise.measure_own(number, self.scale if later else 1.0, is_first=not self._in_flight)
+        # Residuals are added later, and codes leave their errors between the parameters.
+        square = self._square(number) if self._feedback is None else None
+        rest = self.scale if later else 1.0
+        self._noise.measure_own(number, rest, square, is_first=not self._in_flight)
         scaling = Scaling(self.scale, bucket.flags - bucket.start) if later else Scaling()
         if self._feedback is not None and self._codes is None:  # of another compression before
             for i in range(bucket.first, bucket.last):
                 self._feedback.add_waiting(buffer.params[i], buffer.grad_view(i), scaling.factor)
-        if self.ahead and self._sums_are_finite:
-            gradients, compression = buffer.grad[bucket.start : bucket.flags], self._compression_of(buffer)
-            self._sums_are_finite = sums_are_finite(gradients, compression, horovod().size())
+        if self._feedback is not None:
+            square = self._square(number)
+        if square is not None:
+            self._sums_are_finite = sums_are_finite(square, self._compression_of(buffer), horovod().size())
         return scaling
+
+    def _square(self, number: int) -> Tensor | None:
+        """Returns the squared 2-norm of a bucket; None where no header tells whether the sums are finite."""
+        if not (self.ahead and self._sums_are_finite):
+            return None
+        buffer, bucket = self._buckets[number]
+        return square_of(buffer.grad[bucket.start : bucket.flags])
 
     def _start(self, number: int, scaling: Scaling) -> None:
         buffer, bucket = self._buckets[number]

@@ -27,13 +27,14 @@ class BucketNoise:
         self._meter, self._buckets, self._last = meter, buckets, last
         self._words: Tensor | None = None  # what this rank sends in this round
 
-    def measure_own(self, number: int, scale: float, *, is_first: bool) -> None:
+    def measure_own(self, number: int, scale: float, square: Tensor | None, *, is_first: bool) -> None:
         """Called before a bucket is sent, when it holds this rank's own gradients.
 
         Args:
             number: of the bucket.
             scale: the factor that the elements are to be multiplied by, for their sum over the ranks to be the
                 mean.
+            square: squared 2-norm of its gradients; None: it is not known yet.
             is_first: whether it begins a round.
         """
         meter = self._meter
@@ -43,7 +44,9 @@ class BucketNoise:
             meter.begin_round()
         buffer, bucket = self._buckets[number]
         factor = (horovod().size() * scale) ** 2
-        meter.add_own(square_norm(_pieces(buffer, bucket, bucket.start, bucket.end)) * factor)
+        if square is None:
+            square = square_norm(_pieces(buffer, bucket, bucket.start, bucket.end))
+        meter.add_own(square.double() * factor)
         if number == self._last:
             self._words = meter.words()
             self._place.copy_(self._words)
