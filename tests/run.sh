@@ -19,6 +19,5 @@ codespell
 site=$(mktemp -d)
 mkdocs build --strict --quiet --site-dir "$site"
 rm -r "$site"
-# Four at a time, by file: most of the time goes to launches (ranks, Slurm, lost hosts), which leave cores idle. With
-# three, two cores were idle for 28 % of the time.
-python -m pytest -n 4 --dist loadfile --no-loadscope-reorder "$@"
+# Three at a time, by file: most of the time goes to launches (ranks, Slurm, lost hosts), which leave cores idle.
+python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"
