@@ -8,7 +8,7 @@ python -m hvd_adam.simulate predict --preset p100-roce25 --model resnet101 --ran
 import sys
 from typing import Any
 
-from hvd_adam.cli import run
+from hvd_adam.cli import run, subcommand
 from hvd_adam.extras import require
 from hvd_adam.loading import loading_modules
 from hvd_adam.simulate.config import CalibrateConfig, PredictConfig
@@ -36,16 +36,7 @@ def predict(config: PredictConfig) -> None:
 
 def main(argv: list[str]) -> None:
     """Takes the subcommand from the first argument, and its options from the others."""
-    command = argv[0] if argv else ""
-    if command in ("-h", "--help"):
-        print(f"usage: python -m {NAME} {{{','.join(COMMANDS)}}} [options]\n\n{(__doc__ or '').strip()}\n")
-        for name, config in COMMANDS.items():
-            print(f"  {name:<10} {(config.__doc__ or '').splitlines()[0]}")
-        sys.exit(0)
-    if command not in COMMANDS:
-        problem = f"{command!r} is not a command" if command else "no command given"
-        print(f"{NAME}: error: {problem}: use one of {', '.join(COMMANDS)}", file=sys.stderr)
-        sys.exit(2)
+    command = subcommand(argv, COMMANDS, NAME, __doc__ or "")
     mains: dict[str, Any] = {"calibrate": calibrate, "predict": predict}
     run(mains[command], COMMANDS[command], f"{NAME} {command}", argv[1:], needs_extra=True)
 

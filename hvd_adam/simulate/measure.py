@@ -20,7 +20,7 @@ from hvd_adam.distributed.agreement import raise_on_all_ranks
 from hvd_adam.distributed.cluster import Cluster
 from hvd_adam.distributed.collectives.pieces import start_allgather, start_allreduce, start_alltoall
 from hvd_adam.distributed.context import MESSAGE_BYTES, horovod, init
-from hvd_adam.distributed.placement import cores
+from hvd_adam.distributed.placement import cores, cpu_model
 from hvd_adam.errors import UserError
 from hvd_adam.log import logger, write_result
 from hvd_adam.models import zoo
@@ -256,7 +256,7 @@ def _description(cluster: Cluster, config: CalibrateConfig) -> dict[str, str]:
     """Returns hardware and software, for a reader."""
     gpu = cluster.device.type == "cuda"
     names = {
-        "device": torch.cuda.get_device_name(cluster.device) if gpu else _cpu_name(),
+        "device": torch.cuda.get_device_name(cluster.device) if gpu else cpu_model(),
         "cores": str(len(cores())),
         "threads of a rank": str(torch.get_num_threads()),
         "ranks": f"{cluster.size} on {cluster.cross_size} hosts, {cluster.launcher}",
@@ -266,9 +266,3 @@ def _description(cluster: Cluster, config: CalibrateConfig) -> dict[str, str]:
         "date": time.strftime("%Y-%m-%d"),
     }
     return names
-
-
-def _cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor()
