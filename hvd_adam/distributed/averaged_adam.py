@@ -36,11 +36,10 @@ from hvd_adam.distributed.wire.codable import exact_parameters
 from hvd_adam.distributed.wire.error_feedback import ErrorFeedback
 from hvd_adam.optim.adam import Adam, PlainOptimizer
 from hvd_adam.optim.optimizer_state import States, copy_of_states
+from hvd_adam.optim.plain_optimizer import outside_inference_mode
 
 # What changes the layout, for an error.
 _NEW_LAYOUT = "a change of parameters or options (freezing, a dtype, amsgrad)"
-
-outside_inference_mode = torch.inference_mode(False)  # Horovod's thread is not in that mode
 
 
 class AveragedAdam(Adam):

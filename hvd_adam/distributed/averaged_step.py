@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -148,41 +147,48 @@ class AveragedStep:
         with self._averager.waiting():
             self._strategy.exchange_parameters(self._layout.buffers)
 
-    def update(self, run: Callable[[Tensor | None], Any]) -> None:
+    def update(self, run: Callable[[Callable[[], None]], None], groups: Sequence[Group], state: States) -> None:
         """Makes an update, or skips it if the averaged gradient is not finite, identically on all ranks.
 
         Args:
-            run: updates the parameters with the gradients times a factor, 0-dimensional or None for 1.
+            run: runs the optimizer's step with an update.
+            groups: the parameter groups.
+            state: the state of every parameter.
         """
-        unscale = self.synchronize()
+        unscale = self._unscale
+        assert unscale is not None  # `synchronize` was called
         self._refuse_changed(unscale)
         parameters, scaling, buffers = self._parameters(), self._scaling, self._layout.buffers
         if all(p.grad is None for p in parameters):
             return
-        finite_probe, is_one = None, False
+        store, finite_probe, probed = self._layout.store, None, None
         if scaling.needs_norm:
             self._start_meeting()()  # the norm is a collective where the state is sharded
             self.grad_norm = finite_probe = self._strategy.norm(parameters, buffers) * unscale
         elif scaling.needs_sum:
             finite_probe = self._averager.total
             if finite_probe is None and not buffers:
-                finite_probe = self._layout.store.one_if_finite(self._optimizer.param_groups)
-                is_one = finite_probe is not None
+                probed = store.probe(groups)
+                finite_probe = probed.one_if_finite if probed else None
             if finite_probe is None:
                 finite_probe = self._strategy.finite_probe(parameters, buffers)
         self._skipped, self._probe, deferred = None, finite_probe if scaling.probes else None, False
         if self._probe is not None:
             if scaling.loss_scaler is not None:
                 self._skipped = scaling.found_inf(self._probe, self._optimizer)
-            deferred = self._layout.store.all_fused and backend(self._probe.device.type).skips_nan
+            deferred = store.all_fused and backend(self._probe.device.type).skips_nan
             deferred = deferred and self._layout.feedback is None  # the host has to know which residuals are valid
             if not deferred and self.skipped:  # if deferred, the kernel skips, and the host need not wait
                 self.skips.add()
                 return
         # In flight while the kernel runs, so that it takes no time of its own.
         meet = (lambda: None) if scaling.needs_norm else self._start_meeting()
+        is_one = probed is not None
+        factor = scaling.combined(unscale, finite_probe, carries_found_inf=deferred, is_one=is_one)
+        # The `step` of a derived class may change gradients and hyper-parameters.
+        known = probed if self._layout.plain_step else None
         with self._strategy.updating():
-            run(scaling.combined(unscale, finite_probe, carries_found_inf=deferred, is_one=is_one))
+            run(partial(store.update, groups, state, factor, known))
         self._end_update(meet)
         if deferred and self._probe is not None:
-            self.skips.defer(self._probe, self._layout.store.undo_step_counts)
+            self.skips.defer(self._probe, store.undo_step_counts)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +16,7 @@ from hvd_adam.distributed.gradients.compression import AdasumCompression
 from hvd_adam.distributed.gradients.gradient_buffer import GradientBuffer
 from hvd_adam.distributed.gradients.lockstep import Lockstep
 from hvd_adam.distributed.gradients.reducer import BUCKET_BYTES, Reducer
-from hvd_adam.distributed.horovod_adapter import HorovodAdapter, prefixed
+from hvd_adam.distributed.horovod_adapter import HorovodAdapter
 from hvd_adam.distributed.strategies.allreduce import AllReduceStrategy
 from hvd_adam.distributed.wire.codec import CODECS
 from hvd_adam.distributed.wire.error_feedback import ErrorFeedback
@@ -46,6 +44,11 @@ def _layout(params: list[Tensor], blocks: set[Tensor], ranks: int, control: int,
         return Layout.of(params, BUCKET_BYTES, ranks, control, multiple)
     alignments = [BLOCK if p in blocks else ALIGNMENT for p in params]
     return Layout.of(params, BUCKET_BYTES, ranks, control, max(multiple, BLOCK), alignments)
+
+
+def _prefixed(prefix: str, names: Names, parameters: Iterable[Tensor]) -> dict[Tensor, str]:
+    """Returns the names of some parameters for Horovod, unique among all optimizers through the prefix."""
+    return {p: f"{prefix}.{names[p]}" for p in parameters}
 
 
 class DistributedLayout:
@@ -87,7 +90,6 @@ class DistributedLayout:
         self._ranks = int(horovod().size())
         self._flat = self._ranks > 1 and not adasum
         self._adapter: HorovodAdapter | None = None  # from `connect` on
-        self._plain_step = False
         # Adasum steps one parameter at a time.
         policy = StorePolicy(foreach_only=adasum, agree=self._agree, warns=bool(horovod().rank() == 0))
         self.store = ParameterStore(policy)
@@ -109,12 +111,17 @@ class DistributedLayout:
         """Returns whether the layout fits parameters, state and options, after reading replaced tensors."""
         return all(buffer.fits() for buffer in self.buffers) and self.store.fits(groups, state)
 
+    @property
+    def plain_step(self) -> bool:
+        """Whether the optimizer's own step is Adam's, and not that of a derived class."""
+        return self._adapter is not None and self._adapter.plain_step
+
     def updates_sections(self, groups: Sequence[Group], state: States) -> bool:
         """Returns whether buckets can be updated one by one. It need not be the same on all ranks.
 
         Not by the `step` of a derived class, which may use all gradients before it calls Adam's.
         """
-        return self._plain_step and self.store.all_fused and self.fits(groups, state)
+        return self.plain_step and self.store.all_fused and self.fits(groups, state)
 
     @torch.inference_mode(False)  # what is created here is written in Horovod's thread, which is not in that mode
     @torch.no_grad()
@@ -232,12 +239,10 @@ class DistributedLayout:
             names: a name for every parameter.
             follows_passes: on one rank, where nothing is reduced: whether the averager needs its backward passes.
         """
-        own: Any = type(optimizer).step  # PyTorch wraps it
-        self._plain_step = inspect.unwrap(own) is inspect.unwrap(Adam.step)
         averager, reducer = self._averager, self._averager.reducer
         self._adapter = HorovodAdapter(
             optimizer,
-            prefixed(self._strategy.prefix, names, names),
+            _prefixed(self._strategy.prefix, names, names),
             accumulate=self._accumulate,
             compression=AdasumCompression(self.compression),
             adasum=self._adasum,
@@ -258,4 +263,4 @@ class DistributedLayout:
         """Connects the parameters that are trained and have no hooks."""
         if self._adapter is not None and self._ranks > 1:
             new = [p for p in parameters if p.requires_grad and not self._adapter.has_hook(p)]
-            self._adapter.add_hooks(prefixed(collective_prefix(), names, new) if new else {})
+            self._adapter.add_hooks(_prefixed(collective_prefix(), names, new) if new else {})

@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from hvd_adam.distributed.averaged_adam import AveragedAdam, outside_inference_mode
+from hvd_adam.distributed.averaged_adam import AveragedAdam
 from hvd_adam.distributed.join import REDUCE, STEP, Join
 from hvd_adam.errors import UserError
 from hvd_adam.optim.adam import PlainOptimizer
-from hvd_adam.optim.plain_optimizer import not_compiled
+from hvd_adam.optim.plain_optimizer import not_compiled, outside_inference_mode
 
 
 class DistributedAdam(AveragedAdam):
@@ -182,7 +181,7 @@ class DistributedAdam(AveragedAdam):
         self._ensure_layout()
         if self._join is not None and self._join.some_have_left and not self._strategy.scatters:
             self._layout.broadcast_gradients(self._join.root)  # the loop may have changed them since backward
-        self._step.update(lambda grad_scale: step(partial(self._store.update, groups, state, grad_scale)))
+        self._step.update(step, groups, state)
 
     def _count_update(self) -> None:
         self._averager.updated()

@@ -49,18 +49,23 @@ def update(spec: KernelSpec, batch: Batch, groups: Sequence[HyperParameters], gr
     _kernel(spec).update(batch, groups, grad_scale)
 
 
-def find_nonfinite(spec: KernelSpec, batch: Batch, groups: Sequence[HyperParameters], mark: Tensor) -> None:
+def find_nonfinite(
+    spec: KernelSpec, batch: Batch, groups: Sequence[HyperParameters], mark: Tensor | None
+) -> Tensor:
     """Makes a number NaN if a gradient of a batch has an element that is infinite or NaN, in one launch.
 
     Args:
         spec: of the rows that have made the batch, for a type of device whose `Backend` decides there.
         batch: has the gradients.
         groups: the hyper-parameters of all groups, see `hyper_parameters`.
-        mark: the number: float64, 0-dimensional, on the tensors' device.
+        mark: the number: float64, 0-dimensional, on the tensors' device; None for a new 1.
+
+    Returns:
+        The number.
     """
     find = _kernel(spec).find_nonfinite
     assert find is not None
-    find(batch, groups, mark)
+    return find(batch, groups, mark)
 
 
 def compile_error(spec: KernelSpec) -> str | None:

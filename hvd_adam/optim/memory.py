@@ -61,24 +61,6 @@ class Arena:
         return self.zeros(p.numel(), dtype, p.device).as_strided(p.shape, strides)
 
 
-class Ones:
-    """Ones on a device, float64, 0-dimensional, each returned once: one launch makes many of them."""
-
-    _MANY = 256
-
-    def __init__(self) -> None:
-        self._left: list[Tensor] = []
-        self._key: tuple[torch.device, int] | None = None
-
-    def take(self, device: torch.device) -> Tensor:
-        """Returns a 1 of its own, aligned to 16 bytes, made in the order of the current stream of the device."""
-        key = device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        if key != self._key or not self._left:
-            self._key = key
-            self._left = [*torch.ones(self._MANY, 2, dtype=torch.float64, device=device)[:, 0].unbind()]
-        return self._left.pop()
-
-
 def _huge_pages(nbytes: int) -> tuple[mmap.mmap, int]:
     """Returns a mapping of zeros that holds at least `nbytes`, and where its first huge page begins."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # the default is a shared mapping, which has no such pages

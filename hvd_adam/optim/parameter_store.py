@@ -6,7 +6,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,10 +23,10 @@ from hvd_adam.optim.implementation import (
     without_fused,
 )
 from hvd_adam.optim.lost_updates import LostUpdates
-from hvd_adam.optim.memory import Ones, increment_versions, is_trained, overlapping, same_objects
+from hvd_adam.optim.memory import increment_versions, is_trained, overlapping, same_objects
 from hvd_adam.optim.optimizer_state import Group, Member, Part, StateReader, States
 from hvd_adam.optim.tensor_lists import Chunks, chunks
-from hvd_adam.optim.update_rows import Batch, UpdateRows, hyper_parameters
+from hvd_adam.optim.update_rows import Batch, HyperParameters, UpdateRows, hyper_parameters
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,20 @@ class StorePolicy:
     foreach_only: bool = False
     agree: Callable[[str | None], str | None] = lambda error: error
     warns: bool = True
+
+
+class Probed(NamedTuple):
+    """Gradients that a device has looked at.
+
+    Attributes:
+        one_if_finite: 1 if all elements are finite, else NaN; 0-dimensional, float64, on their device.
+        batches: the rows of their parameters, with the spec of the kernel.
+        numbers: the hyper-parameters of all groups.
+    """
+
+    one_if_finite: Tensor
+    batches: list[tuple[KernelSpec, Batch]]
+    numbers: list[HyperParameters]
 
 
 class ParameterStore:
@@ -68,9 +82,7 @@ class ParameterStore:
         self._options: object = None  # what the layout was built for, as its parameters
         self._params: Sequence[Tensor] = ()
         self._counted: Sequence[list[Tensor]] = ()  # the step counts of the last update
-        self._probed: list[Batch] = []  # whose gradients `one_if_finite` has looked at in this step
         self._lost_updates = LostUpdates()
-        self._ones = Ones()
 
     @property
     def all_fused(self) -> bool:
@@ -108,9 +120,10 @@ class ParameterStore:
         params = [p for group in groups for p in group["params"]]
         if thawed or not same_options or not same_objects(self._params, params):
             return False
-        if list(map(_form, self._others)) != self._others_form:
-            return False
-        self._others_state.refresh(groups, state)
+        if self._others:
+            if list(map(_form, self._others)) != self._others_form:
+                return False
+            self._others_state.refresh(groups, state)
         return all(rows.fits(groups, state) for rows in self._rows)
 
     def build_layout(
@@ -157,7 +170,6 @@ class ParameterStore:
         self._others_state = StateReader(others, groups, state)
         self._others_form = list(map(_form, others))
         self._options, self._params = layout_options(groups), [*params]
-        self._probed = []
 
     def _resolve_implementations(self, groups: Sequence[Group]) -> list[str]:
         """Returns each group's implementation; "fused" only where its kernels compile, otherwise "foreach"."""
@@ -176,7 +188,13 @@ class ParameterStore:
 
     # Update.
 
-    def update(self, groups: Sequence[Group], state: States, grad_scale: Tensor | None = None) -> None:
+    def update(
+        self,
+        groups: Sequence[Group],
+        state: States,
+        grad_scale: Tensor | None = None,
+        probed: Probed | None = None,
+    ) -> None:
         """Takes one step; the layout must fit.
 
         Where everything is fused on a GPU, a NaN `grad_scale` on that device makes a step that changes nothing but
@@ -186,6 +204,8 @@ class ParameterStore:
             groups: the parameter groups.
             state: the state of every parameter.
             grad_scale: multiplies the gradients; 0-dimensional, on their device or the CPU; None for 1.
+            probed: what `probe` has returned, if gradients and groups are as they were then: looking at all of
+                them again takes longer than the rest of a step on a GPU.
 
         Raises:
             RuntimeError: a gradient is sparse or not of its parameter's dtype, or the step would be captured in
@@ -194,11 +214,9 @@ class ParameterStore:
         if any(rows.spec.device == "cuda" for rows in self._rows):
             validation.refuse_graph_capture()
         # Before anything changes: both check gradients.
-        probed, self._probed = self._probed, []
-        found = ((rows.spec, rows.batch(known)) for rows, known in zip_longest(self._rows, probed))
-        batches = [(spec, batch) for spec, batch in found if batch.params]
+        batches = self._batches() if probed is None else probed.batches
         rest = chunks(self._others, self._others_state.used, groups) if self._others else Chunks()
-        numbers = hyper_parameters(groups)
+        numbers = hyper_parameters(groups) if probed is None else probed.numbers
         for spec, batch in batches:
             increment_versions(batch.params)
             fused.update(spec, batch, numbers, grad_scale)
@@ -211,10 +229,14 @@ class ParameterStore:
         if self._policy.warns:
             self._lost_updates.count_update(groups)
 
-    def one_if_finite(self, groups: Sequence[Group]) -> Tensor | None:
-        """Returns 1 if all gradients are finite, else NaN, 0-dim float64, on their device; the layout must fit.
+    def _batches(self) -> list[tuple[KernelSpec, Batch]]:
+        found = [(rows.spec, rows.batch()) for rows in self._rows]
+        return [(spec, batch) for spec, batch in found if batch.params]
 
-        It is made in one launch for each kind of parameters, and not waited for.
+    def probe(self, groups: Sequence[Group]) -> Probed | None:
+        """Finds out on the device whether all gradients are finite; the layout must fit.
+
+        It takes one launch for each kind of parameters, and is not waited for.
 
         Args:
             groups: the parameter groups.
@@ -227,16 +249,14 @@ class ParameterStore:
         """
         if self._others or not all(fused.backend(rows.spec.device).skips_nan for rows in self._rows):
             return None
-        batches = [rows.batch() for rows in self._rows]
-        devices = {batch.params[0].device for batch in batches if batch.params}
-        if len(devices) != 1:
+        batches = self._batches()
+        if len({batch.params[0].device for _, batch in batches}) != 1:
             return None
-        numbers, mark = hyper_parameters(groups), self._ones.take(devices.pop())
-        for rows, batch in zip(self._rows, batches, strict=True):
-            if batch.params:
-                fused.find_nonfinite(rows.spec, batch, numbers, mark)
-        self._probed = batches
-        return mark
+        numbers, mark = hyper_parameters(groups), None
+        for spec, batch in batches:
+            mark = fused.find_nonfinite(spec, batch, numbers, mark)
+        assert mark is not None
+        return Probed(mark, batches, numbers)
 
     def update_sections(self, groups: Sequence[Group], ready: Iterable[int]) -> None:
         """Takes one step, section by section; the layout must fit, and `all_fused`. Bit for bit as `update`.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hvd_adam.optim.expression import KernelSpec
-from hvd_adam.optim.memory import ORDINARY, placed_like, same_objects, shape_in_memory
+from hvd_adam.optim.memory import ORDINARY, placed_like, shape_in_memory
 from hvd_adam.optim.optimizer_state import Group, Member, State, StateReader, States
 from hvd_adam.optim.validation import check_gradient
 
@@ -31,22 +32,28 @@ _grad = operator.attrgetter("grad")
 _layout = operator.attrgetter("layout")
 
 
-class Batch(NamedTuple):
-    """What a kernel updates in one step.
+@dataclass
+class Batch:
+    """What a kernel updates in one step, with the hyper-parameters of that step.
 
     Attributes:
         rows: of dtype ROW, one for each parameter that has a gradient.
         params: these parameters.
         counts: their step counts: float32, 0-dimensional, on the CPU.
         grads: their gradients, which the rows point to.
-        plans: where a kernel keeps what it has made of these rows, or of other ones of the same table.
+        present: the index of each in the table; None if the table has no other parameters.
+        plans: where a kernel keeps what it has made of rows of this table; emptied when a parameter or its state
+            has a new address.
+        plan: what a kernel has made of this batch.
     """
 
     rows: Rows
     params: list[Tensor]
     counts: list[Tensor]
     grads: list[Tensor]
+    present: tuple[int, ...] | None
     plans: dict[object, Any]
+    plan: Any = None
 
 
 class HyperParameters(NamedTuple):
@@ -69,7 +76,7 @@ class HyperParameters(NamedTuple):
     sign: int
 
 
-FindNonfinite = Callable[[Batch, Sequence[HyperParameters], Tensor], None]
+FindNonfinite = Callable[[Batch, Sequence[HyperParameters], Tensor | None], Tensor]
 
 
 class Kernel(NamedTuple):
@@ -79,7 +86,8 @@ class Kernel(NamedTuple):
         update: counts a step of every parameter of a batch and updates it in place. The other arguments are the
             hyper-parameters of all groups, and a factor for the gradients, 0-dimensional or None.
         find_nonfinite: makes a number NaN, float64, 0-dimensional, on the device, if an element of a gradient is
-            infinite or NaN, and leaves it alone otherwise. None: there is no such kernel.
+            infinite or NaN, leaves it alone otherwise, and returns it. Without one it makes a 1 of its own. None:
+            there is no such kernel.
     """
 
     update: Callable[[Batch, Sequence[HyperParameters], Tensor | None], None]
@@ -141,27 +149,19 @@ class UpdateRows:
             self._read_state()
         return True
 
-    def batch(self, known: Batch | None = None) -> Batch:
+    def batch(self) -> Batch:
         """Returns the rows of the parameters that have gradients.
-
-        Args:
-            known: what was returned before in this step. It is returned again if the gradients are the same
-                tensors, at the same addresses: looking at each costs more than the rest of a step on a GPU.
 
         Raises:
             RuntimeError: a gradient is sparse or of another dtype than its parameter.
         """
         grads = list(map(_grad, self.params))
-        if known is not None and same_objects(known.grads, grads):
-            addresses = np.array(list(map(Tensor.data_ptr, grads)), np.int64)
-            if np.array_equal(addresses + self._skipped_bytes, known.rows["grad"]):
-                return known
         rows, params, counts, skipped = self._rows, self.params, self._counts, self._skipped_bytes
-        shape = self._shape
+        shape, present = self._shape, None
         kinds = set(map(type, grads))
         if type(None) in kinds:
-            present = [i for i, grad in enumerate(grads) if grad is not None]
-            rows, skipped = rows[present], skipped[present]
+            present = tuple(i for i, grad in enumerate(grads) if grad is not None)
+            rows, skipped = rows[[*present]], skipped[[*present]]
             params, counts, grads = ([column[i] for i in present] for column in (params, counts, grads))
             shape = shape_in_memory(params)
         if not kinds <= _EXPECTED or not _has_shape(grads, shape):
@@ -169,18 +169,20 @@ class UpdateRows:
                 check_gradient(p)
             grads = [placed_like(p, grad) for p, grad in zip(params, grads, strict=True)]
         rows["grad"] = np.array(list(map(Tensor.data_ptr, grads)), np.int64) + skipped
-        return Batch(rows, params, counts, grads, self._plans)
+        return Batch(rows, params, counts, grads, present, self._plans)
 
     def _read_params(self) -> None:
         addresses = list(map(Tensor.data_ptr, self.params))
         if addresses != self._addresses:
             self._addresses = addresses
             self._rows["param"] = np.array(addresses, np.int64) + self._skipped_bytes
+            self._plans.clear()
 
     def _read_state(self) -> None:
         self._counts = [state["step"] for state in self._state.used]
         for name in ADDRESSES[2:]:
             self._rows[name] = [_address(state, name) for state in self._state.used]
+        self._plans.clear()
 
 
 def _address(state: State, name: str) -> int:

@@ -22,7 +22,7 @@ def check_one_if_finite(device, dtypes, lengths):
             p.grad[::2] *= -1
 
         def probe(optimizer=optimizer):
-            return optimizer._store.one_if_finite(optimizer.param_groups)
+            return optimizer._store.probe(optimizer.param_groups).one_if_finite
 
         assert probe().item() == 1, dtype
         for p, bad in product(params, (math.inf, -math.inf, math.nan)):

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import triton
 from torch import Tensor
+from triton.runtime import driver
 
 from hvd_adam.optim.expression import KernelSpec, scalars
 from hvd_adam.optim.formats.expression import factors
@@ -28,6 +29,9 @@ REPEATS_DIRECTLY = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
 
 # Of a batch; more only where other parameters have gradients in every step.
 MAX_PLANS = 8
+
+# Numbers for `find_nonfinite` that one launch makes.
+MANY_ONES = 256
 
 DECAYS = ("none", "coupled", "decoupled")
 
@@ -85,12 +89,16 @@ class Plan(NamedTuple):
     Attributes:
         counts: the step counts in memory.
         launches: usually one.
+        device: of all tensors.
         stream: CUDA's handle of the stream of all; 0 on a CPU.
+        ones: ones on the device, float64, 0-dimensional, for one use each.
     """
 
     counts: list[c_float]
     launches: list[Launch]
+    device: torch.device
     stream: int
+    ones: list[Tensor]
 
     def count_step(self) -> list[float]:
         """Adds one to the step count of every tensor and returns the results."""
@@ -99,16 +107,28 @@ class Plan(NamedTuple):
             count.value = step
         return steps
 
+    def one(self) -> Tensor:
+        """Returns a 1 of its own, aligned to 16 bytes."""
+        if not self.ones:
+            self.ones.extend(torch.ones(MANY_ONES, 2, dtype=torch.float64, device=self.device)[:, 0].unbind())
+        return self.ones.pop()
+
 
 def plan_for(spec: KernelSpec, batch: Batch, groups: Sequence[HyperParameters]) -> Plan:
     """Returns the plan of a batch, from an earlier step if nothing but gradients has moved."""
+    if batch.plan is None:
+        batch.plan = _plan_of_rows(spec, batch, groups)
+    plan: Plan = batch.plan
+    return plan
+
+
+def _plan_of_rows(spec: KernelSpec, batch: Batch, groups: Sequence[HyperParameters]) -> Plan:
     device = batch.params[0].device
     decay = [0 if group.weight_decay == 0 else 1 + group.decoupled_weight_decay for group in groups]
-    # Memory of the tables may be used again in the order of their stream only.
-    stream = torch.cuda.current_stream(device.index).cuda_stream if device.type == "cuda" else 0
-    fixed = batch.rows.copy()
-    fixed["grad"] = 0
-    key = fixed.tobytes(), *decay, stream
+    # Memory of the tables may be used again in the order of their stream only. PyTorch's own function for it makes
+    # an object of every stream that it returns, which takes a fifth of the time of a step over one tensor.
+    stream = driver.active.get_current_stream(device.index) if device.type == "cuda" else 0
+    key = batch.present, *decay, stream
     if key not in batch.plans:
         if len(batch.plans) >= MAX_PLANS:
             batch.plans.clear()
@@ -116,7 +136,8 @@ def plan_for(spec: KernelSpec, batch: Batch, groups: Sequence[HyperParameters]) 
         kinds = 3 * (rows["max_exp_avg_sq"] != 0) + np.array(decay)[rows["group"]]
         launches = [_launch(spec, rows, np.flatnonzero(kinds == k), int(k), device) for k in np.unique(kinds)]
         counts = list(map(c_float.from_address, rows["step"].tolist()))
-        batch.plans[key] = Plan(counts, [launch for launch in launches if launch.blocks], stream)
+        launches = [launch for launch in launches if launch.blocks]
+        batch.plans[key] = Plan(counts, launches, device, stream, ones=[])
     plan: Plan = batch.plans[key]
     return plan
 
@@ -247,12 +268,14 @@ def kernel(spec: KernelSpec) -> Kernel:
                 form = aligned, table is None, None if scale is None else (scale.dtype, scale.data_ptr() % 16)
                 _run(launch, adam, module.WARPS, plan.stream, form, given)
 
-    def find_nonfinite(batch: Batch, groups: Sequence[HyperParameters], mark: Tensor) -> None:
-        with _on(mark.device):
+    def find_nonfinite(batch: Batch, groups: Sequence[HyperParameters], mark: Tensor | None) -> Tensor:
+        with _on(batch.params[0].device):
             plan = plan_for(spec, batch, groups)
+            mark = plan.one() if mark is None else mark
             for launch in plan.launches:
                 aligned = launch.send_gradients(batch)
                 given = launch.whole, launch.grads, launch.tensor_of_block, mark, aligned, *sizes
                 _run(launch, mark_nonfinite, module.WARPS, plan.stream, aligned, given)
+        return mark
 
     return Kernel(update, find_nonfinite)
