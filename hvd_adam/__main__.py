@@ -18,6 +18,7 @@ COMMANDS = {
     "compare": "compare Adam with other optimizers over seeds, or study what its training depends on",
     "doctor": "diagnose this machine, other hosts or a job, with a remedy for each fault",
     "bench": "measure the optimizer, the reduction and whole steps against peers and the hardware's limit",
+    "simulate": "predict how a job scales: step time, cost, bottleneck, and what would help",
     "build_horovod": "build Horovod against the PyTorch that is installed",
 }
 

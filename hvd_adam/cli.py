@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
 from hvd_adam import log
@@ -20,7 +20,7 @@ from hvd_adam.extras import install_command
 from hvd_adam.recovery.failure import GRACE_SECONDS, Failure, leave, leave_later, stopped_by_launcher
 from hvd_adam.recovery.preemption import ignore_signals
 
-__all__ = ["parse", "run"]
+__all__ = ["parse", "run", "subcommand"]
 
 SHUTDOWN_SECONDS = 10.0  # for Horovod's shutdown at the end of a successful command
 
@@ -63,6 +63,31 @@ def run(
         code = code or 2
     leave_later(code, SHUTDOWN_SECONDS)
     sys.exit(code)
+
+
+def subcommand(
+    argv: Sequence[str], configs: Mapping[str, type], name: str, about: str, *, kind: str = "command"
+) -> str:
+    """Returns the subcommand, the first argument; with --help, or another one, exits after what it prints.
+
+    Args:
+        argv: the arguments.
+        configs: the configuration of each subcommand, whose docstring begins with what it does.
+        name: of the module, as in `python -m name`.
+        about: docstring of the module.
+        kind: what a subcommand is, for messages.
+    """
+    chosen = argv[0] if argv else ""
+    if chosen in ("-h", "--help"):
+        print(f"usage: python -m {name} {{{','.join(configs)}}} [options]\n\n{about.strip()}\n")
+        for each, config in configs.items():
+            print(f"  {each:<10} {(config.__doc__ or '').splitlines()[0]}")
+        sys.exit(0)
+    if chosen not in configs:
+        problem = f"{chosen!r} is not a {kind}" if chosen else f"no {kind} given"
+        print(f"{name}: error: {problem}: use one of {', '.join(configs)}", file=sys.stderr)
+        sys.exit(2)
+    return chosen
 
 
 def _end(error: BaseException, name: str, starting: bool) -> NoReturn:

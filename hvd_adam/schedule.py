@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from hvd_adam.errors import UserError
 
-SCALING_RULES = ("linear", "sqrt", "none")
+SCALING_RULES = ("linear", "sqrt", "halflife", "none")
 DECAYS = ("constant", "cosine", "linear", "step")
 
 
@@ -29,6 +29,9 @@ def scale(factor: float, rule: str, *, lr: float, betas: tuple[float, float], ep
     - "linear": lr·k; betas and eps are unchanged (Goyal et al., arXiv 1706.02677, section 2.1).
     - "sqrt": lr·√k, 1−β → k·(1−β), eps/√k (Malladi et al. 2022, arXiv 2205.10287, the square root scaling rule for
       Adam).
+    - "halflife": β₂ → β₂ᵏ (Marek et al. 2025, arXiv 2507.07101): the second moment forgets a sample after the same
+      number of samples, whatever the batch; β₂ stays within [0, 1) for every k. lr, β₁ and eps are unchanged:
+      choose lr for the whole batch.
     - "none": nothing changes.
 
     Args:
@@ -49,6 +52,8 @@ def scale(factor: float, rule: str, *, lr: float, betas: tuple[float, float], ep
         return Scaled(lr, betas, eps)
     if rule == "linear":
         return Scaled(lr * factor, betas, eps)
+    if rule == "halflife":
+        return Scaled(lr, (betas[0], betas[1] ** factor), eps)
     root = math.sqrt(factor)
     first, second = (_scaled_beta(factor, index, beta) for index, beta in enumerate(betas))
     return Scaled(lr * root, (first, second), eps / root)
@@ -63,8 +68,8 @@ def _scaled_beta(factor: float, index: int, beta: float) -> float:
     needed = 1 - 1 / factor
     raise UserError(
         f"sqrt scaling by a factor of {factor:g} turns beta{index + 1} = {beta:g} into {scaled:.3g}, below "
-        f"0: use a factor of at most {largest:.6g}, a beta{index + 1} of at least {needed:.6g}, or linear or "
-        "no scaling"
+        f"0: use a factor of at most {largest:.6g}, a beta{index + 1} of at least {needed:.6g}, or linear, "
+        "halflife or no scaling"
     )
 
 

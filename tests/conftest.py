@@ -19,12 +19,15 @@ from hypothesis import settings
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 LONGEST = (
-    "test_images test_slurm test_bench test_resume test_readme test_train test_idioms test_hosts test_doctor "
-    "test_failures test_triton_kernel test_launch test_guard test_zero_equivalence test_larger_examples "
-    "test_examples test_export test_own_code test_elastic test_kernels test_zero_state test_predict test_iterable "
-    "test_cluster test_nonfinite test_collective_timeout test_data_change test_finished_runs test_zero_clipping "
-    "test_streams test_crash_matrix test_torchvision_operators test_distribute_join test_any_loop_more test_adam "
-    "test_coded_allreduce test_distribute_average test_setup test_image_folder test_any_loop test_compare"
+    "test_images test_slurm test_readme test_train test_bench test_resume test_triton_kernel test_hosts "
+    "test_doctor test_idioms test_own_code test_failures test_kernels test_adam test_launch test_crash_matrix "
+    "test_bench_wire test_predict test_iterable test_torchvision_operators test_setup test_larger_examples "
+    "test_export test_elastic test_cluster test_any_loop_more test_streams test_guard test_collective_timeout "
+    "test_examples test_coded_allreduce test_zero_equivalence test_zero_state test_state_formats test_models "
+    "test_coded_sharded test_any_loop test_image_folder test_data_change test_commands test_run_folder "
+    "test_updates_behind test_finished_runs test_optim_standalone test_automatic_compression test_fuzz "
+    "test_distribute_join test_docs test_nonfinite test_distribute_average test_worker_loader "
+    "test_state_formats_on_ranks"
 ).split()
 
 MARK_OF_MODULE = {
@@ -52,9 +55,9 @@ ONLY_NAMES_LAUNCHERS = {"test_mpijob", "test_setup"}
 
 def pytest_configure(config: pytest.Config) -> None:
     """Draws fewer cases in a run that marks select: the quick tests; all tests together draw all of them."""
-    if config.option.markexpr:
-        settings.register_profile("quick", max_examples=8)
-        settings.load_profile("quick")
+    settings.register_profile("all", deadline=None)  # no test depends on the speed of the machine
+    settings.register_profile("quick", deadline=None, max_examples=8)
+    settings.load_profile("quick" if config.option.markexpr else "all")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest evaluates -m
@@ -90,6 +93,7 @@ def _marks(item: pytest.Item) -> set[str]:
 def _start_ranks(path: Path) -> set[str]:
     """Returns the functions of a module that start ranks, directly or through its other functions and fixtures."""
     source = path.read_text()
+    lines = source.encode().splitlines()  # ast.get_source_segment would split them for every statement
     functions = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
     uses = {
         name: {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
@@ -99,8 +103,14 @@ def _start_ranks(path: Path) -> set[str]:
     found = {
         name
         for name, function in functions.items()
-        if any(STARTS_RANKS.search(ast.get_source_segment(source, part)) for part in function.body)
+        if any(STARTS_RANKS.search(_segment(lines, part)) for part in function.body)
     }
     while more := {name for name in functions if uses[name] & found} - found:
         found |= more
     return found
+
+
+def _segment(lines: list[bytes], node: ast.stmt) -> str:
+    """Returns the source of a statement."""
+    *whole, last = lines[node.lineno - 1 : node.end_lineno]
+    return b"\n".join([*whole, last[: node.end_col_offset]]).decode()

@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import torch
@@ -68,18 +68,20 @@ class Case:
     controller: str
     strategy: str
     state_format: str = "float32"
+    compression: str = "none"
 
     @classmethod
     def draw(cls, rng: random.Random) -> "Case":
         """Draws a case."""
         controller, strategy = rng.choice(("mpi", "gloo")), rng.choice(("allreduce", "sharded"))
-        return cls(controller, strategy, rng.choice(("float32", "8bit")))
+        held = rng.choice(("float32", "bfloat16", "8bit"))
+        return cls(controller, strategy, held, rng.choice(("none", "int8", "int4")))
 
     def command(self, place: Path, folder: Path) -> list[str]:
         """Returns the command that starts and resumes the run."""
         launcher = [sys.executable, str(HOROVODRUN), "-np", "2", f"--{self.controller}"]
         data = ["--data-dir", str(place / "data"), "--output-dir", str(folder), "--strategy", self.strategy]
-        held = ["--state-format", self.state_format]
+        held = ["--state-format", self.state_format, "--compression", self.compression]
         return [*launcher, sys.executable, "-m", "hvd_adam.train", *OPTIONS, *OFTEN, *data, *held]
 
 
@@ -196,7 +198,7 @@ def await_true(running: subprocess.Popen, condition: Callable[[], bool]) -> None
 
 def uninterrupted(case: Case, place: Path) -> Result:
     """Returns the result of a run that is not killed."""
-    folder = place / f"uninterrupted-{case.controller}-{case.strategy}-{case.state_format}"
+    folder = place / f"uninterrupted-{'-'.join(astuple(case))}"
     assert start(case, place, folder).wait(timeout=LAUNCH_SECONDS) == 0, f"see {folder}.log"
     return Result.read(folder)
 
@@ -238,7 +240,7 @@ def run(trials: int, seed: int, jobs: int, place: Path) -> int:
 
     def attempt(number: int) -> bool:
         case, rng = cases[number], rngs[number]
-        title = f"trial {number + 1} of {trials}: {case.controller}, {case.strategy}, {case.state_format}: killed"
+        title = f"trial {number + 1} of {trials}: {', '.join(astuple(case))}: killed"
         try:
             print(title, trial(case, place, number + 1, rng, expected[case]) + "; ok", flush=True)
         except Exception as error:

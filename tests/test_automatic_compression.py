@@ -376,6 +376,16 @@ def test_a_resumed_training_continues_with_the_choice_bit_for_bit_and_a_trial_wh
         assert any(residual.any() for residual in expected.values())
         other.update(0)
         other.check(sent=True)
+    feedback = restored(cluster, strategy, chosen).optimizer.error_feedback
+    short = {"ranks": 2, "compression": "int8", "trial": None, "chosen": [1.0], "fixed": False}
+    for odd in (
+        {},
+        "int8",
+        short,
+        {**short, "trial": {"laps": {name: [] for name in ("none", "bf16", "int8", "int4")}}},
+    ):
+        with pytest.raises(UserError, match="no choice of a compression"):
+            feedback.load_state_dict({**chosen["residuals"], "choice": odd} if cluster.rank == 0 else None)
 
 
 @on_ranks(2)

@@ -15,6 +15,7 @@ import uuid
 
 import pytest
 import torch
+from helpers.forked_python import forked_python
 
 from hvd_adam.bench import (
     adam,
@@ -45,14 +46,21 @@ from hvd_adam.optim.adam import Adam
 OURS = [f"hvd_adam-{strategy}" for strategy in STRATEGIES]
 
 
-def bench(*argv, **environ):
-    command = [sys.executable, "-m", "hvd_adam.bench", *map(str, argv)]
+# With a Python that has imported PyTorch, next to a horovodrun, also for the ranks.
+FORKED = "import runpy, sys; sys.executable = {!r}; runpy.run_module('hvd_adam.bench', run_name='__main__')"
+
+
+def bench(*argv, forked=False, **environ):
+    start = ["-m", "hvd_adam.bench"]
+    if forked:
+        start = ["-c", FORKED.format(forked_python())]
+    command = [forked_python() if forked else sys.executable, *start, *map(str, argv)]
     environ = {**os.environ, **environ}
     return subprocess.run(command, capture_output=True, text=True, timeout=280, env=environ, check=False)
 
 
-def bench_json(*argv):
-    done = bench(*argv, "--json")
+def bench_json(*argv, forked=False):
+    done = bench(*argv, "--json", forked=forked)
     assert done.returncode == 0, done.stderr
     output = json.loads(done.stdout)  # stdout has nothing else
     assert output["command"] == argv[0]
@@ -297,6 +305,7 @@ def plans(*kinds):
 @pytest.fixture
 def mark(monkeypatch):
     """An environment variable, "NAME=value", that every process started by this test has."""
+    forked_python()  # starts its server, which has this environment
     name, value = "HVD_ADAM_TEST", uuid.uuid4().hex
     monkeypatch.setenv(name, value)
     return f"{name}={value}"
@@ -550,7 +559,7 @@ def test_the_mean_of_a_block_of_calls_needs_one_synchronization():
 def test_step_trains_every_variant(tmp_path, mark):
     plot = tmp_path / "step.png"
     argv = ("--models", "cnn", "--batch-size", 2, "--repeats", 1, "--steps", 2, "--device", "cpu")
-    output = bench_json("step", *argv, "--launcher", "gloo", "--plot", plot)
+    output = bench_json("step", *argv, "--launcher", "gloo", "--plot", plot, forked=True)
     rows = {row["variant"]: row for row in output["rows"]}
     assert list(rows) == [*OURS, "horovod", "horovod-fused", "ddp-fused", "ddp-zero", "compute"]
     for row in rows.values():
@@ -642,7 +651,7 @@ def test_variants_that_need_mpi_are_reported_as_missing_without_it(monkeypatch):
 def test_allreduce_times_every_variant_at_every_size(tmp_path, mark):
     plot = tmp_path / "allreduce.png"
     argv = ("--sizes", "0.004,0.02", "--repeats", 1, "--calls", 3, "--device", "cpu", "--plot", plot)
-    output = bench_json("allreduce", *argv)
+    output = bench_json("allreduce", *argv, forked=True)
     assert {row["megabytes"] for row in output["rows"]} == {0.004, 0.02}
     for size in (0.004, 0.02):
         rows = {row["variant"]: row for row in output["rows"] if row["megabytes"] == size}
@@ -681,7 +690,8 @@ def test_checkpoint_reports_the_run_that_failed():
 
 def test_memory_of_every_strategy_matches_the_prediction(tmp_path):
     plot = tmp_path / "memory.png"
-    output = bench_json("memory", "--model", "cnn", "--np", "2", "--device", "cpu", "--plot", plot)
+    options = ("--model", "cnn", "--np", "2", "--device", "cpu", "--plot", plot)
+    output = bench_json("memory", *options, forked=True)
     expected = [(name, held, 2) for name in STRATEGIES for held in ("float32", "8bit")]
     assert [(row["strategy"], row["state_format"], row["np"]) for row in output["rows"]] == expected
     for row in output["rows"]:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from scipy.linalg import hadamard
 
 from hvd_adam.distributed.wire import cpu_codec, fused_codec
-from hvd_adam.distributed.wire.codec import CODECS, GROUP
+from hvd_adam.distributed.wire.codec import CODECS, GROUP, SENT
 from hvd_adam.distributed.wire.fused_codec import PLAIN, functions
 
 NAN_OF_ONES = float(np.uint32(0x7FFFFFFF).view(np.float32))  # whose last bits, as codes, would not be 0
@@ -181,8 +181,9 @@ def test_codes_mean_the_gradients_within_half_a_level_and_residuals_are_what_the
     sent, missed, mean, server_missed = (results[n] for n in ("sent", "missed", "mean", "server_missed"))
     total, elements = results["total"], len(residual) // parts
 
-    h = gradients.double().numpy() * scale + residual.double().numpy() * unit
-    t = rotated(codec, h)
+    e = residual.double().numpy() * unit
+    h = gradients.double().numpy() * scale + e
+    t = rotated(codec, gradients.double().numpy() * scale + SENT * e)
     t_sent = np.concatenate([oracle_decode(codec, payload, elements)[1] for payload in sent])
     allowed = bound(codec, t)
     assert (np.abs(t_sent - t) <= allowed).all()
@@ -191,12 +192,36 @@ def test_codes_mean_the_gradients_within_half_a_level_and_residuals_are_what_the
     ).all()
     assert (np.abs(mean.double().numpy() + missed.double().numpy() * unit - h) <= allowed / 64).all()
 
-    server = residual[:elements].double().numpy() / 16
-    t = t_sent.reshape(parts, -1).sum(axis=0) + server * unit
+    server = residual[:elements].double().numpy() / 16 * unit
+    h = t_sent.reshape(parts, -1).sum(axis=0) + server
+    t = h - (1 - SENT) * server
     t_total = oracle_decode(codec, total, elements)[1]
     allowed = bound(codec, t)
     assert (np.abs(t_total - t) <= allowed).all()
-    assert (np.abs(t_total + server_missed.double().numpy() * unit - t) <= allowed / 64).all()
+    assert (np.abs(t_total + server_missed.double().numpy() * unit - h) <= allowed / 64).all()
+
+
+@FORMATS
+def test_a_fraction_of_the_residual_in_each_update_adds_little_noise_and_the_sum_is_exact(codec):
+    by, generator = functions(codec, "cpu"), torch.Generator().manual_seed(5)
+    blocks, updates, steady = 8, 400, 40
+    gradients = torch.randn(updates, blocks * codec.block, generator=generator)
+    residual, means = torch.zeros(blocks * codec.block), torch.empty_like(gradients)
+    sent = torch.empty(1, codec.payload_bytes(len(residual)), dtype=torch.uint8)
+    noise, missed = [], []
+    for gradient, mean in zip(gradients, means, strict=True):
+        t = gradient + SENT * residual
+        by.encode(codec, gradient, residual, residual, sent, 1.0, 1.0)
+        by.decode(codec, sent, mean)
+        noise.append((mean - gradient).double().square().mean())
+        missed.append((t - mean).double().square().mean())
+    # Each noise is a rounding error minus a fraction of the residual of all earlier ones; see `SENT`. Squares of
+    # neighbouring updates are correlated, over 2 / SENT updates at most.
+    ratio = sum(noise[steady:]) / sum(missed[steady:])
+    standard_error = (2 / (len(residual) * (updates - steady) * SENT / 2)) ** 0.5
+    assert ratio == pytest.approx(1 + SENT / (2 - SENT), abs=5 * standard_error)
+    exact, largest = gradients.double().sum(dim=0), gradients.abs().max()
+    assert (means.double().sum(dim=0) + residual - exact).abs().max() < updates * 2**-22 * largest
 
 
 @FORMATS

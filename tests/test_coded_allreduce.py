@@ -497,6 +497,16 @@ def test_other_numbers_of_ranks_and_other_codes_get_the_same_sum(cluster, compre
     books.check()
 
 
+def odd_buckets(saved):
+    """Returns what was saved with a bucket that is too short, of three ranks, and of another dtype."""
+    for change in (lambda t: t[:, :-40], lambda t: torch.cat([t, t[:1]]), torch.Tensor.double):
+        if saved is None:  # on ranks other than 0
+            yield None
+        else:
+            first, *others = saved["buckets"]
+            yield {**saved, "buckets": [{**first, "worker": change(first["worker"])}, *others]}
+
+
 @on_ranks(2)
 def test_residuals_that_do_not_fit_are_refused_on_every_rank(cluster):
     feedback = account(cluster, "int8").optimizer.error_feedback
@@ -507,6 +517,9 @@ def test_residuals_that_do_not_fit_are_refused_on_every_rank(cluster):
             as_saved("int8", 1, [], {"first": torch.ones(1, 5, 5)}),
             r"first has the shape \(5, 5\), the parameter \(17",
         ),
+        (as_saved("int8", 2, [], {"first": torch.ones(3, 5, 5)}), "these are no residuals"),
+        (as_saved("int8", 2, [], {}, {"first": 1.0}), "a master is no tensor"),
+        *((odd, "these are no residuals") for odd in odd_buckets(feedback.state_dict_on_root())),
     ):
         with pytest.raises(UserError, match=message):
             feedback.load_state_dict(saved if cluster.is_root else None)

@@ -22,7 +22,7 @@ from scipy import stats
 
 from hvd_adam.arguments import parse
 from hvd_adam.compare.cells import Cell, CellStore
-from hvd_adam.compare.config import BETAS, EPS, OPTIMIZERS, CompareConfig
+from hvd_adam.compare.config import BETAS, EPS, OPTIMIZERS, SCALING_RULES, CompareConfig
 from hvd_adam.compare.networks import DEEP, INITIALIZATIONS, build, weights
 from hvd_adam.compare.runner import Loaders, evaluate, hold_out, make_optimizer
 from hvd_adam.compare.runner import train as train_cell
@@ -217,8 +217,9 @@ def test_gradients_vanish_in_a_deep_sigmoid_network_and_not_with_residuals():
 def test_batch_sizes_scale_the_hyper_parameters_by_each_rule_and_share_the_base():
     config = CompareConfig(study="batch-size", batch_size=32, batch_sizes="128", lrs="0.001", seeds=2)
     rows = {arm.name: next(iter(arm.cells.values()))[0] for arm in arms(config)}
-    assert list(rows) == ["adam: batch 32", *(f"adam: batch 128, {rule}" for rule in ("none", "linear", "sqrt"))]
-    assert [cell.lr for cell in rows.values()] == [0.001, 0.001, 0.004, 0.002]
+    assert list(rows) == ["adam: batch 32", *(f"adam: batch 128, {rule}" for rule in SCALING_RULES)]
+    assert [cell.lr for cell in rows.values()] == [0.001, 0.001, 0.004, 0.002, 0.001]
+    assert rows["adam: batch 128, halflife"].betas == (0.9, 0.999**4)
     assert rows["adam: batch 128, sqrt"].betas == pytest.approx((0.6, 0.996))
     assert {arm.baseline for arm in arms(config)} == {None, "adam: batch 32"}
 
@@ -349,7 +350,7 @@ def test_a_study_has_a_row_for_each_variant(cluster, study):
         names = {
             "initialization": [f"adam: {name}" for name in INITIALIZATIONS],
             "vanishing": [f"adam: {name}" for name in DEEP],
-            "batch-size": ["adam: batch 32", *(f"adam: batch 64, {rule}" for rule in ("none", "linear", "sqrt"))],
+            "batch-size": ["adam: batch 32", *(f"adam: batch 64, {rule}" for rule in SCALING_RULES)],
         }
         assert [row["name"] for row in rows] == names[study]
         assert sum(row["p_value_holm"] is None for row in rows) == 1

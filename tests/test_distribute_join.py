@@ -129,7 +129,7 @@ def test_different_calls_in_the_block_end_the_job(cluster, strategy):
 @on_ranks(2)
 def test_a_rank_that_calls_horovods_join_ends_the_job_of_the_others(cluster):
     model = small_model()
-    distribute(Adam(model.parameters()), model)
+    _kept = distribute(Adam(model.parameters()), model)  # its hooks live as long as it does
     if cluster.rank == 0:
         hvd.join()
         return
@@ -143,7 +143,7 @@ def test_the_remedy_is_named_where_horovods_join_crashes_its_rank():
 import horovod.torch as hvd, torch
 from hvd_adam import Adam, distribute, init
 cluster, model = init(), torch.nn.Linear(2, 2)
-distribute(Adam(model.parameters()), model, compression="bf16")
+optimizer = distribute(Adam(model.parameters()), model, compression="bf16")
 if cluster.rank == 0:
     model(torch.ones(1, 2)).sum().backward()
 hvd.join()

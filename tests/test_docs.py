@@ -60,8 +60,10 @@ def known_options() -> str:
     helps = ""
     benches = [f"bench.{name}" for name in ("adam", "step", "wire", "allreduce", "memory", "checkpoint", "data")]
     names = ["train", "evaluate", "predict", "export", "report", "compare", "doctor", *benches]
+    names += ["simulate.calibrate", "simulate.predict"]
     for name in names:
-        command = [sys.executable, "-m", *f"hvd_adam.{name}".replace("bench.", "bench ").split(), "--help"]
+        words = re.sub(r"(bench|simulate)\.", r"\1 ", f"hvd_adam.{name}").split()
+        command = [sys.executable, "-m", *words, "--help"]
         helps += subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     sources = [path for pattern in ("*.sh", "docker/*", "tests/*.py", "docs/*.py") for path in ROOT.rglob(pattern)]
     return helps + "".join(path.read_text() for path in sources if path.is_file() and ".venv" not in path.parts)

@@ -6,6 +6,7 @@ less often than once per step; parameters, optimizers and states that are replac
 
 import inspect
 from functools import cache
+from itertools import product
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from helpers.idioms import Setup, largest_difference, run
 from helpers.on_ranks import on_ranks
 from helpers.small_training import digest, same_everywhere
 from helpers.strategies import each_strategy
+
+from hvd_adam.distributed.api import STRATEGIES
 
 THEMES = (idiom_loops_gradients, idiom_loops_accumulation, idiom_loops_models, idiom_loops_schedules)
 LOOPS = {
@@ -40,13 +43,39 @@ def in_one_process(loop):
     return run(LOOPS[loop], Setup())
 
 
-@on_ranks(1, 2, 3)
-@each_strategy
-@each_loop
-def test_a_loop_on_ranks_ends_where_it_ends_in_one_process(cluster, strategy, loop):
+def check_a_loop(cluster, loop, strategy):
     found = run(LOOPS[loop], Setup(cluster.rank, cluster.size, strategy))
     assert largest_difference(found, in_one_process(loop)) < TOLERANCE
     assert same_everywhere(digest(found))
+
+
+@on_ranks(1)
+@each_strategy
+@each_loop
+def test_a_loop_on_one_rank_ends_where_it_ends_in_one_process(cluster, strategy, loop):
+    check_a_loop(cluster, loop, strategy)
+
+
+def crossed(turn):
+    """Parametrizes by half of the pairs of a loop and a strategy: those of turn 1 are not those of turn 0.
+
+    Both turns together have every pair once, and each turn has every loop and every strategy.
+    """
+    pairs = product(enumerate(LOOPS), enumerate(STRATEGIES))
+    cases = [(loop, strategy) for (number, loop), (place, strategy) in pairs if (number + place + turn) % 2 == 0]
+    return pytest.mark.parametrize(("loop", "strategy"), cases)
+
+
+@on_ranks(2)
+@crossed(0)
+def test_a_loop_on_two_ranks_ends_where_it_ends_in_one_process(cluster, loop, strategy):
+    check_a_loop(cluster, loop, strategy)
+
+
+@on_ranks(3)
+@crossed(1)
+def test_a_loop_on_three_ranks_ends_where_it_ends_in_one_process(cluster, loop, strategy):
+    check_a_loop(cluster, loop, strategy)
 
 
 @each_loop

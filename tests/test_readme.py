@@ -1,8 +1,8 @@
 """The commands and the Python examples of the README and of docs/ run as written.
 
 Hazards: a command that the new name of an option broke; an example that needs what the reader does not have.
-A command that several pages show runs once. `python` is that of
-`helpers.forked_python`; the scripts of launch/ start their ranks with the installed one.
+A command that several pages show runs once. `python` and `horovodrun` are those of
+`helpers.forked_python`, except in one command; the scripts of launch/ start their ranks with the installed Python.
 """
 
 import os
@@ -34,8 +34,10 @@ def checkout(tmp_path_factory):
     return folder
 
 
-def run(command: list[str], folder: Path) -> subprocess.CompletedProcess:
-    path = f"{Path(forked_python()).parent}:{BIN}:{os.environ['PATH']}"
+def run(command: list[str], folder: Path, installed: bool = False) -> subprocess.CompletedProcess:
+    path = f"{BIN}:{os.environ['PATH']}"
+    if not installed:
+        path = f"{Path(forked_python()).parent}:{path}"
     environ = {**os.environ, "PATH": path, "HVD_ADAM_VENV": str(BIN.parent)}
     done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -46,7 +48,8 @@ def run(command: list[str], folder: Path) -> subprocess.CompletedProcess:
 def test_each_command_runs_as_written(command, checkout):
     # The quick start sets up the environment that the other tests use: it belongs to the repository itself.
     folder = ROOT if "quickstart" in command else checkout
-    done = run(["bash", "-euo", "pipefail", "-c", command], folder)
+    installed = command == "horovodrun -np 2 python mine.py"
+    done = run(["bash", "-euo", "pipefail", "-c", command], folder, installed)
     if "quickstart" in command:
         accuracy = float(re.findall(r"test accuracy ([0-9.]+)$", done.stdout, re.MULTILINE)[-1])
         assert accuracy >= 0.98

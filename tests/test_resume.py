@@ -82,6 +82,15 @@ def fixed_options(place):
     return [*OPTIONS, "--global-batch-size", 32, "--data-dir", place / "data"]
 
 
+def same_values(one, other):
+    """Returns whether nested dictionaries have the same keys, values and bits."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same_values(value, other[key]) for key, value in one.items())
+    return one == other
+
+
 def assert_same_end(place, one, other):
     a, b = checkpoint(place / one), checkpoint(place / other)
     for name, weight in a["model"].items():
@@ -99,6 +108,10 @@ def assert_same_end(place, one, other):
     for name, master in one_masters.items():
         assert not torch.equal(master, a["model"][name]), name
         assert torch.equal(master, other_masters[name]), name
+    for one_island, other_island in zip(
+        *((state["islands"] or {}).get("islands", ()) for state in (a, b)), strict=True
+    ):
+        assert same_values(one_island, other_island)
     for part in ("progress", "loss_scaler", "schedule"):
         assert a[part] == b[part]
     for kind in ("step", "eval"):
@@ -116,8 +129,9 @@ def assert_same_end(place, one, other):
 @pytest.mark.parametrize(
     ("ranks", "controller", "options"),
     [
-        (2, "mpi", "--strategy sharded --max-grad-norm 0.5 --precision fp16 --state-format 8bit"),
+        (2, "mpi", "--strategy sharded --max-grad-norm 0.5 --precision fp16 --state-format 8bit --noise-scale 2"),
         (4, "gloo", "--deterministic --precision bf16 --strategy sharded --compression int4"),
+        (2, "gloo", "--strategy local --local-steps 4 --outer-momentum 0.9 --compression int4 --precision fp16"),
     ],
 )
 def test_a_stopped_and_killed_run_ends_bit_for_bit_as_an_uninterrupted_one(place, ranks, controller, options):
@@ -137,8 +151,10 @@ def test_a_stopped_and_killed_run_ends_bit_for_bit_as_an_uninterrupted_one(place
     done = succeeded(start(place, f"{case}-b", *argv, **common))
     assert "resuming after 15 updates" in done.stdout
     assert_same_end(place, f"{case}-a", f"{case}-b")
-    state = checkpoint(place / f"{case}-b")["optimizer"]["state"][0]
-    assert ("exp_avg_codes" in state) == ("8bit" in options)
+    state = checkpoint(place / f"{case}-b")
+    assert ("exp_avg_codes" in state["optimizer"]["state"][0]) == ("8bit" in options)
+    assert bool(state["progress"]["noise"]) == ("noise_scale" in events(place / f"{case}-b", "step")[-1])
+    assert bool(state["progress"]["noise"]) == ("noise" in options)
 
 
 def test_with_other_numbers_of_ranks_it_ends_at_the_same_weights_up_to_rounding(place):

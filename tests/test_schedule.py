@@ -74,6 +74,19 @@ def test_sqrt_names_the_second_beta_if_that_would_be_negative():
         scale(4, "sqrt", lr=1e-3, betas=(0.99, 0.5), eps=1e-8)
 
 
+def test_halflife_keeps_the_samples_after_which_the_second_moment_has_halved():
+    lr, betas, eps = scale(16, "halflife", lr=1e-3, betas=BETAS, eps=1e-8)
+    assert (lr, betas[0], eps) == (1e-3, 0.9, 1e-8)
+    updates = [math.log(0.5) / math.log(beta) for beta in (BETAS[1], betas[1])]
+    # log(β) of β near 1 has the relative error 2⁻⁵³ / (1 − β), here 1e-13.
+    assert updates[0] == pytest.approx(16 * updates[1], rel=1e-12)
+
+
+@given(factor=st.floats(1e-3, 1e6), beta=st.floats(0, 0.999999))
+def test_halflife_leaves_every_beta_in_its_range(factor, beta):
+    assert 0 <= scale(factor, "halflife", lr=1e-3, betas=(beta, beta), eps=1e-8).betas[1] < 1
+
+
 @pytest.mark.parametrize("factor", [0, -1, math.inf, math.nan])
 def test_a_factor_that_is_not_positive_is_refused(factor):
     with pytest.raises(UserError, match="positive"):
@@ -81,7 +94,7 @@ def test_a_factor_that_is_not_positive_is_refused(factor):
 
 
 def test_an_unknown_rule_is_refused_with_the_known_ones():
-    with pytest.raises(UserError, match=r"'cubic'.*linear, sqrt, none"):
+    with pytest.raises(UserError, match=r"'cubic'.*linear, sqrt, halflife, none"):
         scale(2, "cubic", lr=1e-3, betas=BETAS, eps=1e-8)
 
 

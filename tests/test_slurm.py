@@ -88,6 +88,19 @@ def expected(tmp_path_factory):
     return checkpoint(folder / "run")["model"]
 
 
+@pytest.fixture(scope="module")
+def limited(cluster, tmp_path_factory):
+    """A job with a time limit of a minute, on one of the four processors of each node, and its run folder.
+
+    It starts before the first test and runs next to those of other jobs.
+    """
+    folder = tmp_path_factory.mktemp("limited") / "run"
+    # Slurm checks time limits every 30 seconds and sends the signal up to 30 seconds earlier.
+    options = ["--nodes=2", "--ntasks-per-node=1", "--time=1", "--signal=B:USR1@20"]
+    arguments = ["--", *OPTIONS, "--epochs", 9, "--output-dir", folder]
+    return cluster.submit(options, "slurm.sh", *arguments, PAUSE="0.25"), folder
+
+
 def require_same(one, other, tolerance=0.0):
     assert one.keys() == other.keys()
     for name, weight in one.items():
@@ -98,7 +111,9 @@ def require_same(one, other, tolerance=0.0):
     ("launcher", "reported"),
     [("srun", "srun --mpi=pmix"), ("mpirun", "mpirun"), ("horovodrun", "horovodrun --gloo")],
 )
-def test_each_launcher_trains_on_two_nodes_like_four_ranks_on_one(launcher, reported, cluster, expected, tmp_path):
+def test_each_launcher_trains_on_two_nodes_like_four_ranks_on_one(
+    launcher, reported, cluster, limited, expected, tmp_path
+):
     options = [] if launcher == "srun" else ["--launcher", launcher, "-i", "eth0"]
     arguments = ["--", *OPTIONS, "--epochs", 2, "--output-dir", tmp_path / "run"]
     job = cluster.submit(TWO_BY_TWO, "slurm.sh", *options, *arguments, PAUSE="0")
@@ -133,58 +148,6 @@ def test_an_exception_in_a_script_ends_ranks_that_srun_does_not_end(cluster, tmp
     assert log.count("Traceback") == 1, log
     assert "mine.py:7: rank 2 on node2 failed: ArithmeticError('the first cause')\n" in log
     assert "HorovodInternalError" not in log
-
-
-def test_job_resumes_exactly_after_requeue_preemption_and_node_failure(cluster, tmp_path):
-    slurm, run = cluster.slurm, tmp_path / "run"
-    arguments = ["--", *OPTIONS, "--epochs", 9, "--output-dir"]
-    job = cluster.submit(TWO_BY_TWO, "slurm.sh", *arguments, run, PAUSE="0.25")
-    cluster.wait_for_updates(run, 3)
-    slurm.run("scontrol", "requeue", job)
-    cluster.wait_for_restart(job, 1)
-
-    cluster.wait_for_updates(run, 20)
-    urgent = slurm.submit("-p", "high", "--nodes=2", "--exclusive", "--wrap", "true", "--output=/dev/null")
-    slurm.wait_for_state(urgent, "COMPLETED")
-    cluster.wait_for_restart(job, 2)
-
-    cluster.wait_for_updates(run, 40)
-    slurm.hosts.kill("node2")
-    deadline = time.monotonic() + 100
-    while slurm.state(job) == "RUNNING":
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    slurm.hosts.start("node2")
-    slurm.start("node2")
-    slurm.wait_for_state(job, "COMPLETED")
-
-    log = cluster.log(job)
-    assert [f"start {number}\n" in log for number in (1, 2, 3, 4, 5)] == [True] * 4 + [False]
-    resumed = [event["step"] for event in events(run, "resume")]
-    assert resumed == sorted(resumed) and resumed[0] >= 3 and resumed[1] >= 20 and resumed[2] >= 30
-    assert [event["step"] for event in events(run, "step")] == list(range(1, 100))
-    environ = {"PYTHONPATH": f"{cluster.folder}:{ROOT}", "PAUSE": "0"}
-    done = train(*OPTIONS, "--epochs", 9, ranks=RANKS, folder=tmp_path / "uninterrupted", env=environ)
-    assert done.returncode == 0
-    require_same(checkpoint(run)["model"], checkpoint(tmp_path / "uninterrupted")["model"], 1e-12)
-
-
-@pytest.mark.timeout(600)  # two starts, and updates that wait for each other on a busy machine
-def test_job_resumes_after_its_time_limit_but_not_after_scancel(cluster, tmp_path):
-    slurm = cluster.slurm
-    arguments = ["--", *OPTIONS, "--output-dir"]
-    # Slurm checks time limits every 30 seconds and sends the signal up to 30 seconds earlier.
-    limited = ["--nodes=2", "--ntasks-per-node=1", "--time=1", "--signal=B:USR1@20"]
-    job = cluster.submit(limited, "slurm.sh", *arguments, tmp_path / "run", "--epochs", 9, PAUSE="0.25")
-    single = ["--nodes=1", "--ntasks-per-node=1"]
-    other = cluster.submit(single, "slurm.sh", *arguments, tmp_path / "other", "--epochs", 9, PAUSE="0.25")
-    cluster.wait_for_updates(tmp_path / "other", 3)
-    slurm.run("scancel", other)
-    slurm.wait_for_state(job, "COMPLETED", seconds=500)
-    log = cluster.log(job)
-    assert "Requeueing the job: the training has saved a checkpoint\n" in log and "start 2\n" in log
-    assert [event["step"] for event in events(tmp_path / "run", "step")] == list(range(1, 199))
-    assert slurm.state(other) == "CANCELLED" and int(slurm.facts(other)["Restarts"]) == 0
 
 
 def test_wrong_argument_exits_with_2_and_tasks_of_an_array_get_their_own_seeds(cluster, tmp_path):
@@ -266,3 +229,56 @@ def test_containers_get_the_repository_the_mounts_and_their_own_python(cluster, 
     assert events(tmp_path / "run", "end")[0]["world_size"] == RANKS
     assert cluster.slurm.wait_for_state(lost, "FAILED") == "FAILED"
     assert cluster.log(lost).endswith("--mount /none: no such folder\n")
+
+
+def test_a_cancelled_job_does_not_start_again(cluster, tmp_path):
+    arguments = ["--", *OPTIONS, "--epochs", 9, "--output-dir", tmp_path / "run"]
+    job = cluster.submit(["--nodes=1", "--ntasks-per-node=1"], "slurm.sh", *arguments, PAUSE="0.25")
+    cluster.wait_for_updates(tmp_path / "run", 3)
+    cluster.slurm.run("scancel", job)
+    assert cluster.slurm.wait_for_state(job, "CANCELLED") == "CANCELLED"
+    assert int(cluster.slurm.facts(job)["Restarts"]) == 0
+
+
+@pytest.mark.timeout(600)  # two starts, and updates that wait for each other on a busy machine
+def test_job_resumes_after_its_time_limit(cluster, limited):
+    job, folder = limited
+    cluster.slurm.wait_for_state(job, "COMPLETED", seconds=500)
+    log = cluster.log(job)
+    assert "Requeueing the job: the training has saved a checkpoint\n" in log and "start 2\n" in log
+    assert [event["step"] for event in events(folder, "step")] == list(range(1, 199))
+
+
+# Last: it takes the nodes from other jobs.
+def test_job_resumes_exactly_after_requeue_preemption_and_node_failure(cluster, tmp_path):
+    slurm, run = cluster.slurm, tmp_path / "run"
+    arguments = ["--", *OPTIONS, "--epochs", 9, "--output-dir"]
+    job = cluster.submit(TWO_BY_TWO, "slurm.sh", *arguments, run, PAUSE="0.25")
+    cluster.wait_for_updates(run, 3)
+    slurm.run("scontrol", "requeue", job)
+    cluster.wait_for_restart(job, 1)
+
+    cluster.wait_for_updates(run, 20)
+    urgent = slurm.submit("-p", "high", "--nodes=2", "--exclusive", "--wrap", "true", "--output=/dev/null")
+    slurm.wait_for_state(urgent, "COMPLETED")
+    cluster.wait_for_restart(job, 2)
+
+    cluster.wait_for_updates(run, 40)
+    slurm.hosts.kill("node2")
+    deadline = time.monotonic() + 100
+    while slurm.state(job) == "RUNNING":
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    slurm.hosts.start("node2")
+    slurm.start("node2")
+    slurm.wait_for_state(job, "COMPLETED")
+
+    log = cluster.log(job)
+    assert [f"start {number}\n" in log for number in (1, 2, 3, 4, 5)] == [True] * 4 + [False]
+    resumed = [event["step"] for event in events(run, "resume")]
+    assert resumed == sorted(resumed) and resumed[0] >= 3 and resumed[1] >= 20 and resumed[2] >= 30
+    assert [event["step"] for event in events(run, "step")] == list(range(1, 100))
+    environ = {"PYTHONPATH": f"{cluster.folder}:{ROOT}", "PAUSE": "0"}
+    done = train(*OPTIONS, "--epochs", 9, ranks=RANKS, folder=tmp_path / "uninterrupted", env=environ)
+    assert done.returncode == 0
+    require_same(checkpoint(run)["model"], checkpoint(tmp_path / "uninterrupted")["model"], 1e-12)

@@ -1,7 +1,7 @@
 """State that is held in few bits: the bits of one process for any number of ranks, strategy and exchange.
 
 Hazards: a shard that divides a group; random bits that depend on the shard; a gathered state whose scales are
-those of another shard; a checkpoint that loses bits when strategy or number of ranks change.
+those of another shard; a checkpoint, in a file or in memory, that loses bits when strategy or ranks change.
 """
 
 import pytest
@@ -10,6 +10,8 @@ from helpers.on_ranks import on_ranks
 from helpers.sharded_training import each_exchange
 
 from hvd_adam import Adam, CheckpointManager, distribute
+from hvd_adam.checkpoint.state import TrainingState
+from hvd_adam.recovery.elastic import InMemoryCheckpoint
 
 SHAPES = ((90, 100), (300,), (2, 3, 40, 40), (7, 7), (61, 67))
 OPTIONS = [
@@ -79,6 +81,17 @@ def test_bits_are_those_of_one_process(cluster, options):
             assert_same_bits(model, optimizer, other, alone)
 
 
+def after_two_steps(options):
+    """A model and its optimizer on one rank, and on all ranks with sharded state."""
+    other, alone = made(options, "fused")
+    model, adam = made(options, "fused")
+    optimizer = distribute(adam, model, strategy="sharded")
+    for step in range(1, 3):
+        step_alone(other, alone, step)
+        step_on_ranks(model, optimizer, step)
+    return (other, alone), (model, optimizer)
+
+
 @on_ranks(2)
 def test_a_checkpoint_continues_exactly_with_another_strategy(cluster):
     import tempfile
@@ -87,12 +100,7 @@ def test_a_checkpoint_continues_exactly_with_another_strategy(cluster):
 
     options = OPTIONS[0]
     folder = horovod().broadcast_object(tempfile.mkdtemp(), 0, name="test.folder")
-    other, alone = made(options, "fused")
-    model, adam = made(options, "fused")
-    optimizer = distribute(adam, model, strategy="sharded")
-    for step in range(1, 3):
-        step_alone(other, alone, step)
-        step_on_ranks(model, optimizer, step)
+    (other, alone), (model, optimizer) = after_two_steps(options)
     with CheckpointManager(cluster, folder) as checkpoints:
         checkpoints.save(2, model=model, optimizer=optimizer)
         checkpoints.wait()
@@ -112,3 +120,41 @@ def test_a_checkpoint_continues_exactly_with_another_strategy(cluster):
         checkpoints.restore(model=float32, optimizer=converted)
         state = converted.state_dict()["state"][0]["exp_avg"]
         assert torch.equal(state, alone.state_dict()["state"][0]["exp_avg"])
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_codes_survive_the_loss_of_rank_0_in_the_memory_of_another_rank(cluster, options):
+    """Rank 0 has no copy, as a rank that has taken the place of a lost one, and gets that of rank 1."""
+    (other, alone), (model, optimizer) = after_two_steps(options)
+    memory, held = InMemoryCheckpoint(), optimizer.held_state_dict()
+    if cluster.rank == 1:
+        memory.commit(TrainingState(model.state_dict(), held, None, {"step": 2}, {}, [], {}, {}))
+    newest = memory.newest(cluster)
+    again, adam = made(options, "fused")
+    if newest is not None:
+        again.load_state_dict(newest.model)
+        adam.load_state_dict(newest.optimizer)
+    resumed = distribute(adam, again, strategy="sharded")
+    for step in range(3, 6):
+        step_alone(other, alone, step)
+        step_on_ranks(again, resumed, step)
+    assert_same_bits(again, resumed, other, alone)
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("options", [{"defer_averaging": True}, {"strategy": "sharded", "compression": "int4"}])
+def test_amsgrad_that_a_loop_sets_is_refused_and_training_can_continue(cluster, options):
+    def train(refused_step):
+        model = Model()
+        optimizer = distribute(Adam(model.parameters(), lr=1e-2, state_format="8bit"), model, **options)
+        for step in range(4):
+            optimizer.param_groups[0]["amsgrad"] = step == refused_step
+            if step == refused_step:
+                with pytest.raises(ValueError, match="'8bit' and amsgrad exclude each other"):
+                    step_on_ranks(model, optimizer, step)
+                optimizer.param_groups[0]["amsgrad"] = False
+            step_on_ranks(model, optimizer, step)
+        return [p.detach() for p in model.parameters()]
+
+    assert all(map(torch.equal, train(2), train(None)))

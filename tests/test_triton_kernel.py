@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.on_ranks import on_ranks
+from helpers.one_if_finite import check_one_if_finite
 from helpers.skipping import check_skipping, made, update
 
 ROOT = Path(__file__).parents[1]
@@ -44,12 +45,19 @@ def run(*argv, **environ):
     return done.stdout
 
 
-def test_interpreted_kernel_passes_the_tests_of_adam():
+@pytest.fixture
+def marks(request):
+    """The option -m of this run, with which hypothesis draws fewer cases, for a run within it."""
+    chosen = request.config.option.markexpr
+    return ["-m", chosen] if chosen else []
+
+
+def test_interpreted_kernel_passes_the_tests_of_adam(marks):
     # Without what only repeats updates with other numbers, and takes long here.
     chosen = "(fused or test_update_rows or shards) and not too_small_for_nearest and not (betas1 or betas2)"
     options = "-q -p helpers.interpreted -p no:cacheprovider -W ignore::RuntimeWarning".split()
     tests = [f"tests/test_{name}.py" for name in ("adam", "update_rows", "bucket_layout")]
-    output = run("-m", "pytest", *options, "-k", chosen, *tests, **INTERPRETED)
+    output = run("-m", "pytest", *options, *marks, "-k", chosen, *tests, **INTERPRETED)
     assert int(output.rpartition(" passed")[0].split()[-1]) > 100, output
 
 
@@ -143,6 +151,12 @@ def test_kernel_for_state_in_few_bits_skips_on_the_device_and_writes_nothing_bey
         assert all(map(torch.equal, before, (p, *optimizer.state[p].values())))
         optimizer.step()
         assert p.max() < 0.499
+
+
+@on_ranks(0, **INTERPRETED)
+def test_elements_that_are_not_finite_are_found_at_any_place(cluster):
+    use_interpreted_kernel()
+    check_one_if_finite(torch.device("cpu"), dtypes=(torch.float32, torch.float64), lengths=(1, 17, 1025))
 
 
 @on_ranks(0, **INTERPRETED)

@@ -26,7 +26,7 @@ from hvd_adam.bench.config import (
     StepConfig,
 )
 from hvd_adam.bench.wire_config import WireConfig
-from hvd_adam.cli import run
+from hvd_adam.cli import run, subcommand
 from hvd_adam.distributed.launch_env import detect_launcher
 from hvd_adam.errors import UserError
 from hvd_adam.loading import loading_modules
@@ -45,16 +45,7 @@ COMMANDS: dict[str, type[BenchConfig]] = {
 
 def main(argv: list[str]) -> None:
     """Takes the subcommand from the first argument, and its options from the others."""
-    command = argv[0] if argv else ""
-    if command in ("-h", "--help"):
-        print(f"usage: python -m {NAME} {{{','.join(COMMANDS)}}} [options]\n\n{(__doc__ or '').strip()}\n")
-        for name, config in COMMANDS.items():
-            print(f"  {name:<10} {(config.__doc__ or '').splitlines()[0]}")
-        sys.exit(0)
-    if command not in COMMANDS:
-        problem = f"{command!r} is not a benchmark" if command else "no benchmark given"
-        print(f"{NAME}: error: {problem}: use one of {', '.join(COMMANDS)}", file=sys.stderr)
-        sys.exit(2)
+    command = subcommand(argv, COMMANDS, NAME, __doc__ or "", kind="benchmark")
 
     def run_command(config: BenchConfig) -> None:
         log.setup(info_on_stderr=True)  # stdout has the result only

@@ -212,8 +212,10 @@ class Group:
         """Returns every live process that this group has started, directly or indirectly."""
         if self._process is None:
             return []
-        self._process.poll()  # reaps it if it has ended
-        return marked(f"{MARK}={self._folder}")
+        found = {*marked(f"{MARK}={self._folder}")}
+        if self._process.poll() is None:  # also reaps it if it has ended
+            found.add(self._process.pid)  # its environment cannot be read yet if it has just been started
+        return sorted(found)
 
     def _await(self, name: str) -> list[Any]:
         """Returns what the ranks have written into their files of this name.

@@ -63,14 +63,15 @@ class Link:
 
     pids: tuple[int, int]
 
-    def over(self, plan: Plan) -> Plan:
-        """Returns a plan with one rank on each host.
+    def over(self, plan: Plan, ranks_per_host: int = 1) -> Plan:
+        """Returns a plan whose ranks are on both hosts.
 
         Args:
-            plan: of two ranks, started by horovodrun.
+            plan: started by horovodrun.
+            ranks_per_host: half of its ranks.
         """
         launcher, *arguments = plan.command
-        hosts = ",".join(f"{host}:1" for host in HOSTS)
+        hosts = ",".join(f"{host}:{ranks_per_host}" for host in HOSTS)
         # --disable-cache: it would remember for an hour that a host named node2 can be reached.
         options = ("-H", hosts, "--network-interfaces", INTERFACE, "--disable-cache")
         environ = {
@@ -83,11 +84,13 @@ class Link:
 
 
 @contextmanager
-def limited_link(rate: int) -> Iterator[Link]:
+def limited_link(rate: int, burst: int | None = None) -> Iterator[Link]:
     """Makes two hosts with a link between them, and removes them at the end.
 
     Args:
         rate: limit of each direction, in bit/s, of whole packets with their headers.
+        burst: bytes that pass without the limit after a pause; by default so many that a late timer does not slow
+            the link down.
 
     Raises:
         UserError: this machine does not allow it.
@@ -99,7 +102,7 @@ def limited_link(rate: int) -> Iterator[Link]:
         try:
             with deferred_signals():
                 link = Link((_host("node1", stack), _host("node2", stack)))
-                _join(link, rate)
+                _join(link, rate, burst or max(_LEAST_BURST, round(rate / 8 * _BURST_SECONDS)))
         except (OSError, subprocess.CalledProcessError) as error:
             said = " ".join((getattr(error, "stderr", None) or str(error)).split())
             raise UserError(
@@ -124,11 +127,10 @@ def _host(name: str, stack: ExitStack) -> int:
     return holder.pid
 
 
-def _join(link: Link, rate: int) -> None:
+def _join(link: Link, rate: int, burst: int) -> None:
     """Joins the hosts by a pair of devices with a limited rate."""
     first, second = link.pids
     _run(first, f"ip link add {INTERFACE} type veth peer name {INTERFACE} netns {second}")
-    burst = max(_LEAST_BURST, round(rate / 8 * _BURST_SECONDS))
     for pid, address in zip(link.pids, HOSTS.values(), strict=True):
         _run(pid, f"ip addr add {address}/24 dev {INTERFACE}")
         _run(pid, f"ip link set {INTERFACE} up")

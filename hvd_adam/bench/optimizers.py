@@ -22,6 +22,9 @@ REFERENCE_PARAMETERS = 1_000_000
 # Above this size on a GPU, only the fast implementations are timed: others are many times slower and need memory.
 GPU_SMALL_PARAMETERS = 32_000_000
 
+# Up to this size a GPU of 80 GB has memory for all candidates with state in few bits as well.
+GPU_FORMAT_PARAMETERS = 1_000_000_000
+
 # Size of each of the two buffers of a copy: larger than all caches.
 COPY_BYTES = 1 << 30
 
@@ -176,12 +179,13 @@ def factories(workload: Workload, reference: bool) -> dict[str, Factory]:
     """
     on_cpu = workload.device.type == "cpu"
     small = on_cpu or workload.parameters <= GPU_SMALL_PARAMETERS
+    formats = on_cpu or workload.parameters <= GPU_FORMAT_PARAMETERS
     reference = reference or workload.parameters <= REFERENCE_PARAMETERS
     found = {
         "hvd_adam foreach": _ours("foreach", workload) if small else None,
         "hvd_adam fused": _ours("fused", workload),
-        "hvd_adam fused bfloat16": _ours("fused", workload, state_format="bfloat16") if small else None,
-        "hvd_adam fused 8bit": _ours("fused", workload, state_format="8bit") if small else None,
+        "hvd_adam fused bfloat16": _ours("fused", workload, state_format="bfloat16") if formats else None,
+        "hvd_adam fused 8bit": _ours("fused", workload, state_format="8bit") if formats else None,
         "hvd_adam reference": _ours("reference", workload) if reference else None,
         "torch for-loop": _torch(workload, foreach=False, fused=False) if small else None,
         "torch foreach": _torch(workload, foreach=True),
@@ -191,7 +195,7 @@ def factories(workload: Workload, reference: bool) -> dict[str, Factory]:
         "bitsandbytes 8bit": _eight_bit("bitsandbytes.optim", "Adam8bit", workload) if small else None,
         "torchao 8bit": _eight_bit("torchao.optim", "Adam8bit", workload) if small else None,
     }
-    if workload.master and small:  # 8-bit corrections in place of float32 masters
+    if workload.master and formats:  # 8-bit corrections in place of float32 masters
         eight_bits = {"state_format": "8bit", "master_weights": "8bit"}
         found["hvd_adam fused 8bit + 8bit"] = _ours("fused", workload, **eight_bits)
     return {name: make for name, make in found.items() if make is not None}

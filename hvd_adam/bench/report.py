@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hvd_adam import __version__
 from hvd_adam.bench.config import BenchConfig
 from hvd_adam.bench.stats import Row
-from hvd_adam.distributed.placement import cores
+from hvd_adam.distributed.placement import cores, cpu_model
 from hvd_adam.versions import installed_version
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def machine(load: float) -> dict[str, Any]:
     import torch
 
     return {
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": len(cores()),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         "gpus": torch.cuda.device_count(),
@@ -170,15 +170,6 @@ def bars(figure: Figure, panels: dict[str, list[Row]], name: str) -> None:
         axis.barh([row[name] for row in rows], medians, xerr=spread, color=colors)
         axis.invert_yaxis()  # the first row on top, as in the table
         axis.set(title=title, xlabel="ms")
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
 
 
 def _mpi_version() -> str | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from hvd_adam.bench import launchers
-from hvd_adam.bench.config import OURS
+from hvd_adam.bench.config import DEFERRED, OURS
 from hvd_adam.bench.interleave import Outcome, Plan, take_turns
 from hvd_adam.bench.link import INTERFACE, limited_link
 from hvd_adam.bench.report import TIMES, Column, Result, bars
@@ -115,11 +115,11 @@ def summarize(
             row["error"] = outcome.error
             continue
         row |= timing(outcome.times["step"])
-        used = variant
+        used = variant.removesuffix(DEFERRED)
         if "choice" in outcome.times:
             row["chosen"] = COMPRESSIONS[round(outcome.times["choice"][0])]
-            used = variant.replace(ANY, row["chosen"])
-        else:
+            used = used.replace(ANY, row["chosen"])
+        if "gradient_error" in outcome.times:
             row["gradient_error"] = outcome.times["gradient_error"][0]
         row["formula_mb"] = predicted_bytes(used, model, config.np) / 1e6
         if "payload" in outcome.times:

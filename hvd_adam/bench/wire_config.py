@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hvd_adam.bench.config import OURS, RanksConfig, require_training, words
+from hvd_adam.bench.config import DEFERRED, OURS, RanksConfig, require_training, words
 from hvd_adam.config import option, require
 
 # DistributedDataParallel, by communication hook. PyTorch refuses the hook for bf16 without NCCL.
@@ -32,7 +32,8 @@ class WireConfig(RanksConfig):
     repeats: int = option(3, "rounds; in each, every variant has a turn")
     steps: int = option(10, "timed steps per turn")
     variants: str = option(
-        "all", f"variants to compare, as in {OURS}allreduce-none,{OURS}allreduce-int4,{','.join(DDP_VARIANTS)}"
+        "all",
+        f"variants to compare, as in {OURS}allreduce-none,{OURS}allreduce-int4{DEFERRED},{','.join(DDP_VARIANTS)}",
     )
     timeout: float = option(600.0, "time limit in seconds of a variant's start and warm-up, and of each turn")
 
@@ -61,7 +62,7 @@ class WireConfig(RanksConfig):
         """Returns the variants to compare.
 
         Args:
-            ours: those of hvd_adam.
+            ours: those of hvd_adam; with the suffix `DEFERRED` they defer averaging, as `train` does.
             device: "cpu" or "cuda".
 
         Raises:
@@ -71,9 +72,12 @@ class WireConfig(RanksConfig):
         names = words(self.variants)
         for name in names:
             require(
-                name in ("all", *known), "variants", name, f"some of {', '.join(known)} on this device ({device})"
+                name in ("all", *known) or name.removesuffix(DEFERRED) in ours,
+                "variants",
+                name,
+                f"some of {', '.join(known)} on this device ({device})",
             )
-        return known if "all" in names else names
+        return tuple(dict.fromkeys(chosen for name in names for chosen in (known if name == "all" else (name,))))
 
 
 def _bits_per_second(text: str) -> int | None:

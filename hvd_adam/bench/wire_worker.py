@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hvd_adam.bench import step_worker
-from hvd_adam.bench.config import OURS
+from hvd_adam.bench.config import DEFERRED, OURS
 from hvd_adam.bench.interleave import Measure, Times
 from hvd_adam.bench.step_worker import (
     LEARNING_RATE,
@@ -43,7 +43,8 @@ def prepare(task: dict[str, Any], launch: LaunchInfo, folder: Path) -> Measure:
     """Sets this rank up for the task's variant, and returns a function that measures one turn.
 
     A turn returns the seconds of each step as "step", the bytes at the network interface and those without headers
-    per step as "interface" and "payload" if the task has an interface, and the relative error as "gradient_error".
+    per step as "interface" and "payload" if the task has an interface, and the relative error as "gradient_error",
+    unless averaging is deferred.
     Where the compression is chosen by measurements, they have ended, and instead of the error it returns the index
     of the chosen one in `COMPRESSIONS` as "choice".
 
@@ -63,7 +64,8 @@ def prepare(task: dict[str, Any], launch: LaunchInfo, folder: Path) -> Measure:
     step = training_step(model, optimizer, *own)
     for _ in range(POWERSGD_START if variant == "ddp-powersgd" else 0):
         step()
-    known = error_of_one_step(name, module, model, optimizer, launch, size) if ANY not in variant else {}
+    has_mean = ANY not in variant and not variant.endswith(DEFERRED)
+    known = error_of_one_step(name, module, model, optimizer, launch, size) if has_mean else {}
     choice = getattr(getattr(optimizer, "error_feedback", None), "choice", None)
     while choice is not None and choice.is_measuring:
         step()

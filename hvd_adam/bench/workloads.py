@@ -1,4 +1,4 @@
-"""The parameters that `bench adam` updates: with the shapes of a model, or in one flat tensor."""
+"""The parameters that `bench adam` updates: with the shapes of a model, or in one tensor."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def shapes(config: AdamConfig, name: str) -> tuple[Shape, ...]:
         return tuple((size,) for size in config.tensor_sizes() or ())
     elements = flat_elements(name)
     if elements is not None:
-        return ((elements,),)
+        return ((1, elements),)  # a matrix: only those have their state in few bits
     if name == "transformer":
         return (*_transformer(),)
     models = import_torchvision().models

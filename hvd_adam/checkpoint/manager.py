@@ -31,6 +31,7 @@ from hvd_adam.distributed.averaged_adam import AveragedAdam
 from hvd_adam.distributed.broadcast.tensors import broadcast_nested
 from hvd_adam.distributed.cluster import Cluster
 from hvd_adam.distributed.collectives.reductions import gather
+from hvd_adam.distributed.local.optimizer import LocalAdam
 from hvd_adam.errors import UserError
 from hvd_adam.log import logger
 from hvd_adam.optim.adam import Adam
@@ -243,6 +244,11 @@ def _present(parts: Mapping[str, Stateful | None]) -> dict[str, Stateful]:
         if not (hasattr(part, "state_dict") and hasattr(part, "load_state_dict")):
             kind = f"{type(part).__module__}.{type(part).__qualname__}"
             raise UserError(f"{name} has no state_dict() (it is a {kind}): give own values in extra={{…}}")
+        if isinstance(part, LocalAdam):
+            raise UserError(
+                f"{name} is of strategy='local', whose ranks have state of their own: save the model in "
+                "outer_weights(), and what islands_on_root() returns"
+            )
         if name in (_RANDOM, _RESIDUALS):
             raise UserError(f"checkpoints use the name {name} themselves: call this part something else")
     return present

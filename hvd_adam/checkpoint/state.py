@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -17,12 +17,14 @@ import torch
 from hvd_adam.distributed.cluster import Cluster
 from hvd_adam.errors import UserError
 
-# Options that a resumed run may change: they affect where and how fast it computes, not the result.
+# Options that a resumed run may change: they affect where and how fast it computes, not the result, or, with
+# --strategy local, how far the islands go between meetings.
 CHANGEABLE_OPTIONS = frozenset(
-    "epochs max_steps batch_size global_batch_size accumulate implementation state_format strategy compression "
+    "epochs max_steps batch_size global_batch_size accumulate implementation state_format strategy local_steps "
+    "outer_lr outer_momentum compression "
     "channels_last compile deterministic device data_dir download output_dir resume checkpoint_every keep "
     "max_time log_every eval_every metrics init_from check_consistency_every max_skipped allow_data_change "
-    "elastic commit_every stall_timeout cache max_corrupt workers".split()
+    "elastic commit_every stall_timeout cache max_corrupt workers noise_scale".split()
 )
 
 # Entries of `TrainingState.data` that a resumed run must find again, and their names in messages.
@@ -50,6 +52,7 @@ class Progress:
         scores: the last evaluation (`training.scores.scoring.Scores.as_dict`), or None.
         global_batch_size: images per update, over all ranks.
         micro_batch_size: the largest number of images in a micro-batch of one rank.
+        noise: the state of the `NoiseMeter`; empty without one.
     """
 
     step: int = 0
@@ -62,6 +65,7 @@ class Progress:
     scores: dict[str, Any] | None = None
     global_batch_size: int = 0
     micro_batch_size: int = 0
+    noise: list[float] = field(default_factory=list)
 
     def is_best(self, accuracy: float | None, loss: float) -> bool:
         """Returns whether an evaluation is the best so far, and remembers it.
@@ -82,7 +86,7 @@ class Progress:
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> Progress:
         """Builds it from a checkpoint's `progress`; missing keys have their defaults."""
-        return cls(**{field.name: saved[field.name] for field in fields(cls) if field.name in saved})
+        return cls(**{f.name: saved[f.name] for f in fields(cls) if f.name in saved})
 
 
 @dataclass
@@ -103,6 +107,7 @@ class TrainingState:
             "train_images" and "test_images"; "fingerprint", a checksum of the training images and labels.
         ema: the moving average of the model's state dictionary, or None.
         residuals: `ErrorFeedback.state_dict_on_root` or `total_state_dict`, or None.
+        islands: `LocalAdam.islands_on_root`, or None.
     """
 
     model: dict[str, Any]
@@ -115,6 +120,7 @@ class TrainingState:
     data: dict[str, Any]
     ema: dict[str, Any] | None = None
     residuals: dict[str, Any] | None = None
+    islands: dict[str, Any] | None = None
 
     def copy(self, over: TrainingState | None = None) -> TrainingState:
         """Returns a copy on the CPU that training does not modify, in the memory of `over` where it fits."""
@@ -135,10 +141,10 @@ class TrainingState:
         Raises:
             UserError: a part that a resume needs is missing; the message names it.
         """
-        for field in fields(cls):
-            if field.name not in saved and field.name not in ("ema", "residuals"):
-                raise UserError(f"checkpoint {where} cannot be resumed: it has no {field.name}")
-        return cls(**{field.name: saved[field.name] for field in fields(cls) if field.name in saved})
+        for part in fields(cls):
+            if part.name not in saved and part.name not in ("ema", "residuals", "islands"):
+                raise UserError(f"checkpoint {where} cannot be resumed: it has no {part.name}")
+        return cls(**{f.name: saved[f.name] for f in fields(cls) if f.name in saved})
 
     def require_same_run(self, config: Mapping[str, Any], global_batch_size: int | None, where: str) -> None:
         """Raises UserError if the checkpoint belongs to a run with other options; names the first difference.

@@ -7,10 +7,10 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from hvd_adam import schedule
 from hvd_adam.config import DataConfig, option, require
 from hvd_adam.config.effects import require_effect
 from hvd_adam.errors import UserError
-from hvd_adam.schedule import scale
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # of every optimizer that has them
 
@@ -32,7 +32,7 @@ STUDIES: dict[str, tuple[str, ...]] = {
     "batch-size": ("adam",),
 }
 
-SCALING_RULES = ("none", "linear", "sqrt")
+SCALING_RULES = ("none", *(rule for rule in schedule.SCALING_RULES if rule != "none"))
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,8 @@ The second command, repeated, continues where it was stopped."""
                 len(lrs) == 1, "lrs", self.lrs, f"one rate for {name}, tuned for --batch-size {self.batch_size}"
             )
         for size in self.batch_size_list():
-            scale(size / self.batch_size, "sqrt", lr=1.0, betas=BETAS, eps=EPS)  # raises if a beta is below 0
+            # Raises if a beta is below 0.
+            schedule.scale(size / self.batch_size, "sqrt", lr=1.0, betas=BETAS, eps=EPS)
 
     def seed_list(self) -> tuple[int, ...]:
         """Returns the seeds."""

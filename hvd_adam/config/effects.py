@@ -50,10 +50,13 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "channels_last": (lambda c: c.model != "mlp", "a model with convolutions, such as --model cnn"),
     "decoupled_weight_decay": (lambda c: c.weight_decay > 0, "--weight-decay above 0"),
     "warmup_epochs": (
-        lambda c: c.lr_scaling != "none" or c.lr_decay in ("cosine", "linear"),
+        lambda c: c.lr_scaling in ("linear", "sqrt") or c.lr_decay in ("cosine", "linear"),
         "--lr-scaling linear or sqrt, or --lr-decay cosine or linear",
     ),
     "lr_decay_factor": (lambda c: c.lr_decay == "step", "--lr-decay step"),
+    "local_steps": (lambda c: c.strategy == "local", "--strategy local"),
+    "outer_lr": (lambda c: c.strategy == "local", "--strategy local"),
+    "outer_momentum": (lambda c: c.strategy == "local", "--strategy local"),
     "commit_every": (lambda c: c.elastic, "--elastic"),
     "allow_data_change": (lambda c: c.resume != "never", "--resume auto or a checkpoint"),
 }

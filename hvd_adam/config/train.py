@@ -33,11 +33,11 @@ class TrainConfig(DataConfig):
         "optimizer": "weight_decay decoupled_weight_decay weight_decay_on betas eps amsgrad max_grad_norm "
         "max_skipped state_format implementation",
         "schedule": "max_steps max_time lr_scaling warmup_epochs lr_decay lr_decay_epochs lr_decay_factor",
-        "distribution": "global_batch_size accumulate strategy compression op elastic commit_every stall_timeout "
-        "check_consistency_every",
+        "distribution": "global_batch_size accumulate strategy local_steps outer_lr outer_momentum compression op "
+        "elastic commit_every stall_timeout check_consistency_every",
         "precision and device": "precision device deterministic",
         "checkpoints": "resume checkpoint_every keep allow_data_change",
-        "logging": "log_every eval_every",
+        "logging": "log_every eval_every noise_scale",
     }
     EXAMPLES: ClassVar[str] = f"""examples:
   python -m hvd_adam.train --epochs 3
@@ -110,9 +110,11 @@ recipes for --config recipe:NAME: {", ".join(recipes.names())}"""
         20, "end the job after more than this many updates in a row with gradients that are not finite, ≥ 1"
     )
 
-    lr_scaling: Literal["linear", "sqrt", "none"] = option(
+    lr_scaling: Literal["linear", "sqrt", "halflife", "none"] = option(
         "linear",
-        "scaling of --lr with k = ranks × micro-batches: linear: ×k; sqrt: ×√k, and betas and eps are scaled too",
+        "scaling with k = ranks × micro-batches: linear: --lr ×k; sqrt: --lr ×√k, and betas and eps "
+        "too; halflife: the second of betas to its k-th power, and --lr as it is; --strategy local: linear and "
+        "sqrt multiply --lr and eps by √ranks, too",
     )
     warmup_epochs: float = option(
         1.0,
@@ -126,10 +128,14 @@ recipes for --config recipe:NAME: {", ".join(recipes.names())}"""
     )
     lr_decay_factor: float = option(0.1, "for --lr-decay step: the factor, in (0, 1]")
 
-    strategy: Literal["allreduce", "sharded"] = option(
+    strategy: Literal["allreduce", "sharded", "local"] = option(
         "allreduce",
-        "sharded: each of N ranks holds 1/N of the optimizer state (ZeRO stage 1) instead of all of it",
+        "sharded: each of N ranks holds 1/N of the optimizer state (ZeRO stage 1) instead of all of it; local: "
+        "ranks update by themselves, and average their weights every --local-steps updates (DiLoCo)",
     )
+    local_steps: int = option(50, "with --strategy local: updates of each rank between two meetings, ≥ 1")
+    outer_lr: float = option(1.0, "with --strategy local: learning rate of the outer step at meetings, > 0")
+    outer_momentum: float = option(0.0, "with --strategy local: Nesterov momentum of the outer step, in [0, 1)")
     op: Literal["average", "adasum"] = option("average", "how gradients of the ranks are combined")
     compression: Literal["none", "fp16", "bf16", "int8", "int4", "auto", "auto:lossless", "auto:any"] = option(
         "none",
@@ -176,6 +182,9 @@ recipes for --config recipe:NAME: {", ".join(recipes.names())}"""
     )
     log_every: int = option(10, "updates between lines of metrics, ≥ 1")
     eval_every: int = option(1, "epochs between evaluations, ≥ 1; the last epoch is always evaluated")
+    noise_scale: int | None = option(
+        None, "updates between measurements of the gradient noise scale, ≥ 1 (default: never)"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -190,9 +199,9 @@ recipes for --config recipe:NAME: {", ".join(recipes.names())}"""
             require(
                 getattr(self, name) is None or getattr(self, name) >= 1, name, getattr(self, name), "at least 1"
             )
-        for name in ("log_every", "eval_every", "keep", "max_skipped", "commit_every"):
+        for name in ("log_every", "eval_every", "keep", "max_skipped", "commit_every", "local_steps"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("checkpoint_every", "check_consistency_every"):
+        for name in ("checkpoint_every", "check_consistency_every", "noise_scale"):
             every = getattr(self, name)
             require(every is None or every >= 1, name, every, "at least 1")
         seconds = self.max_time
@@ -208,6 +217,8 @@ recipes for --config recipe:NAME: {", ".join(recipes.names())}"""
         require(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
         require(0 < self.lr_decay_factor <= 1, "lr-decay-factor", self.lr_decay_factor, "in (0, 1]")
         require(0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2⁶³)")
+        require(0 < self.outer_lr < math.inf, "outer-lr", self.outer_lr, "above 0 and finite")
+        require(0 <= self.outer_momentum < 1, "outer-momentum", self.outer_momentum, "in [0, 1)")
         clip = self.max_grad_norm
         require(clip is None or 0 < clip < math.inf, "max-grad-norm", clip, "above 0 and finite")
         require(self.lr_scaling in SCALING_RULES, "lr-scaling", self.lr_scaling, f"one of {SCALING_RULES}")
@@ -229,7 +240,9 @@ recipes for --config recipe:NAME: {", ".join(recipes.names())}"""
         if (self.lr_decay == "step") != bool(self.milestones()):
             raise UserError("--lr-decay step and --lr-decay-epochs go together, as in --lr-decay-epochs 30,60,80")
         if self.op == "adasum":
-            if self.strategy == "sharded":
+            if self.noise_scale is not None:
+                raise UserError("--op adasum averages no gradients, whose noise scale --noise-scale measures")
+            if self.strategy != "allreduce":
                 raise UserError("--op adasum combines updates of whole tensors: use --strategy allreduce")
             if self.max_grad_norm is not None or self.precision == "fp16":
                 raise UserError(
@@ -251,6 +264,24 @@ recipes for --config recipe:NAME: {", ".join(recipes.names())}"""
         if self.compression in ("int8", "int4") and self.precision == "fp64":
             raise UserError(f"--compression {self.compression} is not for --precision fp64: use none")
 
+        if self.strategy == "local":
+            self._check_local()
+
+    def _check_local(self) -> None:
+        """Refuses what needs ranks that average every update."""
+        if self.compression not in ("none", "int8", "int4"):
+            raise UserError(f"--strategy local has no {self.compression} compression: use none, int8 or int4")
+        reasons = {
+            "elastic": (self.elastic, "the local weights of a lost rank would be missing"),
+            "ema": (self.ema is not None, "each rank would average weights of its own"),
+            "sync-batchnorm": (self.sync_batchnorm, "all ranks would wait for each other in every update"),
+            "check-consistency-every": (self.check_consistency_every is not None, "the ranks differ by design"),
+            "noise-scale": (self.noise_scale is not None, "no gradients are averaged"),
+        }
+        for name, (given, reason) in reasons.items():
+            if given:
+                raise UserError(f"--{name} cannot be used with --strategy local: {reason}; leave it out")
+
     def milestones(self) -> tuple[float, ...]:
         """Returns the epochs of the step decay, ascending."""
         try:
@@ -268,9 +299,15 @@ recipes for --config recipe:NAME: {", ".join(recipes.names())}"""
             size: number of ranks.
 
         Raises:
-            UserError: --global-batch-size is no multiple of ranks × micro-batches, without --elastic.
+            UserError: without --elastic, --global-batch-size is no multiple of ranks × micro-batches, or
+                --noise-scale is given with one rank and micro-batch.
         """
         parts = size * self.accumulate
+        if parts == 1 and self.noise_scale is not None and not self.elastic:
+            raise UserError(
+                f"--noise-scale {self.noise_scale} compares ranks, or micro-batches, of which there is one: use "
+                "more ranks or --accumulate 2, or leave it out"
+            )
         if self.global_batch_size is None:
             return (self.batch_size or 32) * parts
         if self.global_batch_size % parts and not self.elastic:

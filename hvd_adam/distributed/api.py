@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 
@@ -13,6 +13,8 @@ from hvd_adam.distributed.automatic.candidates import AUTOMATIC
 from hvd_adam.distributed.broadcast.training import require_same_layout
 from hvd_adam.distributed.context import current_cluster, horovod
 from hvd_adam.distributed.gradients.compression import COMPRESSIONS
+from hvd_adam.distributed.local.optimizer import LocalAdam
+from hvd_adam.distributed.local.options import LOCAL, require_local_model, require_options
 from hvd_adam.distributed.model_checks import (
     require_copyable,
     require_one_device,
@@ -25,11 +27,24 @@ from hvd_adam.distributed.wire.codec import CODECS
 from hvd_adam.errors import UserError
 from hvd_adam.optim.adam import Adam
 
-STRATEGIES = ("allreduce", "sharded")
+STRATEGIES = ("allreduce", "sharded")  # those that average the gradients of every update
 OPS = ("average", "adasum")
 
 
-@torch.inference_mode(False)  # the caller may be in that mode, or in no_grad(); hooks need a graph
+@overload
+def distribute(
+    optimizer: Adam, model: torch.nn.Module, *, strategy: Literal["local"], **options: Any
+) -> LocalAdam: ...
+
+
+@overload
+def distribute(
+    optimizer: Adam, model: torch.nn.Module, *, strategy: str = "allreduce", **options: Any
+) -> DistributedAdam: ...
+
+
+# The caller may be in that mode, or in no_grad(); hooks need a graph.
+@torch.inference_mode(False)  # type: ignore[misc]  # its options are written once, here
 @torch.enable_grad()
 def distribute(
     optimizer: Adam,
@@ -43,7 +58,11 @@ def distribute(
     loss_scaler: Any | None = None,
     skip_nonfinite: bool = True,
     defer_averaging: bool = False,
-) -> DistributedAdam:
+    noise_scale: int | None = None,
+    local_steps: int = 50,
+    outer_lr: float = 1.0,
+    outer_momentum: float = 0.0,
+) -> DistributedAdam | LocalAdam:
     """Distributes an optimizer: when `backward` returns, gradients are the mean over all ranks.
 
     Every rank calls it, after `init`, with its own copy of the same model. It copies rank 0's parameters,
@@ -55,7 +74,8 @@ def distribute(
         optimizer: the `Adam` of this process, new or with state; state is needed on rank 0 only.
         model: the model that contains its parameters, on its final device.
         strategy: "allreduce": every rank keeps the whole optimizer state. "sharded": each rank keeps and updates
-            one N-th of it (ZeRO stage 1); `state_dict` gathers it, so every rank must call it.
+            one N-th of it (ZeRO stage 1); `state_dict` gathers it, so every rank must call it. "local": each rank
+            makes `local_steps` updates by itself, then all average their progress (DiLoCo; see `LocalAdam`).
         accumulate: micro-batches per update, at least 1. Call `step` after each micro-batch: every
             `accumulate`-th call updates, with the mean over the micro-batches. `zero_grad` keeps the gradients of
             an update that is not complete.
@@ -76,11 +96,17 @@ def distribute(
             otherwise it would make weights and moments NaN for good. `skipped_updates` counts them. With a
             `loss_scaler` such updates are always skipped, with Adasum never.
         defer_averaging: `step` waits for the reductions, not `backward`. Gradients must then not be used between
-            the two. A loop that needs only `backward` and `step` saves the wait between them.
+            the two. A loop that needs only `backward` and `step` saves the wait between them; on CPUs, without
+            `max_grad_norm` and `loss_scaler`, buckets are updated while others are being reduced.
+        noise_scale: measure the gradient noise scale in every `noise_scale`-th update, at least 1; read it with
+            `optimizer.noise.estimate()`. It needs several ranks or micro-batches, and no Adasum. None: do not.
+        local_steps: with "local", updates of each rank between two meetings, at least 1.
+        outer_lr: with "local", learning rate of the outer SGD, greater than 0.
+        outer_momentum: with "local", its Nesterov momentum, in [0, 1).
 
     Returns:
         The optimizer to use in place of `optimizer`. See `DistributedAdam` for what `p.grad` holds when, and for
-        the calls that every rank must make.
+        the calls that every rank must make; with "local", `LocalAdam`.
 
     Raises:
         UserError: an invalid option or combination of options; a model or options that differ from rank 0's, on
@@ -103,7 +129,7 @@ def distribute(
             f"distribute() takes an hvd_adam.Adam, not a {kind}: `from hvd_adam import Adam` has the arguments of "
             "torch.optim.Adam"
         )
-    if isinstance(optimizer, DistributedAdam):
+    if isinstance(optimizer, DistributedAdam | LocalAdam):
         raise UserError("this optimizer is distributed already; call distribute once")
     if optimizer.state_is_sharded:
         raise UserError(
@@ -113,29 +139,39 @@ def distribute(
     hvd = horovod()
     if not hvd.is_initialized():
         raise UserError("call hvd_adam.init() before distribute()")
-    _require_choice("strategy", strategy, STRATEGIES)
+    _require_choice("strategy", strategy, (*STRATEGIES, LOCAL))
     _require_choice("compression", compression, (*COMPRESSIONS, *AUTOMATIC))
     _require_choice("op", op, OPS)
     if not isinstance(accumulate, Integral) or accumulate < 1:
         raise UserError(f"accumulate is {accumulate!r}; it must be a whole number ≥ 1")
     if max_grad_norm is not None and not (isinstance(max_grad_norm, Real) and max_grad_norm > 0):
         raise UserError(f"max_grad_norm is {max_grad_norm!r}; it must be a number > 0")
+    if noise_scale is not None:
+        _require_noise(noise_scale, accumulate, op)
     if op == "adasum":
-        if strategy == "sharded":
+        if strategy != "allreduce":
             raise UserError("adasum combines updates of whole tensors: use strategy=allreduce, or op=average")
         _require_adasum(compression, max_grad_norm, loss_scaler)
     if loss_scaler is not None and not hasattr(loss_scaler, "is_enabled"):
         raise UserError(f"loss_scaler is {loss_scaler!r}; it must be a torch.amp.GradScaler, or None")
+    local = {"local_steps": local_steps, "outer_lr": outer_lr, "outer_momentum": outer_momentum}
+    require_options(strategy, local, compression, defers=defer_averaging, noise=noise_scale is not None)
     with raise_on_all_ranks(current_cluster()):
+        if strategy == LOCAL:
+            require_local_model(optimizer, model)
         _require_supported(model, optimizer, compression)
     options = {"accumulate": accumulate, "compression": compression, "op": op, "max_grad_norm": max_grad_norm}
+    options |= {"noise_scale": noise_scale}
     options |= {"skip_nonfinite": bool(skip_nonfinite), "defer_averaging": bool(defer_averaging)}
     require_same(
         current_cluster(),
         "options of distribute",
-        {"strategy": strategy, "scaler": loss_scaler is not None, **options},
+        {"strategy": strategy, "scaler": loss_scaler is not None, **options, **local},
     )
     require_same_layout(model, optimizer)
+    if strategy == LOCAL:
+        options = {key: options[key] for key in ("accumulate", "compression", "max_grad_norm", "skip_nonfinite")}
+        return LocalAdam(optimizer, model, loss_scaler=loss_scaler, **options, **local)
     return DistributedAdam(optimizer, model, strategy=strategy, loss_scaler=loss_scaler, **options)
 
 
@@ -153,6 +189,15 @@ def _require_supported(model: torch.nn.Module, optimizer: Adam, compression: str
 def _require_choice(what: str, value: object, choices: Collection[str]) -> None:
     if value not in choices:
         raise UserError(f"{what} is {value!r}; use one of {', '.join(choices)}")
+
+
+def _require_noise(noise_scale: object, accumulate: int, op: str) -> None:
+    if isinstance(noise_scale, bool) or not isinstance(noise_scale, Integral) or noise_scale < 1:
+        raise UserError(f"noise_scale is {noise_scale!r}; it must be a whole number ≥ 1, or None")
+    if op == "adasum":
+        raise UserError("noise_scale compares gradients with their mean, which adasum has not: use op=average")
+    if horovod().size() * accumulate == 1:
+        raise UserError("noise_scale on one rank compares micro-batches: use accumulate ≥ 2, or more ranks")
 
 
 def _require_adasum(compression: str, max_grad_norm: float | None, loss_scaler: object) -> None:

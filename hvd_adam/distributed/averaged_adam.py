@@ -30,16 +30,16 @@ from hvd_adam.distributed.model_checks import (
     refuse_own_gradients,
     require_unchanged_by_forward,
 )
+from hvd_adam.distributed.noise.meter import NoiseMeter
 from hvd_adam.distributed.strategies.coded_zero import strategy_of
 from hvd_adam.distributed.wire.codable import exact_parameters
 from hvd_adam.distributed.wire.error_feedback import ErrorFeedback
 from hvd_adam.optim.adam import Adam, PlainOptimizer
 from hvd_adam.optim.optimizer_state import States, copy_of_states
+from hvd_adam.optim.plain_optimizer import outside_inference_mode
 
 # What changes the layout, for an error.
 _NEW_LAYOUT = "a change of parameters or options (freezing, a dtype, amsgrad)"
-
-outside_inference_mode = torch.inference_mode(False)  # Horovod's thread is not in that mode
 
 
 class AveragedAdam(Adam):
@@ -53,6 +53,7 @@ class AveragedAdam(Adam):
     Attributes:
         error_feedback: the residuals of `compression="int8"` and `"int4"`, and what `"auto"` has chosen; None with
             other compressions.
+        noise: measures the noise scale, with `noise_scale`.
     """
 
     error_feedback: ErrorFeedback | None = None
@@ -72,6 +73,7 @@ class AveragedAdam(Adam):
         loss_scaler: Any | None,
         skip_nonfinite: bool,
         defer_averaging: bool,
+        noise_scale: int | None,
     ) -> None:
         # Not Adam's constructor: parameters, state and hyper-parameters are those of the given optimizer.
         torch.optim.Optimizer.__init__(self, optimizer.param_groups, optimizer.defaults)
@@ -108,6 +110,7 @@ class AveragedAdam(Adam):
             add=self._scaling.needs_sum,
             watch=loss_scaler is not None,
         )
+        self._averager.noise = self.noise = NoiseMeter(noise_scale, self._rank, self._ranks, accumulate)
         self._layout = DistributedLayout(
             self._strategy,
             self._averager,
@@ -117,6 +120,7 @@ class AveragedAdam(Adam):
             adasum=self._adasum,
             feedback=self.error_feedback,
             lossless=is_lossless(compression),
+            ahead=defer_averaging and not self._scaling.needs_norm,
         )
         self._store = self._layout.store
         self._step = AveragedStep(
@@ -127,12 +131,11 @@ class AveragedAdam(Adam):
         self._replaced: States = {}  # the state before the one that has been loaded, until that is broadcast
         self._looked_for_others = False  # among the gradients of a backward pass
         # GradScaler.step unscales gradients, unless an optimizer has this attribute: then step() refuses it.
-        own_scaling = loss_scaler is not None or accumulate > 1 or defer_averaging or codes
-        if own_scaling or self._strategy.scatters or self._adasum:
+        follows_passes = accumulate > 1 or loss_scaler is not None
+        if follows_passes or defer_averaging or codes or self._strategy.scatters or self._adasum:
             self._step_supports_amp_scaling = True
         broadcast_training_state(model, self, loss_scaler)
         self._ensure_layout()
-        follows_passes = accumulate > 1 or loss_scaler is not None
         self._adapter = self._layout.connect(optimizer, self._names(), follows_passes=follows_passes)
         self._adapter.share(self)
         if is_automatic(compression) and self.error_feedback is not None:
@@ -294,6 +297,7 @@ class AveragedAdam(Adam):
                 warn_of_unaveraged(self._model)
 
     def _averaging_begins(self) -> None:
+        self._store.check_options(self.param_groups)
         if self._join is not None:
             self._join.announce(REDUCE)
             self._layout.divide_by(self._join.divisor)

@@ -8,14 +8,14 @@ what it does is replaced, because the wrapper
 - averages in `step`, so that clipping and unscaling before it see gradients of one rank,
 - ends a second backward pass before `step` with an `AssertionError` without a message,
 - has hooks that cannot be removed, and that outlive it,
-- updates parameters that have no gradient on any rank,
-- calls step hooks twice,
+- calls step hooks twice, and updates parameters that have no gradient on any rank,
 - copies every gradient into and out of a buffer, in an order of additions that depends on timing.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import weakref
 from collections import defaultdict
@@ -66,6 +66,9 @@ class HorovodAdapter:
             parameter's dtype has changed since, at which autograd drops other hooks; or None.
         bucket_complete: called in backward with the parameters of a bucket once all of them are complete. Not
             called with Adasum.
+
+    Attributes:
+        plain_step: whether the optimizer's own step is Adam's, and not that of a derived class.
     """
 
     def __init__(
@@ -89,6 +92,8 @@ class HorovodAdapter:
         self._pre_hooks: list[Any] = []  # handles of hooks, and the nodes that keep them alive
         self._post_hooks: dict[Tensor, Any] = {}  # handles of hooks
         self._adapted = optimizer
+        own: Any = type(optimizer).step  # PyTorch wraps it
+        self.plain_step = inspect.unwrap(own) is inspect.unwrap(Adam.step)
         self._accumulate, self._adasum = accumulate, adasum
         with elastic_disabled():  # Horovod would register hooks on one rank too
             self._wrapper: Any = hvd.DistributedOptimizer(
@@ -123,10 +128,7 @@ class HorovodAdapter:
         return parameter in self._wrapper._requires_update and gradient_node(parameter) in self._nodes
 
     def first_unhooked(self, parameters: Iterable[Tensor]) -> Tensor | None:
-        """Returns the first parameter that has a gradient but no hook, so that backward does not report it.
-
-        Not for one rank, where Horovod registers no hooks.
-        """
+        """Returns the first parameter with a gradient that backward does not report. Not on one rank."""
         hooked = self._wrapper._requires_update
         return next((p for p in parameters if p.grad is not None and p not in hooked), None)
 
@@ -152,9 +154,12 @@ class HorovodAdapter:
 
     def step(self, update: Callable[[], None]) -> None:
         """Runs the optimizer's own `step`, which may be that of a user's subclass, with `update` as its update."""
-        self._wrapper.update_by(update)
-        with self._wrapper.skip_synchronize():
-            self._wrapper.step()
+        if self.plain_step:  # which does nothing else
+            update()
+        else:
+            self._wrapper.update_by(update)
+            with self._wrapper.skip_synchronize():
+                self._wrapper.step()
         self._adapted._opt_called = True  # type: ignore[attr-defined]  # what a scheduler made for it looks for
 
     def step_adasum(self, store: ParameterStore) -> None:
@@ -311,8 +316,3 @@ def move_step_hooks(source: torch.optim.Optimizer, target: torch.optim.Optimizer
     for name, hooks in vars(source).items():
         if name.startswith("_optimizer_") and name.endswith("_hooks"):
             setattr(target, name, hooks)
-
-
-def prefixed(prefix: str, names: Mapping[Tensor, str], parameters: Iterable[Tensor]) -> dict[Tensor, str]:
-    """Returns the names of some parameters for Horovod, unique among all optimizers through the prefix."""
-    return {p: f"{prefix}.{names[p]}" for p in parameters}

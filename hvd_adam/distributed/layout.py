@@ -16,7 +16,7 @@ from hvd_adam.distributed.gradients.compression import AdasumCompression
 from hvd_adam.distributed.gradients.gradient_buffer import GradientBuffer
 from hvd_adam.distributed.gradients.lockstep import Lockstep
 from hvd_adam.distributed.gradients.reducer import BUCKET_BYTES, Reducer
-from hvd_adam.distributed.horovod_adapter import HorovodAdapter, prefixed
+from hvd_adam.distributed.horovod_adapter import HorovodAdapter
 from hvd_adam.distributed.strategies.allreduce import AllReduceStrategy
 from hvd_adam.distributed.wire.codec import CODECS
 from hvd_adam.distributed.wire.error_feedback import ErrorFeedback
@@ -46,6 +46,11 @@ def _layout(params: list[Tensor], blocks: set[Tensor], ranks: int, control: int,
     return Layout.of(params, BUCKET_BYTES, ranks, control, max(multiple, BLOCK), alignments)
 
 
+def _prefixed(prefix: str, names: Names, parameters: Iterable[Tensor]) -> dict[Tensor, str]:
+    """Returns the names of some parameters for Horovod, unique among all optimizers through the prefix."""
+    return {p: f"{prefix}.{names[p]}" for p in parameters}
+
+
 class DistributedLayout:
     """Makes the buckets that are reduced, and the tables that are updated; connects both with Horovod's hooks.
 
@@ -58,6 +63,7 @@ class DistributedLayout:
         adasum: combine updates by Adasum; gradients are then not reduced.
         feedback: residuals of gradients that are, or may be, sent as codes; else None.
         lossless: as in `Reducer`.
+        ahead: updates need not wait for all gradients; where they are on CPUs, see `Reducer`.
 
     Attributes:
         compression: as the argument; `use` changes it.
@@ -76,10 +82,11 @@ class DistributedLayout:
         adasum: bool,
         feedback: ErrorFeedback | None = None,
         lossless: bool = False,
+        ahead: bool = False,
     ) -> None:
         self._strategy, self._averager, self._lockstep = strategy, averager, lockstep
         self.compression, self._accumulate, self._adasum = compression, accumulate, adasum
-        self._feedback, self._lossless = feedback, lossless
+        self._feedback, self._lossless, self._ahead = feedback, lossless, ahead
         self._ranks = int(horovod().size())
         self._flat = self._ranks > 1 and not adasum
         self._adapter: HorovodAdapter | None = None  # from `connect` on
@@ -104,6 +111,18 @@ class DistributedLayout:
         """Returns whether the layout fits parameters, state and options, after reading replaced tensors."""
         return all(buffer.fits() for buffer in self.buffers) and self.store.fits(groups, state)
 
+    @property
+    def plain_step(self) -> bool:
+        """Whether the optimizer's own step is Adam's, and not that of a derived class."""
+        return self._adapter is not None and self._adapter.plain_step
+
+    def updates_sections(self, groups: Sequence[Group], state: States) -> bool:
+        """Returns whether buckets can be updated one by one. It need not be the same on all ranks.
+
+        Not by the `step` of a derived class, which may use all gradients before it calls Adam's.
+        """
+        return self.plain_step and self.store.all_fused and self.fits(groups, state)
+
     @torch.inference_mode(False)  # what is created here is written in Horovod's thread, which is not in that mode
     @torch.no_grad()
     def build(self, groups: Sequence[Group], state: States, names: Names) -> None:
@@ -122,19 +141,21 @@ class DistributedLayout:
         rank, ranks = self._strategy.shard
         multiple = ALIGNMENT if self._feedback is None else self._feedback.shard_multiple
         blocks = _in_blocks(groups) if ranks > 1 else set()
+        control = self._lockstep.length + self._averager.noise.length
         self.buffers = [
-            GradientBuffer(params, _layout(params, blocks, ranks, self._lockstep.length, multiple))
-            for params in kinds.values()
+            GradientBuffer(params, _layout(params, blocks, ranks, control, multiple)) for params in kinds.values()
         ]
         parts = {
             p: part
             for buffer in self.buffers
             for p, part in zip(buffer.params, buffer.parts(rank, ranks), strict=True)
         }
-        self.store.build_layout(groups, state, parts if ranks > 1 else None)
+        reducer = self._make_reducer(1 / (self._ranks * self._accumulate))
+        sections = reducer.number if reducer.ahead else None
+        self.store.build_layout(groups, state, parts if ranks > 1 else None, sections)
         if self._feedback is not None:
             self._feedback.arrange(self.buffers)
-        self._averager.reducer = reducer = self._make_reducer(1 / (self._ranks * self._accumulate))
+        self._averager.reducer = reducer
         if self._adapter is not None:
             self._adapter.set_buckets(reducer.parameters)
             self.add_hooks(names, names)  # parameters may have been unfrozen
@@ -148,6 +169,8 @@ class DistributedLayout:
             self._strategy.scatters,
             self._feedback,
             lossless=self._lossless,
+            ahead=self._ahead and all(buffer.device.type == "cpu" for buffer in self.buffers),
+            noise=self._averager.noise,
         )
 
     @torch.inference_mode(False)
@@ -219,7 +242,7 @@ class DistributedLayout:
         averager, reducer = self._averager, self._averager.reducer
         self._adapter = HorovodAdapter(
             optimizer,
-            prefixed(self._strategy.prefix, names, names),
+            _prefixed(self._strategy.prefix, names, names),
             accumulate=self._accumulate,
             compression=AdasumCompression(self.compression),
             adasum=self._adasum,
@@ -240,4 +263,4 @@ class DistributedLayout:
         """Connects the parameters that are trained and have no hooks."""
         if self._adapter is not None and self._ranks > 1:
             new = [p for p in parameters if p.requires_grad and not self._adapter.has_hook(p)]
-            self._adapter.add_hooks(prefixed(collective_prefix(), names, new) if new else {})
+            self._adapter.add_hooks(_prefixed(collective_prefix(), names, new) if new else {})

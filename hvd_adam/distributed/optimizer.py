@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from hvd_adam.distributed.averaged_adam import AveragedAdam, outside_inference_mode
+from hvd_adam.distributed.averaged_adam import AveragedAdam
 from hvd_adam.distributed.join import REDUCE, STEP, Join
 from hvd_adam.errors import UserError
 from hvd_adam.optim.adam import PlainOptimizer
-from hvd_adam.optim.plain_optimizer import not_compiled
+from hvd_adam.optim.plain_optimizer import not_compiled, outside_inference_mode
 
 
 class DistributedAdam(AveragedAdam):
@@ -173,16 +172,16 @@ class DistributedAdam(AveragedAdam):
         return loss
 
     def _update_averaged(self) -> None:
-        def run(grad_scale: Tensor | None) -> None:
-            self._horovod.step(partial(self._store.update, self.param_groups, self.state, grad_scale))
-
+        step, groups, state = self._horovod.step, self.param_groups, self.state
+        if self._join is None and self._step.update_behind(step, groups, state):
+            return
         self._step.synchronize()
         if self._join is not None:
             self._join.announce(STEP)
         self._ensure_layout()
         if self._join is not None and self._join.some_have_left and not self._strategy.scatters:
             self._layout.broadcast_gradients(self._join.root)  # the loop may have changed them since backward
-        self._step.update(run)
+        self._step.update(step, groups, state)
 
     def _count_update(self) -> None:
         self._averager.updated()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import platform
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hvd_adam.errors import CollectiveError
@@ -33,6 +35,16 @@ class RankPlacement:
     def of_this_rank(cls, device: str) -> RankPlacement:
         """Returns the placement of this process, without GPUs if `device` is "cpu"."""
         return cls(socket.gethostname(), cores(), visible_gpus() if device != "cpu" else ())
+
+
+def cpu_model() -> str:
+    """Returns the name of the processor; that of its architecture where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
 
 
 def cores() -> tuple[int, ...]:

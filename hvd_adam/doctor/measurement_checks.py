@@ -136,7 +136,7 @@ def computing(speeds: Sequence[Mapping[str, Any]], hosts: list[str]) -> Check:
     part, slow_turns = statistics.median(parts), sum(part < SLOW_FRACTION for part in parts)
     if slow_turns == 0:
         return ok("computing", found)
-    noise = max(map(_variation, turns))
+    noise = max(map(_variation, turns)) / median  # as a fraction of what the slow rank is compared with
     if part >= SLOW_FRACTION or slow_turns < len(parts) - 1 or 1 - part <= NOISE_FACTOR * noise:
         found += f"; not steady (slow in {slow_turns} of {len(parts)} turns, ranks vary by {noise:.0%})"
         return ok("computing", found)
@@ -148,9 +148,9 @@ def computing(speeds: Sequence[Mapping[str, Any]], hosts: list[str]) -> Check:
 
 
 def _variation(values: Sequence[float]) -> float:
-    """Returns the mean absolute difference from the median, as a fraction of the median."""
+    """Returns the mean absolute difference from the median."""
     median = statistics.median(values)
-    return statistics.fmean(abs(value - median) for value in values) / median
+    return statistics.fmean(abs(value - median) for value in values)
 
 
 def sums(speeds: Sequence[Mapping[str, float]]) -> Check:

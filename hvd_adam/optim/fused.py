@@ -19,7 +19,14 @@ from hvd_adam.optim.expression import KernelSpec, Tensors, update_uncompiled
 from hvd_adam.optim.formats.expression import update_uncompiled as update_in_blocks
 from hvd_adam.optim.kernels import cpu_kernel
 from hvd_adam.optim.optimizer_state import Group, Member, Part, States
-from hvd_adam.optim.update_rows import Batch, HyperParameters, Kernel, UpdateRows, hyper_parameters
+from hvd_adam.optim.update_rows import (
+    Batch,
+    FindNonfinite,
+    HyperParameters,
+    Kernel,
+    UpdateRows,
+    hyper_parameters,
+)
 
 
 class KernelCompileError(RuntimeError):
@@ -39,7 +46,26 @@ def update(spec: KernelSpec, batch: Batch, groups: Sequence[HyperParameters], gr
     Raises:
         KernelCompileError: the spec cannot be compiled here; nothing has been changed.
     """
-    _kernel(spec)(batch, groups, grad_scale)
+    _kernel(spec).update(batch, groups, grad_scale)
+
+
+def find_nonfinite(
+    spec: KernelSpec, batch: Batch, groups: Sequence[HyperParameters], mark: Tensor | None
+) -> Tensor:
+    """Makes a number NaN if a gradient of a batch has an element that is infinite or NaN, in one launch.
+
+    Args:
+        spec: of the rows that have made the batch, for a type of device whose `Backend` decides there.
+        batch: has the gradients.
+        groups: the hyper-parameters of all groups, see `hyper_parameters`.
+        mark: the number: float64, 0-dimensional, on the tensors' device; None for a new 1.
+
+    Returns:
+        The number.
+    """
+    find = _kernel(spec).find_nonfinite
+    assert find is not None
+    return find(batch, groups, mark)
 
 
 def compile_error(spec: KernelSpec) -> str | None:
@@ -62,7 +88,8 @@ class Backend:
         compile: returns the kernel of a spec.
         for_every_size: whether implementation="auto" uses the kernel for small models, too: on a GPU the number of
             launches matters more than the number of elements.
-        skips_nan: whether a NaN grad_scale on the tensors' device makes the kernel change nothing.
+        skips_nan: whether a NaN grad_scale on the tensors' device makes the kernel change nothing. It then also
+            tells on the device whether gradients are finite.
         example_elements: length of the longest tensor of the example that a kernel is verified with: large enough
             that threads divide it.
     """
@@ -105,7 +132,7 @@ def _compile_verified(spec: KernelSpec) -> Kernel:
     with torch.no_grad():
         groups, rows, ours = _example(spec, made_by.example_elements)
         _, _, expected = _example(spec, made_by.example_elements)
-        kernel(rows.batch(), hyper_parameters(groups), None)
+        kernel.update(rows.batch(), hyper_parameters(groups), None)
         for (p, state), (q, other), group in zip(ours.items(), expected.items(), groups, strict=True):
             names = state.keys() - {"step"}
             assert q.grad is not None
@@ -116,7 +143,21 @@ def _compile_verified(spec: KernelSpec) -> Kernel:
                 rtol, atol = (0.0, 1.0) if codes else (2**-6, 1e-6)
                 if not torch.allclose(mine.detach().double(), right.detach().double(), rtol=rtol, atol=atol):
                     raise RuntimeError("the compiled kernel does not compute what its source does")
+        if kernel.find_nonfinite is not None:
+            _verify_nonfinite(kernel.find_nonfinite, groups, rows)
     return kernel
+
+
+def _verify_nonfinite(find: FindNonfinite, groups: Sequence[Group], rows: UpdateRows) -> None:
+    """Has a kernel find an infinite element, and one that is NaN, and nothing in gradients that are finite."""
+    for bad in (0.0, math.inf, math.nan):
+        grad = rows.params[0].grad
+        assert grad is not None
+        grad.view(-1)[-1] = bad
+        mark = torch.zeros((), dtype=torch.float64, device=grad.device)
+        find(rows.batch(), hyper_parameters(groups), mark)
+        if bool(mark.isnan()) != (not math.isfinite(bad)):
+            raise RuntimeError("the compiled kernel does not tell whether gradients are finite")
 
 
 def _update_uncompiled(spec: KernelSpec, p: Tensor, grad: Tensor, state: dict[str, Tensor], group: Group) -> None:

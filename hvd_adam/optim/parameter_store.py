@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from hvd_adam.optim.lost_updates import LostUpdates
 from hvd_adam.optim.memory import increment_versions, is_trained, overlapping, same_objects
 from hvd_adam.optim.optimizer_state import Group, Member, Part, StateReader, States
 from hvd_adam.optim.tensor_lists import Chunks, chunks
-from hvd_adam.optim.update_rows import UpdateRows, hyper_parameters
+from hvd_adam.optim.update_rows import Batch, HyperParameters, UpdateRows, hyper_parameters
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,20 @@ class StorePolicy:
     warns: bool = True
 
 
+class Probed(NamedTuple):
+    """Gradients that a device has looked at.
+
+    Attributes:
+        one_if_finite: 1 if all elements are finite, else NaN; 0-dimensional, float64, on their device.
+        batches: the rows of their parameters, with the spec of the kernel.
+        numbers: the hyper-parameters of all groups.
+    """
+
+    one_if_finite: Tensor
+    batches: list[tuple[KernelSpec, Batch]]
+    numbers: list[HyperParameters]
+
+
 class ParameterStore:
     """The tables of an optimizer's parameters, gradients and state, and their update. Moves nothing.
 
@@ -58,7 +73,8 @@ class ParameterStore:
     def __init__(self, policy: StorePolicy | None = None) -> None:
         self._policy = policy or StorePolicy()
         self.implementations: Sequence[str] = ()
-        self._rows: Sequence[UpdateRows] = ()
+        self._rows: list[UpdateRows] = []
+        self._sections: dict[int, list[UpdateRows]] = {}
         self._others: Sequence[Member] = ()  # which the fused kernels do not update
         self._others_state = StateReader((), (), {})
         self._others_form: object = []  # of which dtype, device and shape they were
@@ -80,19 +96,42 @@ class ParameterStore:
         if not self.fits(groups, state):
             self.build_layout(groups, state)
 
+    def check_options(self, groups: Sequence[Group]) -> bool:
+        """Returns whether the options of the groups are those that the layout was built for.
+
+        Raises:
+            ValueError: they are not, and one is unknown, or they exclude each other.
+        """
+        if layout_options(groups) == self._options:
+            return True
+        for group in groups:
+            validation.check_format(group)
+            validation.check_implementation(group["implementation"])
+        return False
+
     def fits(self, groups: Sequence[Group], state: States) -> bool:
-        """Returns whether the layout fits parameters, state and options, after reading replaced tensors."""
+        """Returns whether the layout fits parameters, state and options, after reading replaced tensors.
+
+        Raises:
+            ValueError: as `check_options`.
+        """
+        same_options = self.check_options(groups)
         thawed = any(map(is_trained, self._frozen))
         params = [p for group in groups for p in group["params"]]
-        if thawed or layout_options(groups) != self._options or not same_objects(self._params, params):
+        if thawed or not same_options or not same_objects(self._params, params):
             return False
-        if list(map(_form, self._others)) != self._others_form:
-            return False
-        self._others_state.refresh(groups, state)
+        if self._others:
+            if list(map(_form, self._others)) != self._others_form:
+                return False
+            self._others_state.refresh(groups, state)
         return all(rows.fits(groups, state) for rows in self._rows)
 
     def build_layout(
-        self, groups: Sequence[Group], state: States, parts: Mapping[Tensor, Part] | None = None
+        self,
+        groups: Sequence[Group],
+        state: States,
+        parts: Mapping[Tensor, Part] | None = None,
+        sections: Mapping[Tensor, int] | None = None,
     ) -> None:
         """Decides which implementation updates each parameter, and makes the state of all complete.
 
@@ -100,6 +139,7 @@ class ParameterStore:
             groups: the parameter groups.
             state: the optimizer's state.
             parts: what this process updates of each parameter; all of those that are missing.
+            sections: numbers of parameters that are updated together, for `update_sections`; None for one section.
 
         Raises:
             ValueError: a trained parameter is sparse or complex.
@@ -108,9 +148,9 @@ class ParameterStore:
         self._frozen = [p for p in params if not is_trained(p)]
         validation.check_parameters(list(params))
         self.implementations = self._resolve_implementations(groups)
-        parts = parts or {}
+        parts, sections = parts or {}, sections or {}
         shared = overlapping(list(params))
-        kinds: dict[KernelSpec, list[Member]] = defaultdict(list)
+        kinds: dict[tuple[int, KernelSpec], list[Member]] = defaultdict(list)
         others, position = [], 0
         for p, i in params.items():
             member = Member(p, i, position, parts.get(p) or Part.of(p))
@@ -118,10 +158,14 @@ class ParameterStore:
             if not is_trained(p):
                 continue
             if self.implementations[i] == "fused" and can_be_fused(p) and p not in shared:
-                kinds[kernel_spec(groups[i], p)].append(member)
+                kinds[sections.get(p, 0), kernel_spec(groups[i], p)].append(member)
             else:
                 others.append(member)
-        self._rows = [UpdateRows(spec, members, groups, state) for spec, members in kinds.items()]
+        self._rows, self._sections = [], defaultdict(list)
+        for (section, spec), members in kinds.items():
+            rows = UpdateRows(spec, members, groups, state)
+            self._rows.append(rows)
+            self._sections[section].append(rows)
         self._others = others
         self._others_state = StateReader(others, groups, state)
         self._others_form = list(map(_form, others))
@@ -144,7 +188,13 @@ class ParameterStore:
 
     # Update.
 
-    def update(self, groups: Sequence[Group], state: States, grad_scale: Tensor | None = None) -> None:
+    def update(
+        self,
+        groups: Sequence[Group],
+        state: States,
+        grad_scale: Tensor | None = None,
+        probed: Probed | None = None,
+    ) -> None:
         """Takes one step; the layout must fit.
 
         Where everything is fused on a GPU, a NaN `grad_scale` on that device makes a step that changes nothing but
@@ -154,6 +204,8 @@ class ParameterStore:
             groups: the parameter groups.
             state: the state of every parameter.
             grad_scale: multiplies the gradients; 0-dimensional, on their device or the CPU; None for 1.
+            probed: what `probe` has returned, if gradients and groups are as they were then: looking at all of
+                them again takes longer than the rest of a step on a GPU.
 
         Raises:
             RuntimeError: a gradient is sparse or not of its parameter's dtype, or the step would be captured in
@@ -162,9 +214,9 @@ class ParameterStore:
         if any(rows.spec.device == "cuda" for rows in self._rows):
             validation.refuse_graph_capture()
         # Before anything changes: both check gradients.
-        batches = [(rows.spec, batch) for rows in self._rows if (batch := rows.batch()).params]
+        batches = self._batches() if probed is None else probed.batches
         rest = chunks(self._others, self._others_state.used, groups) if self._others else Chunks()
-        numbers = hyper_parameters(groups)
+        numbers = hyper_parameters(groups) if probed is None else probed.numbers
         for spec, batch in batches:
             increment_versions(batch.params)
             fused.update(spec, batch, numbers, grad_scale)
@@ -174,6 +226,56 @@ class ParameterStore:
             name = self.implementations[i]  # what cannot be fused has the form "foreach"
             update_lists("foreach" if name == "fused" else name, lists, groups[i], grad_scale)
         self._counted = [batch.counts for _, batch in batches]
+        if self._policy.warns:
+            self._lost_updates.count_update(groups)
+
+    def _batches(self) -> list[tuple[KernelSpec, Batch]]:
+        found = [(rows.spec, rows.batch()) for rows in self._rows]
+        return [(spec, batch) for spec, batch in found if batch.params]
+
+    def probe(self, groups: Sequence[Group]) -> Probed | None:
+        """Finds out on the device whether all gradients are finite; the layout must fit.
+
+        It takes one launch for each kind of parameters, and is not waited for.
+
+        Args:
+            groups: the parameter groups.
+
+        Returns:
+            None where no kernel does this: not all is fused, on a CPU, on several devices, or without gradients.
+
+        Raises:
+            RuntimeError: as `update`.
+        """
+        if self._others or not all(fused.backend(rows.spec.device).skips_nan for rows in self._rows):
+            return None
+        batches = self._batches()
+        if len({batch.params[0].device for _, batch in batches}) != 1:
+            return None
+        numbers, mark = hyper_parameters(groups), None
+        for spec, batch in batches:
+            mark = fused.find_nonfinite(spec, batch, numbers, mark)
+        assert mark is not None
+        return Probed(mark, batches, numbers)
+
+    def update_sections(self, groups: Sequence[Group], ready: Iterable[int]) -> None:
+        """Takes one step, section by section; the layout must fit, and `all_fused`. Bit for bit as `update`.
+
+        Args:
+            groups: the parameter groups.
+            ready: returns the number of each section as soon as its gradients are there.
+
+        Raises:
+            RuntimeError: a gradient is sparse or not of its parameter's dtype.
+        """
+        numbers = hyper_parameters(groups)
+        for section in ready:
+            for rows in self._sections.get(section, ()):
+                batch = rows.batch()
+                if batch.params:
+                    increment_versions(batch.params)
+                    fused.update(rows.spec, batch, numbers, None)
+        self._counted = ()
         if self._policy.warns:
             self._lost_updates.count_update(groups)
 

@@ -37,6 +37,22 @@ def not_compiled(function: Callable[P, T]) -> Callable[P, T]:
     return without_compile_import(torch._compile._disable_dynamo(function))
 
 
+def outside_inference_mode(function: Callable[P, T]) -> Callable[P, T]:
+    """Returns a function that leaves inference mode, if it is on, for its time.
+
+    What it creates can be updated outside of that mode, and by Horovod's thread, which is not in it.
+    """
+
+    @functools.wraps(function)
+    def outside(*args: P.args, **options: P.kwargs) -> T:
+        if not torch.is_inference_mode_enabled():
+            return function(*args, **options)
+        with torch.inference_mode(False):
+            return function(*args, **options)
+
+    return outside
+
+
 class PlainOptimizer(torch.optim.Optimizer):
     """PyTorch's optimizer; its methods do not import torch.compile, and `step` skips wrappers that do nothing."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,22 +32,28 @@ _grad = operator.attrgetter("grad")
 _layout = operator.attrgetter("layout")
 
 
-class Batch(NamedTuple):
-    """What a kernel updates in one step.
+@dataclass
+class Batch:
+    """What a kernel updates in one step, with the hyper-parameters of that step.
 
     Attributes:
         rows: of dtype ROW, one for each parameter that has a gradient.
         params: these parameters.
         counts: their step counts: float32, 0-dimensional, on the CPU.
         grads: their gradients, which the rows point to.
-        plans: where a kernel keeps what it has made of these rows, or of other ones of the same table.
+        present: the index of each in the table; None if the table has no other parameters.
+        plans: where a kernel keeps what it has made of rows of this table; emptied when a parameter or its state
+            has a new address.
+        plan: what a kernel has made of this batch.
     """
 
     rows: Rows
     params: list[Tensor]
     counts: list[Tensor]
     grads: list[Tensor]
+    present: tuple[int, ...] | None
     plans: dict[object, Any]
+    plan: Any = None
 
 
 class HyperParameters(NamedTuple):
@@ -69,9 +76,22 @@ class HyperParameters(NamedTuple):
     sign: int
 
 
-# Counts a step of every parameter of a batch and updates it in place. The other arguments are the hyper-parameters
-# of all groups, and a factor for the gradients, 0-dimensional or None.
-Kernel = Callable[[Batch, Sequence[HyperParameters], "Tensor | None"], None]
+FindNonfinite = Callable[[Batch, Sequence[HyperParameters], Tensor | None], Tensor]
+
+
+class Kernel(NamedTuple):
+    """What is compiled for a spec.
+
+    Attributes:
+        update: counts a step of every parameter of a batch and updates it in place. The other arguments are the
+            hyper-parameters of all groups, and a factor for the gradients, 0-dimensional or None.
+        find_nonfinite: makes a number NaN, float64, 0-dimensional, on the device, if an element of a gradient is
+            infinite or NaN, leaves it alone otherwise, and returns it. Without one it makes a 1 of its own. None:
+            there is no such kernel.
+    """
+
+    update: Callable[[Batch, Sequence[HyperParameters], Tensor | None], None]
+    find_nonfinite: FindNonfinite | None = None
 
 
 def hyper_parameters(groups: Iterable[Group]) -> list[HyperParameters]:
@@ -137,11 +157,11 @@ class UpdateRows:
         """
         grads = list(map(_grad, self.params))
         rows, params, counts, skipped = self._rows, self.params, self._counts, self._skipped_bytes
-        shape = self._shape
+        shape, present = self._shape, None
         kinds = set(map(type, grads))
         if type(None) in kinds:
-            present = [i for i, grad in enumerate(grads) if grad is not None]
-            rows, skipped = rows[present], skipped[present]
+            present = tuple(i for i, grad in enumerate(grads) if grad is not None)
+            rows, skipped = rows[[*present]], skipped[[*present]]
             params, counts, grads = ([column[i] for i in present] for column in (params, counts, grads))
             shape = shape_in_memory(params)
         if not kinds <= _EXPECTED or not _has_shape(grads, shape):
@@ -149,18 +169,20 @@ class UpdateRows:
                 check_gradient(p)
             grads = [placed_like(p, grad) for p, grad in zip(params, grads, strict=True)]
         rows["grad"] = np.array(list(map(Tensor.data_ptr, grads)), np.int64) + skipped
-        return Batch(rows, params, counts, grads, self._plans)
+        return Batch(rows, params, counts, grads, present, self._plans)
 
     def _read_params(self) -> None:
         addresses = list(map(Tensor.data_ptr, self.params))
         if addresses != self._addresses:
             self._addresses = addresses
             self._rows["param"] = np.array(addresses, np.int64) + self._skipped_bytes
+            self._plans.clear()
 
     def _read_state(self) -> None:
         self._counts = [state["step"] for state in self._state.used]
         for name in ADDRESSES[2:]:
             self._rows[name] = [_address(state, name) for state in self._state.used]
+        self._plans.clear()
 
 
 def _address(state: State, name: str) -> int:

@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from hvd_adam.optim.formats.choice import STATE_FORMATS
 from hvd_adam.optim.formats.eight_bit import scales_of
-from hvd_adam.optim.formats.held import SCALES
+from hvd_adam.optim.formats.held import FIRST_CODES, SCALES, SECOND_CODES
 from hvd_adam.optim.optimizer_state import REQUIRED_STATE, Group, is_adams_state
 
 IMPLEMENTATIONS = ("reference", "foreach", "fused", "auto")
@@ -41,8 +41,6 @@ def check_hyper_parameters(group: Group) -> None:
             raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
     if not group["weight_decay"] >= 0.0:
         raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
-    if group["master_weights"] and group["stochastic_rounding"]:
-        raise ValueError("master_weights and stochastic_rounding exclude each other: use one of them")
     check_format(group)
     check_implementation(group["implementation"])
 
@@ -57,6 +55,8 @@ def check_format(group: Group) -> None:
         raise ValueError(
             f"master_weights={group['master_weights']!r} is unknown, choose one of False, True, '8bit'"
         )
+    if group["master_weights"] and group["stochastic_rounding"]:
+        raise ValueError("master_weights and stochastic_rounding exclude each other: use one of them")
     if group["state_format"] not in STATE_FORMATS:
         choices = ", ".join(map(repr, STATE_FORMATS))
         raise ValueError(f"state_format={group['state_format']!r} is unknown, choose one of {choices}")
@@ -146,6 +146,7 @@ def check_loaded_state(state: dict[str, Any]) -> None:
         if not loaded or (some_is_adams and not any(key in loaded for key in REQUIRED_STATE)):
             continue  # the user's own entries
         missing = [key for key in REQUIRED_STATE if key not in loaded and f"{key}_codes" not in loaded]
+        missing += [key for codes, key in (FIRST_CODES, SECOND_CODES) if codes in loaded and key not in loaded]
         if missing:
             raise ValueError(f"loaded state of parameter {i} is not Adam's: {missing[0]} is missing")
         for key in (*_MOMENTS, *_CODES):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -217,6 +218,11 @@ def try_out(objective: Objective, config: TrainConfig, model: torch.nn.Module, l
 def scale_for_ranks(config: TrainConfig, cluster: Cluster) -> Scaled:
     """Scales Adam's hyper-parameters for the number of ranks and micro-batches.
 
+    With --strategy local, "linear" and "sqrt" multiply learning rate and ε by √ranks, too. The gradients of a rank
+    vary √ranks times as much as their mean, so Adam, which divides by √v, moves the islands by as much less. With
+    √ranks their mean moves as averaged gradients would, where gradients are mostly noise (the assumption of the
+    square root rule; Malladi et al., arXiv 2205.10287; the factor is derived from it in docs/local_steps.md).
+
     Raises:
         UserError: a scaled value is out of range.
     """
@@ -225,7 +231,11 @@ def scale_for_ranks(config: TrainConfig, cluster: Cluster) -> Scaled:
         # Adasum keeps the scale of one rank's step; on GPUs with NCCL it averages within a host first
         # (Horovod's documentation, "AdaSum with Horovod", on learning rates).
         ranks = cluster.local_size if cluster.device.type == "cuda" and horovod().nccl_built() else 1
-    return scale(ranks * config.accumulate, config.lr_scaling, lr=config.lr, betas=config.betas, eps=config.eps)
+    scaled = scale(ranks * config.accumulate, config.lr_scaling, lr=config.lr, betas=config.betas, eps=config.eps)
+    if config.strategy == "local" and config.lr_scaling in ("linear", "sqrt"):
+        root = math.sqrt(ranks)
+        return scaled._replace(lr=scaled.lr * root, eps=scaled.eps * root)
+    return scaled
 
 
 def make_adam(config: TrainConfig, model: torch.nn.Module, scaled: Scaled) -> Adam:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hvd_adam.checkpoint.residuals import restore_residuals
+from hvd_adam.checkpoint.residuals import restore_unsent
 from hvd_adam.checkpoint.state import Progress, require_same_tensors
 from hvd_adam.config import TrainConfig
 from hvd_adam.data.protocols import Loader
@@ -17,6 +17,7 @@ from hvd_adam.distributed.agreement import raise_on_all_ranks, require_same
 from hvd_adam.distributed.api import distribute
 from hvd_adam.distributed.broadcast.tensors import ROOT
 from hvd_adam.distributed.context import Cluster, horovod, init
+from hvd_adam.distributed.local.optimizer import LocalAdam
 from hvd_adam.distributed.optimizer import DistributedAdam
 from hvd_adam.errors import Preempted
 from hvd_adam.log import logger
@@ -118,7 +119,7 @@ class Run:
         objective: loss and metrics.
         ema: the moving average of the model's weights, if the run has one.
         scaler: the loss scaler of "fp16", else None.
-        optimizer: the distributed optimizer; its state is identical on all ranks, or sharded.
+        optimizer: the distributed optimizer; its state is identical on all ranks, or sharded, or of an island.
         schedule: the learning-rate schedule.
         folder: the run folder; None on ranks other than 0.
         resume: the point from which the run resumes, without tensors that are loaded already; None for a new run.
@@ -133,7 +134,7 @@ class Run:
     objective: Objective
     ema: ModelAverage | None
     scaler: Any | None
-    optimizer: DistributedAdam
+    optimizer: DistributedAdam | LocalAdam
     schedule: LearningRateSchedule
     folder: Path | None
     resume: ResumePoint | None
@@ -176,7 +177,7 @@ def build_run(config: TrainConfig, memory: InMemoryCheckpoint | None, resources:
     require_same(cluster, "data", loader.description())
     adam = make_adam(config, model, scaled)
     parts = _Loadable(model, adam, scaler, ema)
-    folder, resume, residuals = _open_run(config, cluster, memory, loader, parts)
+    folder, resume, unsent = _open_run(config, cluster, memory, loader, parts)
     sizes = BatchSizes.of_run(config, loader, cluster.size, resume)
     schedule = make_schedule(config, scaled.lr, sizes.steps_per_epoch, sizes.total_steps)
     if resume is not None:  # maybe with another number of ranks, which would scale the rates differently
@@ -186,15 +187,21 @@ def build_run(config: TrainConfig, memory: InMemoryCheckpoint | None, resources:
         adam,
         model,
         strategy=config.strategy,
+        local_steps=config.local_steps,
+        outer_lr=config.outer_lr,
+        outer_momentum=config.outer_momentum,
         accumulate=sizes.accumulate,
         compression=config.compression,
         op=config.op,
         max_grad_norm=config.max_grad_norm,
         loss_scaler=scaler,
-        defer_averaging=True,  # nothing here looks at gradients
+        defer_averaging=config.strategy != "local",  # nothing here looks at gradients
+        noise_scale=config.noise_scale
+        if cluster.size * sizes.accumulate > 1
+        else None,  # elastic: one may be left
     )
     if resume is not None:
-        restore_residuals(optimizer, residuals, resume.path)
+        restore_unsent(optimizer, *unsent, resume.path)
     if ema is not None:
         ema.start(cluster, saved=resume is not None and resume.state.config.get("ema") is not None)
     return Run(
@@ -244,16 +251,16 @@ class _Loadable:
 
 def _open_run(
     config: TrainConfig, cluster: Cluster, memory: InMemoryCheckpoint | None, loader: Loader, parts: _Loadable
-) -> tuple[Path | None, ResumePoint | None, dict[str, Any] | None]:
+) -> tuple[Path | None, ResumePoint | None, tuple[dict[str, Any] | None, dict[str, Any] | None]]:
     """Opens the run folder and loads the state to start from on rank 0; broadcasts the resume point.
 
     Returns:
-        The folder and, on rank 0, the residuals to start from; the resume point, without tensors.
+        The folder; the resume point, without tensors; on rank 0, the residuals and islands to start from.
     """
     in_memory = None if memory is None else memory.newest(cluster)
     folder: Path | None = None
     resume: ResumePoint | None = None
-    residuals = None
+    residuals = islands = None
     with raise_on_all_ranks(cluster):
         if cluster.rank == ROOT:
             if config.init_from is not None and in_memory is None and not run_dir.resumes(config):
@@ -264,8 +271,8 @@ def _open_run(
             if before != config.state_format and cluster.rank == ROOT:
                 logger.info(f"the optimizer state was held as {before} and continues as {config.state_format}")
             parts.load(resume, config.implementation)
-            residuals = resume.state.residuals
+            residuals, islands = resume.state.residuals, resume.state.islands
             resume = resume.without_tensors()
     if cluster.size > 1:
         resume = horovod().broadcast_object(resume, ROOT, name="hvd_adam.start")
-    return folder, resume, residuals
+    return folder, resume, (residuals, islands)

@@ -135,7 +135,9 @@ class ResumePoint:
 
     def without_tensors(self) -> ResumePoint:
         """Returns it without model, optimizer, loss scaler, averages and residuals: each is sent by itself."""
-        state = replace(self.state, model={}, optimizer={}, loss_scaler=None, ema=None, residuals=None)
+        state = replace(
+            self.state, model={}, optimizer={}, loss_scaler=None, ema=None, residuals=None, islands=None
+        )
         return replace(self, state=state)
 
 

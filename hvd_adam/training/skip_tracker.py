@@ -6,6 +6,7 @@ import torch
 
 from hvd_adam.checkpoint.state import Progress
 from hvd_adam.distributed.context import Cluster, horovod
+from hvd_adam.distributed.local.optimizer import LocalAdam
 from hvd_adam.distributed.optimizer import DistributedAdam
 from hvd_adam.errors import JobError
 from hvd_adam.training.run_log import RunLog
@@ -23,7 +24,12 @@ class SkipTracker:
     """
 
     def __init__(
-        self, cluster: Cluster, optimizer: DistributedAdam, progress: Progress, log: RunLog, max_skipped: int
+        self,
+        cluster: Cluster,
+        optimizer: DistributedAdam | LocalAdam,
+        progress: Progress,
+        log: RunLog,
+        max_skipped: int,
     ) -> None:
         self._cluster, self._optimizer = cluster, optimizer
         self._progress, self._log, self._max_skipped = progress, log, max_skipped
@@ -51,12 +57,24 @@ class SkipTracker:
         if progress.skipped == before:
             progress.skipped_in_a_row = 0
             return None
+        if isinstance(self._optimizer, LocalAdam):  # known since the last meeting
+            return self._record_islands(self._optimizer, step, epoch)
         progress.skipped_in_a_row += 1
         if self._cluster.size > 1:
             nonfinite = horovod().allgather(nonfinite, name="hvd_adam.bad")
         ranks = nonfinite.nonzero().flatten().tolist()
         reason = f"loss of rank {', '.join(map(str, ranks))} not finite" if ranks else "gradient not finite"
         self._log.event("skip", step, epoch, reason=reason, skipped=progress.skipped)
+        return self._too_many(step, reason)
+
+    def _record_islands(self, optimizer: LocalAdam, step: int, epoch: int) -> JobError | None:
+        progress, reason = self._progress, "gradient of an island not finite"
+        progress.skipped_in_a_row = optimizer.skipped_in_a_row
+        self._log.event("skip", step, epoch, reason=reason, skipped=progress.skipped)
+        return self._too_many(step, reason)
+
+    def _too_many(self, step: int, reason: str) -> JobError | None:
+        progress = self._progress
         if progress.skipped_in_a_row <= self._max_skipped:
             return None
         return JobError(

@@ -18,8 +18,8 @@ from hvd_adam.config import TrainConfig
 from hvd_adam.data.protocols import Batch
 from hvd_adam.distributed.agreement import raise_on_all_ranks
 from hvd_adam.distributed.broadcast.tensors import ROOT
-from hvd_adam.distributed.broadcast.training import broadcast_buffers
 from hvd_adam.distributed.consistency import require_consistent
+from hvd_adam.distributed.local.training import islands_on_root, meet, shared_state_dict, shared_weights
 from hvd_adam.errors import MembershipChanged, Preempted, UserError
 from hvd_adam.log import logger
 from hvd_adam.models.precision import autocast
@@ -56,8 +56,8 @@ class Trainer:
             run = build_run(config, memory, resources)
             self.cluster, self.watchdog, self.preemption = run.cluster, run.watchdog, run.preemption
             self.loader, self.model, self.scaler, self.ema = run.loader, run.model, run.scaler, run.ema
-            self.optimizer, self.schedule, self.sizes = run.optimizer, run.schedule, run.sizes
-            self.folder, self.resume = run.folder, run.resume
+            self.optimizer, self.schedule = run.optimizer, run.schedule
+            self.sizes, self.folder, self.resume = run.sizes, run.folder, run.resume
             torch.manual_seed(config.seed + 1 + self.cluster.rank)  # dropout differs between ranks
             self.objective, self.updater = run.objective, Updater(run, config.precision, compiled=config.compile)
             self.loss, self.throughput = self.updater.mean_loss, ThroughputMeter()
@@ -68,16 +68,14 @@ class Trainer:
             self.progress.micro_batch_size = self.sizes.micro_batch
             with raise_on_all_ranks(self.cluster):
                 first_step = None if self.resume is None else self.progress.step
-                ended = self.folder is not None and self.is_finished and has_ended(self.folder)
-                folder = None if ended else self.folder
+                folder = None if self.folder and self.is_finished and has_ended(self.folder) else self.folder
                 classes = self.loader.data.classes
                 recent = [] if self.resume is None else self.resume.state.progress.get("events", [])
                 self.log = RunLog(folder, self.sizes.total_steps, first_step, asdict(config), classes, recent)
             resources.callback(self.log.close)
             self.skips = SkipTracker(self.cluster, self.optimizer, self.progress, self.log, config.max_skipped)
-            self.slow_ranks = SlowRankMonitor(self.cluster, self.watchdog.hosts, self._event)
-            folder = None if self.folder is None else self.folder / "checkpoints"
-            self.checkpoints = CheckpointWriter(folder, config.keep)
+            self.slow_ranks = SlowRankMonitor(self.cluster, self.optimizer, self.watchdog.hosts, self._event)
+            self.checkpoints = CheckpointWriter(self.folder and self.folder / "checkpoints", config.keep)
             resources.callback(self.checkpoints.close)
             self._resources = resources.pop_all()
 
@@ -89,6 +87,8 @@ class Trainer:
         state, cluster = resume.state, self.cluster
         self.progress = progress = self.sizes.resumed(Progress.from_dict(state.progress))
         self.optimizer.skipped_updates = progress.skipped
+        if progress.global_batch_size == self.sizes.global_batch:
+            self.optimizer.noise.load_state(progress.noise)
         if len(state.ranks) == cluster.size:
             restore_rng_state(state.ranks[cluster.rank], cluster)
             self.loss.load_state(*state.ranks[cluster.rank]["loss"])
@@ -139,6 +139,8 @@ class Trainer:
             progress.epoch, progress.epoch_done = progress.epoch + 1, False
         self._train_epoch()
         last = progress.step >= self.sizes.total_steps
+        if last:
+            meet(self.optimizer)
         best = (last or progress.epoch % config.eval_every == 0) and self._evaluate()
         progress.epoch_done = True
         if best or last or config.checkpoint_every is None or self._is_due(config.checkpoint_every):
@@ -151,7 +153,6 @@ class Trainer:
         if config.freeze is not None:
             keep_frozen_statistics(self.model)
         self.throughput.start()
-        start = (progress.epoch - 1) * sizes.steps_per_epoch
         batches = self.loader.train_batches(
             config.seed,
             progress.epoch - 1,
@@ -159,7 +160,7 @@ class Trainer:
             rank=cluster.rank,
             size=cluster.size,
             accumulate=sizes.accumulate,
-            first_step=progress.step - start,
+            first_step=progress.step - (progress.epoch - 1) * sizes.steps_per_epoch,
         )
         batches = self.slow_ranks.timed(batches)
         end = min(progress.epoch * sizes.steps_per_epoch, sizes.total_steps)
@@ -185,14 +186,13 @@ class Trainer:
         self.watchdog.beat(f"update {progress.step + 1}")
         nonfinite = self.updater.update(micro_batches, progress.step, self._record_skip)
         progress.step += 1
-        self.slow_ranks.update_ended(self.optimizer.compression)
+        self.slow_ranks.update_ended()
         self.skips.add(nonfinite)
         self.throughput.add(self.sizes.global_batch)
 
     def _record_skip(self) -> None:
         """Records whether the last update was skipped; ends the job after too many skipped ones in a row."""
-        error = self.skips.record()
-        if error is not None:
+        if (error := self.skips.record()) is not None:
             with raise_on_all_ranks(self.cluster):
                 self._report_checkpoint(wait=True)
             raise error
@@ -200,18 +200,19 @@ class Trainer:
     def _log_step(self) -> None:
         self._record_skip()
         loss = self.loss.read()  # waits for the device, so that the lap counts finished work
-        values = {"lr": self.optimizer.param_groups[0]["lr"], "grad_norm": self.optimizer.finite_grad_norm()}
-        values["compression"] = self.optimizer.compression
+        adam = self.optimizer
+        values = {"lr": adam.param_groups[0]["lr"], "grad_norm": adam.finite_grad_norm()}
+        values |= {"compression": adam.compression} | adam.noise.metrics(self.sizes.global_batch)
         self._event("step", loss=loss, **values, images_per_second=self.throughput.lap())
 
     def _evaluate(self) -> bool:
         """Evaluates the model, or its moving average; returns whether it is the best so far."""
         progress = self.progress
         model = self.model if self.ema is None else self.ema.model
-        broadcast_buffers(model, self.cluster)
         model.eval()
         predict = partial(self._predict, model)
-        scores = score(predict, self.loader, self.cluster, self.objective, mistakes=MOST_MISTAKES)
+        with shared_weights(self.optimizer, model, self.cluster):
+            scores = score(predict, self.loader, self.cluster, self.objective, mistakes=MOST_MISTAKES)
         if scores.test_accuracy is None and not self.has_evaluated:
             logger.info(messages.NO_ACCURACY)
         progress.scores, self.has_evaluated = scores.as_dict(), True
@@ -282,14 +283,14 @@ class Trainer:
                 only, `ranks` has only its entry, and `progress` has the last events.
         """
         self._record_skip()
+        self.progress.noise = self.optimizer.noise.state()
         own = rank_state(self.cluster, self.loss.state())
-        adam = self.optimizer
+        adam, feedback, residuals = self.optimizer, self.optimizer.error_feedback, None
         optimizer = adam.state_dict_on_root(held=True) if all_ranks else adam.held_state_dict()
-        residuals, feedback = None, self.optimizer.error_feedback
         if feedback is not None:
             residuals = feedback.state_dict_on_root() if all_ranks else feedback.total_state_dict()
         return TrainingState(
-            model=self.model.state_dict(),
+            model=shared_state_dict(self.model, adam),
             optimizer=optimizer or {},  # on ranks other than 0, which do not save it
             loss_scaler=None if self.scaler is None else self.scaler.state_dict(),
             progress=asdict(self.progress) | ({} if all_ranks else {"events": [*self.log.recent]}),
@@ -299,6 +300,7 @@ class Trainer:
             data=self.loader.description(),
             ema=None if self.ema is None else self.ema.state_dict(),
             residuals=residuals,
+            islands=islands_on_root(adam),
         )
 
     def _finish(self) -> None:

@@ -8,6 +8,7 @@ captured in a graph, which would repeat its first learning rate; a device that i
 import pytest
 import torch
 from helpers.adam_oracle import IMPLEMENTATIONS, Oracle, cases, oracles, sweep, unit_roundoff
+from helpers.one_if_finite import check_one_if_finite
 from hypothesis import given
 
 from hvd_adam import Adam
@@ -124,8 +125,9 @@ ROUNDINGS = {"master_weights": "master", "stochastic_rounding": "stochastic"}
 
 def update(spec, tensors, step, grad_scale=None, position=0, **options):
     """Updates one parameter with the kernel of a spec."""
-    group = {**GROUP, "amsgrad": tensors.max_exp_avg_sq is not None, **options}
-    group |= {name: spec.rounding == kind for name, kind in ROUNDINGS.items()}
+    options = {**GROUP, "amsgrad": tensors.max_exp_avg_sq is not None, **options}
+    options |= {name: spec.rounding == kind for name, kind in ROUNDINGS.items()}
+    (group,) = Adam([torch.nn.Parameter(torch.zeros(1, dtype=spec.dtype))], **options).param_groups
     p = torch.nn.Parameter(tensors.param)
     p.grad = tensors.grad
     state = {name: t for name, t in vars(tensors).items() if t is not None and name not in ("param", "grad")}
@@ -209,6 +211,11 @@ def test_elements_beyond_two_to_the_31_are_updated():
     tensors.grad[-1] = tensors.grad[2**31 - 1] = tensors.grad[0] = 1.0
     update(spec, tensors, 1)
     assert tensors.param.nonzero().flatten().tolist() == [0, 2**31 - 1, length - 1]
+
+
+def test_elements_that_are_not_finite_are_found_at_any_place():
+    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    check_one_if_finite(GPU, dtypes, lengths=(1, 15, 1023, 1024, 1025, 100_003))
 
 
 # --- a step -------------------------------------------------------------------------------------------------

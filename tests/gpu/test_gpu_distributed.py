@@ -19,6 +19,7 @@ from hvd_adam.distributed.context import horovod
 from hvd_adam.distributed.gradients.bucket_layout import Layout
 from hvd_adam.distributed.gradients.gradient_buffer import GradientBuffer
 from hvd_adam.distributed.gradients.reducer import Reducer
+from hvd_adam.distributed.noise.meter import NoiseMeter
 
 # Two ranks can share a GPU only with a Horovod built without NCCL; tests/gpu/run.sh builds one.
 THROUGH_HOST = "HVD_ADAM_THROUGH_HOST" in os.environ
@@ -91,7 +92,8 @@ def test_buckets_reduced_by_nccl_on_one_rank_are_unchanged(cluster):
         params = [torch.nn.Parameter(torch.zeros(shape, device=cluster.device)) for shape in shapes]
         buffer = GradientBuffer(params, Layout.of(params, 60_000, 1, control=2))
         assert len(buffer.layout.buckets) > 1
-        reducer = Reducer([buffer], f"test.{compression}.{scatter}", compression, 1, scatter)
+        noise = NoiseMeter(None, rank=0, ranks=1, accumulate=1)
+        reducer = Reducer([buffer], f"test.{compression}.{scatter}", compression, 1, scatter, noise=noise)
         sent = [torch.randint(-99, 99, shape, device=cluster.device).float() for shape in shapes]
         for p, gradient in zip(params[:-1], sent, strict=False):
             p.grad = gradient.clone()

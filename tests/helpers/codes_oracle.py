@@ -3,6 +3,7 @@
 import numpy as np
 
 FORMATS = {"int8": (256, 127), "int4": (32, 7)}  # block, levels
+SENT = 0.25  # of a residual, in each update
 
 _H = np.array([[1.0]])
 while len(_H) < 32:
@@ -39,15 +40,17 @@ class Oracle:
             padded = np.zeros(self.worker.shape[1])
             padded[:elements] = gradient
             h = padded / ranks + self.worker[rank]
+            t = h - (1 - SENT) * self.worker[rank]
             unsent = (padded.reshape(-1, self.block) == 0).all(axis=1)
-            decoded[rank] = self._coded(self._rotated(h), unsent)
+            decoded[rank] = self._coded(self._rotated(t), unsent)
             self.worker[rank] = h - self._back(decoded[rank])
         parts = decoded.sum(axis=0).reshape(ranks, -1)
         total = parts.copy()
         for rank, part in enumerate([] if scatter else parts):
-            t = part + self.server[rank]
+            h = part + self.server[rank]
+            t = h - (1 - SENT) * self.server[rank]
             total[rank] = self._coded(t, np.zeros(len(t) // self.block, bool))
-            self.server[rank] = t - total[rank]
+            self.server[rank] = h - total[rank]
         return self._back(total.reshape(-1))[:elements]
 
     def unsent(self):

@@ -16,8 +16,10 @@ from hvd_adam.distributed.wire import triton_codec
 from hvd_adam.distributed.wire.codec import CODECS
 from hvd_adam.optim.expression import KernelSpec
 from hvd_adam.optim.kernels import triton_blocks, triton_kernel
+from hvd_adam.optim.kernels.triton_nonfinite import mark_nonfinite
 
 HOPPER, AMPERE = GPUTarget("cuda", 90, 32), GPUTarget("cuda", 80, 32)
+TABLES = ("whole", "grads", "tensor_of_block")
 POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64", torch.uint8: "*u8"}
 
 
@@ -44,7 +46,7 @@ def compiled(
 ):
     """Returns the size of the machine code, and how many accesses of 16 bytes it has and should have."""
     spec = KernelSpec("cuda", dtype, moments, rounding)
-    arguments = {name: torch.zeros(1, dtype=torch.int64) for name in ("whole", "tensor_of_block")}
+    arguments = {name: torch.zeros(1, dtype=torch.int64) for name in TABLES}
     in_table = dtype == torch.float64 or several
     arguments["real"] = torch.zeros(1, dtype=spec.compute_dtype) if in_table else None
     arguments |= {"device_scale": grad_scale, **dict.fromkeys(triton_kernel.REAL, 0.0)}
@@ -62,7 +64,7 @@ def compiled(
 def compiled_in_blocks(dtype, rounding, state_format, moments=torch.float32, decay="none", target=HOPPER):
     """As `compiled`, of the kernel for state in few bits: of its tensors of float32, of bfloat16 and of bytes."""
     spec = KernelSpec("cuda", dtype, moments, rounding, state_format)
-    arguments = {name: torch.zeros(1, dtype=torch.int64) for name in ("whole", "tensor_of_block")}
+    arguments = {name: torch.zeros(1, dtype=torch.int64) for name in TABLES}
     arguments |= {"real": None, "device_scale": None, **dict.fromkeys(triton_blocks.REAL, 0.0)}
     arguments |= {"ALIGNED": True, "DECAY": decay, **triton_blocks.constants(spec)}
     options = {"num_warps": triton_blocks.WARPS}
@@ -73,6 +75,18 @@ def compiled_in_blocks(dtype, rounding, state_format, moments=torch.float32, dec
     wide = {"ld": read, "st": [*read[:1], *read[2:]]}
     expected = {name: sum(t.itemsize * elements // 16 for t in tensors) for name, tensors in wide.items()}
     expected["ld"] += 4 * (state_format == "8bit")  # the scales of both moments, 32 bytes for 16 lanes
+    return {"bytes": len(kernel.asm["cubin"]), "wide": wide_accesses(kernel.asm["ptx"]), "expected": expected}
+
+
+def compiled_probe(dtype):
+    """As `compiled`, of the kernel that looks for elements that are not finite."""
+    arguments = {name: torch.zeros(1, dtype=torch.int64) for name in TABLES}
+    arguments |= {"mark": torch.zeros(1, dtype=torch.float64), "ALIGNED": True, "GRAD": triton_kernel.TYPES[dtype]}
+    arguments |= {"WHOLE": len(triton_kernel.WHOLE), "BLOCK": triton_kernel.BLOCK}
+    options = {"num_warps": triton_kernel.WARPS}
+    kernel = triton.compile(source(mark_nonfinite, arguments), target=HOPPER, options=options)
+    elements = triton_kernel.BLOCK // (32 * triton_kernel.WARPS)  # of a thread
+    expected = {"ld": dtype.itemsize * elements // 16}
     return {"bytes": len(kernel.asm["cubin"]), "wide": wide_accesses(kernel.asm["ptx"]), "expected": expected}
 
 
@@ -116,6 +130,9 @@ def main():
         "float16 with masters": compiled(half, single, "master"),
         "bfloat16, stochastic": compiled(brain, single, "stochastic"),
         "bfloat16": compiled(brain, brain),
+        "finite float32": compiled_probe(single),
+        "finite bfloat16": compiled_probe(brain),
+        "finite float64": compiled_probe(double),
         "float64": compiled(double, double, decay="decoupled"),
     }
     single_in_blocks = (single, "nearest", "8bit")

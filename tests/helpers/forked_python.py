@@ -65,7 +65,8 @@ class ForkServer:
         preload: further modules to import.
 
     Attributes:
-        python: the path of a program that takes the place of `sys.executable`.
+        python: the path of a program that takes the place of `sys.executable`. Next to it is a `horovodrun` that
+            does not import PyTorch in a new process to check its own build.
     """
 
     def __init__(self, *preload):
@@ -79,7 +80,12 @@ class ForkServer:
         self.python = f"{self._folder.name}/python"
         names = {"python": sys.executable, "helpers": Path(__file__).parent, "socket": path}
         Path(self.python).write_text(PROGRAM.format(**names))
-        Path(self.python).chmod(0o755)
+        horovodrun = Path(self._folder.name, "horovodrun")
+        horovodrun.write_text(
+            f'#!/bin/sh\nexec {sys.executable} {Path(__file__).with_name("horovodrun.py")} "$@"\n'
+        )
+        for program in (Path(self.python), horovodrun):
+            program.chmod(0o755)
 
     def close(self):
         """Ends the server; a second call does nothing."""

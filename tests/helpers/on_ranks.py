@@ -118,14 +118,15 @@ def on_ranks(*ranks: int | str, controller: str = "gloo", **environ: str) -> Cal
 
 
 def launch(
-    arguments: list[str], ranks: int, controller: str, *, forked: bool = True, **options: object
+    arguments: list[str], ranks: int, controller: str, *, hosts: str = "", forked: bool = True, **options: object
 ) -> subprocess.CompletedProcess:
     """Runs `python ARGUMENTS` on this many local ranks, for 0 without a launcher; captures the output as text.
 
     Args:
         arguments: what Python runs, and its arguments.
         ranks: number of ranks, or 0.
-        controller: as for `on_ranks`.
+        controller: as for `on_ranks`; not "elastic" with `hosts`.
+        hosts: of the ranks, as for `horovodrun -H`; Horovod takes names of this machine for different hosts.
         forked: the ranks are forks of a process that has imported PyTorch (`helpers.forked_python`).
         options: of `subprocess.run`; `env` is added to the environment.
     """
@@ -141,7 +142,7 @@ def launch(
             how += ["--host-discovery-script", f"echo localhost:{ranks}"]
         else:
             horovodrun, how = [sys.executable, str(Path(__file__).with_name("horovodrun.py"))], [f"--{controller}"]
-        launcher = [*horovodrun, "-np", str(ranks), *how]
+        launcher = [*horovodrun, "-np", str(ranks), *how, *(["-H", hosts] if hosts else [])]
     environ = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     environ.update(options.pop("env", {}))
     return subprocess.run(

@@ -190,9 +190,21 @@ class AutomaticCompression:
 
         Args:
             saved: identical on all ranks; None to measure.
+
+        Raises:
+            UserError: it is something else.
         """
         if not self._active:
             return
+        try:
+            compression = self._continue(saved)
+        except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
+            raise UserError(f"this is no choice of a compression that this version has saved: {error!r}") from None
+        self._layout.use(compression)
+        self._timer.restart()
+
+    def _continue(self, saved: Mapping[str, Any] | None) -> str:
+        """Takes over what `load_state_dict` was given; returns the compression to use."""
         allowed = set(self._candidates())
         self._begun, self._trial, self._drifted, compression = False, None, 0, FIRST
         if saved is not None and saved["ranks"] == horovod().size() and saved["compression"] in allowed:
@@ -203,9 +215,9 @@ class AutomaticCompression:
                 self._trial, self._begun = Trial.from_state_dict(trial), True
                 compression = self._trial.compression
             elif saved["chosen"] is not None:
-                self._chosen, self._begun, compression = Lap(*saved["chosen"]), True, saved["compression"]
-        self._layout.use(compression)
-        self._timer.restart()
+                self._chosen, self._begun = Lap(*map(float, saved["chosen"])), True
+                compression = saved["compression"]
+        return compression
 
 
 def _ms(seconds: float) -> str:

@@ -145,6 +145,6 @@ class Trial:
         """Returns the trial that `state_dict` is of."""
         trial = cls([*saved["laps"]], saved["warm_up"])
         trial._left, trial._round, trial._place = list(saved["left"]), saved["round"], saved["place"]
-        trial._laps = {name: [Lap(*lap) for lap in laps] for name, laps in saved["laps"].items()}
+        trial._laps = {name: [Lap(*map(float, lap)) for lap in laps] for name, laps in saved["laps"].items()}
         trial.compression = trial._order()[trial._place]
         return trial

@@ -12,13 +12,18 @@ import torch
 from torch import Tensor
 
 from hvd_adam.distributed.context import MESSAGE_BYTES, horovod
+from hvd_adam.distributed.launch_env import gloo_store_address
+
+# Two hosts under Gloo swap messages from this size on.
+SWAP_BYTES = 256 * 2**10
 
 
 def start_allreduce(values: Tensor, name: str) -> Callable[[], None]:
     """Starts to add a 1-dimensional tensor over the ranks, in place.
 
     Args:
-        values: float16, float32 or float64; neither read nor changed until the returned function has returned.
+        values: float16, float32, float64 or int64; neither read nor changed until the returned function has
+            returned.
         name: name of the collective, identical on all ranks and unique among those in flight.
     """
     hvd = horovod()
@@ -73,7 +78,11 @@ def start_alltoall(rows: Tensor, name: str) -> Callable[[], Tensor]:
         Waits for the rows that the ranks have sent to this one, [ranks, n].
     """
     hvd, ranks = horovod(), len(rows)
-    handles = [hvd.alltoall_async(piece.reshape(-1), name=part) for piece, part in _pieces(rows, name)]
+    if _would_take_turns(rows[0]):
+        return _start_swap(rows[hvd.rank()], rows[1 - hvd.rank()], name)
+    # contiguous: a column of one element is flattened to a view with gaps, which Horovod refuses.
+    pieces = [(piece.reshape(-1).contiguous(), part) for piece, part in _pieces(rows, name)]
+    handles = [hvd.alltoall_async(piece, name=part) for piece, part in pieces]
     return lambda: _joined([received.view(ranks, -1) for received, _ in _results(handles, name)])
 
 
@@ -88,8 +97,52 @@ def start_allgather(values: Tensor, name: str) -> Callable[[], Tensor]:
         Waits for the tensors of all ranks, [ranks, n].
     """
     hvd, ranks = horovod(), horovod().size()
-    handles = [hvd.allgather_async(piece, name=part) for piece, part in _pieces(values, name)]
+    if _would_take_turns(values):
+        return _start_swap(values, values, name)
+    # Open MPI's neighbour exchange, among 4 or 6 ranks, sends two of them in one message.
+    nbytes = MESSAGE_BYTES if ranks == 2 else MESSAGE_BYTES // 2
+    handles = [hvd.allgather_async(piece, name=part) for piece, part in _pieces(values, name, nbytes)]
     return lambda: _joined([received.view(ranks, -1) for received in _results(handles, name)])
+
+
+def _would_take_turns(message: Tensor) -> bool:
+    """Returns whether a message of each of two hosts would be sent one after the other.
+
+    Gloo sends data when the receiver has asked for them. Its all-to-all and all-gather send first, so the question
+    for the other rank's data waits in the same connection behind their own, unless both ranks start at the same
+    moment. (Gloo's alltoallv.cc, allgatherv.cc, and `Pair::sendAsyncMode` in transport/tcp/pair.cc.) With three
+    ranks, the connections to the other ranks are free meanwhile; within a host, the copies of a swap cost more.
+    """
+    hvd = horovod()
+    two_hosts = hvd.size() == hvd.cross_size() == 2 and gloo_store_address() is not None
+    return two_hosts and message.device.type == "cpu" and message.numel() * message.element_size() >= SWAP_BYTES
+
+
+def _start_swap(kept: Tensor, sent: Tensor, name: str) -> Callable[[], Tensor]:
+    """Starts an exchange of two ranks by an all-reduce, which sends as many bytes, in both directions at once.
+
+    The sum of two words of 64 bits, minus one of them, is the other: integers wrap around.
+
+    Args:
+        kept: [n], this rank's row of the result.
+        sent: [n], the other rank's row of the result there; contiguous.
+        name: as in `start_allreduce`.
+
+    Returns:
+        Waits for the result, [2, n].
+    """
+    nbytes = sent.numel() * sent.element_size()
+    own = torch.zeros(-(-nbytes // 8), dtype=torch.int64, device="cpu")
+    own.view(torch.uint8)[:nbytes] = sent.view(torch.uint8)
+    sums = own.clone()
+    wait = start_allreduce(sums, name)
+
+    def result() -> Tensor:
+        wait()
+        other = (sums - own).view(torch.uint8)[:nbytes].view(sent.dtype)
+        return torch.stack([kept, other] if horovod().rank() == 0 else [other, kept])
+
+    return result
 
 
 def _pieces(values: Tensor, name: str, nbytes: int = MESSAGE_BYTES) -> list[tuple[Tensor, str]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,16 +11,16 @@ import torch
 from torch import Tensor
 
 from hvd_adam.distributed.context import horovod
-from hvd_adam.distributed.gradients.backward_pass import Callbacks, Hooks, at_end_of_backward, once_all_have_sent
+from hvd_adam.distributed.gradients.backward_pass import Callbacks, at_end_of_backward, once_all_have_sent
 from hvd_adam.distributed.gradients.grad_scaling import multiply_gradients
-from hvd_adam.distributed.gradients.lockstep import ABORTED, Lockstep
-from hvd_adam.distributed.gradients.reducer import Reducer
-from hvd_adam.distributed.gradients.seen_gradients import SeenGradients
+from hvd_adam.distributed.gradients.lockstep import Lockstep, asks_again
+from hvd_adam.distributed.gradients.rounds import Rounds
+from hvd_adam.distributed.noise.meter import NoiseMeter
 
 _numbers = itertools.count()
 
 
-class GradientAverager:
+class GradientAverager(Rounds):
     """Follows the backward passes of an optimizer, and averages gradients over ranks and micro-batches.
 
     A backward pass outside `no_sync`, of the last micro-batch of an update, averages: its buckets are sent as they
@@ -41,6 +40,7 @@ class GradientAverager:
         watch: notice changes of gradients on one rank, too.
 
     Attributes:
+        noise: measures the noise scale.
         reducer: the buckets; None on one rank.
         hooks: Horovod's wrapper; None on one rank.
         micro_batch: index of the current micro-batch of the update.
@@ -48,30 +48,19 @@ class GradientAverager:
         waited: seconds that this process has waited for the gradients, and parameters, of other ranks.
     """
 
-    reducer: Reducer | None = None
-    hooks: Hooks | None = None
+    noise = NoiseMeter(None)
 
     def __init__(
         self, optimizer: Callbacks, lockstep: Lockstep, *, accumulate: int, deferred: bool, add: bool, watch: bool
     ) -> None:
-        self._optimizer, self._lockstep, self._number = optimizer, lockstep, next(_numbers)
-        self._accumulate, self._deferred, self._add, self._watch = accumulate, deferred, add, watch
+        super().__init__(optimizer, lockstep, accumulate=accumulate, deferred=deferred, add=add, watch=watch)
+        self._number = next(_numbers)
         self.micro_batch = 0
         self.spoiled = False
-        self.waited = 0.0
         self._syncs = True  # False inside no_sync
         # Autograd's numbers of the passes that are running, with what `at_end_of_backward` returns.
         self._tasks: dict[int, weakref.ref[Callable[[], None]]] = {}
         self._local = False  # whether the pass that is running averages nothing
-        self._announced = False  # whether a round has begun
-        self._counted: set[Tensor] = set()  # parameters whose gradients are complete in this round
-        self._late: set[Tensor] = set()  # parameters with gradients that came after their bucket was sent
-        self._sent: tuple[dict[str, object], Tensor] | None = None  # facts and message of this round, once sent
-        self._averaged = False  # whether every gradient is the mean
-        self._divided = False  # whether gradients have been divided by the numbers of ranks and micro-batches
-        self._aborted = 0  # passes that ended with an exception, since the last update
-        self._total: Tensor | None = None
-        self._seen = SeenGradients(optimizer)
 
     @property
     def in_flight(self) -> bool:
@@ -136,6 +125,8 @@ class GradientAverager:
         self._tasks.clear()
         self._optimizer.backward_ended()
         self.look()
+        if self.reducer is None and self.micro_batch == 0:
+            self.noise.begin_on_one_rank(self._optimizer.parameters())
         if not self._local and not self._deferred:
             self._send_rest()
             once_all_have_sent(self._number, self.finish)
@@ -152,6 +143,31 @@ class GradientAverager:
             self._syncs = before
 
     @torch.no_grad()
+    def start_arrivals(self) -> Iterator[int] | None:
+        """Sends the rest of a round whose buckets can be used as they arrive. Every rank must call it.
+
+        Returns:
+            Waits for one bucket after the other, and returns its number in `Reducer.number`; at the end every
+            gradient is the mean. None where gradients must be complete first, so that `finish` is to be called: on
+            one rank, if an element of a sum may be infinite, if no rank has gradients or one has late ones.
+
+        Raises:
+            RuntimeError, JobError, HorovodInternalError: as `finish`; nothing has been used.
+        """
+        self.leave_aborted_pass()
+        if self._averaged or self.reducer is None or not self.reducer.ahead:
+            return None
+        self._begin_last_round()
+        self._send_rest()
+        assert self._sent is not None
+        with self.waiting():
+            header = self.reducer.header()
+        if not header.sums_are_finite or asks_again(header.message) or not any(map(any, header.used)):
+            return None
+        self._lockstep.check(header.message, self._sent[0])
+        return self._arrive(self.reducer)
+
+    @torch.no_grad()
     def finish(self, *, again: bool = False) -> None:
         """Makes every gradient the mean over ranks and micro-batches, unless it is. Every rank must call it.
 
@@ -166,24 +182,13 @@ class GradientAverager:
         self.leave_aborted_pass()
         if self._averaged and not again:
             return
-        if self._deferred and self._announced:
-            self.refuse_changed("is being reduced (defer_averaging)")
-        self._undo_division()  # also of gradients that an update has used, and that are not cleared
-        self._announce()
+        self._begin_last_round()
         if self.reducer is None:
             multiply_gradients(self._optimizer.parameters(), 1 / self._accumulate)
+            self.noise.end_on_one_rank(self._optimizer.parameters())
         else:
             self._reduce()
-            self.reducer.give_back()
-        self._announced, self._averaged, self._divided = False, True, True
-        self.look()
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Counts the time in this block as time that this process has waited for others."""
-        start = time.perf_counter()
-        yield
-        self.waited += time.perf_counter() - start
+        self._end_last_round()
 
     def start_meeting(self, call: str) -> Callable[[], None]:
         """Called before other collectives of the optimizer: ranks that wait for gradients then fail, not hang.
@@ -206,6 +211,7 @@ class GradientAverager:
         """Called after an update: gradients are to be reduced again, even if there is no pass before the next."""
         self._averaged = self.spoiled = False
         self._aborted = self.micro_batch = 0
+        self.noise.updated()
 
     def cleared(self) -> None:
         """Called after all gradients have been cleared: an update starts."""
@@ -239,75 +245,3 @@ class GradientAverager:
         """Called once gradients are the mean, and whole, on this rank: from now on they may be changed."""
         self._seen.forget()
         self._total = None
-
-    def refuse_changed(self, state: str) -> None:
-        """Refuses gradients that were changed while they were not the mean; see `SeenGradients`."""
-        self._seen.refuse_changed(state)
-
-    def look(self) -> None:
-        """Remembers gradients and their versions."""
-        if self.reducer is not None or self._accumulate > 1 or self._watch:  # else nothing depends on them
-            self._seen.look()
-
-    # One round.
-
-    def _announce(self) -> None:
-        if not self._announced:
-            self._optimizer.averaging_begins()
-            self._announced = True
-
-    @torch.no_grad()
-    def _send_rest(self) -> None:
-        """Sends what has not been sent in this round, and a message."""
-        if self.reducer is None or self._sent is not None:
-            return
-        if not self.reducer.in_flight and not self._counted:  # no pass has begun, which would have done it
-            self._optimizer.ensure_layout()
-            self._respect_held_gradients()
-        facts = self._optimizer.facts() | {ABORTED: self._aborted}
-        self._sent = facts, self._lockstep.message(facts, again=bool(self._late))
-        self.reducer.send_rest(self._sent[1])
-
-    def _respect_held_gradients(self) -> None:
-        self._seen.forget()  # which holds them, too
-        if self.reducer is not None and not self.reducer.in_flight:
-            self.reducer.respect_held_gradients()
-
-    def _reduce(self) -> None:
-        again = True
-        while again:
-            self._send_rest()
-            assert self.reducer is not None and self._sent is not None
-            facts, message = self._sent
-            with self.waiting():
-                reduced = self.reducer.finish(message, add=self._add)
-            self._sent = None
-            again = self._lockstep.check(reduced.message, facts)
-            if again:
-                self._take_late(self.reducer)
-        self._total = reduced.total
-        self._counted.clear()
-        if self.hooks is not None:
-            self.hooks.rearm()
-
-    def _take_late(self, reducer: Reducer) -> None:
-        """Adds the gradients that came after their bucket was sent to the mean, to be reduced in another round."""
-        late = {p: p.grad for p in self._late}
-        for p in self._late:
-            p.grad = reducer.place(p)
-        self._late.clear()
-        self._divided = True
-        self._undo_division()
-        for p, grad in late.items():
-            if grad is not None and p.grad is not None:
-                p.grad.add_(grad)
-
-    def _undo_division(self) -> None:
-        """Makes the mean a local gradient again, to which more can be added."""
-        if not self._divided:
-            return
-        self._divided = False
-        if self.reducer is not None and self.reducer.scatters:
-            self.reducer.spread()
-        else:
-            multiply_gradients(self._optimizer.parameters(), self._accumulate)

@@ -71,7 +71,7 @@ class GradScaling:
             _sharing[self.loss_scaler].discard(self)
 
     def found_inf(self, finite_probe: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
-        """Returns whether to skip the update, and updates the loss scale accordingly.
+        """Returns whether to skip the update, and updates the loss scale accordingly; there is a loss scaler.
 
         Where optimizers share a loss scaler, the scale is updated once all of them have stepped, as by
         `scaler.step(a); scaler.step(b); scaler.update()`, or before one steps again.
@@ -83,24 +83,24 @@ class GradScaling:
         Returns:
             0-dimensional, bool, on the device of `finite_probe`.
         """
-        skip = ~finite_probe.isfinite()
-        if self.loss_scaler is not None:
-            if self.loss_scaler._scale is None:  # a rank that has had no batch yet
-                self.loss_scaler._lazy_init_scale_growth_tracker(skip.device)
+        assert self.loss_scaler is not None
+        skip = is_nonfinite(finite_probe)
+        if self.loss_scaler._scale is None:  # a rank that has had no batch yet
+            self.loss_scaler._lazy_init_scale_growth_tracker(skip.device)
+        states = self.loss_scaler._per_optimizer_states
+        if states[id(optimizer)]["found_inf_per_device"] and not self._is_unscaled(optimizer):
+            self.loss_scaler.update()  # which clears the results of all optimizers
             states = self.loss_scaler._per_optimizer_states
-            if states[id(optimizer)]["found_inf_per_device"] and not self._is_unscaled(optimizer):
-                self.loss_scaler.update()  # which clears the results of all optimizers
-                states = self.loss_scaler._per_optimizer_states
-            # What GradScaler.unscale_ records after a pass over all gradients, which the norm has made already.
-            states[id(optimizer)]["found_inf_per_device"] = {skip.device: skip.float()}
-            self._scale = None
-            results = [state for state in states.values() if state["found_inf_per_device"]]
-            if len(results) >= len(_sharing[self.loss_scaler]):
-                self.loss_scaler.update()
+        # What GradScaler.unscale_ records after a pass over all gradients, which the norm has made already.
+        states[id(optimizer)]["found_inf_per_device"] = {skip.device: skip.float()}
+        self._scale = None
+        results = [state for state in states.values() if state["found_inf_per_device"]]
+        if len(results) >= len(_sharing[self.loss_scaler]):
+            self.loss_scaler.update()
         return skip
 
     def combined(
-        self, grad_scale: float | Tensor, finite_probe: Tensor | None, *, carries_found_inf: bool
+        self, grad_scale: float | Tensor, finite_probe: Tensor | None, *, carries_found_inf: bool, is_one: bool
     ) -> Tensor | None:
         """Returns the factor for the update kernel, 0-dimensional, or None for 1.
 
@@ -109,40 +109,58 @@ class GradScaling:
             finite_probe: the norm of that mean where `needs_norm`.
             carries_found_inf: make the factor NaN if `finite_probe` is not finite. The kernel on the device then
                 changes no tensor, and the host need not wait for the decision. This is what PyTorch's fused
-                optimizers get as a second argument, `found_inf`; `DeferredFlag` brings it to the host later.
+                optimizers get as a second argument, `found_inf`; `ProbeOnHost` brings it to the host later.
+            is_one: whether `finite_probe` is 1 if it is finite, so that it can be the factor itself.
         """
         if finite_probe is not None:
             if self._max_grad_norm is not None:
                 # As torch.nn.utils.clip_grad_norm_, including the 1e-6.
                 grad_scale = grad_scale * (self._max_grad_norm / (finite_probe + 1e-6)).clamp(max=1.0)
-            if carries_found_inf:
+            if carries_found_inf and not is_one:
                 grad_scale = grad_scale + finite_probe * 0  # 0 if finite, else NaN
+            elif carries_found_inf:
+                is_factor = isinstance(grad_scale, float) and grad_scale == 1
+                grad_scale = finite_probe if is_factor else finite_probe * grad_scale
         if isinstance(grad_scale, float):
             return None if grad_scale == 1 else torch.tensor(grad_scale, dtype=torch.float64, device="cpu")
         return grad_scale
 
 
-class DeferredFlag:
-    """A flag that is copied to the host in the background, from construction on.
+def is_nonfinite(number: Tensor) -> Tensor:
+    """Returns whether a number is infinite or NaN, 0-dimensional, bool, on its device."""
+    return number.mul(0).ne(0)  # two launches; isfinite() takes four
 
-    Args:
-        flag: 0-dimensional, bool, on any device.
+
+class ProbeOnHost:
+    """Brings the `finite_probe` of an update to the host in the background; one at a time.
+
+    Memory and event are made once, because both cost the host more than the copy.
     """
 
-    def __init__(self, flag: Tensor) -> None:
-        self._flag = flag
+    def __init__(self) -> None:
+        self._number: Tensor | None = None
         self._arrived: torch.cuda.Event | None = None
-        if flag.is_cuda:
-            self._flag = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True).copy_(
-                flag, non_blocking=True
-            )
-            self._arrived = torch.cuda.current_stream(flag.device).record_event()
+        self._sent_from: tuple[torch.device, torch.dtype] | None = None
 
-    def read(self) -> bool:
-        """Returns the flag. Waits for the work that the device had queued before construction, and no more."""
+    def send(self, probe: Tensor) -> None:
+        """Starts to copy a probe, 0-dimensional, on any device."""
+        if not probe.is_cuda:
+            self._number, self._arrived, self._sent_from = probe, None, None
+            return
+        if self._sent_from != (probe.device, probe.dtype):
+            self._sent_from = probe.device, probe.dtype
+            self._number = torch.empty((), dtype=probe.dtype, device="cpu", pin_memory=True)
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        assert self._number is not None and self._arrived is not None
+        self._number.copy_(probe, non_blocking=True)
+        self._arrived.record(torch.cuda.current_stream(probe.device))
+
+    def is_finite(self) -> bool:
+        """Returns whether it is finite. Waits for the work that the device had queued before it was sent."""
+        assert self._number is not None
         if self._arrived is not None:
             self._arrived.synchronize()
-        return bool(self._flag)
+        return math.isfinite(self._number.item())
 
 
 class SkipCounter:
@@ -154,8 +172,8 @@ class SkipCounter:
 
     def __init__(self) -> None:
         self._count = 0
-        self._last: DeferredFlag | None = None
-        self._undo: Callable[[], None] = lambda: None
+        self._probe = ProbeOnHost()
+        self._undo: Callable[[], None] | None = None  # until it is known whether the last update was skipped
 
     @property
     def count(self) -> int:
@@ -172,21 +190,22 @@ class SkipCounter:
         """Counts an update that the host has skipped."""
         self._count += 1
 
-    def defer(self, skipped: Tensor, undo: Callable[[], None]) -> None:
-        """Remembers an update that the device may have skipped.
+    def defer(self, finite_probe: Tensor, undo: Callable[[], None]) -> None:
+        """Remembers an update that the device skips if a number is not finite.
 
         Args:
-            skipped: whether it has; 0-dimensional, bool.
-            undo: takes its step counts back.
+            finite_probe: the number; 0-dimensional.
+            undo: takes the step counts of a skipped update back.
         """
-        self._last, self._undo = DeferredFlag(skipped), undo
+        self._probe.send(finite_probe)
+        self._undo = undo
 
     def record(self) -> None:
         """Counts the last update if the device has skipped it; call it before state or layout change."""
-        last, self._last = self._last, None
-        if last is not None and last.read():
+        undo, self._undo = self._undo, None
+        if undo is not None and not self._probe.is_finite():
             self._count += 1
-            self._undo()
+            undo()
 
 
 def multiply_gradients(parameters: Sequence[Tensor], factor: float | Tensor) -> None:
@@ -239,6 +258,16 @@ def norms_of_pieces(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
     pieces = [piece for g in gradients for piece in torch.split(g.reshape(-1), _NORM_ELEMENTS)]
     pieces = [piece.float() if piece.dtype in (torch.float16, torch.bfloat16) else piece for piece in pieces]
     return torch._foreach_norm(pieces) if pieces else ()
+
+
+def square_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Returns the squared 2-norm of all elements of some tensors, 0-dim float64; does not wait for the device.
+
+    Args:
+        gradients: all on one device.
+    """
+    norms = norms_of_pieces(gradients) or [torch.zeros((), device="cpu")]
+    return torch.stack(list(norms)).double().square().sum()
 
 
 def total_norm(gradients: Sequence[Tensor]) -> Tensor:

@@ -85,7 +85,7 @@ class Lockstep:
             JobError: on every rank, if the facts differ; names the first that does, the ranks and the values. On
                 the remaining ranks, if a rank has called `hvd.join()`.
         """
-        again, bits, inverted = received[0], received[1 : 1 + _BITS], received[1 + _BITS : 1 + 2 * _BITS]
+        bits, inverted = received[1 : 1 + _BITS], received[1 + _BITS : 1 + 2 * _BITS]
         counts = 1 + 2 * _BITS + len(self._expected)
         present = received[1 + 2 * _BITS : counts]
         if any(count < expected - 0.5 for count, expected in zip(present, self._expected, strict=True)):
@@ -96,7 +96,7 @@ class Lockstep:
         if any(a and b for a, b in zip(bits, inverted, strict=True)):
             self._raise_difference(facts)
         self._same_batches.read(received[counts:])
-        return again > 0
+        return asks_again(received)
 
     def _raise_difference(self, facts: Mapping[str, object]) -> None:
         gathered = horovod().allgather_object(dict(facts), name="hvd_adam.lockstep")
@@ -107,6 +107,11 @@ class Lockstep:
             if len(values) > 1:
                 found = ", ".join(f"{value} on {_ranks(ranks)}" for value, ranks in values.items())
                 raise JobError(f"the ranks have parted: {name}: {found}; {_REMEDIES.get(name, _GROUP_REMEDY)}")
+
+
+def asks_again(received: Sequence[float]) -> bool:
+    """Returns whether a rank needs another reduction, from the sum of all messages."""
+    return received[0] > 0
 
 
 def facts_of_groups(groups: Sequence[Mapping[str, Any]]) -> dict[str, object]:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hvd_adam.distributed.context import horovod
-from hvd_adam.distributed.gradients.bucket_layout import Bucket
-from hvd_adam.distributed.gradients.compression import AllReduce, Reduction, Scaling, is_half, start_reduction
+from hvd_adam.distributed.gradients.buckets import Buckets
+from hvd_adam.distributed.gradients.compression import Reduction, Scaling, is_half, start_reduction
+from hvd_adam.distributed.gradients.flags import Reduced, finite_or_nan, flags_of, message_of, read_flags
 from hvd_adam.distributed.gradients.grad_scaling import element_sum
 from hvd_adam.distributed.gradients.gradient_buffer import GradientBuffer
+from hvd_adam.distributed.gradients.header import Header, square_of, sums_are_finite
+from hvd_adam.distributed.gradients.missing_ranks import explained, start_meeting
+from hvd_adam.distributed.noise.buckets import BucketNoise
+from hvd_adam.distributed.noise.meter import NoiseMeter
 from hvd_adam.distributed.wire.coded_allreduce import exact_name
 from hvd_adam.distributed.wire.error_feedback import ErrorFeedback
 
@@ -24,21 +27,8 @@ BUCKET_BYTES = 8 * 2**20
 _LAST = 0  # the bucket of the first parameters: backward completes it last, and it carries the message
 
 
-class Reduced(NamedTuple):
-    """The result of one round of reductions.
-
-    Attributes:
-        message: the sum of the messages of all ranks.
-        total: 0-dimensional float64, or None: 0 if all elements of the gradients are finite, else NaN, and that
-            on all ranks or on none.
-    """
-
-    message: list[float]
-    total: Tensor | None
-
-
-class Reducer:
-    """The buckets of flat gradients, and one round of reductions: every bucket once.
+class Reducer(Buckets):
+    """One round of reductions of the buckets of flat gradients: every bucket once.
 
     Every rank multiplies its gradients by `scale` on their way into the bucket, so that their sum over the ranks
     is the mean; of half-precision gradients the sum is multiplied, in float32.
@@ -46,16 +36,20 @@ class Reducer:
     of the flags shows all ranks which parameters no rank has used, without another message.
 
     Attributes:
-        scale, scatters: as the arguments `scale` and `scatter`.
+        ahead: as the argument; see `Buckets` for the others.
 
     Args:
-        buffers: identical on all ranks, at least one, with `control` elements reserved for the message.
+        buffers: identical on all ranks, at least one, with `control` elements reserved for the message and
+            what `noise` sends.
         prefix: prefix of the names of the collectives, identical on all ranks and used by no other reducer.
         compression: as in `start_reduction`.
         scale: factor that makes the mean of a sum over ranks and micro-batches.
         scatter: reduce each shard of a bucket to its owner only; flags and message are then reduced separately.
         feedback: residuals of gradients that are, or may be, sent as codes; else None.
         lossless: use the compression only for gradients that it does not round: bf16 for those of bfloat16.
+        ahead: send a `Header` ahead of the last bucket, instead of the message within it; then buckets can be used
+            as they arrive, see `arrive`.
+        noise: measures the noise scale.
     """
 
     def __init__(
@@ -68,23 +62,17 @@ class Reducer:
         feedback: ErrorFeedback | None = None,
         *,
         lossless: bool = False,
+        ahead: bool = False,
+        noise: NoiseMeter,
     ) -> None:
-        self._buffers = buffers
-        self._buckets = [(buffer, bucket) for buffer in buffers for bucket in buffer.layout.buckets]
-        self._number = {
-            p: number
-            for number, (buffer, bucket) in enumerate(self._buckets)
-            for p in buffer.params[bucket.first : bucket.last]
-        }
-        self._index = {p: i for buffer in buffers for i, p in enumerate(buffer.params)}
-        self._prefix, self._compression, self.scale = prefix, compression, scale
-        self.scatters, self._residuals, self._lossless = scatter, feedback, lossless
+        super().__init__(buffers, scale, scatter)
+        self._prefix, self._compression, self._residuals = prefix, compression, feedback
+        self._lossless, self.ahead = lossless, ahead
+        self._noise = BucketNoise(noise, self._buckets, _LAST)
         self._in_flight: dict[int, Reduction] = {}
-
-    @property
-    def parameters(self) -> list[tuple[Tensor, ...]]:
-        """The parameters of each bucket."""
-        return [tuple(buffer.params[bucket.first : bucket.last]) for buffer, bucket in self._buckets]
+        self._present: dict[int, list[bool]] = {}  # by bucket: for each parameter whether this rank has a gradient
+        self._sums_are_finite = True  # if those of all ranks are as small as this rank's in this round
+        self._header: Header | None = None  # of this round, once sent
 
     @property
     def in_flight(self) -> bool:
@@ -109,39 +97,49 @@ class Reducer:
         if self._feedback is not None:
             self._feedback.forget_unless_kept(self._index)
 
-    def respect_held_gradients(self) -> None:
-        """Called before a round: user code may hold gradients, of now and of earlier rounds."""
-        for buffer in self._buffers:
-            buffer.leave_kept_gradients()
-            if not self.scatters:  # else the gradients are not whole when the round ends
-                buffer.remember_assigned()
-
-    def give_back(self) -> None:
-        """Called after the last round: tensors that user code has assigned become the gradients again."""
-        for buffer in self._buffers:
-            buffer.give_back()
-
     def sent(self, p: Tensor) -> bool:
         """Returns whether the bucket of `p` has been sent in this round, so that its gradient must not change."""
-        return self._number.get(p) in self._in_flight
+        return self.number.get(p) in self._in_flight
 
     def send(self, p: Tensor) -> None:
         """Starts to reduce the bucket that contains `p`, unless it waits for the message; see `finish`."""
-        if self._number[p] != _LAST:
-            self._send(self._number[p])
+        number = self.number[p]
+        if number != _LAST:
+            self._start(number, self._collect(number))
 
-    def _send(self, number: int) -> None:
+    def _collect(self, number: int) -> Scaling:
+        """Makes a bucket ready to be sent. Returns the factor to send it with."""
         buffer, bucket = self._buckets[number]
         later = is_half(buffer.dtype) or self._codes is not None  # multiplied in float32, after a conversion
         present = buffer.collect(bucket.first, bucket.last, 1.0 if later else self.scale)
         for i, has_grad in enumerate(present, start=bucket.first):
             if not has_grad:
                 buffer.clear(i)
-        _flags(buffer, bucket).copy_(torch.tensor(present, device="cpu"))
+        self._present[number] = present
+        flags_of(buffer, bucket).copy_(torch.tensor(present, device="cpu"))
+        # Residuals are added later, and codes leave their errors between the parameters.
+        square = self._square(number) if self._feedback is None else None
+        rest = self.scale if later else 1.0
+        self._noise.measure_own(number, rest, square, is_first=not self._in_flight)
         scaling = Scaling(self.scale, bucket.flags - bucket.start) if later else Scaling()
         if self._feedback is not None and self._codes is None:  # of another compression before
             for i in range(bucket.first, bucket.last):
                 self._feedback.add_waiting(buffer.params[i], buffer.grad_view(i), scaling.factor)
+        if self._feedback is not None:
+            square = self._square(number)
+        if square is not None:
+            self._sums_are_finite = sums_are_finite(square, self._compression_of(buffer), horovod().size())
+        return scaling
+
+    def _square(self, number: int) -> Tensor | None:
+        """Returns the squared 2-norm of a bucket; None where no header tells whether the sums are finite."""
+        if not (self.ahead and self._sums_are_finite):
+            return None
+        buffer, bucket = self._buckets[number]
+        return square_of(buffer.grad[bucket.start : bucket.flags])
+
+    def _start(self, number: int, scaling: Scaling) -> None:
+        buffer, bucket = self._buckets[number]
         gradients, name = buffer.grad[bucket.start : bucket.end], f"{self._prefix}.{number}"
         with explained():
             if self._codes is None:
@@ -157,11 +155,59 @@ class Reducer:
         Args:
             message: at most as many elements as are reserved for it.
         """
-        buffer, bucket = self._buckets[_LAST]
-        _message(buffer, bucket, len(message)).copy_(message)
-        for number in reversed(range(len(self._buckets))):
-            if number not in self._in_flight:
-                self._send(number)
+        rest = [number for number in reversed(range(len(self._buckets))) if number not in self._in_flight]
+        scalings = [self._collect(number) for number in rest]
+        if self.ahead:
+            present = [self._present[number] for number in range(len(self._buckets))]
+            safe = self._sums_are_finite and not (self._codes is not None and self._codes.may_be_large)
+            self._header = Header(self._name_of_message, message, present, sums_are_finite=safe)
+        else:
+            message_of(*self._buckets[_LAST], len(message)).copy_(message)
+        for number, scaling in zip(rest, scalings, strict=True):
+            self._start(number, scaling)
+
+    @property
+    def _name_of_message(self) -> str:
+        """Name of the all-reduce that the message is part of."""
+        if self.ahead:
+            return f"{self._prefix}.header"
+        name = f"{self._prefix}.{_LAST}"
+        return name if self._codes is None else exact_name(name)
+
+    def header(self) -> Header:
+        """Waits for the header of this round, which has been sent.
+
+        Raises:
+            HorovodInternalError: as `finish`.
+        """
+        assert self._header is not None
+        with explained():
+            self._header.wait()
+        return self._header
+
+    def arrive(self) -> Iterator[int]:
+        """Waits for one bucket after the other, and returns the number of each when its sum is there.
+
+        In place of `finish`, with the header of this round, by which all sums are finite. Sets gradients of the
+        bucket that no rank has to None.
+
+        Raises:
+            HorovodInternalError: as `finish`.
+        """
+        header = self.header()
+        with explained():
+            for reduction in self._in_flight.values():
+                reduction.start_gather()
+        for number, reduction in self._in_flight.items():
+            with explained():
+                reduction.wait()
+            self._noise.measure_mean(number, *self._own_span(self._buckets[number][1]))
+            self._drop_unused(number, header.used[number])
+            yield number
+        self._read_noise()
+        self._end_round()
+        if self._feedback is not None:
+            self._feedback.finish(torch.zeros((), device="cpu"))
 
     def finish(self, message: Tensor, *, add: bool = False) -> Reduced:
         """Waits for all buckets, which have been sent. Sets gradients that no rank has to None.
@@ -175,6 +221,7 @@ class Reducer:
             HorovodInternalError: another rank has ended, or is in another collective.
         """
         add = add or self._feedback is not None
+        header = self.header() if self.ahead else None
         with explained():
             for reduction in self._in_flight.values():
                 reduction.start_gather()
@@ -184,118 +231,69 @@ class Reducer:
                 if add:
                     buffer, bucket = self._buckets[number]
                     sums.append(element_sum(self._own(buffer.grad, bucket)))
-            self._in_flight.clear()
+                self._noise.measure_mean(number, *self._own_span(self._buckets[number][1]))
             reduced = self._read(len(message), torch.stack(sums).mul(0).sum() if add else None)
+        self._end_round()
         if self._feedback is not None and reduced.total is not None:
             self._feedback.finish(reduced.total)
+            large = header is not None and not header.sums_are_finite and bool(reduced.total.isfinite())
+            self._feedback.may_be_large |= large
         return reduced
 
     def start_meeting(self, call: str) -> Callable[[], None]:
         """Makes ranks that reduce gradients fail, instead of waiting for this one for ever, and this one too.
 
-        It reduces one element under the name of the last bucket: Horovod refuses tensors of different shapes. It
-        does nothing where gradients are scattered or sent as bfloat16, by other collectives. Codes always travel
-        with an all-reduce.
+        Without a header it does nothing where gradients are scattered or sent as bfloat16, by other collectives.
+        Codes always travel with an all-reduce.
 
         Args:
-            call: what this rank does, and every rank must, for the error.
+            call: what this rank does, for the error.
 
         Returns:
             Waits until all ranks have called this.
         """
         first = self._buckets[_LAST][0]
-        if self._codes is None and (self.scatters or self._compression_of(first) == "bf16"):
+        others = self.scatters or self._compression_of(first) == "bf16"
+        if others and self._codes is None and not self.ahead:
             return lambda: None
-        one = torch.zeros(1, dtype=torch.float32, device=first.device)
-        name = f"{self._prefix}.{_LAST}"
-        meeting = AllReduce(one, name if self._codes is None else exact_name(name), "none")
-
-        def wait() -> None:
-            with explained(call):
-                meeting.wait()
-
-        return wait
-
-    def place(self, p: Tensor) -> Tensor:
-        """Returns the view of the buffer that holds the averaged gradient of `p`."""
-        buffer, _ = self._buckets[self._number[p]]
-        return buffer.grad_view(self._index[p])
-
-    def spread(self) -> None:
-        """After a scattered round, makes the averaged shards what the ranks contribute to another round.
-
-        Each rank contributes its own shard, undivided, and zeros for the others.
-        """
-        for buffer, bucket in self._buckets:
-            own = self._own(buffer.grad, bucket)
-            mean = own / self.scale
-            buffer.grad[bucket.start : bucket.end].zero_()
-            own.copy_(mean)
-
-    def _own(self, gradients: Tensor, bucket: Bucket) -> Tensor:
-        """Returns the gradients of a bucket that this rank has the sum of."""
-        start, end = (
-            bucket.shard(horovod().rank(), horovod().size()) if self.scatters else (bucket.start, bucket.end)
-        )
-        return gradients[start:end]
+        return start_meeting(self._name_of_message, first.device, call)
 
     def _read(self, length: int, total: Tensor | None) -> Reduced:
         """Reads flags and message of all ranks, and drops the gradients that no rank has."""
-        first_buffer, first_bucket = self._buckets[_LAST]
-        place = _message(first_buffer, first_bucket, length)
-        flags = [_flags(buffer, bucket) for buffer, bucket in self._buckets]
-        small = torch.cat([values.float() for values in (*flags, place)]).cpu()
-        if self.scatters and self._codes is not None:  # flags and message are sent exactly, to all ranks
-            assert total is not None
-            own = total.float().cpu().reshape(1)  # 0 or NaN
-            total = horovod().allreduce(own, op=horovod().Sum, name=f"{self._prefix}.used")[0].double()
-        elif self.scatters:
-            rest = [] if total is None else [total.float().cpu().reshape(1)]  # 0 or NaN
-            small = horovod().allreduce(torch.cat([small, *rest]), op=horovod().Sum, name=f"{self._prefix}.used")
-            if total is not None:
-                total, small = small[-1].double(), small[:-1]
-        *used, received = torch.split(small, [*map(len, flags), length])
-        for (buffer, bucket), counts in zip(self._buckets, used, strict=True):
-            for p, ranks in zip(buffer.params[bucket.first : bucket.last], counts.tolist(), strict=True):
-                if ranks == 0:
-                    if self._feedback is not None:
-                        self._feedback.take_back(self._number[p], p, self.place(p))
-                    p.grad = None
-        for values in (*flags, place):
-            values.zero_()
-        return Reduced(received.tolist(), total)
+        if self._header is None:
+            codes = self._codes is not None
+            used, message, total = read_flags(
+                self._buckets, length, total, self.scatters, codes, self._of_all_ranks
+            )
+        else:
+            used, message = self._header.used, self._header.message
+            if self.scatters and total is not None:
+                total = self._of_all_ranks(finite_or_nan(total))[0].double()
+        self._read_noise()
+        for number, is_used in enumerate(used):
+            self._drop_unused(number, is_used)
+        return Reduced(message, total)
 
+    def _read_noise(self) -> None:
+        numbers = self._noise.numbers(own=self.scatters)
+        if len(numbers):
+            self._noise.receive(self._of_all_ranks(numbers) if self.scatters else numbers)
 
-@contextmanager
-def explained(call: str | None = None) -> Iterator[None]:
-    """Replaces Horovod's message about ranks that do not take part in a collective by what it means here.
+    def _of_all_ranks(self, values: Tensor) -> Tensor:
+        hvd = horovod()
+        total: Tensor = hvd.allreduce(values, op=hvd.Sum, name=f"{self._prefix}.used")
+        return total
 
-    Args:
-        call: what this rank does while others may wait for gradients; None if it waits for gradients itself.
-    """
-    from horovod.common.exceptions import HorovodInternalError
+    def _drop_unused(self, number: int, used: Sequence[bool]) -> None:
+        """Sets the gradients of a bucket that no rank has to None, and clears its flags."""
+        buffer, bucket = self._buckets[number]
+        for p, is_used in zip(buffer.params[bucket.first : bucket.last], used, strict=True):
+            if not is_used:
+                if self._feedback is not None:
+                    self._feedback.take_back(number, p, self.place(p))
+                p.grad = None
+        flags_of(buffer, bucket).zero_()
 
-    try:
-        yield
-    except HorovodInternalError as error:
-        if call is not None:
-            raise HorovodInternalError(
-                f"this rank is in {call}, which every rank must call in the same place, while another waits for "
-                "gradients, or has ended or failed. If that rank has shown another error, that is the cause. "
-                f"(Horovod: {error})"
-            ) from error
-        raise HorovodInternalError(
-            "some ranks wait for gradients, while another has ended, failed, called something else that every "
-            "rank must call (broadcast, add_param_group, state_dict if sharded) or hvd.join(), or trains other "
-            "parameters (freeze and unfreeze on every rank). If that rank has shown an error, that is the cause. "
-            "If ranks have different numbers of batches, use `with optimizer.join():` around the loop. "
-            f"(Horovod: {error})"
-        ) from error
-
-
-def _flags(buffer: GradientBuffer, bucket: Bucket) -> Tensor:
-    return buffer.grad[bucket.flags : bucket.flags + bucket.last - bucket.first]
-
-
-def _message(buffer: GradientBuffer, bucket: Bucket, length: int) -> Tensor:
-    return buffer.grad[bucket.control : bucket.control + length]
+    def _end_round(self) -> None:
+        self._in_flight.clear()
+        self._header, self._sums_are_finite = None, True

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hvd_adam.distributed.broadcast.tensors import ROOT
 from hvd_adam.distributed.collectives.pieces import start_allgather
-from hvd_adam.distributed.gradients.grad_scaling import norms_of_pieces
+from hvd_adam.distributed.gradients.grad_scaling import square_norm
 from hvd_adam.distributed.gradients.gradient_buffer import GradientBuffer
 from hvd_adam.distributed.strategies.allreduce import AllReduceStrategy
 from hvd_adam.optim.formats.eight_bit import scales_of
@@ -68,9 +68,7 @@ class ZeroStrategy(AllReduceStrategy):
 
     def norm(self, parameters: Sequence[Tensor], buffers: Sequence[GradientBuffer]) -> Tensor:
         """Returns the norm, from the squares of all shards added in rank order: identical bits on all ranks."""
-        norms = [norm.double() for norm in norms_of_pieces(self._own_gradients(buffers))]
-        norms = norms or [torch.zeros((), dtype=torch.float64, device=parameters[0].device)]
-        square = torch.stack(norms).square().sum().reshape(1)
+        square = square_norm(self._own_gradients(buffers)).to(parameters[0].device).reshape(1)
         squares = self.hvd.allgather(square, name=f"{self.prefix}.norm")
         total: Tensor = squares.sum().sqrt()
         return total.to(torch.promote_types(buffers[0].dtype, torch.float32))

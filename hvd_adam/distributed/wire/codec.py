@@ -19,6 +19,14 @@ SCALE_BYTES = 2
 SMALLEST = 2.0**-100
 """Blocks whose largest magnitude is smaller are not sent: their error stays in the residual."""
 
+SENT = 0.25
+"""Fraction of a residual that each update sends.
+
+A residual of white rounding errors of variance σ² has the variance σ²/(1 − (1 − SENT)²), and what is decoded has
+the noise σ²·(1 + SENT/(2 − SENT)): 1.14 σ², where all of the residual at once makes it 2 σ². A power of two, which
+rounds nothing.
+"""
+
 
 @dataclass(frozen=True)
 class Codec:
@@ -75,7 +83,10 @@ def encode(
     scale: float,
     unit: float,
 ) -> None:
-    """Encodes h = gradients · scale + residual · unit, and computes what the codes miss of it.
+    """Encodes t = gradients · scale + SENT · residual · unit, and computes the new residual.
+
+    It is what the codes miss of h = gradients · scale + residual · unit; t is h − (1 − SENT) · residual · unit, in
+    this order of operations.
 
     A block that is not finite gets the scale NaN and decodes to NaN. A block whose gradients are all 0, or whose
     magnitudes are less than `SMALLEST`, gets the scale 0: nothing of it is sent, and its residual keeps all of h.
@@ -84,16 +95,18 @@ def encode(
         codec: the format.
         gradients: [n], float32, float16 or bfloat16; contiguous.
         residual: [m], float32, m = n or more, a multiple of parts · block. Elements n to m are padding.
-        new_residual: [m], float32: receives (h − decoded h) / unit. May be `residual` itself.
+        new_residual: [m], float32: receives (h − decoded t) / unit. May be `residual` itself.
         payload: [parts, bytes], uint8, contiguous: receives codes and scales of the m/parts elements of each part.
         scale: factor of the gradients, rounded to float32.
         unit: units of the gradients per unit of the residual (the loss scale), rounded to float32; > 0.
     """
-    h = residual * unit
+    e = residual * unit
+    h = e.clone()
     h[: len(gradients)] += gradients.float() * scale
     zero = torch.ones_like(h, dtype=torch.bool)
     zero[: len(gradients)] = gradients == 0
-    t = _rotate(h) if codec.rotated else h
+    t = h - e * (1 - SENT)
+    t = _rotate(t) if codec.rotated else t
     decoded = unrotate(codec, _quantize(codec, t, zero.view(-1, codec.block).all(dim=1, keepdim=True), payload))
     torch.div(h - decoded, _divisor(h, unit), out=new_residual)
 
@@ -101,26 +114,28 @@ def encode(
 def add_and_encode(
     codec: Codec, payloads: Tensor, residual: Tensor, new_residual: Tensor, payload: Tensor, unit: float
 ) -> None:
-    """Adds the same part of all ranks in float32, in rank order, then the residual · unit, and encodes the sum.
+    """Adds the same part of all ranks in float32, in rank order, and encodes t = sum + SENT · residual · unit.
 
-    The sum and the residual stay rotated if the codes are.
+    As in `encode`, with h = sum + residual · unit. The sum and the residual stay rotated if the codes are.
 
     Args:
         codec: the format.
         payloads: [ranks, bytes], uint8, contiguous: this rank's part, encoded by each rank.
         residual: [k], float32, of the k elements of this part.
-        new_residual: [k], float32: receives (sum − decoded sum) / unit. May be `residual` itself.
+        new_residual: [k], float32: receives (h − decoded t) / unit. May be `residual` itself.
         payload: [bytes], uint8, contiguous: receives the codes and scales of the sum.
         unit: as in `encode`.
     """
     parts = _dequantize(codec, payloads)
-    t = parts[0].clone()
+    h = parts[0].clone()
     for part in parts[1:]:
-        t += part
-    t += residual * unit
+        h += part
+    e = residual * unit
+    h += e
+    t = h - e * (1 - SENT)
     keep = torch.zeros(len(t) // codec.block, 1, dtype=torch.bool, device=t.device)
     decoded = _quantize(codec, t, keep, payload)
-    torch.div(t - decoded, _divisor(t, unit), out=new_residual)
+    torch.div(h - decoded, _divisor(h, unit), out=new_residual)
 
 
 def decode(codec: Codec, payloads: Tensor, out: Tensor) -> None:

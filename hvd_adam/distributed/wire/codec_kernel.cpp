@@ -1,6 +1,7 @@
 // The functions of codec.py for CPUs, to the bit, each in one pass over memory. Compiled by cpu_codec.py with
 //   BITS, BLOCK, LEVELS, ROTATED   as the attributes of Codec
 //   GROUP, SCALE_BYTES, SMALLEST   as in codec.py
+//   WITHHELD                       1 - SENT of codec.py
 // Every operation is rounded by itself (-ffp-contract=off). Some blocks are computed in arrays of fixed length, which
 // stay in registers and the first cache; compilers turn their loops into vector instructions, unless they are short.
 
@@ -162,7 +163,11 @@ void encode_blocks(const float* gradients, const float* residual, float* new_res
     for (int i = block * BLOCK; i < (block + 1) * BLOCK; ++i) any |= magnitude_bits(gradients[i]);
     keep[block] = any == 0;
   }
-  for (int i = 0; i < ELEMENTS; ++i) h[i] = t[i] = gradients[i] * factor + residual[i] * unit;
+  for (int i = 0; i < ELEMENTS; ++i) {
+    const float e = residual[i] * unit;
+    h[i] = gradients[i] * factor + e;
+    t[i] = h[i] - e * WITHHELD;
+  }
   if (ROTATED) rotate(t, ELEMENTS);
   quantize<BLOCKS>(t, keep, payload);
   if (ROTATED) rotate(t, ELEMENTS);
@@ -226,7 +231,11 @@ extern "C" void hvd_adam_add_and_encode(const uint8_t* payloads, int64_t ranks, 
     float sum[ELEMENTS] = {}, t[ELEMENTS];
     for (int64_t rank = 0; rank < ranks; ++rank) add_decoded<number>(Payload(payloads, rank, blocks, first), sum);
     const float* old = residual + first * BLOCK;
-    for (int i = 0; i < ELEMENTS; ++i) sum[i] = t[i] = sum[i] + old[i] * unit;
+    for (int i = 0; i < ELEMENTS; ++i) {
+      const float e = old[i] * unit;
+      sum[i] += e;
+      t[i] = sum[i] - e * WITHHELD;
+    }
     const bool keep[number] = {};
     quantize<number>(t, keep, Payload(payload, 0, blocks, first));
     for (int i = 0; i < ELEMENTS; ++i) new_residual[first * BLOCK + i] = (sum[i] - t[i]) / unit;

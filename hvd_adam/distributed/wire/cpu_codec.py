@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hvd_adam.distributed.wire.codec import GROUP, SCALE_BYTES, SMALLEST, Codec
+from hvd_adam.distributed.wire.codec import GROUP, SCALE_BYTES, SENT, SMALLEST, Codec
 from hvd_adam.optim.kernels.cpp_compiler import compile_library
 
 _SOURCE = Path(__file__).with_name("codec_kernel.cpp")
@@ -74,6 +74,7 @@ def _library(codec: Codec) -> ctypes.CDLL:
         "ROTATED": int(codec.rotated),
         "GROUP": GROUP,
         "SCALE_BYTES": SCALE_BYTES,
+        "WITHHELD": f"{(1 - SENT).hex()}f",
         "SMALLEST": f"{SMALLEST.hex()}f",
     }
     library = compile_library(f"codec-{codec.bits}", _SOURCE, definitions)

@@ -1,4 +1,4 @@
-"""`GradientResiduals`: what codes miss of the gradients, and how it is added to those of the next update.
+"""`GradientResiduals`: what codes miss of the gradients, and how it is added to those of the next updates.
 
 Seide et al. 2014; Karimireddy et al. 2019, arXiv 1901.09847. The residuals are in units of the mean gradient,
 without the loss scale. Their sum over the ranks is what updates have not received yet.
@@ -53,7 +53,10 @@ class GradientResiduals:
     Attributes:
         compression: the one in use.
         shard_multiple: the length of a shard of a bucket must be a multiple of it.
+        may_be_large: whether gradients have been so large that sums of residuals may overflow.
     """
+
+    may_be_large = False
 
     def __init__(
         self,

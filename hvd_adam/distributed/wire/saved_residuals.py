@@ -81,10 +81,21 @@ class SavedResiduals:
             self.masters: dict[str, Tensor] = dict(saved.get("masters", {}))
             self.choice: dict[str, Any] | None = saved.get("choice")
             self._codec = CODECS[self._compression if self.buckets else "int8"]
+            self._check_tensors()
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(
-                f"these are no residuals of gradients that this version has saved: {error!r}"
-            ) from None
+            raise _not_residuals(error) from None
+
+    def _check_tensors(self) -> None:
+        """Raises a ValueError or TypeError unless all tensors have the rows and the dtype of residuals."""
+        for names, *residuals in self.buckets:
+            for residual in residuals:
+                if residual.dim() != 2 or len(residual) != self.ranks or residual.dtype != torch.float32:
+                    raise ValueError(f"of {', '.join(names)}: {_kind(residual)} of {self.ranks} ranks")
+        for name, residual in self.parked.items():
+            if residual.shape[:1] != (self.ranks,) or residual.dtype != torch.float32:
+                raise ValueError(f"of {name}: {_kind(residual)} of {self.ranks} ranks")
+        if not all(isinstance(master, Tensor) for master in self.masters.values()):
+            raise TypeError("a master is no tensor")
 
     def fit(self, compression: str, ranks: int, buckets: Sequence[Places], lengths: Sequence[list[int]]) -> bool:
         """Returns whether each rank can continue with its own residuals as they are.
@@ -105,8 +116,14 @@ class SavedResiduals:
 
         With the same number of ranks each keeps its own, with that of its part of the sum. With another number all
         get the same. The sum over the ranks, which is what updates have not received yet, stays the same.
+
+        Raises:
+            UserError: a bucket does not have the lengths of its parameters.
         """
-        found = dict(self.parked) | dict(self._of_buckets())
+        try:
+            found = dict(self.parked) | dict(self._of_buckets())
+        except (RuntimeError, ValueError, TypeError) as error:  # a bucket is shorter than its parameters
+            raise _not_residuals(error) from None
         if ranks == self.ranks:
             return found
         return {
@@ -119,3 +136,14 @@ class SavedResiduals:
             whole = [folded(self._codec, worker[rank], server[rank], rank) for rank in range(self.ranks)]
             for name, place in places.items():
                 yield name, torch.stack([view(flat, place) for flat in whole])
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+
+
+def _not_residuals(error: Exception) -> UserError:
+    what = " ".join(str(error).split())[:200]
+    return UserError(
+        f"these are no residuals of gradients that this version has saved: {type(error).__name__}: {what}"
+    )

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hvd_adam.distributed.wire.codec import GROUP, SCALE_BYTES, SMALLEST, Codec
+from hvd_adam.distributed.wire.codec import GROUP, SCALE_BYTES, SENT, SMALLEST, Codec
 
 # Of one program: 16 elements a thread.
 ELEMENTS = 2048
@@ -27,6 +27,7 @@ _GROUP = tl.constexpr(GROUP)
 _STAGES = tl.constexpr(GROUP.bit_length() - 1)
 _SCALE_BYTES = tl.constexpr(SCALE_BYTES)
 _SMALLEST = tl.constexpr(SMALLEST)
+_WITHHELD = tl.constexpr(1 - SENT)
 _NAN = tl.constexpr(0x7FC0)  # in bfloat16
 # As in codec_kernel.cpp: the last bits of a number plus this are its nearest integer, ties to even.
 _ROUNDER = tl.constexpr(1.5 * 2**23)
@@ -118,7 +119,9 @@ def encode_blocks(
     else:
         g = tl.load(gradients + places, places < count, other=0.0).to(tl.float32)
         h = tl.where(places < count, g * factor + e, e)  # -0 + 0 would be 0
-    t = _rotate(h, ROWS, BLOCK) if ROTATED else h
+    t = h - e * _WITHHELD
+    if ROTATED:
+        t = _rotate(t, ROWS, BLOCK)
     keep = tl.max(_magnitude_bits(g), axis=1) == 0
     decoded = _quantize(t, keep, payload, block, blocks, inside, ROWS, BITS, BLOCK, LEVELS)
     if ROTATED:
@@ -138,13 +141,14 @@ def add_and_encode_blocks(
     block = first + tl.arange(0, ROWS)
     inside = block < blocks
     places = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    t = tl.zeros((ROWS, BLOCK), tl.float32)
+    h = tl.zeros((ROWS, BLOCK), tl.float32)
     for rank in range(ranks):
-        t += _dequantize(payloads, rank * blocks + block, blocks, inside, ROWS, BITS, BLOCK)
-    t += tl.load(residual + places, inside[:, None], other=0.0) * unit
-    decoded = _quantize(t, block < 0, payload, block, blocks, inside, ROWS, BITS, BLOCK, LEVELS)
+        h += _dequantize(payloads, rank * blocks + block, blocks, inside, ROWS, BITS, BLOCK)
+    e = tl.load(residual + places, inside[:, None], other=0.0) * unit
+    h += e
+    decoded = _quantize(h - e * _WITHHELD, block < 0, payload, block, blocks, inside, ROWS, BITS, BLOCK, LEVELS)
     tl.store(
-        new_residual + places, tl.div_rn(t - decoded, tl.full((ROWS, BLOCK), unit, tl.float32)), inside[:, None]
+        new_residual + places, tl.div_rn(h - decoded, tl.full((ROWS, BLOCK), unit, tl.float32)), inside[:, None]
     )
 
 

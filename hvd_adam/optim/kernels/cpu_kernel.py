@@ -38,14 +38,14 @@ def compile_kernel(spec: KernelSpec) -> Kernel:
     function.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_double, ctypes.c_int)
     function.restype = None
 
-    def kernel(batch: Batch, groups: Sequence[HyperParameters], grad_scale: Tensor | None) -> None:
+    def update(batch: Batch, groups: Sequence[HyperParameters], grad_scale: Tensor | None) -> None:
         # As `Group` in rows.h.
         numbers = np.array([(lr, *betas, *others) for lr, betas, *others in groups], np.float64)
         scale = 1.0 if grad_scale is None else float(grad_scale)
         rows = batch.rows
         function(rows.ctypes.data, len(rows), numbers.ctypes.data, scale, torch.get_num_threads())
 
-    return kernel
+    return Kernel(update)
 
 
 def _definitions(spec: KernelSpec) -> dict[str, str]:

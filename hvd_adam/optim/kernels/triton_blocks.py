@@ -11,21 +11,28 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 
 from hvd_adam.optim.expression import KernelSpec
 from hvd_adam.optim.formats import random_bits
-from hvd_adam.optim.kernels.triton_kernel import TYPES, current_master, pointer, root, round_stochastically
+from hvd_adam.optim.kernels.triton_kernel import (
+    COMMON,
+    TYPES,
+    current_master,
+    pointer,
+    root,
+    round_stochastically,
+    rounding_constants,
+)
 
 BLOCK = random_bits.BLOCK
 WARPS = 2  # 8 elements a thread, as in triton_kernel.py
 
 # Columns of the table of tensors on the device, one line for each tensor.
 WHOLE = (
-    *("param", "grad", "exp_avg", "exp_avg_sq", "exp_avg_scales", "exp_avg_sq_scales", "master_param"),
-    *("param_correction", "elements", "position", "first_block"),
+    *COMMON,
+    *("exp_avg", "exp_avg_sq", "exp_avg_scales", "exp_avg_sq_scales", "master_param", "param_correction"),
 )
 # What multiplies the gradients and the parameters, `formats.expression.factors`, and the number of the step.
 REAL = (
@@ -83,10 +90,10 @@ def _eight_bit(
 ):  # fmt: skip
     """Updates moments that are held as codes; returns the first one, and the root of the second one."""
     scales = start // 32 + tl.arange(0, 16)
-    first_codes = pointer(whole, 2, tl.int8, ALIGNED) + places
-    second_codes = pointer(whole, 3, tl.uint8, ALIGNED) + places
-    first_scales = pointer(whole, 4, tl.uint16, ALIGNED) + scales
-    second_scales = pointer(whole, 5, tl.uint16, ALIGNED) + scales
+    first_codes = pointer(whole, 4, tl.int8, ALIGNED) + places
+    second_codes = pointer(whole, 5, tl.uint8, ALIGNED) + places
+    first_scales = pointer(whole, 6, tl.uint16, ALIGNED) + scales
+    second_scales = pointer(whole, 7, tl.uint16, ALIGNED) + scales
     code = _load(first_codes, inside).to(tl.int32)
     level = code + 3 * (code - tl.minimum(tl.maximum(code, -64), 64))
     m = (_scales(first_scales, any_inside) * first_kept)[None, :] * level.to(tl.float32) + first_new * g
@@ -110,14 +117,14 @@ def _eight_bit(
 
 @triton.jit
 def _update(
-    whole, scale, weight_decay, first_kept, second_kept, first_new, second_new, step_size, eps, step,
+    whole, grad, scale, weight_decay, first_kept, second_kept, first_new, second_new, step_size, eps, step,
     start, places, inside, any_inside,
     PARAM: tl.constexpr, MOMENT: tl.constexpr, STATE: tl.constexpr, DECAY: tl.constexpr, ROUNDING: tl.constexpr,
     HALF_EPS: tl.constexpr, TINY: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Updates the block at `start`; elements that are not `inside` are left alone; None for all."""
     # As `random_bits.words`: the remainder modulo 2³¹ is taken after the index is added.
-    seed = tl.cast(step, tl.int64) * 0x9E3779B1 + tl.load(whole + 9) + start
+    seed = tl.cast(step, tl.int64) * 0x9E3779B1 + tl.load(whole + 3) + start
     h = ((seed + tl.arange(0, 16)) & 0x7FFFFFFF).to(tl.uint32)
     h = (h ^ (h >> 16)) * 0x7FEB352D
     h = (h ^ (h >> 15)) * 0x846CA68B
@@ -127,12 +134,12 @@ def _update(
     param = pointer(whole, 0, PARAM, ALIGNED) + places
     stored = _load(param, inside).to(tl.float32)
     theta = stored
-    g = _load(pointer(whole, 1, PARAM, ALIGNED) + places, inside).to(tl.float32) * scale
+    g = _load(pointer(grad, 0, PARAM, ALIGNED) + places, inside).to(tl.float32) * scale
     if ROUNDING == "master":
-        master_param = pointer(whole, 6, tl.float32, ALIGNED) + places
+        master_param = pointer(whole, 8, tl.float32, ALIGNED) + places
         theta = current_master(stored, _load(master_param, inside), HALF_EPS, TINY)
     if ROUNDING == "correction":  # as `correction.decode_parameter`
-        correction = pointer(whole, 7, tl.int8, ALIGNED) + places
+        correction = pointer(whole, 9, tl.int8, ALIGNED) + places
         signed = _bits(stored).to(tl.int32) + _load(correction, inside).to(tl.int32) * 256
         magnitude = tl.minimum(tl.maximum(signed, 0), 0x7F800000).to(tl.uint32)
         sign = stored.to(tl.uint32, bitcast=True) & 0x80000000
@@ -148,8 +155,8 @@ def _update(
             ALIGNED,
         )  # fmt: skip
     else:
-        exp_avg = pointer(whole, 2, MOMENT, ALIGNED) + places
-        exp_avg_sq = pointer(whole, 3, MOMENT, ALIGNED) + places
+        exp_avg = pointer(whole, 4, MOMENT, ALIGNED) + places
+        exp_avg_sq = pointer(whole, 5, MOMENT, ALIGNED) + places
         m = first_kept * _load(exp_avg, inside).to(tl.float32) + first_new * g
         added = second_new * g
         v = second_kept * _load(exp_avg_sq, inside).to(tl.float32) + added * added
@@ -179,7 +186,7 @@ def _update(
 
 @triton.jit
 def adam_in_blocks(
-    whole, tensor_of_block, real, device_scale,
+    whole, grads, tensor_of_block, real, device_scale,
     scale, weight_decay, first_kept, second_kept, first_new, second_new, step_size, eps, step,
     DECAY: tl.constexpr, ALIGNED: tl.constexpr, PARAM: tl.constexpr, MOMENT: tl.constexpr, STATE: tl.constexpr,
     ROUNDING: tl.constexpr, HALF_EPS: tl.constexpr, TINY: tl.constexpr, WHOLE: tl.constexpr, REAL: tl.constexpr,
@@ -189,6 +196,7 @@ def adam_in_blocks(
     block = tl.program_id(0)
     tensor = tl.load(tensor_of_block + block)
     whole += tensor * WHOLE
+    grad = grads + tensor
     if real is not None:
         real += tensor * REAL
         scale = tl.load(real)
@@ -200,23 +208,23 @@ def adam_in_blocks(
         step_size = tl.load(real + 6)
         eps = tl.load(real + 7)
         step = tl.load(real + 8)
-    elements = tl.load(whole + 8)
+    elements = tl.load(whole + 1)
     if device_scale is not None:
         on_device = tl.load(device_scale).to(tl.float32)
         elements = tl.where(on_device == on_device, elements, 0)  # NaN: change nothing
         scale *= on_device
-    start = (block - tl.load(whole + 10)) * BLOCK  # int64: beyond 2³¹ elements, too
+    start = (block - tl.load(whole + 2)) * BLOCK  # int64: beyond 2³¹ elements, too
     places = start + tl.arange(0, 32)[:, None] * 16 + tl.arange(0, 16)[None, :]
     # Whole blocks without a mask, whose accesses are wide: a mask that depends on the data would make them narrow.
     if start + BLOCK <= elements:
         _update(
-            whole, scale, weight_decay, first_kept, second_kept, first_new, second_new, step_size, eps, step,
+            whole, grad, scale, weight_decay, first_kept, second_kept, first_new, second_new, step_size, eps, step,
             start, places, None, None, PARAM, MOMENT, STATE, DECAY, ROUNDING, HALF_EPS, TINY, ALIGNED,
         )  # fmt: skip
     elif start < elements:
         every_lane = tl.arange(0, 16) < 16
         _update(
-            whole, scale, weight_decay, first_kept, second_kept, first_new, second_new, step_size, eps, step,
+            whole, grad, scale, weight_decay, first_kept, second_kept, first_new, second_new, step_size, eps, step,
             start, places, places < elements, every_lane,
             PARAM, MOMENT, STATE, DECAY, ROUNDING, HALF_EPS, TINY, ALIGNED,
         )  # fmt: skip
@@ -225,15 +233,11 @@ def adam_in_blocks(
 @cache
 def constants(spec: KernelSpec) -> dict[str, Any]:
     """Returns the arguments of `adam_in_blocks` that are compiled into the kernel of a spec."""
-    info = torch.finfo(spec.dtype)
-    has_masters = spec.rounding == "master"
     return {
         "PARAM": TYPES[spec.dtype],
         "MOMENT": TYPES[spec.moment_dtype],
         "STATE": spec.state_format,
-        "ROUNDING": spec.rounding,
-        "HALF_EPS": info.eps / 2 if has_masters else 0.0,
-        "TINY": info.smallest_normal * info.eps if has_masters else 0.0,
+        **rounding_constants(spec),
         "WHOLE": len(WHOLE),
         "REAL": len(REAL),
         "BLOCK": BLOCK,

@@ -26,18 +26,9 @@ WARPS = 4
 TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 TYPES[torch.float64] = tl.float64
 
-# Columns of the table of tensors on the device, one line for each tensor.
-WHOLE = (
-    "param",
-    "grad",
-    "exp_avg",
-    "exp_avg_sq",
-    "max_exp_avg_sq",
-    "master_param",
-    "elements",
-    "position",
-    "first_block",
-)
+# The first columns of all kernels' tables of tensors on the device; a table has one line for each tensor.
+COMMON = ("param", "elements", "first_block", "position")
+WHOLE = (*COMMON, "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master_param")
 # Of the hyper-parameters: what multiplies the gradients, the `expression.Scalars`, the number of the step.
 REAL = ("scale", "weight_decay", "one_minus_beta1", "beta2", "one_minus_beta2", "step_size", "eps", "step")
 
@@ -78,6 +69,7 @@ def pointer(whole, COLUMN: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constex
 @triton.jit
 def _update(
     whole,
+    grad,
     scale,
     weight_decay,
     one_minus_beta1,
@@ -100,15 +92,15 @@ def _update(
 ):
     """Updates the elements at `places` of one tensor; those that are not `inside` are left alone; None for all."""
     param = pointer(whole, 0, PARAM, ALIGNED) + places
-    exp_avg = pointer(whole, 2, MOMENT, ALIGNED) + places
-    exp_avg_sq = pointer(whole, 3, MOMENT, ALIGNED) + places
+    exp_avg = pointer(whole, 4, MOMENT, ALIGNED) + places
+    exp_avg_sq = pointer(whole, 5, MOMENT, ALIGNED) + places
 
     theta = tl.load(param, inside).to(DTYPE)
-    g = tl.load(pointer(whole, 1, PARAM, ALIGNED) + places, inside).to(DTYPE) * scale
+    g = tl.load(pointer(grad, 0, PARAM, ALIGNED) + places, inside).to(DTYPE) * scale
     m = tl.load(exp_avg, inside).to(DTYPE)
     v = tl.load(exp_avg_sq, inside).to(DTYPE)
     if ROUNDING == "master":
-        master_param = pointer(whole, 5, tl.float32, ALIGNED) + places
+        master_param = pointer(whole, 7, tl.float32, ALIGNED) + places
         theta = current_master(theta, tl.load(master_param, inside), HALF_EPS, TINY)
 
     if DECAY == "coupled":
@@ -120,7 +112,7 @@ def _update(
     tl.store(exp_avg, m, inside)
     tl.store(exp_avg_sq, v, inside)
     if AMSGRAD:
-        max_exp_avg_sq = pointer(whole, 4, MOMENT, ALIGNED) + places
+        max_exp_avg_sq = pointer(whole, 6, MOMENT, ALIGNED) + places
         largest = tl.load(max_exp_avg_sq, inside).to(DTYPE)
         v = tl.where((largest >= v) | (largest != largest), largest, v)  # NaN is kept, as in torch.maximum
         tl.store(max_exp_avg_sq, v, inside)
@@ -130,7 +122,7 @@ def _update(
         tl.store(master_param, theta, inside)
     if ROUNDING == "stochastic":
         # As `expression.rounding_seed`; what follows takes the remainder.
-        seed = tl.cast(step, tl.int64) * 0x9E3779B1 + tl.load(whole + 7)
+        seed = tl.cast(step, tl.int64) * 0x9E3779B1 + tl.load(whole + 3)
         theta = round_stochastically(theta, places, seed)
     tl.store(param, theta, inside)
 
@@ -138,6 +130,7 @@ def _update(
 @triton.jit
 def adam(
     whole,
+    grads,
     tensor_of_block,
     real,
     device_scale,
@@ -166,6 +159,7 @@ def adam(
     block = tl.program_id(0)
     tensor = tl.load(tensor_of_block + block)
     whole += tensor * WHOLE
+    grad = grads + tensor
     if real is not None:
         real += tensor * REAL
         scale = tl.load(real)
@@ -176,40 +170,47 @@ def adam(
         step_size = tl.load(real + 5)
         eps = tl.load(real + 6)
         step = tl.load(real + 7)
-    elements = tl.load(whole + 6)
+    elements = tl.load(whole + 1)
     if device_scale is not None:
         on_device = tl.load(device_scale).to(DTYPE)
         elements = tl.where(on_device == on_device, elements, 0)  # NaN: change nothing
         scale *= on_device
-    start = (block - tl.load(whole + 8)) * BLOCK  # int64: beyond 2³¹ elements, too
+    start = (block - tl.load(whole + 2)) * BLOCK  # int64: beyond 2³¹ elements, too
     places = start + tl.arange(0, BLOCK)
     # Whole blocks without a mask, whose accesses are wide: a mask that depends on the data would make them narrow.
     if start + BLOCK <= elements:
         _update(
-            whole, scale, weight_decay, one_minus_beta1, beta2, one_minus_beta2, step_size, eps, step,
+            whole, grad, scale, weight_decay, one_minus_beta1, beta2, one_minus_beta2, step_size, eps, step,
             places, None,
             PARAM, MOMENT, DTYPE, AMSGRAD, DECAY, ROUNDING, HALF_EPS, TINY, ALIGNED,
         )  # fmt: skip
     else:
         _update(
-            whole, scale, weight_decay, one_minus_beta1, beta2, one_minus_beta2, step_size, eps, step,
+            whole, grad, scale, weight_decay, one_minus_beta1, beta2, one_minus_beta2, step_size, eps, step,
             places, places < elements,
             PARAM, MOMENT, DTYPE, AMSGRAD, DECAY, ROUNDING, HALF_EPS, TINY, ALIGNED,
         )  # fmt: skip
 
 
+def rounding_constants(spec: KernelSpec) -> dict[str, Any]:
+    """Returns both kernels' arguments of how parameters are stored, in the order of their signatures."""
+    info = torch.finfo(spec.dtype)
+    has_masters = spec.rounding == "master"
+    return {
+        "ROUNDING": spec.rounding,
+        "HALF_EPS": info.eps / 2 if has_masters else 0.0,
+        "TINY": info.smallest_normal * info.eps if has_masters else 0.0,
+    }
+
+
 @cache
 def constants(spec: KernelSpec) -> dict[str, Any]:
     """Returns the arguments of `adam` that are compiled into the kernel of a spec."""
-    info = torch.finfo(spec.dtype)
-    has_masters = spec.rounding == "master"
     return {
         "PARAM": TYPES[spec.dtype],
         "MOMENT": TYPES[spec.moment_dtype],
         "DTYPE": TYPES[spec.compute_dtype],
-        "ROUNDING": spec.rounding,
-        "HALF_EPS": info.eps / 2 if has_masters else 0.0,
-        "TINY": info.smallest_normal * info.eps if has_masters else 0.0,
+        **rounding_constants(spec),
         "WHOLE": len(WHOLE),
         "REAL": len(REAL),
         "BLOCK": BLOCK,

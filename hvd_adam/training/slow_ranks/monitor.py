@@ -7,11 +7,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from statistics import median
+from typing import Any
+
+import torch
 
 from hvd_adam.data.protocols import Batch
 from hvd_adam.distributed.collectives.background_gather import BackgroundGather
 from hvd_adam.distributed.collectives.waiting import seconds_waited
 from hvd_adam.distributed.context import Cluster
+from hvd_adam.distributed.optimizer import DistributedAdam
 from hvd_adam.log import logger
 from hvd_adam.training.slow_ranks.detector import CHECKPOINT, WINDOWS, Slow, SlowCheckpoints, SlowRankDetector
 from hvd_adam.training.slow_ranks.messages import ended_line, slow_line
@@ -25,16 +29,26 @@ class SlowRankMonitor:
     """Sends this rank's times to the others once in a window of updates, and records on rank 0 what they show.
 
     A window has at least 3 updates and takes at least 0.4 seconds. Its times travel during the next update, so
-    no rank waits for them. On one rank this does nothing.
+    no rank waits for them. On one rank this does nothing, nor where ranks do not wait for each other in every
+    update (`strategy="local"`): it would make them wait.
 
     Args:
         cluster: this process.
+        optimizer: of the training.
         hosts: host names by rank.
         record: records an event by its name and values; see the documentation of `metrics.jsonl`.
     """
 
-    def __init__(self, cluster: Cluster, hosts: Sequence[str], record: Callable[..., None]) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        optimizer: torch.optim.Optimizer,
+        hosts: Sequence[str],
+        record: Callable[..., None],
+    ) -> None:
         self._cluster, self._hosts, self._record = cluster, hosts, record
+        waits = cluster.size > 1 and isinstance(optimizer, DistributedAdam)
+        self._optimizer: Any = optimizer if waits else None
         self._times = UpdateTimes(seconds_waited)
         self._gather = BackgroundGather("hvd_adam.slow_ranks")
         self._detector = SlowRankDetector(cluster.size)
@@ -45,19 +59,15 @@ class SlowRankMonitor:
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Yields the batches of this rank, and counts the time that they take to arrive."""
-        return batches if self._cluster.size == 1 else self._times.timed(batches)
+        return batches if self._optimizer is None else self._times.timed(batches)
 
-    def update_ended(self, compression: str) -> None:
-        """Called after each update, by every rank.
-
-        Args:
-            compression: of gradients, in use; the same on all ranks.
-        """
-        if self._cluster.size == 1:
+    def update_ended(self) -> None:
+        """Called after each update, by every rank."""
+        if self._optimizer is None:
             return
         self._times.update_ended()
         if self._gather.in_flight:  # since an update, whose gradients came later than these times
-            self._read([WindowTimes(*row) for row in self._gather.take()], compression)
+            self._read([WindowTimes(*row) for row in self._gather.take()], self._optimizer.compression)
         if len(self._times) >= self._length:
             self._gather.start(self._times.take().row())
 
@@ -69,7 +79,7 @@ class SlowRankMonitor:
         end = time.perf_counter()
         held = end - start - (seconds_waited() - waited)
         between, self._last_checkpoint = start - self._last_checkpoint, end
-        if self._cluster.is_root and self._cluster.size > 1:
+        if self._cluster.is_root and self._optimizer is not None:
             slow, ended = self._checkpoints.add(between, held)
             self._report([slow] if slow else [], [Slow(CHECKPOINT, 0, 0.0, 0.0)] if ended else [])
 

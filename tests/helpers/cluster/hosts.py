@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,6 +62,16 @@ UseDNS no
 MaxStartups 100
 PidFile none
 """
+
+
+def package_folders() -> set[Path]:
+    """Returns the folders from which Python imports the package: this checkout's, and that which is installed.
+
+    In a worktree that uses the environment of another checkout they differ.
+    """
+    code = "import hvd_adam; print(*hvd_adam.__path__)"
+    found = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True)
+    return {Path(__file__).parents[3] / "hvd_adam", Path(found.stdout.strip())}
 
 
 def skip_reason() -> str | None:

@@ -1,0 +1,104 @@
+"""Measures local steps over a slow link between two hosts, which are network namespaces: docs/local_steps.md.
+
+    python docs/local_steps_link.py [--rate 100000000] [--model cnn]
+
+Needs root. Prints, for each form, the mean time of an update in whole rounds; the share of computation in it,
+which is the mean time of the updates without a meeting; and the bytes that a host sends per update, counted at its
+interface.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hvd_adam import Adam, distribute, init
+from hvd_adam.bench.interleave import Plan
+from hvd_adam.bench.link import INTERFACE, limited_link
+from hvd_adam.bench.step_worker import build_model, random_batch, training_step
+from hvd_adam.bench.wire_worker import sent
+
+FORMS: dict[str, dict[str, Any]] = {
+    "averaged gradients, none": {},
+    "averaged gradients, int4": {"compression": "int4"},
+    "local, none": {"strategy": "local"},
+    "local, int4": {"strategy": "local", "compression": "int4"},
+}
+
+
+def measure(name: str, options: dict[str, Any], updates: int, batch_size: int) -> dict[str, float]:
+    """Returns seconds and bytes per update, and the share of computation."""
+    cluster = init()
+    torch.manual_seed(0)
+    model = build_model(name)
+    optimizer = distribute(Adam(model.parameters(), lr=1e-4), model, **options)
+    step = training_step(model, optimizer, *random_batch(batch_size, cluster.rank, cluster.device))
+    local_steps = options.get("local_steps", 0)
+    for _ in range(local_steps or 1):
+        step()
+    cluster.barrier()
+    before, times = sent(INTERFACE)["interface"], []
+    for _ in range(updates):
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    mean = sum(times) / updates
+    values = {"seconds": mean, "bytes": (sent(INTERFACE)["interface"] - before) / updates, "share": math.nan}
+    if local_steps:
+        alone = [t for number, t in enumerate(times, 1) if number % local_steps]
+        values["share"] = sum(alone) / len(alone) / mean
+    ranks = cluster.gather(values)
+    return {key: (min if key == "share" else max)(rank[key] for rank in ranks) for key in values}
+
+
+def main() -> None:
+    """Makes the link and starts a rank on each host; or is one of them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rate", type=int, default=100_000_000, help="of each direction of the link, in bit/s")
+    parser.add_argument("--model", default="cnn", help="cnn, or mlp")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--local-steps", type=int, default=50)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--form", choices=FORMS, help="of this rank")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=[*FORMS], help="what to measure")
+    args = parser.parse_args()
+    if args.form is not None:
+        torch.set_num_threads(1)
+        options, updates = FORMS[args.form], 4
+        if options.get("strategy") == "local":
+            options, updates = {**options, "local_steps": args.local_steps}, args.local_steps * args.rounds
+        values = measure(args.model, options, updates, args.batch_size)
+        if init().is_root:
+            print("RESULT", json.dumps(values), flush=True)
+        return
+    horovodrun = str(Path(sys.executable).with_name("horovodrun"))
+    for form in args.forms:
+        command = (horovodrun, "-np", "2", "--gloo", sys.executable, *sys.argv, "--form", form)
+        with limited_link(args.rate) as link:
+            plan = link.over(Plan(form, {}, command))
+            done = subprocess.run(
+                plan.command, env={**os.environ, **plan.environ}, capture_output=True, text=True, check=False
+            )
+        line = next((line for line in done.stdout.splitlines() if "RESULT" in line), None)
+        if line is None:
+            sys.exit(f"{form}: {done.stdout}{done.stderr}")
+        values = json.loads(line.partition("RESULT ")[2])
+        share = f"{values['share']:.3f}" if "local" in form else "–"
+        print(
+            f"{form:26} {1000 * values['seconds']:8.1f} ms an update  {share:>6} computing  "
+            f"{values['bytes'] / 1e6:9.4f} MB an update",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

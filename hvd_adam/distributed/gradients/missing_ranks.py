@@ -1,0 +1,59 @@
+"""Errors of collectives that other ranks do not take part in, in terms of the training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from hvd_adam.distributed.gradients.compression import AllReduce
+
+
+def start_meeting(name: str, device: torch.device, call: str) -> Callable[[], None]:
+    """Makes ranks that wait for another reduction of this name fail, and this one too.
+
+    It reduces one element: Horovod refuses tensors of different shapes.
+
+    Args:
+        name: of a reduction that the others may wait for, of several elements.
+        device: of the gradients.
+        call: what this rank does, and every rank must, for the error.
+
+    Returns:
+        Waits until all ranks have called this.
+    """
+    meeting = AllReduce(torch.zeros(1, dtype=torch.float32, device=device), name, "none")
+
+    def wait() -> None:
+        with explained(call):
+            meeting.wait()
+
+    return wait
+
+
+@contextmanager
+def explained(call: str | None = None) -> Iterator[None]:
+    """Replaces Horovod's message about ranks that do not take part in a collective by what it means here.
+
+    Args:
+        call: what this rank does while others may wait for gradients; None if it waits for gradients itself.
+    """
+    from horovod.common.exceptions import HorovodInternalError
+
+    try:
+        yield
+    except HorovodInternalError as error:
+        if call is not None:
+            raise HorovodInternalError(
+                f"this rank is in {call}, which every rank must call in the same place, while another waits for "
+                "gradients, or has ended or failed. If that rank has shown another error, that is the cause. "
+                f"(Horovod: {error})"
+            ) from error
+        raise HorovodInternalError(
+            "some ranks wait for gradients, while another has ended, failed, called something else that every "
+            "rank must call (broadcast, add_param_group, state_dict if sharded) or hvd.join(), or trains other "
+            "parameters (freeze and unfreeze on every rank). If that rank has shown an error, that is the cause. "
+            "If ranks have different numbers of batches, use `with optimizer.join():` around the loop. "
+            f"(Horovod: {error})"
+        ) from error

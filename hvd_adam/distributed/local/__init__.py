@@ -1,0 +1,1 @@
+"""`strategy="local"`: islands that update by themselves and average their progress once in a round."""

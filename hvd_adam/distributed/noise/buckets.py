@@ -1,0 +1,101 @@
+"""`BucketNoise`: squared norms of gradients in buckets, before and after they are averaged, for a `NoiseMeter`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hvd_adam.distributed.context import horovod
+from hvd_adam.distributed.gradients.bucket_layout import Bucket
+from hvd_adam.distributed.gradients.grad_scaling import square_norm
+from hvd_adam.distributed.gradients.gradient_buffer import GradientBuffer
+from hvd_adam.distributed.noise.meter import NoiseMeter
+
+
+class BucketNoise:
+    """Measures one round of reductions, if an update is due. Otherwise it does nothing.
+
+    Args:
+        meter: receives the measurements.
+        buckets: in the order of their numbers. The one that is sent last has `meter.length` elements at its end.
+        last: its number.
+    """
+
+    def __init__(self, meter: NoiseMeter, buckets: Sequence[tuple[GradientBuffer, Bucket]], last: int) -> None:
+        self._meter, self._buckets, self._last = meter, buckets, last
+        self._words: Tensor | None = None  # what this rank sends in this round
+
+    def measure_own(self, number: int, scale: float, square: Tensor | None, *, is_first: bool) -> None:
+        """Called before a bucket is sent, when it holds this rank's own gradients.
+
+        Args:
+            number: of the bucket.
+            scale: the factor that the elements are to be multiplied by, for their sum over the ranks to be the
+                mean.
+            square: squared 2-norm of its gradients; None: it is not known yet.
+            is_first: whether it begins a round.
+        """
+        meter = self._meter
+        if not meter.due:
+            return
+        if is_first:
+            meter.begin_round()
+        buffer, bucket = self._buckets[number]
+        factor = (horovod().size() * scale) ** 2
+        if square is None:
+            square = square_norm(_pieces(buffer, bucket, bucket.start, bucket.end))
+        meter.add_own(square.double() * factor)
+        if number == self._last:
+            self._words = meter.words()
+            self._place.copy_(self._words)
+
+    def measure_mean(self, number: int, start: int, end: int) -> None:
+        """Called when a bucket has arrived.
+
+        Args:
+            number: of the bucket.
+            start: first element of the buffer that holds the mean on this rank.
+            end: element after the last one.
+        """
+        if self._words is not None:
+            buffer, bucket = self._buckets[number]
+            pieces = _pieces(buffer, bucket, start, end)
+            self._meter.add_mean(square_norm(pieces or [buffer.grad[:0]]))
+
+    def numbers(self, *, own: bool) -> Tensor:
+        """Returns the words and the squared norm of the mean, float32 on the CPU; nothing if nothing is measured.
+
+        Args:
+            own: both of this rank only, for the caller to add over the ranks. Otherwise the words of all ranks
+                have arrived with the last bucket.
+        """
+        if self._words is None:
+            return torch.empty(0, dtype=torch.float32, device="cpu")
+        words = self._words if own else self._place.float()
+        return torch.cat([words, self._meter.mean()]).cpu()
+
+    def receive(self, numbers: Tensor) -> None:
+        """Ends the round with `numbers` of all ranks."""
+        if self._words is not None:
+            *words, mean = numbers.tolist()
+            self._meter.receive(words, mean)
+            self._place.zero_()
+            self._words = None
+
+    @property
+    def _place(self) -> Tensor:
+        buffer, bucket = self._buckets[self._last]
+        return buffer.grad[bucket.used - self._meter.length : bucket.used]
+
+
+def _pieces(buffer: GradientBuffer, bucket: Bucket, start: int, end: int) -> list[Tensor]:
+    """Returns the gradients of each parameter of a bucket that are elements [start, end) of the buffer.
+
+    Between the parameters codes leave their errors.
+    """
+    offsets = buffer.layout.offsets
+    spans = [(offsets[i], offsets[i] + buffer.params[i].numel()) for i in range(bucket.first, bucket.last)]
+    cut = [(max(a, start), min(b, end)) for a, b in spans]
+    return [buffer.grad[a:b] for a, b in cut if a < b]

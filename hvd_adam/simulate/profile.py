@@ -1,0 +1,115 @@
+"""The computing of a model: when the gradients of each bucket are ready, measured with hooks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median, quantiles
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hvd_adam.distributed.cluster import Cluster
+from hvd_adam.distributed.gradients.bucket_layout import Layout
+from hvd_adam.distributed.wire.codable import exact_parameters
+from hvd_adam.simulate.step import BUCKET_BYTES
+from hvd_adam.simulate.workload import Bucket, Workload
+
+CLASSES = 10
+WARM_UP = 3
+NORMAL_QUARTILES = 1.349  # standard deviations between the quartiles of normal draws
+
+
+class Profile(NamedTuple):
+    """A measured workload, the relative deviation of a pass on a rank, and the relative error of its mean."""
+
+    workload: Workload
+    deviation: float
+    error: float
+
+
+def profile(cluster: Cluster, model: nn.Module, batch: int, image_size: int, repeats: int) -> Profile:
+    """Returns what a model computes, while all ranks compute. Every rank calls it.
+
+    Args:
+        cluster: this process.
+        model: on the device; every parameter gets a gradient.
+        batch: images of a micro-batch.
+        image_size: height and width.
+        repeats: passes.
+    """
+    params: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
+    images, labels = random_batch(cluster, batch, (3, image_size, image_size))
+    ready: dict[Tensor, float] = {}
+
+    def note(p: Tensor) -> None:
+        ready[p] = _clock(cluster)
+
+    for p in params:
+        p.register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]
+    passes: list[list[float]] = []
+    layout = Layout.of(params, BUCKET_BYTES)
+    for number in range(WARM_UP + repeats):
+        cluster.barrier()
+        for p in params:
+            p.grad = None  # as zero_grad: backward then writes to fresh memory
+        start = _clock(cluster)
+        loss = F.cross_entropy(model(images).float(), labels)
+        middle = _clock(cluster)
+        backward(loss)
+        end = _clock(cluster)
+        of_buckets = [
+            max(ready.get(p, middle) for p in params[b.first : b.last]) - middle for b in reversed(layout.buckets)
+        ]
+        if number >= WARM_UP:
+            passes.append([middle - start, end - middle, *of_buckets])
+    own = torch.tensor([median(column) for column in zip(*passes, strict=True)], dtype=torch.float64)
+    forward, whole_backward, *times = cluster.mean(own).tolist()
+    whole = [row[0] + row[1] for row in passes]
+    low, middle_pass, high = quantiles(whole, n=4)
+    deviation = float(cluster.mean((high - low) / NORMAL_QUARTILES / middle_pass))
+    exact = exact_parameters(model)
+    buckets, latest = [], 0.0
+    for b, seconds in zip(reversed(layout.buckets), times, strict=True):
+        latest = min(whole_backward, max(latest, seconds))
+        members = params[b.first : b.last]
+        left_out = sum(p.numel() for p in members if p.dim() < 2 or p in exact)
+        buckets.append(Bucket(sum(p.numel() for p in members), left_out, latest))
+    buckets[-1] = Bucket(buckets[-1].elements, buckets[-1].exact, whole_backward)  # sent when backward has ended
+    workload = Workload(batch, forward, whole_backward, tuple(buckets))
+    return Profile(workload, deviation, deviation / len(passes) ** 0.5)
+
+
+def random_batch(cluster: Cluster, batch: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Returns inputs and labels on the device, other ones on each rank."""
+    generator = torch.Generator().manual_seed(cluster.rank)
+    inputs = torch.randn(batch, *shape, generator=generator).to(cluster.device)
+    return inputs, torch.randint(CLASSES, (batch,), generator=generator).to(cluster.device)
+
+
+def backward(loss: Any) -> None:
+    """Runs a backward pass. torch's stubs have no types for it."""
+    loss.backward()
+
+
+def timed(call: Callable[[], object], cluster: Cluster, repeats: int) -> float:
+    """Returns the median seconds of a call on this rank, after some that are not counted."""
+    times = []
+    for _ in range(WARM_UP + repeats):
+        times.append(seconds_of(call, cluster))
+    return median(times[WARM_UP:])
+
+
+def seconds_of(call: Callable[[], object], cluster: Cluster) -> float:
+    """Returns the seconds of one call on this rank."""
+    before = _clock(cluster)
+    call()
+    return _clock(cluster) - before
+
+
+def _clock(cluster: Cluster) -> float:
+    if cluster.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()

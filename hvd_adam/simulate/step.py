@@ -1,0 +1,290 @@
+"""The time of one training step, from the program that each rank runs. Imports no torch.
+
+The order of calls is that of `distributed.gradients.reducer`, `gradients.compression`, `wire.coded_allreduce`,
+`wire.masters` and `strategies.zero`: hooks start the collectives of full buckets during backward; the last bucket,
+and the second halves, start when backward has ended. On processors, with `defer_averaging` as in `hvd_adam.train`,
+a small all-reduce travels ahead of the last bucket, and each bucket is updated as soon as its sum is there. On
+devices the update comes after all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from statistics import NormalDist
+
+from hvd_adam.simulate.machine import Codec, Machine
+from hvd_adam.simulate.timeline import Operation, Processors, Timeline
+from hvd_adam.simulate.traffic import Ranks, Traffic, allgather, allreduce, alltoall, latency, seconds
+from hvd_adam.simulate.workload import Bucket, Workload
+
+BUCKET_BYTES = 8 * 2**20  # as gradients.reducer.BUCKET_BYTES
+
+# Bytes that are sent of a gradient: the dtype's, and codes with their bfloat16 scales, a scale for 256 and 32
+# elements (wire.codec.CODECS).
+WIRE_BYTES = {"none": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1 + 2 / 256, "int4": 0.5 + 2 / 32}
+CODED = ("int8", "int4")
+STRATEGIES = ("allreduce", "sharded")
+
+# Bytes that a fused step of Adam reads and writes for a float32 parameter: it reads the gradient, and reads and
+# writes parameter and both moments.
+UPDATE_BYTES = 28
+SMALL_BYTES = 64.0  # of flags and messages that are sent by themselves
+
+# Bytes that `wire.master_shard` reads and writes for a float32 element of the own shard: it looks for changes (4
+# cleared, 8 copied, 8 compared), makes masters the parameters and back (3 × 8), and subtracts (8 cleared, 12).
+MASTER_BYTES = 64
+
+LONGEST_PAUSE = 1e-3  # as collectives.waiting: seconds between two looks of a rank that waits on processors
+
+PARTS = ("computing", "coding", "bandwidth", "latency", "update", "stragglers", "overhead")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a job is run.
+
+    Attributes:
+        ranks: number of ranks, and of those on a host.
+        strategy: as in `distribute`.
+        compression: as in `distribute`.
+        accumulate: micro-batches of an update.
+    """
+
+    ranks: Ranks
+    strategy: str = "allreduce"
+    compression: str = "none"
+    accumulate: int = 1
+
+
+@dataclass(frozen=True)
+class Step:
+    """A predicted step.
+
+    Attributes:
+        seconds: its expected duration.
+        parts: seconds by name in `PARTS`; their sum is `seconds`. "bandwidth" and "latency" are what the rank
+            waits for collectives.
+        sent: bytes that a rank sends.
+        sent_by_host: bytes that a host sends to others.
+    """
+
+    seconds: float
+    parts: dict[str, float]
+    sent: float
+    sent_by_host: float
+
+
+def simulate(workload: Workload, setting: Setting, machine: Machine) -> Step:
+    """Returns the expected step of a job.
+
+    The slowest of N ranks decides: all computing is slower by the expected maximum of N draws of the jitter.
+
+    Args:
+        workload: of one micro-batch.
+        setting: how the job is run.
+        machine: on which machines.
+    """
+    even = _Program(workload, setting, machine).run()
+    lag = machine.jitter * expected_maximum(setting.ranks.total)
+    slow = _Program(workload.slower(1 + lag), setting, machine).run() if lag else even
+    overhead = _unexplained(workload, setting, machine)
+    parts = {**even.parts, "stragglers": slow.seconds - even.seconds, "overhead": overhead}
+    return Step(slow.seconds + overhead, parts, even.sent, even.sent_by_host)
+
+
+def _unexplained(workload: Workload, setting: Setting, machine: Machine) -> float:
+    """Returns what a measured step took longer than a simulated one; longer still where ranks share cores.
+
+    Sharded ranks of one host have another program, so the other strategy's is taken where there is no measurement.
+    """
+    measured = workload.unexplained
+    if setting.ranks.total == 1:
+        return 0.0
+    names = [f"{strategy}-{setting.compression}" for strategy in (setting.strategy, "allreduce")]
+    seconds = next((measured[name] for name in names if name in measured), 0.0)
+    if machine.cores is None:
+        return seconds
+    return seconds * max(1.0, machine.threads * min(setting.ranks.per_host, setting.ranks.total) / machine.cores)
+
+
+def expected_maximum(draws: int) -> float:
+    """Returns the expected maximum of standard normal draws, by Blom's formula; 0 for one.
+
+    Source: Blom, "Statistical Estimates and Transformed Beta-Variables", 1958: Φ⁻¹((N − 0.375) / (N + 0.25)).
+    """
+    return NormalDist().inv_cdf((draws - 0.375) / (draws + 0.25)) if draws > 1 else 0.0
+
+
+def memory(workload: Workload, setting: Setting) -> float:
+    """Returns the bytes of parameters, gradients, optimizer state and residuals of a rank, without activations.
+
+    Parameters and gradients have 4 bytes each, Adam's two moments 8, which are divided by the number of ranks if
+    sharded (ZeRO stage 1, arXiv 1910.02054). Codes have two residuals of 8 bytes each, one of them divided by the
+    number of ranks, or absent if sharded, and with it a float32 copy of the own shard (wire.coded_bucket).
+    """
+    n, sharded = setting.ranks.total, setting.strategy == "sharded" and setting.ranks.total > 1
+    each = 8.0 + 8 / (n if sharded else 1)
+    if setting.compression in CODED and n > 1:
+        each += 8 + (4 / n if sharded else 8 / n)
+    return each * workload.elements
+
+
+class _Program:
+    """What the main thread of a rank does in a step."""
+
+    def __init__(self, workload: Workload, setting: Setting, machine: Machine) -> None:
+        self._workload, self._setting, self._machine = workload, setting, machine
+        self._ranks, self._bytes = setting.ranks, WIRE_BYTES[setting.compression]
+        local = min(setting.ranks.per_host, setting.ranks.total)
+        cores = math.inf if machine.cores is None else machine.cores / local
+        pause = 0.0 if machine.copies is None else LONGEST_PAUSE
+        processors = Processors(cores, machine.threads, machine.slice)
+        self._time = Timeline(machine.cycle, machine.negotiation, processors, pause)
+        self._parts: dict[str, float] = defaultdict(float)
+        self._sent = self._sent_by_host = self._latency = self._wire = 0.0
+        passed = 1 / machine.copy_bandwidth
+        # By default a codec costs its passes over memory: gradients, residuals and what is sent.
+        residual = 8 * passed if setting.compression in CODED else 0.0
+        default = Codec((4 + self._bytes) * passed + residual, self._bytes * passed, (4 + self._bytes) * passed)
+        self._codec = machine.codecs.get(setting.compression, default)
+        self._coded = setting.compression in CODED
+        self._sharded = self._ranks.total > 1 and setting.strategy == "sharded"
+        self._scatters = self._sharded and (self._ranks.several_hosts or self._coded)
+        self._two_phases = setting.compression in ("bf16", *CODED) and not self._scatters
+        self._ahead = machine.copies is not None and self._ranks.total > 1
+
+    def run(self) -> Step:
+        """Runs the step. Stragglers and overhead are not part of it."""
+        work, several = self._workload, self._ranks.total > 1
+        for _ in range(self._setting.accumulate - 1):
+            self._do("computing", work.forward + work.backward)
+        self._do("computing", work.forward)
+        sent: list[list[Operation]] = []
+        passed = 0.0
+        for bucket in work.buckets:
+            self._do("computing", bucket.ready - passed)
+            passed = bucket.ready
+            if several:
+                self._collect(bucket)
+                if self._ahead and bucket is work.buckets[-1]:
+                    header = self._start(self._allreduce(SMALL_BYTES))
+                sent.append(self._send(bucket))
+        self._do("computing", work.backward - passed)
+        if self._ahead:
+            self._time.wait(header)
+        if several:
+            self._finish(sent)
+        if not self._ahead:
+            self._update(work.elements)
+        if self._sharded:
+            self._time.wait(self._start(self._allreduce(SMALL_BYTES)))  # ranks that have parted
+            self._exchange_parameters()
+        whole = self._latency + self._wire
+        for part, value in (("latency", self._latency), ("bandwidth", self._wire)):
+            self._parts[part] = self._time.exposed * value / whole if whole else 0.0
+        return Step(self._time.now, {p: self._parts[p] for p in PARTS}, self._sent, self._sent_by_host)
+
+    def _collect(self, bucket: Bucket) -> None:
+        """Copies the gradients of a bucket into its memory, times 1/N unless they are sent as codes."""
+        self._pass(8 * bucket.elements)
+        if self._ahead:  # a norm, which shows that no sum can be infinite
+            self._pass(4 * bucket.elements)
+
+    def _send(self, bucket: Bucket) -> list[Operation]:
+        """Starts to reduce a bucket. Returns its collective, and that of what is sent exactly."""
+        if self._setting.compression != "none":
+            self._do("coding", bucket.elements * self._codec.encode)
+        nbytes = bucket.elements * self._bytes
+        if not (self._scatters or self._two_phases):
+            return [self._start(self._allreduce(nbytes))]
+        operations = [self._start(alltoall(nbytes, self._ranks, self._machine))]
+        if self._coded:
+            operations.append(self._start(self._allreduce(4 * bucket.exact + SMALL_BYTES)))
+        return operations
+
+    def _finish(self, sent: list[list[Operation]]) -> None:
+        """Waits for all buckets, and updates each where updates need not wait for all."""
+        work, compressed = self._workload, self._setting.compression != "none"
+        if self._two_phases:
+            for bucket, operations in zip(work.buckets, sent, strict=True):
+                self._time.wait(operations[0])
+                self._do("coding", bucket.elements * self._codec.add)
+                gather = allgather(bucket.elements * self._bytes, self._ranks, self._machine)
+                operations[0] = self._start(gather)
+        for bucket, operations in zip(work.buckets, sent, strict=True):
+            self._time.wait(operations[0])
+            if self._scatters:
+                self._add_parts(bucket)
+            elif compressed:
+                self._do("coding", bucket.elements * self._codec.decode)
+            if self._coded:
+                self._time.wait(operations[1])
+            if self._ahead:
+                self._update(bucket.elements)
+            elif self._coded:
+                self._pass(4 * bucket.elements)  # a search for infinities
+        if self._scatters and not self._ahead:  # flags and message
+            self._time.wait(self._start(self._allreduce(SMALL_BYTES)))
+
+    def _add_parts(self, bucket: Bucket) -> None:
+        """Adds what all ranks have sent of the own shard: N−1 additions of its length, and a copy."""
+        n, elements = self._ranks.total, bucket.elements
+        if self._coded:
+            self._do("coding", elements * self._codec.decode)
+        elif self._setting.compression == "bf16":
+            self._do("coding", elements * self._codec.add)
+            self._pass(8 * elements / n)
+            return
+        self._pass((12 * (n - 1) + 8) * elements / n)
+
+    def _update(self, elements: float) -> None:
+        share = self._ranks.total if self._sharded else 1
+        self._do("update", UPDATE_BYTES * elements / share / self._machine.update_bandwidth)
+
+    def _exchange_parameters(self) -> None:
+        """Sends the own shard of the parameters, or the codes of its changes, to the others."""
+        work, n, gathers = self._workload, self._ranks.total, []
+        if self._coded:
+            self._pass(MASTER_BYTES * work.elements / n)
+        for bucket in work.buckets:
+            own = bucket.elements / n
+            nbytes = self._bytes if self._coded else 4.0
+            if self._coded:
+                self._do("coding", own * self._codec.encode)
+            else:
+                self._pass(12 * own)  # fresh memory is cleared, and filled
+            gathers.append(self._start(allgather(nbytes * bucket.elements, self._ranks, self._machine)))
+        exact = sum(bucket.exact for bucket in work.buckets)
+        if self._coded and exact:
+            self._time.wait(self._start(allgather(4 * exact, self._ranks, self._machine)))
+        for bucket, operation in zip(work.buckets, gathers, strict=True):
+            self._time.wait(operation)
+            if self._coded:
+                self._do("coding", bucket.elements * self._codec.decode)
+                self._pass(12 * bucket.elements)  # added to the parameters
+            else:
+                self._pass(8 * (n - 1) / n * bucket.elements)
+        if self._coded:
+            self._pass(8 * work.elements / n)  # the own shard is remembered
+
+    def _allreduce(self, nbytes: float) -> Traffic:
+        return allreduce(nbytes, self._ranks, self._machine)
+
+    def _start(self, traffic: Traffic) -> Operation:
+        duration, cpu = seconds(traffic, self._machine, self._ranks)
+        waiting = latency(traffic, self._machine, self._ranks)
+        self._latency += waiting
+        self._wire += duration - waiting
+        self._sent += traffic.sent
+        self._sent_by_host += traffic.between
+        return self._time.start(duration, cpu, waiting, traffic.messages)
+
+    def _pass(self, nbytes: float) -> None:
+        self._do("coding", nbytes / self._machine.copy_bandwidth)
+
+    def _do(self, part: str, duration: float) -> None:
+        before = self._time.now
+        self._time.compute(max(0.0, duration))
+        self._parts[part] += self._time.now - before

@@ -1,0 +1,87 @@
+"""Whole steps on the ranks at hand, and what the model does not explain of them."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import replace
+from itertools import product
+from statistics import quantiles
+
+import torch
+from torch.nn import functional as F
+
+from hvd_adam.distributed.api import distribute
+from hvd_adam.distributed.cluster import Cluster
+from hvd_adam.optim.adam import Adam
+from hvd_adam.simulate.config import CalibrateConfig
+from hvd_adam.simulate.machine import Machine
+from hvd_adam.simulate.profile import NORMAL_QUARTILES, WARM_UP, backward, random_batch, seconds_of
+from hvd_adam.simulate.step import CODED, STRATEGIES, WIRE_BYTES, Setting, simulate
+from hvd_adam.simulate.traffic import Ranks
+from hvd_adam.simulate.workload import Workload
+
+LEARNING_RATE = 1e-6  # so that weights hardly change, and no gradient becomes denormal, which is slow
+MEDIAN_ERROR = 1.2533  # √(π/2): standard error of the median of normal draws, over that of their mean
+
+
+def with_unexplained(
+    cluster: Cluster, machine: Machine, model: torch.nn.Module, workload: Workload, config: CalibrateConfig
+) -> Workload:
+    """Returns a workload with the seconds of a step that the model does not explain. Every rank calls it.
+
+    A prediction is then a measured step, plus what another network and other ranks change in the model. Less than
+    two standard errors count as 0.
+
+    Args:
+        cluster: this process.
+        machine: all that has been measured.
+        model: the model.
+        workload: its profile.
+        config: batch and repeats.
+    """
+    ranks = Ranks(cluster.size, cluster.local_size)
+    unexplained = {}
+    for strategy, compression in product(STRATEGIES, WIRE_BYTES):
+        if strategy == "sharded" and compression not in CODED and not ranks.several_hosts:
+            continue  # inside a host it broadcasts, and does not gather
+        beyond, error = _beyond_computing(cluster, model, strategy, compression, config)
+        step = simulate(workload, Setting(ranks, strategy, compression), machine)
+        rest = beyond - (step.seconds - workload.forward - workload.backward)
+        unexplained[f"{strategy}-{compression}"] = rest if abs(rest) > 2 * error else 0.0
+    return replace(workload, unexplained=unexplained)
+
+
+def _beyond_computing(
+    cluster: Cluster, model: torch.nn.Module, strategy: str, compression: str, config: CalibrateConfig
+) -> tuple[float, float]:
+    """Returns the seconds by which a step is longer than computing alone, and their standard error.
+
+    Both are measured in turns, since the speed of a virtual machine changes.
+    """
+    plain, model = deepcopy(model), deepcopy(model)
+    optimizer = distribute(
+        Adam(model.parameters(), lr=LEARNING_RATE),
+        model,
+        strategy=strategy,
+        compression=compression,
+        defer_averaging=True,
+    )
+    images, labels = random_batch(cluster, config.batch_size, (3, config.image_size, config.image_size))
+
+    def compute(net: torch.nn.Module) -> None:
+        backward(F.cross_entropy(net(images).float(), labels))
+
+    def step() -> None:
+        optimizer.zero_grad()
+        compute(model)
+        optimizer.step()
+
+    differences = []
+    for number in range(WARM_UP + config.repeats):
+        plain.zero_grad()
+        whole, alone = seconds_of(step, cluster), seconds_of(lambda: compute(plain), cluster)
+        if number >= WARM_UP:
+            differences.append(whole - alone)
+    of_ranks = cluster.mean(torch.tensor(differences, dtype=torch.float64)).tolist()
+    low, middle, high = quantiles(of_ranks, n=4)
+    return middle, MEDIAN_ERROR * (high - low) / NORMAL_QUARTILES / len(of_ranks) ** 0.5
