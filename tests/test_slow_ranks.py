@@ -5,7 +5,10 @@ whole machine is slow; a slow rank that is not named, is named for the wrong cau
 wait for other ranks that counts as work; data that arrive in bursts.
 """
 
+import os
 import random
+import subprocess
+import sys
 from statistics import fmean
 
 import pytest
@@ -18,7 +21,14 @@ from hvd_adam.distributed.collectives.background_gather import BackgroundGather
 from hvd_adam.distributed.collectives.waiting import seconds_waited
 from hvd_adam.report.runs import load_runs
 from hvd_adam.report.summary import happenings
-from hvd_adam.training.slow_ranks.detector import CHECKPOINTS, WINDOWS, Slow, SlowCheckpoints, SlowRankDetector
+from hvd_adam.training.slow_ranks.detector import (
+    CHECKPOINTS,
+    OWN_WINDOWS,
+    WINDOWS,
+    Slow,
+    SlowCheckpoints,
+    SlowRankDetector,
+)
 from hvd_adam.training.slow_ranks.messages import ended_line, slow_line
 from hvd_adam.training.slow_ranks.times import UpdateTimes, WindowTimes
 
@@ -40,23 +50,33 @@ class Simulation:
     def __init__(self, seed, ranks=2, noise=0.04, interrupted=0.05):
         self.random, self.ranks, self.noise, self.interrupted = random.Random(seed), ranks, noise, interrupted
         self.detector = SlowRankDetector(ranks)
-        self.now, self.waited = [0.0] * ranks, [0.0] * ranks
+        self.now, self.waited, self.preempted = [0.0] * ranks, [0.0] * ranks, [0.0] * ranks
         self.times = [
-            UpdateTimes(lambda rank=rank: self.waited[rank], lambda rank=rank: self.now[rank])
+            UpdateTimes(
+                lambda rank=rank: self.waited[rank],
+                lambda rank=rank: self.now[rank],
+                lambda rank=rank: self.take_preempted(rank),
+            )
             for rank in range(ranks)
         ]
         self.updates = 0
+
+    def take_preempted(self, rank):
+        taken, self.preempted[rank] = self.preempted[rank], 0.0
+        return taken
 
     def noisy(self, seconds):
         factor = self.random.lognormvariate(0.0, self.noise)
         return seconds * factor * (self.random.uniform(1, 4) if self.random.random() < self.interrupted else 1)
 
-    def update(self, data, compute, transfer):
+    def update(self, data, compute, transfer, preempted):
         """Makes an update; times of each rank in seconds. Returns what starts and ends."""
         for rank, times in enumerate(self.times):
             arriving = self.arriving(rank, self.noisy(data[rank]))
             next(times.timed(arriving))
-            self.now[rank] += self.noisy(compute[rank])
+            without = self.noisy(preempted[rank])
+            self.preempted[rank] += without
+            self.now[rank] += self.noisy(compute[rank]) + without
         end = max(self.now) + self.noisy(transfer)
         for rank, times in enumerate(self.times):
             self.waited[rank] += end - self.now[rank]
@@ -71,28 +91,38 @@ class Simulation:
         self.now[rank] += seconds
         yield "batch"
 
-    def run(self, updates, rank=0, data=0.0, compute=0.0, transfer=0.0, all_ranks=1.0):
+    def run(self, updates, rank=0, data=0.0, compute=0.0, transfer=0.0, preempted=0.0, all_ranks=1.0):
         """Makes updates of 1 s, one rank's longer; returns what starts, with the update, and what ends."""
         started, ended, first = [], [], self.updates
         for _ in range(updates):
             longer = [float(other == rank) for other in range(self.ranks)]
             arrivals = [all_ranks * (0.1 + data * slow) for slow in longer]
             computes = [all_ranks * (0.7 + compute * slow) for slow in longer]
-            new, over = self.update(arrivals, computes, all_ranks * 0.2 + transfer)
+            delays = [0.01 * bool(self.noise) + preempted * slow for slow in longer]
+            new, over = self.update(arrivals, computes, all_ranks * 0.2 + transfer, delays)
             started += [(slow, self.updates - first) for slow in new]
             ended += over
         return started, ended
 
 
-@pytest.mark.parametrize("cause", ["data", "compute", "network"])
+@pytest.mark.parametrize(
+    ("cause", "what", "within"),
+    [
+        ("data", "data", WITHIN),
+        ("compute", "preempted", WITHIN),
+        ("compute", "compute", UPDATES * (OWN_WINDOWS + 1)),
+        ("network", "transfer", WITHIN),
+    ],
+)
 @pytest.mark.parametrize("slowdown", [0.2, 0.6, 3.0])
-def test_a_slowdown_in_noise_with_heavy_tails_is_named_rightly_in_time_in_95_of_100_runs(cause, slowdown):
+def test_a_slowdown_in_noise_with_heavy_tails_is_named_rightly_in_time_in_95_of_100_runs(
+    cause, what, within, slowdown
+):
     right = 0
     for seed in range(100):
         simulation = Simulation(seed, noise=0.03, interrupted=0.02)
         simulation.run(60 + seed % UPDATES)
-        extra = {"network": "transfer"}.get(cause, cause)
-        started, _ = simulation.run(WITHIN, rank=seed % 2, **{extra: slowdown})
+        started, _ = simulation.run(within, rank=seed % 2, **{what: slowdown})
         expected = (cause, None if cause == "network" else seed % 2)
         right += [(slow.cause, slow.rank) for slow, _ in started] == [expected]
     assert right >= 95
@@ -125,7 +155,7 @@ def test_all_slow_ranks_of_a_job_are_named_if_they_are_fewer_than_half(ranks, da
     detector = SlowRankDetector(ranks)
     own = [1.5 if rank in slow else 1.0 for rank in range(ranks)]
     window = [WindowTimes(own=s, data=0.1, compute=s - 0.1, least_wait=0.1, update=1.6) for s in own]
-    for _ in range(WINDOWS - 1):
+    for _ in range(OWN_WINDOWS - 1):
         assert detector.add(window) == ([], [])
     started, ended = detector.add(window)
     assert [found.rank for found in started] == sorted(slow) and ended == []
@@ -167,6 +197,40 @@ def test_a_slow_network_is_named_once_and_ends():
     assert started[0][0].seconds == pytest.approx(0.5)
     started, ended = simulation.run(WITHIN)
     assert started == [] and [slow.cause for slow in ended] == ["network"]
+
+
+def window_of(own, preempted, data=0.1):
+    """Returns a window of two ranks, by the times of each."""
+    return [WindowTimes(o, data, o - data, 0.1, 1.0, p) for o, p in zip(own, preempted, strict=True)]
+
+
+def test_a_rank_without_a_processor_is_named_although_noise_hides_its_own_time():
+    detector, noise = SlowRankDetector(2), random.Random(0)
+    for _ in range(20):
+        assert detector.add(window_of([noise.uniform(0.6, 1.0), 0.8], [0.01, 0.02])) == ([], [])
+    started = []
+    for _ in range(WINDOWS):
+        started += detector.add(window_of([noise.uniform(0.6, 0.8), 0.81], [0.01, 0.2]))[0]
+    assert [(slow.cause, slow.rank) for slow in started] == [("compute", 1)]
+    assert started[0].seconds == pytest.approx(0.19)
+
+
+def test_threads_of_a_rank_that_always_wait_for_each_other_are_not_slow():
+    detector = SlowRankDetector(2)
+    for number in range(20):
+        assert detector.add(window_of([0.8, 0.81 + 0.01 * (number % 2)], [0.01, 0.15])) == ([], [])
+    started = []
+    for _ in range(WINDOWS):
+        started += detector.add(window_of([0.8, 0.95], [0.01, 0.35]))[0]
+    assert [(slow.cause, slow.rank) for slow in started] == [("compute", 1)]
+
+
+def test_a_rank_without_a_processor_for_which_no_other_waits_is_not_named():
+    detector = SlowRankDetector(2)
+    for _ in range(20):
+        assert detector.add(window_of([0.8, 0.8], [0.0, 0.0])) == ([], [])
+    for _ in range(2 * WINDOWS):
+        assert detector.add(window_of([0.85, 0.8], [0.0, 0.3])) == ([], [])
 
 
 def test_other_compression_makes_transfers_a_new_baseline():
@@ -223,6 +287,37 @@ def test_the_least_wait_is_that_of_updates_for_which_the_rank_was_the_last():
     for wait in (0.9, 0.1, 0.5, 0.2):
         clock.update(times, 0.0, 1.0, wait)
     assert times.take().least_wait == pytest.approx(0.1)
+
+
+DELAYED = """
+import os, subprocess, sys, time
+from hvd_adam.training.slow_ranks.preemption import RunDelays
+
+def work(seconds):
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        pass
+    return delays.since_last_call()
+
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+os.setpriority(os.PRIO_PROCESS, 0, -10)
+delays = RunDelays()
+time.sleep(0.3)
+asleep, alone = delays.since_last_call(), work(0.2)
+other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+time.sleep(0.5)
+delays.since_last_call()
+print(asleep, alone, work(0.2))
+other.kill()
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for a priority above that of the other tests")
+def test_time_without_a_processor_is_that_which_another_process_takes():
+    done = subprocess.run([sys.executable, "-c", DELAYED], check=True, capture_output=True, text=True, timeout=60)
+    asleep, alone, shared = map(float, done.stdout.split())
+    assert asleep < 0.05
+    assert shared > 0.1 > alone
 
 
 # Checkpoints.

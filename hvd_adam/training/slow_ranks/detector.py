@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
 from hvd_adam.training.slow_ranks.times import WindowTimes
 
 WINDOWS = 5  # in a row; all but one must show a slowdown
+# In a row, of which four fifths must, where a rank's own time alone shows it: a virtual machine's processor may be
+# slow for a second without being taken away.
+OWN_WINDOWS = 20
 CHECKPOINTS = 3  # in a row; all must
 START, END = 0.10, 0.05  # slowdowns: named from the first one on, until the second one
 _BASELINE = 16  # windows that say how long transfers take, at most; WINDOWS at least
@@ -20,6 +23,10 @@ _TRANSFER_FACTOR = 1.5
 _DEVIATIONS, _DEVIATION = 3.0, 1.4826
 
 DATA, COMPUTE, NETWORK, CHECKPOINT = "data", "compute", "network", "checkpoint"
+
+# What shows that a rank is slow, the least noisy first; and the cause that it shows. "own" may have each.
+_SIGNS = ("preempted", "data", "own")
+_CAUSES = {"preempted": COMPUTE, "data": DATA}
 
 
 @dataclass(frozen=True)
@@ -41,9 +48,17 @@ class Slow:
 
 @dataclass(frozen=True)
 class _Window:
-    """Times in seconds per update; lists have one number for each rank."""
+    """Times in seconds per update; lists have one number for each rank.
 
-    slowdowns: list[float]
+    Attributes:
+        slowdowns: by what shows them: names of `WindowTimes`.
+        own: median over the ranks.
+        transfer: least wait of all ranks.
+        update: median over the ranks.
+        ranks: the times of each.
+    """
+
+    slowdowns: dict[str, list[float]]
     own: float
     transfer: float
     update: float
@@ -52,20 +67,26 @@ class _Window:
     @classmethod
     def of(cls, ranks: Sequence[WindowTimes]) -> _Window:
         update = median(times.update for times in ranks)
-        excesses = [_excess(ranks, rank, lambda times: times.own) for rank in range(len(ranks))]
-        slowdowns = [_slowdown(excess, update) for excess in excesses]
+        slowdowns = {
+            name: [_slowdown(_excess(ranks, rank, name), update) for rank in range(len(ranks))]
+            for name in (*_SIGNS, "compute")
+        }
         transfer = min(times.least_wait for times in ranks)
         return cls(slowdowns, median(times.own for times in ranks), transfer, update, ranks)
 
 
 class SlowRankDetector:
-    """Names what makes updates at least 10 % slower, in four of the last five windows.
+    """Names what makes updates at least 10 % slower, in four of the last five windows, or 16 of the last 20.
 
     A rank is slow if its own work takes longer than the median of that of the other ranks. The ranks wait for each
-    other in every update, so all updates take longer by about the difference. What takes longer than for others,
-    data or computation, is the cause. The network is slow if the least wait of all ranks is longer than it was:
-    the last rank to be ready waits for no other one, so its wait is that of the transfer. Ranks from which an
-    update needs no more than from others cannot be distinguished by it.
+    other in every update, so all updates take longer by about the difference. Three times show it, each by itself:
+    that for which the rank had no processor (then the cause is computation), that for its data, and all of its own
+    work, where the larger part is the cause. The first has to be above what it was before: threads of a rank may
+    share a processor. The third varies more than the others, and needs 16 of the last 20 windows.
+
+    The network is slow if the least wait of all ranks is longer than it was: the last rank to be ready waits for
+    no other one, so its wait is that of the transfer. Ranks from which an update needs no more than from others
+    cannot be distinguished by it.
 
     A named cause ends when the median of the last five windows is below 5 %.
 
@@ -73,9 +94,9 @@ class SlowRankDetector:
     their median absolute deviation, if that is more; 20 % as long as fewer than ten windows are known.
 
     False alarms: if a rank is above its limit in a window with probability p by chance, independently of other
-    windows, it is above it in four of five with probability below 5 p⁴. A run of n windows on N ranks has at most
-    5 n N p⁴ false alarms on average: 0.0016 for p = 0.02, two ranks and 1,000 windows. A disturbance that lasts
-    for four windows is no false alarm: the rank was slow.
+    windows, it is above it in four of five with probability below 5 p⁴. With two such times, a run of n windows on
+    N ranks has at most 10 n N p⁴ false alarms on average: 0.003 for p = 0.02, two ranks and 1,000 windows. A
+    disturbance that lasts for four windows is no false alarm: the rank was slow.
 
     Args:
         ranks: in the job, at least 2.
@@ -84,14 +105,17 @@ class SlowRankDetector:
     def __init__(self, ranks: int) -> None:
         self._recent: deque[_Window] = deque(maxlen=WINDOWS)
         self._before: deque[_Window] = deque(maxlen=_BASELINE)
+        self._longer: deque[_Window] = deque(maxlen=OWN_WINDOWS)
         self._named: dict[int | None, Slow] = {}
+        self._signs: dict[int, str] = {}  # that have shown which ranks are slow
+        self._ends: dict[int, float] = {}  # below which they no longer are
         self._ranks = range(ranks)
         self._baseline: tuple[float, float] | None = None  # own time and transfer while the network is named
 
     def restart(self) -> None:
         """Forgets the windows, but not what is named: the times of transfers are to change."""
-        self._recent.clear()
-        self._before.clear()
+        for windows in (self._recent, self._before, self._longer):
+            windows.clear()
         self._baseline = None
 
     def add(self, ranks: Sequence[WindowTimes]) -> tuple[list[Slow], list[Slow]]:
@@ -106,6 +130,7 @@ class SlowRankDetector:
         if len(self._recent) == WINDOWS and not self._named:
             self._before.append(self._recent[0])
         self._recent.append(_Window.of(ranks))
+        self._longer.append(self._recent[-1])
         if len(self._recent) < WINDOWS:
             return [], []
         started = [slow for rank in self._ranks if (slow := self._slow_rank(rank)) is not None]
@@ -118,21 +143,39 @@ class SlowRankDetector:
         return started, ended
 
     def _slow_rank(self, rank: int) -> Slow | None:
-        slowdowns = [window.slowdowns[rank] for window in self._recent]
-        if rank in self._named or sorted(slowdowns)[1] < self._limit(rank):
+        if rank in self._named or self._typical("own", rank) <= 0:
             return None
-        data = median(_excess(window.ranks, rank, lambda times: times.data) for window in self._recent)
-        compute = median(_excess(window.ranks, rank, lambda times: times.compute) for window in self._recent)
-        return Slow(DATA if data > compute else COMPUTE, rank, median(slowdowns), max(data, compute))
+        sign = next((sign for sign in _SIGNS if self._shows(sign, rank)), None)
+        if sign is None:
+            return None
+        self._signs[rank] = sign
+        self._ends[rank] = self._usual(sign, rank) + END
+        cause = _CAUSES.get(sign) or max((DATA, COMPUTE), key=lambda name: self._typical(name, rank))
+        seconds = median(_excess(window.ranks, rank, sign) for window in self._recent)
+        return Slow(cause, rank, self._typical(sign, rank), seconds)
 
-    def _limit(self, rank: int) -> float:
+    def _shows(self, sign: str, rank: int) -> bool:
+        windows, wanted = (self._longer, OWN_WINDOWS) if sign == "own" else (self._recent, WINDOWS)
+        slow = sum(window.slowdowns[sign][rank] >= self._limit(sign, rank) for window in windows)
+        return len(windows) == wanted and slow >= wanted * (WINDOWS - 1) / WINDOWS
+
+    def _typical(self, sign: str, rank: int) -> float:
+        return median(window.slowdowns[sign][rank] for window in self._recent)
+
+    def _usual(self, sign: str, rank: int) -> float:
+        """Returns the slowdown that a sign shows all the time: threads of a rank may share a processor."""
+        if sign != "preempted" or len(self._before) < WINDOWS:
+            return 0.0
+        return median(window.slowdowns[sign][rank] for window in self._before)
+
+    def _limit(self, sign: str, rank: int) -> float:
         """Returns the slowdown from which on a rank is named: more where its times vary."""
         if len(self._before) < WINDOWS:
             return 2 * START  # it is not known yet how much they do
-        before = [window.slowdowns[rank] for window in self._before]
+        before = [window.slowdowns[sign][rank] for window in self._before]
         middle = median(before)
         deviation = _DEVIATION * median(abs(slowdown - middle) for slowdown in before)
-        return max(START, _DEVIATIONS * deviation)
+        return self._usual(sign, rank) + max(START, _DEVIATIONS * deviation)
 
     def _slow_network(self) -> Slow | None:
         if self._named or len(self._before) < WINDOWS:
@@ -140,7 +183,7 @@ class SlowRankDetector:
         own = median(window.own for window in self._before)
         transfer = median(window.transfer for window in self._before)
         slower = [_slowdown(window.transfer - transfer, window.update) for window in self._recent]
-        typical = [median(window.slowdowns[rank] for window in self._recent) for rank in self._ranks]
+        typical = [self._typical("own", rank) for rank in self._ranks]
         more = sum(w.transfer * own >= _TRANSFER_FACTOR * w.own * transfer for w in self._recent) >= WINDOWS - 1
         if sorted(slower)[1] < START or max(typical) >= START or not more:
             return None
@@ -149,7 +192,7 @@ class SlowRankDetector:
 
     def _has_ended(self, slow: Slow) -> bool:
         if slow.rank is not None:
-            return median(window.slowdowns[slow.rank] for window in self._recent) < END
+            return self._typical(self._signs[slow.rank], slow.rank) < self._ends[slow.rank]
         if self._baseline is None:
             return True
         transfer = self._baseline[1]
@@ -191,9 +234,10 @@ class SlowCheckpoints:
         return None, ended
 
 
-def _excess(ranks: Sequence[WindowTimes], rank: int, of: Callable[[WindowTimes], float]) -> float:
+def _excess(ranks: Sequence[WindowTimes], rank: int, name: str) -> float:
     """Returns by how much a time of a rank is above the median of those of the others."""
-    return of(ranks[rank]) - median(of(times) for other, times in enumerate(ranks) if other != rank)
+    times = [getattr(window, name) for window in ranks]
+    return float(times.pop(rank) - median(times))
 
 
 def _slowdown(excess: float, update: float) -> float:

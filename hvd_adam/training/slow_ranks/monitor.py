@@ -19,16 +19,17 @@ from hvd_adam.distributed.optimizer import DistributedAdam
 from hvd_adam.log import logger
 from hvd_adam.training.slow_ranks.detector import CHECKPOINT, WINDOWS, Slow, SlowCheckpoints, SlowRankDetector
 from hvd_adam.training.slow_ranks.messages import ended_line, slow_line
+from hvd_adam.training.slow_ranks.preemption import RunDelays
 from hvd_adam.training.slow_ranks.times import UpdateTimes, WindowTimes
 
 LEAST_UPDATES = 3  # in a window
-LEAST_SECONDS = 0.4  # of a window, so that time slices of the operating system do not decide
+LEAST_SECONDS = 0.2  # of a window, so that time slices of the operating system do not decide
 
 
 class SlowRankMonitor:
     """Sends this rank's times to the others once in a window of updates, and records on rank 0 what they show.
 
-    A window has at least 3 updates and takes at least 0.4 seconds. Its times travel during the next update, so
+    A window has at least 3 updates and takes at least 0.2 seconds. Its times travel during the next update, so
     no rank waits for them. On one rank this does nothing, nor where ranks do not wait for each other in every
     update (`strategy="local"`): it would make them wait.
 
@@ -49,7 +50,7 @@ class SlowRankMonitor:
         self._cluster, self._hosts, self._record = cluster, hosts, record
         waits = cluster.size > 1 and isinstance(optimizer, DistributedAdam)
         self._optimizer: Any = optimizer if waits else None
-        self._times = UpdateTimes(seconds_waited)
+        self._times = UpdateTimes(seconds_waited, preempted=RunDelays().since_last_call)
         self._gather = BackgroundGather("hvd_adam.slow_ranks")
         self._detector = SlowRankDetector(cluster.size)
         self._checkpoints = SlowCheckpoints(WINDOWS * LEAST_SECONDS)

@@ -27,6 +27,7 @@ class WindowTimes:
         least_wait: lower quartile of the time spent waiting for collectives: that of updates for which this rank
             was the last to be ready, so the time of the transfer.
         update: median time of an update.
+        preempted: mean time for which a thread of this rank was ready to run, but had no processor.
     """
 
     own: float
@@ -34,6 +35,7 @@ class WindowTimes:
     compute: float
     least_wait: float
     update: float
+    preempted: float = 0.0
 
     def row(self) -> tuple[float, ...]:
         """Returns the numbers to send to other ranks: `WindowTimes(*row)` is equal."""
@@ -46,10 +48,16 @@ class UpdateTimes:
     Args:
         waited: returns the seconds that this process has waited for collectives so far.
         clock: returns the time in seconds.
+        preempted: returns the seconds since its last call for which a thread was ready, but had no processor.
     """
 
-    def __init__(self, waited: Callable[[], float], clock: Callable[[], float] = time.perf_counter) -> None:
-        self._waited, self._clock = waited, clock
+    def __init__(
+        self,
+        waited: Callable[[], float],
+        clock: Callable[[], float] = time.perf_counter,
+        preempted: Callable[[], float] = lambda: 0.0,
+    ) -> None:
+        self._waited, self._clock, self._preempted = waited, clock, preempted
         self._rows: list[tuple[float, float, float]] = []
         self._data, self._ready, self._waited_before = 0.0, clock(), waited()
 
@@ -86,4 +94,5 @@ class UpdateTimes:
             compute=fmean(compute),
             least_wait=sorted(wait)[math.ceil(len(wait) / 4) - 1],
             update=median(map(sum, rows)),
+            preempted=self._preempted() / len(rows),
         )
