@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 
-_TASKS = Path("/proc/self/task")
+_TASKS = "/proc/self/task"
 # A thread that runs for less than this part of the busiest one's time decides nothing: it waits for that one to
 # leave the processor that they share.
 _BUSY = 0.25
@@ -36,10 +36,11 @@ class RunDelays:
 def _times() -> dict[str, tuple[int, int]]:
     """Returns for each thread the nanoseconds that it ran, and that it was ready but did not run."""
     found = {}
-    for thread in _TASKS.glob("*"):
+    for thread in os.listdir(_TASKS):
         try:
-            run, delay, _ = map(int, (thread / "schedstat").read_text().split())
+            with open(f"{_TASKS}/{thread}/schedstat", "rb") as file:
+                run, delay, _ = map(int, file.read().split())
         except (OSError, ValueError):  # it has ended, or this kernel has no statistics
             continue
-        found[thread.name] = run, delay
+        found[thread] = run, delay
     return found
