@@ -47,6 +47,11 @@ class StallDetector:
         self._peers = Peers(cluster, self._answer, f"hvd_adam.{type(self).__name__}")
         self._thread = _start_thread(self._watch)
 
+    @property
+    def hosts(self) -> list[str]:
+        """Host names by rank."""
+        return self._peers.hosts
+
     # What is progress, and how long a job may be without.
 
     def mark(self) -> float:

@@ -64,11 +64,26 @@ def _facts(event: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def _who(event: dict[str, Any]) -> str:
+    if event.get("rank") is None:
+        return f"the {event.get('cause')} is"
+    return f"rank {event['rank']} on {event.get('host')} is"
+
+
+def _slowdown(event: dict[str, Any]) -> str:
+    slowdown = number(event, "slowdown")
+    return f"{event.get('cause')}" + ("" if slowdown is None else f", training is {100 * slowdown:.0f} % slower")
+
+
 _HAPPENINGS = {
     "start": lambda event: f"started: {_facts(event)}",
     "resume": lambda event: f"resumed after update {event['step']:,} from {event.get('path')}: {_facts(event)}",
     "skip": lambda event: f"update skipped after update {event['step']:,}: {event.get('reason')}",
     "checkpoint_failed": lambda event: f"no checkpoint of update {event['step']:,}: {event.get('reason')}",
+    "slow_rank": lambda event: f"from about update {event['step']:,} {_who(event)} slow: {_slowdown(event)}",
+    "slow_rank_end": lambda event: (
+        f"from about update {event['step']:,} {_who(event)} no longer slow: {event.get('cause')}"
+    ),
     "end": lambda event: f"finished after update {event['step']:,}",
 }
 

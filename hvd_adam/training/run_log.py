@@ -86,7 +86,8 @@ class RunLog:
         """Records an event.
 
         Args:
-            event: "start", "resume", "step", "skip", "eval", "checkpoint", "checkpoint_failed" or "end".
+            event: "start", "resume", "step", "skip", "eval", "checkpoint", "checkpoint_failed",
+                "slow_rank", "slow_rank_end" or "end".
             step: updates made so far.
             epoch: the current epoch, from 1; 0 before the first.
             values: the event's values by name, in the units that the documentation of `metrics.jsonl` lists.

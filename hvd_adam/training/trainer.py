@@ -34,6 +34,7 @@ from hvd_adam.training.scores import mistakes_file
 from hvd_adam.training.scores.mistakes import MOST_MISTAKES
 from hvd_adam.training.scores.scoring import Scores, score
 from hvd_adam.training.skip_tracker import SkipTracker
+from hvd_adam.training.slow_ranks.monitor import SlowRankMonitor
 from hvd_adam.training.update import Updater
 from hvd_adam.training.weights.trainable import keep_frozen_statistics
 
@@ -55,8 +56,8 @@ class Trainer:
             run = build_run(config, memory, resources)
             self.cluster, self.watchdog, self.preemption = run.cluster, run.watchdog, run.preemption
             self.loader, self.model, self.scaler, self.ema = run.loader, run.model, run.scaler, run.ema
-            self.optimizer, self.schedule, self.sizes = run.optimizer, run.schedule, run.sizes
-            self.folder, self.resume = run.folder, run.resume
+            self.optimizer, self.schedule = run.optimizer, run.schedule
+            self.sizes, self.folder, self.resume = run.sizes, run.folder, run.resume
             torch.manual_seed(config.seed + 1 + self.cluster.rank)  # dropout differs between ranks
             self.objective, self.updater = run.objective, Updater(run, config.precision, compiled=config.compile)
             self.loss, self.throughput = self.updater.mean_loss, ThroughputMeter()
@@ -67,15 +68,14 @@ class Trainer:
             self.progress.micro_batch_size = self.sizes.micro_batch
             with raise_on_all_ranks(self.cluster):
                 first_step = None if self.resume is None else self.progress.step
-                ended = self.folder is not None and self.is_finished and has_ended(self.folder)
-                folder = None if ended else self.folder
+                folder = None if self.folder and self.is_finished and has_ended(self.folder) else self.folder
                 classes = self.loader.data.classes
                 recent = [] if self.resume is None else self.resume.state.progress.get("events", [])
                 self.log = RunLog(folder, self.sizes.total_steps, first_step, asdict(config), classes, recent)
             resources.callback(self.log.close)
             self.skips = SkipTracker(self.cluster, self.optimizer, self.progress, self.log, config.max_skipped)
-            folder = None if self.folder is None else self.folder / "checkpoints"
-            self.checkpoints = CheckpointWriter(folder, config.keep)
+            self.slow_ranks = SlowRankMonitor(self.cluster, self.optimizer, self.watchdog.hosts, self._event)
+            self.checkpoints = CheckpointWriter(self.folder and self.folder / "checkpoints", config.keep)
             resources.callback(self.checkpoints.close)
             self._resources = resources.pop_all()
 
@@ -153,7 +153,6 @@ class Trainer:
         if config.freeze is not None:
             keep_frozen_statistics(self.model)
         self.throughput.start()
-        start = (progress.epoch - 1) * sizes.steps_per_epoch
         batches = self.loader.train_batches(
             config.seed,
             progress.epoch - 1,
@@ -161,8 +160,9 @@ class Trainer:
             rank=cluster.rank,
             size=cluster.size,
             accumulate=sizes.accumulate,
-            first_step=progress.step - start,
+            first_step=progress.step - (progress.epoch - 1) * sizes.steps_per_epoch,
         )
+        batches = self.slow_ranks.timed(batches)
         end = min(progress.epoch * sizes.steps_per_epoch, sizes.total_steps)
         while progress.step < end:
             self.preemption.ask()
@@ -186,13 +186,13 @@ class Trainer:
         self.watchdog.beat(f"update {progress.step + 1}")
         nonfinite = self.updater.update(micro_batches, progress.step, self._record_skip)
         progress.step += 1
+        self.slow_ranks.update_ended()
         self.skips.add(nonfinite)
         self.throughput.add(self.sizes.global_batch)
 
     def _record_skip(self) -> None:
         """Records whether the last update was skipped; ends the job after too many skipped ones in a row."""
-        error = self.skips.record()
-        if error is not None:
+        if (error := self.skips.record()) is not None:
             with raise_on_all_ranks(self.cluster):
                 self._report_checkpoint(wait=True)
             raise error
@@ -246,9 +246,10 @@ class Trainer:
     def _checkpoint(self, *, best: bool = False) -> None:
         """Starts to write a checkpoint, after the previous one is written; every rank calls it."""
         self.watchdog.beat(f"the checkpoint after update {self.progress.step}")
-        state = self._state().as_dict()
-        self._report_checkpoint(wait=True)
-        self.checkpoints.save(self.progress.step, state, best=best)
+        with self.slow_ranks.checkpoint():
+            state = self._state().as_dict()
+            self._report_checkpoint(wait=True)
+            self.checkpoints.save(self.progress.step, state, best=best)
 
     def _report_checkpoint(self, *, wait: bool = False) -> None:
         """Records a completed checkpoint. A failed write is logged and training continues."""
@@ -284,9 +285,8 @@ class Trainer:
         self._record_skip()
         self.progress.noise = self.optimizer.noise.state()
         own = rank_state(self.cluster, self.loss.state())
-        adam = self.optimizer
+        adam, feedback, residuals = self.optimizer, self.optimizer.error_feedback, None
         optimizer = adam.state_dict_on_root(held=True) if all_ranks else adam.held_state_dict()
-        residuals, feedback = None, self.optimizer.error_feedback
         if feedback is not None:
             residuals = feedback.state_dict_on_root() if all_ranks else feedback.total_state_dict()
         return TrainingState(

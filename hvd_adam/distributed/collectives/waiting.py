@@ -7,6 +7,13 @@ import time
 # Seconds between two looks. The pause grows with the time that has passed: at most a third of it is lost.
 _FIRST, _GROWTH, _LONGEST = 3e-5, 1.3, 1e-3
 
+_waited = 0.0
+
+
+def seconds_waited() -> float:
+    """Returns for how long this process has waited for collectives so far, of whatever kind."""
+    return _waited
+
 
 def sleep_while_waiting() -> None:
     """Makes ranks sleep while they wait for a collective, in all calls of Horovod.
@@ -23,11 +30,15 @@ def sleep_while_waiting() -> None:
     is_done = mpi_lib.horovod_torch_poll
 
     def wait(handle: int) -> None:
-        pause = _FIRST
+        global _waited
+        start, pause = time.perf_counter(), _FIRST
         while not is_done(handle):
             time.sleep(pause)
             pause = min(_GROWTH * pause, _LONGEST)
-        finish(handle)  # raises what has gone wrong
+        try:
+            finish(handle)  # raises what has gone wrong
+        finally:
+            _waited += time.perf_counter() - start
 
     wait.sleeps = True  # type: ignore[attr-defined]
     mpi_lib.horovod_torch_wait_and_clear = wait

@@ -1,0 +1,1 @@
+"""Which rank holds the others up during training, and by what."""

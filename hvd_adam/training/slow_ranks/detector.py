@@ -1,0 +1,245 @@
+"""`SlowRankDetector`: decides from the times of all ranks which of them holds the others up. Pure: no clock."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from hvd_adam.training.slow_ranks.times import WindowTimes
+
+WINDOWS = 5  # in a row; all but one must show a slowdown
+# In a row, of which four fifths must, where a rank's own time alone shows it: a virtual machine's processor may be
+# slow for a second without being taken away.
+OWN_WINDOWS = 20
+CHECKPOINTS = 3  # in a row; all must
+START, END = 0.10, 0.05  # slowdowns: named from the first one on, until the second one
+_BASELINE = 16  # windows that say how long transfers take, at most; WINDOWS at least
+# Where the whole machine is slow, transfers and computation are. The network is named only if transfers have
+# become slower by this factor more than computation has.
+_TRANSFER_FACTOR = 1.5
+# Standard deviations of the slowdowns before; and the median absolute deviation of a normal distribution to one.
+_DEVIATIONS, _DEVIATION = 3.0, 1.4826
+
+DATA, COMPUTE, NETWORK, CHECKPOINT = "data", "compute", "network", "checkpoint"
+
+# What shows that a rank is slow, the least noisy first; and the cause that it shows. "own" may have each.
+_SIGNS = ("preempted", "data", "own")
+_CAUSES = {"preempted": COMPUTE, "data": DATA}
+
+
+@dataclass(frozen=True)
+class Slow:
+    """What holds a training up.
+
+    Attributes:
+        cause: "data", "compute", "network" or "checkpoint".
+        rank: None for the network, which all ranks wait for.
+        slowdown: by which part of the undisturbed time updates take longer: 0.5 for 150 ms instead of 100.
+        seconds: by which an update, or a checkpoint, takes longer.
+    """
+
+    cause: str
+    rank: int | None
+    slowdown: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Times in seconds per update; lists have one number for each rank.
+
+    Attributes:
+        slowdowns: by what shows them: names of `WindowTimes`.
+        own: median over the ranks.
+        transfer: least wait of all ranks.
+        update: median over the ranks.
+        ranks: the times of each.
+    """
+
+    slowdowns: dict[str, list[float]]
+    own: float
+    transfer: float
+    update: float
+    ranks: Sequence[WindowTimes]
+
+    @classmethod
+    def of(cls, ranks: Sequence[WindowTimes]) -> _Window:
+        update = median(times.update for times in ranks)
+        slowdowns = {
+            name: [_slowdown(_excess(ranks, rank, name), update) for rank in range(len(ranks))]
+            for name in (*_SIGNS, "compute")
+        }
+        transfer = min(times.least_wait for times in ranks)
+        return cls(slowdowns, median(times.own for times in ranks), transfer, update, ranks)
+
+
+class SlowRankDetector:
+    """Names what makes updates at least 10 % slower, in four of the last five windows, or 16 of the last 20.
+
+    A rank is slow if its own work takes longer than the median of that of the other ranks. The ranks wait for each
+    other in every update, so all updates take longer by about the difference. Three times show it, each by itself:
+    that for which the rank had no processor (then the cause is computation), that for its data, and all of its own
+    work, where the larger part is the cause. The first has to be above what it was before: threads of a rank may
+    share a processor. The third varies more than the others, and needs 16 of the last 20 windows.
+
+    The network is slow if the least wait of all ranks is longer than it was: the last rank to be ready waits for
+    no other one, so its wait is that of the transfer. Ranks from which an update needs no more than from others
+    cannot be distinguished by it.
+
+    A named cause ends when the median of the last five windows is below 5 %.
+
+    The limit is 10 %, or three standard deviations of the rank's slowdowns in the 16 windows before, estimated by
+    their median absolute deviation, if that is more; 20 % as long as fewer than ten windows are known.
+
+    False alarms: if a rank is above its limit in a window with probability p by chance, independently of other
+    windows, it is above it in four of five with probability below 5 p⁴. With two such times, a run of n windows on
+    N ranks has at most 10 n N p⁴ false alarms on average: 0.003 for p = 0.02, two ranks and 1,000 windows. A
+    disturbance that lasts for four windows is no false alarm: the rank was slow.
+
+    Args:
+        ranks: in the job, at least 2.
+    """
+
+    def __init__(self, ranks: int) -> None:
+        self._recent: deque[_Window] = deque(maxlen=WINDOWS)
+        self._before: deque[_Window] = deque(maxlen=_BASELINE)
+        self._longer: deque[_Window] = deque(maxlen=OWN_WINDOWS)
+        self._named: dict[int | None, Slow] = {}
+        self._signs: dict[int, str] = {}  # that have shown which ranks are slow
+        self._ends: dict[int, float] = {}  # below which they no longer are
+        self._ranks = range(ranks)
+        self._baseline: tuple[float, float] | None = None  # own time and transfer while the network is named
+
+    def restart(self) -> None:
+        """Forgets the windows, but not what is named: the times of transfers are to change."""
+        for windows in (self._recent, self._before, self._longer):
+            windows.clear()
+        self._baseline = None
+
+    def add(self, ranks: Sequence[WindowTimes]) -> tuple[list[Slow], list[Slow]]:
+        """Takes the times of a window.
+
+        Args:
+            ranks: one for each rank, in their order.
+
+        Returns:
+            What has become slow with this window, and what was named and has ended.
+        """
+        if len(self._recent) == WINDOWS and not self._named:
+            self._before.append(self._recent[0])
+        self._recent.append(_Window.of(ranks))
+        self._longer.append(self._recent[-1])
+        if len(self._recent) < WINDOWS:
+            return [], []
+        started = [slow for rank in self._ranks if (slow := self._slow_rank(rank)) is not None]
+        if (network := self._slow_network()) is not None:
+            started.append(network)
+        ended = [slow for slow in self._named.values() if self._has_ended(slow)]
+        for slow in ended:
+            del self._named[slow.rank]
+        self._named |= {slow.rank: slow for slow in started}
+        return started, ended
+
+    def _slow_rank(self, rank: int) -> Slow | None:
+        if rank in self._named or self._typical("own", rank) <= 0:
+            return None
+        sign = next((sign for sign in _SIGNS if self._shows(sign, rank)), None)
+        if sign is None:
+            return None
+        self._signs[rank] = sign
+        self._ends[rank] = self._usual(sign, rank) + END
+        cause = _CAUSES.get(sign) or max((DATA, COMPUTE), key=lambda name: self._typical(name, rank))
+        seconds = median(_excess(window.ranks, rank, sign) for window in self._recent)
+        return Slow(cause, rank, self._typical(sign, rank), seconds)
+
+    def _shows(self, sign: str, rank: int) -> bool:
+        windows, wanted = (self._longer, OWN_WINDOWS) if sign == "own" else (self._recent, WINDOWS)
+        slow = sum(window.slowdowns[sign][rank] >= self._limit(sign, rank) for window in windows)
+        return len(windows) == wanted and slow >= wanted * (WINDOWS - 1) / WINDOWS
+
+    def _typical(self, sign: str, rank: int) -> float:
+        return median(window.slowdowns[sign][rank] for window in self._recent)
+
+    def _usual(self, sign: str, rank: int) -> float:
+        """Returns the slowdown that a sign shows all the time: threads of a rank may share a processor."""
+        if sign != "preempted" or len(self._before) < WINDOWS:
+            return 0.0
+        return median(window.slowdowns[sign][rank] for window in self._before)
+
+    def _limit(self, sign: str, rank: int) -> float:
+        """Returns the slowdown from which on a rank is named: more where its times vary."""
+        if len(self._before) < WINDOWS:
+            return 2 * START  # it is not known yet how much they do
+        before = [window.slowdowns[sign][rank] for window in self._before]
+        middle = median(before)
+        deviation = _DEVIATION * median(abs(slowdown - middle) for slowdown in before)
+        return self._usual(sign, rank) + max(START, _DEVIATIONS * deviation)
+
+    def _slow_network(self) -> Slow | None:
+        if self._named or len(self._before) < WINDOWS:
+            return None
+        own = median(window.own for window in self._before)
+        transfer = median(window.transfer for window in self._before)
+        slower = [_slowdown(window.transfer - transfer, window.update) for window in self._recent]
+        typical = [self._typical("own", rank) for rank in self._ranks]
+        more = sum(w.transfer * own >= _TRANSFER_FACTOR * w.own * transfer for w in self._recent) >= WINDOWS - 1
+        if sorted(slower)[1] < START or max(typical) >= START or not more:
+            return None
+        self._baseline = own, transfer
+        return Slow(NETWORK, None, median(slower), median(w.transfer - transfer for w in self._recent))
+
+    def _has_ended(self, slow: Slow) -> bool:
+        if slow.rank is not None:
+            return self._typical(self._signs[slow.rank], slow.rank) < self._ends[slow.rank]
+        if self._baseline is None:
+            return True
+        transfer = self._baseline[1]
+        return median(_slowdown(w.transfer - transfer, w.update) for w in self._recent) < END
+
+
+class SlowCheckpoints:
+    """Notices checkpoints that hold training up: each of the last three by at least 10 % of the time between them.
+
+    Training waits for a checkpoint only to be copied, and for the one before to be written. Rank 0 writes, so it
+    holds the others up.
+
+    Args:
+        least_seconds: that the last three must span; checkpoints of less are too short to judge.
+    """
+
+    def __init__(self, least_seconds: float) -> None:
+        self._least, self._named = least_seconds, False
+        self._recent: deque[tuple[float, float]] = deque(maxlen=CHECKPOINTS)
+
+    def add(self, between: float, held: float) -> tuple[Slow | None, bool]:
+        """Takes a checkpoint.
+
+        Args:
+            between: seconds of training since the one before.
+            held: seconds for which training waited.
+
+        Returns:
+            What has become slow, or None; and whether that has ended.
+        """
+        self._recent.append((between, held))
+        slowdowns = [held / max(between, 1e-9) for between, held in self._recent]
+        spans = sum(map(sum, self._recent)) >= self._least
+        if not self._named and len(self._recent) == CHECKPOINTS and spans and min(slowdowns) >= START:
+            self._named = True
+            return Slow(CHECKPOINT, 0, median(slowdowns), median(held for _, held in self._recent)), False
+        ended = self._named and median(slowdowns) < END
+        self._named = self._named and not ended
+        return None, ended
+
+
+def _excess(ranks: Sequence[WindowTimes], rank: int, name: str) -> float:
+    """Returns by how much a time of a rank is above the median of those of the others."""
+    times = [getattr(window, name) for window in ranks]
+    return float(times.pop(rank) - median(times))
+
+
+def _slowdown(excess: float, update: float) -> float:
+    """Returns an excess as a part of the time that the update takes without it."""
+    return excess / max(update - excess, 1e-9)
