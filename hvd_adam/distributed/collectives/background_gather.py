@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 
 from hvd_adam.distributed.context import horovod
@@ -32,8 +34,8 @@ class BackgroundGather:
         own = torch.tensor([row], dtype=torch.float64, device="cpu")
         self._handle = horovod().allgather_async(own, name=self._name)
 
-    def take(self) -> list[list[float]]:
-        """Returns the rows in the order of the ranks; waits for them.
+    def take(self) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """Returns the rows in the order of the ranks, [ranks, numbers]; waits for them.
 
         After another collective that every rank has called later, the rows have arrived, or are about to.
 
@@ -41,5 +43,5 @@ class BackgroundGather:
             HorovodInternalError: another rank has ended.
         """
         handle, self._handle = self._handle, None
-        rows: list[list[float]] = horovod().synchronize(handle).tolist()
-        return rows
+        rows: torch.Tensor = horovod().synchronize(handle)
+        return rows.numpy()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
+
+import numpy as np
 
 from hvd_adam.training.slow_ranks.times import WindowTimes
 
@@ -28,6 +31,10 @@ DATA, COMPUTE, NETWORK, CHECKPOINT = "data", "compute", "network", "checkpoint"
 _SIGNS = ("preempted", "data", "own")
 _CAUSES = {"preempted": COMPUTE, "data": DATA}
 
+Numbers = np.ndarray[Any, np.dtype[np.float64]]
+
+_COLUMNS = WindowTimes._fields
+
 
 @dataclass(frozen=True)
 class Slow:
@@ -48,31 +55,30 @@ class Slow:
 
 @dataclass(frozen=True)
 class _Window:
-    """Times in seconds per update; lists have one number for each rank.
+    """Times in seconds per update; arrays have one number for each rank.
 
     Attributes:
-        slowdowns: by what shows them: names of `WindowTimes`.
+        excesses: by how much a time is above the median of the other ranks', by its name in `WindowTimes`.
+        slowdowns: the same as a part of the time that the update takes without it.
         own: median over the ranks.
         transfer: least wait of all ranks.
         update: median over the ranks.
-        ranks: the times of each.
     """
 
-    slowdowns: dict[str, list[float]]
+    excesses: dict[str, Numbers]
+    slowdowns: dict[str, Numbers]
     own: float
     transfer: float
     update: float
-    ranks: Sequence[WindowTimes]
 
     @classmethod
-    def of(cls, ranks: Sequence[WindowTimes]) -> _Window:
-        update = median(times.update for times in ranks)
-        slowdowns = {
-            name: [_slowdown(_excess(ranks, rank, name), update) for rank in range(len(ranks))]
-            for name in (*_SIGNS, "compute")
-        }
-        transfer = min(times.least_wait for times in ranks)
-        return cls(slowdowns, median(times.own for times in ranks), transfer, update, ranks)
+    def of(cls, times: Numbers) -> _Window:
+        columns = dict(zip(_COLUMNS, times.T, strict=True))
+        update = median_update(times)
+        excesses = {name: _excesses(columns[name]) for name in (*_SIGNS, "compute")}
+        slowdowns = {name: excess / np.maximum(update - excess, 1e-9) for name, excess in excesses.items()}
+        own, transfer = float(np.median(columns["own"])), float(columns["least_wait"].min())
+        return cls(excesses, slowdowns, own, transfer, update)
 
 
 class SlowRankDetector:
@@ -97,19 +103,15 @@ class SlowRankDetector:
     windows, it is above it in four of five with probability below 5 p⁴. With two such times, a run of n windows on
     N ranks has at most 10 n N p⁴ false alarms on average: 0.003 for p = 0.02, two ranks and 1,000 windows. A
     disturbance that lasts for four windows is no false alarm: the rank was slow.
-
-    Args:
-        ranks: in the job, at least 2.
     """
 
-    def __init__(self, ranks: int) -> None:
+    def __init__(self) -> None:
         self._recent: deque[_Window] = deque(maxlen=WINDOWS)
         self._before: deque[_Window] = deque(maxlen=_BASELINE)
         self._longer: deque[_Window] = deque(maxlen=OWN_WINDOWS)
         self._named: dict[int | None, Slow] = {}
         self._signs: dict[int, str] = {}  # that have shown which ranks are slow
         self._ends: dict[int, float] = {}  # below which they no longer are
-        self._ranks = range(ranks)
         self._baseline: tuple[float, float] | None = None  # own time and transfer while the network is named
 
     def restart(self) -> None:
@@ -118,22 +120,22 @@ class SlowRankDetector:
             windows.clear()
         self._baseline = None
 
-    def add(self, ranks: Sequence[WindowTimes]) -> tuple[list[Slow], list[Slow]]:
+    def add(self, times: Numbers | Sequence[WindowTimes]) -> tuple[list[Slow], list[Slow]]:
         """Takes the times of a window.
 
         Args:
-            ranks: one for each rank, in their order.
+            times: [ranks, times], at least 2 ranks, in their order; columns as in `WindowTimes`.
 
         Returns:
             What has become slow with this window, and what was named and has ended.
         """
         if len(self._recent) == WINDOWS and not self._named:
             self._before.append(self._recent[0])
-        self._recent.append(_Window.of(ranks))
+        self._recent.append(_Window.of(np.asarray(times, dtype=np.float64)))
         self._longer.append(self._recent[-1])
         if len(self._recent) < WINDOWS:
             return [], []
-        started = [slow for rank in self._ranks if (slow := self._slow_rank(rank)) is not None]
+        started = self._slow_ranks()
         if (network := self._slow_network()) is not None:
             started.append(network)
         ended = [slow for slow in self._named.values() if self._has_ended(slow)]
@@ -142,40 +144,53 @@ class SlowRankDetector:
         self._named |= {slow.rank: slow for slow in started}
         return started, ended
 
-    def _slow_rank(self, rank: int) -> Slow | None:
-        if rank in self._named or self._typical("own", rank) <= 0:
-            return None
-        sign = next((sign for sign in _SIGNS if self._shows(sign, rank)), None)
-        if sign is None:
-            return None
-        self._signs[rank] = sign
-        self._ends[rank] = self._usual(sign, rank) + END
-        cause = _CAUSES.get(sign) or max((DATA, COMPUTE), key=lambda name: self._typical(name, rank))
-        seconds = median(_excess(window.ranks, rank, sign) for window in self._recent)
-        return Slow(cause, rank, self._typical(sign, rank), seconds)
+    def _slow_ranks(self) -> list[Slow]:
+        held_up = self._typical("own") > 0  # for a rank that is ready before others, no other waits
+        held_up[[rank for rank in self._named if rank is not None]] = False
+        started: dict[int, Slow] = {}
+        for sign in _SIGNS:
+            shown = held_up & self._shown_by(sign)
+            started |= {rank: self._slow(sign, rank) for rank in np.flatnonzero(shown).tolist()}
+            held_up &= ~shown
+        return [started[rank] for rank in sorted(started)]
 
-    def _shows(self, sign: str, rank: int) -> bool:
+    def _shown_by(self, sign: str) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Returns for each rank whether a sign has shown for long enough that it is slow."""
         windows, wanted = (self._longer, OWN_WINDOWS) if sign == "own" else (self._recent, WINDOWS)
-        slow = sum(window.slowdowns[sign][rank] >= self._limit(sign, rank) for window in windows)
-        return len(windows) == wanted and slow >= wanted * (WINDOWS - 1) / WINDOWS
+        slowdowns, least = _slowdowns(windows, sign), wanted * (WINDOWS - 1) / WINDOWS
+        shown: np.ndarray[Any, np.dtype[np.bool_]] = (slowdowns >= START).sum(axis=0) >= least
+        if len(windows) == wanted and shown.any():  # seldom: limits, which are not lower, take longer to compute
+            shown &= (slowdowns >= self._limit(sign)).sum(axis=0) >= least
+            return shown
+        return np.zeros_like(shown)
 
-    def _typical(self, sign: str, rank: int) -> float:
-        return median(window.slowdowns[sign][rank] for window in self._recent)
+    def _slow(self, sign: str, rank: int) -> Slow:
+        self._signs[rank] = sign
+        self._ends[rank] = float(self._usual(sign)[rank]) + END
+        cause = _CAUSES.get(sign) or max((DATA, COMPUTE), key=lambda name: self._typical(name)[rank])
+        seconds = median(float(window.excesses[sign][rank]) for window in self._recent)
+        return Slow(cause, rank, float(self._typical(sign)[rank]), seconds)
 
-    def _usual(self, sign: str, rank: int) -> float:
-        """Returns the slowdown that a sign shows all the time: threads of a rank may share a processor."""
+    def _typical(self, sign: str) -> Numbers:
+        """Returns the median of the recent slowdowns of each rank."""
+        typical: Numbers = np.median(_slowdowns(self._recent, sign), axis=0)
+        return typical
+
+    def _usual(self, sign: str) -> Numbers:
+        """Returns the slowdown that a sign shows all the time, if any: threads of a rank may share a processor."""
         if sign != "preempted" or len(self._before) < WINDOWS:
-            return 0.0
-        return median(window.slowdowns[sign][rank] for window in self._before)
+            return np.zeros_like(self._recent[-1].slowdowns[sign])
+        usual: Numbers = np.maximum(np.median(_slowdowns(self._before, sign), axis=0), 0)
+        return usual
 
-    def _limit(self, sign: str, rank: int) -> float:
-        """Returns the slowdown from which on a rank is named: more where its times vary."""
+    def _limit(self, sign: str) -> Numbers | float:
+        """Returns the slowdown from which on each rank is named: more where its times vary."""
         if len(self._before) < WINDOWS:
             return 2 * START  # it is not known yet how much they do
-        before = [window.slowdowns[sign][rank] for window in self._before]
-        middle = median(before)
-        deviation = _DEVIATION * median(abs(slowdown - middle) for slowdown in before)
-        return self._usual(sign, rank) + max(START, _DEVIATIONS * deviation)
+        before = _slowdowns(self._before, sign)
+        deviation = _DEVIATION * np.median(np.abs(before - np.median(before, axis=0)), axis=0)
+        limit: Numbers = self._usual(sign) + np.maximum(START, _DEVIATIONS * deviation)
+        return limit
 
     def _slow_network(self) -> Slow | None:
         if self._named or len(self._before) < WINDOWS:
@@ -183,16 +198,15 @@ class SlowRankDetector:
         own = median(window.own for window in self._before)
         transfer = median(window.transfer for window in self._before)
         slower = [_slowdown(window.transfer - transfer, window.update) for window in self._recent]
-        typical = [self._typical("own", rank) for rank in self._ranks]
         more = sum(w.transfer * own >= _TRANSFER_FACTOR * w.own * transfer for w in self._recent) >= WINDOWS - 1
-        if sorted(slower)[1] < START or max(typical) >= START or not more:
+        if sorted(slower)[1] < START or self._typical("own").max() >= START or not more:
             return None
         self._baseline = own, transfer
         return Slow(NETWORK, None, median(slower), median(w.transfer - transfer for w in self._recent))
 
     def _has_ended(self, slow: Slow) -> bool:
         if slow.rank is not None:
-            return self._typical(self._signs[slow.rank], slow.rank) < self._ends[slow.rank]
+            return bool(self._typical(self._signs[slow.rank])[slow.rank] < self._ends[slow.rank])
         if self._baseline is None:
             return True
         transfer = self._baseline[1]
@@ -234,10 +248,28 @@ class SlowCheckpoints:
         return None, ended
 
 
-def _excess(ranks: Sequence[WindowTimes], rank: int, name: str) -> float:
-    """Returns by how much a time of a rank is above the median of those of the others."""
-    times = [getattr(window, name) for window in ranks]
-    return float(times.pop(rank) - median(times))
+def median_update(times: Numbers) -> float:
+    """Returns the median over the ranks of the seconds of an update."""
+    return float(np.median(times[:, _COLUMNS.index("update")]))
+
+
+def _slowdowns(windows: Iterable[_Window], sign: str) -> Numbers:
+    """Returns the slowdowns of windows, [windows, ranks]."""
+    return np.stack([window.slowdowns[sign] for window in windows])
+
+
+def _excesses(times: Numbers) -> Numbers:
+    """Returns by how much the time of each rank is above the median of those of the others."""
+    order, others = np.argsort(times), len(times) - 1
+    place = np.empty_like(order)
+    place[order] = np.arange(len(times))
+
+    def of_others(number: int) -> Numbers:
+        """Returns for each rank the other ranks' time of this number, in ascending order."""
+        time: Numbers = times[order][number + (place <= number)]
+        return time
+
+    return times - (of_others((others - 1) // 2) + of_others(others // 2)) / 2
 
 
 def _slowdown(excess: float, update: float) -> float:

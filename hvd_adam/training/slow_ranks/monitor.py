@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from statistics import median
 from typing import Any
 
 import torch
@@ -17,10 +16,18 @@ from hvd_adam.distributed.collectives.waiting import seconds_waited
 from hvd_adam.distributed.context import Cluster
 from hvd_adam.distributed.optimizer import DistributedAdam
 from hvd_adam.log import logger
-from hvd_adam.training.slow_ranks.detector import CHECKPOINT, WINDOWS, Slow, SlowCheckpoints, SlowRankDetector
+from hvd_adam.training.slow_ranks.detector import (
+    CHECKPOINT,
+    WINDOWS,
+    Numbers,
+    Slow,
+    SlowCheckpoints,
+    SlowRankDetector,
+    median_update,
+)
 from hvd_adam.training.slow_ranks.messages import ended_line, slow_line
 from hvd_adam.training.slow_ranks.preemption import RunDelays
-from hvd_adam.training.slow_ranks.times import UpdateTimes, WindowTimes
+from hvd_adam.training.slow_ranks.times import UpdateTimes
 
 LEAST_UPDATES = 3  # in a window
 LEAST_SECONDS = 0.2  # of a window, so that time slices of the operating system do not decide
@@ -52,7 +59,7 @@ class SlowRankMonitor:
         self._optimizer: Any = optimizer if waits else None
         self._times = UpdateTimes(seconds_waited, preempted=RunDelays().since_last_call)
         self._gather = BackgroundGather("hvd_adam.slow_ranks")
-        self._detector = SlowRankDetector(cluster.size)
+        self._detector = SlowRankDetector()
         self._checkpoints = SlowCheckpoints(WINDOWS * LEAST_SECONDS)
         self._length = LEAST_UPDATES
         self._warm, self._compression = False, ""
@@ -68,9 +75,9 @@ class SlowRankMonitor:
             return
         self._times.update_ended()
         if self._gather.in_flight:  # since an update, whose gradients came later than these times
-            self._read([WindowTimes(*row) for row in self._gather.take()], self._optimizer.compression)
+            self._read(self._gather.take(), self._optimizer.compression)
         if len(self._times) >= self._length:
-            self._gather.start(self._times.take().row())
+            self._gather.start(self._times.take())
 
     @contextmanager
     def checkpoint(self) -> Iterator[None]:
@@ -84,17 +91,17 @@ class SlowRankMonitor:
             slow, ended = self._checkpoints.add(between, held)
             self._report([slow] if slow else [], [Slow(CHECKPOINT, 0, 0.0, 0.0)] if ended else [])
 
-    def _read(self, ranks: list[WindowTimes], compression: str) -> None:
+    def _read(self, times: Numbers, compression: str) -> None:
         """Reads the times of a window of all ranks, the same on every rank."""
-        seconds = median(times.update for times in ranks)
-        self._length = max(LEAST_UPDATES, math.ceil(LEAST_SECONDS / max(seconds, 1e-6)))
+        seconds = max(median_update(times), 1e-6)
+        self._length = max(LEAST_UPDATES, math.ceil(LEAST_SECONDS / seconds))
         if compression != self._compression:
             self._compression = compression
             self._detector.restart()
         if not self._warm:  # the first window: kernels are compiled, and caches are cold
             self._warm = True
         elif self._cluster.is_root:
-            self._report(*self._detector.add(ranks))
+            self._report(*self._detector.add(times))
 
     def _report(self, started: list[Slow], ended: list[Slow]) -> None:
         for slow in ended:

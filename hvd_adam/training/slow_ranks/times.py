@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import astuple, dataclass
 from statistics import fmean, median, median_low
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 Item = TypeVar("Item")
 
@@ -16,8 +15,7 @@ Item = TypeVar("Item")
 _MOST_OF_MEDIAN = 1.25
 
 
-@dataclass(frozen=True)
-class WindowTimes:
+class WindowTimes(NamedTuple):
     """Times of one rank in a window of updates, in seconds per update.
 
     Attributes:
@@ -36,10 +34,6 @@ class WindowTimes:
     least_wait: float
     update: float
     preempted: float = 0.0
-
-    def row(self) -> tuple[float, ...]:
-        """Returns the numbers to send to other ranks: `WindowTimes(*row)` is equal."""
-        return astuple(self)
 
 
 class UpdateTimes:
