@@ -183,8 +183,10 @@ class AveragedStep:
                 return
         # In flight while the kernel runs, so that it takes no time of its own.
         meet = (lambda: None) if scaling.needs_norm else self._start_meeting()
-        is_one = probed is not None
-        factor = scaling.combined(unscale, finite_probe, carries_found_inf=deferred, is_one=is_one)
+        if probed and deferred:  # without clipping and loss scale there is no other factor
+            factor: Tensor | None = probed.one_if_finite
+        else:
+            factor = scaling.combined(unscale, finite_probe, carries_found_inf=deferred)
         # The `step` of a derived class may change gradients and hyper-parameters.
         known = probed if self._layout.plain_step else None
         with self._strategy.updating():

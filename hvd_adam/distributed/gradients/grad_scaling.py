@@ -100,7 +100,7 @@ class GradScaling:
         return skip
 
     def combined(
-        self, grad_scale: float | Tensor, finite_probe: Tensor | None, *, carries_found_inf: bool, is_one: bool
+        self, grad_scale: float | Tensor, finite_probe: Tensor | None, *, carries_found_inf: bool
     ) -> Tensor | None:
         """Returns the factor for the update kernel, 0-dimensional, or None for 1.
 
@@ -110,17 +110,13 @@ class GradScaling:
             carries_found_inf: make the factor NaN if `finite_probe` is not finite. The kernel on the device then
                 changes no tensor, and the host need not wait for the decision. This is what PyTorch's fused
                 optimizers get as a second argument, `found_inf`; `ProbeOnHost` brings it to the host later.
-            is_one: whether `finite_probe` is 1 if it is finite, so that it can be the factor itself.
         """
         if finite_probe is not None:
             if self._max_grad_norm is not None:
                 # As torch.nn.utils.clip_grad_norm_, including the 1e-6.
                 grad_scale = grad_scale * (self._max_grad_norm / (finite_probe + 1e-6)).clamp(max=1.0)
-            if carries_found_inf and not is_one:
+            if carries_found_inf:
                 grad_scale = grad_scale + finite_probe * 0  # 0 if finite, else NaN
-            elif carries_found_inf:
-                is_factor = isinstance(grad_scale, float) and grad_scale == 1
-                grad_scale = finite_probe if is_factor else finite_probe * grad_scale
         if isinstance(grad_scale, float):
             return None if grad_scale == 1 else torch.tensor(grad_scale, dtype=torch.float64, device="cpu")
         return grad_scale

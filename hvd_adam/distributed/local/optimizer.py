@@ -195,7 +195,7 @@ class LocalAdam(IslandAdam):
                 self._skipped, self._in_a_row = self._skipped + 1, self._in_a_row + 1
                 return
         self._in_a_row = 0
-        self._run_step(scaling.combined(factor, probe, carries_found_inf=False, is_one=False))
+        self._run_step(scaling.combined(factor, probe, carries_found_inf=False))
 
     def _run_step(self, grad_scale: Tensor | None) -> None:
         """Runs the `step` of the optimizer's class, which may be the user's, with the update of this one."""
