@@ -495,10 +495,13 @@ def test_a_large_copy_uses_small_buffers_several_times_to_move_the_same_number_o
 
 
 def test_on_a_gpu_only_fast_implementations_are_timed_with_many_parameters():
-    large, small = workload(10**9, device="cuda"), workload(10**6, device="cuda")
+    largest, large, small = (workload(size, device="cuda") for size in (2 * 10**9, 10**9, 10**6))
     fast = ["hvd_adam fused", "torch foreach", "torch fused", "apex FusedAdam"]
-    assert list(optimizers.factories(large, reference=False)) == fast
-    assert {*fast, "hvd_adam foreach", "torch for-loop"} < {*optimizers.factories(small, reference=False)}
+    assert list(optimizers.factories(largest, reference=False)) == fast
+    formats = ["hvd_adam fused bfloat16", "hvd_adam fused 8bit"]
+    assert {*optimizers.factories(large, reference=False)} == {*fast, *formats}
+    slow = ["hvd_adam foreach", "torch for-loop"]
+    assert {*fast, *formats, *slow} < {*optimizers.factories(small, reference=False)}
 
 
 def test_on_a_gpu_peers_share_parameters_and_one_out_of_memory_is_reported(monkeypatch):
