@@ -199,7 +199,9 @@ class SlowRankDetector:
         transfer = median(window.transfer for window in self._before)
         slower = [_slowdown(window.transfer - transfer, window.update) for window in self._recent]
         more = sum(w.transfer * own >= _TRANSFER_FACTOR * w.own * transfer for w in self._recent) >= WINDOWS - 1
-        if sorted(slower)[1] < START or self._typical("own").max() >= START or not more:
+        if sorted(slower)[1] < START or not more:
+            return None
+        if self._typical("own").max() >= max(START, median(slower)):  # a rank holds the others up by more
             return None
         self._baseline = own, transfer
         return Slow(NETWORK, None, median(slower), median(w.transfer - transfer for w in self._recent))
