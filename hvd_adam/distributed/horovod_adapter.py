@@ -15,7 +15,6 @@ what it does is replaced, because the wrapper
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 import weakref
 from collections import defaultdict
@@ -68,12 +67,12 @@ class HorovodAdapter:
             called with Adasum.
 
     Attributes:
-        plain_step: whether the optimizer's own step is Adam's, and not that of a derived class.
+        plain_step: `Adam.steps_plainly` of the optimizer.
     """
 
     def __init__(
         self,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Adam,
         names: Mapping[Tensor, str],
         *,
         accumulate: int,
@@ -92,8 +91,7 @@ class HorovodAdapter:
         self._pre_hooks: list[Any] = []  # handles of hooks, and the nodes that keep them alive
         self._post_hooks: dict[Tensor, Any] = {}  # handles of hooks
         self._adapted = optimizer
-        own: Any = type(optimizer).step  # PyTorch wraps it
-        self.plain_step = inspect.unwrap(own) is inspect.unwrap(Adam.step)
+        self.plain_step = optimizer.steps_plainly
         self._accumulate, self._adasum = accumulate, adasum
         with elastic_disabled():  # Horovod would register hooks on one rank too
             self._wrapper: Any = hvd.DistributedOptimizer(

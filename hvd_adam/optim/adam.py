@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from functools import cached_property
+from inspect import unwrap
 from typing import Any, overload
 
 import torch
@@ -267,6 +268,12 @@ class Adam(PlainOptimizer):
     def update_by(self, update: Callable[[], None]) -> None:
         """Makes `step`, which a derived class may extend, call `update` instead of updating by itself."""
         self.__dict__["_update"] = update
+
+    @property
+    def steps_plainly(self) -> bool:
+        """Whether `step` is the one of `Adam`, and not of a derived class that extends it."""
+        own: Any = type(self).step  # PyTorch wraps it
+        return unwrap(own) is unwrap(Adam.step)
 
     def _update(self) -> None:
         """Takes one step with the gradients as they are."""

@@ -206,7 +206,7 @@ class LocalAdam(IslandAdam):
 
         inner = self._inner
         inner._opt_called = True  # type: ignore[attr-defined]  # what a scheduler made for it looks for
-        if type(inner).step is Adam.step:
+        if inner.steps_plainly:
             update()
             return
         inner.update_by(update)

@@ -76,7 +76,7 @@ class _Window:
         columns = dict(zip(_COLUMNS, times.T, strict=True))
         update = median_update(times)
         excesses = {name: _excesses(columns[name]) for name in (*_SIGNS, "compute")}
-        slowdowns = {name: excess / np.maximum(update - excess, 1e-9) for name, excess in excesses.items()}
+        slowdowns = {name: _slowdown(excess, update) for name, excess in excesses.items()}
         own, transfer = float(np.median(columns["own"])), float(columns["least_wait"].min())
         return cls(excesses, slowdowns, own, transfer, update)
 
@@ -110,15 +110,15 @@ class SlowRankDetector:
         self._before: deque[_Window] = deque(maxlen=_BASELINE)
         self._longer: deque[_Window] = deque(maxlen=OWN_WINDOWS)
         self._named: dict[int | None, Slow] = {}
-        self._signs: dict[int, str] = {}  # that have shown which ranks are slow
-        self._ends: dict[int, float] = {}  # below which they no longer are
-        self._baseline: tuple[float, float] | None = None  # own time and transfer while the network is named
+        # Of a rank: what has shown that it is slow, and below which slowdown it no longer is.
+        self._shown: dict[int, tuple[str, float]] = {}
+        self._transfer: float | None = None  # before the network was named
 
     def restart(self) -> None:
         """Forgets the windows, but not what is named: the times of transfers are to change."""
         for windows in (self._recent, self._before, self._longer):
             windows.clear()
-        self._baseline = None
+        self._transfer = None
 
     def add(self, times: Numbers | Sequence[WindowTimes]) -> tuple[list[Slow], list[Slow]]:
         """Takes the times of a window.
@@ -165,8 +165,7 @@ class SlowRankDetector:
         return np.zeros_like(shown)
 
     def _slow(self, sign: str, rank: int) -> Slow:
-        self._signs[rank] = sign
-        self._ends[rank] = float(self._usual(sign)[rank]) + END
+        self._shown[rank] = sign, float(self._usual(sign)[rank]) + END
         cause = _CAUSES.get(sign) or max((DATA, COMPUTE), key=lambda name: self._typical(name)[rank])
         seconds = median(float(window.excesses[sign][rank]) for window in self._recent)
         return Slow(cause, rank, float(self._typical(sign)[rank]), seconds)
@@ -197,22 +196,26 @@ class SlowRankDetector:
             return None
         own = median(window.own for window in self._before)
         transfer = median(window.transfer for window in self._before)
-        slower = [_slowdown(window.transfer - transfer, window.update) for window in self._recent]
+        slower = self._slower_than(transfer)
         more = sum(w.transfer * own >= _TRANSFER_FACTOR * w.own * transfer for w in self._recent) >= WINDOWS - 1
         if sorted(slower)[1] < START or not more:
             return None
-        if self._typical("own").max() >= max(START, median(slower)):  # a rank holds the others up by more
+        if self._typical("own").max() >= median(slower):  # a rank holds the others up by more
             return None
-        self._baseline = own, transfer
+        self._transfer = transfer
         return Slow(NETWORK, None, median(slower), median(w.transfer - transfer for w in self._recent))
 
     def _has_ended(self, slow: Slow) -> bool:
         if slow.rank is not None:
-            return bool(self._typical(self._signs[slow.rank])[slow.rank] < self._ends[slow.rank])
-        if self._baseline is None:
-            return True
-        transfer = self._baseline[1]
-        return median(_slowdown(w.transfer - transfer, w.update) for w in self._recent) < END
+            sign, end = self._shown[slow.rank]
+            return bool(self._typical(sign)[slow.rank] < end)
+        return self._transfer is None or median(self._slower_than(self._transfer)) < END
+
+    def _slower_than(self, transfer: float) -> list[float]:
+        """Returns by which part updates have become slower, because transfers take longer than this."""
+        windows = np.array([(window.transfer - transfer, window.update) for window in self._recent])
+        slower: list[float] = _slowdown(*windows.T).tolist()
+        return slower
 
 
 class SlowCheckpoints:
@@ -263,17 +266,18 @@ def _slowdowns(windows: Iterable[_Window], sign: str) -> Numbers:
 def _excesses(times: Numbers) -> Numbers:
     """Returns by how much the time of each rank is above the median of those of the others."""
     order, others = np.argsort(times), len(times) - 1
-    place = np.empty_like(order)
+    ranked, place = times[order], np.empty_like(order)
     place[order] = np.arange(len(times))
 
     def of_others(number: int) -> Numbers:
         """Returns for each rank the other ranks' time of this number, in ascending order."""
-        time: Numbers = times[order][number + (place <= number)]
+        time: Numbers = ranked[number + (place <= number)]
         return time
 
     return times - (of_others((others - 1) // 2) + of_others(others // 2)) / 2
 
 
-def _slowdown(excess: float, update: float) -> float:
+def _slowdown(excess: Numbers, update: Numbers | float) -> Numbers:
     """Returns an excess as a part of the time that the update takes without it."""
-    return excess / max(update - excess, 1e-9)
+    slowdown: Numbers = excess / np.maximum(update - excess, 1e-9)
+    return slowdown
