@@ -69,7 +69,8 @@ def test_the_signal_that_ends_a_fork_ends_the_program(python):
 @pytest.fixture
 def waiting(python):
     """A program that has started, and the number of its fork's process."""
-    code = "import os, signal; print(os.getpid(), flush=True)\ntry: signal.pause()\nfinally: print('ends')"
+    wait = "try:\n    while True: time.sleep(0.1)\nfinally: print('ends')"
+    code = f"import os, time; print(os.getpid(), flush=True)\n{wait}"
     with subprocess.Popen([python, "-c", code], stdout=subprocess.PIPE, text=True) as program:
         yield program, int(program.stdout.readline())
         program.kill()

@@ -41,7 +41,7 @@ if mode in ("wait", "stubborn"):
     (folder / f"pid.{rank}.new").write_text(str(os.getpid()))
     (folder / f"pid.{rank}.new").rename(folder / f"pid.{rank}")
     while True:
-        signal.pause()
+        time.sleep(0.1)  # signal.pause() would miss a signal that arrives just before it
 if mode == "show":
     (folder / f"shown.{rank}").write_text(repr((sys.argv[3:], os.environ.get("FOO"))))
     sys.exit(0)

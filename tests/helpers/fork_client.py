@@ -11,6 +11,7 @@ FORWARDED = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signa
 
 def run(address: str, argv: list[str]) -> None:
     """Runs `python ARGV` in a fork of the server at a socket's path, and ends this process as the fork ends."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # until there is a fork to forward to
     server = socket.socket(socket.AF_UNIX)
     server.connect(address)
     request = {"argv": argv, "environ": dict(os.environ), "folder": os.getcwd()}
@@ -19,6 +20,7 @@ def run(address: str, argv: list[str]) -> None:
     server.sendall(json.dumps(request).encode() + b"\n")
     for number in FORWARDED:
         signal.signal(number, lambda number, _: server.sendall(bytes([number])))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
     end = server.recv(4)
     (code,) = struct.unpack("i", end) if end else (-signal.SIGKILL,)
     if code < 0:
