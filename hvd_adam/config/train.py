@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from hvd_adam import recipes
+from hvd_adam.config.combinations import require_combination
 from hvd_adam.config.data import DataConfig
 from hvd_adam.config.effects import require_effect
 from hvd_adam.config.functions import metric_names, require_plain, require_reference
@@ -191,7 +192,9 @@ recipes for --config recipe:NAME: {", ".join(recipes.names())}"""
         object.__setattr__(self, "precision", PRECISIONS.get(self.precision, self.precision))
         self._check_numbers()
         self._check_functions()
-        self._check_combinations()
+        require_combination(self)
+        if (self.lr_decay == "step") != bool(self.milestones()):
+            raise UserError("--lr-decay step and --lr-decay-epochs go together, as in --lr-decay-epochs 30,60,80")
         require_effect(self)
 
     def _check_numbers(self) -> None:
@@ -233,54 +236,6 @@ recipes for --config recipe:NAME: {", ".join(recipes.names())}"""
         mixup = self.mixup
         require(mixup is None or (mixup > 0 and math.isfinite(mixup)), "mixup", mixup, "above 0")
         require(self.ema is None or 0 < self.ema < 1, "ema", self.ema, "in (0, 1)")
-
-    def _check_combinations(self) -> None:
-        if self.batch_size is not None and self.global_batch_size is not None:
-            raise UserError("--batch-size and --global-batch-size exclude each other: give one")
-        if (self.lr_decay == "step") != bool(self.milestones()):
-            raise UserError("--lr-decay step and --lr-decay-epochs go together, as in --lr-decay-epochs 30,60,80")
-        if self.op == "adasum":
-            if self.noise_scale is not None:
-                raise UserError("--op adasum averages no gradients, whose noise scale --noise-scale measures")
-            if self.strategy != "allreduce":
-                raise UserError("--op adasum combines updates of whole tensors: use --strategy allreduce")
-            if self.max_grad_norm is not None or self.precision == "fp16":
-                raise UserError(
-                    "--op adasum combines the ranks' own steps: no --max-grad-norm, no --precision fp16"
-                )
-            if self.compression in ("bf16", "int8", "int4"):
-                raise UserError(
-                    f"--op adasum has no {self.compression} compression: use --compression none or fp16"
-                )
-        if self.state_format != "float32":
-            option = f"--state-format {self.state_format}"
-            if self.precision == "fp64":
-                raise UserError(f"{option} is not for --precision fp64, whose state stays float64: leave it out")
-            if self.amsgrad:
-                raise UserError(
-                    f"{option} and --amsgrad exclude each other: the largest of many rounded moments grows with "
-                    "their rounding errors"
-                )
-        if self.compression in ("int8", "int4") and self.precision == "fp64":
-            raise UserError(f"--compression {self.compression} is not for --precision fp64: use none")
-
-        if self.strategy == "local":
-            self._check_local()
-
-    def _check_local(self) -> None:
-        """Refuses what needs ranks that average every update."""
-        if self.compression not in ("none", "int8", "int4"):
-            raise UserError(f"--strategy local has no {self.compression} compression: use none, int8 or int4")
-        reasons = {
-            "elastic": (self.elastic, "the local weights of a lost rank would be missing"),
-            "ema": (self.ema is not None, "each rank would average weights of its own"),
-            "sync-batchnorm": (self.sync_batchnorm, "all ranks would wait for each other in every update"),
-            "check-consistency-every": (self.check_consistency_every is not None, "the ranks differ by design"),
-            "noise-scale": (self.noise_scale is not None, "no gradients are averaged"),
-        }
-        for name, (given, reason) in reasons.items():
-            if given:
-                raise UserError(f"--{name} cannot be used with --strategy local: {reason}; leave it out")
 
     def milestones(self) -> tuple[float, ...]:
         """Returns the epochs of the step decay, ascending."""

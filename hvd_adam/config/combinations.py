@@ -1,0 +1,63 @@
+"""Which options of a training run exclude each other. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hvd_adam.errors import UserError
+
+
+def require_combination(config: Any) -> None:
+    """Refuses options that exclude each other.
+
+    Args:
+        config: a `TrainConfig`.
+
+    Raises:
+        UserError: an option cannot be honoured together with another one.
+    """
+    if config.batch_size is not None and config.global_batch_size is not None:
+        raise UserError("--batch-size and --global-batch-size exclude each other: give one")
+    if config.op == "adasum":
+        _require_adasum(config)
+    if config.state_format != "float32":
+        option = f"--state-format {config.state_format}"
+        if config.precision == "fp64":
+            raise UserError(f"{option} is not for --precision fp64, whose state stays float64: leave it out")
+        if config.amsgrad:
+            raise UserError(
+                f"{option} and --amsgrad exclude each other: the largest of many rounded moments grows with "
+                "their rounding errors"
+            )
+    if config.compression in ("int8", "int4") and config.precision == "fp64":
+        raise UserError(f"--compression {config.compression} is not for --precision fp64: use none")
+    if config.strategy == "local":
+        _require_local(config)
+
+
+def _require_adasum(config: Any) -> None:
+    """Refuses what Adasum, which combines the ranks' own steps, has not."""
+    if config.noise_scale is not None:
+        raise UserError("--op adasum averages no gradients, whose noise scale --noise-scale measures")
+    if config.strategy != "allreduce":
+        raise UserError("--op adasum combines updates of whole tensors: use --strategy allreduce")
+    if config.max_grad_norm is not None or config.precision == "fp16":
+        raise UserError("--op adasum combines the ranks' own steps: no --max-grad-norm, no --precision fp16")
+    if config.compression in ("bf16", "int8", "int4"):
+        raise UserError(f"--op adasum has no {config.compression} compression: use --compression none or fp16")
+
+
+def _require_local(config: Any) -> None:
+    """Refuses what needs ranks that average every update."""
+    if config.compression not in ("none", "int8", "int4"):
+        raise UserError(f"--strategy local has no {config.compression} compression: use none, int8 or int4")
+    reasons = {
+        "elastic": (config.elastic, "the local weights of a lost rank would be missing"),
+        "ema": (config.ema is not None, "each rank would average weights of its own"),
+        "sync-batchnorm": (config.sync_batchnorm, "all ranks would wait for each other in every update"),
+        "check-consistency-every": (config.check_consistency_every is not None, "the ranks differ by design"),
+        "noise-scale": (config.noise_scale is not None, "no gradients are averaged"),
+    }
+    for name, (given, reason) in reasons.items():
+        if given:
+            raise UserError(f"--{name} cannot be used with --strategy local: {reason}; leave it out")
