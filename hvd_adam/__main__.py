@@ -19,6 +19,7 @@ COMMANDS = {
     "doctor": "diagnose this machine, other hosts or a job, with a remedy for each fault",
     "bench": "measure the optimizer, the reduction and whole steps against peers and the hardware's limit",
     "simulate": "predict how a job scales: step time, cost, bottleneck, and what would help",
+    "advise": "advise the batch and the number of ranks with which a run reaches a loss soonest, and cheapest",
     "build_horovod": "build Horovod against the PyTorch that is installed",
 }
 

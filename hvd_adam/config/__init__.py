@@ -1,5 +1,6 @@
 """Configurations of the commands, as typed dataclasses that check their ranges. Imports no torch."""
 
+from hvd_adam.config.advise import AdviseConfig
 from hvd_adam.config.checkpoint import CheckpointConfig
 from hvd_adam.config.data import DataConfig
 from hvd_adam.config.evaluate import EvaluateConfig
@@ -12,6 +13,7 @@ from hvd_adam.config.train import PRECISIONS, TrainConfig
 
 __all__ = [
     "PRECISIONS",
+    "AdviseConfig",
     "CheckpointConfig",
     "DataConfig",
     "EvaluateConfig",

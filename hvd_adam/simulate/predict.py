@@ -45,11 +45,7 @@ def predict(config: PredictConfig) -> None:
 
 def forecasts_of(config: PredictConfig) -> tuple[list[Forecast], list[str]]:
     """Returns a forecast for each number of ranks, and notes on what they are based on."""
-    workload, machine, per_host, notes = _inputs(config)
-    per_host = config.ranks_per_host or per_host
-    machine = _overridden(machine, config)
-    if config.cores_per_host is not None:
-        machine = replace(machine, cores=config.cores_per_host)
+    workload, machine, per_host, notes = job_of(config)
     link = machine.between
     notes += [
         f"strategy {config.strategy}, compression {config.compression}, {config.accumulate} micro-batches of "
@@ -64,6 +60,19 @@ def forecasts_of(config: PredictConfig) -> tuple[list[Forecast], list[str]]:
         for n in config.numbers_of_ranks()
     ]
     return [forecast(workload, setting, machine, config.price) for setting in settings], notes
+
+
+def job_of(config: PredictConfig) -> tuple[Workload, Machine, int, list[str]]:
+    """Returns the workload, the machine with the network that was given, its ranks per host, and notes.
+
+    Raises:
+        UserError: the calibration cannot be read or has no such model.
+    """
+    workload, machine, per_host, notes = _inputs(config)
+    machine = _overridden(machine, config)
+    if config.cores_per_host is not None:
+        machine = replace(machine, cores=config.cores_per_host)
+    return workload, machine, config.ranks_per_host or per_host, notes
 
 
 def _inputs(config: PredictConfig) -> tuple[Workload, Machine, int, list[str]]:

@@ -1,0 +1,159 @@
+"""`confirm`: branches with some batches, and which of them reaches a common loss first.
+
+The noise scale is only a proxy of how many updates a batch saves (Merrill et al. 2025, arXiv 2505.23971, which
+therefore branches short trainings); a measured loss over time is not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from hvd_adam.advise.branches import Branch, Branches
+from hvd_adam.advise.choice import LEAST_GAIN, Row, Setting, soonest
+from hvd_adam.advise.measure import speed
+from hvd_adam.errors import UserError
+
+UPDATES = 200  # of the run, by default, whose samples each batch is trained for
+EVENTS = 16  # of the curve of a branch
+
+Curve = list[tuple[float, float]]  # seconds of training, and the lowest loss so far
+
+
+@dataclass(frozen=True)
+class Confirmed:
+    """What a branch has shown.
+
+    Attributes:
+        global_batch: samples of an update.
+        seconds: of an update.
+        to_loss: seconds of training to the common loss; None if it was not reached.
+        loss: the lowest mean training loss between two events.
+        test_loss: on the test set at the end; None if not finite.
+    """
+
+    global_batch: int
+    seconds: float
+    to_loss: float | None
+    loss: float | None
+    test_loss: float | None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The comparison of the branches.
+
+    Attributes:
+        samples: that each branch was trained for.
+        loss: the lowest one that all branches reach.
+        branches: in the order of their batches.
+        soonest: the global batch that reached it first.
+        advised: the one that was advised on so many ranks.
+        agrees: whether they are the same, or differ by less than `LEAST_GAIN` of the time.
+    """
+
+    samples: int
+    loss: float
+    branches: list[Confirmed]
+    soonest: int
+    advised: int
+    agrees: bool
+
+
+def candidates(rows: Sequence[Row], own: Setting, number: int) -> list[Setting]:
+    """Returns the run's own setting and the soonest others with its number of ranks, by their batches."""
+    same = sorted((row for row in rows if row.ranks == own.ranks), key=lambda row: row.relative_time)
+    chosen = {own.global_batch: own}
+    for row in same:
+        if len(chosen) < number:
+            setting = Setting(row.ranks, row.micro_batch, row.accumulate, row.global_batch)
+            chosen.setdefault(row.global_batch, setting)
+    return [chosen[batch] for batch in sorted(chosen)]
+
+
+def confirm(
+    branches: Branches,
+    rows: Sequence[Row],
+    own: Setting,
+    number: int,
+    samples: int | None,
+    log: Callable[[str], object],
+) -> Verdict:
+    """Trains some settings for as many samples.
+
+    Args:
+        branches: of the run.
+        rows: the advice.
+        own: the run's setting on the ranks of a branch.
+        number: of settings.
+        samples: of each; None: those of 200 updates of the run.
+        log: receives a line for each branch.
+
+    Raises:
+        UserError: a branch fails, or none has a finite loss.
+    """
+    branches.require_learning_rate()
+    wanted, trained = samples or UPDATES * own.global_batch, {}
+    for each in candidates(rows, own, number):
+        updates = max(2, -(-wanted // each.global_batch))
+        log(f"training {updates} updates of {each.global_batch} samples on {each.ranks} rank(s)")
+        trained[each.global_batch] = branches.run(each, updates, EVENTS)
+    here = (row for row in rows if row.ranks == own.ranks and row.global_batch in trained)
+    return verdict(trained, wanted, soonest(here).global_batch)
+
+
+def verdict(branches: Mapping[int, Branch], samples: int, advised: int) -> Verdict:
+    """Compares the branches at the lowest loss that all of them reach.
+
+    Args:
+        branches: by global batch.
+        samples: of each.
+        advised: the global batch that the advice has soonest.
+
+    Raises:
+        UserError: no branch has a finite loss.
+    """
+    curves = {batch: curve(branch) for batch, branch in branches.items()}
+    lowest = [points[-1][1] for points in curves.values() if points]
+    if not lowest:
+        raise UserError("no branch of --confirm has a finite loss: the run diverges from its newest checkpoint")
+    common = max(lowest)
+    times = {batch: time_to(points, common) for batch, points in curves.items()}
+    rows = [
+        Confirmed(
+            batch,
+            batch / speed(branch.points),
+            times[batch] if math.isfinite(times[batch]) else None,
+            curves[batch][-1][1] if curves[batch] else None,
+            branch.test_loss,
+        )
+        for batch, branch in branches.items()
+    ]
+    first = min(times, key=times.__getitem__)
+    agrees = times[advised] * (1 - LEAST_GAIN) <= times[first]
+    return Verdict(samples, common, rows, first, advised, agrees)
+
+
+def curve(branch: Branch) -> Curve:
+    """Returns the lowest loss so far over the seconds of training at the branch's median speed.
+
+    The first events are slow, since ranks and kernels start, and so are those that other programs disturb.
+    """
+    rate = speed(branch.points)
+    found: Curve = []
+    for point in branch.points:
+        if point.loss is not None:
+            found.append((point.samples / rate, min([point.loss, *(loss for _, loss in found[-1:])])))
+    return found
+
+
+def time_to(points: Curve, loss: float) -> float:
+    """Returns the seconds at which a curve reaches a loss, interpolated; infinite if it does not."""
+    if points and points[0][1] <= loss:
+        return points[0][0]
+    for (before, high), (after, low) in pairwise(points):
+        if low <= loss:
+            return before + (after - before) * (high - loss) / (high - low)
+    return math.inf

@@ -1,0 +1,123 @@
+"""What a run folder records that advice needs: batch, noise scale, seconds of an update. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from hvd_adam.errors import UserError
+from hvd_adam.report.runs import Run, load_runs, number
+
+LAST = 0.5  # the part of the measurements, from the end, that counts
+
+
+@dataclass(frozen=True)
+class NoiseScale:
+    """The gradient noise scale in samples, with its 95 % interval; `high` may be infinite.
+
+    Attributes:
+        value, low, high: 0 ≤ low ≤ value ≤ high.
+        step: updates made when it was logged.
+    """
+
+    value: float
+    low: float
+    high: float
+    step: int
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run.
+
+    Attributes:
+        folder: the run folder.
+        config: the options by name.
+        ranks: number of ranks of its last job.
+        global_batch: samples of an update.
+        accumulate: micro-batches of a rank and update.
+        train_samples: of an epoch; None if not recorded.
+        updates: made so far.
+        seconds: of an update: the median of the last half of those that the last job has logged.
+        compression: in use.
+        noise: the last noise scale that was logged.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    ranks: int
+    global_batch: int
+    accumulate: int
+    train_samples: int | None
+    updates: int
+    seconds: float
+    compression: str
+    noise: NoiseScale
+
+    @property
+    def micro_batch(self) -> int:
+        """The largest number of samples of a micro-batch."""
+        return -(-self.global_batch // (self.ranks * self.accumulate))
+
+
+def read(path: str) -> Record:
+    """Reads a run folder.
+
+    A logged noise scale is a ratio of two means over about the last hundred measurements
+    (`distributed.noise.estimate`), so the last one is that of the last part of the run.
+
+    Raises:
+        UserError: it is no run folder, is damaged, or has no noise scale or no seconds of updates.
+    """
+    (run,) = load_runs([path])
+    if run.config is None:
+        raise UserError(f"{path} has no config.yaml: give a run folder of hvd_adam.train")
+    facts = {name: run.start.get(name) for name in ("world_size", "global_batch_size")}
+    missing = [name for name, value in facts.items() if not isinstance(value, int) or value < 1]
+    if missing:
+        raise UserError(f"{path}/metrics.jsonl has no start event with {missing[0]}: give another run")
+    ranks, batch = int(facts["world_size"] or 0), int(facts["global_batch_size"] or 0)
+    job = run.events[max(i for i, event in enumerate(run.events) if event["event"] in ("start", "resume")) :]
+    rates = [rate for event in job if event["event"] == "step" and (rate := number(event, "images_per_second"))]
+    if not rates:
+        raise UserError(f"{path} has logged no updates since it last started: train for some updates more")
+    noise = _noise(run, path)
+    accumulate = run.config.get("accumulate")
+    samples = number(run.data, "train_images")
+    return Record(
+        run.folder,
+        run.config,
+        ranks,
+        batch,
+        accumulate if isinstance(accumulate, int) and accumulate > 0 else 1,
+        None if samples is None else int(samples),
+        max(event["step"] for event in run.events),
+        batch / median(rates[-math.ceil(LAST * len(rates)) :]),
+        str(run.last("step").get("compression", "none")),
+        noise,
+    )
+
+
+def _noise(run: Run, path: str) -> NoiseScale:
+    steps = [event for event in run.of("step") if "noise_scale" in event]
+    if not steps:
+        raise UserError(
+            f"{path} has no measurements of the noise scale: resume the run for some hundred updates with "
+            "--noise-scale 2, and a larger --epochs if it has ended"
+        )
+    known = [event for event in steps[-math.ceil(LAST * len(steps)) :] if number(event, "noise_scale") is not None]
+    if not known:
+        low = number(steps[-1], "noise_scale_low")
+        least = "" if low is None else f" (it is at least {low:.0f} samples)"
+        raise UserError(
+            f"{path} has no finite noise scale{least}: resume the run for some hundred updates more, with "
+            "--noise-scale 1"
+        )
+    last = known[-1]
+    value, low, high = (number(last, f"noise_scale{end}") for end in ("", "_low", "_high"))
+    assert value is not None
+    return NoiseScale(value, low or 0.0, math.inf if high is None else high, last["step"])
