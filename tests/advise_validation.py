@@ -1,13 +1,14 @@
 """Compares the batch that `hvd_adam.advise` chooses with the best one of a grid, in time to a training loss.
 
     OMP_NUM_THREADS=1 python tests/advise_validation.py FOLDER train    # updates to the target, with each batch
-    OMP_NUM_THREADS=1 python tests/advise_validation.py FOLDER time     # seconds of an update; on an idle machine
+    OMP_NUM_THREADS=1 python tests/advise_validation.py FOLDER time     # seconds of an update; on an idle machine,
+    OMP_NUM_THREADS=1 horovodrun --gloo -np 2 python tests/advise_validation.py FOLDER time     # on 1 and 2 ranks
     OMP_NUM_THREADS=1 python tests/advise_validation.py FOLDER advise   # advice for runs with --noise-scale
     python tests/advise_validation.py FOLDER                            # the tables
 
 The digits are trained with global batches of 8 to 512 samples and a learning rate that the square root rule scales
 from that of 64, until the mean training loss of an epoch reaches the target. Time to the target is the median
-number of updates over the seeds, times the median seconds of an update on 1 or 2 ranks. Updates are counted on one
+number of updates over the seeds, times the seconds of an update on 1 or 2 ranks. Updates are counted on one
 rank: N ranks make the same ones. Phases skip what is in FOLDER already.
 """
 
@@ -26,6 +27,7 @@ from statistics import median
 from typing import Any
 
 from hvd_adam.config import TrainConfig
+from hvd_adam.distributed.launch_env import detect_launcher
 from hvd_adam.schedule import scale
 
 GRID = (8, 16, 32, 64, 128, 256, 512)
@@ -34,7 +36,7 @@ TARGETS = {"mlp": 0.1, "cnn": 0.05}  # mean training losses of an epoch
 EPOCHS = {"mlp": (25, 70), "cnn": (8, 20)}  # for batches up to OWN, and larger ones
 SEEDS = (0, 1, 2)
 IMAGES = 1442
-TIMED, TURNS = 60, 3  # updates
+TIMED_SAMPLES, LEAST_TIMED, MOST_TIMED, TURNS = 4096, 10, 100, 2  # the last three: updates, and repetitions
 HOROVODRUN = str(Path(sys.executable).with_name("horovodrun"))
 
 
@@ -82,12 +84,6 @@ def updates_to_target(run: Path, target: float) -> float:
     return math.inf
 
 
-def start(ranks: int, *arguments: str) -> None:
-    """Runs a module on ranks of this host."""
-    launcher = [HOROVODRUN, "--gloo", "-np", str(ranks)] if ranks > 1 else []
-    subprocess.run([*launcher, sys.executable, "-m", *arguments], check=True, stdout=subprocess.DEVNULL)
-
-
 def words(values: dict[str, Any]) -> list[str]:
     """Returns options as words of a command line."""
     return [
@@ -96,22 +92,22 @@ def words(values: dict[str, Any]) -> list[str]:
     ]
 
 
-def measure(folder: Path, models: Sequence[str], ranks: Sequence[int]) -> None:
-    """Measures the seconds of an update with each batch, in turns."""
-    for model, size, turn, batch in (
-        (m, r, t, b) for m in models for r in ranks for t in range(TURNS) for b in GRID
-    ):
-        run = folder / f"time-{model}-{size}-{batch}-{turn}"
-        if not (run / "metrics.jsonl").exists():
-            values = options(model, batch, max_steps=TIMED, epochs=10**4, log_every=5, resume="never")
-            start(size, "hvd_adam.train", *words({**values, "output_dir": str(run)}))
+def measure(folder: Path, models: Sequence[str]) -> None:
+    """Measures updates with each batch, in turns, on the ranks of the launcher; every rank calls it."""
+    from hvd_adam.training.trainer import Trainer
+
+    ranks = detect_launcher().size
+    for model, turn, batch in ((m, t, b) for m in models for t in range(TURNS) for b in GRID):
+        steps = max(LEAST_TIMED, min(MOST_TIMED, TIMED_SAMPLES // batch))
+        values = options(model, batch, max_steps=steps, epochs=10**4, log_every=steps // 10, resume="never")
+        run = folder / f"time-{model}-{ranks}-{batch}-{turn}"
+        Trainer(TrainConfig(**values, output_dir=str(run))).run()
 
 
 def seconds_of_update(folder: Path, model: str, ranks: int, batch: int) -> float:
-    """Returns the median over all turns, without the first events of each."""
+    """Returns the least of the turns' medians, since other programs only lengthen an update."""
     runs = folder.glob(f"time-{model}-{ranks}-{batch}-*")
-    rates = [row["images_per_second"] for run in runs for row in events(run, "images_per_second")[2:]]
-    return batch / median(rates)
+    return batch / max(median(row["images_per_second"] for row in events(run, "loss")[3:]) for run in runs)
 
 
 def advise(folder: Path, models: Sequence[str], ranks: Sequence[int]) -> None:
@@ -123,8 +119,11 @@ def advise(folder: Path, models: Sequence[str], ranks: Sequence[int]) -> None:
                 median(updates_to_target(folder / f"{model}-{OWN}-{seed}", TARGETS[model]) for seed in SEEDS)
             )
             values = options(model, OWN, noise_scale=2, max_steps=steps, epochs=10**4, accumulate=2 // size)
-            start(size, "hvd_adam.train", *words({**values, "output_dir": str(run)}))
-        command = [sys.executable, "-m", "hvd_adam.advise", str(run), "--measure", "--json"]
+            launcher = [HOROVODRUN, "--gloo", "-np", str(size)] if size > 1 else []
+            command = [*launcher, sys.executable, "-m", "hvd_adam.train"]
+            subprocess.run([*command, *words({**values, "output_dir": str(run)})], check=True)
+        command = [sys.executable, "-m", "hvd_adam.advise", str(run), "--measure", "--launcher", "gloo", "--json"]
+        command += ["--batches", ",".join(map(str, GRID))]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         (folder / f"advice-{model}-{size}.json").write_text(done.stdout)
 
@@ -141,7 +140,8 @@ def tables(folder: Path) -> None:
         times = {b: counts[b] * seconds_of_update(folder, model, int(size), b) for b in GRID}
         best = min(times, key=times.__getitem__)
         chosen = advice["soonest"]["global_batch"]
-        predicted = {row["global_batch"]: row["relative_time"] for row in advice["rows"]}
+        rows = sorted(advice["rows"], key=lambda row: -row["relative_time"])
+        predicted = {row["global_batch"]: row["relative_time"] for row in rows}  # of equal batches the soonest
         print(f"\n{model}, {size} rank(s): noise scale {advice['noise_scale']['value']:.0f} samples")
         print(
             "| batch | updates | ms per update | s to the target | relative to the best | advisor's, to its best |"
@@ -172,7 +172,7 @@ def main() -> None:
     if arguments.phase == "train":
         train(folder)
     elif arguments.phase == "time":
-        measure(folder, models, ranks)
+        measure(folder, models)
     elif arguments.phase == "advise":
         advise(folder, models, ranks)
     else:

@@ -78,7 +78,8 @@ def test_distributed_can_be_imported_without_torch():
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "evaluate", "predict", "export", "report", "compare", "doctor", "bench", "simulate"]
+    "command",
+    ["train", "evaluate", "predict", "export", "report", "compare", "doctor", "bench", "simulate", "advise"],
 )
 def test_help_does_not_import_torch(command):
     code = """

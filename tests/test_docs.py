@@ -59,7 +59,7 @@ def test_the_readme_links_to_every_part_of_the_documentation():
 def known_options() -> str:
     helps = ""
     benches = [f"bench.{name}" for name in ("adam", "step", "wire", "allreduce", "memory", "checkpoint", "data")]
-    names = ["train", "evaluate", "predict", "export", "report", "compare", "doctor", *benches]
+    names = ["train", "evaluate", "predict", "export", "report", "compare", "doctor", "advise", *benches]
     names += ["simulate.calibrate", "simulate.predict"]
     for name in names:
         words = re.sub(r"(bench|simulate)\.", r"\1 ", f"hvd_adam.{name}").split()

@@ -12,7 +12,7 @@ from hvd_adam import __version__
 from hvd_adam.arguments import parse
 from hvd_adam.bench.config import AdamConfig
 from hvd_adam.compare.config import CompareConfig
-from hvd_adam.config import EvaluateConfig, ExportConfig, PredictConfig, TrainConfig
+from hvd_adam.config import AdviseConfig, EvaluateConfig, ExportConfig, PredictConfig, TrainConfig
 from hvd_adam.simulate.config import CalibrateConfig
 from hvd_adam.simulate.config import PredictConfig as PredictScalingConfig
 
@@ -22,6 +22,7 @@ COMMANDS = {
     "hvd_adam.predict": PredictConfig,
     "hvd_adam.export": ExportConfig,
     "hvd_adam.compare": CompareConfig,
+    "hvd_adam.advise": AdviseConfig,
     "hvd_adam.simulate calibrate": CalibrateConfig,
     "hvd_adam.simulate predict": PredictScalingConfig,
     "hvd_adam.bench adam": AdamConfig,

@@ -18,7 +18,6 @@ from hvd_adam.advise.choice import (
 )
 from hvd_adam.advise.record import Record
 from hvd_adam.advise.step_time import StepTime
-from hvd_adam.errors import UserError
 from hvd_adam.schedule import Scaled, scale
 
 Basis = Literal["run", "measured", "calibration", "calibration and measured"]
@@ -88,11 +87,11 @@ class Advice:
         return found
 
 
-def options_for(record: Record, row: Row) -> Mapping[str, float | tuple[float, float]]:
+def options_for(record: Record, setting: Setting | Row) -> Mapping[str, float | tuple[float, float]]:
     """Returns --lr, --betas and --eps of the training command with which its --lr-scaling fits a setting.
 
     --lr-scaling scales them by ranks × micro-batches, these options by the samples of a micro-batch. The rules are
-    such that both together scale them by the global batch.
+    such that both together scale them by the global batch. Betas and ε are left out if they do not change.
 
     Raises:
         UserError: the rule cannot scale them by so much.
@@ -101,8 +100,8 @@ def options_for(record: Record, row: Row) -> Mapping[str, float | tuple[float, f
     first, second = config.get("betas", defaults.betas)
     plain = Scaled(float(config.get("lr", defaults.lr)), (first, second), float(config.get("eps", defaults.eps)))
     rule = str(config.get("lr_scaling", "none"))
-    base = scale(row.micro_batch / record.micro_batch, rule, **plain._asdict())
-    scale(row.ranks * row.accumulate, rule, **base._asdict())  # as the training command will
+    base = scale(setting.micro_batch / record.micro_batch, rule, **plain._asdict())
+    scale(setting.ranks * setting.accumulate, rule, **base._asdict())  # as the training command will
     found: dict[str, float | tuple[float, float]] = {"lr": base.lr}
     if base.betas != plain.betas:
         found["betas"] = base.betas
@@ -112,15 +111,11 @@ def options_for(record: Record, row: Row) -> Mapping[str, float | tuple[float, f
 
 
 def command_line(record: Record, row: Row) -> str:
-    """Returns the options of the training command for a setting, or why there are none."""
-    try:
-        scaled = options_for(record, row)
-    except UserError as error:
-        return f"--batch-size {row.micro_batch} --accumulate {row.accumulate}, but {error}"
+    """Returns the options of the training command for a setting."""
     words = [f"--batch-size {row.micro_batch}"]
     if (row.accumulate, record.accumulate) != (1, 1):
         words.append(f"--accumulate {row.accumulate}")
-    for name, value in scaled.items():
+    for name, value in options_for(record, row).items():
         shown = f"{value[0]:.6g},{value[1]:.6g}" if isinstance(value, tuple) else f"{value:.6g}"
         words.append(f"--{name} {shown}")
     return " ".join(words)

@@ -110,18 +110,19 @@ class Branches:
                 "use --confirm"
             )
 
-    def run(self, setting: Setting, updates: int, events: int) -> Branch:
+    def run(self, setting: Setting, updates: int, events: int, *, scaled: bool = True) -> Branch:
         """Trains a branch in a temporary folder, which is removed.
 
         Args:
             setting: of the branch.
             updates: of the branch.
             events: number of log events.
+            scaled: whether --lr-scaling applies; its speed does not depend on that.
 
         Raises:
             UserError: it fails; the message has the last line of its errors.
         """
-        new = changed(self._state, self.record, setting)
+        new = changed(self._state, self.record, setting, scaled=scaled)
         start, length = new["progress"]["step"], self._state["data"]["train_images"] // setting.global_batch
         with tempfile.TemporaryDirectory(prefix="hvd_adam-branch-") as name:
             folder = Path(name)
@@ -140,7 +141,7 @@ class Branches:
             return _read(folder / "run", start, setting)
 
 
-def changed(state: Mapping[str, Any], record: Record, setting: Setting) -> dict[str, Any]:
+def changed(state: Mapping[str, Any], record: Record, setting: Setting, *, scaled: bool = True) -> dict[str, Any]:
     """Returns the state of a checkpoint after as many samples of the same epoch, with another batch.
 
     The learning rate stays that of the last update, times what --lr-scaling makes of the other batch; so do the
@@ -150,6 +151,7 @@ def changed(state: Mapping[str, Any], record: Record, setting: Setting) -> dict[
         state: of the run; it is not changed.
         record: the run.
         setting: of the branch.
+        scaled: whether --lr-scaling applies.
 
     Raises:
         UserError: --lr-scaling cannot scale the hyper-parameters by so much.
@@ -157,11 +159,14 @@ def changed(state: Mapping[str, Any], record: Record, setting: Setting) -> dict[
     # Tensors are shared: only containers are copied.
     new = {**state, "config": {**state["config"], **_options(setting)}}
     new["optimizer"] = {**state["optimizer"], "param_groups": deepcopy(state["optimizer"]["param_groups"])}
-    factor, rule = setting.global_batch / record.global_batch, str(state["config"]["lr_scaling"])
+    factor, rule = (
+        setting.global_batch / record.global_batch,
+        str(state["config"]["lr_scaling"]) if scaled else "none",
+    )
     for group in new["optimizer"]["param_groups"]:
-        scaled = scale(factor, rule, lr=group["lr"], betas=tuple(group["betas"]), eps=group["eps"])
-        group.update(lr=scaled.lr, betas=scaled.betas, eps=scaled.eps)
-        new["schedule"] = {"initial": scaled.lr, "peak": scaled.lr}
+        values = scale(factor, rule, lr=group["lr"], betas=tuple(group["betas"]), eps=group["eps"])
+        group.update(values._asdict())
+        new["schedule"] = {"initial": values.lr, "peak": values.lr}
     new["ranks"] = [{**rank, "loss": [0.0, 0.0]} for rank in state["ranks"]]
     progress, samples = state["progress"], state["data"]["train_images"]
     own_length, length = samples // record.global_batch, samples // setting.global_batch

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from hvd_adam import log
 from hvd_adam.advise import record as records
-from hvd_adam.advise.advice import Advice, Basis
+from hvd_adam.advise.advice import Advice, Basis, options_for
 from hvd_adam.advise.choice import Setting, by_factors_of_2, settings
 from hvd_adam.advise.record import Record
 from hvd_adam.advise.report import as_json, text
@@ -92,10 +92,26 @@ class _Job:
         keep = not measures and config.calibration is None
         base = here if measures else own
         found = settings(batches, sorted(ranks), base, config.most_samples, keep_micro_batch=keep)
+        options_for(record, base)
+        found = _with_learning_rates(record, found)
         job = cls(record, own, here, found, _scaling(config, record))
         if job.scaling is not None:
             job_of(job.scaling)
         return job
+
+
+def _with_learning_rates(record: Record, found: list[Setting]) -> list[Setting]:
+    """Returns the settings that --lr-scaling can scale to, and logs why others are left out."""
+    kept, reason = [], ""
+    for setting in found:
+        try:
+            options_for(record, setting)
+            kept.append(setting)
+        except UserError as error:
+            reason = reason or str(error)
+    if reason:
+        log.logger.info(f"{len(found) - len(kept)} of {len(found)} settings are left out: {reason}")
+    return kept
 
 
 def _on_ranks(own: Setting, ranks: int) -> Setting:

@@ -10,7 +10,7 @@ from hvd_adam.advise.choice import Setting
 from hvd_adam.advise.step_time import Measured, fitted
 
 BATCHES = 4  # that are measured; the line between them is fitted
-TURNS = 2  # of all batches, since the speed of a machine changes
+TURNS = 2  # of all batches; the faster one counts, since other programs only lengthen an update
 SECONDS = 3.0  # that a branch should take, without its start
 LEAST_UPDATES, MOST_UPDATES = 16, 300
 EVENTS = 12
@@ -44,12 +44,12 @@ def measure(branches: Branches, found: Sequence[Setting], own: Setting, log: Cal
         for each in chosen:
             expected = branches.record.seconds * max(1.0, each.global_batch / own.global_batch)
             updates = round(min(MOST_UPDATES, max(LEAST_UPDATES, SECONDS / expected)))
-            points = branches.run(each, updates, EVENTS).points
+            points = branches.run(each, updates, EVENTS, scaled=False).points
             times[each].append(each.global_batch / speed(points))
             log(f"measured {each.global_batch} samples on {each.ranks} rank(s): {times[each][-1] * 1e3:.3g} ms")
-    points_of_line = [(each.micro_batch, median(times[each])) for each in chosen if each.accumulate == 1]
-    line = fitted(points_of_line or [(own.micro_batch, median(times[own]) / own.accumulate)])
-    return Measured(own.ranks, own.micro_batch, own.accumulate, median(times[own]), line)
+    points_of_line = [(each.micro_batch, min(times[each])) for each in chosen if each.accumulate == 1]
+    line = fitted(points_of_line or [(own.micro_batch, min(times[own]) / own.accumulate)])
+    return Measured(own.ranks, own.micro_batch, own.accumulate, min(times[own]), line)
 
 
 def speed(points: Sequence[Point]) -> float:
