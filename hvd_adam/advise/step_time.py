@@ -106,7 +106,8 @@ class Model:
         per_host: ranks of a host.
         strategy: as in `distribute`.
         compression: as in `distribute`.
-        measured: updates of the run. Without a line, computing is taken to be proportional to the samples.
+        measured: updates of the run. Without a line, computing is taken to be proportional to the samples: for
+            larger micro-batches than the run's an upper bound. Of smaller ones nothing is known.
     """
 
     workload: Workload
@@ -116,14 +117,16 @@ class Model:
     compression: str
     measured: Measured
 
-    def update(self, ranks: int, micro_batch: int, accumulate: int) -> UpdateTime:
-        """Returns the expected time.
+    def update(self, ranks: int, micro_batch: int, accumulate: int) -> UpdateTime | None:
+        """Returns the expected time; None if it is not known.
 
         Raises:
             UserError: a measured update took less than the model's update without computing.
         """
         measured = self.measured
         if measured.line is None:
+            if micro_batch < measured.micro_batch:
+                return None
             factor = self._factor_of_the_run * micro_batch / measured.micro_batch
         else:
             factor = self._factor(micro_batch, 1, measured.line.fixed + measured.line.each * micro_batch)
