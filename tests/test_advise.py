@@ -295,7 +295,7 @@ def test_with_a_calibration_ranks_are_compared_and_priced(tmp_path, capsys):
     times = [
         {(row["ranks"], row["global_batch"]): row["seconds"] for row in each["rows"]} for each in (fast, slow)
     ]
-    assert times[1][64, 64] > times[0][64, 64]
+    assert times[1][64, 1024] > times[0][64, 1024]
     assert slow["saturation"] is None or slow["saturation"]["reason"] in ("network", "batch")
     with pytest.raises(UserError, match="--model mlp is not in"):
         ask(write_run(tmp_path / "other", rows, model="mlp"), "--calibration", file)

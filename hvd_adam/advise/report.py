@@ -18,8 +18,8 @@ BASES = {
     "run": "ms per update: from the run's log; those of several micro-batches are upper bounds. Of smaller "
     "micro-batches, and other numbers of ranks, nothing is known: use --measure, or --calibration",
     "measured": "ms per update: measured here with some of the batches, and fitted as fixed + samples × each",
-    "calibration": "ms per update: the cost model, with computing proportional to the samples and as fast as in the "
-    "run. Of smaller micro-batches than the run's nothing is known: use --measure",
+    "calibration": "ms per update: the cost model, with computing proportional to the samples and as fast as in "
+    "the run. Of smaller micro-batches than the run's nothing is known: use --measure",
     "calibration and measured": "ms per update: the cost model, with computing as measured here with some of the "
     "batches",
 }
