@@ -122,7 +122,7 @@ def advise(folder: Path, models: Sequence[str], ranks: Sequence[int]) -> None:
             launcher = [HOROVODRUN, "--gloo", "-np", str(size)] if size > 1 else []
             command = [*launcher, sys.executable, "-m", "hvd_adam.train"]
             subprocess.run([*command, *words({**values, "output_dir": str(run)})], check=True)
-        command = [sys.executable, "-m", "hvd_adam.advise", str(run), "--measure", "--launcher", "gloo", "--json"]
+        command = [sys.executable, "-m", "hvd_adam.advise", str(run), "--confirm", "--launcher", "gloo", "--json"]
         command += ["--batches", ",".join(map(str, GRID))]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         (folder / f"advice-{model}-{size}.json").write_text(done.stdout)

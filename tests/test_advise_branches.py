@@ -18,7 +18,7 @@ from test_simulate import PLAIN, TWO
 from hvd_adam.advise import record as records
 from hvd_adam.advise.branches import Branch, Branches, Launcher, Point, changed
 from hvd_adam.advise.choice import Row, Setting
-from hvd_adam.advise.confirm import candidates, curve, time_to, verdict
+from hvd_adam.advise.confirm import curve, next_batch, settings_by_batch, time_to, verdict
 from hvd_adam.advise.measure import speed, spread
 from hvd_adam.checkpoint import storage
 from hvd_adam.errors import UserError
@@ -170,13 +170,14 @@ def test_the_curve_is_the_lowest_loss_at_the_median_speed():
     assert time_to([(1.0, 2.0)], 2.5) == 1.0 and time_to([(1.0, 2.0)], 1.5) == float("inf")
 
 
-def test_the_candidates_are_the_soonest_and_the_own_batch():
+def test_batches_next_to_the_best_are_trained_until_both_are_worse():
     own = Setting(2, 16, 1, 32)
-    rows = [
-        Row(2, b // 2, 1, b, 1.0, 1.0, 1.0, time, time)
-        for b, time in ((16, 3.0), (32, 2.0), (64, 1.0), (128, 1.5))
-    ]
-    rows.append(Row(4, 16, 1, 64, 1.0, 1.0, 1.0, 0.1, 0.1))
-    assert [each.global_batch for each in candidates(rows, own, 2)] == [32, 64]
-    assert [each.global_batch for each in candidates(rows, own, 3)] == [32, 64, 128]
+    times = ((16, 3.0), (32, 2.0), (64, 1.0), (128, 1.5))
+    rows = [Row(2, b // 2, 1, b, 1.0, 1.0, 1.0, time, time) for b, time in times]
+    rows += [Row(2, 16, 2, 64, 1.0, 1.0, 1.0, 1.1, 1.1), Row(4, 16, 1, 64, 1.0, 1.0, 1.0, 0.1, 0.1)]
+    settings = settings_by_batch(rows, own)
+    assert [*settings] == [16, 32, 64, 128] and settings[64] == Setting(2, 32, 1, 64) and settings[32] == own
+    assert next_batch([16, 32, 64, 128], [32, 64], 64) == 128
+    assert next_batch([16, 32, 64, 128], [32, 64, 128], 128) is None
+    assert next_batch([16, 32, 64, 128], [32, 64], 32) == 16
     assert spread([own], 4) == [own] and spread(range(7), 4) == [0, 2, 4, 6]

@@ -100,8 +100,9 @@ def options_for(record: Record, setting: Setting | Row) -> Mapping[str, float | 
     first, second = config.get("betas", defaults.betas)
     plain = Scaled(float(config.get("lr", defaults.lr)), (first, second), float(config.get("eps", defaults.eps)))
     rule = str(config.get("lr_scaling", "none"))
-    base = scale(setting.micro_batch / record.micro_batch, rule, **plain._asdict())
-    scale(setting.ranks * setting.accumulate, rule, **base._asdict())  # as the training command will
+    factor = setting.micro_batch / record.micro_batch
+    scale(factor * setting.ranks * setting.accumulate, rule, **plain._asdict())  # what both make of them together
+    base = scale(factor, rule, **plain._asdict())
     found: dict[str, float | tuple[float, float]] = {"lr": base.lr}
     if base.betas != plain.betas:
         found["betas"] = base.betas

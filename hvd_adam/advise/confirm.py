@@ -62,15 +62,21 @@ class Verdict:
     agrees: bool
 
 
-def candidates(rows: Sequence[Row], own: Setting, number: int) -> list[Setting]:
-    """Returns the run's own setting and the soonest others with its number of ranks, by their batches."""
-    same = sorted((row for row in rows if row.ranks == own.ranks), key=lambda row: row.relative_time)
-    chosen = {own.global_batch: own}
-    for row in same:
-        if len(chosen) < number:
+def settings_by_batch(rows: Sequence[Row], own: Setting) -> dict[int, Setting]:
+    """Returns the run's own setting, and of each other batch on its number of ranks the soonest setting."""
+    found = {own.global_batch: own}
+    for row in sorted(rows, key=lambda row: row.relative_time):
+        if row.ranks == own.ranks:
             setting = Setting(row.ranks, row.micro_batch, row.accumulate, row.global_batch)
-            chosen.setdefault(row.global_batch, setting)
-    return [chosen[batch] for batch in sorted(chosen)]
+            found.setdefault(row.global_batch, setting)
+    return dict(sorted(found.items()))
+
+
+def next_batch(batches: Sequence[int], trained: Sequence[int], best: int) -> int | None:
+    """Returns the next larger batch than the best one, or the next smaller; None if both are trained."""
+    place = batches.index(best)
+    near = [*batches[place + 1 : place + 2], *batches[max(0, place - 1) : place]]
+    return next((batch for batch in near if batch not in trained), None)
 
 
 def confirm(
@@ -81,13 +87,16 @@ def confirm(
     samples: int | None,
     log: Callable[[str], object],
 ) -> Verdict:
-    """Trains some settings for as many samples.
+    """Trains the run's own and the advised batch for as many samples, and then neighbours of the better one.
+
+    The neighbours of the best one so far follow until both are worse, since the noise scale may be wrong by a
+    factor of several.
 
     Args:
         branches: of the run.
         rows: the advice.
         own: the run's setting on the ranks of a branch.
-        number: of settings.
+        number: of batches at most.
         samples: of each; None: those of 200 updates of the run.
         log: receives a line for each branch.
 
@@ -95,13 +104,24 @@ def confirm(
         UserError: a branch fails, or none has a finite loss.
     """
     branches.require_learning_rate()
-    wanted, trained = samples or UPDATES * own.global_batch, {}
-    for each in candidates(rows, own, number):
-        updates = max(2, -(-wanted // each.global_batch))
-        log(f"training {updates} updates of {each.global_batch} samples on {each.ranks} rank(s)")
-        trained[each.global_batch] = branches.run(each, updates, EVENTS)
-    here = (row for row in rows if row.ranks == own.ranks and row.global_batch in trained)
-    return verdict(trained, wanted, soonest(here).global_batch)
+    settings, wanted = settings_by_batch(rows, own), samples or UPDATES * own.global_batch
+    advised = soonest(row for row in rows if row.ranks == own.ranks).global_batch
+    trained: dict[int, Branch] = {}
+
+    def train(batch: int) -> None:
+        updates = max(2, -(-wanted // batch))
+        log(f"training {updates} updates of {batch} samples on {own.ranks} rank(s)")
+        trained[batch] = branches.run(settings[batch], updates, EVENTS)
+
+    for batch in dict.fromkeys((own.global_batch, advised)):
+        train(batch)
+    while len(trained) < number:
+        best = verdict(trained, wanted, advised).soonest
+        following = next_batch([*settings], [*trained], best)
+        if following is None:
+            break
+        train(following)
+    return verdict(dict(sorted(trained.items())), wanted, advised)
 
 
 def verdict(branches: Mapping[int, Branch], samples: int, advised: int) -> Verdict:

@@ -36,7 +36,10 @@ class AdviseConfig:
     confirm: bool = option(
         False, "also train some of the batches from the newest checkpoint, and compare losses over time"
     )
-    candidates: int = option(3, "batches that --confirm trains, the run's own one included, ≥ 2")
+    candidates: int = option(
+        5,
+        "batches that --confirm trains at most: the run's, the advised one, and neighbours of the better one, ≥ 2",
+    )
     samples: int | None = option(
         None, "samples that --confirm trains each batch for, ≥ 1 (default: 200 updates of the run)"
     )
