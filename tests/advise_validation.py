@@ -153,8 +153,10 @@ def tables(folder: Path) -> None:
             print(
                 f"| {b} | {counts[b]:.0f} | {each:.2f} | {times[b]:.2f} | {times[b] / times[best]:.2f} | {shown} |"
             )
-        known = f"{times[chosen] / times[best]:.2f}" if chosen in times else "not in the grid"
-        print(f"best {best}; advised {chosen}: {known} of the best time")
+        confirmed = advice["confirmed"] and advice["confirmed"]["soonest"]
+        for what, batch in (("best", best), ("advised", chosen), ("confirmed", confirmed)):
+            if batch:
+                print(f"{what} {batch}: {times[batch] / times[best]:.2f} of the best time")
 
 
 def main() -> None:

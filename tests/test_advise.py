@@ -259,6 +259,8 @@ def test_batches_beyond_an_epoch_and_ranks_that_do_not_divide_the_batch_are_refu
         ask(run, "--batches", 2000)
     with pytest.raises(UserError, match="--np 3: the 32 samples of an update do not divide by 3 ranks"):
         ask(run, "--measure", "--np", 3)
+    with pytest.raises(UserError, match="no checkpoint in"):  # after which --np is no obstacle
+        ask(run, "--measure", "--np", 4, "--batches", 9)
     with pytest.raises(UserError, match="no checkpoint in"):
         ask(run, "--measure")
 

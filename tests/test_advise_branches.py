@@ -6,7 +6,10 @@ changes; a branch that fails without a reason; a loss that one branch never reac
 
 import hashlib
 import json
+import os
 import shutil
+import signal
+import subprocess
 import sys
 
 import pytest
@@ -103,6 +106,18 @@ def test_batches_are_confirmed_on_two_ranks(run, capsys, tmp_path):
     assert "branches of 2000 samples from the newest checkpoint:" in text
     assert "samples reached the loss first, which " in text
     assert digest(run) == before
+
+
+def test_sigterm_ends_the_branch_and_removes_its_folder(run, tmp_path):
+    before, folders = digest(run), tmp_path / "temporary"
+    folders.mkdir()
+    command = [forked_python(), "-m", "hvd_adam.advise", str(run), "--measure"]
+    environ = {**os.environ, "TMPDIR": str(folders)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, env=environ) as process:
+        assert process.stderr.readline().startswith(b"measured ")  # the next branch has started, or starts now
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert not [*folders.glob("hvd_adam-branch-*")] and digest(run) == before
 
 
 @pytest.mark.usefixtures("_forks")

@@ -93,7 +93,10 @@ class _Job:
         base = here if measures else own
         found = settings(batches, sorted(ranks), base, config.most_samples, keep_micro_batch=keep)
         options_for(record, base)
-        found = _with_learning_rates(record, found)
+        options_for(record, here)
+        found = _with_learning_rates(
+            record, sorted({*found, here}, key=lambda each: (each.ranks, each.global_batch))
+        )
         job = cls(record, own, here, found, _scaling(config, record))
         if job.scaling is not None:
             job_of(job.scaling)
