@@ -344,7 +344,7 @@ def test_bad_options_are_named(options, message):
 
 def run(*argv):
     command = [sys.executable, "-m", "hvd_adam.simulate", *map(str, argv)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100)
+    return subprocess.run(command, capture_output=True, text=True, timeout=250)
 
 
 def test_a_proposal_is_one_page_without_requests(tmp_path):
