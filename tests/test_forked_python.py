@@ -70,8 +70,9 @@ def test_the_signal_that_ends_a_fork_ends_the_program(python):
 @pytest.fixture
 def waiting(python):
     """A program that has started, and the number of its fork's process."""
-    wait = "try:\n    while True: time.sleep(0.1)\nfinally: print('ends')"
-    code = f"import os, time; print(os.getpid(), flush=True)\n{wait}"
+    # It tells that it has started inside of `try`: the signal may follow at once.
+    wait = "try:\n    print(os.getpid(), flush=True)\n    while True: time.sleep(0.1)\nfinally: print('ends')"
+    code = f"import os, time\n{wait}"
     with subprocess.Popen([python, "-c", code], stdout=subprocess.PIPE, text=True) as program:
         yield program, int(program.stdout.readline())
         program.kill()
