@@ -5,6 +5,7 @@ options that round gradients although that was not allowed; a choice that differ
 measures again, and chooses something else; an option of the user's that is overridden.
 """
 
+import os
 import re
 
 import pytest
@@ -15,9 +16,10 @@ from helpers.training_runs import checkpoint, events, succeeded, train
 from hvd_adam.arguments import parse
 from hvd_adam.config import TrainConfig
 from hvd_adam.distributed.automatic.trial import Lap
+from hvd_adam.distributed.launch_env import forget_tune_file
 from hvd_adam.errors import UserError
 from hvd_adam.training.tuning.options import Choice, command_line, stages
-from hvd_adam.training.tuning.tune import _Tuning
+from hvd_adam.training.tuning.tune import Tuning
 
 RUN = ("--model", "mlp", "--max-steps", 4, "--eval-every", 20, "--batch-size", 16)
 MIB = 2**20
@@ -52,14 +54,14 @@ def test_one_rank_compares_threads_only():
     assert stages_of(ranks=1) == []
 
 
-class Machine(_Tuning):
+class Machine(Tuning):
     """Has the times of updates by command line, in place of measurements."""
 
     def __init__(self, seconds, allowed="any", compared=None):
         self.seconds, self._allowed, self._stages = seconds, allowed, lambda: compared
         self._cluster = type("Cluster", (), {"size": 2})
 
-    def _updates(self, options, number):
+    def updates(self, options, number):
         return [Lap(self.seconds[command_line(options)], 0.0)] * number
 
 
@@ -152,6 +154,14 @@ def test_lossless_tuning_measures_nothing_that_rounds_gradients(tmp_path):
 def test_options_that_tuning_chooses_or_cannot_honour_are_refused(argv, message):
     with pytest.raises(UserError, match=re.escape(message)):
         parse(TrainConfig, "hvd_adam.train", argv.split())
+
+
+def test_what_mpirun_makes_of_the_option_is_removed_and_a_file_of_the_users_is_not(monkeypatch):
+    name = "OMPI_MCA_mca_base_envar_file_prefix"
+    for value, left in (("any", None), ("/home/user/parameters", "/home/user/parameters")):
+        monkeypatch.setenv(name, value)
+        forget_tune_file()
+        assert os.environ.get(name) == left
 
 
 def test_threads_are_those_of_the_option(tmp_path):

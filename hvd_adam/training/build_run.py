@@ -57,7 +57,7 @@ def build_run(config: TrainConfig, memory: InMemoryCheckpoint | None, resources:
     Raises:
         UserError: the configuration does not fit the data, the machine or the ranks; raised on every rank.
     """
-    parts, scaled = _build_parts(config, memory, resources)
+    parts, scaled = build_parts(config, memory, resources)
     cluster, loader = parts.cluster, parts.loader
     choice = None
     if config.tune != "off":
@@ -88,7 +88,7 @@ def build_run(config: TrainConfig, memory: InMemoryCheckpoint | None, resources:
     )
 
 
-def _build_parts(
+def build_parts(
     config: TrainConfig, memory: InMemoryCheckpoint | None, resources: ExitStack
 ) -> tuple[Parts, Scaled]:
     """Builds what needs no run folder, and Adam's hyper-parameters; checks that the ranks agree."""

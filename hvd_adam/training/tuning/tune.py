@@ -52,8 +52,7 @@ def tune(parts: Parts, config: TrainConfig, scaled: Scaled) -> Choice:
     copied = replace(
         parts, model=copy.deepcopy(parts.model), scaler=loss_scaler(config.precision, device), ema=None
     )
-    choice = _Tuning(copied, config, scaled).choose()
-    gc.collect()  # hooks and optimizers refer to each other
+    choice = Tuning(copied, config, scaled).choose()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     restore_random_state(before, device)
@@ -76,7 +75,7 @@ def earlier_choice(config: TrainConfig, cluster: Cluster) -> Choice | None:
     return choice
 
 
-class _Tuning:
+class Tuning:
     """Makes updates with different options, and times them.
 
     Args:
@@ -108,7 +107,7 @@ class _Tuning:
             compared = {command_line(options): options for options in ({**chosen, **more} for more in stage)}
             trial = Trial(list(compared), warm_up)
             while not trial.is_over:
-                trial.add(self._updates(compared[trial.compression], trial.block))
+                trial.add(self.updates(compared[trial.compression], trial.block))
             seconds |= {name: trial.seconds(name) for name in compared}
             chosen, warm_up = compared[trial.compression], 0
         return Choice(self._allowed, self._cluster.size, dict(chosen), seconds)
@@ -134,7 +133,7 @@ class _Tuning:
             return False
         return True
 
-    def _updates(self, options: Options, number: int) -> list[Lap]:
+    def updates(self, options: Options, number: int) -> list[Lap]:
         """Makes updates with some options; returns their times, the same on all ranks."""
         self._parts.watchdog.beat(f"tuning: {command_line(options)}")
         self._parts.preemption.ask()
@@ -146,7 +145,10 @@ class _Tuning:
             for update in range(number):
                 updater.update(self._micro_batches, update, lambda: None)
                 timer.lap(counts=True)
-            return agreed_laps(timer.take(), NAME)
+            laps = agreed_laps(timer.take(), NAME)
+        del updater
+        gc.collect()  # hooks and optimizers refer to each other, and hold gradients and state
+        return laps
 
     def _updater(self, options: Options) -> Updater:
         config, parts, sizes = replace(self._config, **options), self._parts, self._sizes
