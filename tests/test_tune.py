@@ -145,9 +145,6 @@ def test_lossless_tuning_measures_nothing_that_rounds_gradients(tmp_path):
         ("--tune any --op adasum", "--op adasum leaves --tune any no choice"),
         ("--bucket-mib 0", "--bucket-mib is 0.0: it must be above 0 and finite"),
         ("--threads 0", "--threads is 0: it must be at least 1"),
-        (
-            "--bucket-mib 4.0 has no effect without --strategy allreduce or sharded",
-        ),
     ],
 )
 def test_options_that_tuning_chooses_or_cannot_honour_are_refused(argv, message):
