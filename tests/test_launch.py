@@ -275,6 +275,12 @@ def test_dry_run_of_horovodrun_prints_the_command(environment, tmp_path):
     )
 
 
+@pytest.mark.parametrize("script", ["mpirun.sh", "horovodrun.sh"])
+def test_a_value_of_tune_is_written_so_that_mpirun_does_not_take_it_for_its_own(environment, script):
+    shown = dry_run(script, "-np", 2, "--", "--tune", "any", "--lr", "1e-3", "--tune=off", env=environment)
+    assert shown.endswith(" -m hvd_adam.train --tune=any --lr 1e-3 --tune=off\n")
+
+
 def test_dry_run_of_mpirun_prints_the_command(environment, tmp_path):
     (tmp_path / "key").touch()
     environment |= {"NCCL_DEBUG": "INFO", "OMP_NUM_THREADS": "2", "HOROVOD_CYCLE_TIME": "5", "SECRET": "x"}
