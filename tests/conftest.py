@@ -19,15 +19,15 @@ from hypothesis import settings
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 LONGEST = (
-    "test_images test_slurm test_readme test_train test_bench test_resume test_triton_kernel test_hosts "
-    "test_doctor test_idioms test_own_code test_failures test_kernels test_adam test_launch test_crash_matrix "
-    "test_bench_wire test_predict test_iterable test_torchvision_operators test_setup test_larger_examples "
-    "test_export test_elastic test_cluster test_any_loop_more test_streams test_guard test_collective_timeout "
-    "test_examples test_coded_allreduce test_zero_equivalence test_zero_state test_state_formats test_models "
-    "test_coded_sharded test_any_loop test_image_folder test_data_change test_commands test_run_folder "
-    "test_updates_behind test_finished_runs test_optim_standalone test_automatic_compression test_fuzz "
-    "test_distribute_join test_docs test_nonfinite test_distribute_average test_worker_loader "
-    "test_state_formats_on_ranks"
+    "test_images test_readme test_slurm test_resume test_train test_doctor test_triton_kernel test_bench "
+    "test_own_code test_failures test_idioms test_launch test_coded_allreduce test_predict test_export "
+    "test_larger_examples test_examples test_zero_equivalence test_elastic test_crash_matrix test_noise_scale "
+    "test_any_loop_more test_kernels test_guard test_iterable test_hosts test_zero_state "
+    "test_collective_timeout test_data_change test_streams test_finished_runs test_cluster test_bench_wire "
+    "test_coded_sharded test_distribute_average test_any_loop test_fuzz test_updates_behind test_image_folder "
+    "test_slips test_torchvision_operators test_slow_ranks test_any_loop_models test_adam test_local_steps "
+    "test_setup test_scores test_automatic_compression test_state_formats_on_ranks test_state_formats "
+    "test_nonfinite test_zero_clipping test_distribute_join"
 ).split()
 
 MARK_OF_MODULE = {

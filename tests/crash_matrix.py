@@ -33,8 +33,8 @@ from hvd_adam.checkpoint import storage
 ROOT = Path(__file__).parents[1]
 HOROVODRUN = ROOT / "tests" / "helpers" / "horovodrun.py"
 MARK = "HVD_ADAM_CRASH_TRIAL"
-ORPHAN_SECONDS = 30.0  # after which ranks have detected that their launcher is gone
-LAUNCH_SECONDS = 200.0  # upper bound of a whole run on a busy machine
+ORPHAN_SECONDS = 60.0  # after which ranks have detected that their launcher is gone
+LAUNCH_SECONDS = 250.0  # upper bound of a whole run on a busy machine
 
 # A small model with a slowed-down fsync: writing a checkpoint takes at least 0.2 s.
 FLUSH_SECONDS = 0.04

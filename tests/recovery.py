@@ -51,12 +51,14 @@ class Job:
         hosts: where.
         folder: its own.
         slots: ranks a host.
+        python: the program that ranks run.
         recovered: seconds to recover from each fault.
     """
 
     hosts: Hosts
     folder: Path
     slots: int
+    python: str
     recovered: list[float] = field(default_factory=list)
 
     def use(self, *names: str) -> None:
@@ -68,7 +70,7 @@ class Job:
     def start(self, *argv: object) -> None:
         """Starts it on the hosts in use."""
         launcher = ["bash", ROOT / "launch" / "elastic.sh", "--hostfile", self.folder / "hosts", "-i", "eth0"]
-        environ = {**os.environ, "PYTHONPATH": f"{self.folder}:{ROOT}", "HVD_ADAM_PYTHON": sys.executable}
+        environ = {**os.environ, "PYTHONPATH": f"{self.folder}:{ROOT}", "HVD_ADAM_PYTHON": self.python}
         with (self.folder / "log").open("w") as log:
             self._process = self.hosts.popen(
                 HEAD,
@@ -170,12 +172,14 @@ _ALL = (rank_killed, host_killed, link_cut, host_added, two_in_a_row)
 SCENARIOS = {scenario.__name__: scenario for scenario in _ALL}
 
 
-def run(scenario: Callable[[Job], None] | None, folder: Path, slots: int, *argv: object) -> tuple[Job, dict]:
+def run(
+    scenario: Callable[[Job], None] | None, folder: Path, slots: int, *argv: object, python: str = sys.executable
+) -> tuple[Job, dict]:
     """Runs a job on two hosts with a scenario to its end; returns the job and its last event."""
     folder.mkdir(parents=True)
     (folder / "paced.py").write_text(MODEL)
     with Hosts(folder / "namespaces", ["node1", "node2"], spare=["node3"]) as hosts:
-        job = Job(hosts, folder, slots)
+        job = Job(hosts, folder, slots, python)
         job.use("node1", "node2")
         job.start(*argv)
         try:

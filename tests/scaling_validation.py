@@ -52,19 +52,19 @@ def calibrate(launcher: str, models: str, file: Path) -> None:
     """Calibrates two ranks inside one host."""
     names = ",".join(MODELS[model] for model in models.split(","))
     options = ["--models", names, "--batch-size", str(BATCH), "--repeats", "8", "--output", str(file)]
-    plan = _plan(launcher, 2, "hvd_adam.simulate", "calibrate", *options)
+    plan = plan_of(launcher, 2, "hvd_adam.simulate", "calibrate", *options)
     subprocess.run(plan.command, check=True, env={**os.environ, **plan.environ})
 
 
 def measure(launcher: str, model: str, ranks: int, link: str, file: Path) -> None:
     """Measures a model over a link."""
-    plan = _plan(launcher, ranks, "helpers.scaling_worker", MODELS[model], str(BATCH), str(file.absolute()))
+    plan = plan_of(launcher, ranks, "helpers.scaling_worker", MODELS[model], str(BATCH), str(file.absolute()))
     with limited_link(RATES[link], burst=max(LEAST_BURST, RATES[link] // 8000)) as hosts:
         plan = hosts.over(plan, ranks // 2)
         subprocess.run(plan.command, check=True, env={**os.environ, **plan.environ})
 
 
-def _plan(launcher: str, ranks: int, *module: str) -> Plan:
+def plan_of(launcher: str, ranks: int, *module: str) -> Plan:
     """Returns how a module is run on ranks, each on the core of its host."""
     launch = (HOROVODRUN, "-np", str(ranks), f"--{launcher}", sys.executable, "-m", "helpers.on_own_core")
     return Plan("", {}, (*launch, *module), ENVIRON)

@@ -772,6 +772,6 @@ def test_horovods_wrapper_keeps_every_hyper_parameter_and_fakes_no_step():
     pytest.importorskip("horovod")
     root = Path(__file__).parents[1]
     done = subprocess.run(
-        [sys.executable, "-c", IN_HOROVOD], cwd=root, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", IN_HOROVOD], cwd=root, capture_output=True, text=True, timeout=250
     )
     assert done.stdout.strip().endswith("kept"), done.stderr

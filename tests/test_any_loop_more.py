@@ -15,7 +15,6 @@ from helpers.small_training import batches, digest, largest_difference, same_eve
 from helpers.strategies import each_strategy
 
 from hvd_adam import Adam, distribute
-from hvd_adam.distributed import layout
 
 each_exchange = pytest.mark.parametrize("exchange", ["allreduce", "sharded", "scattered"])
 
@@ -25,15 +24,6 @@ def distributed(parameters, model, exchange="allreduce", adam=None, **options):
     strategy = "allreduce" if exchange == "allreduce" else "sharded"
     with scattering() if exchange == "scattered" else contextlib.nullcontext():
         yield distribute(Adam(parameters, eps=1e-2, **adam or {}), model, strategy=strategy, **options)
-
-
-@contextlib.contextmanager
-def several_buckets():
-    bytes_before, layout.BUCKET_BYTES = layout.BUCKET_BYTES, 200
-    try:
-        yield
-    finally:
-        layout.BUCKET_BYTES = bytes_before
 
 
 def backward(model, batch):
@@ -97,16 +87,12 @@ def test_an_optimizer_that_is_not_needed_any_more_frees_its_memory(cluster, stra
 @each_strategy
 def test_more_buckets_than_horovod_remembers_by_default_are_averaged(cluster, strategy):
     parameters = torch.nn.ParameterList(torch.nn.Parameter(torch.ones(2)) for _ in range(2000))
-    bytes_before, layout.BUCKET_BYTES = layout.BUCKET_BYTES, 8
-    try:
-        with distributed(parameters, parameters, strategy) as optimizer:
-            for _ in range(3):
-                optimizer.zero_grad()
-                (torch.cat(list(parameters)) * (1 + cluster.rank)).sum().backward()
-                assert all(p.grad.tolist() == [1.5, 1.5] for p in parameters)
-                optimizer.step()
-    finally:
-        layout.BUCKET_BYTES = bytes_before
+    with distributed(parameters, parameters, strategy, bucket_mib=8 / 2**20) as optimizer:
+        for _ in range(3):
+            optimizer.zero_grad()
+            (torch.cat(list(parameters)) * (1 + cluster.rank)).sum().backward()
+            assert all(p.grad.tolist() == [1.5, 1.5] for p in parameters)
+            optimizer.step()
 
 
 def calls_of(function):
@@ -160,7 +146,7 @@ def test_a_pass_that_an_exception_ends_leaves_nothing_behind_if_the_model_clears
 
     model, oracle = small_model(), small_model()
     reference = torch.optim.Adam(oracle.parameters(), eps=1e-2)
-    with several_buckets(), distributed(model.parameters(), model, exchange) as optimizer:
+    with distributed(model.parameters(), model, exchange, bucket_mib=200 / 2**20) as optimizer:
         for batch in batches(3, 12):
             model.zero_grad()
             outputs = model[1](model[0](torch.ones(2, 6, dtype=torch.float64)))

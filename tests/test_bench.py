@@ -244,7 +244,7 @@ def test_torch_is_not_imported_for_help_or_a_bad_argument(argv, code, text):
         "atexit.register(lambda: print('heavy:', sorted(heavy & set(sys.modules)))); "
         f"sys.argv = ['bench', *{argv!r}]; runpy.run_module('hvd_adam.bench', run_name='__main__')"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == code
     assert "heavy: []" in done.stdout
     assert text in done.stdout
@@ -312,7 +312,7 @@ def mark(monkeypatch):
 
 
 def test_groups_take_turns_while_all_other_groups_are_stopped(mark):
-    outcomes = take_turns(plans("a", "b", "c"), ranks=2, rounds=2, timeout=60, log=print)
+    outcomes = take_turns(plans("a", "b", "c"), ranks=2, rounds=2, timeout=250, log=print)
     assert {name: outcome.error for name, outcome in outcomes.items()} == dict.fromkeys("abc")
     for outcome in outcomes.values():
         assert outcome.times["awake"] == [0.0, 0.0]
@@ -322,10 +322,10 @@ def test_groups_take_turns_while_all_other_groups_are_stopped(mark):
 
 def test_a_variant_that_dies_or_hangs_is_reported_and_the_others_continue(mark):
     kinds = ("early", "good", "late", "hanging")
-    outcomes = take_turns(plans(*kinds), ranks=2, rounds=3, timeout=5, log=print)
+    outcomes = take_turns(plans(*kinds), ranks=2, rounds=3, timeout=15, log=print)
     assert outcomes["early"].error == "early ended with code 1:\n    start failed"
     assert outcomes["late"].error == "late ended with code 1:\n    turn failed"
-    assert outcomes["hanging"].error == "hanging did not answer within 5 seconds:\n    (no output)"
+    assert outcomes["hanging"].error == "hanging did not answer within 15 seconds:\n    (no output)"
     assert outcomes["good"].error is None
     assert len(outcomes["good"].times["awake"]) == 3
     assert marked(mark) == []
@@ -341,14 +341,14 @@ def test_an_interrupted_benchmark_leaves_no_process_behind(number, mark):
     script = (
         "import functools, sys; from hvd_adam.bench.interleave import Plan, take_turns; ranks = sys.argv[1]; "
         "plans = [Plan(kind, {}, (sys.executable, '-c', ranks, kind)) for kind in ('good', 'hanging')]; "
-        "take_turns(plans, ranks=2, rounds=1, timeout=60, log=functools.partial(print, flush=True))"
+        "take_turns(plans, ranks=2, rounds=1, timeout=250, log=functools.partial(print, flush=True))"
     )
     command = [sys.executable, "-c", script, RANKS]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         while running.stdout.readline() != "starting hanging\n":
             assert running.poll() is None, running.stderr.read()
         running.send_signal(number)
-        assert "KeyboardInterrupt" in running.communicate(timeout=60)[1]
+        assert "KeyboardInterrupt" in running.communicate(timeout=250)[1]
     assert marked(mark) == []
 
 
@@ -673,7 +673,7 @@ def test_allreduce_times_every_variant_at_every_size(tmp_path, mark):
 
 def test_checkpoint_times_runs_with_and_without_checkpoints(tmp_path, mark):
     argv = ("--models", "mlp", "--np", 1, "--every", 2, "--steps", 6, "--repeats", 1, "--folder", tmp_path)
-    output = bench_json("checkpoint", *argv, "--launcher", "gloo", "--device", "cpu")
+    output = bench_json("checkpoint", *argv, "--launcher", "gloo", "--device", "cpu", forked=True)
     without, with_them = output["rows"]
     assert (without["variant"], with_them["variant"]) == ("without", "with")
     assert without["samples"] == with_them["samples"] == 2  # the first interval is left out

@@ -9,7 +9,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 import uuid
 from contextlib import suppress
@@ -19,6 +18,7 @@ import psutil
 import pytest
 import torch
 from helpers.cluster.hosts import skip_reason
+from helpers.forked_python import forked_python
 
 from hvd_adam.bench import link, wire, wire_worker
 from hvd_adam.bench.interleave import Outcome, Plan
@@ -31,8 +31,12 @@ NO_HOSTS = skip_reason()
 needs_hosts = pytest.mark.skipif(NO_HOSTS is not None, reason=f"no hosts made of namespaces: {NO_HOSTS}")
 
 
+# With a Python that has imported PyTorch, also for the ranks on both hosts.
+FORKED = "import runpy, sys; sys.executable = {!r}; runpy.run_module('hvd_adam.bench', run_name='__main__')"
+
+
 def bench_wire(*argv, **environ):
-    command = [sys.executable, "-m", "hvd_adam.bench", "wire", *map(str, argv)]
+    command = [forked_python(), "-c", FORKED.format(forked_python()), "wire", *map(str, argv)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env={**os.environ, **environ}, **pipes)
 
@@ -228,14 +232,14 @@ def test_nothing_remains_of_a_terminated_benchmark(tmp_path):
     mark = uuid.uuid4().hex
     running = bench_wire("--link", "1Gbit", TMPDIR=str(tmp_path), HVD_ADAM_TEST=mark)
     own = os.readlink("/proc/self/ns/net")
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 250
     hosts = set()
     while len(hosts) < 2:  # with processes of the launcher on both
         assert running.poll() is None and time.monotonic() < deadline, running.stderr.read()
         hosts = namespaces(marked(f"HVD_ADAM_TEST={mark}"), "hvd_adam.bench.worker") - {own}
         time.sleep(0.1)
     running.send_signal(signal.SIGTERM)
-    _, errors = running.communicate(timeout=60)
+    _, errors = running.communicate(timeout=250)
     assert running.returncode != 0
     assert "Traceback" not in errors
     assert marked(f"HVD_ADAM_TEST={mark}") == []

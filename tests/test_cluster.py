@@ -67,7 +67,7 @@ def run(code, environ=None, python=None):
         "-c",
         f"from hvd_adam.errors import UserError\ntry:\n {code}\nexcept UserError as e: print(e)",
     ]
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -256,10 +256,10 @@ def test_mpirun_is_detected(cluster):
 def test_a_rank_that_never_arrives_ends_the_others_in_bounded_time():
     code = (
         "import time, hvd_adam, torch; c = hvd_adam.init(); import horovod.torch as hvd; "
-        "time.sleep(100) if c.rank else hvd.allreduce(torch.ones(1), name='x')"
+        "time.sleep(1000) if c.rank else hvd.allreduce(torch.ones(1), name='x')"
     )
     limits = {"HOROVOD_STALL_CHECK_TIME_SECONDS": "1", "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "3"}
-    done = launch(["-c", code], 2, "mpi", env={**limits, "PYTHONPATH": str(ROOT)}, timeout=90)
+    done = launch(["-c", code], 2, "mpi", env={**limits, "PYTHONPATH": str(ROOT)})
     assert done.returncode != 0
     assert "is stalled for longer than 3 seconds. Will shutdown." in done.stderr
 
@@ -274,7 +274,7 @@ def test_a_variable_set_by_the_user_overrides_the_default(monkeypatch):
 def test_settings_that_come_too_late_because_horovod_runs_already_are_named_once():
     code = "import horovod.torch as hvd, hvd_adam; hvd.init(); hvd_adam.init(); hvd_adam.init()"
     environ = {"HOROVOD_CACHE_CAPACITY": "2048", "PYTHONPATH": str(ROOT)}
-    done = launch(["-c", code], 2, "gloo", env=environ, timeout=90)
+    done = launch(["-c", code], 2, "gloo", env=environ)
     assert done.returncode == 0, done.stderr
     (warning,) = re.findall(r".*RuntimeWarning: hvd_adam: .*", done.stderr)
     assert "started before init()" in warning
@@ -299,7 +299,7 @@ def test_a_job_with_more_ranks_than_cores_gets_one_warning():
     core = str(min(os.sched_getaffinity(0)))
     command = ["taskset", "-c", core, "horovodrun", "-np", "2", "--gloo", forked_python(), "-c", code]
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("2 ranks on ") == done.stderr.count(" share 1 core ") == 1
 
@@ -324,6 +324,6 @@ def test_one_rank_in_a_slurm_job_with_several_tasks_is_reported(environ, warned)
         code = "import hvd_adam; hvd_adam.init()"
         environ = {**os.environ, "PYTHONPATH": str(ROOT), **environ}
         done = subprocess.run(
-            [forked_python(), "-c", code], env=environ, capture_output=True, text=True, timeout=100
+            [forked_python(), "-c", code], env=environ, capture_output=True, text=True, timeout=250
         )
         assert (done.returncode, done.stderr) == (0, f"{warning}\n")

@@ -46,7 +46,7 @@ def run(*argv, python=sys.executable, **environ):
         env={**os.environ, "PYTHONPATH": str(ROOT), **environ},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=250,
     )
 
 

@@ -278,9 +278,9 @@ def load_in_processes(number, data_dir, archive):
     processes = [context.Process(target=_load_in_process, args=arguments) for _ in range(number)]
     for process in processes:
         process.start()
-    outcomes = [results.get(timeout=60) for _ in processes]
+    outcomes = [results.get(timeout=250) for _ in processes]
     for process in processes:
-        process.join(timeout=60)
+        process.join(timeout=250)
         assert process.exitcode == 0
     return outcomes
 

@@ -10,6 +10,7 @@ import os
 import pytest
 import torch
 from helpers.cluster.hosts import skip_reason
+from helpers.forked_python import forked_python
 from helpers.on_ranks import on_ranks
 from helpers.training_runs import ROOT, checkpoint, events, one_line, train
 from horovod.runner.common.util.hosts import INVALID_SLOT_INFO
@@ -33,7 +34,7 @@ needs_hosts = pytest.mark.skipif(
 @needs_hosts
 def test_weights_are_those_of_an_undisturbed_run_after_a_host_is_added_and_two_are_lost(tmp_path):
     argv = ["--epochs", 9]
-    job, end = run(SCENARIOS["two_in_a_row"], tmp_path / "job", 1, *argv)
+    job, end = run(SCENARIOS["two_in_a_row"], tmp_path / "job", 1, *argv, python=forked_python())
     sizes = [event["world_size"] for event in events(job.folder / "run", "resume")]
     assert sizes[0] == 3  # shares of 64 images: 21, 21 and 22
     assert sizes[-1] == end["world_size"] == 1

@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import pytest
+from helpers.cluster.hosts import Hosts, skip_reason
 from helpers.forked_python import ForkServer
 from helpers.training_runs import ROOT
 
@@ -23,7 +24,7 @@ def python():
 
 
 def run(python, *argv, **options):
-    return subprocess.run([python, *argv], capture_output=True, text=True, timeout=60, **options)
+    return subprocess.run([python, *argv], capture_output=True, text=True, timeout=250, **options)
 
 
 SHOWN = """
@@ -69,8 +70,9 @@ def test_the_signal_that_ends_a_fork_ends_the_program(python):
 @pytest.fixture
 def waiting(python):
     """A program that has started, and the number of its fork's process."""
-    wait = "try:\n    while True: time.sleep(0.1)\nfinally: print('ends')"
-    code = f"import os, time; print(os.getpid(), flush=True)\n{wait}"
+    # It tells that it has started inside of `try`: the signal may follow at once.
+    wait = "try:\n    print(os.getpid(), flush=True)\n    while True: time.sleep(0.1)\nfinally: print('ends')"
+    code = f"import os, time\n{wait}"
     with subprocess.Popen([python, "-c", code], stdout=subprocess.PIPE, text=True) as program:
         yield program, int(program.stdout.readline())
         program.kill()
@@ -80,7 +82,7 @@ def waiting(python):
 def test_signals_reach_the_fork(waiting):
     program, _ = waiting
     program.send_signal(signal.SIGINT)
-    assert (program.communicate(timeout=60)[0], program.returncode) == ("ends\n", -signal.SIGINT)
+    assert (program.communicate(timeout=250)[0], program.returncode) == ("ends\n", -signal.SIGINT)
 
 
 def test_a_fork_ends_with_its_program(waiting):
@@ -89,3 +91,19 @@ def test_a_fork_ends_with_its_program(waiting):
     program.kill()
     assert program.stdout.read() == ""  # until the fork has closed it, too
     os.close(end)
+
+
+@pytest.mark.skipif(skip_reason() is not None, reason=f"no hosts made of namespaces: {skip_reason()}")
+def test_a_program_on_another_host_is_a_fork_there_and_ends_with_the_host(python, tmp_path):
+    shown = (
+        "import os; print([os.readlink(f'/proc/self/ns/{kind}') for kind in ('net', 'uts', 'ipc', 'pid', 'mnt')])"
+    )
+    wait = "import socket, time; print(socket.gethostname(), flush=True); time.sleep(1000)"
+    with Hosts(tmp_path / "hosts", ["node1"]) as hosts:
+        found, expected = (hosts.run("node1", [each, "-c", shown]).stdout for each in (python, sys.executable))
+        assert found == expected != run(python, "-c", shown).stdout
+        program = hosts.popen("node1", [python, "-c", f"{shown}; {wait}"], stdout=subprocess.PIPE, text=True)
+        assert [program.stdout.readline() for _ in range(2)] == [expected, "node1\n"]
+        hosts.kill("node1")
+        assert program.communicate(timeout=250)[0] == "" and program.returncode
+    assert run(python, "-c", shown).stdout == run(sys.executable, "-c", shown).stdout

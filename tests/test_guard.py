@@ -100,7 +100,7 @@ def start(place, launcher, ranks, fault, forked=True):
     """
     environ = {"PYTHONPATH": f"{place}:{ROOT}"}
     if launcher in ("gloo", "mpi"):
-        done = launch([str(place / "mine.py"), fault], ranks, launcher, forked=forked, env=environ, timeout=150)
+        done = launch([str(place / "mine.py"), fault], ranks, launcher, forked=forked, env=environ, timeout=250)
     else:
         environ["OMPI_MCA_orte_abort_on_non_zero_status"] = "0"
         environ |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
@@ -111,7 +111,7 @@ def start(place, launcher, ranks, fault, forked=True):
             env={**os.environ, **environ},
             capture_output=True,
             text=True,
-            timeout=150,
+            timeout=250,
         )
     assert done.stdout.count("starts") == ranks
     stderr = re.sub(r"^\[(1,)?\d+\]<stderr>:", "", done.stderr, flags=re.MULTILINE)
@@ -226,7 +226,7 @@ def test_nothing_remains_after_the_block_and_it_can_be_used_again(cluster):
 def run_alone(statement, *, inside="from hvd_adam import errors, guard"):
     code = f"from hvd_adam.distributed.context import Cluster\n{inside}\n"
     code += f"with guard(Cluster(0, 1, 0, 1, 0, 1, None, 'none')):\n    {statement}\n"
-    return subprocess.run([forked_python(), "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    return subprocess.run([forked_python(), "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=250)
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,13 @@ detected late or never, or is reported in many lines or without its name.
 """
 
 import subprocess
-import sys
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.cluster.hosts import HEAD, SSHD, Hosts, package_folders, skip_reason
+from helpers.forked_python import forked_python
 from helpers.training_runs import ROOT, checkpoint, events, train
 from recovery import MODEL
 
@@ -47,8 +47,8 @@ def launch(hosts, folder, script, *arguments):
     name, *controller = script.split()
     command = ["bash", ROOT / "launch" / name, *controller, *arguments]
     environ = {"PATH": "/usr/bin:/bin:/usr/sbin:/sbin", "PYTHONPATH": f"{folder}:{ROOT}"}
-    environ |= {"HVD_ADAM_PYTHON": sys.executable, "HOME": "/root"}
-    return hosts.run(HEAD, command, env=environ, timeout=120)
+    environ |= {"HVD_ADAM_PYTHON": forked_python(), "HOME": "/root"}
+    return hosts.run(HEAD, command, env=environ, timeout=250)
 
 
 @contextmanager

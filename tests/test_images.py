@@ -288,7 +288,7 @@ def containers(image, tmp_path):
     with Hosts(tmp_path / "hosts", ["host1", "host2"]) as hosts:
         for name in hosts.names:
             hosts.run(
-                name, ["bash", "-c", MOUNT + VOLUMES, "mount", image.rootfs, tmp_path], check=True, timeout=30
+                name, ["bash", "-c", MOUNT + VOLUMES, "mount", image.rootfs, tmp_path], check=True, timeout=250
             )
 
         def run_in(name, *command, **variables):
@@ -313,7 +313,7 @@ def test_two_containers_train_together_under_compose_and_the_mpi_operator(contai
     containers.start_in("host2", *services["host2"]["command"])
     check = services["host2"]["healthcheck"]["test"][1:]
     listening = "until (: </dev/tcp/127.0.0.1/2222) 2>/dev/null; do sleep 0.1; done"
-    assert containers.run_in("host2", "timeout", "30", "bash", "-c", listening).returncode == 0
+    assert containers.run_in("host2", "timeout", "250", "bash", "-c", listening).returncode == 0
     assert containers.run_in("host2", *check).returncode == 0
 
     trained = containers.run_in("host1", *services["host1"]["command"], "--epochs", "1")

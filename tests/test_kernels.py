@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.forked_python import forked_python
 
 from hvd_adam import Adam
 from hvd_adam.optim import expression
@@ -54,11 +55,16 @@ print(json.dumps({
 """
 
 
-def start(cache, code=RUN, *arguments, **environment):
-    """Starts a process that runs `code` with its kernel cache below `cache`."""
-    environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(ROOT), **environment}
+def start(cache, code=RUN, *arguments, forked=True, **environment):
+    """Starts a process that runs `code` with its kernel cache below `cache`, or with this user's if it is None.
+
+    With forked=False it is a new process, not a fork of one that has imported PyTorch.
+    """
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    if cache is not None:
+        environment["XDG_CACHE_HOME"] = str(cache)
     return subprocess.Popen(
-        [sys.executable, "-c", code, *arguments],
+        [forked_python() if forked else sys.executable, "-c", code, *arguments],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -68,7 +74,7 @@ def start(cache, code=RUN, *arguments, **environment):
 
 
 def finish(process):
-    output, errors = process.communicate(timeout=200)
+    output, errors = process.communicate(timeout=250)
     assert process.returncode == 0, errors
     return json.loads(output.splitlines()[-1])
 
@@ -90,7 +96,7 @@ def kernels_directory(cache):
 def warm(tmp_path_factory):
     """A cache with the kernel of RUN, and the output of the run that compiled it."""
     cache = tmp_path_factory.mktemp("cache")
-    return cache, finish(start(cache))
+    return cache, finish(start(cache, forked=False))
 
 
 # --- compilations -----------------------------------------------------------------------------------------
@@ -125,10 +131,11 @@ def test_of_two_concurrent_processes_one_compiles_and_both_have_right_results(tm
 
 
 MODES = """
-import json, sys
+import hashlib, json, sys, warnings
 import torch
 from hvd_adam.optim.adam import Adam
 
+warnings.simplefilter("error", RuntimeWarning)  # without a kernel it would be foreach, whose bits differ
 DTYPES = {"default": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64, "float16": torch.float16}
 
 def train(dtype, **options):
@@ -138,26 +145,35 @@ def train(dtype, **options):
     for step in range(20):
         p.grad = torch.randn(1000, generator=generator, dtype=torch.float64).to(dtype)
         optimizer.step()
-    return p.double().tolist()
+    return hashlib.sha256(str(p.double().tolist()).encode()).hexdigest()
 
 torch.set_default_dtype(DTYPES[sys.argv[1]])
 if sys.argv[1] == "default":
     torch.use_deterministic_algorithms(True)
-results = [train(dtype, **options) for dtype in DTYPES.values() for options in ({}, {"amsgrad": True})]
-results.append(train(torch.bfloat16, master_weights=True))
-results.append(train(torch.float16, master_weights=True))
-results.append(train(torch.bfloat16, stochastic_rounding=True))
-print(json.dumps(results))
+halves = {name: DTYPES[name] for name in ("bfloat16", "float16")}
+cases = {name: (dtype, {}) for name, dtype in DTYPES.items()}
+cases |= {f"{name}, amsgrad": (dtype, {"amsgrad": True}) for name, dtype in DTYPES.items()}
+cases |= {f"{name}, masters": (dtype, {"master_weights": True}) for name, dtype in halves.items()}
+cases["bfloat16, stochastic"] = (torch.bfloat16, {"stochastic_rounding": True})
+print(json.dumps({case: train(dtype, **options) for case, (dtype, options) in cases.items()}))
 """
 
 
-def test_modes_of_the_process_change_no_bit(warm):
-    """Kernels and their arguments must not depend on the default dtype: masters were wrong, float64 crashed."""
-    expected = finish(start(warm[0], MODES, "default"))
-    for dtype in ("bfloat16", "float64", "float16"):
-        assert finish(start(warm[0], MODES, dtype)) == expected, dtype
-    for variable in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"):
-        assert finish(start(warm[0], MODES, "default", **{variable: "1"})) == expected, variable
+@pytest.fixture(scope="module")
+def expected():
+    """What MODES computes, by case, in a process without a special mode."""
+    return finish(start(None, MODES, "default"))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64", "float16"])
+def test_the_default_dtype_changes_no_bit(dtype, expected):
+    """Kernels and their arguments must not depend on it: masters were wrong, float64 crashed."""
+    assert finish(start(None, MODES, dtype)) == expected
+
+
+@pytest.mark.parametrize("variable", ["TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"])
+def test_without_torch_compile_no_bit_changes(variable, expected):
+    assert finish(start(None, MODES, "default", forked=False, **{variable: "1"})) == expected
 
 
 MANY = """
@@ -202,8 +218,8 @@ print(json.dumps({"last": p[0].item(), "specs": specs}))
 """
 
 
-def test_threads_modes_lengths_and_specs_may_change_in_one_process(warm):
-    result = finish(start(warm[0], MANY))
+def test_threads_modes_lengths_and_specs_may_change_in_one_process():
+    result = finish(start(None, MANY))
     # 15 steps of constant gradient, each of the rate 1e-3, and some roundings of 2^-24 each.
     assert result["last"] == pytest.approx(1 - 15e-3, abs=15 * 8 * 2**-24)
     assert result["specs"] == 16
@@ -252,7 +268,7 @@ def test_process_killed_while_compiling_does_no_harm_to_the_next(tmp_path):
     for name in ("begun", "never"):
         os.mkfifo(tmp_path / name)
     compiler = logging_compiler(tmp_path, before=f'echo > "{tmp_path}/begun"; read _ < "{tmp_path}/never"')
-    killed = start(tmp_path / "cache", CXX=compiler, WHO="killed")
+    killed = start(tmp_path / "cache", forked=False, CXX=compiler, WHO="killed")
     (tmp_path / "begun").read_text()  # returns when the compiler runs
     os.killpg(killed.pid, signal.SIGKILL)
     killed.communicate()

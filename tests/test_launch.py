@@ -65,7 +65,7 @@ def environment(tmp_path):
 
 def run(script, *arguments, env):
     command = ["bash", str(LAUNCH / script), *map(str, arguments)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=100, check=False)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=250, check=False)
 
 
 def untagged(text):
@@ -134,7 +134,6 @@ def wait_for_exit(pids):
         time.sleep(0.02)
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize("launcher", LAUNCHERS, ids=" ".join)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_to_the_script_ends_every_rank(launcher, number, environment, tmp_path):
@@ -144,7 +143,6 @@ def test_signal_to_the_script_ends_every_rank(launcher, number, environment, tmp
     wait_for_exit(pids)
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize("launcher", LAUNCHERS[:2], ids=" ".join)
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_mpirun_forwards_usr1_to_every_rank_and_returns_their_exit_code_75(
@@ -158,7 +156,6 @@ def test_mpirun_forwards_usr1_to_every_rank_and_returns_their_exit_code_75(
     assert any((tmp_path / f"usr1.{rank}").exists() for rank in (0, 1))
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize("launcher", LAUNCHERS, ids=" ".join)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_second_signal_ends_ranks_that_ignore_the_first(launcher, number, environment, tmp_path):
@@ -189,14 +186,14 @@ def test_rank_that_horovodrun_terminates_does_not_count_as_successful():
     # The steps of Horovod's helper process in the order that fails; there they are a race.
     code = """if True:
         import subprocess, psutil
-        rank = subprocess.Popen(["sleep", "60"])
+        rank = subprocess.Popen(["sleep", "1000"])
         rank.terminate()
-        psutil.Process(rank.pid).wait(timeout=30)
+        psutil.Process(rank.pid).wait(timeout=250)
         print(rank.wait())
     """
     for setup, exit_code in (("", "0"), ("import hvd_adam.launch.horovodrun\n", str(-signal.SIGTERM))):
         command = [sys.executable, "-c", setup + code]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250)
         assert done.stdout.strip() == exit_code, done.stderr
 
 
@@ -221,7 +218,7 @@ def test_helper_processes_of_horovodrun_get_the_patches(start):
         horovod.runner.launch.run_commandline = run_commandline
         {start}
     """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=250)
     assert done.stdout == "wait_without_reaping __mp_main__\n", done.stderr
 
 
@@ -230,11 +227,10 @@ def test_the_launcher_uses_the_package_that_it_lies_in(tmp_path):
     shutil.copytree(ROOT / "hvd_adam", tmp_path / "hvd_adam", ignore=shutil.ignore_patterns("__pycache__"))
     code = "import runpy, sys; runpy.run_path(sys.argv[1]); import hvd_adam; print(hvd_adam.__file__)"
     command = [sys.executable, "-c", code, tmp_path / "hvd_adam" / "launch" / "horovodrun.py"]
-    done = subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=250)
     assert done.stdout == f"{tmp_path / 'hvd_adam' / '__init__.py'}\n", done.stderr
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize("launcher", LAUNCHERS, ids=" ".join)
 def test_ranks_end_when_the_launcher_is_killed(launcher, environment, tmp_path):
     process, pids = start_waiting_ranks(launcher, environment, tmp_path)
@@ -253,7 +249,7 @@ def test_horovodrun_starts_ranks_without_importing_torch(controller, tmp_path):
     (tmp_path / "torch.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w')\n")
     command = [sys.executable, "-m", "hvd_adam.launch.horovodrun", "-np", "1", controller, "echo", "a rank"]
     environ = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0 and "a rank" in done.stdout, done.stderr
     assert not (tmp_path / "imported").exists()
 
@@ -277,6 +273,12 @@ def test_dry_run_of_horovodrun_prints_the_command(environment, tmp_path):
         "PYTHON ROOT/hvd_adam/launch/horovodrun.py -np 6 -H a:4\\,b:4 --network-interfaces eth0 --ssh-port 2222 "
         f"--ssh-identity-file {tmp_path}/key --gloo PYTHON -m hvd_adam.train --lr 1e-3 x\\ y\n"
     )
+
+
+@pytest.mark.parametrize("script", ["mpirun.sh", "horovodrun.sh"])
+def test_a_value_of_tune_is_written_so_that_mpirun_does_not_take_it_for_its_own(environment, script):
+    shown = dry_run(script, "-np", 2, "--", "--tune", "any", "--lr", "1e-3", "--tune=off", env=environment)
+    assert shown.endswith(" -m hvd_adam.train --tune=any --lr 1e-3 --tune=off\n")
 
 
 def test_dry_run_of_mpirun_prints_the_command(environment, tmp_path):

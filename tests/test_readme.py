@@ -1,8 +1,8 @@
 """The commands and the Python examples of the README and of docs/ run as written.
 
 Hazards: a command that the new name of an option broke; an example that needs what the reader does not have.
-A command that several pages show runs once. `python` and `horovodrun` are those of
-`helpers.forked_python`, except in one command; the scripts of launch/ start their ranks with the installed Python.
+A command that several pages show runs once. `python` and `horovodrun` are those of `helpers.forked_python`, also
+for the ranks of the scripts of launch/, except in the quick start and in one other command.
 """
 
 import os
@@ -35,10 +35,10 @@ def checkout(tmp_path_factory):
 
 
 def run(command: list[str], folder: Path, installed: bool = False) -> subprocess.CompletedProcess:
-    path = f"{BIN}:{os.environ['PATH']}"
+    environ = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "HVD_ADAM_VENV": str(BIN.parent)}
     if not installed:
-        path = f"{Path(forked_python()).parent}:{path}"
-    environ = {**os.environ, "PATH": path, "HVD_ADAM_VENV": str(BIN.parent)}
+        environ["PATH"] = f"{Path(forked_python()).parent}:{environ['PATH']}"
+        environ["HVD_ADAM_PYTHON"] = forked_python()
     done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     return done

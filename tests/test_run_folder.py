@@ -68,10 +68,10 @@ def test_a_second_job_waits_for_the_first_and_resumes_or_is_refused(tmp_path):
         assert (folder / "metrics.jsonl").read_bytes() == before
 
         with running(command, env=environ) as second:
-            waiting = f"waiting up to 60 s for the job that holds the lock of {folder}: {owner}\n"
+            waiting = f"waiting up to 999 s for the job that holds the lock of {folder}: {owner}\n"
             assert second.stdout.readline() == waiting
             first.kill()
-            output = second.communicate(timeout=100)[0]
+            output = second.communicate(timeout=250)[0]
         assert second.returncode == 0, output
     assert "resuming after 2 updates" in output or "resuming after 4 updates" in output
     assert [event["step"] for event in events(folder, "step")] == [1, 2, 3, 4, 5, 6]
@@ -115,7 +115,7 @@ def locking(folder, then="", seconds=0.2):
 def can_lock(folder):
     """Returns whether another process can lock the folder."""
     with locking(folder) as process:
-        output = process.communicate(timeout=60)[0]
+        output = process.communicate(timeout=250)[0]
     assert output == "locked\n" if process.returncode == 0 else output.startswith("waiting up to 0.2 s")
     return process.returncode == 0
 
@@ -133,10 +133,10 @@ def test_a_lock_lasts_exactly_as_long_as_its_process(tmp_path):
 def test_a_waiting_job_can_be_stopped(tmp_path):
     with locking(tmp_path, STAY) as first:
         assert first.stdout.readline() == "locked\n"
-        with locking(tmp_path, seconds=60) as second:
-            assert second.stdout.readline().startswith("waiting up to 60 s")
+        with locking(tmp_path, seconds=999) as second:
+            assert second.stdout.readline().startswith("waiting up to 999 s")
             second.send_signal(signal.SIGTERM)
-            assert second.wait(timeout=30) == 75
+            assert second.wait(timeout=250) == 75
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO])

@@ -304,8 +304,9 @@ os.setpriority(os.PRIO_PROCESS, 0, -10)
 delays = RunDelays()
 time.sleep(0.3)
 asleep = delays.since_last_call()
-other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-time.sleep(0.5)
+busy = [sys.executable, "-c", "print(flush=True)\\nwhile True: pass"]
+other = subprocess.Popen(busy, stdout=subprocess.PIPE)
+other.stdout.readline()
 delays.since_last_call()
 print(asleep, work(0.2))
 other.kill()
@@ -314,7 +315,7 @@ other.kill()
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for a priority above that of the other tests")
 def test_time_without_a_processor_is_that_which_another_process_takes():
-    done = subprocess.run([sys.executable, "-c", DELAYED], check=True, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", DELAYED], check=True, capture_output=True, text=True, timeout=250)
     asleep, shared = map(float, done.stdout.split())
     assert shared > 0.1 > asleep
 

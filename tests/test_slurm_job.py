@@ -48,7 +48,7 @@ def slurm(tmp_path):
 
 def run(*command, **environ):
     command = ["bash", str(ROOT / "launch" / command[0]), *command[1:]]
-    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=250, check=False)
 
 
 def calls(folder, first):
@@ -163,6 +163,6 @@ def test_ctrl_c_in_salloc_saves_and_ends_the_job_with_130_without_a_requeue(grou
         assert running.poll() is None
         time.sleep(0.02)
     (os.killpg if group else os.kill)(running.pid, signal.SIGINT)
-    output = running.communicate(timeout=60)[0]
+    output = running.communicate(timeout=250)[0]
     assert running.returncode == 130 and b"equeue" not in output
     assert not (tmp_path / "calls").exists()

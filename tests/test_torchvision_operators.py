@@ -46,7 +46,7 @@ def python(environment, program, code=0):
     """Runs a program of a user in the environment, outside of this repository; returns its output."""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [environment / "bin" / "python", "-c", program]
-    done = subprocess.run(command, cwd=environment, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=environment, env=env, capture_output=True, text=True, timeout=250)
     assert done.returncode == code, done.stderr
     return done.stdout.strip() if code == 0 else done.stderr
 
@@ -59,7 +59,7 @@ def complete(environment, torch="2.13.0+cpu"):
         f"complete_torchvision {torch}"
     )
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stdout + done.stderr
     log = environment / "bin" / "pip.log"
     return done.stdout, log.read_text() if log.exists() else ""

@@ -40,7 +40,7 @@ def trained(tmp_path_factory):
         folder = tmp_path_factory.mktemp("trained") / "run"
         if launcher == "launch/mpirun.sh":
             command = ["bash", str(ROOT / launcher), "-np", "2", "--", *FAST, "--output-dir", str(folder)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=250)
         else:
             controller = launcher.rpartition("--")[2]
             ranks = 0 if launcher == "none" else 2
@@ -340,7 +340,7 @@ def test_bad_input_gives_one_line_and_exit_code_2_under_every_launcher(script, a
     command = ["bash", *f"{ROOT}/launch/{script}".split(), "-np", "2", "--", *argv.split()]
     python = forked_python() if "--model" in argv else sys.executable  # what needs no PyTorch is a new process
     environ = {**os.environ, "HVD_ADAM_PYTHON": python}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=tmp_path, env=environ)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, cwd=tmp_path, env=environ)
     assert BAD_INPUT[argv] in one_line(done)
     assert list(tmp_path.iterdir()) == []
 
@@ -349,7 +349,7 @@ def test_ranks_started_with_different_arguments_are_refused(tmp_path):
     python = [sys.executable, "-m", "hvd_adam.train", "--output-dir", str(tmp_path / "run"), "--seed"]
     root = ["--allow-run-as-root", "-H", "localhost:2", "--quiet"]
     command = ["mpirun", *root, "-np", "1", *python, "1", ":", "-np", "1", *python, "2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert "the ranks have different arguments: seed is 1 on rank 0 and 2 on rank 1" in one_line(done)
     assert not (tmp_path / "run").exists()
 
@@ -358,7 +358,7 @@ def test_a_bad_argument_on_a_rank_other_than_0_ends_the_job(tmp_path):
     python = [sys.executable, "-m", "hvd_adam.train", "--output-dir", str(tmp_path / "run"), "--lr"]
     root = ["--allow-run-as-root", "-H", "localhost:2", "--quiet"]
     command = ["mpirun", *root, "-np", "1", *python, "1e-3", ":", "-np", "1", *python, "-1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert done.returncode == 2
     assert "--lr is -1.0: it must be 0 or above [rank 1 on " in done.stderr
 

@@ -16,22 +16,11 @@ from helpers.small_training import digest, everything, same_everywhere
 from helpers.strategies import each_strategy
 
 from hvd_adam import Adam, distribute
-from hvd_adam.distributed import layout
 from hvd_adam.distributed.gradients.header import square_of, sums_are_finite
 from hvd_adam.errors import JobError
 from hvd_adam.optim.parameter_store import ParameterStore
 
 WIDTH = 64
-
-
-@contextmanager
-def small_buckets():
-    """Each weight of `make_model` has a bucket of its own."""
-    usual, layout.BUCKET_BYTES = layout.BUCKET_BYTES, 4 * WIDTH * WIDTH
-    try:
-        yield
-    finally:
-        layout.BUCKET_BYTES = usual
 
 
 @contextmanager
@@ -61,10 +50,9 @@ def make_model(dtype=torch.float32):
 
 
 def make_optimizer(model, kind=Adam, adam=None, **options):
-    with small_buckets():
-        return distribute(
-            kind(model.parameters(), lr=1e-2, implementation="fused", **(adam or {})), model, **options
-        )
+    """Distributes an optimizer; each weight of `make_model` has a bucket of its own."""
+    optimizer = kind(model.parameters(), lr=1e-2, implementation="fused", **(adam or {}))
+    return distribute(optimizer, model, bucket_mib=4 * WIDTH * WIDTH / 2**20, **options)
 
 
 def backward(model, cluster, seed):

@@ -215,7 +215,7 @@ def test_workers_ignore_the_signals_of_a_job_and_end_when_their_rank_is_killed()
         rank.stdin.flush()
         assert rank.stdout.readline() == "read 100 batches\n"
         rank.kill()
-        assert not psutil.wait_procs(family, timeout=60)[1]
+        assert not psutil.wait_procs(family, timeout=250)[1]
 
 
 def test_closing_ends_the_workers():

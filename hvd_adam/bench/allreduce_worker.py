@@ -62,7 +62,7 @@ def _horovod(task: dict[str, Any], launch: LaunchInfo, folder: Path) -> Factory:
 
     from hvd_adam.distributed.collectives.pieces import start_allreduce
     from hvd_adam.distributed.context import horovod, init
-    from hvd_adam.distributed.gradients.reducer import BUCKET_BYTES
+    from hvd_adam.distributed.gradients.reducer import BUCKET_MIB
     from hvd_adam.optim.memory import zeros
 
     hvd = horovod()
@@ -79,7 +79,7 @@ def _horovod(task: dict[str, Any], launch: LaunchInfo, folder: Path) -> Factory:
             tensor = _zeros(size, task["device"])
             return lambda: hvd.allreduce_(tensor, op=hvd.Sum, name=name)
         buffer = zeros(size, torch.float32, torch.device(task["device"]))  # as the gradients
-        buckets = torch.split(buffer, BUCKET_BYTES // buffer.element_size())
+        buckets = torch.split(buffer, BUCKET_MIB * 2**20 // buffer.element_size())
 
         def reduce() -> None:
             reductions = [start_allreduce(bucket, f"{name}.{i}") for i, bucket in enumerate(buckets)]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from hvd_adam.errors import UserError
+
+TUNED = ("strategy", "compression", "bucket_mib", "threads")  # what `--tune` chooses
 
 
 def require_combination(config: Any) -> None:
@@ -33,6 +36,8 @@ def require_combination(config: Any) -> None:
         raise UserError(f"--compression {config.compression} is not for --precision fp64: use none")
     if config.strategy == "local":
         _require_local(config)
+    if config.tune != "off":
+        _require_tunable(config)
 
 
 def _require_adasum(config: Any) -> None:
@@ -61,3 +66,18 @@ def _require_local(config: Any) -> None:
     for name, (given, reason) in reasons.items():
         if given:
             raise UserError(f"--{name} cannot be used with --strategy local: {reason}; leave it out")
+
+
+def _require_tunable(config: Any) -> None:
+    """Refuses options that `--tune` chooses, and runs in which there is no choice."""
+    tuned = [item for item in fields(config) if item.name in TUNED]
+    given = [item.name for item in tuned if getattr(config, item.name) != item.default]
+    if given:
+        named = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise UserError(f"--tune {config.tune} chooses {named}: give --tune or {named}")
+    if config.op == "adasum":
+        raise UserError(f"--op adasum leaves --tune {config.tune} no choice: leave one out")
+    if config.elastic:
+        raise UserError(
+            f"--tune {config.tune} measures one number of ranks, which --elastic changes: use --compression auto"
+        )

@@ -34,9 +34,9 @@ class TrainConfig(DataConfig):
         "optimizer": "weight_decay decoupled_weight_decay weight_decay_on betas eps amsgrad max_grad_norm "
         "max_skipped state_format implementation",
         "schedule": "max_steps max_time lr_scaling warmup_epochs lr_decay lr_decay_epochs lr_decay_factor",
-        "distribution": "global_batch_size accumulate strategy local_steps outer_lr outer_momentum compression op "
-        "elastic commit_every stall_timeout check_consistency_every",
-        "precision and device": "precision device deterministic",
+        "distribution": "global_batch_size accumulate strategy local_steps outer_lr outer_momentum compression "
+        "bucket_mib tune op elastic commit_every stall_timeout check_consistency_every",
+        "precision and device": "precision device threads deterministic",
         "checkpoints": "resume checkpoint_every keep allow_data_change",
         "logging": "log_every eval_every noise_scale",
     }
@@ -143,6 +143,12 @@ recipes for --config recipe:NAME: {", ".join(recipes.names())}"""
         "format in which gradients are sent; int8 and int4 have error feedback; auto:any: the fastest of none, "
         "bf16, int8 and int4, measured in the first updates; auto (auto:lossless): only what rounds no gradient",
     )
+    bucket_mib: float = option(8.0, "gradients are reduced in buckets of at most so many MiB, > 0")
+    tune: Literal["off", "lossless", "any"] = option(
+        "off",
+        "measure before the first update which of --strategy, --compression, --bucket-mib and --threads are the "
+        "fastest, and use them; lossless: only what rounds no gradient; any: bf16, int8 and int4, too",
+    )
     precision: Literal["fp32", "bf16", "fp16", "fp64", "float32", "bfloat16", "float16", "float64"] = option(
         "fp32", "precision of the model; bf16 and fp16 use autocast, with fp32 weights"
     )
@@ -176,6 +182,9 @@ recipes for --config recipe:NAME: {", ".join(recipes.names())}"""
     stall_timeout: float = option(
         600.0, "seconds without progress after which the job ends with a report of all ranks, > 0"
     )
+    threads: int | None = option(
+        None, "PyTorch's threads on the CPU in each rank, ≥ 1 (default: the rank's share of the cores)"
+    )
     deterministic: bool = option(False, "refuse operations that may give different results from run to run")
     check_consistency_every: int | None = option(
         None,
@@ -198,7 +207,7 @@ recipes for --config recipe:NAME: {", ".join(recipes.names())}"""
         require_effect(self)
 
     def _check_numbers(self) -> None:
-        for name in ("epochs", "max_steps", "batch_size", "global_batch_size", "accumulate"):
+        for name in ("epochs", "max_steps", "batch_size", "global_batch_size", "accumulate", "threads"):
             require(
                 getattr(self, name) is None or getattr(self, name) >= 1, name, getattr(self, name), "at least 1"
             )
@@ -217,6 +226,7 @@ recipes for --config recipe:NAME: {", ".join(recipes.names())}"""
             require(value >= 0, name, value, "0 or above")
         for beta in self.betas:
             require(0 <= beta < 1, "betas", f"{self.betas[0]:g},{self.betas[1]:g}", "two numbers in [0, 1)")
+        require(0 < self.bucket_mib < math.inf, "bucket-mib", self.bucket_mib, "above 0 and finite")
         require(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
         require(0 < self.lr_decay_factor <= 1, "lr-decay-factor", self.lr_decay_factor, "in (0, 1]")
         require(0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2⁶³)")

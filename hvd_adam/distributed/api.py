@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from numbers import Integral, Real
 from typing import Any, Literal, overload
@@ -13,6 +14,7 @@ from hvd_adam.distributed.automatic.candidates import AUTOMATIC
 from hvd_adam.distributed.broadcast.training import require_same_layout
 from hvd_adam.distributed.context import current_cluster, horovod
 from hvd_adam.distributed.gradients.compression import COMPRESSIONS
+from hvd_adam.distributed.gradients.reducer import BUCKET_MIB
 from hvd_adam.distributed.local.optimizer import LocalAdam
 from hvd_adam.distributed.local.options import LOCAL, require_local_model, require_options
 from hvd_adam.distributed.model_checks import (
@@ -53,6 +55,7 @@ def distribute(
     strategy: str = "allreduce",
     accumulate: int = 1,
     compression: str = "none",
+    bucket_mib: float = BUCKET_MIB,
     op: str = "average",
     max_grad_norm: float | None = None,
     loss_scaler: Any | None = None,
@@ -83,6 +86,9 @@ def distribute(
             bits with error feedback, "int8" or "int4". "auto:any": the fastest of them but "fp16", measured in the
             first updates. "auto", or "auto:lossless": only those that do not round gradients; what others would
             gain is logged.
+        bucket_mib: gradients are reduced in fixed buckets of at most so many MiB, greater than 0, so that sums do
+            not depend on timing. A larger parameter has a bucket to itself. Large buckets use more of the
+            network's bandwidth; with small ones the first reductions start earlier. "local" has no buckets.
         op: "average", or "adasum" (Maleki et al. 2020, arXiv 2006.02924), which combines the updates of the ranks
             instead of averaging their gradients. Adasum needs MPI and a number of ranks that is a power of two,
             and cannot clip gradients or scale losses.
@@ -144,6 +150,10 @@ def distribute(
     _require_choice("op", op, OPS)
     if not isinstance(accumulate, Integral) or accumulate < 1:
         raise UserError(f"accumulate is {accumulate!r}; it must be a whole number ≥ 1")
+    if strategy == LOCAL and bucket_mib != BUCKET_MIB:
+        raise UserError(f"bucket_mib={bucket_mib!r} has no effect with strategy='local', which has no buckets")
+    if isinstance(bucket_mib, bool) or not isinstance(bucket_mib, Real) or not 0 < bucket_mib < math.inf:
+        raise UserError(f"bucket_mib is {bucket_mib!r}; it must be a number > 0")
     if max_grad_norm is not None and not (isinstance(max_grad_norm, Real) and max_grad_norm > 0):
         raise UserError(f"max_grad_norm is {max_grad_norm!r}; it must be a number > 0")
     if noise_scale is not None:
@@ -161,7 +171,7 @@ def distribute(
             require_local_model(optimizer, model)
         _require_supported(model, optimizer, compression)
     options = {"accumulate": accumulate, "compression": compression, "op": op, "max_grad_norm": max_grad_norm}
-    options |= {"noise_scale": noise_scale}
+    options |= {"bucket_mib": float(bucket_mib), "noise_scale": noise_scale}
     options |= {"skip_nonfinite": bool(skip_nonfinite), "defer_averaging": bool(defer_averaging)}
     require_same(
         current_cluster(),

@@ -14,11 +14,11 @@ from hvd_adam.distributed.averaged_step import AveragedStep
 from hvd_adam.distributed.broadcast.tensors import ROOT
 from hvd_adam.distributed.broadcast.training import broadcast_training_state
 from hvd_adam.distributed.context import collective_prefix, horovod
+from hvd_adam.distributed.gradients import ownership
 from hvd_adam.distributed.gradients.averager import GradientAverager
 from hvd_adam.distributed.gradients.backward_pass import Callbacks
 from hvd_adam.distributed.gradients.grad_scaling import GradScaling
 from hvd_adam.distributed.gradients.lockstep import LOADED, STEPS, UPDATES, Lockstep, facts_of_groups
-from hvd_adam.distributed.gradients.ownership import retire_others, take_over, warn_of_unaveraged
 from hvd_adam.distributed.gradients.same_batches import SameBatches
 from hvd_adam.distributed.horovod_adapter import HorovodAdapter, move_step_hooks
 from hvd_adam.distributed.join import REDUCE, Join, refuse_in_join
@@ -68,6 +68,7 @@ class AveragedAdam(Adam):
         strategy: str,
         accumulate: int,
         compression: str,
+        bucket_mib: float,
         op: str,
         max_grad_norm: float | None,
         loss_scaler: Any | None,
@@ -81,7 +82,7 @@ class AveragedAdam(Adam):
         self._model, self._accumulate = model, accumulate
         self._rank, self._ranks = int(horovod().rank()), int(horovod().size())
         self._adasum = op == "adasum" and self._ranks > 1
-        retired = retire_others(self._parameters())
+        retired = ownership.retire_others(self._parameters())
         move_step_hooks(optimizer, self)
         prefix = collective_prefix()  # of the names of its collectives
         sharded = strategy == "sharded" and self._ranks > 1  # on one rank, the shard is the whole state
@@ -116,6 +117,7 @@ class AveragedAdam(Adam):
             self._averager,
             self._lockstep,
             compression=first,
+            bucket_bytes=int(bucket_mib * 2**20),
             accumulate=accumulate,
             adasum=self._adasum,
             feedback=self.error_feedback,
@@ -143,9 +145,8 @@ class AveragedAdam(Adam):
             self.error_feedback.choice = self._automatic
         if self._adasum:  # Horovod has set zero gradients, with which unused parameters would be updated
             PlainOptimizer.zero_grad(self)
-        reason = "distribute() has returned another optimizer for its parameters; call step() on that"
-        optimizer.supersede(reason, state_is_sharded=sharded)
-        take_over(self)
+        optimizer.supersede(ownership.REPLACED, state_is_sharded=sharded)
+        ownership.take_over(self)
 
     # State.
 
@@ -246,7 +247,7 @@ class AveragedAdam(Adam):
 
     def retire(self) -> None:
         """Called when another optimizer takes over its parameters: it reduces nothing and steps no more."""
-        self.supersede("distribute() has been called again for its parameters; use the optimizer it returned")
+        self.supersede(ownership.RETIRED)
         self._horovod.retire()
         self._scaling.close()
         self._same_batches.close()
@@ -294,7 +295,7 @@ class AveragedAdam(Adam):
         if not self._looked_for_others and self._ranks > 1:
             self._looked_for_others = True
             if self._rank == ROOT:
-                warn_of_unaveraged(self._model)
+                ownership.warn_of_unaveraged(self._model)
 
     def _averaging_begins(self) -> None:
         self._store.check_options(self.param_groups)

@@ -30,6 +30,7 @@ from hvd_adam.distributed.launch_env import (
     describe_unused_tasks,
     detect_launcher,
     elastic_disabled,
+    forget_tune_file,
     gloo_store_address,
     is_elastic,
     refuse_srun_without_pmix,
@@ -174,6 +175,7 @@ def _start(device: str, *, restarting: bool = False) -> Cluster:
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"device is {device!r}; use auto, cpu or cuda")
     refuse_srun_without_pmix(detect_launcher())
+    forget_tune_file()
     hvd = horovod()
     _refuse_finalized_mpi(hvd)
     defaults = horovod_defaults()

@@ -98,6 +98,16 @@ def refuse_srun_without_pmix(launch: LaunchInfo) -> None:
         raise size_mismatch(launch, 1)
 
 
+def forget_tune_file() -> None:
+    """Removes what Open MPI's mpirun has made of `--tune any`, which is an option of its own, too.
+
+    mpirun looks for it in the whole command, and MPI_Init would report that there is no file of that name. Both
+    leave `--tune=any` alone.
+    """
+    if os.environ.get("OMPI_MCA_mca_base_envar_file_prefix") in ("off", "lossless", "any"):  # noqa: SIM112
+        del os.environ["OMPI_MCA_mca_base_envar_file_prefix"]  # noqa: SIM112
+
+
 def describe_unused_tasks(launch: LaunchInfo, environ: Mapping[str, str] = os.environ) -> str:
     """Returns a warning about a Slurm job with several tasks of which one runs, without a launcher; else "".
 

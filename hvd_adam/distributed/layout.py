@@ -15,7 +15,7 @@ from hvd_adam.distributed.gradients.bucket_layout import ALIGNMENT, Layout
 from hvd_adam.distributed.gradients.compression import AdasumCompression
 from hvd_adam.distributed.gradients.gradient_buffer import GradientBuffer
 from hvd_adam.distributed.gradients.lockstep import Lockstep
-from hvd_adam.distributed.gradients.reducer import BUCKET_BYTES, Reducer
+from hvd_adam.distributed.gradients.reducer import Reducer
 from hvd_adam.distributed.horovod_adapter import HorovodAdapter
 from hvd_adam.distributed.strategies.allreduce import AllReduceStrategy
 from hvd_adam.distributed.wire.codec import CODECS
@@ -39,11 +39,13 @@ def _in_blocks(groups: Sequence[Group]) -> set[Tensor]:
     return {p for p, group in params if state_format(group, p) != "float32" or rounding(group, p) == "correction"}
 
 
-def _layout(params: list[Tensor], blocks: set[Tensor], ranks: int, control: int, multiple: int) -> Layout:
+def _layout(
+    params: list[Tensor], bucket_bytes: int, blocks: set[Tensor], ranks: int, control: int, multiple: int
+) -> Layout:
     if blocks.isdisjoint(params):
-        return Layout.of(params, BUCKET_BYTES, ranks, control, multiple)
+        return Layout.of(params, bucket_bytes, ranks, control, multiple)
     alignments = [BLOCK if p in blocks else ALIGNMENT for p in params]
-    return Layout.of(params, BUCKET_BYTES, ranks, control, max(multiple, BLOCK), alignments)
+    return Layout.of(params, bucket_bytes, ranks, control, max(multiple, BLOCK), alignments)
 
 
 def _prefixed(prefix: str, names: Names, parameters: Iterable[Tensor]) -> dict[Tensor, str]:
@@ -59,6 +61,7 @@ class DistributedLayout:
         averager: follows the backward passes.
         lockstep: of the averager.
         compression: format in which gradients are sent.
+        bucket_bytes: the most bytes of gradients in a bucket of several parameters.
         accumulate: micro-batches per update.
         adasum: combine updates by Adasum; gradients are then not reduced.
         feedback: residuals of gradients that are, or may be, sent as codes; else None.
@@ -78,6 +81,7 @@ class DistributedLayout:
         lockstep: Lockstep,
         *,
         compression: str,
+        bucket_bytes: int,
         accumulate: int,
         adasum: bool,
         feedback: ErrorFeedback | None = None,
@@ -85,7 +89,8 @@ class DistributedLayout:
         ahead: bool = False,
     ) -> None:
         self._strategy, self._averager, self._lockstep = strategy, averager, lockstep
-        self.compression, self._accumulate, self._adasum = compression, accumulate, adasum
+        self.compression, self._bucket_bytes = compression, bucket_bytes
+        self._accumulate, self._adasum = accumulate, adasum
         self._feedback, self._lossless, self._ahead = feedback, lossless, ahead
         self._ranks = int(horovod().size())
         self._flat = self._ranks > 1 and not adasum
@@ -143,7 +148,8 @@ class DistributedLayout:
         blocks = _in_blocks(groups) if ranks > 1 else set()
         control = self._lockstep.length + self._averager.noise.length
         self.buffers = [
-            GradientBuffer(params, _layout(params, blocks, ranks, control, multiple)) for params in kinds.values()
+            GradientBuffer(params, _layout(params, self._bucket_bytes, blocks, ranks, control, multiple))
+            for params in kinds.values()
         ]
         parts = {
             p: part

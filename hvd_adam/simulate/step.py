@@ -19,7 +19,7 @@ from hvd_adam.simulate.timeline import Operation, Processors, Timeline
 from hvd_adam.simulate.traffic import Ranks, Traffic, allgather, allreduce, alltoall, latency, seconds
 from hvd_adam.simulate.workload import Bucket, Workload
 
-BUCKET_BYTES = 8 * 2**20  # as gradients.reducer.BUCKET_BYTES
+BUCKET_BYTES = 8 * 2**20  # the default of `distribute`
 
 # Bytes that are sent of a gradient: the dtype's, and codes with their bfloat16 scales, a scale for 256 and 32
 # elements (wire.codec.CODECS).

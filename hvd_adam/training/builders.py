@@ -22,7 +22,10 @@ from hvd_adam.data.protocols import Data, Loader
 from hvd_adam.data.transforms import transformed
 from hvd_adam.data.worker_loader import WorkerLoader
 from hvd_adam.data.workers.unreadable import UnreadableSamples
+from hvd_adam.distributed.api import distribute
 from hvd_adam.distributed.context import Cluster, horovod
+from hvd_adam.distributed.local.optimizer import LocalAdam
+from hvd_adam.distributed.optimizer import DistributedAdam
 from hvd_adam.distributed.placement import cores
 from hvd_adam.distributed.sync_batchnorm import convert
 from hvd_adam.errors import UserError
@@ -250,6 +253,43 @@ def make_adam(config: TrainConfig, model: torch.nn.Module, scaled: Scaled) -> Ad
         decoupled_weight_decay=config.decoupled_weight_decay,
         state_format=config.state_format,
         implementation=config.implementation,
+    )
+
+
+def distributed(
+    config: TrainConfig,
+    adam: Adam,
+    model: torch.nn.Module,
+    accumulate: int,
+    cluster: Cluster,
+    scaler: Any | None,
+) -> DistributedAdam | LocalAdam:
+    """Distributes this rank's optimizer with the options of a configuration.
+
+    Args:
+        config: the run's configuration.
+        adam: the optimizer.
+        model: the model.
+        accumulate: micro-batches per rank and update.
+        cluster: this process.
+        scaler: the loss scaler of "fp16", else None.
+    """
+    several = cluster.size * accumulate > 1  # in an elastic run, one may be left
+    return distribute(
+        adam,
+        model,
+        strategy=config.strategy,
+        local_steps=config.local_steps,
+        outer_lr=config.outer_lr,
+        outer_momentum=config.outer_momentum,
+        accumulate=accumulate,
+        compression=config.compression,
+        bucket_mib=config.bucket_mib,
+        op=config.op,
+        max_grad_norm=config.max_grad_norm,
+        loss_scaler=scaler,
+        defer_averaging=config.strategy != "local",  # nothing here looks at gradients
+        noise_scale=config.noise_scale if several else None,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hvd_adam.data.protocols import Data, Loader
 from hvd_adam.distributed.context import Cluster
 from hvd_adam.training.plots import CROSS_ENTROPY
 from hvd_adam.training.run import BatchSizes
+from hvd_adam.training.tuning.options import Choice
 
 NO_ACCURACY = (
     "accuracy needs outputs of shape (samples, classes) and labels, so there is none: the best checkpoint is the "
@@ -20,8 +22,10 @@ NO_ACCURACY = (
 )
 
 
-def start_facts(config: TrainConfig, cluster: Cluster, sizes: BatchSizes, loader: Loader) -> dict[str, Any]:
-    """Returns what the events "start" and "resume" record."""
+def start_facts(
+    config: TrainConfig, cluster: Cluster, sizes: BatchSizes, loader: Loader, choice: Choice | None
+) -> dict[str, Any]:
+    """Returns what the events "start" and "resume" record, with the choice of `--tune`."""
     data = loader.description()
     return {
         "loss_function": config.loss or CROSS_ENTROPY,
@@ -31,6 +35,7 @@ def start_facts(config: TrainConfig, cluster: Cluster, sizes: BatchSizes, loader
         "total_steps": sizes.total_steps,
         "versions": {"hvd_adam": __version__, "torch": torch.__version__},
         "data": {key: data[key] for key in ("classes", "train_images", "test_images", "fingerprint")},
+        "tune": None if choice is None else asdict(choice),
     }
 
 

@@ -19,6 +19,7 @@ from hvd_adam.recovery.watchdog import Watchdog
 from hvd_adam.schedule import LearningRateSchedule
 from hvd_adam.training.objective import Objective
 from hvd_adam.training.run_dir import ResumePoint
+from hvd_adam.training.tuning.options import Choice
 from hvd_adam.training.weights.ema import ModelAverage
 
 
@@ -81,35 +82,48 @@ class BatchSizes:
 
 
 @dataclass(frozen=True)
-class Run:
-    """The parts of a run on this rank.
+class Parts:
+    """The parts of a run that `--tune` does not change.
 
     Attributes:
         cluster: this process.
         watchdog: ends the job if it makes no progress.
         preemption: whether to stop, the same on every rank.
         loader: batches on this rank's device.
-        sizes: sizes of batches, epochs and the run.
         model: the model; identical on all ranks.
         objective: loss and metrics.
         ema: the moving average of the model's weights, if the run has one.
         scaler: the loss scaler of "fp16", else None.
-        optimizer: the distributed optimizer; its state is identical on all ranks, or sharded, or of an island.
-        schedule: the learning-rate schedule.
-        folder: the run folder; None on ranks other than 0.
-        resume: the point from which the run resumes, without tensors that are loaded already; None for a new run.
     """
 
     cluster: Cluster
     watchdog: Watchdog
     preemption: Preemption
     loader: Loader
-    sizes: BatchSizes
     model: torch.nn.Module
     objective: Objective
     ema: ModelAverage | None
     scaler: Any | None
+
+
+@dataclass(frozen=True)
+class Run(Parts):
+    """The parts of a run on this rank.
+
+    Attributes:
+        config: the configuration, with what `--tune` has chosen.
+        choice: that choice, and why; None without `--tune`.
+        sizes: sizes of batches, epochs and the run.
+        optimizer: the distributed optimizer; its state is identical on all ranks, or sharded, or of an island.
+        schedule: the learning-rate schedule.
+        folder: the run folder; None on ranks other than 0.
+        resume: the point from which the run resumes, without tensors that are loaded already; None for a new run.
+    """
+
+    config: TrainConfig
+    sizes: BatchSizes
     optimizer: DistributedAdam | LocalAdam
     schedule: LearningRateSchedule
-    folder: Path | None
-    resume: ResumePoint | None
+    choice: Choice | None = None
+    folder: Path | None = None
+    resume: ResumePoint | None = None

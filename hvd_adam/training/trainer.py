@@ -52,11 +52,11 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, memory: InMemoryCheckpoint | None = None) -> None:
         with ExitStack() as resources:  # an elastic run may fail here and start again: close everything then
-            self.config, self.memory = config, memory
-            run = build_run(config, memory, resources)
+            self.memory, run = memory, build_run(config, memory, resources)
+            self.config = config = run.config
             self.cluster, self.watchdog, self.preemption = run.cluster, run.watchdog, run.preemption
             self.loader, self.model, self.scaler, self.ema = run.loader, run.model, run.scaler, run.ema
-            self.optimizer, self.schedule = run.optimizer, run.schedule
+            self.optimizer, self.schedule, self.choice = run.optimizer, run.schedule, run.choice
             self.sizes, self.folder, self.resume = run.sizes, run.folder, run.resume
             torch.manual_seed(config.seed + 1 + self.cluster.rank)  # dropout differs between ranks
             self.objective, self.updater = run.objective, Updater(run, config.precision, compiled=config.compile)
@@ -69,8 +69,8 @@ class Trainer:
             with raise_on_all_ranks(self.cluster):
                 first_step = None if self.resume is None else self.progress.step
                 folder = None if self.folder and self.is_finished and has_ended(self.folder) else self.folder
-                classes = self.loader.data.classes
                 recent = [] if self.resume is None else self.resume.state.progress.get("events", [])
+                classes = self.loader.data.classes
                 self.log = RunLog(folder, self.sizes.total_steps, first_step, asdict(config), classes, recent)
             resources.callback(self.log.close)
             self.skips = SkipTracker(self.cluster, self.optimizer, self.progress, self.log, config.max_skipped)
@@ -114,7 +114,7 @@ class Trainer:
 
     def _log_start(self) -> None:
         config, cluster, sizes = self.config, self.cluster, self.sizes
-        facts = messages.start_facts(config, cluster, sizes, self.loader)
+        facts = messages.start_facts(config, cluster, sizes, self.loader, self.choice)
         if self.resume is None:
             self.log.event("start", 0, 0, **facts)
         else:
@@ -123,10 +123,9 @@ class Trainer:
         if self.resume is not None:
             for damage in self.resume.damaged:
                 logger.warning(damage)
-            if self.is_finished:
-                logger.info(messages.finished(config, sizes, self.progress.step))
-            else:
-                logger.info(f"resuming after {self.progress.step} updates from {self.resume.path}")
+            resumed = f"resuming after {self.progress.step} updates from {self.resume.path}"
+            done = self.is_finished
+            logger.info(messages.finished(config, sizes, self.progress.step) if done else resumed)
 
     def _event(self, event: str, **values: object) -> None:
         """Records an event at the current step."""

@@ -32,7 +32,19 @@ parse_options() {
     esac
     shift
   done
+  hide_tune
   check_options
+}
+
+# hide_tune: write --tune VALUE of the module as --tune=VALUE. Open MPI's mpirun takes the former for an option of its
+# own, wherever it is, and reports that there is no file VALUE.
+hide_tune() {
+  local i
+  for ((i = 0; i + 1 < ${#module_arguments[@]}; i++)); do
+    if [[ ${module_arguments[i]} == --tune ]]; then
+      module_arguments=("${module_arguments[@]:0:i}" "--tune=${module_arguments[i + 1]}" "${module_arguments[@]:i + 2}")
+    fi
+  done
 }
 
 accept_controller() {

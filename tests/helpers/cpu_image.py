@@ -73,7 +73,7 @@ def run(command: list[object], timeout: float, **options: object) -> str:
 def pip_settings() -> dict[str, str]:
     """Returns the settings of this machine's pip, from files and environment: {"find-links": ..., "cert": ...}."""
     settings = {}
-    for line in run(["python3", "-m", "pip", "config", "list"], timeout=60).splitlines():
+    for line in run(["python3", "-m", "pip", "config", "list"], timeout=250).splitlines():
         name, _, value = line.partition("=")
         settings.setdefault(name.rpartition(".")[2], ast.literal_eval(value))
     return settings
@@ -168,7 +168,7 @@ class CpuImage:
     def _unpack(self) -> None:
         self.rootfs.mkdir()
         for layer in self.layers:
-            names = run(["tar", "--list", "--file", layer], timeout=120).splitlines()
+            names = run(["tar", "--list", "--file", layer], timeout=250).splitlines()
             for name in (name for name in names if Path(name).name.startswith(".wh.")):
                 self._white_out(self.rootfs / name)
             tar = ["tar", "-C", self.rootfs, "--numeric-owner", "--exclude=.wh.*", "-xpf", layer]

@@ -6,6 +6,7 @@ import signal
 import socket
 import struct
 
+NAMESPACES = ("net", "uts", "ipc", "pid", "mnt")  # the last one changes what /proc shows
 FORWARDED = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -16,7 +17,9 @@ def run(address: str, argv: list[str]) -> None:
     server.connect(address)
     request = {"argv": argv, "environ": dict(os.environ), "folder": os.getcwd()}
     request["cores"] = list(os.sched_getaffinity(0))
-    socket.send_fds(server, [b"-"], [0, 1, 2])
+    request["namespaces"] = NAMESPACES
+    namespaces = [os.open(f"/proc/self/ns/{name}", os.O_RDONLY) for name in NAMESPACES]
+    socket.send_fds(server, [b"-"], [0, 1, 2, *namespaces])
     server.sendall(json.dumps(request).encode() + b"\n")
     for number in FORWARDED:
         signal.signal(number, lambda number, _: server.sendall(bytes([number])))

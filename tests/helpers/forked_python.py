@@ -8,11 +8,14 @@ once, in a server. What a launcher or a test starts is the client `fork_client.p
 environment, folder, cores and streams to the server, forwards signals to the fork, and ends as the fork ends, with
 its exit code or by its signal. If the client is killed, so is the fork.
 
-Not for tests of how a process starts (`--help` without PyTorch) or of launchers, nor in other network namespaces.
-All forks of a server have the same hashes of strings. HVD_ADAM_FORKS=0 starts new processes instead, in all tests.
+A client on a host made of namespaces (`helpers.cluster.hosts`) gets a fork on that host. The fork has what the
+server has imported, whatever that host has in its folders. Not for tests of how a process starts (`--help` without
+PyTorch), or of launchers. All forks of a server have the same hashes of strings. HVD_ADAM_FORKS=0 starts new
+processes instead, in all tests.
 """
 
 import atexit
+import ctypes
 import importlib
 import json
 import os
@@ -50,7 +53,7 @@ PRELOADED = (
 PROGRAM = """#!{python} -IS
 import os, sys
 arguments = sys.argv[1:]
-if "-I" in arguments[:1] or "/hvd_adam/launch/" in "".join(arguments[:1]):
+if "-I" in arguments[:1] or "/hvd_adam/launch/" in "".join(arguments[:1]) or "hvd_adam.launch." in arguments[1:2]:
     os.execv("{python}", ["{python}", *arguments])
 sys.path.insert(0, "{helpers}")
 import fork_client
@@ -90,7 +93,7 @@ class ForkServer:
     def close(self):
         """Ends the server; a second call does nothing."""
         self._server.stdin.close()
-        self._server.wait(timeout=60)
+        self._server.wait(timeout=250)
         self._server.stdout.close()
         self._folder.cleanup()
 
@@ -119,6 +122,7 @@ class Forks:
         self._selector = selectors.DefaultSelector()
         self._selector.register(sys.stdin, selectors.EVENT_READ, self._end)
         self._selector.register(listener, selectors.EVENT_READ, self._start)
+        self._processes = os.open("/proc/self/ns/pid", os.O_RDONLY)
 
     def serve(self):
         """Forks for every connection until stdin is closed; returns in the forks, with the arguments of Python."""
@@ -131,18 +135,24 @@ class Forks:
 
     def _start(self, listener):
         connection, _ = listener.accept()
-        _, streams, _, _ = socket.recv_fds(connection, 1, 3)
+        _, received, _, _ = socket.recv_fds(connection, 1, 8)
         with connection.makefile("rb") as line:
             request = json.loads(line.readline())
+        streams, namespaces = received[:3], dict(zip(request.pop("namespaces"), received[3:], strict=True))
+        host = namespaces.pop("pid")
+        if elsewhere := is_foreign("pid", host):
+            enter(host)  # with the next child
         child = os.fork()
         if child == 0:
             for key in list(self._selector.get_map().values()):
                 if isinstance(key.fileobj, socket.socket):
                     key.fileobj.close()
             connection.close()
-            return become(streams, **request)
-        for stream in streams:
-            os.close(stream)
+            return become(streams, namespaces, **request)
+        if elsewhere:
+            enter(self._processes)
+        for each in received:
+            os.close(each)
         end = os.pidfd_open(child)
         self._selector.register(connection, selectors.EVENT_READ, partial(self._signal, child))
         self._selector.register(end, selectors.EVENT_READ, partial(self._report, child, connection))
@@ -171,11 +181,26 @@ class Forks:
         os._exit(0)
 
 
-def become(streams, argv, environ, folder, cores):
+def is_foreign(kind, namespace):
+    """Returns whether an open namespace is not that of this process."""
+    return os.fstat(namespace).st_ino != os.stat(f"/proc/self/ns/{kind}").st_ino
+
+
+def enter(namespace):
+    """Moves this process into an open namespace; of processes, only those that it starts from now on."""
+    if ctypes.CDLL(None, use_errno=True).setns(namespace, 0):
+        raise OSError(ctypes.get_errno(), "cannot enter the namespace of a client")
+
+
+def become(streams, namespaces, argv, environ, folder, cores):
     """Gives this process what a new Python would have, and returns its arguments."""
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
+    for kind, namespace in namespaces.items():
+        if is_foreign(kind, namespace):
+            enter(namespace)
+        os.close(namespace)
     os.setsid()
     os.environ.clear()
     os.environ.update(environ)

@@ -22,7 +22,7 @@ def train(*argv, ranks=0, controller="gloo", folder=None, module="hvd_adam.train
     if ranks:
         return launch(arguments, ranks, controller, forked=forked, **options)
     command = [forked_python() if forked else sys.executable, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=250, **options)
 
 
 def events(folder, kind=None):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from statistics import median
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hvd_adam.distributed.automatic.candidates import ANY, FIRST, candidates
 from hvd_adam.distributed.automatic.estimate import exchange_seconds
-from hvd_adam.distributed.automatic.timer import UpdateTimer
+from hvd_adam.distributed.automatic.timer import UpdateTimer, agreed_laps
 from hvd_adam.distributed.automatic.trial import LEAST_GAIN, WARM_UP, Lap, Trial
 from hvd_adam.distributed.context import horovod
 from hvd_adam.distributed.gradients.averager import GradientAverager
@@ -104,7 +104,7 @@ class AutomaticCompression:
         self._timer.restart()
 
     def _end_block(self, trial: Trial) -> None:
-        trial.add(self._agreed(self._timer.take()))
+        trial.add(agreed_laps(self._timer.take(), f"{self._prefix}.laps"))
         self._layout.use(trial.compression)
         if trial.is_over:
             self._trial, self._drifted = None, 0
@@ -116,20 +116,10 @@ class AutomaticCompression:
                 self._log_estimate(trial)
         self._timer.restart()
 
-    def _agreed(self, laps: Sequence[Lap]) -> list[Lap]:
-        """Returns the same laps on all ranks: the time on the slowest one, the wait on the one that waits least.
-
-        The rank that computes longest does not wait for others, so its wait is that for the network.
-        """
-        own = torch.tensor([laps], dtype=torch.float64, device="cpu")
-        of_ranks = horovod().allgather(own, name=f"{self._prefix}.laps")
-        longest, shortest = of_ranks.amax(dim=0), of_ranks.amin(dim=0)
-        return [Lap(*pair) for pair in zip(longest[:, 0].tolist(), shortest[:, 1].tolist(), strict=True)]
-
     # After the trial.
 
     def _end_window(self) -> None:
-        waited = median(lap.waited for lap in self._agreed(self._timer.take()))
+        waited = median(lap.waited for lap in agreed_laps(self._timer.take(), f"{self._prefix}.laps"))
         drift = waited - self._chosen.waited
         direction = 0 if abs(drift) <= FAR * self._chosen.seconds else 1 if drift > 0 else -1
         self._drifted = self._drifted + direction if self._drifted * direction > 0 else direction

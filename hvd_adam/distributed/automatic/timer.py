@@ -1,13 +1,30 @@
-"""`UpdateTimer`: the time that each update takes, without waiting for the device in between."""
+"""`UpdateTimer`: the time that each update takes, without waiting for the device in between; `agreed_laps`."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from hvd_adam.distributed.automatic.trial import Lap
+from hvd_adam.distributed.context import horovod
+
+
+def agreed_laps(laps: Sequence[Lap], name: str) -> list[Lap]:
+    """Returns the same laps on all ranks: the time on the slowest one, the wait on the one that waits least.
+
+    The rank that computes longest does not wait for others, so its wait is that for the network. Every rank must
+    call it.
+
+    Args:
+        laps: of this rank; as many on all ranks.
+        name: of the collective.
+    """
+    own = torch.tensor([laps], dtype=torch.float64, device="cpu")
+    of_ranks = horovod().allgather(own, name=name) if horovod().size() > 1 else own
+    longest, shortest = of_ranks.amax(dim=0), of_ranks.amin(dim=0)
+    return [Lap(*pair) for pair in zip(longest[:, 0].tolist(), shortest[:, 1].tolist(), strict=True)]
 
 
 class UpdateTimer:

@@ -12,6 +12,10 @@ from torch import Tensor
 
 from hvd_adam.distributed.wire.error_feedback import ErrorFeedback
 
+# Why an optimizer must not step: arguments of `Adam.supersede`.
+REPLACED = "distribute() has returned another optimizer for its parameters; call step() on that"
+RETIRED = "distribute() has been called again for its parameters; use the optimizer it returned"
+
 
 class Owner(Protocol):
     """An optimizer that averages gradients."""

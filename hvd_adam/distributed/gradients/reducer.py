@@ -20,9 +20,9 @@ from hvd_adam.distributed.noise.meter import NoiseMeter
 from hvd_adam.distributed.wire.coded_allreduce import exact_name
 from hvd_adam.distributed.wire.error_feedback import ErrorFeedback
 
-# Gradients are reduced in fixed buckets, so that sums do not depend on timing. Large enough to use the network's
-# bandwidth, small enough that the first reduction starts while backward is still running.
-BUCKET_BYTES = 8 * 2**20
+# The default size of buckets: large enough to use the network's bandwidth, small enough that the first reduction
+# starts while backward is still running.
+BUCKET_MIB = 8
 
 _LAST = 0  # the bucket of the first parameters: backward completes it last, and it carries the message
 

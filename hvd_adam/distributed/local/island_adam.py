@@ -14,7 +14,7 @@ from hvd_adam.distributed.broadcast.tensors import ROOT, broadcast_nested
 from hvd_adam.distributed.broadcast.training import broadcast_training_state
 from hvd_adam.distributed.context import collective_prefix, current_cluster, horovod
 from hvd_adam.distributed.gradients.grad_scaling import GradScaling
-from hvd_adam.distributed.gradients.ownership import retire_others, take_over
+from hvd_adam.distributed.gradients.ownership import REPLACED, RETIRED, retire_others, take_over
 from hvd_adam.distributed.horovod_adapter import move_step_hooks
 from hvd_adam.distributed.local.buffers import OuterBuffers
 from hvd_adam.distributed.local.exchange import IslandMean
@@ -81,7 +81,7 @@ class IslandAdam(Adam):
         self._skipped = self._in_a_row = 0  # of this island
         self.skipped_updates = self.skipped_in_a_row = 0
         self._distributed = True
-        optimizer.supersede("distribute() has returned another optimizer for its parameters; call step() on that")
+        optimizer.supersede(REPLACED)
         take_over(self)
 
     def _ordered(self, model: torch.nn.Module) -> list[Tensor]:
@@ -144,7 +144,7 @@ class IslandAdam(Adam):
 
     def retire(self) -> None:
         """Called when another optimizer takes over its parameters: it steps no more."""
-        self.supersede("distribute() has been called again for its parameters; use the optimizer it returned")
+        self.supersede(RETIRED)
         self._scaling.close()
 
     def refuse_unfinished(self) -> None:

@@ -172,7 +172,7 @@ class Hosts:
     def _pid(self, host: str) -> int:
         """Returns the process number of the host's first process on this machine."""
         parent = self._inits[host].pid
-        for _ in range(100):
+        for _ in range(1000):
             children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
             if children:
                 return int(children[0])

@@ -22,7 +22,7 @@ from helpers.cluster.hosts import HEAD, Hosts
 TOOLS = ("munged", "slurmctld", "slurmd", "srun", "sbatch")
 
 # Times are seconds instead of a real cluster's minutes: a requeued job starts within seconds, a failed node is
-# detected after 20 s.
+# detected after 20 s. Only messages may take long, on a busy machine.
 CONFIG = """
 ClusterName=tests
 SlurmctldHost={head}({head_address})
@@ -50,6 +50,7 @@ PropagateResourceLimits=NONE
 SchedulerParameters=batch_sched_delay=1,sched_interval=2,bf_interval=2
 SlurmctldParameters=preempt_send_user_signal
 KillWait=10
+MessageTimeout=100
 JobRequeue=1
 MinJobAge=3600
 SlurmdTimeout=20
@@ -125,7 +126,7 @@ class Slurm:
 
     def wait_until_idle(self) -> None:
         """Waits until all nodes accept jobs."""
-        for _ in range(300):
+        for _ in range(1000):
             if self.run("sinfo", "-h", "-p", "low", "-t", "idle", "-o", "%D") == str(len(self.hosts.names)):
                 return
             time.sleep(0.2)
@@ -151,7 +152,7 @@ class Slurm:
         words = self.run("scontrol", "show", "job", "--oneliner", job).split()
         return dict(word.partition("=")[::2] for word in words)
 
-    def wait_for_state(self, job: int, *states: str, seconds: float = 200.0) -> str:
+    def wait_for_state(self, job: int, *states: str, seconds: float = 250.0) -> str:
         """Waits until a job is in one of these states and returns it.
 
         Raises:
