@@ -39,6 +39,7 @@ IDLE = [
     ("--local-steps 7", "--local-steps 7 has no effect without --strategy local"),
     ("--strategy sharded --outer-lr 0.7", "--outer-lr 0.7 has no effect without --strategy local"),
     ("--outer-momentum 0.9", "--outer-momentum 0.9 has no effect without --strategy local"),
+    ("--islands 2", "--islands 2 has no effect without --strategy local"),
     ("--commit-every 5", "--commit-every 5 has no effect without --elastic"),
     ('--model-args {"a":1}', "--model-args {'a': 1} has no effect without --model package.module:function"),
     ('--data-args {"a":1}', "--data-args {'a': 1} has no effect without --dataset package.module:function"),

@@ -57,6 +57,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "local_steps": (lambda c: c.strategy == "local", "--strategy local"),
     "outer_lr": (lambda c: c.strategy == "local", "--strategy local"),
     "outer_momentum": (lambda c: c.strategy == "local", "--strategy local"),
+    "islands": (lambda c: c.strategy == "local", "--strategy local"),
     "commit_every": (lambda c: c.elastic, "--elastic"),
     "allow_data_change": (lambda c: c.resume != "never", "--resume auto or a checkpoint"),
 }

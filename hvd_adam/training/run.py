@@ -154,7 +154,7 @@ def build_run(config: TrainConfig, memory: InMemoryCheckpoint | None, resources:
     if config.deterministic:
         make_deterministic()
     defer_horovod_stall_shutdown(config.stall_timeout)
-    cluster = init(config.device)
+    cluster = init(config.device, process_sets=config.islands is not None)
     watchdog = Watchdog(cluster, config.stall_timeout, STALL_REMEDY)
     resources.callback(watchdog.close)
     preemption = Preemption(cluster, config.max_time, None if memory is None else memory.hosts_changed)
@@ -188,6 +188,7 @@ def build_run(config: TrainConfig, memory: InMemoryCheckpoint | None, resources:
         model,
         strategy=config.strategy,
         local_steps=config.local_steps,
+        islands=config.islands,
         outer_lr=config.outer_lr,
         outer_momentum=config.outer_momentum,
         accumulate=sizes.accumulate,
