@@ -308,6 +308,12 @@ def test_hyper_parameters_that_differ_end_the_job_on_all_ranks(cluster):
         train(model, optimizer, cluster, 2)
 
 
+@on_ranks(2)
+def test_islands_without_process_sets_are_refused_with_the_remedy(cluster):
+    with pytest.raises(UserError, match=r"init\(process_sets=True\)"):
+        local(small_model(), islands=1)
+
+
 @on_ranks(0)
 def test_a_step_of_the_users_class_and_its_hooks_run_once(cluster):
     class Counting(Adam):

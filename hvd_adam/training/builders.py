@@ -221,8 +221,8 @@ def scale_for_ranks(config: TrainConfig, cluster: Cluster) -> Scaled:
 
     With --strategy local, "linear" and "sqrt" multiply learning rate and ε by √islands, too. The gradients of an
     island vary √islands times as much as the mean over all ranks, so Adam, which divides by √v, moves the islands
-    by as much less. With √islands their mean moves as averaged gradients would, where gradients are mostly noise (the
-    assumption of the square root rule; Malladi et al., arXiv 2205.10287; the factor is derived from it in
+    by as much less. With √islands their mean moves as averaged gradients would, where gradients are mostly noise
+    (the assumption of the square root rule; Malladi et al., arXiv 2205.10287; the factor is derived from it in
     docs/local_steps.md).
 
     Raises:

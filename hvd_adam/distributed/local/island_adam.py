@@ -61,6 +61,8 @@ class IslandAdam(Adam):
         loss_scaler: Any | None,
         skip_nonfinite: bool,
     ) -> None:
+        cluster = current_cluster()
+        self._islands = Islands.of(count_islands(islands, cluster), cluster)  # first: it may raise
         # Not Adam's constructor: parameters, state and hyper-parameters are those of the given optimizer.
         torch.optim.Optimizer.__init__(self, optimizer.param_groups, optimizer.defaults)
         self.state, self._inner, self._model = optimizer.state, optimizer, model
@@ -72,8 +74,6 @@ class IslandAdam(Adam):
         ]:
             setattr(optimizer, name, type(getattr(optimizer, name))())  # its `step` may run inside this one's
         self._share()
-        cluster = current_cluster()
-        self._islands = Islands.of(count_islands(islands, cluster), cluster)
         self.noise = NoiseMeter(None)
         self._scaling = GradScaling(max_grad_norm, loss_scaler, skip_nonfinite)
         broadcast_training_state(model, self, loss_scaler)

@@ -29,9 +29,9 @@ class LocalAdam(IslandAdam):
     Each rank is an island, or `islands` of `distribute` groups the ranks. An island makes `local_steps` updates of
     its own, with its own gradients, moments, clipping and loss scale. In one of several ranks `step` averages the
     gradients, so weights and state are identical on them. Then all islands meet: the difference of outer and local
-    weights is averaged, an outer SGD with Nesterov momentum applies it to the outer weights (Douillard et al., arXiv
-    2311.08105, algorithm 1), and every island continues from those, which have identical bits on all ranks. Buffers
-    of floating point are averaged at meetings, too.
+    weights is averaged, an outer SGD with Nesterov momentum applies it to the outer weights (Douillard et al.,
+    arXiv 2311.08105, algorithm 1), and every island continues from those, which have identical bits on all ranks.
+    Buffers of floating point are averaged at meetings, too.
 
     Between meetings the weights of the islands differ. Evaluate and save in `outer_weights`.
 
