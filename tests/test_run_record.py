@@ -23,8 +23,9 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from hvd_adam.cli import parse
 from hvd_adam.config import TrainConfig
-from hvd_adam.training import confusion, plots, run_dir
+from hvd_adam.training import plots, run_dir
 from hvd_adam.training.run_log import METRICS_FILE, RunLog, read_events
+from hvd_adam.training.scores import confusion
 
 
 def run_folder(tmp_path, losses=(2.3, 1.0, 0.4, 0.02), name="digits-small", **step):

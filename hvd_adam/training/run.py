@@ -1,50 +1,25 @@
-"""`build_run`: builds all parts of a run on every rank, in the order that the collectives require."""
+"""`Run`: the parts of a training run on one rank, and `BatchSizes`: how it is divided into updates."""
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hvd_adam.checkpoint.residuals import restore_unsent
-from hvd_adam.checkpoint.state import Progress, require_same_tensors
+from hvd_adam.checkpoint.state import Progress
 from hvd_adam.config import TrainConfig
 from hvd_adam.data.protocols import Loader
-from hvd_adam.distributed.agreement import raise_on_all_ranks, require_same
-from hvd_adam.distributed.api import distribute
-from hvd_adam.distributed.broadcast.tensors import ROOT
-from hvd_adam.distributed.context import Cluster, horovod, init
+from hvd_adam.distributed.context import Cluster
 from hvd_adam.distributed.local.optimizer import LocalAdam
 from hvd_adam.distributed.optimizer import DistributedAdam
-from hvd_adam.errors import Preempted
-from hvd_adam.log import logger
-from hvd_adam.models.precision import loss_scaler, make_deterministic
-from hvd_adam.optim.adam import Adam
-from hvd_adam.recovery.elastic import InMemoryCheckpoint
-from hvd_adam.recovery.preemption import Preemption, stop_requested
-from hvd_adam.recovery.watchdog import Watchdog, defer_horovod_stall_shutdown
+from hvd_adam.recovery.preemption import Preemption
+from hvd_adam.recovery.watchdog import Watchdog
 from hvd_adam.schedule import LearningRateSchedule
-from hvd_adam.training import run_dir
-from hvd_adam.training.builders import (
-    build_model,
-    make_adam,
-    make_loader,
-    make_schedule,
-    scale_for_ranks,
-    try_out,
-)
 from hvd_adam.training.objective import Objective
 from hvd_adam.training.run_dir import ResumePoint
 from hvd_adam.training.weights.ema import ModelAverage
-from hvd_adam.training.weights.warm_start import warm_start
-
-STALL_REMEDY = (
-    "The same command with the run folder as --output-dir resumes from the last checkpoint; if the job was only "
-    "slow, use a longer --stall-timeout"
-)
 
 
 @dataclass(frozen=True)
@@ -138,142 +113,3 @@ class Run:
     schedule: LearningRateSchedule
     folder: Path | None
     resume: ResumePoint | None
-
-
-def build_run(config: TrainConfig, memory: InMemoryCheckpoint | None, resources: ExitStack) -> Run:
-    """Builds a run and loads the state from which it resumes; every rank must call it.
-
-    Args:
-        config: the run's configuration; identical on all ranks.
-        memory: this rank's state in memory in an elastic run, else None.
-        resources: receives what must be closed at the end of the run.
-
-    Raises:
-        UserError: the configuration does not fit the data, the machine or the ranks; raised on every rank.
-    """
-    if config.deterministic:
-        make_deterministic()
-    defer_horovod_stall_shutdown(config.stall_timeout)
-    cluster = init(config.device, process_sets=config.islands is not None)
-    watchdog = Watchdog(cluster, config.stall_timeout, STALL_REMEDY)
-    resources.callback(watchdog.close)
-    preemption = Preemption(cluster, config.max_time, None if memory is None else memory.hosts_changed)
-    require_same(cluster, "arguments", asdict(config))
-
-    def progress(doing: str) -> None:
-        watchdog.beat(doing)
-        if stop_requested():
-            raise Preempted
-
-    with raise_on_all_ranks(cluster):
-        loader = make_loader(config, cluster, progress)
-        loader.steps_per_epoch(config.global_batch(cluster.size))  # raises before anything is written
-        scaled = scale_for_ranks(config, cluster)
-        model = build_model(config, loader)
-        objective = Objective.of(asdict(config), loader.dtype)
-        try_out(objective, config, model, loader)
-        ema = None if config.ema is None else ModelAverage(model, config.ema)
-        scaler = loss_scaler(config.precision, cluster.device)
-    require_same(cluster, "data", loader.description())
-    adam = make_adam(config, model, scaled)
-    parts = _Loadable(model, adam, scaler, ema)
-    folder, resume, unsent = _open_run(config, cluster, memory, loader, parts)
-    sizes = BatchSizes.of_run(config, loader, cluster.size, resume)
-    schedule = make_schedule(config, scaled.lr, sizes.steps_per_epoch, sizes.total_steps)
-    if resume is not None:  # maybe with another number of ranks, which would scale the rates differently
-        saved = resume.state.schedule
-        schedule = replace(schedule, initial=saved["initial"], peak=saved["peak"])
-    optimizer = distribute(
-        adam,
-        model,
-        strategy=config.strategy,
-        local_steps=config.local_steps,
-        islands=config.islands,
-        outer_lr=config.outer_lr,
-        outer_momentum=config.outer_momentum,
-        accumulate=sizes.accumulate,
-        compression=config.compression,
-        op=config.op,
-        max_grad_norm=config.max_grad_norm,
-        loss_scaler=scaler,
-        defer_averaging=config.strategy != "local",  # nothing here looks at gradients
-        noise_scale=config.noise_scale
-        if cluster.size * sizes.accumulate > 1
-        else None,  # elastic: one may be left
-    )
-    if resume is not None:
-        restore_unsent(optimizer, *unsent, resume.path)
-    if ema is not None:
-        ema.start(cluster, saved=resume is not None and resume.state.config.get("ema") is not None)
-    return Run(
-        cluster=cluster,
-        watchdog=watchdog,
-        preemption=preemption,
-        loader=loader,
-        sizes=sizes,
-        model=model,
-        objective=objective,
-        ema=ema,
-        scaler=scaler,
-        optimizer=optimizer,
-        schedule=schedule,
-        folder=folder,
-        resume=resume,
-    )
-
-
-@dataclass(frozen=True)
-class _Loadable:
-    """What a checkpoint is loaded into on rank 0, before `distribute` broadcasts it."""
-
-    model: torch.nn.Module
-    adam: Adam
-    scaler: Any | None
-    ema: ModelAverage | None
-
-    def load(self, resume: ResumePoint, implementation: str) -> None:
-        """Loads the state of a resumed run.
-
-        Args:
-            resume: where the run resumes.
-            implementation: of Adam: that of this run, not of the saved one.
-        """
-        state = resume.state
-        require_same_tensors(self.model.state_dict(), state.model, resume.path)
-        self.model.load_state_dict(state.model)
-        self.adam.load_state_dict(state.optimizer)
-        for group in self.adam.param_groups:
-            group["implementation"] = implementation
-        if self.scaler is not None:
-            self.scaler.load_state_dict(state.loss_scaler)
-        if self.ema is not None and state.ema is not None:
-            self.ema.load_state_dict(state.ema)
-
-
-def _open_run(
-    config: TrainConfig, cluster: Cluster, memory: InMemoryCheckpoint | None, loader: Loader, parts: _Loadable
-) -> tuple[Path | None, ResumePoint | None, tuple[dict[str, Any] | None, dict[str, Any] | None]]:
-    """Opens the run folder and loads the state to start from on rank 0; broadcasts the resume point.
-
-    Returns:
-        The folder; the resume point, without tensors; on rank 0, the residuals and islands to start from.
-    """
-    in_memory = None if memory is None else memory.newest(cluster)
-    folder: Path | None = None
-    resume: ResumePoint | None = None
-    residuals = islands = None
-    with raise_on_all_ranks(cluster):
-        if cluster.rank == ROOT:
-            if config.init_from is not None and in_memory is None and not run_dir.resumes(config):
-                logger.info(warm_start(parts.model, config.init_from))  # first: an error leaves no folder behind
-            folder, resume = run_dir.open_run(config, cluster.size, in_memory, loader.description())
-        if resume is not None:
-            before = resume.state.config.get("state_format", config.state_format)
-            if before != config.state_format and cluster.rank == ROOT:
-                logger.info(f"the optimizer state was held as {before} and continues as {config.state_format}")
-            parts.load(resume, config.implementation)
-            residuals, islands = resume.state.residuals, resume.state.islands
-            resume = resume.without_tensors()
-    if cluster.size > 1:
-        resume = horovod().broadcast_object(resume, ROOT, name="hvd_adam.start")
-    return folder, resume, (residuals, islands)

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hvd_adam.training import confusion
 from hvd_adam.training.append_log import AppendLog
+from hvd_adam.training.scores import confusion
 
 # The tag of each value of `metrics.jsonl` that is shown as a curve. TensorBoard groups tags by what precedes "/".
 TAGS = {

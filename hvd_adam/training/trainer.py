@@ -25,9 +25,9 @@ from hvd_adam.log import logger
 from hvd_adam.models.precision import autocast
 from hvd_adam.recovery.elastic import InMemoryCheckpoint
 from hvd_adam.training import messages
+from hvd_adam.training.build_run import build_run
 from hvd_adam.training.meters import ThroughputMeter
 from hvd_adam.training.plots import try_plot
-from hvd_adam.training.run import build_run
 from hvd_adam.training.run_dir import ResumePoint, has_ended
 from hvd_adam.training.run_log import RunLog, shown_scores
 from hvd_adam.training.scores import mistakes_file
