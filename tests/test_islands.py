@@ -116,7 +116,7 @@ def test_weights_are_equal_in_an_island_at_every_update_and_everywhere_at_meetin
         assert same_everywhere(digest([*model.parameters()])) == (steps % 3 == 0)
 
 
-@on_ranks(4, **SETS)
+@on_ranks(4, controller="mpi", **SETS)
 def test_buffers_at_a_meeting_are_the_mean_of_those_of_the_leaders(cluster):
     model, own = wide_model(), []
     optimizer = local(model, 2, outer_lr=1.0, islands=2)
@@ -129,7 +129,7 @@ def test_buffers_at_a_meeting_are_the_mean_of_those_of_the_leaders(cluster):
 # Updates that are not finite, clipping, loss scale, gradients that are missing.
 
 
-@on_ranks(4, **SETS)
+@on_ranks(4, controller="mpi", **SETS)
 def test_a_gradient_that_is_not_finite_makes_its_island_skip_and_no_other(cluster):
     model = small_model()
     optimizer = local(model, 2, islands=2)
@@ -141,7 +141,7 @@ def test_a_gradient_that_is_not_finite_makes_its_island_skip_and_no_other(cluste
     assert same_everywhere(digest(model.state_dict()))
 
 
-@on_ranks(4, **SETS)
+@on_ranks(4, controller="mpi", **SETS)
 @COMPRESSIONS
 def test_weights_that_are_not_finite_drop_the_round_of_all_islands(cluster, compression):
     model = wide_model()
@@ -157,7 +157,7 @@ def test_weights_that_are_not_finite_drop_the_round_of_all_islands(cluster, comp
     assert {float(state["step"]) for state in optimizer.state.values()} == {0.0 if cluster.rank >= 2 else 3.0}
 
 
-@on_ranks(4, **SETS)
+@on_ranks(4, controller="mpi", **SETS)
 def test_clipping_accumulation_and_loss_scale_are_those_of_the_islands_whole_batch(cluster):
     model, alone = small_model(), small_model()
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -178,7 +178,7 @@ def test_clipping_accumulation_and_loss_scale_are_those_of_the_islands_whole_bat
         torch.testing.assert_close(p, q, rtol=0, atol=1e-9)
 
 
-@on_ranks(4, **SETS)
+@on_ranks(4, controller="mpi", **SETS)
 def test_a_gradient_that_one_rank_lacks_counts_as_zero_and_one_that_all_lack_stays_none(cluster):
     model = small_model()
     optimizer = local(model, 10, islands=2)
@@ -214,7 +214,7 @@ def test_a_resume_within_a_round_is_exact(cluster, compression):
     assert state[2] == state[3]
 
 
-@on_ranks(4, **SETS)
+@on_ranks(4, controller="mpi", **SETS)
 def test_another_number_of_islands_begins_a_round_at_the_outer_weights(cluster):
     model = wide_model()
     optimizer = local(model, 3, compression="int4")
@@ -311,7 +311,7 @@ def test_calls_that_concern_gradients_of_one_rank_are_refused(cluster):
         scaler.step(optimizer)
 
 
-@on_ranks(4, **SETS)
+@on_ranks(4, controller="mpi", **SETS)
 def test_ranks_of_an_island_that_differ_end_it_in_the_first_such_update(cluster):
     model = small_model()
     optimizer = local(model, 10, islands=2)
