@@ -1,6 +1,6 @@
 """Measures local steps over a slow link between two hosts, which are network namespaces: docs/local_steps.md.
 
-    python docs/local_steps_link.py [--rate 100000000] [--model cnn]
+    python docs/local_steps_link.py [--rate 100000000] [--model cnn] [--ranks-per-host 1]
 
 Needs root. Prints, for each form, the mean time of an update in whole rounds; the share of computation in it,
 which is the mean time of the updates without a meeting; and the bytes that a host sends per update, counted at its
@@ -32,12 +32,13 @@ FORMS: dict[str, dict[str, Any]] = {
     "averaged gradients, int4": {"compression": "int4"},
     "local, none": {"strategy": "local"},
     "local, int4": {"strategy": "local", "compression": "int4"},
+    "local, int4, islands": {"strategy": "local", "compression": "int4", "islands": "host"},
 }
 
 
 def measure(name: str, options: dict[str, Any], updates: int, batch_size: int) -> dict[str, float]:
     """Returns seconds and bytes per update, and the share of computation."""
-    cluster = init()
+    cluster = init(process_sets="islands" in options)
     torch.manual_seed(0)
     model = build_model(name)
     optimizer = distribute(Adam(model.parameters(), lr=1e-4), model, **options)
@@ -68,6 +69,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--local-steps", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--ranks-per-host", type=int, default=1)
     parser.add_argument("--form", choices=FORMS, help="of this rank")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=[*FORMS], help="what to measure")
     args = parser.parse_args()
@@ -82,9 +84,18 @@ def main() -> None:
         return
     horovodrun = str(Path(sys.executable).with_name("horovodrun"))
     for form in args.forms:
-        command = (horovodrun, "-np", "2", "--gloo", sys.executable, *sys.argv, "--form", form)
+        command = (
+            horovodrun,
+            "-np",
+            str(2 * args.ranks_per_host),
+            "--gloo",
+            sys.executable,
+            *sys.argv,
+            "--form",
+            form,
+        )
         with limited_link(args.rate) as link:
-            plan = link.over(Plan(form, {}, command))
+            plan = link.over(Plan(form, {}, command), args.ranks_per_host)
             done = subprocess.run(
                 plan.command, env={**os.environ, **plan.environ}, capture_output=True, text=True, check=False
             )

@@ -17,7 +17,7 @@ class JobError(Exception):
 
 
 class RankError(JobError):
-    """Ends only this rank, which prints the message itself."""
+    """Ends this rank, which prints the message itself: rank 0 need not raise it."""
 
 
 class Preempted(Exception):

@@ -40,6 +40,7 @@ IDLE = [
     ("--strategy sharded --outer-lr 0.7", "--outer-lr 0.7 has no effect without --strategy local"),
     ("--outer-momentum 0.9", "--outer-momentum 0.9 has no effect without --strategy local"),
     ("--strategy local --bucket-mib 4", "--bucket-mib 4.0 has no effect without --strategy allreduce or sharded"),
+    ("--islands 2", "--islands 2 has no effect without --strategy local"),
     ("--commit-every 5", "--commit-every 5 has no effect without --elastic"),
     ('--model-args {"a":1}', "--model-args {'a': 1} has no effect without --model package.module:function"),
     ('--data-args {"a":1}', "--data-args {'a': 1} has no effect without --dataset package.module:function"),

@@ -132,6 +132,7 @@ def assert_same_end(place, one, other):
         (2, "mpi", "--strategy sharded --max-grad-norm 0.5 --precision fp16 --state-format 8bit --noise-scale 2"),
         (4, "gloo", "--deterministic --precision bf16 --strategy sharded --compression int4"),
         (2, "gloo", "--strategy local --local-steps 4 --outer-momentum 0.9 --compression int4 --precision fp16"),
+        (4, "mpi", "--strategy local --local-steps 4 --islands 2 --compression int8 --max-grad-norm 0.5"),
     ],
 )
 def test_a_stopped_and_killed_run_ends_bit_for_bit_as_an_uninterrupted_one(place, ranks, controller, options):

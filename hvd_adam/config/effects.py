@@ -58,6 +58,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "outer_lr": (lambda c: c.strategy == "local", "--strategy local"),
     "outer_momentum": (lambda c: c.strategy == "local", "--strategy local"),
     "bucket_mib": (lambda c: c.strategy != "local" and c.op == "average", "--strategy allreduce or sharded"),
+    "islands": (lambda c: c.strategy == "local", "--strategy local"),
     "commit_every": (lambda c: c.elastic, "--elastic"),
     "allow_data_change": (lambda c: c.resume != "never", "--resume auto or a checkpoint"),
 }

@@ -34,8 +34,8 @@ class TrainConfig(DataConfig):
         "optimizer": "weight_decay decoupled_weight_decay weight_decay_on betas eps amsgrad max_grad_norm "
         "max_skipped state_format implementation",
         "schedule": "max_steps max_time lr_scaling warmup_epochs lr_decay lr_decay_epochs lr_decay_factor",
-        "distribution": "global_batch_size accumulate strategy local_steps outer_lr outer_momentum compression "
-        "bucket_mib tune op elastic commit_every stall_timeout check_consistency_every",
+        "distribution": "global_batch_size accumulate strategy local_steps islands outer_lr outer_momentum "
+        "compression bucket_mib tune op elastic commit_every stall_timeout check_consistency_every",
         "precision and device": "precision device threads deterministic",
         "checkpoints": "resume checkpoint_every keep allow_data_change",
         "logging": "log_every eval_every noise_scale",
@@ -115,7 +115,7 @@ recipes for --config recipe:NAME: {", ".join(recipes.names())}"""
         "linear",
         "scaling with k = ranks × micro-batches: linear: --lr ×k; sqrt: --lr ×√k, and betas and eps "
         "too; halflife: the second of betas to its k-th power, and --lr as it is; --strategy local: linear and "
-        "sqrt multiply --lr and eps by √ranks, too",
+        "sqrt multiply --lr and eps by √islands, too",
     )
     warmup_epochs: float = option(
         1.0,
@@ -132,9 +132,14 @@ recipes for --config recipe:NAME: {", ".join(recipes.names())}"""
     strategy: Literal["allreduce", "sharded", "local"] = option(
         "allreduce",
         "sharded: each of N ranks holds 1/N of the optimizer state (ZeRO stage 1) instead of all of it; local: "
-        "ranks update by themselves, and average their weights every --local-steps updates (DiLoCo)",
+        "ranks, or --islands, update by themselves, and average weights every --local-steps updates (DiLoCo)",
     )
-    local_steps: int = option(50, "with --strategy local: updates of each rank between two meetings, ≥ 1")
+    local_steps: int = option(50, "with --strategy local: updates of each island between two meetings, ≥ 1")
+    islands: int | str | None = option(
+        None,
+        "with --strategy local: ranks that average the gradients of every update among themselves: host: those of "
+        "each host; N: N islands of consecutive ranks (default: every rank is an island)",
+    )
     outer_lr: float = option(1.0, "with --strategy local: learning rate of the outer step at meetings, > 0")
     outer_momentum: float = option(0.0, "with --strategy local: Nesterov momentum of the outer step, in [0, 1)")
     op: Literal["average", "adasum"] = option("average", "how gradients of the ranks are combined")
@@ -232,6 +237,8 @@ recipes for --config recipe:NAME: {", ".join(recipes.names())}"""
         require(0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2⁶³)")
         require(0 < self.outer_lr < math.inf, "outer-lr", self.outer_lr, "above 0 and finite")
         require(0 <= self.outer_momentum < 1, "outer-momentum", self.outer_momentum, "in [0, 1)")
+        is_number = isinstance(self.islands, int) and self.islands >= 1
+        require(self.islands in (None, "host") or is_number, "islands", self.islands, "host, or a number ≥ 1")
         clip = self.max_grad_norm
         require(clip is None or 0 < clip < math.inf, "max-grad-norm", clip, "above 0 and finite")
         require(self.lr_scaling in SCALING_RULES, "lr-scaling", self.lr_scaling, f"one of {SCALING_RULES}")

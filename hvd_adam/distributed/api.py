@@ -15,6 +15,7 @@ from hvd_adam.distributed.broadcast.training import require_same_layout
 from hvd_adam.distributed.context import current_cluster, horovod
 from hvd_adam.distributed.gradients.compression import COMPRESSIONS
 from hvd_adam.distributed.gradients.reducer import BUCKET_MIB
+from hvd_adam.distributed.local.islands import count_islands
 from hvd_adam.distributed.local.optimizer import LocalAdam
 from hvd_adam.distributed.local.options import LOCAL, require_local_model, require_options
 from hvd_adam.distributed.model_checks import (
@@ -65,6 +66,7 @@ def distribute(
     local_steps: int = 50,
     outer_lr: float = 1.0,
     outer_momentum: float = 0.0,
+    islands: str | int | None = None,
 ) -> DistributedAdam | LocalAdam:
     """Distributes an optimizer: when `backward` returns, gradients are the mean over all ranks.
 
@@ -109,6 +111,9 @@ def distribute(
         local_steps: with "local", updates of each rank between two meetings, at least 1.
         outer_lr: with "local", learning rate of the outer SGD, greater than 0.
         outer_momentum: with "local", its Nesterov momentum, in [0, 1).
+        islands: with "local", which ranks average the gradients of every update among themselves: "host", those of
+            each host; or the number of islands, of consecutive ranks, which divides the number of ranks. Where an
+            island has several ranks, start Horovod with `init(process_sets=True)`. None: every rank is an island.
 
     Returns:
         The optimizer to use in place of `optimizer`. See `DistributedAdam` for what `p.grad` holds when, and for
@@ -165,10 +170,12 @@ def distribute(
     if loss_scaler is not None and not hasattr(loss_scaler, "is_enabled"):
         raise UserError(f"loss_scaler is {loss_scaler!r}; it must be a torch.amp.GradScaler, or None")
     local = {"local_steps": local_steps, "outer_lr": outer_lr, "outer_momentum": outer_momentum}
+    local["islands"] = islands
     require_options(strategy, local, compression, defers=defer_averaging, noise=noise_scale is not None)
     with raise_on_all_ranks(current_cluster()):
         if strategy == LOCAL:
             require_local_model(optimizer, model)
+            count_islands(islands, current_cluster())
         _require_supported(model, optimizer, compression)
     options = {"accumulate": accumulate, "compression": compression, "op": op, "max_grad_norm": max_grad_norm}
     options |= {"bucket_mib": float(bucket_mib), "noise_scale": noise_scale}

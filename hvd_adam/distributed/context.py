@@ -45,6 +45,7 @@ from hvd_adam.distributed.placement import (
 )
 from hvd_adam.errors import UserError
 
+PROCESS_SETS = "HOROVOD_DYNAMIC_PROCESS_SETS"  # Horovod's variable
 MESSAGE_BYTES = 4 * 2**20  # between two ranks of a collective of gradients, at most
 
 # Defaults for Horovod and Open MPI, which read them once, in hvd.init. Variables set by the user take precedence.
@@ -163,8 +164,10 @@ def horovod_defaults() -> dict[str, str]:
     return {**HOROVOD_DEFAULTS, "HOROVOD_CYCLE_TIME": _CYCLE_TIME[controller]}
 
 
-def init(device: str = "auto") -> Cluster:
+def init(device: str = "auto", *, process_sets: bool = False) -> Cluster:
     """Starts Horovod as `hvd_adam.init` does, without its limit for collectives; see there."""
+    if process_sets:
+        os.environ.setdefault(PROCESS_SETS, "1")
     if _cluster is not None and horovod().is_initialized():
         return _cluster
     return restart(device) if _cluster is not None and is_elastic() else _start(device)

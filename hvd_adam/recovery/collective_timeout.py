@@ -11,7 +11,7 @@ import sys
 import time
 
 from hvd_adam.distributed import context
-from hvd_adam.distributed.context import Cluster, horovod
+from hvd_adam.distributed.context import PROCESS_SETS, Cluster, horovod
 from hvd_adam.distributed.launch_env import is_elastic
 from hvd_adam.errors import UserError
 from hvd_adam.recovery.stall_detector import StallDetector
@@ -27,7 +27,7 @@ REMEDY = (
 _limited: tuple[Cluster, CollectiveTimeout | None] | None = None
 
 
-def init(device: str = "auto") -> Cluster:
+def init(device: str = "auto", *, process_sets: bool = False) -> Cluster:
     """Starts Horovod, and assigns this process a device and a share of the host's cores.
 
     Call it once at the start of the program, on every rank, in place of `hvd.init()`. The first call is a
@@ -41,12 +41,14 @@ def init(device: str = "auto") -> Cluster:
 
     A collective that some rank waits for longer than HOROVOD_STALL_SHUTDOWN_TIME_SECONDS, 600 by default, ends the
     job: a rank may be busy by itself, such as with an evaluation or a download, for as long. 0 is no limit. With
-    MPI, Horovod ends the job itself. With Gloo, where it cannot, all ranks exit with code 1 and one of them prints
-    what each was doing; not under an elastic launcher. A watchdog, such as `guard` with `stall_timeout`, decides
-    instead while there is one.
+    MPI, Horovod ends the job itself. Where it cannot, with Gloo and with process sets, all ranks exit with code 1
+    and one of them prints what each was doing; not under an elastic launcher. A watchdog, such as `guard` with
+    `stall_timeout`, decides instead while there is one.
 
     Args:
         device: "cpu", "cuda" (one GPU per rank), or "auto": one GPU per rank if any rank has a GPU, else the CPU.
+        process_sets: let some of the ranks exchange among themselves, for `distribute(islands=…)`; on every rank.
+            Each cycle of Horovod then sends one more small message between all ranks.
 
     Returns:
         Rank, world size and device of this process. In a process that no launcher started, the size is 1.
@@ -61,7 +63,7 @@ def init(device: str = "auto") -> Cluster:
         >>> cluster = init()
         >>> model.to(cluster.device)
     """
-    cluster = context.init(device)
+    cluster = context.init(device, process_sets=process_sets)
     if _limited is None or _limited[0] is not cluster:
         _limit_collectives(cluster)
     return cluster
@@ -73,7 +75,9 @@ def _limit_collectives(cluster: Cluster) -> None:
     if _limited is not None and _limited[1] is not None:
         _limited[1].close()
     watch = None
-    if cluster.size > 1 and horovod().gloo_enabled() and not is_elastic():
+    # Horovod itself looks for missing ranks under MPI only, and only in collectives of all ranks.
+    is_needed = horovod().gloo_enabled() or os.environ.get(PROCESS_SETS, "0") not in ("", "0")
+    if cluster.size > 1 and is_needed and not is_elastic():
         seconds = horovod().broadcast_object(limit_seconds(), 0, name="hvd_adam.collective_timeout")
         watch = CollectiveTimeout(cluster, seconds) if seconds > 0 else None
     _limited = cluster, watch

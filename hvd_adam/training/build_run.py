@@ -95,7 +95,7 @@ def build_parts(
     if config.deterministic:
         make_deterministic()
     defer_horovod_stall_shutdown(config.stall_timeout)
-    cluster = init(config.device)
+    cluster = init(config.device, process_sets=config.islands is not None)
     watchdog = Watchdog(cluster, config.stall_timeout, STALL_REMEDY)
     resources.callback(watchdog.close)
     preemption = Preemption(cluster, config.max_time, None if memory is None else memory.hosts_changed)

@@ -24,6 +24,7 @@ from hvd_adam.data.worker_loader import WorkerLoader
 from hvd_adam.data.workers.unreadable import UnreadableSamples
 from hvd_adam.distributed.api import distribute
 from hvd_adam.distributed.context import Cluster, horovod
+from hvd_adam.distributed.local.islands import count_islands
 from hvd_adam.distributed.local.optimizer import LocalAdam
 from hvd_adam.distributed.optimizer import DistributedAdam
 from hvd_adam.distributed.placement import cores
@@ -221,13 +222,14 @@ def try_out(objective: Objective, config: TrainConfig, model: torch.nn.Module, l
 def scale_for_ranks(config: TrainConfig, cluster: Cluster) -> Scaled:
     """Scales Adam's hyper-parameters for the number of ranks and micro-batches.
 
-    With --strategy local, "linear" and "sqrt" multiply learning rate and ε by √ranks, too. The gradients of a rank
-    vary √ranks times as much as their mean, so Adam, which divides by √v, moves the islands by as much less. With
-    √ranks their mean moves as averaged gradients would, where gradients are mostly noise (the assumption of the
-    square root rule; Malladi et al., arXiv 2205.10287; the factor is derived from it in docs/local_steps.md).
+    With --strategy local, "linear" and "sqrt" multiply learning rate and ε by √islands, too. The gradients of an
+    island vary √islands times as much as the mean over all ranks, so Adam, which divides by √v, moves the islands
+    by as much less. With √islands their mean moves as averaged gradients would, where gradients are mostly noise
+    (the assumption of the square root rule; Malladi et al., arXiv 2205.10287; the factor is derived from it in
+    docs/local_steps.md).
 
     Raises:
-        UserError: a scaled value is out of range.
+        UserError: a scaled value is out of range; the ranks cannot be grouped in --islands.
     """
     ranks = cluster.size
     if config.op == "adasum":
@@ -235,8 +237,9 @@ def scale_for_ranks(config: TrainConfig, cluster: Cluster) -> Scaled:
         # (Horovod's documentation, "AdaSum with Horovod", on learning rates).
         ranks = cluster.local_size if cluster.device.type == "cuda" and horovod().nccl_built() else 1
     scaled = scale(ranks * config.accumulate, config.lr_scaling, lr=config.lr, betas=config.betas, eps=config.eps)
+    islands = count_islands(config.islands, cluster)
     if config.strategy == "local" and config.lr_scaling in ("linear", "sqrt"):
-        root = math.sqrt(ranks)
+        root = math.sqrt(islands)
         return scaled._replace(lr=scaled.lr * root, eps=scaled.eps * root)
     return scaled
 
@@ -280,6 +283,7 @@ def distributed(
         model,
         strategy=config.strategy,
         local_steps=config.local_steps,
+        islands=config.islands,
         outer_lr=config.outer_lr,
         outer_momentum=config.outer_momentum,
         accumulate=accumulate,

@@ -12,6 +12,7 @@ from hvd_adam._version import __version__
 from hvd_adam.config import TrainConfig
 from hvd_adam.data.protocols import Data, Loader
 from hvd_adam.distributed.context import Cluster
+from hvd_adam.distributed.local.islands import count_islands
 from hvd_adam.training.plots import CROSS_ENTROPY
 from hvd_adam.training.run import BatchSizes
 from hvd_adam.training.tuning.options import Choice
@@ -41,8 +42,12 @@ def start_facts(
 
 def first_line(config: TrainConfig, data: Data, cluster: Cluster, sizes: BatchSizes) -> str:
     """Returns what is trained on what, and how it is divided into updates."""
+    ranks = f"{cluster.size} rank(s)"
+    if config.islands is not None:
+        islands = count_islands(config.islands, cluster)
+        ranks += f" in {islands} island(s) of {cluster.size // islands}"
     return (
-        f"hvd_adam {__version__}: {config.model} on {config.dataset} ({data.summary()}), {cluster.size} rank(s) "
+        f"hvd_adam {__version__}: {config.model} on {config.dataset} ({data.summary()}), {ranks} "
         f"on {cluster.device.type}, {sizes.global_batch} samples per update, {sizes.total_steps} updates"
     )
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from hvd_adam.distributed.collectives.groups import RankGroup, all_ranks
 from hvd_adam.distributed.context import horovod
 from hvd_adam.optim.memory import increment_versions
 
@@ -22,19 +23,24 @@ CHUNK_BYTES = 64 * 2**20  # smaller tensors are packed into chunks of this size
 
 @torch.inference_mode(False)  # Horovod's thread is not in that mode, and could not write what is created in it
 @torch.no_grad()
-def broadcast_tensors(tensors: Iterable[torch.Tensor], name: str, root: int = ROOT) -> None:
+def broadcast_tensors(
+    tensors: Iterable[torch.Tensor], name: str, root: int = ROOT, group: RankGroup | None = None
+) -> None:
     """Overwrites the tensors with those of one rank. Every rank calls it.
 
     Args:
         tensors: of any dtype, memory format and device; shapes and dtypes identical on all ranks.
         name: prefix of the names of the collectives, identical on all ranks.
-        root: the rank.
+        root: the rank, among all ranks of the job.
+        group: the ranks that take part; all by default.
     """
+    process_set = (group or all_ranks()).process_set
     for number, chunk in enumerate(_chunks(map(distinct, tensors))):
         in_place = len(chunk) == 1 and _is_plain(chunk[0])  # a large tensor needs no other memory
         packed = _to_bytes(chunk[0]) if in_place else torch.cat([_to_bytes(tensor) for tensor in chunk])
         for part, piece in enumerate(torch.split(packed, CHUNK_BYTES)):  # MPI counts elements in 31 bits
-            horovod().broadcast_(piece, root_rank=root, name=f"{name}.{number}.{part}")
+            place = f"{name}.{number}.{part}"
+            horovod().broadcast_(piece, root_rank=root, name=place, process_set=process_set)
         if in_place:
             increment_versions(chunk)
         if in_place or horovod().rank() == root:

@@ -1,6 +1,7 @@
 """Collectives on CPUs in pieces, none of which needs a message above `MESSAGE_BYTES`; see there.
 
-Each starts the collective of every piece, and returns a function that waits for them.
+Each starts the collective of every piece, and returns a function that waits for them. All ranks of the job take
+part, or those of a `RankGroup`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hvd_adam.distributed.collectives.groups import RankGroup, all_ranks
 from hvd_adam.distributed.context import MESSAGE_BYTES, horovod
 from hvd_adam.distributed.launch_env import gloo_store_address
 
@@ -18,18 +20,19 @@ from hvd_adam.distributed.launch_env import gloo_store_address
 SWAP_BYTES = 256 * 2**10
 
 
-def start_allreduce(values: Tensor, name: str) -> Callable[[], None]:
+def start_allreduce(values: Tensor, name: str, group: RankGroup | None = None) -> Callable[[], None]:
     """Starts to add a 1-dimensional tensor over the ranks, in place.
 
     Args:
         values: float16, float32, float64 or int64; neither read nor changed until the returned function has
             returned.
         name: name of the collective, identical on all ranks and unique among those in flight.
+        group: the ranks that take part; all by default.
     """
-    hvd = horovod()
+    hvd, process_set = horovod(), (group or all_ranks()).process_set
     # Two ranks send halves of a piece. Groups of one: Horovod does not fuse them with others, nor copy them.
     handles = [
-        hvd.grouped_allreduce_async_([piece], op=hvd.Sum, name=part)
+        hvd.grouped_allreduce_async_([piece], op=hvd.Sum, name=part, process_set=process_set)
         for piece, part in _pieces(values, name, 2 * MESSAGE_BYTES)
     ]
 
@@ -67,45 +70,49 @@ def start_reducescatter(rows: Tensor, name: str) -> Callable[[], Tensor]:
     return wait
 
 
-def start_alltoall(rows: Tensor, name: str) -> Callable[[], Tensor]:
-    """Starts to send the r-th row to rank r.
+def start_alltoall(rows: Tensor, name: str, group: RankGroup | None = None) -> Callable[[], Tensor]:
+    """Starts to send the r-th row to rank r, or to the r-th rank of a group.
 
     Args:
         rows: [ranks, n]; contiguous.
         name: as in `start_allreduce`.
+        group: as in `start_allreduce`.
 
     Returns:
         Waits for the rows that the ranks have sent to this one, [ranks, n].
     """
-    hvd, ranks = horovod(), len(rows)
-    if _would_take_turns(rows[0]):
-        return _start_swap(rows[hvd.rank()], rows[1 - hvd.rank()], name)
+    hvd, ranks, group = horovod(), len(rows), group or all_ranks()
+    if _would_take_turns(rows[0], group):
+        return _start_swap(rows[group.index], rows[1 - group.index], name, group)
     # contiguous: a column of one element is flattened to a view with gaps, which Horovod refuses.
     pieces = [(piece.reshape(-1).contiguous(), part) for piece, part in _pieces(rows, name)]
-    handles = [hvd.alltoall_async(piece, name=part) for piece, part in pieces]
+    handles = [hvd.alltoall_async(piece, name=part, process_set=group.process_set) for piece, part in pieces]
     return lambda: _joined([received.view(ranks, -1) for received, _ in _results(handles, name)])
 
 
-def start_allgather(values: Tensor, name: str) -> Callable[[], Tensor]:
+def start_allgather(values: Tensor, name: str, group: RankGroup | None = None) -> Callable[[], Tensor]:
     """Starts to send a 1-dimensional tensor to all ranks.
 
     Args:
         values: [n], the same length on all ranks.
         name: as in `start_allreduce`.
+        group: as in `start_allreduce`.
 
     Returns:
         Waits for the tensors of all ranks, [ranks, n].
     """
-    hvd, ranks = horovod(), horovod().size()
-    if _would_take_turns(values):
-        return _start_swap(values, values, name)
+    hvd, group = horovod(), group or all_ranks()
+    if _would_take_turns(values, group):
+        return _start_swap(values, values, name, group)
+    ranks, process_set = group.size, group.process_set
     # Open MPI's neighbour exchange, among 4 or 6 ranks, sends two of them in one message.
     nbytes = MESSAGE_BYTES if ranks == 2 else MESSAGE_BYTES // 2
-    handles = [hvd.allgather_async(piece, name=part) for piece, part in _pieces(values, name, nbytes)]
+    pieces = _pieces(values, name, nbytes)
+    handles = [hvd.allgather_async(piece, name=part, process_set=process_set) for piece, part in pieces]
     return lambda: _joined([received.view(ranks, -1) for received in _results(handles, name)])
 
 
-def _would_take_turns(message: Tensor) -> bool:
+def _would_take_turns(message: Tensor, group: RankGroup) -> bool:
     """Returns whether a message of each of two hosts would be sent one after the other.
 
     Gloo sends data when the receiver has asked for them. Its all-to-all and all-gather send first, so the question
@@ -113,12 +120,11 @@ def _would_take_turns(message: Tensor) -> bool:
     moment. (Gloo's alltoallv.cc, allgatherv.cc, and `Pair::sendAsyncMode` in transport/tcp/pair.cc.) With three
     ranks, the connections to the other ranks are free meanwhile; within a host, the copies of a swap cost more.
     """
-    hvd = horovod()
-    two_hosts = hvd.size() == hvd.cross_size() == 2 and gloo_store_address() is not None
+    two_hosts = group.size == 2 and group.on_own_hosts and gloo_store_address() is not None
     return two_hosts and message.device.type == "cpu" and message.numel() * message.element_size() >= SWAP_BYTES
 
 
-def _start_swap(kept: Tensor, sent: Tensor, name: str) -> Callable[[], Tensor]:
+def _start_swap(kept: Tensor, sent: Tensor, name: str, group: RankGroup) -> Callable[[], Tensor]:
     """Starts an exchange of two ranks by an all-reduce, which sends as many bytes, in both directions at once.
 
     The sum of two words of 64 bits, minus one of them, is the other: integers wrap around.
@@ -127,6 +133,7 @@ def _start_swap(kept: Tensor, sent: Tensor, name: str) -> Callable[[], Tensor]:
         kept: [n], this rank's row of the result.
         sent: [n], the other rank's row of the result there; contiguous.
         name: as in `start_allreduce`.
+        group: the two ranks.
 
     Returns:
         Waits for the result, [2, n].
@@ -135,12 +142,12 @@ def _start_swap(kept: Tensor, sent: Tensor, name: str) -> Callable[[], Tensor]:
     own = torch.zeros(-(-nbytes // 8), dtype=torch.int64, device="cpu")
     own.view(torch.uint8)[:nbytes] = sent.view(torch.uint8)
     sums = own.clone()
-    wait = start_allreduce(sums, name)
+    wait = start_allreduce(sums, name, group)
 
     def result() -> Tensor:
         wait()
         other = (sums - own).view(torch.uint8)[:nbytes].view(sent.dtype)
-        return torch.stack([kept, other] if horovod().rank() == 0 else [other, kept])
+        return torch.stack([kept, other] if group.index == 0 else [other, kept])
 
     return result
 

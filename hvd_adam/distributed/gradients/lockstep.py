@@ -100,13 +100,28 @@ class Lockstep:
 
     def _raise_difference(self, facts: Mapping[str, object]) -> None:
         gathered = horovod().allgather_object(dict(facts), name="hvd_adam.lockstep")
-        for name in [*gathered[0], *(name for other in gathered for name in other)]:
-            values: dict[str, list[int]] = {}
-            for rank, other in enumerate(gathered):
-                values.setdefault(repr(other.get(name, "absent")), []).append(rank)
-            if len(values) > 1:
-                found = ", ".join(f"{value} on {_ranks(ranks)}" for value, ranks in values.items())
-                raise JobError(f"the ranks have parted: {name}: {found}; {_REMEDIES.get(name, _GROUP_REMEDY)}")
+        problem = difference(gathered, range(self._size))
+        if problem is not None:
+            raise JobError(problem)
+
+
+def difference(gathered: Sequence[Mapping[str, object]], ranks: Sequence[int]) -> str | None:
+    """Returns an error message with the first fact that differs between ranks, its values, and the remedy.
+
+    None if all are equal.
+
+    Args:
+        gathered: the facts of each rank.
+        ranks: these ranks.
+    """
+    for name in [*gathered[0], *(name for other in gathered for name in other)]:
+        values: dict[str, list[int]] = {}
+        for rank, other in zip(ranks, gathered, strict=True):
+            values.setdefault(repr(other.get(name, "absent")), []).append(rank)
+        if len(values) > 1:
+            found = ", ".join(f"{value} on {_ranks(of_value)}" for value, of_value in values.items())
+            return f"the ranks have parted: {name}: {found}; {_REMEDIES.get(name, _GROUP_REMEDY)}"
+    return None
 
 
 def asks_again(received: Sequence[float]) -> bool:

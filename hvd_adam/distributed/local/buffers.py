@@ -7,19 +7,22 @@ from torch import Tensor
 
 from hvd_adam.distributed.broadcast.tensors import broadcast_tensors
 from hvd_adam.distributed.collectives.pieces import start_allreduce
-from hvd_adam.distributed.context import horovod
+from hvd_adam.distributed.local.islands import Islands
 
 
 class OuterBuffers:
     """Buffers that each island changes by itself, and all islands average when they meet.
 
+    Those of an island are its leader's, as averaged gradients keep rank 0's.
+
     Args:
         model: the model.
+        islands: the islands.
         name: prefix of the names of the collectives, identical on all ranks.
     """
 
-    def __init__(self, model: torch.nn.Module, name: str) -> None:
-        self._buffers, self._name = dict(model.named_buffers()), name
+    def __init__(self, model: torch.nn.Module, islands: Islands, name: str) -> None:
+        self._buffers, self._islands, self._name = dict(model.named_buffers()), islands, name
         self.values = self.local()
 
     def local(self) -> dict[str, Tensor]:
@@ -35,8 +38,10 @@ class OuterBuffers:
         real = {name: buffer for name, buffer in self._buffers.items() if buffer.is_floating_point()}
         if real:
             flat = torch.cat([buffer.detach().reshape(-1).double() for buffer in real.values()])
-            start_allreduce(flat, f"{self._name}.buffers")()
-            flat /= horovod().size()
+            if self._islands.is_leader:
+                start_allreduce(flat, f"{self._name}.buffers", self._islands.leaders)()
+                flat /= self._islands.count
+            self._islands.spread(flat, f"{self._name}.mean_buffers")
             pieces = torch.split(flat, [buffer.numel() for buffer in real.values()])
             for (name, buffer), piece in zip(real.items(), pieces, strict=True):
                 mean = piece.view_as(buffer).to(buffer.dtype)

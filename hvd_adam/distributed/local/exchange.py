@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hvd_adam.distributed.collectives.pieces import start_allgather, start_allreduce, start_alltoall
-from hvd_adam.distributed.context import horovod
+from hvd_adam.distributed.local.islands import Islands
 from hvd_adam.distributed.wire.codec import CODECS, unrotate
 from hvd_adam.distributed.wire.coded_bucket import Residual
 from hvd_adam.distributed.wire.fused_codec import functions
@@ -15,34 +15,37 @@ from hvd_adam.distributed.wire.fused_codec import functions
 class IslandMean:
     """The mean over the islands, in the two phases of `CodedAllReduce` where codes are sent.
 
+    The leaders of the islands exchange; each gives the result to the other ranks of its island.
+
     Codes have residuals (error feedback; Karimireddy et al., arXiv 1901.09847): what the codes of a round miss is
     added in the next one. They are in units of the mean.
 
     Args:
+        islands: the islands.
         compression: "none", "int8" or "int4".
         coded: the first elements of the vector, which are sent as codes; 0 with "none".
         device: of the vector.
         name: prefix of the names of the collectives, identical on all ranks.
 
     Attributes:
-        worker: residual of this island's codes, float32, padded to equal parts; None without codes.
+        worker: residual of this island's codes, float32, padded to equal parts; None without codes, and on ranks
+            that are not leaders.
         server: residual of the codes of the sum of one part; rotated if the codes are.
     """
 
-    def __init__(self, compression: str, coded: int, device: torch.device, name: str) -> None:
-        self._islands, self._rank = int(horovod().size()), int(horovod().rank())
-        self._coded, self._name = coded, name
-        self._codec = CODECS.get(compression) if coded else None
+    def __init__(self, islands: Islands, compression: str, coded: int, device: torch.device, name: str) -> None:
+        self._islands, self._coded, self._name = islands, coded, name
+        self._codec = CODECS.get(compression) if coded and islands.is_leader else None
         self.worker: Residual | None = None
         self.server: Residual | None = None
         if self._codec is not None:
-            step = self._islands * self._codec.block
+            step = islands.count * self._codec.block
             padded = -(-coded // step) * step
             self.worker = Residual(padded, device)
-            self.server = Residual(padded // self._islands, device)
+            self.server = Residual(padded // islands.count, device)
             self._functions = functions(self._codec, device.type)
-            size = self._codec.payload_bytes(padded // self._islands)
-            self._parts = torch.empty(self._islands, size, dtype=torch.uint8, device=device)
+            size = self._codec.payload_bytes(padded // islands.count)
+            self._parts = torch.empty(islands.count, size, dtype=torch.uint8, device=device)
             self._total = torch.empty(size, dtype=torch.uint8, device=device)
 
     def average(self, vector: Tensor) -> None:
@@ -51,18 +54,24 @@ class IslandMean:
         `commit` or `roll_back` must follow.
 
         Args:
-            vector: [n], contiguous; float32 if a part is coded. If an element of any island is not finite, then
-                an element of the result is not.
+            vector: [n], contiguous; float32 if a part is coded; identical on the ranks of an island. If an element
+                of any island is not finite, then an element of the result is not.
         """
-        exact = vector[self._coded :].div_(self._islands)
-        finish = start_allreduce(exact, f"{self._name}.exact") if len(exact) else lambda: None
+        if self._islands.is_leader:
+            self._exchange(vector)
+        self._islands.spread(vector, f"{self._name}.mean")
+
+    def _exchange(self, vector: Tensor) -> None:
+        leaders, islands = self._islands.leaders, self._islands.count
+        exact = vector[self._coded :].div_(islands)
+        finish = start_allreduce(exact, f"{self._name}.exact", leaders) if len(exact) else lambda: None
         if self._codec is not None and self.worker is not None and self.server is not None:
             own, (before, after) = vector[: self._coded], self.worker.advance()
-            self._functions.encode(self._codec, own, before, after, self._parts, 1 / self._islands, 1.0)
-            payloads = start_alltoall(self._parts, f"{self._name}.parts")()
+            self._functions.encode(self._codec, own, before, after, self._parts, 1 / islands, 1.0)
+            payloads = start_alltoall(self._parts, f"{self._name}.parts", leaders)()
             before, after = self.server.advance()
             self._functions.add_and_encode(self._codec, payloads, before, after, self._total, 1.0)
-            sums = start_allgather(self._total, f"{self._name}.sum")()
+            sums = start_allgather(self._total, f"{self._name}.sum", leaders)()
             self._functions.decode(self._codec, sums, own)
         finish()
 
@@ -106,7 +115,7 @@ class IslandMean:
         if self.worker is not None and self.server is not None:
             self.worker.reset()
             self.server.reset()
-            self.worker.committed[: self._coded].copy_(total).div_(self._islands)
+            self.worker.committed[: self._coded].copy_(total).div_(self._islands.count)
 
     def _residuals(self) -> list[Residual]:
         return [residual for residual in (self.worker, self.server) if residual is not None]

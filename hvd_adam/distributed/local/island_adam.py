@@ -18,6 +18,8 @@ from hvd_adam.distributed.gradients.ownership import REPLACED, RETIRED, retire_o
 from hvd_adam.distributed.horovod_adapter import move_step_hooks
 from hvd_adam.distributed.local.buffers import OuterBuffers
 from hvd_adam.distributed.local.exchange import IslandMean
+from hvd_adam.distributed.local.gradients import IslandGradients
+from hvd_adam.distributed.local.islands import Islands, count_islands
 from hvd_adam.distributed.local.outer import OuterWeights
 from hvd_adam.distributed.model_checks import parameter_names
 from hvd_adam.distributed.noise.meter import NoiseMeter
@@ -50,13 +52,17 @@ class IslandAdam(Adam):
         optimizer: Adam,
         model: torch.nn.Module,
         *,
+        accumulate: int,
         compression: str,
+        islands: str | int | None,
         outer_lr: float,
         outer_momentum: float,
         max_grad_norm: float | None,
         loss_scaler: Any | None,
         skip_nonfinite: bool,
     ) -> None:
+        cluster = current_cluster()
+        self._islands = Islands.of(count_islands(islands, cluster), cluster)  # first: it may raise
         # Not Adam's constructor: parameters, state and hyper-parameters are those of the given optimizer.
         torch.optim.Optimizer.__init__(self, optimizer.param_groups, optimizer.defaults)
         self.state, self._inner, self._model = optimizer.state, optimizer, model
@@ -75,8 +81,11 @@ class IslandAdam(Adam):
         coded = sum(p.numel() for p in self._parameters if self._is_coded(p))
         name = collective_prefix()
         self._outer = OuterWeights(self._parameters, outer_lr, outer_momentum)
-        self._buffers = OuterBuffers(model, name)
-        self._mean = IslandMean(compression, coded, self._parameters[0].device, name)
+        self._buffers = OuterBuffers(model, self._islands, name)
+        self._mean = IslandMean(self._islands, compression, coded, self._parameters[0].device, name)
+        self._averaging = None
+        if self._islands.size > 1:
+            self._averaging = IslandGradients(self._islands, self._parameters, accumulate, name)
         self._updates_in_round = 0
         self._skipped = self._in_a_row = 0  # of this island
         self.skipped_updates = self.skipped_in_a_row = 0
@@ -183,8 +192,8 @@ class IslandAdam(Adam):
         }
         own = _on_cpu(own)
         islands = [own]  # rank 0's needs not be sent
-        for rank in range(1, horovod().size()):
-            islands.append(broadcast_nested(own, f"hvd_adam.island.{rank}", rank))
+        for number in range(1, self._islands.count):
+            islands.append(broadcast_nested(own, f"hvd_adam.island.{number}", self._islands.leader(number)))
             if horovod().rank() != ROOT:
                 islands.pop()
         if horovod().rank() != ROOT:
@@ -212,7 +221,7 @@ class IslandAdam(Adam):
         Raises:
             UserError: on every rank: it does not fit the model.
         """
-        rank, size = int(horovod().rank()), int(horovod().size())
+        rank, here, size = int(horovod().rank()), self._islands.count, int(horovod().size())
         with raise_on_all_ranks(current_cluster()):
             if rank == ROOT and saved is not None:
                 self._require_fits(saved)
@@ -220,21 +229,21 @@ class IslandAdam(Adam):
         shared = None
         if saved is not None and rank == ROOT:
             shared = {key: value for key, value in saved.items() if key != "islands"} | {"count": len(islands)}
-            if len(islands) != size and saved["compression"] == self.compression:
+            if len(islands) != here and saved["compression"] == self.compression:
                 shared["unsent"] = self._mean.unsent([island["residuals"] for island in islands])
         shared = broadcast_nested(shared, "hvd_adam.islands") if size > 1 else shared
         if shared is None:
             return
         count = shared["count"]
-        for number in range(size):
+        for number in range(here):
             island = islands[number % count] if rank == ROOT else None
-            if number and size > 1:
+            if number or self._islands.size > 1:
                 island = broadcast_nested(island, f"hvd_adam.island.{number}")
-            if number == rank and island is not None:
-                self._load_island(island, exactly=count == size)
+            if number == self._islands.number and island is not None:
+                self._load_island(island, exactly=count == here)
         self._outer.momentum.copy_(self._flat(shared["momentum"]))
         self.skipped_updates, self.skipped_in_a_row = shared["skipped"], shared["skipped_in_a_row"]
-        self._updates_in_round = shared["updates_in_round"] if count == size else 0
+        self._updates_in_round = shared["updates_in_round"] if count == here else 0
         if shared["compression"] != self.compression:
             self._mean.load({})
         elif shared.get("unsent") is not None:

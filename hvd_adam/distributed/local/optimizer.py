@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hvd_adam.distributed.context import current_cluster
 from hvd_adam.distributed.gradients.grad_scaling import is_nonfinite, probe_of, total_norm
-from hvd_adam.distributed.gradients.lockstep import facts_of_groups
+from hvd_adam.distributed.gradients.lockstep import STEPS, UPDATES, facts_of_groups
 from hvd_adam.distributed.local.island_adam import IslandAdam
 from hvd_adam.errors import JobError, UserError
 from hvd_adam.optim.adam import Adam
@@ -24,15 +24,16 @@ _MOST_DROPPED = 3  # rounds in a row
 
 
 class LocalAdam(IslandAdam):
-    """`Adam` that makes local steps, and averages the progress of all ranks once in a round (DiLoCo).
+    """`Adam` that makes local steps, and averages the progress of all islands once in a round (DiLoCo).
 
-    Each rank is an island: it makes `local_steps` updates of its own, with its own gradients, moments, clipping
-    and loss scale. Then all ranks meet: the difference of outer and local weights is averaged, an outer SGD with
-    Nesterov momentum applies it to the outer weights (Douillard et al., arXiv 2311.08105, algorithm 1), and every
-    island continues from those, which have identical bits on all ranks. Buffers of floating point are averaged at
-    meetings, too.
+    Each rank is an island, or `islands` of `distribute` groups the ranks. An island makes `local_steps` updates of
+    its own, with its own gradients, moments, clipping and loss scale. In one of several ranks `step` averages the
+    gradients, so weights and state are identical on them. Then all islands meet: the difference of outer and local
+    weights is averaged, an outer SGD with Nesterov momentum applies it to the outer weights (Douillard et al.,
+    arXiv 2311.08105, algorithm 1), and every island continues from those, which have identical bits on all ranks.
+    Buffers of floating point are averaged at meetings, too.
 
-    Between meetings the weights of the ranks differ. Evaluate and save in `outer_weights`.
+    Between meetings the weights of the islands differ. Evaluate and save in `outer_weights`.
 
     Every rank must call `step` equally often, and with the same hyper-parameters at a meeting, where that is
     checked. An island skips an update if its own gradient is not finite. If the mean of the differences is not
@@ -43,13 +44,14 @@ class LocalAdam(IslandAdam):
     def __init__(
         self, optimizer: Adam, model: torch.nn.Module, *, local_steps: int, accumulate: int, **options: Any
     ) -> None:
-        super().__init__(optimizer, model, **options)
+        super().__init__(optimizer, model, accumulate=accumulate, **options)
         self._local_steps, self._accumulate = local_steps, accumulate
         self._micro_batch = 0
         self.grad_norm: Tensor | None = None
         self.skipped: Tensor | None = None
         self.dropped_rounds = self._dropped_in_a_row = 0
-        if self._scaling.loss_scaler is not None or accumulate > 1:
+        self._updates = 0
+        if self._scaling.loss_scaler is not None or accumulate > 1 or self._averaging is not None:
             self._step_supports_amp_scaling = True  # GradScaler.step must not unscale: then step() refuses it
 
     @torch.no_grad()
@@ -61,7 +63,7 @@ class LocalAdam(IslandAdam):
         gradients = self._gradients()
         if not gradients:
             return None
-        norm = self.grad_norm if self.grad_norm is not None else total_norm(gradients) / self._accumulate
+        norm = self.grad_norm if self.grad_norm is not None else total_norm(gradients) / self._summands
         return norm.item() if math.isfinite(norm.item()) else None
 
     @not_compiled
@@ -90,7 +92,8 @@ class LocalAdam(IslandAdam):
         Raises:
             RuntimeError: `distribute` has been called again for these parameters; a parameter is trained that was
                 frozen when it was called; a GradScaler calls it that was given to `distribute`.
-            JobError: on every rank, at a meeting: hyper-parameters differ between ranks.
+            JobError: on every rank, at a meeting: hyper-parameters differ between ranks. In an island of several
+                ranks, on all of them in the first such update.
         """
         self.refuse_superseded()
         if hasattr(self, "found_inf"):
@@ -107,7 +110,7 @@ class LocalAdam(IslandAdam):
             return loss
         self._micro_batch = 0
         self._step_locally()
-        self._updates_in_round += 1
+        self._updates, self._updates_in_round = self._updates + 1, self._updates_in_round + 1
         if self._updates_in_round >= self._local_steps:
             self.meet()
         return loss
@@ -163,14 +166,15 @@ class LocalAdam(IslandAdam):
             "updates": self._updates_in_round,
             "facts": zlib.crc32(repr([*facts.items()]).encode()),
         }
-        islands = cluster.gather(own)
-        for rank, island in enumerate(islands):
+        ranks = cluster.gather(own)
+        for rank, island in enumerate(ranks):
             for name, what in (("updates", "local updates in this round"), ("facts", "hyper-parameters")):
-                if island[name] != islands[0][name]:
+                if island[name] != ranks[0][name]:
                     raise JobError(
                         f"the islands have different {what}: rank {rank} differs from rank 0. Call step() equally "
                         "often, and set hyper-parameters from values that are identical on all ranks"
                     )
+        islands = ranks[:: self._islands.size]  # of the leaders
         self.skipped_updates += sum(island["skipped"] for island in islands)
         self._skipped = 0
         self.skipped_in_a_row = max(island["in a row"] for island in islands)
@@ -178,11 +182,13 @@ class LocalAdam(IslandAdam):
     def _step_locally(self) -> None:
         """Makes this island's update from its gradients, or skips it if they are not finite."""
         self._refuse_unfrozen()
+        if self._averaging is not None:
+            self._averaging.average(self._facts())
         gradients, scaling = self._gradients(), self._scaling
         self.skipped = None
         if not gradients:
             return
-        factor = scaling.unscale_factor(self) / self._accumulate
+        factor = scaling.unscale_factor(self) / self._summands
         probe = None
         if scaling.needs_norm:
             self.grad_norm = probe = total_norm(gradients) * factor
@@ -196,6 +202,15 @@ class LocalAdam(IslandAdam):
                 return
         self._in_a_row = 0
         self._run_step(scaling.combined(factor, probe, carries_found_inf=False))
+
+    @property
+    def _summands(self) -> int:
+        """By how much to divide gradients in `step`, once they are averaged."""
+        return self._accumulate if self._averaging is None else 1
+
+    def _facts(self) -> dict[str, object]:
+        steps = sum(float(state.get("step", 0.0)) for p in self._parameters if (state := self.state.get(p)))
+        return {UPDATES: self._updates, STEPS: steps} | facts_of_groups(self.param_groups)
 
     def _run_step(self, grad_scale: Tensor | None) -> None:
         """Runs the `step` of the optimizer's class, which may be the user's, with the update of this one."""
@@ -259,8 +274,11 @@ class LocalAdam(IslandAdam):
         """Clips this island's gradient, as `torch.nn.utils.clip_grad_norm_`. It concerns this rank alone.
 
         Raises:
-            UserError: with a loss scaler or `accumulate` > 1, where gradients are unscaled in `step`.
+            UserError: with a loss scaler, `accumulate` > 1, or several ranks in an island, where gradients are
+                unscaled and averaged in `step`.
         """
+        if self._averaging is not None:
+            raise UserError("clip_grad_norm_() comes before step() averages these gradients: use max_grad_norm")
         if self._scaling.loss_scaler is not None or self._accumulate > 1:
             raise UserError("clip_grad_norm_() sees scaled gradients here: use max_grad_norm of distribute()")
         return torch.nn.utils.clip_grad_norm_(self._parameters, max_norm)

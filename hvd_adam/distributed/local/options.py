@@ -15,7 +15,7 @@ from hvd_adam.errors import UserError
 from hvd_adam.optim.adam import Adam
 
 LOCAL = "local"
-DEFAULTS = {"local_steps": 50, "outer_lr": 1.0, "outer_momentum": 0.0}
+DEFAULTS = {"local_steps": 50, "outer_lr": 1.0, "outer_momentum": 0.0, "islands": None}
 _DTYPES = (torch.float32, torch.float64)
 
 
@@ -32,14 +32,14 @@ def require_options(
         noise: its `noise_scale` is given.
 
     Raises:
-        UserError: an option is out of range, or has no effect with this strategy.
+        UserError: an option is out of range, or has no effect with this strategy; `count_islands` checks islands.
     """
     if strategy != LOCAL:
         for name, value in options.items():
             if value != DEFAULTS[name]:
                 raise UserError(f"{name}={value!r} has no effect with strategy={strategy!r}: use strategy='local'")
         return
-    steps, rate, momentum = (options[name] for name in DEFAULTS)
+    steps, rate, momentum, _ = (options[name] for name in DEFAULTS)
     if not isinstance(steps, Integral) or steps < 1:
         raise UserError(f"local_steps is {steps!r}; it must be a whole number ≥ 1")
     if not isinstance(rate, Real) or not 0 < float(rate) < math.inf:
