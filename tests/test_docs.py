@@ -60,7 +60,7 @@ def known_options() -> str:
     helps = ""
     benches = [f"bench.{name}" for name in ("adam", "step", "wire", "allreduce", "memory", "checkpoint", "data")]
     names = ["train", "evaluate", "predict", "export", "report", "compare", "doctor", "advise", *benches]
-    names += ["simulate.calibrate", "simulate.predict"]
+    names += ["simulate.calibrate", "simulate.predict", "simulate.tune"]
     for name in names:
         words = re.sub(r"(bench|simulate)\.", r"\1 ", f"hvd_adam.{name}").split()
         command = [sys.executable, "-m", *words, "--help"]

@@ -13,7 +13,7 @@ from hvd_adam.arguments import parse
 from hvd_adam.bench.config import AdamConfig
 from hvd_adam.compare.config import CompareConfig
 from hvd_adam.config import AdviseConfig, EvaluateConfig, ExportConfig, PredictConfig, TrainConfig
-from hvd_adam.simulate.config import CalibrateConfig
+from hvd_adam.simulate.config import CalibrateConfig, TuneConfig
 from hvd_adam.simulate.config import PredictConfig as PredictScalingConfig
 
 COMMANDS = {
@@ -25,6 +25,7 @@ COMMANDS = {
     "hvd_adam.advise": AdviseConfig,
     "hvd_adam.simulate calibrate": CalibrateConfig,
     "hvd_adam.simulate predict": PredictScalingConfig,
+    "hvd_adam.simulate tune": TuneConfig,
     "hvd_adam.bench adam": AdamConfig,
 }
 

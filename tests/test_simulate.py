@@ -17,7 +17,7 @@ from hvd_adam.distributed.context import MESSAGE_BYTES
 from hvd_adam.errors import UserError
 from hvd_adam.simulate import calibration
 from hvd_adam.simulate.calibration import Calibration
-from hvd_adam.simulate.config import CalibrateConfig, PredictConfig
+from hvd_adam.simulate.config import CalibrateConfig, PredictConfig, TuneConfig
 from hvd_adam.simulate.forecast import forecast
 from hvd_adam.simulate.machine import PRESETS, Codec, Link, Machine
 from hvd_adam.simulate.predict import forecasts_of
@@ -35,6 +35,7 @@ from hvd_adam.simulate.tcp import tcp_seconds
 from hvd_adam.simulate.timeline import Processors, Timeline
 from hvd_adam.simulate.traffic import Ranks, allgather, allreduce, alltoall
 from hvd_adam.simulate.traffic import seconds as traffic_seconds
+from hvd_adam.simulate.tune import options_of
 from hvd_adam.simulate.workload import PUBLISHED, Bucket, Workload
 
 KINDS = ("allreduce", "alltoall", "allgather")
@@ -360,6 +361,34 @@ def test_a_proposal_is_one_page_without_requests(tmp_path):
     assert again.returncode == 2 and "--force" in again.stderr and again.stderr.count("\n") == 1
     rows = json.loads(run("predict", "--preset", "p100-roce25", "--model", "vgg16", "--json").stdout)["rows"]
     assert [row["ranks"] for row in rows][-1] == 4096
+
+
+def test_options_are_ordered_by_the_predictions_of_each_and_compared_with_the_defaults(tmp_path):
+    file = tmp_path / "calibration.json"
+    file.write_text(Calibration(PLAIN, {"two": TWO}, 2, {"device": "none"}).to_json())
+    found = list(options_of(TuneConfig(calibration=str(file), ranks="4,8", bandwidth="100Mbit")))
+    assert [each.forecast.ranks for each in found] == [4] * 8 + [8] * 8
+    for option in found:
+        config = {"strategy": option.strategy, "compression": option.compression, "bandwidth": "100Mbit"}
+        asked = PredictConfig(calibration=str(file), ranks=str(option.forecast.ranks), **config)
+        assert forecasts_of(asked)[0] == [option.forecast]
+    few = found[:8]
+    seconds = [option.forecast.step.seconds for option in few]
+    assert seconds == sorted(seconds) and few[0].compression == "int4"
+    (default,) = (option for option in few if option.command_line == "the defaults")
+    assert few[0].speedup == default.forecast.step.seconds / seconds[0] > 2
+    exact = list(options_of(TuneConfig(calibration=str(file), ranks="4", allow="lossless")))
+    assert {option.compression for option in exact} == {"none"}
+
+
+def test_options_that_the_model_cannot_tell_apart_are_marked():
+    done = run("tune", "--preset", "p100-roce25", "--model", "vgg16", "--ranks", "512")
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines() if line.lstrip().startswith("512")]
+    assert len(lines) == 8 and lines[0][-1] != "~"
+    fastest = float(lines[0][1].replace(",", ""))
+    for _, milliseconds, *_, last in lines[1:]:
+        assert (last == "~") == (float(milliseconds.replace(",", "")) < 1.2 * fastest)
 
 
 def test_a_calibration_needs_several_ranks(tmp_path):

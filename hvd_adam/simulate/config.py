@@ -50,12 +50,8 @@ class CalibrateConfig:
 
 
 @dataclass(frozen=True)
-class PredictConfig:
-    """Predicts how a job scales: time of a step, throughput, efficiency, cost, and what would help most."""
-
-    EXAMPLES: ClassVar[str] = """examples:
-  python -m hvd_adam.simulate predict --preset h100-ndr400 --model resnet101 --throughput 1500 --ranks 8,64,512
-  python -m hvd_adam.simulate predict --preset p100-roce25 --model vgg16 --ranks 4,512 --html vgg16.html"""
+class JobConfig:
+    """The job that is predicted: model, machines and numbers of ranks."""
 
     calibration: str | None = option(None, "file that calibrate has written", path=True)
     preset: str | None = option(None, f"known hardware instead: {', '.join(PRESETS)}")
@@ -70,18 +66,12 @@ class PredictConfig:
     bucket_mib: int = option(8, "with --preset: MiB of a bucket, ≥ 1; Horovod fuses 64 where hvd_adam has 8")
     ranks: str = option("2,4,8,16,32,64,128,256,512,1024,2048,4096", "numbers of ranks")
     ranks_per_host: int | None = option(None, "ranks of a host, ≥ 1 (default: as calibrated, or of the preset)")
-    strategy: Literal["allreduce", "sharded"] = option("allreduce", "as in hvd_adam.train")
-    compression: Literal["none", "fp16", "bf16", "int8", "int4"] = option("none", "as in hvd_adam.train")
     accumulate: int = option(1, "micro-batches of an update, ≥ 1")
     network: str | None = option(None, f"another network between hosts: {', '.join(NETWORKS)}")
     bandwidth: str | None = option(None, "another bandwidth of a host, as in 1Gbit, headers included")
     latency: str | None = option(None, "another latency between hosts, as in 50us")
     cores_per_host: float | None = option(None, "cores of a host, > 0 (default: as calibrated)")
-    price: float | None = option(None, "price of a rank and hour, ≥ 0, for the price of a million samples")
     json: bool = option(False, "print one JSON object instead of a table")
-    plot: str | None = option(None, "also draw the result into this PNG file", path=True)
-    html: str | None = option(None, "also write one HTML page, for proposals", path=True)
-    force: bool = option(False, "replace files that exist")
 
     def __post_init__(self) -> None:
         if (self.calibration is None) == (self.preset is None):
@@ -95,13 +85,10 @@ class PredictConfig:
         for name in ("throughput", "cores_per_host"):
             value = getattr(self, name)
             require(value is None or 0 < value < math.inf, name, value, "above 0 and finite")
-        require(self.price is None or 0 <= self.price < math.inf, "price", self.price, "at least 0 and finite")
         self._check_effects()
         self.numbers_of_ranks()
         self.bits_per_second()
         self.seconds_of_latency()
-        is_png = self.plot is None or Path(self.plot).suffix == ".png"
-        require(is_png, "plot", self.plot, "a file name that ends in .png")
 
     def _check_effects(self) -> None:
         if self.preset is None:
@@ -129,6 +116,41 @@ class PredictConfig:
     def seconds_of_latency(self) -> float | None:
         """Returns the latency that was given in seconds."""
         return _quantity("latency", self.latency, r"(ns|us|ms|s)", _TIMES, "a time, as in 50us or 1ms")
+
+
+@dataclass(frozen=True)
+class PredictConfig(JobConfig):
+    """Predicts how a job scales: time of a step, throughput, efficiency, cost, and what would help most."""
+
+    EXAMPLES: ClassVar[str] = """examples:
+  python -m hvd_adam.simulate predict --preset h100-ndr400 --model resnet101 --throughput 1500 --ranks 8,64,512
+  python -m hvd_adam.simulate predict --preset p100-roce25 --model vgg16 --ranks 4,512 --html vgg16.html"""
+
+    strategy: Literal["allreduce", "sharded"] = option("allreduce", "as in hvd_adam.train")
+    compression: Literal["none", "fp16", "bf16", "int8", "int4"] = option("none", "as in hvd_adam.train")
+    price: float | None = option(None, "price of a rank and hour, ≥ 0, for the price of a million samples")
+    plot: str | None = option(None, "also draw the result into this PNG file", path=True)
+    html: str | None = option(None, "also write one HTML page, for proposals", path=True)
+    force: bool = option(False, "replace files that exist")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.price is None or 0 <= self.price < math.inf, "price", self.price, "at least 0 and finite")
+        is_png = self.plot is None or Path(self.plot).suffix == ".png"
+        require(is_png, "plot", self.plot, "a file name that ends in .png")
+
+
+@dataclass(frozen=True)
+class TuneConfig(JobConfig):
+    """Predicts the step with each strategy and compression, the fastest first, for each number of ranks."""
+
+    EXAMPLES: ClassVar[str] = """examples:
+  python -m hvd_adam.simulate tune --preset p100-roce25 --model vgg16 --ranks 64,512
+  python -m hvd_adam.simulate tune --calibration calibration.json --model cnn --bandwidth 300Mbit --ranks 2,4"""
+
+    allow: Literal["lossless", "any"] = option(
+        "any", "as --tune of hvd_adam.train: lossless: no compression; any: bf16, int8 and int4, too"
+    )
 
 
 def _quantity(name: str, text: str | None, unit: str, units: dict[str, float], wanted: str) -> float | None:

@@ -11,7 +11,7 @@ from hvd_adam.distributed.launch_env import require_no_launcher
 from hvd_adam.errors import UserError
 from hvd_adam.log import write_result
 from hvd_adam.simulate import calibration
-from hvd_adam.simulate.config import PredictConfig
+from hvd_adam.simulate.config import JobConfig, PredictConfig
 from hvd_adam.simulate.forecast import Forecast, forecast
 from hvd_adam.simulate.machine import NETWORKS, PRESETS, TCP_PAYLOAD, Link, Machine
 from hvd_adam.simulate.step import Setting
@@ -62,7 +62,7 @@ def forecasts_of(config: PredictConfig) -> tuple[list[Forecast], list[str]]:
     return [forecast(workload, setting, machine, config.price) for setting in settings], notes
 
 
-def job_of(config: PredictConfig) -> tuple[Workload, Machine, int, list[str]]:
+def job_of(config: JobConfig) -> tuple[Workload, Machine, int, list[str]]:
     """Returns the workload, the machine with the network that was given, its ranks per host, and notes.
 
     Raises:
@@ -75,7 +75,7 @@ def job_of(config: PredictConfig) -> tuple[Workload, Machine, int, list[str]]:
     return workload, machine, config.ranks_per_host or per_host, notes
 
 
-def _inputs(config: PredictConfig) -> tuple[Workload, Machine, int, list[str]]:
+def _inputs(config: JobConfig) -> tuple[Workload, Machine, int, list[str]]:
     if config.preset is not None:
         preset, name = PRESETS[config.preset], str(config.model)
         speed = config.throughput or PUBLISHED[name].throughput
@@ -92,7 +92,7 @@ def _inputs(config: PredictConfig) -> tuple[Workload, Machine, int, list[str]]:
     return measured.workloads[name], measured.machine, measured.ranks_per_host, [f"{name}, measured: {about}"]
 
 
-def _overridden(machine: Machine, config: PredictConfig) -> Machine:
+def _overridden(machine: Machine, config: JobConfig) -> Machine:
     """Returns a machine with another network between its hosts. What processors spend on a byte stays."""
     link = machine.between
     if config.network is not None:

@@ -46,18 +46,29 @@ def cells(row: Forecast) -> list[str]:
 
 def table(forecasts: Sequence[Forecast], notes: Sequence[str]) -> str:
     """Returns a fixed-width table and the notes."""
-    rows = [header(forecasts), *map(cells, forecasts)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    texts = len(rows[0]) - 2  # the last two columns are text
+    return "\n".join([*aligned(header(forecasts), [*map(cells, forecasts)], texts=2), "", *notes, ""])
+
+
+def aligned(head: Sequence[str], rows: Sequence[Sequence[str]], *, texts: int) -> list[str]:
+    """Returns the lines of a fixed-width table.
+
+    Args:
+        head: headings of the columns.
+        rows: their cells.
+        texts: number of last columns that are text, to the left; the others are numbers, to the right.
+    """
+    lines = [head, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    numbers = len(head) - texts
 
     def line(row: Sequence[str]) -> str:
         parts = [
-            text.rjust(width) if place < texts else text.ljust(width)
+            text.rjust(width) if place < numbers else text.ljust(width)
             for place, (text, width) in enumerate(zip(row, widths, strict=True))
         ]
         return "  ".join(parts).rstrip()
 
-    return "\n".join([*map(line, rows), "", *notes, ""])
+    return [*map(line, lines)]
 
 
 def png(forecasts: Sequence[Forecast]) -> bytes:
