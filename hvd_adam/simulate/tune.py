@@ -18,7 +18,7 @@ from hvd_adam.simulate.traffic import Ranks
 
 # fp16 is left out, as in `--tune` of the training: gradients above 65504 overflow, and bf16 has as many bytes.
 COMPRESSIONS = {"lossless": ("none",), "any": ("none", "bf16", "int8", "int4")}
-# Options that differ by less cannot be told apart: docs/scaling.md, "Validation".
+# The model cannot distinguish options that differ by less: docs/scaling.md, "Validation".
 UNCERTAIN = 0.2
 HEADER = ("ranks", "step ms", "± ms", "defaults / step", "MB sent a rank", "GB memory", "options")
 
@@ -60,7 +60,7 @@ def tune(config: TuneConfig) -> None:
     fastest = {each.forecast.ranks: each.forecast.step.seconds for each in reversed(found)}
     rows = [(*_cells(each), _shown(each, fastest[each.forecast.ranks])) for each in found]
     note = (
-        f"~: slower than the first by less than {UNCERTAIN:.0%}, which the model cannot tell apart; "
+        f"~: slower than the first by less than {UNCERTAIN:.0%}, which the model cannot distinguish; "
         "hvd_adam.train --tune=any measures on the ranks of the job"
     )
     write_result("\n".join([*aligned(HEADER, rows, texts=1), "", note, ""]))
