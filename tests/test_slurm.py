@@ -17,7 +17,6 @@ import pytest
 import torch
 from helpers.cluster.hosts import Hosts
 from helpers.cluster.slurm import Slurm, skip_reason
-from helpers.forked_python import forked_python
 from helpers.training_runs import ROOT, checkpoint, events, train
 from recovery import MODEL
 
@@ -44,7 +43,7 @@ class Cluster:
         self.slurm, self.folder = slurm, folder
 
     def submit(self, options, script, *arguments, **environ):
-        environ = {"HVD_ADAM_PYTHON": forked_python(), "PYTHONPATH": f"{self.folder}:{ROOT}", **environ}
+        environ = {"HVD_ADAM_PYTHON": sys.executable, "PYTHONPATH": f"{self.folder}:{ROOT}", **environ}
         options = [*options, f"--output={self.folder}/%j.log"]
         script = script.split()
         command = [*options, f"launch/{script[0]}", *script[1:], *arguments]
@@ -127,7 +126,7 @@ def test_each_launcher_trains_on_two_nodes_like_four_ranks_on_one(
 
 def test_doctor_passes_in_a_job_that_srun_started(cluster, tmp_path):
     arguments = ["--module", "hvd_adam.doctor", "--", "--json", "--seconds", 2, "--output-dir", tmp_path]
-    job = cluster.submit(TWO_BY_TWO, "slurm.sh", *arguments, HVD_ADAM_PYTHON=sys.executable)  # new processes
+    job = cluster.submit(TWO_BY_TWO, "slurm.sh", *arguments)
     assert cluster.slurm.wait_for_state(job, "COMPLETED") == "COMPLETED", cluster.log(job)
     found = json.loads(cluster.log(job).splitlines()[-1])
     assert sorted(rank["host"] for rank in found["ranks"]) == ["node1", "node1", "node2", "node2"]
@@ -140,7 +139,7 @@ def test_doctor_passes_in_a_job_that_srun_started(cluster, tmp_path):
 
 def test_an_exception_in_a_script_ends_ranks_that_srun_does_not_end(cluster, tmp_path):
     (tmp_path / "mine.py").write_text(SCRIPT_WITH_GUARD)
-    srun = f"srun --mpi=pmix --kill-on-bad-exit=0 {forked_python()} {tmp_path}/mine.py"
+    srun = f"srun --mpi=pmix --kill-on-bad-exit=0 {sys.executable} {tmp_path}/mine.py"
     options = [*TWO_BY_TWO, f"--output={cluster.folder}/%j.log", f"--wrap={srun}"]
     job = cluster.slurm.submit(*options, environ={"PYTHONPATH": str(ROOT)}, folder=ROOT)
     assert cluster.slurm.wait_for_state(job, "FAILED") == "FAILED"
@@ -169,7 +168,7 @@ def test_tasks_of_an_array_resume_in_folders_and_with_seeds_of_their_own(cluster
     # A time that has passed at the first update: the first start makes this update, the second one ends the run.
     arguments = ["--model", "mlp", "--max-steps", 1, "--max-time", 1]
     printed = subprocess.run(
-        [forked_python(), "-m", "hvd_adam.train", *map(str, arguments), "--print_config"],
+        [sys.executable, "-m", "hvd_adam.train", *map(str, arguments), "--print_config"],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -218,13 +217,13 @@ def test_containers_get_the_repository_the_mounts_and_their_own_python(cluster, 
     (tmp_path / "apptainer").write_text(APPTAINER)
     (tmp_path / "apptainer").chmod(0o755)
     path = subprocess.run(["bash", "-c", "echo $PATH"], capture_output=True, text=True, check=True).stdout.strip()
-    environ = {"PATH": f"{tmp_path}:{path}", "HVD_ADAM_CONTAINER_PYTHON": forked_python()}
+    environ = {"PATH": f"{tmp_path}:{path}", "HVD_ADAM_CONTAINER_PYTHON": sys.executable}
     arguments = ["--mount", tmp_path, "--", "--max-steps", 2, "--model", "mlp", "--output-dir", tmp_path / "run"]
     job = cluster.submit(TWO_BY_TWO, "slurm_container.sh image.sif", *arguments, **environ)
     lost = cluster.submit([], "slurm_container.sh image.sif", "--mount", "/none", **environ)
     assert cluster.slurm.wait_for_state(job, "COMPLETED") == "COMPLETED", cluster.log(job)
     shown = (
-        f"apptainer exec --nv --pwd {ROOT} --bind {ROOT} --bind {tmp_path} image.sif {forked_python()} -m hvd_adam"
+        f"apptainer exec --nv --pwd {ROOT} --bind {ROOT} --bind {tmp_path} image.sif {sys.executable} -m hvd_adam"
     )
     assert cluster.log(job).count(shown) == RANKS
     assert events(tmp_path / "run", "end")[0]["world_size"] == RANKS
