@@ -168,7 +168,13 @@ def two_in_a_row(job: Job) -> None:
     job.fault(both, job.slots)
 
 
-_ALL = (rank_killed, host_killed, link_cut, host_added, two_in_a_row)
+def rank_returns(job: Job) -> None:
+    """A rank is killed, and its host is used again after the time in which a failed host is not."""
+    job.fault(lambda: job.kill_rank("node2"), job.slots)
+    job.until("return", lambda: job.events("resume")[-1]["world_size"] == 2 * job.slots)
+
+
+_ALL = (rank_killed, host_killed, link_cut, host_added, two_in_a_row, rank_returns)
 SCENARIOS = {scenario.__name__: scenario for scenario in _ALL}
 
 

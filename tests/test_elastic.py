@@ -54,6 +54,22 @@ def test_weights_are_those_of_an_undisturbed_run_after_a_host_is_added_and_two_a
     assert lr[0] == lr[1]
 
 
+@needs_hosts
+def test_an_island_that_is_lost_returns_with_the_outer_weights(tmp_path):
+    argv = ["--strategy", "local", "--local-steps", 5, "--epochs", 30]
+    job, end = run(SCENARIOS["rank_returns"], tmp_path / "job", 1, *argv)
+    lost, returned = events(job.folder / "run", "resume")[:2]
+    assert (lost["world_size"], returned["world_size"], end["world_size"]) == (1, 2, 2)
+    assert lost["step"] % 5 == 0  # the last meeting before the loss
+    steps = [event["step"] for event in events(job.folder / "run", "step")]
+    assert steps == list(range(1, end["step"] + 1))
+    saved = checkpoint(job.folder / "run")
+    first, second = saved["islands"]["islands"]
+    assert all(torch.equal(saved["model"][name], weight) for name, weight in first["weights"].items())
+    assert all(torch.equal(weight, second["weights"][name]) for name, weight in first["weights"].items())
+    assert end["test_accuracy"] > 0.9
+
+
 def state(step):
     progress = {"step": step}
     return TrainingState({"w": torch.full((3,), float(step))}, {}, None, progress, {}, [], {}, {})

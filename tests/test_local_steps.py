@@ -261,7 +261,7 @@ def test_options_that_islands_cannot_honour_are_refused(cluster, options, messag
         ("--outer-momentum 1", "outer-momentum"),
         ("--compression auto", "--strategy local has no auto compression"),
         ("--op adasum", "--op adasum combines"),
-        ("--elastic", "--elastic cannot be used with --strategy local"),
+        ("--elastic --islands 2", "--islands cannot be used with --elastic"),
         ("--ema 0.9", "--ema cannot be used with --strategy local"),
         ("--model resnet18 --sync-batchnorm", "--sync-batchnorm cannot be used with --strategy local"),
         ("--noise-scale 5", "--noise-scale cannot be used with --strategy local"),

@@ -42,6 +42,7 @@ IDLE = [
     ("--strategy local --bucket-mib 4", "--bucket-mib 4.0 has no effect without --strategy allreduce or sharded"),
     ("--islands 2", "--islands 2 has no effect without --strategy local"),
     ("--commit-every 5", "--commit-every 5 has no effect without --elastic"),
+    ("--elastic --strategy local --commit-every 5", "--commit-every 5 has no effect without --elastic and"),
     ('--model-args {"a":1}', "--model-args {'a': 1} has no effect without --model package.module:function"),
     ('--data-args {"a":1}', "--data-args {'a': 1} has no effect without --dataset package.module:function"),
     ("--loss m:f --label-smoothing 0.1", "--label-smoothing 0.1 has no effect without the default loss"),

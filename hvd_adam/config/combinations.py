@@ -57,7 +57,6 @@ def _require_local(config: Any) -> None:
     if config.compression not in ("none", "int8", "int4"):
         raise UserError(f"--strategy local has no {config.compression} compression: use none, int8 or int4")
     reasons = {
-        "elastic": (config.elastic, "the local weights of a lost rank would be missing"),
         "ema": (config.ema is not None, "each rank would average weights of its own"),
         "sync-batchnorm": (config.sync_batchnorm, "all ranks would wait for each other in every update"),
         "check-consistency-every": (config.check_consistency_every is not None, "the ranks differ by design"),
@@ -66,6 +65,10 @@ def _require_local(config: Any) -> None:
     for name, (given, reason) in reasons.items():
         if given:
             raise UserError(f"--{name} cannot be used with --strategy local: {reason}; leave it out")
+    if config.elastic and config.islands is not None:
+        raise UserError(
+            "--islands cannot be used with --elastic, which gives the ranks to islands of one: leave it out"
+        )
 
 
 def _require_tunable(config: Any) -> None:

@@ -59,7 +59,10 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "outer_momentum": (lambda c: c.strategy == "local", "--strategy local"),
     "bucket_mib": (lambda c: c.strategy != "local" and c.op == "average", "--strategy allreduce or sharded"),
     "islands": (lambda c: c.strategy == "local", "--strategy local"),
-    "commit_every": (lambda c: c.elastic, "--elastic"),
+    "commit_every": (
+        lambda c: c.elastic and c.strategy != "local",
+        "--elastic and --strategy allreduce or sharded",
+    ),
     "allow_data_change": (lambda c: c.resume != "never", "--resume auto or a checkpoint"),
 }
 

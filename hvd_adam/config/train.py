@@ -182,7 +182,9 @@ recipes for --config recipe:NAME: {", ".join(recipes.names())}"""
     )
     elastic: bool = option(False, "continue when ranks are lost or added; needs launch/elastic.sh")
     commit_every: int = option(
-        10, "with --elastic: updates between copies of the state in memory, ≥ 1; at most so many are repeated"
+        10,
+        "with --elastic: updates between copies of the state in memory, ≥ 1; at most so many are repeated "
+        "(--strategy local: those of a round)",
     )
     stall_timeout: float = option(
         600.0, "seconds without progress after which the job ends with a report of all ranks, > 0"

@@ -19,7 +19,7 @@ from hvd_adam.data.protocols import Batch
 from hvd_adam.distributed.agreement import raise_on_all_ranks
 from hvd_adam.distributed.broadcast.tensors import ROOT
 from hvd_adam.distributed.consistency import require_consistent
-from hvd_adam.distributed.local.training import islands_on_root, meet, shared_state_dict, shared_weights
+from hvd_adam.distributed.local import training as local_training
 from hvd_adam.errors import MembershipChanged, Preempted, UserError
 from hvd_adam.log import logger
 from hvd_adam.models.precision import autocast
@@ -139,7 +139,7 @@ class Trainer:
         self._train_epoch()
         last = progress.step >= self.sizes.total_steps
         if last:
-            meet(self.optimizer)
+            local_training.meet(self.optimizer)
         best = (last or progress.epoch % config.eval_every == 0) and self._evaluate()
         progress.epoch_done = True
         if best or last or config.checkpoint_every is None or self._is_due(config.checkpoint_every):
@@ -210,7 +210,7 @@ class Trainer:
         model = self.model if self.ema is None else self.ema.model
         model.eval()
         predict = partial(self._predict, model)
-        with shared_weights(self.optimizer, model, self.cluster):
+        with local_training.shared_weights(self.optimizer, model, self.cluster):
             scores = score(predict, self.loader, self.cluster, self.objective, mistakes=MOST_MISTAKES)
         if scores.test_accuracy is None and not self.has_evaluated:
             logger.info(messages.NO_ACCURACY)
@@ -234,9 +234,10 @@ class Trainer:
 
     def _commit(self, memory: InMemoryCheckpoint) -> None:
         """Copies the state to memory at its intervals; leaves the run, on every rank, after a change of hosts."""
-        if self.preemption.regroup or self._is_due(self.config.commit_every):
+        regroup, due = self.preemption.regroup, self._is_due(self.config.commit_every)
+        if local_training.commits(self.optimizer, due, must=regroup):
             memory.commit(self._state(all_ranks=False))
-        if self.preemption.regroup:
+        if regroup:
             raise MembershipChanged
 
     def _is_due(self, every: int | None) -> bool:
@@ -289,7 +290,7 @@ class Trainer:
         if feedback is not None:
             residuals = feedback.state_dict_on_root() if all_ranks else feedback.total_state_dict()
         return TrainingState(
-            model=shared_state_dict(self.model, adam),
+            model=local_training.shared_state_dict(self.model, adam),
             optimizer=optimizer or {},  # on ranks other than 0, which do not save it
             loss_scaler=None if self.scaler is None else self.scaler.state_dict(),
             progress=asdict(self.progress) | ({} if all_ranks else {"events": [*self.log.recent]}),
@@ -299,7 +300,7 @@ class Trainer:
             data=self.loader.description(),
             ema=None if self.ema is None else self.ema.state_dict(),
             residuals=residuals,
-            islands=islands_on_root(adam),
+            islands=local_training.islands_on_root(adam) if all_ranks else local_training.islands_in_memory(adam),
         )
 
     def _finish(self) -> None:

@@ -198,14 +198,26 @@ class IslandAdam(Adam):
                 islands.pop()
         if horovod().rank() != ROOT:
             return None
+        return self.outer_state() | {"updates_in_round": self._updates_in_round, "islands": islands}
+
+    def outer_state(self) -> dict[str, Any]:
+        """Returns what `islands_on_root` returns, without the islands: all ranks have it after a meeting.
+
+        With it, all islands begin a round at the outer weights, with the Adam state that was distributed.
+        """
         return {
-            "updates_in_round": self._updates_in_round,
+            "updates_in_round": 0,
             "compression": self.compression,
             "momentum": _on_cpu(self._by_name(self._outer.momentum)),
             "skipped": self.skipped_updates,
             "skipped_in_a_row": self.skipped_in_a_row,
-            "islands": islands,
+            "islands": [],
         }
+
+    @property
+    def is_in_round(self) -> bool:
+        """Whether updates have been made since the last meeting."""
+        return self._updates_in_round > 0
 
     def load_islands(self, saved: dict[str, Any] | None) -> None:
         """Resumes from what `islands_on_root` has returned. Every rank must call it, right after `distribute`.
@@ -217,6 +229,7 @@ class IslandAdam(Adam):
 
         Args:
             saved: on rank 0; ignored on others. None: of a training with another strategy; nothing is loaded.
+                Of `outer_state`: all islands have the Adam state that was distributed.
 
         Raises:
             UserError: on every rank: it does not fit the model.
@@ -229,13 +242,13 @@ class IslandAdam(Adam):
         shared = None
         if saved is not None and rank == ROOT:
             shared = {key: value for key, value in saved.items() if key != "islands"} | {"count": len(islands)}
-            if len(islands) != here and saved["compression"] == self.compression:
+            if len(islands) not in (0, here) and saved["compression"] == self.compression:
                 shared["unsent"] = self._mean.unsent([island["residuals"] for island in islands])
         shared = broadcast_nested(shared, "hvd_adam.islands") if size > 1 else shared
         if shared is None:
             return
         count = shared["count"]
-        for number in range(here):
+        for number in range(here if count else 0):
             island = islands[number % count] if rank == ROOT else None
             if number or self._islands.size > 1:
                 island = broadcast_nested(island, f"hvd_adam.island.{number}")

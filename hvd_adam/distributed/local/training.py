@@ -42,7 +42,29 @@ def islands_on_root(optimizer: DistributedAdam | LocalAdam) -> dict[str, Any] | 
     return optimizer.islands_on_root() if isinstance(optimizer, LocalAdam) else None
 
 
+def islands_in_memory(optimizer: DistributedAdam | LocalAdam) -> dict[str, Any] | None:
+    """Returns `LocalAdam.outer_state`, or None without islands."""
+    return optimizer.outer_state() if isinstance(optimizer, LocalAdam) else None
+
+
 def meet(optimizer: DistributedAdam | LocalAdam) -> None:
     """Ends the round of the islands, if there are any. Every rank must call it."""
     if isinstance(optimizer, LocalAdam):
         optimizer.meet()
+
+
+def commits(optimizer: DistributedAdam | LocalAdam, due: bool, *, must: bool) -> bool:
+    """Returns whether an elastic training copies its state to memory now. Every rank must call it after an update.
+
+    Islands do so after each meeting.
+
+    Args:
+        optimizer: of the training.
+        due: whether the interval of copies ends; without meaning for islands.
+        must: copy in any case: islands meet before it.
+    """
+    if not isinstance(optimizer, LocalAdam):
+        return due or must
+    if must:
+        optimizer.meet()
+    return not optimizer.is_in_round
