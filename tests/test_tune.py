@@ -84,6 +84,12 @@ def test_what_gains_less_than_two_percent_is_not_chosen():
     assert choice.summary() == "tune: nothing measured is faster than the defaults, 50 ms an update"
 
 
+def test_one_rank_with_one_thread_is_trained_with_the_defaults():
+    choice = Machine({}, compared=[]).choose()
+    assert choice.options == {}
+    assert choice.summary() == "tune: uses the defaults: there is nothing to compare on one rank with one thread"
+
+
 def tuned(folder, *argv, **options):
     done = succeeded(train(*RUN, *argv, folder=folder, ranks=2, **options))
     return done, events(folder)[0]["tune"]
@@ -173,3 +179,18 @@ def test_threads_are_those_of_the_option(tmp_path):
         "AssertionError"
         in train(*argv, folder=tmp_path / "other", env={"PYTHONPATH": str(tmp_path)}, ranks=1).stderr
     )
+
+
+def test_a_model_that_cannot_be_copied_is_refused_before_anything_is_written(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import threading, torch\n"
+        "def build(sample_shape, num_classes):\n"
+        "    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, num_classes))\n"
+        "    model.lock = threading.Lock()\n"
+        "    return model\n"
+    )
+    argv = ("--model", "mine:build", "--tune", "any")
+    done = train(*argv, folder=tmp_path / "run", env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 2
+    assert "--tune cannot copy the model" in done.stderr
+    assert not (tmp_path / "run").exists()

@@ -22,7 +22,8 @@ class Choice:
         allowed: `--tune`: "lossless" or "any".
         ranks: number of ranks that were measured.
         options: what differs from the defaults.
-        seconds: median seconds of an update by command line: of the slowest rank.
+        seconds: median seconds of an update by command line: of the slowest rank; empty if there was nothing to
+            compare.
     """
 
     allowed: str
@@ -32,6 +33,8 @@ class Choice:
 
     def summary(self) -> str:
         """Returns what was chosen, and what that gains."""
+        if not self.seconds:
+            return "tune: uses the defaults: there is nothing to compare on one rank with one thread"
         own, before = self.seconds[command_line(self.options)], self.seconds[command_line({})]
         if not self.options:
             return f"tune: nothing measured is faster than the defaults, {_ms(before)} ms an update"

@@ -14,6 +14,7 @@ import torch
 
 from hvd_adam.checkpoint.random_states import random_state, restore_random_state
 from hvd_adam.config import TrainConfig
+from hvd_adam.distributed.agreement import raise_on_all_ranks
 from hvd_adam.distributed.automatic.candidates import candidates
 from hvd_adam.distributed.automatic.timer import UpdateTimer, agreed_laps
 from hvd_adam.distributed.automatic.trial import WARM_UP, Lap, Trial
@@ -46,12 +47,18 @@ def tune(parts: Parts, config: TrainConfig, scaled: Scaled) -> Choice:
 
     Raises:
         Preempted: the job was asked to stop.
+        UserError: the model cannot be copied; raised on every rank.
     """
     device = parts.cluster.device
     before = random_state(device)
-    copied = replace(
-        parts, model=copy.deepcopy(parts.model), scaler=loss_scaler(config.precision, device), ema=None
-    )
+    with raise_on_all_ranks(parts.cluster):
+        try:
+            model = copy.deepcopy(parts.model)
+        except Exception as error:  # of the user's own code, which may raise anything
+            raise UserError(
+                f"--tune cannot copy the model, as copy.deepcopy does: {error!r}; leave it out"
+            ) from None
+    copied = replace(parts, model=model, scaler=loss_scaler(config.precision, device), ema=None)
     choice = Tuning(copied, config, scaled).choose()
     if device.type == "cuda":
         torch.cuda.empty_cache()
