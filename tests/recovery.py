@@ -113,7 +113,7 @@ class Job:
     def _continues(self, resumed: int, ranks: int) -> bool:
         starts = self.events("resume")[resumed:]
         there = bool(starts) and starts[-1]["world_size"] == ranks
-        return there and self.events("step")[-1]["step"] > starts[-1]["step"]
+        return there and any(event["step"] > starts[-1]["step"] for event in self.events("step"))
 
     def end(self) -> dict:
         """Waits for the job to succeed and returns its last event."""
