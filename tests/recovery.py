@@ -1,6 +1,6 @@
 """Measures how long an elastic training takes to continue after ranks, hosts or links are lost or hosts added.
 
-    python tests/recovery.py [--slots 2] [SCENARIO ...]
+    python tests/recovery.py [--slots 2] [--train ARGUMENTS] [SCENARIO ...]
 
 Every scenario is one job on hosts in network namespaces (`helpers/cluster/hosts.py`). Prints for each the seconds
 from the fault to the first update after it, and the final accuracy, next to that of an undisturbed job.
@@ -113,7 +113,7 @@ class Job:
     def _continues(self, resumed: int, ranks: int) -> bool:
         starts = self.events("resume")[resumed:]
         there = bool(starts) and starts[-1]["world_size"] == ranks
-        return there and self.events("step")[-1]["step"] > starts[-1]["step"]
+        return there and any(event["step"] > starts[-1]["step"] for event in self.events("step"))
 
     def end(self) -> dict:
         """Waits for the job to succeed and returns its last event."""
@@ -174,7 +174,15 @@ def rank_returns(job: Job) -> None:
     job.until("return", lambda: job.events("resume")[-1]["world_size"] == 2 * job.slots)
 
 
-_ALL = (rank_killed, host_killed, link_cut, host_added, two_in_a_row, rank_returns)
+def third_host_lost(job: Job) -> None:
+    """A third host is added, loses a rank, is used again, and loses power."""
+    job.fault(lambda: job.add("node3"), 3 * job.slots)
+    job.fault(lambda: job.kill_rank("node3"), 2 * job.slots)
+    job.until("return", lambda: job.events("resume")[-1]["world_size"] == 3 * job.slots)
+    job.fault(lambda: job.hosts.kill("node3"), 2 * job.slots)
+
+
+_ALL = (rank_killed, host_killed, link_cut, host_added, two_in_a_row, rank_returns, third_host_lost)
 SCENARIOS = {scenario.__name__: scenario for scenario in _ALL}
 
 
@@ -201,11 +209,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("scenarios", nargs="*", choices=[[], *SCENARIOS], help="all by default")
     parser.add_argument("--slots", type=int, default=2, help="ranks a host")
+    parser.add_argument("--train", default="", help="more arguments of the training")
     given = parser.parse_args()
+    argv = given.train.split()
     with tempfile.TemporaryDirectory(prefix="hvd_adam-recovery-") as name:
-        expected = run(None, Path(name, "undisturbed"), given.slots)[1]["test_accuracy"]
+        expected = run(None, Path(name, "undisturbed"), given.slots, *argv)[1]["test_accuracy"]
         for scenario in given.scenarios or SCENARIOS:
-            job, end = run(SCENARIOS[scenario], Path(name, scenario), given.slots)
+            job, end = run(SCENARIOS[scenario], Path(name, scenario), given.slots, *argv)
             times = ", ".join(f"{seconds:.1f} s" for seconds in job.recovered)
             accuracy = f"accuracy {end['test_accuracy']:.4f}, {expected:.4f} undisturbed"
             print(f"{scenario}: continues after {times}; {accuracy}", flush=True)
