@@ -68,7 +68,7 @@ def test_a_second_job_waits_for_the_first_and_resumes_or_is_refused(tmp_path):
         assert (folder / "metrics.jsonl").read_bytes() == before
 
         with running(command, env=environ) as second:
-            waiting = f"waiting up to 999 s for the job that holds the lock of {folder}: {owner}\n"
+            waiting = f"waiting up to 60 s for the job that holds the lock of {folder}: {owner}\n"
             assert second.stdout.readline() == waiting
             first.kill()
             output = second.communicate(timeout=250)[0]
