@@ -1,4 +1,4 @@
-"""Names and messages of users as one line of text. Imports no torch."""
+"""Names and messages of users as one line of text, and times. Imports no torch."""
 
 from __future__ import annotations
 
@@ -31,3 +31,8 @@ def described(classes: Sequence[str]) -> str:
     """Returns the number of classes and the first of their names, for a message."""
     names = [shown(name) for name in classes[:_MOST_CLASSES]] + ["…"] * (len(classes) > _MOST_CLASSES)
     return f"{len(classes)} classes ({', '.join(names)})"
+
+
+def milliseconds(seconds: float) -> str:
+    """Returns seconds as milliseconds: with three digits below 100 ms, else as a whole number."""
+    return f"{1000 * seconds:.0f}" if seconds >= 0.1 else f"{1000 * seconds:.3g}"

@@ -21,6 +21,7 @@ from typing import Any
 from scaling_validation import BATCH, LEAST_BURST, MODELS, RATES, plan_of
 
 from hvd_adam.bench.link import limited_link
+from hvd_adam.training.tuning.options import command_line
 
 LOOPBACK = "loopback"
 # So that the tuning ends within a minute: by default Horovod takes samples for an hour.
@@ -44,20 +45,13 @@ def measure(launcher: str, link: str, environ: dict[str, str], *module: str) -> 
 def row(model: str, link: str, found: dict[str, Any], autotuned: dict[str, Any] | None) -> str:
     """Returns a row of the table: milliseconds of an update, and ratios."""
     grid, choice = found["grid"], found["choice"]
-    chosen = name_of(choice["options"])
+    chosen = command_line(choice["options"])  # without threads: each rank has one
     best = min(grid, key=grid.__getitem__)
     cells = [model, link, ms(grid["the defaults"]), chosen, ms(grid[chosen]), best, ms(grid[best])]
     ratios = grid[chosen] / grid[best], grid["the defaults"] / grid[chosen]
     cells += [f"{ratios[0]:.3f}", f"{ratios[1]:.2f}", f"{found['took']:.0f}"]
     cells += ["", ""] if autotuned is None else [ms(autotuned[key]["seconds"]) for key in ("plain", "tuned")]
     return "| " + " | ".join(cells) + " |"
-
-
-def name_of(options: dict[str, Any]) -> str:
-    """Returns the name of a choice in the grid, which has no threads: each rank has one."""
-    from hvd_adam.training.tuning.options import command_line
-
-    return command_line(options)
 
 
 def ms(seconds: float) -> str:

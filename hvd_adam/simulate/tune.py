@@ -15,6 +15,7 @@ from hvd_adam.simulate.predict import job_of
 from hvd_adam.simulate.report import aligned
 from hvd_adam.simulate.step import STRATEGIES, Setting
 from hvd_adam.simulate.traffic import Ranks
+from hvd_adam.training.tuning.options import changed, command_line
 
 # fp16 is left out, as in `--tune` of the training: gradients above 65504 overflow, and bf16 has as many bytes.
 COMPRESSIONS = {"lossless": ("none",), "any": ("none", "bf16", "int8", "int4")}
@@ -41,9 +42,7 @@ class Option:
     @property
     def command_line(self) -> str:
         """The options as they are written, or "the defaults"."""
-        named = {"strategy": self.strategy, "compression": self.compression}
-        given = [f"--{name} {value}" for name, value in named.items() if value not in ("allreduce", "none")]
-        return " ".join(given) or "the defaults"
+        return command_line(changed({"strategy": self.strategy, "compression": self.compression}))
 
 
 def tune(config: TuneConfig) -> None:

@@ -18,6 +18,7 @@ from hvd_adam.distributed.context import horovod
 from hvd_adam.distributed.gradients.averager import GradientAverager
 from hvd_adam.distributed.layout import DistributedLayout
 from hvd_adam.errors import UserError
+from hvd_adam.text import milliseconds
 
 # Updates after which the wait for the network is compared with that of the trial.
 WINDOW = 100
@@ -126,7 +127,7 @@ class AutomaticCompression:
         if abs(self._drifted) < WINDOWS:
             return
         self._log(
-            f"an update waits {_ms(waited)} ms for the network, {_ms(self._chosen.waited)} when "
+            f"an update waits {milliseconds(waited)} ms for the network, {milliseconds(self._chosen.waited)} when "
             f"{self._layout.compression} was chosen: measures again"
         )
         self._drifted = 0
@@ -141,12 +142,14 @@ class AutomaticCompression:
     def _log_choice(self, trial: Trial) -> None:
         first, *others = trial.fastest_first()
         chosen, exact = trial.compression, trial.candidates[0]
-        times = ", ".join(f"{_ms(trial.seconds(name))} with {name}" for name in others)
+        times = ", ".join(f"{milliseconds(trial.seconds(name))} with {name}" for name in others)
         why = ""
         if chosen != first:
             why = f"; {first} is not faster than {chosen} by more than noise" if chosen == exact else ""
             why = why or f"; {first} is faster than {chosen} by less than {LEAST_GAIN:.0%}"
-        self._log(f"uses {chosen}: an update takes {_ms(trial.seconds(first))} ms with {first}, {times}{why}")
+        self._log(
+            f"uses {chosen}: an update takes {milliseconds(trial.seconds(first))} ms with {first}, {times}{why}"
+        )
 
     def _log_estimate(self, trial: Trial) -> None:
         """Reports what compressions would gain that this option does not allow."""
@@ -159,9 +162,11 @@ class AutomaticCompression:
         worth = sorted(
             (name for name in gains if gains[name] > LEAST_GAIN * seconds), key=lambda name: -gains[name]
         )
-        listed = ", ".join(f"{_ms(gains[name])} with {name}" for name in worth)
+        listed = ", ".join(f"{milliseconds(gains[name])} with {name}" for name in worth)
         saving = f"{ANY} would save about {listed}" if worth else f"{ANY} would be no faster"
-        self._log(f"uses {FIRST}: others round these gradients. An update takes {_ms(seconds)} ms; {saving}")
+        self._log(
+            f"uses {FIRST}: others round these gradients. An update takes {milliseconds(seconds)} ms; {saving}"
+        )
 
     # Saving.
 
@@ -208,7 +213,3 @@ class AutomaticCompression:
                 self._chosen, self._begun = Lap(*map(float, saved["chosen"])), True
                 compression = saved["compression"]
         return compression
-
-
-def _ms(seconds: float) -> str:
-    return f"{1000 * seconds:.0f}" if seconds >= 0.1 else f"{1000 * seconds:.3g}"

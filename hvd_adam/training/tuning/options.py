@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+from hvd_adam.text import milliseconds
+
 # Options of `TrainConfig` by name; those that are missing have the values that the user has given.
 Options = Mapping[str, Any]
 
@@ -37,10 +39,10 @@ class Choice:
             return "tune: uses the defaults: there is nothing to compare on one rank with one thread"
         own, before = self.seconds[command_line(self.options)], self.seconds[command_line({})]
         if not self.options:
-            return f"tune: nothing measured is faster than the defaults, {_ms(before)} ms an update"
+            return f"tune: nothing measured is faster than the defaults, {milliseconds(before)} ms an update"
         return (
-            f"tune: uses {command_line(self.options)}: {_ms(own)} ms an update, {_ms(before)} with the defaults "
-            f"({before / own:.2f} times as fast)"
+            f"tune: uses {command_line(self.options)}: {milliseconds(own)} ms an update, {milliseconds(before)} "
+            f"with the defaults ({before / own:.2f} times as fast)"
         )
 
 
@@ -69,7 +71,7 @@ def stages(
     """
     if ranks > 1:
         pairs = product(compressions, strategies)
-        yield [_changed({"strategy": strategy, "compression": name}) for name, strategy in pairs]
+        yield [changed({"strategy": strategy, "compression": name}) for name, strategy in pairs]
         # As many bytes as all gradients have or more are one bucket.
         counts = {size: -(-gradient_bytes // int(size * 2**20)) for size in BUCKETS_MIB}
         others = [size for size in BUCKETS_MIB if counts[size] != counts[DEFAULT_MIB]]
@@ -80,14 +82,11 @@ def stages(
         yield [{}, *({"threads": number} for number in fewer)]
 
 
-def _changed(options: Options) -> Options:
+def changed(options: Options) -> Options:
+    """Returns strategy and compression without those that are the defaults."""
     defaults = {"strategy": "allreduce", "compression": "none"}
     return {name: value for name, value in options.items() if value != defaults[name]}
 
 
 def _shown(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _ms(seconds: float) -> str:
-    return f"{1000 * seconds:.3g}" if seconds < 0.1 else f"{1000 * seconds:.0f}"
