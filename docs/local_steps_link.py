@@ -2,16 +2,15 @@
 
     python docs/local_steps_link.py [--rate 100000000] [--model cnn] [--ranks-per-host 1]
 
-Needs root. Prints, for each form, the mean time of an update in whole rounds; the share of computation in it,
-which is the mean time of the updates without a meeting; and the bytes that a host sends per update, counted at its
-interface.
+Needs root. Prints, for each form, the mean time of an update in whole rounds; the share of computation in it, at the
+mean time of the updates without a meeting; and the bytes that a host sends per update, counted at its interface. The
+first share is that of the slowest rank of each round, for which the others wait; the second the smallest of a rank.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import subprocess
 import sys
@@ -37,8 +36,9 @@ FORMS: dict[str, dict[str, Any]] = {
 
 
 def measure(name: str, options: dict[str, Any], updates: int, batch_size: int) -> dict[str, float]:
-    """Returns seconds and bytes per update, and the share of computation."""
-    cluster = init(process_sets="islands" in options)
+    """Returns seconds and bytes per update, and the shares of computation of the slowest and of the fastest rank."""
+    rare = options.get("strategy") == "local" and "islands" not in options
+    cluster = init(process_sets="islands" in options, cycle_time_ms=10 if rare else None)
     torch.manual_seed(0)
     model = build_model(name)
     optimizer = distribute(Adam(model.parameters(), lr=1e-4), model, **options)
@@ -52,13 +52,17 @@ def measure(name: str, options: dict[str, Any], updates: int, batch_size: int) -
         start = time.perf_counter()
         step()
         times.append(time.perf_counter() - start)
-    mean = sum(times) / updates
-    values = {"seconds": mean, "bytes": (sent(INTERFACE)["interface"] - before) / updates, "share": math.nan}
-    if local_steps:
-        alone = [t for number, t in enumerate(times, 1) if number % local_steps]
-        values["share"] = sum(alone) / len(alone) / mean
-    ranks = cluster.gather(values)
-    return {key: (min if key == "share" else max)(rank[key] for rank in ranks) for key in values}
+    total, sent_bytes = sum(times), sent(INTERFACE)["interface"] - before
+    rounds = [times[i : i + local_steps - 1] for i in range(0, updates, local_steps)] if local_steps else []
+    computing = [sum(alone) * local_steps / (local_steps - 1) for alone in rounds]
+    ranks = cluster.gather((total, sent_bytes, computing))
+    seconds, most_bytes, computing_ranks = zip(*ranks, strict=True)
+    return {
+        "seconds": max(seconds) / updates,
+        "bytes": max(most_bytes) / updates,
+        "slowest": sum(map(max, zip(*computing_ranks, strict=True))) / max(seconds),
+        "fastest": min(map(sum, computing_ranks)) / max(seconds),
+    }
 
 
 def main() -> None:
@@ -103,9 +107,9 @@ def main() -> None:
         if line is None:
             sys.exit(f"{form}: {done.stdout}{done.stderr}")
         values = json.loads(line.partition("RESULT ")[2])
-        share = f"{values['share']:.3f}" if "local" in form else "–"
+        share = f"{values['slowest']:.3f} computing (a rank {values['fastest']:.3f})"
         print(
-            f"{form:26} {1000 * values['seconds']:8.1f} ms an update  {share:>6} computing  "
+            f"{form:26} {1000 * values['seconds']:8.1f} ms an update  {share if 'local' in form else '':30}  "
             f"{values['bytes'] / 1e6:9.4f} MB an update",
             flush=True,
         )

@@ -13,6 +13,7 @@ import importlib.util
 import itertools
 import json
 import logging
+import math
 import os
 import sys
 import warnings
@@ -75,6 +76,7 @@ HOROVOD_DEFAULTS = {
 # Milliseconds between two looks for new tensors. Under MPI with Horovod's default of 1, 4 KB take 1.1 ms instead
 # of 0.4, and a step of the cnn on two ranks 75 ms instead of 66; 0.1 is no faster. Each look under Gloo wakes
 # several threads: with 0.3 a step of the MLP takes 104 to 113 ms instead of 90.
+CYCLE_TIME = "HOROVOD_CYCLE_TIME"
 _CYCLE_TIME = {"mpi": "0.3", "gloo": "2"}
 
 
@@ -161,11 +163,15 @@ def horovod() -> ModuleType:
 def horovod_defaults() -> dict[str, str]:
     """Returns what `init` sets for Horovod and Open MPI, unless the user has, by name of the variable."""
     controller = "mpi" if gloo_store_address() is None else "gloo"
-    return {**HOROVOD_DEFAULTS, "HOROVOD_CYCLE_TIME": _CYCLE_TIME[controller]}
+    return {**HOROVOD_DEFAULTS, CYCLE_TIME: _CYCLE_TIME[controller]}
 
 
-def init(device: str = "auto", *, process_sets: bool = False) -> Cluster:
+def init(device: str = "auto", *, process_sets: bool = False, cycle_time_ms: float | None = None) -> Cluster:
     """Starts Horovod as `hvd_adam.init` does, without its limit for collectives; see there."""
+    if cycle_time_ms is not None:
+        if not 0 < cycle_time_ms < math.inf:
+            raise UserError(f"cycle_time_ms is {cycle_time_ms!r}; it must be a finite number above 0, or None")
+        os.environ.setdefault(CYCLE_TIME, str(cycle_time_ms))
     if process_sets:
         os.environ.setdefault(PROCESS_SETS, "1")
     if _cluster is not None and horovod().is_initialized():

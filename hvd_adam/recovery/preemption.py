@@ -67,36 +67,58 @@ class Preemption:
         max_time: seconds after the start of this process at which to stop without a signal; None for never.
         hosts_changed: returns whether this rank was notified of added or removed hosts; None if they cannot
             change.
+        interval: seconds of updates between two questions to the other ranks, 0 for one in each update. A longer
+            one spares a slow network; the answer then comes up to two intervals after a signal.
 
     Attributes:
         regroup: after `should_stop`, whether any rank was notified of added or removed hosts.
     """
 
     def __init__(
-        self, cluster: Cluster, max_time: float | None = None, hosts_changed: Callable[[], bool] | None = None
+        self,
+        cluster: Cluster,
+        max_time: float | None = None,
+        hosts_changed: Callable[[], bool] | None = None,
+        *,
+        interval: float = 0.0,
     ) -> None:
         self._cluster = cluster
         self._deadline = None if max_time is None else _started + max_time
         self._hosts_changed = hosts_changed or (lambda: False)
         self._request: Any = None
+        self._interval = interval
+        self._asked_at: float | None = None
+        self._updates, self._updates_per_answer = 0, 1
         self.regroup = False
         install_handlers()
 
     def ask(self) -> None:
         """Starts to ask all ranks, at the start of an update, so that the answer takes no time at its end."""
-        if self._cluster.size > 1:
-            import torch
+        if self._cluster.size == 1 or self._request is not None:
+            return
+        import torch
 
-            flags = torch.tensor([self._wants_to_stop(), self._hosts_changed()], dtype=torch.int32, device="cpu")
-            self._request = horovod().allreduce_async(flags, op=horovod().Sum, name="hvd_adam.stop")
+        now = time.monotonic()
+        microseconds = 0 if self._asked_at is None else round(1e6 * (now - self._asked_at) / self._updates)
+        own = [self._wants_to_stop(), self._hosts_changed(), microseconds]
+        values = torch.tensor(own, dtype=torch.int64, device="cpu")
+        self._request = horovod().allreduce_async(values, op=horovod().Sum, name="hvd_adam.stop")
+        self._asked_at, self._updates = now, 0
 
     def should_stop(self) -> bool:
-        """Returns whether to stop after this update; every rank calls it, after `ask`."""
+        """Returns whether to stop after this update; every rank calls it, after `ask`, in every update."""
         if self._cluster.size == 1:
             self.regroup = self._hosts_changed()
             return self._wants_to_stop()
-        stop, self.regroup = map(bool, horovod().synchronize(self._request).tolist())
-        return stop
+        self.regroup = False
+        self._updates += 1
+        if self._updates < self._updates_per_answer:
+            return False
+        stop, regroup, microseconds = horovod().synchronize(self._request).tolist()
+        self._request, self.regroup = None, bool(regroup)
+        if microseconds:  # per update, the sum over the ranks: the next interval is the same on all of them
+            self._updates_per_answer = max(1, round(self._interval * 1e6 * self._cluster.size / microseconds))
+        return bool(stop)
 
     def _wants_to_stop(self) -> bool:
         late = self._deadline is not None and time.monotonic() > self._deadline
