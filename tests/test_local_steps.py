@@ -7,6 +7,7 @@ in an evaluation or a checkpoint; a parameter that no meeting averages; options 
 
 import copy
 import tempfile
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,7 @@ from hvd_adam import Adam, CheckpointManager, distribute
 from hvd_adam.arguments import parse
 from hvd_adam.config import TrainConfig
 from hvd_adam.errors import JobError, UserError
+from hvd_adam.recovery.preemption import Preemption
 from hvd_adam.training.builders import scale_for_ranks
 
 
@@ -306,6 +308,21 @@ def test_hyper_parameters_that_differ_end_the_job_on_all_ranks(cluster):
     optimizer.param_groups[0]["lr"] = 0.01 * (1 + cluster.rank)
     with pytest.raises(JobError, match="different hyper-parameters: rank 1"):
         train(model, optimizer, cluster, 2)
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("interval", [0.0, 0.5])
+def test_all_ranks_are_notified_after_the_same_update_also_where_they_ask_rarely(cluster, interval):
+    updates = questions = 0
+    preemption = Preemption(cluster, hosts_changed=lambda: cluster.rank == 1 and updates >= 30, interval=interval)
+    while not preemption.regroup:
+        questions += preemption._request is None
+        preemption.ask()
+        time.sleep(0.001 * (1 + cluster.rank))  # an update; the ranks differ in speed
+        updates += 1
+        preemption.should_stop()
+    assert cluster.gather((updates, questions)) == [(updates, questions)] * 2
+    assert (updates == questions == 31) if interval == 0 else (updates > 31 and questions < updates / 2)
 
 
 @on_ranks(2)

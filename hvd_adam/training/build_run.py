@@ -128,7 +128,7 @@ def _init(config: TrainConfig) -> tuple[Cluster, float]:
     if config.islands is not None:  # they average gradients in every update
         return init(config.device, process_sets=True), 0.0
     # Collectives are rare. With Horovod's looks 2 ms apart, the cnn sends six times as much for them as for its
-    # meetings, H = 50 (docs/local_steps.md), and an update waits for no round trip of the network.
+    # meetings, H = 50 (docs/local_steps_measured.md), and an update waits for no round trip of the network.
     return init(config.device, cycle_time_ms=10), 0.5
 
 
