@@ -234,8 +234,10 @@ def test_a_learning_rate_that_no_rule_scales_is_that_of_the_islands(rule):
 REFUSED = [
     ({"local_steps": 0}, "local_steps is 0"),
     ({"local_steps": 2.5}, "local_steps is 2.5"),
+    ({"local_steps": True}, "local_steps is True"),
     ({"outer_lr": 0.0}, "outer_lr is 0.0"),
     ({"outer_momentum": 1.0}, "outer_momentum is 1.0"),
+    ({"outer_momentum": False}, "outer_momentum is False"),
     ({"compression": "bf16"}, "has no bf16 compression"),
     ({"compression": "auto"}, "has no auto compression"),
     ({"op": "adasum"}, "adasum combines updates"),
