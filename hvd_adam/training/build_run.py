@@ -36,6 +36,7 @@ from hvd_adam.training.builders import (
 from hvd_adam.training.objective import Objective
 from hvd_adam.training.run import BatchSizes, Parts, Run
 from hvd_adam.training.run_dir import ResumePoint
+from hvd_adam.training.tuning.options import Choice
 from hvd_adam.training.tuning.tune import earlier_choice, tune
 from hvd_adam.training.weights.ema import ModelAverage
 from hvd_adam.training.weights.warm_start import warm_start
@@ -61,7 +62,7 @@ def build_run(config: TrainConfig, memory: InMemoryCheckpoint | None, resources:
     cluster, loader = parts.cluster, parts.loader
     choice = None
     if config.tune != "off":
-        choice = earlier_choice(config, cluster) or tune(parts, config, scaled)
+        choice = earlier_choice(config, cluster) or _tune(parts, config, scaled)
         config = replace(config, tune="off", **choice.options)
         _use_threads(config)
     adam = make_adam(config, parts.model, scaled)
@@ -130,6 +131,14 @@ def _init(config: TrainConfig) -> tuple[Cluster, float]:
     # Collectives are rare. With Horovod's looks 2 ms apart, the cnn sends six times as much for them as for its
     # meetings, H = 50 (docs/local_steps_measured.md), and an update waits for no round trip of the network.
     return init(config.device, cycle_time_ms=10), 0.5
+
+
+def _tune(parts: Parts, config: TrainConfig, scaled: Scaled) -> Choice:
+    with raise_on_all_ranks(parts.cluster):
+        if parts.cluster.rank == ROOT:  # refuses a wrong --resume before the measurement
+            folder, batch = run_dir.run_folder(config), config.global_batch(parts.cluster.size)
+            run_dir.find_resume_point(config, folder, batch, parts.loader.description())
+    return tune(parts, config, scaled)
 
 
 def _use_threads(config: TrainConfig) -> None:
