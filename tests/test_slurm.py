@@ -17,6 +17,7 @@ import pytest
 import torch
 from helpers.cluster.hosts import Hosts
 from helpers.cluster.slurm import Slurm, skip_reason
+from helpers.forked_python import forked_python
 from helpers.training_runs import ROOT, checkpoint, events, train
 from recovery import MODEL
 
@@ -34,6 +35,7 @@ with guard(cluster):
         hvd.allreduce(torch.zeros(1), name="loss")
 """
 TWO_BY_TWO = ("--nodes=2", "--ntasks-per-node=2")
+ONE_EACH = ("--nodes=2", "--ntasks-per-node=1")
 
 
 class Cluster:
@@ -96,7 +98,7 @@ def limited(cluster, tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("limited") / "run"
     # Slurm checks time limits every 30 seconds and sends the signal up to 30 seconds earlier.
-    options = ["--nodes=2", "--ntasks-per-node=1", "--time=1", "--signal=B:USR1@20"]
+    options = [*ONE_EACH, "--time=1", "--signal=B:USR1@20"]
     arguments = ["--", *OPTIONS, "--epochs", 9, "--output-dir", folder]
     return cluster.submit(options, "slurm.sh", *arguments, PAUSE="0.25"), folder
 
@@ -116,7 +118,9 @@ def test_each_launcher_trains_on_two_nodes_like_four_ranks_on_one(
 ):
     options = [] if launcher == "srun" else ["--launcher", launcher, "-i", "eth0"]
     arguments = ["--", *OPTIONS, "--epochs", 2, "--output-dir", tmp_path / "run"]
-    job = cluster.submit(TWO_BY_TWO, "slurm.sh", *options, *arguments, PAUSE="0")
+    # Forks of one process that loads PMIx crash under srun now and then.
+    python = sys.executable if launcher == "srun" else forked_python()
+    job = cluster.submit(TWO_BY_TWO, "slurm.sh", *options, *arguments, PAUSE="0", HVD_ADAM_PYTHON=python)
     assert cluster.slurm.wait_for_state(job, "COMPLETED") == "COMPLETED", cluster.log(job)
     assert f"Starting 4 ranks on node[1-2] by {reported}, start 1\n" in cluster.log(job)
     assert events(tmp_path / "run", "end")[0]["world_size"] == RANKS
@@ -176,7 +180,9 @@ def test_tasks_of_an_array_resume_in_folders_and_with_seeds_of_their_own(cluster
     )
     (tmp_path / "run.yaml").write_text(printed.stdout)  # with a seed of 0 and no output folder
     options = ["--output-dir", tmp_path, "--config", tmp_path / "run.yaml"]
-    array = cluster.submit(["--array=1-3"], "slurm.sh", "--", *options)
+    # Not by srun: forks of one process that loads PMIx crash there now and then.
+    launcher = ["--launcher", "horovodrun"]
+    array = cluster.submit(["--array=1-3"], "slurm.sh", *launcher, "--", *options, HVD_ADAM_PYTHON=forked_python())
     for task in (1, 2, 3):
         cluster.slurm.wait_for_state(f"{array}_{task}", "COMPLETED")
         facts = cluster.slurm.facts(f"{array}_{task}")
@@ -219,14 +225,14 @@ def test_containers_get_the_repository_the_mounts_and_their_own_python(cluster, 
     path = subprocess.run(["bash", "-c", "echo $PATH"], capture_output=True, text=True, check=True).stdout.strip()
     environ = {"PATH": f"{tmp_path}:{path}", "HVD_ADAM_CONTAINER_PYTHON": sys.executable}
     arguments = ["--mount", tmp_path, "--", "--max-steps", 2, "--model", "mlp", "--output-dir", tmp_path / "run"]
-    job = cluster.submit(TWO_BY_TWO, "slurm_container.sh image.sif", *arguments, **environ)
+    job = cluster.submit(ONE_EACH, "slurm_container.sh image.sif", *arguments, **environ)
     lost = cluster.submit([], "slurm_container.sh image.sif", "--mount", "/none", **environ)
     assert cluster.slurm.wait_for_state(job, "COMPLETED") == "COMPLETED", cluster.log(job)
     shown = (
         f"apptainer exec --nv --pwd {ROOT} --bind {ROOT} --bind {tmp_path} image.sif {sys.executable} -m hvd_adam"
     )
-    assert cluster.log(job).count(shown) == RANKS
-    assert events(tmp_path / "run", "end")[0]["world_size"] == RANKS
+    assert cluster.log(job).count(shown) == 2
+    assert events(tmp_path / "run", "end")[0]["world_size"] == 2
     assert cluster.slurm.wait_for_state(lost, "FAILED") == "FAILED"
     assert cluster.log(lost).endswith("--mount /none: no such folder\n")
 
@@ -252,18 +258,18 @@ def test_job_resumes_after_its_time_limit(cluster, limited):
 # Last: it takes the nodes from other jobs.
 def test_job_resumes_exactly_after_requeue_preemption_and_node_failure(cluster, tmp_path):
     slurm, run = cluster.slurm, tmp_path / "run"
-    arguments = ["--", *OPTIONS, "--epochs", 9, "--output-dir"]
-    job = cluster.submit(TWO_BY_TWO, "slurm.sh", *arguments, run, PAUSE="0.25")
+    arguments = ["--", *OPTIONS, "--epochs", 3, "--output-dir"]
+    job = cluster.submit(ONE_EACH, "slurm.sh", *arguments, run, PAUSE="0.25")
     cluster.wait_for_updates(run, 3)
     slurm.run("scontrol", "requeue", job)
     cluster.wait_for_restart(job, 1)
 
-    cluster.wait_for_updates(run, 20)
+    cluster.wait_for_updates(run, 12)
     urgent = slurm.submit("-p", "high", "--nodes=2", "--exclusive", "--wrap", "true", "--output=/dev/null")
     slurm.wait_for_state(urgent, "COMPLETED")
     cluster.wait_for_restart(job, 2)
 
-    cluster.wait_for_updates(run, 40)
+    cluster.wait_for_updates(run, 25)
     slurm.hosts.kill("node2")
     deadline = time.monotonic() + 250
     while slurm.state(job) == "RUNNING":
@@ -276,9 +282,9 @@ def test_job_resumes_exactly_after_requeue_preemption_and_node_failure(cluster, 
     log = cluster.log(job)
     assert [f"start {number}\n" in log for number in (1, 2, 3, 4, 5)] == [True] * 4 + [False]
     resumed = [event["step"] for event in events(run, "resume")]
-    assert resumed == sorted(resumed) and resumed[0] >= 3 and resumed[1] >= 20 and resumed[2] >= 30
-    assert [event["step"] for event in events(run, "step")] == list(range(1, 100))
+    assert resumed == sorted(resumed) and resumed[0] >= 3 and resumed[1] >= 12 and resumed[2] >= 20
+    assert [event["step"] for event in events(run, "step")] == list(range(1, 67))
     environ = {"PYTHONPATH": f"{cluster.folder}:{ROOT}", "PAUSE": "0"}
-    done = train(*OPTIONS, "--epochs", 9, ranks=RANKS, folder=tmp_path / "uninterrupted", env=environ)
+    done = train(*OPTIONS, "--epochs", 3, ranks=2, folder=tmp_path / "uninterrupted", env=environ)
     assert done.returncode == 0
     require_same(checkpoint(run)["model"], checkpoint(tmp_path / "uninterrupted")["model"], 1e-12)
