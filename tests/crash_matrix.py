@@ -77,12 +77,12 @@ class Case:
         held = rng.choice(("float32", "bfloat16", "8bit"))
         return cls(controller, strategy, held, rng.choice(("none", "int8", "int4")))
 
-    def command(self, place: Path, folder: Path) -> list[str]:
-        """Returns the command that starts and resumes the run."""
+    def command(self, python: str, place: Path, folder: Path) -> list[str]:
+        """Returns the command that starts and resumes the run, whose ranks run this program as Python."""
         launcher = [sys.executable, str(HOROVODRUN), "-np", "2", f"--{self.controller}"]
         data = ["--data-dir", str(place / "data"), "--output-dir", str(folder), "--strategy", self.strategy]
         held = ["--state-format", self.state_format, "--compression", self.compression]
-        return [*launcher, sys.executable, "-m", "hvd_adam.train", *OPTIONS, *OFTEN, *data, *held]
+        return [*launcher, python, "-m", "hvd_adam.train", *OPTIONS, *OFTEN, *data, *held]
 
 
 @dataclass(frozen=True)
@@ -107,14 +107,14 @@ class Result:
         return cls(storage.load(folder)["model"], timeless, events[-1]["time"] - events[0]["time"])
 
 
-def start(case: Case, place: Path, folder: Path) -> subprocess.Popen:
+def start(python: str, case: Case, place: Path, folder: Path) -> subprocess.Popen:
     """Starts or resumes the run; marks all its processes with its folder in the environment."""
     paths = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environ = {**os.environ, "PATH": paths, "PYTHONPATH": f"{place}:{ROOT}", MARK: str(folder)}
     environ |= {"HOROVOD_GLOO_TIMEOUT_SECONDS": "20", "OMP_NUM_THREADS": "1"}
     with (place / f"{folder.name}.log").open("a") as log:
         return subprocess.Popen(
-            case.command(place, folder), env=environ, stdout=log, stderr=log, start_new_session=True
+            case.command(python, place, folder), env=environ, stdout=log, stderr=log, start_new_session=True
         )
 
 
@@ -129,9 +129,9 @@ def kill_one(running: subprocess.Popen, folder: Path, rng: random.Random) -> str
 
 
 def is_rank(pid: int) -> bool:
-    """Returns whether a process is a rank of the training."""
+    """Returns whether a process is a rank of the training, or the client of a fork that is one."""
     program, *rest = arguments(pid)
-    return b"python" in program.rpartition(b"/")[2] and b"hvd_adam.train" in rest[:2]
+    return b"python" in program.rpartition(b"/")[2] and b"hvd_adam.train" in rest[:4]
 
 
 def arguments(pid: int) -> list[bytes]:
@@ -196,18 +196,18 @@ def await_true(running: subprocess.Popen, condition: Callable[[], bool]) -> None
         time.sleep(0.01)
 
 
-def uninterrupted(case: Case, place: Path) -> Result:
+def uninterrupted(python: str, case: Case, place: Path) -> Result:
     """Returns the result of a run that is not killed."""
     folder = place / f"uninterrupted-{'-'.join(astuple(case))}"
-    assert start(case, place, folder).wait(timeout=LAUNCH_SECONDS) == 0, f"see {folder}.log"
+    assert start(python, case, place, folder).wait(timeout=LAUNCH_SECONDS) == 0, f"see {folder}.log"
     return Result.read(folder)
 
 
-def trial(case: Case, place: Path, number: int, rng: random.Random, expected: Result) -> str:
+def trial(python: str, case: Case, place: Path, number: int, rng: random.Random, expected: Result) -> str:
     """Makes a run with one to three kills; returns what was killed, and after how many updates."""
     folder, story = place / f"trial-{number}", []
     for _ in range(rng.randint(1, 3)):
-        running = start(case, place, folder)
+        running = start(python, case, place, folder)
         if not await_moment(running, folder, rng, expected.seconds):
             assert running.returncode == 0, f"the run exits with {running.returncode}"
             break
@@ -220,7 +220,7 @@ def trial(case: Case, place: Path, number: int, rng: random.Random, expected: Re
         after = newest_step(folder)
         story.append(f"{victim} at {after}")
         assert after >= before, f"the checkpoint of update {before} is lost: the newest is of update {after}"
-    code = start(case, place, folder).wait(timeout=LAUNCH_SECONDS)
+    code = start(python, case, place, folder).wait(timeout=LAUNCH_SECONDS)
     assert code == 0, f"the run exits with {code}"
     result = Result.read(folder)
     assert all(torch.equal(weight, result.weights[name]) for name, weight in expected.weights.items()), (
@@ -230,8 +230,8 @@ def trial(case: Case, place: Path, number: int, rng: random.Random, expected: Re
     return ", ".join(story) or "not killed in time"
 
 
-def run(trials: int, seed: int, jobs: int, place: Path) -> int:
-    """Runs all trials, `jobs` of them at a time; returns how many failed."""
+def run(trials: int, seed: int, jobs: int, place: Path, python: str = sys.executable) -> int:
+    """Runs all trials, `jobs` of them at a time, with ranks of a Python; returns how many failed."""
     write_cifar10(place / "data")
     (place / "slow.py").write_text(MODEL)
     rngs = [random.Random(f"{seed}-{number}") for number in range(trials)]
@@ -242,7 +242,7 @@ def run(trials: int, seed: int, jobs: int, place: Path) -> int:
         case, rng = cases[number], rngs[number]
         title = f"trial {number + 1} of {trials}: {', '.join(astuple(case))}: killed"
         try:
-            print(title, trial(case, place, number + 1, rng, expected[case]) + "; ok", flush=True)
+            print(title, trial(python, case, place, number + 1, rng, expected[case]) + "; ok", flush=True)
         except Exception as error:
             print(title, f"FAILED: {error!r}: see {place}/trial-{number + 1}*", flush=True)
             return False
@@ -250,7 +250,8 @@ def run(trials: int, seed: int, jobs: int, place: Path) -> int:
         return True
 
     with ThreadPoolExecutor(jobs) as pool:
-        expected = dict(zip(distinct, pool.map(lambda case: uninterrupted(case, place), distinct), strict=True))
+        results = pool.map(lambda case: uninterrupted(python, case, place), distinct)
+        expected = dict(zip(distinct, results, strict=True))
         return trials - sum(pool.map(attempt, range(trials)))
 
 

@@ -5,9 +5,10 @@ two jobs in one folder, the second started while ranks of the first still run; o
 """
 
 from crash_matrix import run
+from helpers.forked_python import forked_python
 
 SEED = 1823  # draws the same launch options for both trials, with sharded 8-bit state and int4, and three kills
 
 
 def test_runs_killed_at_random_end_as_uninterrupted_ones(tmp_path, capfd):
-    assert run(trials=2, seed=SEED, jobs=2, place=tmp_path) == 0, capfd.readouterr().out
+    assert run(trials=2, seed=SEED, jobs=2, place=tmp_path, python=forked_python()) == 0, capfd.readouterr().out
