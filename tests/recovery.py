@@ -21,7 +21,7 @@ from pathlib import Path
 from helpers.cluster.hosts import HEAD, Hosts
 
 ROOT = Path(__file__).parents[1]
-RANK = f"^{sys.executable} -m hvd_adam.train"
+RANK = r"^[^ ]*python[^ ]*( -IS [^ ]*)? -m hvd_adam.train"  # of a fork: its client (see helpers.forked_python)
 PATIENCE = 120.0  # seconds for whatever is waited for
 
 # Without dropout, so that the result does not depend on the number of ranks; slow, to leave time for faults.

@@ -57,7 +57,7 @@ def test_weights_are_those_of_an_undisturbed_run_after_a_host_is_added_and_two_a
 @needs_hosts
 def test_an_island_that_is_lost_returns_with_the_outer_weights(tmp_path):
     argv = ["--strategy", "local", "--local-steps", 5, "--epochs", 30]
-    job, end = run(SCENARIOS["rank_returns"], tmp_path / "job", 1, *argv)
+    job, end = run(SCENARIOS["rank_returns"], tmp_path / "job", 1, *argv, python=forked_python())
     lost, returned = events(job.folder / "run", "resume")[:2]
     assert (lost["world_size"], returned["world_size"], end["world_size"]) == (1, 2, 2)
     assert lost["step"] % 5 == 0  # the last meeting before the loss
