@@ -86,7 +86,7 @@ def test_an_optimizer_that_is_not_needed_any_more_frees_its_memory(cluster, stra
 @on_ranks(2)
 @each_strategy
 def test_more_buckets_than_horovod_remembers_by_default_are_averaged(cluster, strategy):
-    parameters = torch.nn.ParameterList(torch.nn.Parameter(torch.ones(2)) for _ in range(2000))
+    parameters = torch.nn.ParameterList(torch.nn.Parameter(torch.ones(2)) for _ in range(1100))  # more than 1024
     with distributed(parameters, parameters, strategy, bucket_mib=8 / 2**20) as optimizer:
         for _ in range(3):
             optimizer.zero_grad()
