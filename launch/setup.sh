@@ -169,9 +169,17 @@ share_packages() {
 
 pip() { "$venv_python" -m pip "$@"; }
 
+# install_compiled ARGUMENTS...: install many packages with pip, which alone would compile their modules on one core.
+install_compiled() {
+  pip install --no-compile "$@" || return
+  # Some packages contain files for other versions of Python, which do not compile.
+  "$venv_python" -m compileall -qq -j 0 "$("$venv_python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" ||
+    true
+}
+
 install_torch() {
   if ! has_torch "$venv_python"; then
-    run_step torch "Installing torch $TORCH_PIN" pip install "torch==$TORCH_PIN" numpy
+    run_step torch "Installing torch $TORCH_PIN" install_compiled "torch==$TORCH_PIN" numpy
     has_torch "$venv_python" || fail "torch $TORCH_PIN is installed but cannot be imported; see: $venv_python -c 'import torch'" 1
   fi
   read -r torch torch_cuda < <("$venv_python" -c 'import torch; print(torch.__version__, torch.version.cuda or "none")')
@@ -245,7 +253,7 @@ install_project() {
 # install_editable: without build isolation, so that pip downloads no second set of build tools.
 install_editable() {
   pip install 'setuptools>=64,<81' wheel
-  pip install --no-build-isolation --constraint "$1" --editable "$2"
+  install_compiled --no-build-isolation --constraint "$1" --editable "$2"
 }
 
 # install_triton: for the tests of the GPU kernel, if torch did not install it. In its own folder, because it slows down
