@@ -110,6 +110,7 @@ def test_evaluate_rebuilds_own_code_and_finds_the_scores_of_the_training(runs, p
 
 def test_another_run_starts_with_the_weights_that_fit(runs, commands):
     argv = [*OWN, "--max-steps", "1", "--lr", "0", "--output-dir", "warm", "--init-from", str(runs[0])]
+    argv += ["--workers", "0"]  # worker processes import PyTorch, which takes seconds
     argv[argv.index("--data.args") + 1] = '{"count": 60, "features": 7}'
     done = succeeded(commands.run("hvd_adam.train", *argv))
     assert "encoder.0.weight (6, 5) -> (6, 7) is new" in done.stdout
@@ -280,7 +281,7 @@ def test_every_rank_ends_after_a_mistake_that_only_one_makes(place):
         "    values = error(outputs, targets)\n"
         "    return values.mean() if hvd.rank() and len(values) > 2 else values\n"
     )
-    argv = ["--metrics", "half:uneven", "--batch-size", "4", "--max-steps", "1"]
+    argv = ["--metrics", "half:uneven", "--batch-size", "4", "--max-steps", "1", "--workers", "0"]
     done = start(place, "half", *argv, controller="mpi")
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert "error: rank 1 on" in done.stderr and "--metrics: uneven must return" in done.stderr
