@@ -19,15 +19,16 @@ from hypothesis import settings
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 LONGEST = (
-    "test_images test_readme test_slurm test_resume test_train test_doctor test_triton_kernel test_bench "
-    "test_own_code test_failures test_idioms test_launch test_coded_allreduce test_predict test_export "
-    "test_larger_examples test_examples test_zero_equivalence test_elastic test_crash_matrix test_noise_scale "
-    "test_any_loop_more test_kernels test_guard test_iterable test_hosts test_zero_state "
-    "test_collective_timeout test_data_change test_streams test_finished_runs test_cluster test_bench_wire "
-    "test_coded_sharded test_distribute_average test_any_loop test_fuzz test_updates_behind test_image_folder "
-    "test_slips test_torchvision_operators test_slow_ranks test_any_loop_models test_adam test_local_steps "
-    "test_setup test_scores test_automatic_compression test_state_formats_on_ranks test_state_formats "
-    "test_nonfinite test_zero_clipping test_distribute_join"
+    "test_images test_readme test_slurm test_resume test_train test_doctor test_triton_kernel test_own_code "
+    "test_failures test_bench test_predict test_elastic test_launch test_idioms test_export test_iterable "
+    "test_islands test_coded_allreduce test_hosts test_zero_equivalence test_any_loop_more "
+    "test_advise_branches test_noise_scale test_crash_matrix test_examples test_kernels test_zero_state "
+    "test_larger_examples test_guard test_collective_timeout test_cluster test_finished_runs test_data_change "
+    "test_streams test_image_folder test_slips test_coded_sharded test_updates_behind test_bench_wire "
+    "test_distribute_average test_automatic_compression test_any_loop test_torchvision_operators test_fuzz "
+    "test_scores test_setup test_any_loop_models test_state_formats_on_ranks test_adam test_docs test_tune "
+    "test_forked_python test_slow_ranks test_compare test_local_steps test_on_ranks test_run_folder "
+    "test_zero_clipping test_nonfinite test_state_formats test_compression_quality test_distribute_deferred"
 ).split()
 
 MARK_OF_MODULE = {
