@@ -313,18 +313,20 @@ def test_hyper_parameters_that_differ_end_the_job_on_all_ranks(cluster):
 
 
 @on_ranks(2)
-@pytest.mark.parametrize("interval", [0.0, 0.5])
-def test_all_ranks_are_notified_after_the_same_update_also_where_they_ask_rarely(cluster, interval):
-    updates = questions = 0
-    preemption = Preemption(cluster, hosts_changed=lambda: cluster.rank == 1 and updates >= 30, interval=interval)
+@pytest.mark.parametrize("most", [1, 8])
+def test_all_ranks_are_notified_after_the_same_update_also_where_they_ask_rarely(cluster, most):
+    updates, asked = 0, []
+    events = lambda: cluster.rank == 1 and updates >= 30  # noqa: E731
+    preemption = Preemption(cluster, hosts_changed=events, most_updates=most)
     while not preemption.regroup:
-        questions += preemption._request is None
+        if preemption._request is None:
+            asked.append(updates)
         preemption.ask()
-        time.sleep(0.001 * (1 + cluster.rank))  # an update; the ranks differ in speed
+        time.sleep(0.02 * cluster.rank)  # an update; rank 0, which makes none, always waits for an answer
         updates += 1
         preemption.should_stop()
-    assert cluster.gather((updates, questions)) == [(updates, questions)] * 2
-    assert (updates == questions == 31) if interval == 0 else (updates > 31 and questions < updates / 2)
+    assert cluster.gather((updates, asked)) == [(updates, asked)] * 2
+    assert asked == ([*range(31)] if most == 1 else [0, 1, 2, 4, 8, 16, 24, 32])
 
 
 @on_ranks(2)
