@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up what is missing, then checks style, types and documents, and runs the tests:
+# Sets up what is missing, checks style and types, and runs the tests, of which some check the documents:
 #   bash tests/run.sh [ARGUMENTS OF PYTEST]
 # The tests that need no ranks, hosts, Slurm or images take under three minutes on two cores:
 #   bash tests/run.sh -m "not (multirank or cluster or slurm or image)"
@@ -10,14 +10,17 @@ venv=${HVD_ADAM_VENV:-$PWD/.venv}
 bash launch/setup.sh --dev
 PATH=$venv/bin:$PATH
 
+types=$(mktemp)
+trap 'rm "$types"' EXIT
+mypy >"$types" 2>&1 & # the longest check, next to the first tests
+mypy=$!
 ruff check
 ruff format --check
-mypy
 lint-imports
 find . -path ./.venv -prune -o -name '*.sh' -print0 | xargs -0 shellcheck -x .ci/run
 codespell
-site=$(mktemp -d)
-mkdocs build --strict --quiet --site-dir "$site"
-rm -r "$site"
+status=0
 # Three at a time, by file: most of the time goes to launches (ranks, Slurm, lost hosts), which leave cores idle.
-python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"
+python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@" || status=$?
+wait "$mypy" || { cat "$types" && exit 1; }
+exit "$status"

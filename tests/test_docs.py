@@ -14,6 +14,7 @@ from importlib.util import find_spec
 import pytest
 from helpers import documents
 from helpers.documents import DOCUMENTS, PAGES, README, ROOT
+from helpers.forked_python import forked_python
 
 # Options of other programs that the documents name.
 FOREIGN_OPTIONS = {"--gpus", "--user", "--build-context", "--strict", "--device", "--network", "--ipc"}
@@ -110,7 +111,7 @@ def test_every_figure_has_a_command():
 def test_the_scripts_of_the_figures_parse():
     subprocess.run(["bash", "-n", ROOT / "docs/make_figures.sh"], check=True)
     for script in (ROOT / "docs").glob("*.py"):
-        subprocess.run([sys.executable, script, "--help"], check=True, capture_output=True)
+        subprocess.run([forked_python(), script, "--help"], check=True, capture_output=True)
 
 
 def test_the_documents_show_or_name_every_example():
