@@ -136,7 +136,7 @@ def trained(tmp_path_factory):
     succeeded(train(*argv, folder=place / "one", cwd=place))
     succeeded(train(*argv, "--max-steps", "3", folder=place / "stopped", cwd=place))
     succeeded(train(*argv, "--workers", "0", folder=place / "stopped", cwd=place))
-    succeeded(train(*argv, ranks=2, folder=place / "two", cwd=place))
+    succeeded(train(*argv, "--workers", "0", ranks=2, folder=place / "two", cwd=place))
     return place
 
 
@@ -168,6 +168,6 @@ def test_options_that_a_stream_cannot_follow_are_refused(tmp_path, argv, message
 
 def test_streams_that_differ_between_ranks_are_refused(tmp_path):
     (tmp_path / "mine.py").write_text(MINE)
-    argv = ["--dataset", "mine:data", "--model", "mlp", "--data-args", '{"shift": 1.0}']
+    argv = ["--dataset", "mine:data", "--model", "mlp", "--data-args", '{"shift": 1.0}', "--workers", "0"]
     done = train(*argv, ranks=2, folder=tmp_path / "run", cwd=tmp_path)
     assert done.returncode != 0 and "the ranks have different data: fingerprint" in done.stderr, done.stderr
