@@ -252,6 +252,9 @@ def test_a_run_started_from_a_checkpoint_resumes_from_its_own_checkpoints(alone,
     assert not (place / "new").exists()
 
 
+NEW_PROCESSES = (("mpirun.sh", signal.SIGTERM), ("horovodrun.sh --gloo", signal.SIGUSR1))
+
+
 @pytest.mark.parametrize(
     ("script", "number", "code"),
     [
@@ -271,7 +274,7 @@ def test_a_signal_to_the_launcher_reaches_the_ranks_which_save(script, number, c
     name, *options = shlex.split(script)
     command = ["bash", str(ROOT / "launch" / name), *options, "-np", "2", "--", "--epochs", "500"]
     command += ["--output-dir", str(folder)]
-    new_processes = number in (signal.SIGTERM, signal.SIGUSR1) or "elastic" in script  # the others are forks
+    new_processes = (script, number) in NEW_PROCESSES  # the others are forks
     environ = {**os.environ, "HVD_ADAM_PYTHON": sys.executable if new_processes else forked_python()}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, start_new_session=True, env=environ, **streams) as running:

@@ -346,7 +346,7 @@ def test_bad_input_gives_one_line_and_exit_code_2_under_every_launcher(script, a
 
 
 def test_ranks_started_with_different_arguments_are_refused(tmp_path):
-    python = [sys.executable, "-m", "hvd_adam.train", "--output-dir", str(tmp_path / "run"), "--seed"]
+    python = [forked_python(), "-m", "hvd_adam.train", "--output-dir", str(tmp_path / "run"), "--seed"]
     root = ["--allow-run-as-root", "-H", "localhost:2", "--quiet"]
     command = ["mpirun", *root, "-np", "1", *python, "1", ":", "-np", "1", *python, "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=250)
