@@ -181,7 +181,7 @@ def test_tasks_of_an_array_resume_in_folders_and_with_seeds_of_their_own(cluster
     (tmp_path / "run.yaml").write_text(printed.stdout)  # with a seed of 0 and no output folder
     options = ["--output-dir", tmp_path, "--config", tmp_path / "run.yaml"]
     # Not by srun: forks of one process that loads PMIx crash there now and then.
-    launcher = ["--launcher", "horovodrun"]
+    launcher = ["--launcher", "mpirun"]
     array = cluster.submit(["--array=1-3"], "slurm.sh", *launcher, "--", *options, HVD_ADAM_PYTHON=forked_python())
     for task in (1, 2, 3):
         cluster.slurm.wait_for_state(f"{array}_{task}", "COMPLETED")
