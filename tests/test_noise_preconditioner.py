@@ -1,9 +1,9 @@
 """The noise scale of Adam's update: gradients divided by √v̂ + ε, of all state formats and both strategies.
 
-Hazards: v of after the update, where updates begin while gradients arrive, or with another step count than its bias
-correction; ε in another unit than √v̂ (loss scale, bias correction); 1/ε² of elements whose gradients were all 0;
-codes decoded from within a block; the shard of one rank divided by the v of another; an empty shard mistaken for a
-rank without gradients; an estimate of one form that continues in the other.
+Hazards: v of after the update, where updates begin while gradients arrive; another step count in the bias
+correction than that of v; ε in another unit than √v̂; 1/ε² of elements whose gradients were all 0; codes decoded
+from within a block; the shard of one rank divided by the v of another; an empty shard mistaken for a rank without
+gradients; an estimate of one form that continues in the other.
 """
 
 import logging
