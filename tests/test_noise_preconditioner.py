@@ -48,7 +48,7 @@ def brute_force(optimizer, name="exp_avg_sq"):
     return total
 
 
-@pytest.mark.parametrize("elements", [1000, 1 << 17])  # of a temporary: 1000 divides codes within a block
+@pytest.mark.parametrize("elements", [1000, 1 << 18])  # of a temporary: 1000 divides codes within a block
 @pytest.mark.parametrize(
     ("dtype", "options"),
     [

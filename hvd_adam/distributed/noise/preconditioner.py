@@ -21,7 +21,7 @@ from hvd_adam.optim.optimizer_state import State
 LEAST_UPDATES = 5
 
 # Elements of the temporary. On a CPU it stays in cache; on a GPU it is as large as a bucket, for few launches.
-_CPU_ELEMENTS, _GPU_ELEMENTS = 1 << 17, 1 << 21
+_CPU_ELEMENTS, _GPU_ELEMENTS = 1 << 18, 1 << 21
 
 
 class Gradient(NamedTuple):
@@ -62,6 +62,7 @@ class Preconditioner:
     def __init__(self, optimizer: torch.optim.Optimizer, shard: tuple[int, int]) -> None:
         self._optimizer, self.shard = optimizer, shard
         self._denominators: dict[Tensor, _Denominator] = {}
+        self._scratch = torch.empty(0)  # kept, since pages of new memory take longer than the arithmetic
 
     def begin(self) -> None:
         """Reads step counts and hyper-parameters, and where the state is, for the calls until the next update."""
@@ -78,7 +79,7 @@ class Preconditioner:
     def square_norm(self, gradients: Iterable[Gradient], device: torch.device) -> Tensor:
         """Returns Σ (g / (√v̂ + ε))², 0-dim float64; does not wait for the device.
 
-        Its temporaries have at most 2¹⁷ elements on a CPU, and 2²¹ on a GPU.
+        Its temporaries have at most 2¹⁸ elements on a CPU, and 2²¹ on a GPU.
 
         Args:
             gradients: the elements.
@@ -93,7 +94,7 @@ class Preconditioner:
         found = [self._denominators[piece.param] for piece in chunk]
         gradients = [piece.gradient for piece in chunk]
         dtype = torch.promote_types(gradients[0].dtype, torch.float32)
-        flat = torch.empty(sum(map(len, gradients)), dtype=dtype, device=gradients[0].device)
+        flat = self._memory(sum(map(len, gradients)), dtype, gradients[0].device)
         quotients = list(torch.split(flat, list(map(len, gradients))))
         moments = [
             each.second_moment(piece.first, piece.first + len(piece.gradient))
@@ -108,6 +109,13 @@ class Preconditioner:
         norms = torch.stack(list(torch._foreach_norm(quotients))).double()
         roots = torch.tensor([each.root for each in found], dtype=torch.float64, device="cpu")
         return norms.mul(roots.to(flat.device)).square().sum()
+
+
+    def _memory(self, elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        scratch = self._scratch
+        if (scratch.dtype, scratch.device) != (dtype, device) or len(scratch) < elements:
+            self._scratch = torch.empty(elements, dtype=dtype, device=device)
+        return self._scratch[:elements]
 
 
 class _Piece(NamedTuple):
