@@ -47,10 +47,10 @@ class NoiseMeter:
         length: number of words that travel with the gradients.
         form: "gradient" or "adam".
         shard: (rank, ranks): this rank measures the rank-th part of each bucket of its own gradients. (0, 1): all.
-        settle: called before step counts are read: a device may have skipped the last update.
+        record_skip: called before step counts are read, since a device may have skipped the last update.
     """
 
-    settle: Callable[[], None] = staticmethod(lambda: None)
+    record_skip: Callable[[], None] = staticmethod(lambda: None)
 
     def __init__(
         self,
@@ -108,7 +108,7 @@ class NoiseMeter:
         """Called before the first bucket of a round is sent."""
         self._own, self._mean, self._has_gradient = [], [], False
         if self._preconditioner is not None:
-            self.settle()
+            self.record_skip()
             self._preconditioner.begin()
 
     def square_norm(self, gradients: Iterable[Gradient], device: torch.device) -> Tensor:

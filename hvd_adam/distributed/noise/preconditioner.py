@@ -110,7 +110,6 @@ class Preconditioner:
         roots = torch.tensor([each.root for each in found], dtype=torch.float64, device="cpu")
         return norms.mul(roots.to(flat.device)).square().sum()
 
-
     def _memory(self, elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         scratch = self._scratch
         if (scratch.dtype, scratch.device) != (dtype, device) or len(scratch) < elements:
