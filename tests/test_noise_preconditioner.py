@@ -118,7 +118,7 @@ def test_an_estimate_of_the_other_form_restarts_with_a_line_in_the_log(caplog):
 
 # On ranks.
 
-FEATURES, OUTPUTS, SAMPLES, UPDATES = 48, 96, 4, 60  # a weight of 4,608 elements can be held in few bits
+FEATURES, OUTPUTS, SAMPLES, UPDATES = 48, 96, 4, 40  # a weight of 4,608 elements can be held in few bits
 SIGMA = np.linspace(0.5, 2, FEATURES)
 SIGNAL = 0.5
 
