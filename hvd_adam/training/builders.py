@@ -294,6 +294,7 @@ def distributed(
         loss_scaler=scaler,
         defer_averaging=config.strategy != "local",  # nothing here looks at gradients
         noise_scale=config.noise_scale if several else None,
+        noise_scale_form=config.noise_scale_form if several else "gradient",
     )
 
 
