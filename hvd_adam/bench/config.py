@@ -19,6 +19,7 @@ Number = TypeVar("Number", int, float)
 OURS = "hvd_adam-"
 COMPRESSED = ("", "-fp16", "-bf16", "-int8", "-int4")  # after the strategy: with this compression
 DEFERRED = "-deferred"  # after both: with defer_averaging, as `train` has it
+RELEASED = f"{OURS}allreduce-released"  # with release_gradients
 PEERS = ("horovod", "horovod-fused", "ddp-fused", "ddp-zero", "plain", "compute")
 
 # Models that `bench adam` takes its tensor shapes from, and its default workloads on a GPU.
@@ -178,7 +179,11 @@ class StepConfig(RanksConfig):
         peers = (peer for peer in PEERS if peer != "plain" or self.np == 1)
         ours = [OURS + strategy for strategy in strategies]
         usual = (*ours, *peers)
-        known = (*usual, *(name + c + d for name in ours for c in COMPRESSED for d in ("", DEFERRED) if c + d))
+        known = (
+            *usual,
+            RELEASED,
+            *(name + c + d for name in ours for c in COMPRESSED for d in ("", DEFERRED) if c + d),
+        )
         names = usual if self.variants == "all" else words(self.variants)
         for name in names:
             require(name in known, "variants", name, f"some of {', '.join(known)}")
