@@ -278,8 +278,7 @@ def distributed(
         scaler: the loss scaler of "fp16", else None.
     """
     several = cluster.size * accumulate > 1  # in an elastic run, one may be left
-    same = ("local_steps", "islands", "outer_lr", "outer_momentum", "compression", "bucket_mib", "op")
-    same += ("max_grad_norm", "release_gradients")
+    same = "local_steps islands outer_lr outer_momentum compression bucket_mib op max_grad_norm release_gradients"
     return distribute(
         adam,
         model,
@@ -290,7 +289,7 @@ def distributed(
         defer_averaging=config.strategy != "local" and not config.release_gradients,
         skip_nonfinite=not config.release_gradients,
         noise_scale=config.noise_scale if several else None,
-        **{name: getattr(config, name) for name in same},
+        **{name: getattr(config, name) for name in same.split()},
     )
 
 
