@@ -34,8 +34,9 @@ class TrainConfig(DataConfig):
         "optimizer": "weight_decay decoupled_weight_decay weight_decay_on betas eps amsgrad max_grad_norm "
         "max_skipped state_format implementation",
         "schedule": "max_steps max_time lr_scaling warmup_epochs lr_decay lr_decay_epochs lr_decay_factor",
-        "distribution": "global_batch_size accumulate strategy local_steps islands outer_lr outer_momentum compression "
-        "bucket_mib release_gradients tune op elastic commit_every stall_timeout check_consistency_every",
+        "distribution": "global_batch_size accumulate strategy local_steps islands outer_lr outer_momentum "
+        "compression bucket_mib release_gradients tune op elastic commit_every stall_timeout "
+        "check_consistency_every",
         "precision and device": "precision device threads deterministic",
         "checkpoints": "resume checkpoint_every keep allow_data_change",
         "logging": "log_every eval_every noise_scale",

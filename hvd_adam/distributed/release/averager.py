@@ -42,6 +42,11 @@ class ReleasingAverager(GradientAverager):
         """
         self.buckets, self._prefix = buckets, prefix
 
+    @property
+    def in_flight(self) -> bool:
+        """Whether an update has begun in a backward pass, and has not been abandoned with it."""
+        return self._announced and not self._tasks
+
     # Called by autograd.
 
     def before_accumulation(self, p: Tensor) -> bool:
