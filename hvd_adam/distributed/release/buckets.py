@@ -252,7 +252,8 @@ class ReducedBuckets(ReleasedBuckets):
         if self._free and nbytes <= self._kept_bytes:
             storage = self._free.pop()
         else:
-            storage = torch.UntypedStorage(max(nbytes, self._kept_bytes))  # type: ignore[no-untyped-call]
+            self._free.clear()  # or there would be more than `LIVE`
+            storage = torch.UntypedStorage(max(nbytes, self._kept_bytes), device="cpu")  # type: ignore[no-untyped-call]
         buffer.set_(storage, 0, (place.elements,))  # type: ignore[call-overload]
         return buffer
 
