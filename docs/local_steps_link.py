@@ -1,10 +1,13 @@
-"""Measures local steps over a slow link between two hosts, which are network namespaces: docs/local_steps.md.
+"""Measures local steps over a slow link between two hosts, which are network namespaces.
+
+The figures are in docs/local_steps_measured.md.
 
     python docs/local_steps_link.py [--rate 100000000] [--model cnn] [--ranks-per-host 1]
 
-Needs root. Prints, for each form, the mean time of an update in whole rounds; the share of computation in it, at the
-mean time of the updates without a meeting; and the bytes that a host sends per update, counted at its interface. The
-first share is that of the slowest rank of each round, for which the others wait; the second the smallest of a rank.
+Needs root. Prints, for each form, the mean time of an update in whole rounds; the share of computation in it, from
+the mean time of the updates without a meeting; and the bytes that a host sends per update, counted at its
+interface. The first share is that of the slowest rank of each round, for which the others wait, the second the
+smallest of a rank.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ FORMS: dict[str, dict[str, Any]] = {
 
 
 def measure(name: str, options: dict[str, Any], updates: int, batch_size: int) -> dict[str, float]:
-    """Returns seconds and bytes per update, and the shares of computation of the slowest and of the fastest rank."""
+    """Returns seconds and bytes per update, and the shares of computation of the slowest and the fastest rank."""
     rare = options.get("strategy") == "local" and "islands" not in options
     cluster = init(process_sets="islands" in options, cycle_time_ms=10 if rare else None)
     torch.manual_seed(0)

@@ -1,4 +1,6 @@
-"""Measures what local steps change in the result of a training: tables and picture of docs/local_steps.md.
+"""Measures what local steps change in the result of a training.
+
+Makes the tables and the picture of docs/local_steps_measured.md.
 
     horovodrun -np 2 python docs/local_steps_quality.py [--seeds 5]
     horovodrun -np 2 python docs/local_steps_quality.py --grid --seeds 3

@@ -271,6 +271,18 @@ def test_a_variable_set_by_the_user_overrides_the_default(monkeypatch):
     assert cluster_module.HOROVOD_DEFAULTS["HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"] == "600"
 
 
+@pytest.mark.parametrize(("environ", "cycle"), [({}, "12.5"), ({"HOROVOD_CYCLE_TIME": "3"}, "3")])
+def test_the_cycle_time_is_the_arguments_unless_the_user_sets_the_variable(environ, cycle):
+    code = "import os, hvd_adam; hvd_adam.init(cycle_time_ms=12.5); print(os.environ['HOROVOD_CYCLE_TIME'])"
+    assert run(code, environ) == cycle
+
+
+@pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf")])
+def test_a_cycle_time_that_is_no_time_is_refused(value):
+    with pytest.raises(UserError, match=f"cycle_time_ms is {value}; it must be a finite number above 0"):
+        init(cycle_time_ms=value)
+
+
 def test_settings_that_come_too_late_because_horovod_runs_already_are_named_once():
     code = "import horovod.torch as hvd, hvd_adam; hvd.init(); hvd_adam.init(); hvd_adam.init()"
     environ = {"HOROVOD_CACHE_CAPACITY": "2048", "PYTHONPATH": str(ROOT)}

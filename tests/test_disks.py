@@ -155,6 +155,18 @@ def test_a_disk_that_becomes_read_only_is_logged_and_the_run_continues_to_its_en
         assert 36 <= state["progress"]["step"] <= 39
 
 
+def test_checkpoints_that_cannot_be_written_are_refused_before_training(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "checkpoints").symlink_to(tmp_path / "unmounted")
+    line = one_line(train(*OPTIONS, folder=folder, env=environment(tmp_path)))
+    assert line.endswith(
+        f"cannot write checkpoints to {folder}/checkpoints (No such file or directory): choose another "
+        "--output-dir"
+    )
+    assert not (folder / "metrics.jsonl").exists()
+
+
 def test_records_that_do_not_fit_are_written_later_complete_and_in_order(tmp_path):
     with small_disk(tmp_path / "disk", "64k") as disk:
         records = AppendLog(disk / "records")

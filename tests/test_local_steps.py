@@ -7,6 +7,7 @@ in an evaluation or a checkpoint; a parameter that no meeting averages; options 
 
 import copy
 import tempfile
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,7 @@ from hvd_adam import Adam, CheckpointManager, distribute
 from hvd_adam.arguments import parse
 from hvd_adam.config import TrainConfig
 from hvd_adam.errors import JobError, UserError
+from hvd_adam.recovery.preemption import Preemption
 from hvd_adam.training.builders import scale_for_ranks
 
 
@@ -232,8 +234,10 @@ def test_a_learning_rate_that_no_rule_scales_is_that_of_the_islands(rule):
 REFUSED = [
     ({"local_steps": 0}, "local_steps is 0"),
     ({"local_steps": 2.5}, "local_steps is 2.5"),
+    ({"local_steps": True}, "local_steps is True"),
     ({"outer_lr": 0.0}, "outer_lr is 0.0"),
     ({"outer_momentum": 1.0}, "outer_momentum is 1.0"),
+    ({"outer_momentum": False}, "outer_momentum is False"),
     ({"compression": "bf16"}, "has no bf16 compression"),
     ({"compression": "auto"}, "has no auto compression"),
     ({"op": "adasum"}, "adasum combines updates"),
@@ -306,6 +310,23 @@ def test_hyper_parameters_that_differ_end_the_job_on_all_ranks(cluster):
     optimizer.param_groups[0]["lr"] = 0.01 * (1 + cluster.rank)
     with pytest.raises(JobError, match="different hyper-parameters: rank 1"):
         train(model, optimizer, cluster, 2)
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("most", [1, 8])
+def test_all_ranks_are_notified_after_the_same_update_also_where_they_ask_rarely(cluster, most):
+    updates, asked = 0, []
+    events = lambda: cluster.rank == 1 and updates >= 30  # noqa: E731
+    preemption = Preemption(cluster, hosts_changed=events, most_updates=most)
+    while not preemption.regroup:
+        if preemption._request is None:
+            asked.append(updates)
+        preemption.ask()
+        time.sleep(0.02 * cluster.rank)  # an update; rank 0, which makes none, always waits for an answer
+        updates += 1
+        preemption.should_stop()
+    assert cluster.gather((updates, asked)) == [(updates, asked)] * 2
+    assert asked == ([*range(31)] if most == 1 else [0, 1, 2, 4, 8, 16, 24, 32])
 
 
 @on_ranks(2)

@@ -181,6 +181,13 @@ def test_threads_are_those_of_the_option(tmp_path):
     )
 
 
+def test_a_wrong_checkpoint_is_refused_before_anything_is_measured(tmp_path):
+    argv = ("--model", "mlp", "--tune", "any", "--resume", tmp_path / "nothing")
+    done = train(*argv, folder=tmp_path / "run")
+    assert done.returncode == 2 and f"no checkpoint in {tmp_path / 'nothing'}" in done.stderr
+    assert "tune" not in done.stdout and not (tmp_path / "run").exists()
+
+
 def test_a_model_that_cannot_be_copied_is_refused_before_anything_is_written(tmp_path):
     (tmp_path / "mine.py").write_text(
         "import threading, torch\n"

@@ -143,7 +143,10 @@ def _findings(advice: Advice) -> list[str]:
             "small for each of them",
             "network": "the network and waiting for other ranks take what they save",
         }[found.reason]
-        lines.append(f"more ranks do not help beyond {found.ranks}: with {found.more}, {reason}")
+        lines.append(
+            f"more than {found.ranks} rank(s) save less than {LEAST_GAIN:.0%} of the time: with {found.more}, "
+            f"{reason}"
+        )
     elif len({each.ranks for each in advice.rows}) == 1 and (bounds := advice.at_best()):
         shown = (f"{ranks} ranks {time:.2f} and {cost:.2f}" for ranks, time, cost in bounds)
         lines.append(f"time and rank-hours with more ranks and an infinitely fast network: {', '.join(shown)}")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
-from numbers import Integral, Real
 from typing import Any, Literal, overload
 
 import torch
@@ -22,7 +20,9 @@ from hvd_adam.distributed.model_checks import (
     require_copyable,
     require_one_device,
     require_parameters_of,
+    require_positive,
     require_unchanged_by_forward,
+    require_whole,
 )
 from hvd_adam.distributed.optimizer import DistributedAdam
 from hvd_adam.distributed.release.optimizer import ReleasingAdam
@@ -160,14 +160,13 @@ def distribute(
     _require_choice("strategy", strategy, (*STRATEGIES, LOCAL))
     _require_choice("compression", compression, (*COMPRESSIONS, *AUTOMATIC))
     _require_choice("op", op, OPS)
-    if not isinstance(accumulate, Integral) or accumulate < 1:
-        raise UserError(f"accumulate is {accumulate!r}; it must be a whole number ≥ 1")
-    if strategy == LOCAL and bucket_mib != BUCKET_MIB:
-        raise UserError(f"bucket_mib={bucket_mib!r} has no effect with strategy='local', which has no buckets")
-    if isinstance(bucket_mib, bool) or not isinstance(bucket_mib, Real) or not 0 < bucket_mib < math.inf:
-        raise UserError(f"bucket_mib is {bucket_mib!r}; it must be a number > 0")
-    if max_grad_norm is not None and not (isinstance(max_grad_norm, Real) and max_grad_norm > 0):
-        raise UserError(f"max_grad_norm is {max_grad_norm!r}; it must be a number > 0")
+    require_whole("accumulate", accumulate)
+    require_positive("bucket_mib", bucket_mib)
+    for without, given in (("strategy='local'", strategy == LOCAL), ("op='adasum'", op == "adasum")):
+        if given and bucket_mib != BUCKET_MIB:
+            raise UserError(f"bucket_mib={bucket_mib!r} has no effect with {without}, which has no buckets")
+    if max_grad_norm is not None:
+        require_positive("max_grad_norm", max_grad_norm, finite=False)  # infinite: only measures it
     if noise_scale is not None:
         _require_noise(noise_scale, accumulate, op)
     if op == "adasum":
@@ -176,7 +175,7 @@ def distribute(
         _require_adasum(compression, max_grad_norm, loss_scaler)
     if loss_scaler is not None and not hasattr(loss_scaler, "is_enabled"):
         raise UserError(f"loss_scaler is {loss_scaler!r}; it must be a torch.amp.GradScaler, or None")
-    local = {"local_steps": local_steps, "outer_lr": outer_lr, "outer_momentum": outer_momentum}
+    local: dict[str, Any] = {"local_steps": local_steps, "outer_lr": outer_lr, "outer_momentum": outer_momentum}
     local["islands"] = islands
     require_options(strategy, local, compression, defers=defer_averaging, noise=noise_scale is not None)
     with raise_on_all_ranks(current_cluster()):
@@ -184,7 +183,12 @@ def distribute(
             require_local_model(optimizer, model)
             count_islands(islands, current_cluster())
         _require_supported(model, optimizer, compression)
-    options = {"accumulate": accumulate, "compression": compression, "op": op, "max_grad_norm": max_grad_norm}
+    options: dict[str, Any] = {
+        "accumulate": accumulate,
+        "compression": compression,
+        "op": op,
+        "max_grad_norm": max_grad_norm,
+    }
     options |= {"bucket_mib": float(bucket_mib), "noise_scale": noise_scale}
     options |= {"skip_nonfinite": bool(skip_nonfinite), "defer_averaging": bool(defer_averaging)}
     if release_gradients:
@@ -216,9 +220,8 @@ def _require_choice(what: str, value: object, choices: Collection[str]) -> None:
         raise UserError(f"{what} is {value!r}; use one of {', '.join(choices)}")
 
 
-def _require_noise(noise_scale: object, accumulate: int, op: str) -> None:
-    if isinstance(noise_scale, bool) or not isinstance(noise_scale, Integral) or noise_scale < 1:
-        raise UserError(f"noise_scale is {noise_scale!r}; it must be a whole number ≥ 1, or None")
+def _require_noise(noise_scale: int, accumulate: int, op: str) -> None:
+    require_whole("noise_scale", noise_scale, ", or None")
     if op == "adasum":
         raise UserError("noise_scale compares gradients with their mean, which adasum has not: use op=average")
     if horovod().size() * accumulate == 1:

@@ -168,18 +168,16 @@ def horovod_defaults() -> dict[str, str]:
 
 def init(device: str = "auto", *, process_sets: bool = False, cycle_time_ms: float | None = None) -> Cluster:
     """Starts Horovod as `hvd_adam.init` does, without its limit for collectives; see there."""
-    if cycle_time_ms is not None:
-        if not 0 < cycle_time_ms < math.inf:
-            raise UserError(f"cycle_time_ms is {cycle_time_ms!r}; it must be a finite number above 0, or None")
-        os.environ.setdefault(CYCLE_TIME, str(cycle_time_ms))
+    if cycle_time_ms is not None and not 0 < cycle_time_ms < math.inf:
+        raise UserError(f"cycle_time_ms is {cycle_time_ms!r}; it must be a finite number above 0, or None")
     if process_sets:
         os.environ.setdefault(PROCESS_SETS, "1")
     if _cluster is not None and horovod().is_initialized():
         return _cluster
-    return restart(device) if _cluster is not None and is_elastic() else _start(device)
+    return restart(device) if _cluster is not None and is_elastic() else _start(device, cycle_time_ms)
 
 
-def _start(device: str, *, restarting: bool = False) -> Cluster:
+def _start(device: str, cycle_time_ms: float | None = None, *, restarting: bool = False) -> Cluster:
     global _cluster
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"device is {device!r}; use auto, cpu or cuda")
@@ -188,6 +186,8 @@ def _start(device: str, *, restarting: bool = False) -> Cluster:
     hvd = horovod()
     _refuse_finalized_mpi(hvd)
     defaults = horovod_defaults()
+    if cycle_time_ms is not None:
+        defaults[CYCLE_TIME] = str(cycle_time_ms)
     too_late = [name for name in defaults if name not in os.environ] if hvd.is_initialized() else []
     for name, value in defaults.items():
         os.environ.setdefault(name, value)

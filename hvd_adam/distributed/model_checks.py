@@ -1,8 +1,10 @@
-"""Models that `distribute` refuses, with the remedy."""
+"""Models, and values of options, that `distribute` refuses, with the remedy."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -112,3 +114,34 @@ def parameter_names(model: torch.nn.Module, groups: Sequence[Mapping[str, Any]])
     """Returns a name for every parameter of an optimizer: the model's, where it has one."""
     names = {p: f"param_groups.{i}.{j}" for i, group in enumerate(groups) for j, p in enumerate(group["params"])}
     return names | {p: name for name, p in model.named_parameters() if p in names}
+
+
+def require_whole(name: str, value: object, otherwise: str = "") -> None:
+    """Checks an option that is a whole number ≥ 1.
+
+    Args:
+        name: of the option.
+        value: its value.
+        otherwise: other values that the option may have, for the message.
+
+    Raises:
+        UserError: it is not; booleans are not numbers.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise UserError(f"{name} is {value!r}; it must be a whole number ≥ 1{otherwise}")
+
+
+def require_positive(name: str, value: object, *, finite: bool = True) -> None:
+    """Checks an option that is a number above 0.
+
+    Args:
+        name: of the option.
+        value: its value.
+        finite: infinity is refused, too.
+
+    Raises:
+        UserError: it is not; booleans are not numbers.
+    """
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    if not number > 0 or (finite and number == math.inf):
+        raise UserError(f"{name} is {value!r}; it must be a number > 0")

@@ -31,8 +31,8 @@ def init(device: str = "auto", *, process_sets: bool = False, cycle_time_ms: flo
     """Starts Horovod, and assigns this process a device and a share of the host's cores.
 
     Call it once at the start of the program, on every rank, in place of `hvd.init()`. The first call is a
-    collective. Later calls return the same `Cluster` and ignore `device`. After `hvd.shutdown()` a call starts
-    Horovod again, on every rank, with Gloo only.
+    collective. Later calls return the same `Cluster` and ignore their arguments. After `hvd.shutdown()` a call
+    starts Horovod again, on every rank, with Gloo only.
 
     It makes the assigned GPU the current one. Unless OMP_NUM_THREADS is set, it sets PyTorch's number of threads
     so that the ranks of a host share its cores. It sets environment variables of Horovod and Open MPI that the
@@ -57,9 +57,9 @@ def init(device: str = "auto", *, process_sets: bool = False, cycle_time_ms: flo
         Rank, world size and device of this process. In a process that no launcher started, the size is 1.
 
     Raises:
-        UserError: Horovod cannot be loaded, with the reason; the launcher started more processes than Horovod
-            sees; a host has fewer GPUs than ranks. Every rank that started Horovod raises it. Also after
-            `hvd.shutdown()` with MPI.
+        UserError: an argument is out of range; Horovod cannot be loaded, with the reason; the launcher started
+            more processes than Horovod sees; a host has fewer GPUs than ranks. Every rank that started Horovod
+            raises it. Also after `hvd.shutdown()` with MPI.
         RankError: under an elastic launcher, the launcher does not answer or has removed this host.
 
     Example:

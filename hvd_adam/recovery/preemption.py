@@ -22,6 +22,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.
 _started = time.monotonic()
 _first_signal: float | None = None  # its time
 _interrupted = False  # whether it was SIGINT
+_second_exits_with: int | None = None  # the exit code after one more; None for 128 + its number
 
 
 def stop_requested() -> bool:
@@ -44,6 +45,16 @@ def install_handlers() -> None:
             signal.signal(number, _record)
 
 
+def exit_on_second_signal(code: int) -> None:
+    """Makes `code` the exit code of this process if one more signal ends it: it has nothing left to save.
+
+    Launchers end the other ranks once one has exited. One of these, which exits a moment later than rank 0, would
+    otherwise change the exit code of the job.
+    """
+    global _second_exits_with
+    _second_exits_with = code
+
+
 def ignore_signals() -> None:
     """Ignores the signals from now on, so that one during Python's exit does not fail a command that succeeded."""
     for number in SIGNALS:
@@ -54,7 +65,7 @@ def _record(number: int, _: FrameType | None) -> None:
     global _first_signal, _interrupted
     now = time.monotonic()
     if _first_signal is not None and now - _first_signal > ECHO_SECONDS:
-        os._exit(128 + number)
+        os._exit(128 + number if _second_exits_with is None else _second_exits_with)
     if _first_signal is None:
         _first_signal, _interrupted = now, number == signal.SIGINT
 
@@ -67,8 +78,9 @@ class Preemption:
         max_time: seconds after the start of this process at which to stop without a signal; None for never.
         hosts_changed: returns whether this rank was notified of added or removed hosts; None if they cannot
             change.
-        interval: seconds of updates between two questions to the other ranks, 0 for one in each update. A longer
-            one spares a slow network; the answer then comes up to two intervals after a signal.
+        most_updates: updates between two questions to the other ranks, at most. Above 1, their number begins at 1
+            and doubles while a rank has to wait for an answer, so that a slow network and a slower rank hold up
+            no update. Ranks then stop up to twice as many updates after a signal.
 
     Attributes:
         regroup: after `should_stop`, whether any rank was notified of added or removed hosts.
@@ -80,15 +92,14 @@ class Preemption:
         max_time: float | None = None,
         hosts_changed: Callable[[], bool] | None = None,
         *,
-        interval: float = 0.0,
+        most_updates: int = 1,
     ) -> None:
         self._cluster = cluster
         self._deadline = None if max_time is None else _started + max_time
         self._hosts_changed = hosts_changed or (lambda: False)
         self._request: Any = None
-        self._interval = interval
-        self._asked_at: float | None = None
-        self._updates, self._updates_per_answer = 0, 1
+        self._updates, self._updates_per_answer, self._most_updates = 0, 1, most_updates
+        self._waited = False  # whether this rank has waited for the last answer
         self.regroup = False
         install_handlers()
 
@@ -98,12 +109,9 @@ class Preemption:
             return
         import torch
 
-        now = time.monotonic()
-        microseconds = 0 if self._asked_at is None else round(1e6 * (now - self._asked_at) / self._updates)
-        own = [self._wants_to_stop(), self._hosts_changed(), microseconds]
-        values = torch.tensor(own, dtype=torch.int64, device="cpu")
-        self._request = horovod().allreduce_async(values, op=horovod().Sum, name="hvd_adam.stop")
-        self._asked_at, self._updates = now, 0
+        own = [self._wants_to_stop(), self._hosts_changed(), self._waited]
+        flags = torch.tensor(own, dtype=torch.int32, device="cpu")
+        self._request = horovod().allreduce_async(flags, op=horovod().Sum, name="hvd_adam.stop")
 
     def should_stop(self) -> bool:
         """Returns whether to stop after this update; every rank calls it, after `ask`, in every update."""
@@ -114,11 +122,12 @@ class Preemption:
         self._updates += 1
         if self._updates < self._updates_per_answer:
             return False
-        stop, regroup, microseconds = horovod().synchronize(self._request).tolist()
-        self._request, self.regroup = None, bool(regroup)
-        if microseconds:  # per update, the sum over the ranks: the next interval is the same on all of them
-            self._updates_per_answer = max(1, round(self._interval * 1e6 * self._cluster.size / microseconds))
-        return bool(stop)
+        self._waited = not horovod().poll(self._request)
+        stop, self.regroup, waited = map(bool, horovod().synchronize(self._request).tolist())
+        self._request, self._updates = None, 0
+        if waited:  # on some rank; all double it after the same update
+            self._updates_per_answer = min(2 * self._updates_per_answer, self._most_updates)
+        return stop
 
     def _wants_to_stop(self) -> bool:
         late = self._deadline is not None and time.monotonic() > self._deadline

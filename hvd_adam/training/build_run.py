@@ -36,6 +36,7 @@ from hvd_adam.training.builders import (
 from hvd_adam.training.objective import Objective
 from hvd_adam.training.run import BatchSizes, Parts, Run
 from hvd_adam.training.run_dir import ResumePoint
+from hvd_adam.training.tuning.options import Choice
 from hvd_adam.training.tuning.tune import earlier_choice, tune
 from hvd_adam.training.weights.ema import ModelAverage
 from hvd_adam.training.weights.warm_start import warm_start
@@ -61,7 +62,7 @@ def build_run(config: TrainConfig, memory: InMemoryCheckpoint | None, resources:
     cluster, loader = parts.cluster, parts.loader
     choice = None
     if config.tune != "off":
-        choice = earlier_choice(config, cluster) or tune(parts, config, scaled)
+        choice = earlier_choice(config, cluster) or _tune(parts, config, scaled)
         config = replace(config, tune="off", **choice.options)
         _use_threads(config)
     adam = make_adam(config, parts.model, scaled)
@@ -95,11 +96,12 @@ def build_parts(
     if config.deterministic:
         make_deterministic()
     defer_horovod_stall_shutdown(config.stall_timeout)
-    cluster, asking = _init(config)
+    cluster = _init(config)
     watchdog = Watchdog(cluster, config.stall_timeout, STALL_REMEDY)
     resources.callback(watchdog.close)
     hosts_changed = None if memory is None else memory.hosts_changed
-    preemption = Preemption(cluster, config.max_time, hosts_changed, interval=asking)
+    most_updates = config.local_steps if config.strategy == "local" and config.islands is None else 1
+    preemption = Preemption(cluster, config.max_time, hosts_changed, most_updates=most_updates)
     require_same(cluster, "arguments", asdict(config))
 
     def progress(doing: str) -> None:
@@ -121,15 +123,20 @@ def build_parts(
     return Parts(cluster, watchdog, preemption, loader, model, objective, ema, scaler), scaled
 
 
-def _init(config: TrainConfig) -> tuple[Cluster, float]:
-    """Starts Horovod; also returns the seconds between two questions whether to stop."""
-    if config.strategy != "local":
-        return init(config.device), 0.0
-    if config.islands is not None:  # they average gradients in every update
-        return init(config.device, process_sets=True), 0.0
-    # Collectives are rare. With Horovod's looks 2 ms apart, the cnn sends six times as much for them as for its
-    # meetings, H = 50 (docs/local_steps.md), and an update waits for no round trip of the network.
-    return init(config.device, cycle_time_ms=10), 0.5
+def _init(config: TrainConfig) -> Cluster:
+    if config.strategy == "local" and config.islands is None:
+        # Collectives are rare. With Horovod's looks 2 ms apart, the cnn sends six times as much for them as for
+        # its meetings, H = 50 (docs/local_steps_measured.md).
+        return init(config.device, cycle_time_ms=10)
+    return init(config.device, process_sets=config.islands is not None)
+
+
+def _tune(parts: Parts, config: TrainConfig, scaled: Scaled) -> Choice:
+    with raise_on_all_ranks(parts.cluster):
+        if parts.cluster.rank == ROOT:  # refuses a wrong --resume before the measurement
+            folder, batch = run_dir.run_folder(config), config.global_batch(parts.cluster.size)
+            run_dir.find_resume_point(config, folder, batch, parts.loader.description())
+    return tune(parts, config, scaled)
 
 
 def _use_threads(config: TrainConfig) -> None:

@@ -10,6 +10,7 @@ import platform
 import shlex
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -141,6 +142,12 @@ class ResumePoint:
         return replace(self, state=state)
 
 
+def run_folder(config: TrainConfig) -> Path:
+    """Returns the folder of a run that starts now."""
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{config.dataset}-{config.model}".replace(":", ".")
+    return Path(config.output_dir or Path("runs") / name)
+
+
 def open_run(
     config: TrainConfig, size: int, in_memory: TrainingState | None, data: Mapping[str, Any]
 ) -> tuple[Path, ResumePoint | None]:
@@ -159,27 +166,44 @@ def open_run(
         UserError: the folder cannot be written to, or holds another run, or another job writes to it; or the
             checkpoint cannot be read, or belongs to another run or to other data.
     """
-    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{config.dataset}-{config.model}".replace(":", ".")
-    folder = Path(config.output_dir or Path("runs") / name)
+    folder = run_folder(config)
     try:
         batch = None if config.elastic else config.global_batch(size)
         resume = None if in_memory is None else ResumePoint("memory", in_memory, [])
         if resume is None and not folder.exists():
             # Before mkdir: an error leaves no folder behind.
-            resume = _find_resume_point(config, folder, batch, data)
+            resume = find_resume_point(config, folder, batch, data)
         folder.mkdir(parents=True, exist_ok=True)
         # After a change of ranks, the rank that holds the lock may be cut off from this one and still running.
         lock(folder, wait=in_memory is None)
         if resume is None or (in_memory is None and holds_run(folder)):
-            resume = _find_resume_point(config, folder, batch, data)
+            resume = find_resume_point(config, folder, batch, data)
         values = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(config).items()}
         text = _config_head(size) + yaml.safe_dump(values, sort_keys=False)
         write_atomically(folder / "config.yaml", text)
+        _require_writable(folder / "checkpoints")
     except OSError as error:
         raise UserError(
             f"cannot write to the run folder {folder} ({error.strerror}): choose another --output-dir"
         ) from None
     return folder, resume
+
+
+def _require_writable(checkpoints: Path) -> None:
+    """Writes to the folder of the checkpoints if there is one: the first checkpoint may be hours away.
+
+    Raises:
+        UserError: it cannot be written to.
+    """
+    if not os.path.lexists(checkpoints):
+        return  # the run folder was written to
+    try:
+        with tempfile.TemporaryFile(dir=checkpoints) as file:
+            file.write(b"checkpoint")
+    except OSError as error:
+        raise UserError(
+            f"cannot write checkpoints to {checkpoints} ({error.strerror}): choose another --output-dir"
+        ) from None
 
 
 def _config_head(ranks: int) -> str:
@@ -201,10 +225,20 @@ def _printable(text: str) -> str:
     return text.encode("unicode_escape").decode().replace("\\\\", "\\")
 
 
-def _find_resume_point(
+def find_resume_point(
     config: TrainConfig, folder: Path, global_batch_size: int | None, data: Mapping[str, Any]
 ) -> ResumePoint | None:
-    """Returns what `--resume` refers to; None for a new run."""
+    """Returns what `--resume` refers to; None for a new run. Writes nothing.
+
+    Args:
+        config: the run's configuration.
+        folder: of the run.
+        global_batch_size: samples per update; None: any.
+        data: `DeviceLoader.description()`.
+
+    Raises:
+        UserError: the checkpoint cannot be read, or belongs to another run or to other data.
+    """
     given = None if config.resume in ("auto", "never") else Path(os.path.abspath(config.resume))
     path: Path | None = None
     saved: dict[str, Any] = {}

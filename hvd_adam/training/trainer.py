@@ -24,6 +24,8 @@ from hvd_adam.errors import MembershipChanged, Preempted, UserError
 from hvd_adam.log import logger
 from hvd_adam.models.precision import autocast
 from hvd_adam.recovery.elastic import InMemoryCheckpoint
+from hvd_adam.recovery.failure import Failure
+from hvd_adam.recovery.preemption import exit_on_second_signal
 from hvd_adam.training import messages
 from hvd_adam.training.build_run import build_run
 from hvd_adam.training.meters import ThroughputMeter
@@ -273,7 +275,8 @@ class Trainer:
         with raise_on_all_ranks(self.cluster):
             path = self._record_checkpoint(wait=True)
             logger.info(messages.stopped(self.config, self.folder, self.progress.step, path))
-        raise Preempted
+            exit_on_second_signal(Failure.of(stop := Preempted()).code)
+        raise stop
 
     def _state(self, *, all_ranks: bool = True) -> TrainingState:
         """Returns the state that a resume needs; every rank calls it.

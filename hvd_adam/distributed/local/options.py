@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import torch
 
+from hvd_adam.distributed.model_checks import require_positive, require_whole
 from hvd_adam.distributed.sync_batchnorm import SyncBatchNorm
 from hvd_adam.distributed.wire.codec import CODECS
 from hvd_adam.errors import UserError
@@ -40,11 +40,9 @@ def require_options(
                 raise UserError(f"{name}={value!r} has no effect with strategy={strategy!r}: use strategy='local'")
         return
     steps, rate, momentum, _ = (options[name] for name in DEFAULTS)
-    if not isinstance(steps, Integral) or steps < 1:
-        raise UserError(f"local_steps is {steps!r}; it must be a whole number ≥ 1")
-    if not isinstance(rate, Real) or not 0 < float(rate) < math.inf:
-        raise UserError(f"outer_lr is {rate!r}; it must be a number > 0")
-    if not isinstance(momentum, Real) or not 0 <= float(momentum) < 1:
+    require_whole("local_steps", steps)
+    require_positive("outer_lr", rate)
+    if isinstance(momentum, bool) or not isinstance(momentum, Real) or not 0 <= float(momentum) < 1:
         raise UserError(f"outer_momentum is {momentum!r}; it must be in [0, 1)")
     if compression not in ("none", *CODECS):
         raise UserError(f"strategy='local' has no {compression} compression: use none, int8 or int4")
