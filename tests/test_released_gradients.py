@@ -15,8 +15,10 @@ from helpers.on_ranks import on_ranks
 from helpers.small_training import digest, everything, same_everywhere
 
 from hvd_adam import Adam, distribute
-from hvd_adam.distributed.release.buckets import LIVE, send_order
+from hvd_adam.distributed.collectives.pieces import ALLREDUCE_BYTES
+from hvd_adam.distributed.release.buckets import LIVE
 from hvd_adam.distributed.release.optimizer import ReleasingAdam
+from hvd_adam.distributed.release.places import send_order
 from hvd_adam.errors import JobError, UserError
 
 WIDTH = 64
@@ -124,6 +126,48 @@ def test_a_parameter_that_no_rank_uses_does_not_move(cluster):
         model.unused = torch.nn.Parameter(torch.ones(WIDTH, WIDTH))
 
     assert_same_bits(cluster, change=change, adam={"weight_decay": 0.1})
+
+
+class Wide(torch.nn.Module):
+    """Has a weight of more than one piece of an all-reduce, which some ranks do not use."""
+
+    def __init__(self, uses=True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.uses, self.small = uses, torch.nn.Linear(4, 3000)
+        self.wide = torch.nn.Parameter(torch.randn(3000, 1100) / 50)
+
+    def forward(self, x):
+        x = self.small(x)
+        return x @ self.wide if self.uses else x
+
+
+@on_ranks(2, 3)
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_a_gradient_that_is_reduced_in_place_has_the_same_bits(cluster, everywhere):
+    assert Wide().wide.nbytes > ALLREDUCE_BYTES
+    trained = []
+    for released in (False, True):
+        model = Wide(uses=everywhere or cluster.rank == 0)
+        optimizer = make_optimizer(model, released)
+        for seed in range(2):
+            torch.manual_seed(10 * seed + cluster.rank)
+            model(torch.randn(8, 4)).square().mean().backward()
+            if released:
+                assert optimizer.gradient_buffer_bytes < 2 * ALLREDUCE_BYTES
+            optimizer.step()
+            optimizer.zero_grad()
+        trained.append(everything(model, optimizer))
+    assert trained[0] == trained[1]
+
+
+@on_ranks(2)
+def test_a_large_gradient_of_the_loop_itself_keeps_its_values(cluster):
+    model = Wide(uses=False)
+    optimizer = make_optimizer(model)
+    own = model.wide.grad = torch.full_like(model.wide, cluster.rank + 1.0)
+    optimizer.step()
+    assert (own == cluster.rank + 1).all() and same_everywhere(digest(model.wide))
 
 
 class Branches(torch.nn.Module):

@@ -63,6 +63,7 @@ class ReleasingAverager(GradientAverager):
                 "been made: a pass within the pass, as of reentrant checkpointing (use_reentrant=False has none), "
                 "cannot be used with release_gradients=True"
             )
+        self.buckets.expect(p)
         return False
 
     @torch.no_grad()

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from hvd_adam.distributed.gradients.bucket_layout import Bucket, Layout
+from hvd_adam.distributed.collectives.pieces import ALLREDUCE_BYTES, start_allreduce
 from hvd_adam.distributed.gradients.compression import Reduction, Scaling, is_half, start_reduction
 from hvd_adam.distributed.gradients.missing_ranks import explained
-from hvd_adam.optim.memory import copy_scaled
+from hvd_adam.distributed.release.places import Place
+from hvd_adam.optim.memory import copy_scaled, memory_order
 from hvd_adam.optim.validation import check_gradient
 
 LIVE = 2  # bucket buffers: one is reduced while another is filled
@@ -63,8 +64,14 @@ class ReleasedBuckets:
         """Returns the parameters of a bucket."""
         return self._buckets[number]
 
+    def expect(self, p: Tensor) -> None:
+        """Called before autograd adds to the gradient of a parameter."""
+        if p.grad is None:
+            self._fresh.add(p)
+
     def rearm(self) -> None:
         """Called after an update: every bucket is incomplete again."""
+        self._fresh: set[Tensor] = set()  # parameters whose gradients autograd has made
         self._missing = [set(bucket) for bucket in self._buckets]
         self._released: set[int] = set()
 
@@ -97,49 +104,35 @@ class ReleasedBuckets:
             p.grad = None
 
 
-class Place(NamedTuple):
-    """Where the gradients of a bucket lie in its buffer.
-
-    Attributes:
-        bucket: of the layout.
-        params: its parameters.
-        views: for each parameter shape, strides and offset.
-    """
-
-    bucket: Bucket
-    params: Sequence[Tensor]
-    views: Sequence[tuple[torch.Size, tuple[int, ...], int]]
-
-    @property
-    def elements(self) -> int:
-        """The length of the buffer."""
-        return self.bucket.end - self.bucket.start
-
-    @property
-    def flags(self) -> slice:
-        """The elements that flag which parameters have gradients."""
-        start = self.bucket.flags - self.bucket.start
-        return slice(start, start + len(self.params))
-
-    def gradients(self, buffer: Tensor) -> list[Tensor]:
-        """Returns the gradients of all parameters as views of the buffer."""
-        return [buffer.as_strided(*view) for view in self.views]
-
-
-def places_of(params: Sequence[Tensor], layout: Layout) -> list[Place]:
-    """Returns the places of the buckets of parameters of one device and dtype, with the layout of all of them."""
-    strides = [torch.empty_like(p, device="meta").stride() for p in params]
-    found = []
-    for bucket in layout.buckets:
-        inside = range(bucket.first, bucket.last)
-        views = [(params[i].shape, strides[i], layout.offsets[i] - bucket.start) for i in inside]
-        found.append(Place(bucket, params[bucket.first : bucket.last], views))
-    return found
-
-
 class _InFlight(NamedTuple):
+    gradients: Sequence[Tensor]
     buffer: Tensor
     reduction: Reduction
+
+
+class _InPlace:
+    """The sum of a large gradient over the ranks where it lies, and of its end in a buffer, which has the flags.
+
+    Args:
+        gradient: 1-dimensional.
+        whole: number of elements to reduce in place, whole pieces of the all-reduce.
+        end: the buffer, with the elements that are left.
+        name: of the collectives.
+    """
+
+    def __init__(self, gradient: Tensor, whole: int, end: Tensor, name: str) -> None:
+        self._left, self._end = gradient[whole:], end
+        pieces = whole * gradient.element_size() // ALLREDUCE_BYTES
+        self._waits = [start_allreduce(gradient[:whole], name), start_allreduce(end, f"{name}.{pieces}")]
+
+    def start_gather(self) -> None:
+        """Does nothing: the reduction has one part."""
+
+    def wait(self) -> None:
+        """Waits for the sum."""
+        for wait in self._waits:
+            wait()
+        self._left.copy_(self._end[: len(self._left)])
 
 
 class ReducedBuckets(ReleasedBuckets):
@@ -154,7 +147,8 @@ class ReducedBuckets(ReleasedBuckets):
         places: of all buckets.
         averager: as in `ReleasedBuckets`.
         order: numbers of the buckets in the order in which they are sent, identical on all ranks.
-        start: starts the reduction of a buffer, of a bucket's number, with the factor that is left to apply.
+        prefix: prefix of the names of the collectives.
+        compression: as in `start_reduction`.
         ranks: number of ranks.
         kept_bytes: buffers of at most so many bytes are kept for later buckets of the same update.
     """
@@ -165,13 +159,14 @@ class ReducedBuckets(ReleasedBuckets):
         averager: Round,
         *,
         order: Sequence[int],
-        start: Callable[[Tensor, int, Scaling], Reduction],
+        prefix: str,
+        compression: str,
         ranks: int,
         kept_bytes: int,
     ) -> None:
         super().__init__([place.params for place in places], averager)
-        self._places, self._order, self._start, self._ranks = places, order, start, ranks
-        self._kept_bytes = kept_bytes
+        self._places, self._order, self._prefix, self._compression = places, order, prefix, compression
+        self._ranks, self._kept_bytes = ranks, kept_bytes
         self._free: list[torch.UntypedStorage] = []
         self._in_flight: dict[int, _InFlight] = {}
 
@@ -207,39 +202,64 @@ class ReducedBuckets(ReleasedBuckets):
             self._receive()
         self._released.add(number)
         place = self._places[number]
-        buffer = self._buffer(place)
-        later = is_half(buffer.dtype)  # multiplied in float32, after a conversion
-        self._collect(place, buffer, 1.0 if later else 1 / self._ranks)
-        scaling = Scaling(1 / self._ranks, place.flags.start) if later else Scaling()
         with explained():
-            self._in_flight[number] = _InFlight(buffer, self._start(buffer, number, scaling))
+            start = self._start_in_place if place.in_place else self._start_in_buffer
+            self._in_flight[number] = start(place, f"{self._prefix}.{number}")
+        for p in place.params:
+            p.grad = None
 
-    def _collect(self, place: Place, buffer: Tensor, scale: float) -> None:
-        """Moves the gradients of a bucket into its buffer. Elements between them keep whatever they are."""
+    def _start_in_buffer(self, place: Place, name: str) -> _InFlight:
+        """Moves the gradients of a bucket into a buffer, and reduces it.
+
+        Elements between the gradients keep whatever they are.
+        """
+        buffer = self._buffer(place)
         views, grads = place.gradients(buffer), [p.grad for p in place.params]
         present = [i for i, grad in enumerate(grads) if grad is not None]
         for i in present:
             check_gradient(place.params[i])
+        later = is_half(buffer.dtype)  # multiplied in float32, after a conversion
         if present:
+            scale = 1.0 if later else 1 / self._ranks
             copy_scaled([views[i] for i in present], [g for g in grads if g is not None], scale)
         if absent := [view for view, grad in zip(views, grads, strict=True) if grad is None]:
             torch._foreach_zero_(absent)
+        self._flag(place, buffer)
+        scaling = Scaling(1 / self._ranks, place.flags.start) if later else Scaling()
+        return _InFlight(views, buffer, start_reduction(buffer, name, self._compression, scaling=scaling))
+
+    def _start_in_place(self, place: Place, name: str) -> _InFlight:
+        """Reduces a large gradient where autograd has put it, unless it was there before this pass."""
+        (p,) = place.params
+        if p.grad is None:
+            gradient = torch.zeros_like(p)
+        else:
+            check_gradient(p)
+            usual = p in self._fresh and p.grad.stride() == place.views[0][1]
+            gradient = p.grad if usual else torch.empty_like(p).copy_(p.grad)
+        flat, buffer = memory_order(gradient, 0, p.numel()), self._buffer(place)
+        flat.mul_(1 / self._ranks)
+        left = flat[place.in_place :]
+        buffer[: len(left)] = left
+        self._flag(place, buffer)
+        return _InFlight([gradient], buffer, _InPlace(flat, place.in_place, buffer, name))
+
+    def _flag(self, place: Place, buffer: Tensor) -> None:
         buffer[place.flags.start :].zero_()
-        buffer[place.flags].copy_(torch.tensor([grad is not None for grad in grads], device="cpu"))
-        for p in place.params:
-            p.grad = None
+        present = [p.grad is not None for p in place.params]
+        buffer[place.flags].copy_(torch.tensor(present, device="cpu"))
 
     def _receive(self) -> None:
         """Waits for the bucket that was sent first, and uses it."""
         number = next(iter(self._in_flight))
-        buffer, reduction = self._in_flight[number]
+        gradients, buffer, reduction = self._in_flight[number]
         with self._round.waiting(), explained():
             reduction.start_gather()
             reduction.wait()
         del self._in_flight[number]
         place = self._places[number]
         used = (buffer[place.flags] > 0).tolist()
-        for p, gradient, is_used in zip(place.params, place.gradients(buffer), used, strict=True):
+        for p, gradient, is_used in zip(place.params, gradients, used, strict=True):
             p.grad = gradient if is_used else None
         self._use(number)
         if buffer.untyped_storage().nbytes() <= self._kept_bytes:
@@ -248,37 +268,10 @@ class ReducedBuckets(ReleasedBuckets):
     def _buffer(self, place: Place) -> Tensor:
         """Returns a buffer for a bucket: one that is free, or a new one, which later buckets can use, too."""
         buffer = torch.empty(0, dtype=place.params[0].dtype, device="cpu")
-        nbytes = place.elements * buffer.element_size()
-        if self._free and nbytes <= self._kept_bytes:
+        if self._free and place.nbytes <= self._kept_bytes:
             storage = self._free.pop()
         else:
             self._free.clear()  # or there would be more than `LIVE`
-            storage = torch.UntypedStorage(max(nbytes, self._kept_bytes), device="cpu")  # type: ignore[no-untyped-call]
+            storage = torch.UntypedStorage(max(place.nbytes, self._kept_bytes), device="cpu")  # type: ignore[no-untyped-call]
         buffer.set_(storage, 0, (place.elements,))  # type: ignore[call-overload]
         return buffer
-
-
-def send_order(buckets: Sequence[Sequence[Tensor]], parameters: Sequence[Tensor]) -> list[int]:
-    """Returns the numbers of buckets in the order in which backward completes them, as far as that is known.
-
-    Backward computes the gradients of the last parameters first. A bucket is complete with its first parameter.
-
-    Args:
-        buckets: the parameters of each.
-        parameters: all parameters, in the order in which forward uses them.
-    """
-    position = {p: i for i, p in enumerate(parameters)}
-    first = [min(position.get(p, 0) for p in bucket) for bucket in buckets]
-    return sorted(range(len(buckets)), key=first.__getitem__, reverse=True)
-
-
-def starter(prefix: str, compression: str) -> Callable[[Tensor, int, Scaling], Reduction]:
-    """Returns a function that starts the reduction of a bucket, as `ReducedBuckets` takes it.
-
-    Args:
-        prefix: of the names of the collectives.
-        compression: as in `start_reduction`.
-    """
-    return lambda buffer, number, scaling: start_reduction(
-        buffer, f"{prefix}.{number}", compression, scaling=scaling
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -9,17 +10,14 @@ import torch
 from torch import Tensor
 
 from hvd_adam.distributed.context import collective_prefix
+from hvd_adam.distributed.gradients.compression import is_half
 from hvd_adam.distributed.layout import DistributedLayout, Names
 from hvd_adam.distributed.release.averager import ReleasingAverager
-from hvd_adam.distributed.release.buckets import (
-    Place,
-    ReducedBuckets,
-    ReleasedBuckets,
-    places_of,
-    send_order,
-    starter,
-)
+from hvd_adam.distributed.release.buckets import ReducedBuckets, ReleasedBuckets
+from hvd_adam.distributed.release.places import Place, places_of, send_order
 from hvd_adam.optim.optimizer_state import Group, States
+
+_nbytes = operator.attrgetter("nbytes")
 
 
 class ReleasingLayout(DistributedLayout):
@@ -39,7 +37,10 @@ class ReleasingLayout(DistributedLayout):
     def build(self, groups: Sequence[Group], state: States, names: Names) -> None:
         """Makes buckets of the parameters, and decides what updates them."""
         layouts = self._layouts(groups, names)
-        places = [place for params, layout in layouts for place in places_of(params, layout)]
+        places = []
+        for params, layout in layouts:
+            in_place = self._ranks > 1 and self.compression == "none" and not is_half(params[0].dtype)
+            places += places_of(params, layout, in_place=in_place)
         buckets, prefix = self._make_buckets(places, [p for group in groups for p in group["params"]])
         self.store.build_layout(groups, state, None, buckets.number)
         self._averager.arrange(buckets, prefix)
@@ -52,15 +53,16 @@ class ReleasingLayout(DistributedLayout):
         if self._ranks == 1:
             return ReleasedBuckets(params, self._averager), None
         prefix = collective_prefix()
-        # The buffer of a parameter that is larger than a bucket goes back to the system.
-        usual = [place for place in places if sum(p.nbytes for p in place.params) <= self._bucket_bytes]
+        # A buffer for a parameter that is larger than a bucket goes back to the system.
+        usual = [p for p in places if p.in_place or sum(map(_nbytes, p.params)) <= self._bucket_bytes]
         buckets = ReducedBuckets(
             places,
             self._averager,
             order=send_order(params, parameters),
-            start=starter(prefix, self.compression),
+            prefix=prefix,
+            compression=self.compression,
             ranks=self._ranks,
-            kept_bytes=max((place.elements * place.params[0].element_size() for place in usual), default=0),
+            kept_bytes=max((place.nbytes for place in usual), default=0),
         )
         return buckets, prefix
 
