@@ -311,7 +311,7 @@ def test_autograd_refuses_a_weight_that_it_needs_after_the_update(cluster):
 
 
 @on_ranks(1)
-def test_after_a_backward_that_failed_before_any_update_training_goes_on(cluster):
+def test_after_a_backward_that_failed_before_any_update_training_continues(cluster):
     trained = []
     for fails in (False, True):
         model = make_model()

@@ -94,7 +94,7 @@ class DistributedLayout:
         self._feedback, self._lossless, self._ahead = feedback, lossless, ahead
         self._ranks = int(horovod().size())
         self._flat = self._ranks > 1 and not adasum
-        self._follows = self._flat  # whether the averager is told of each gradient
+        self._follows = self._flat  # whether autograd reports each gradient to the averager
         self._adapter: HorovodAdapter | None = None  # from `connect` on
         # Adasum steps one parameter at a time.
         policy = StorePolicy(foreach_only=adasum, agree=self._agree, warns=bool(horovod().rank() == 0))
