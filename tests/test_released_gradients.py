@@ -83,7 +83,7 @@ def test_the_default_device_of_the_process_does_not_matter(cluster):
     assert same_everywhere(digest(model.state_dict()))
 
 
-@on_ranks(1, 2)
+@on_ranks(2)
 @pytest.mark.parametrize(
     "adam",
     [{"state_format": "bfloat16"}, {"state_format": "8bit"}, {"amsgrad": True}, {"decoupled_weight_decay": True}],
@@ -104,7 +104,7 @@ def test_each_compression_has_the_same_bits(cluster, compression):
     assert_same_bits(cluster, compression=compression)
 
 
-@on_ranks(1, 2)
+@on_ranks(2)
 def test_parameters_of_several_dtypes_have_the_same_bits(cluster):
     class Widened(torch.nn.Module):
         def __init__(self):
@@ -120,7 +120,7 @@ def test_parameters_of_several_dtypes_have_the_same_bits(cluster):
     assert_same_bits(cluster, change=change)
 
 
-@on_ranks(1, 2)
+@on_ranks(2)
 def test_a_parameter_that_no_rank_uses_does_not_move(cluster):
     def change(model):
         model.unused = torch.nn.Parameter(torch.ones(WIDTH, WIDTH))
@@ -248,7 +248,7 @@ def test_a_parameter_that_is_larger_than_a_bucket_has_one_of_two_buffers(cluster
     assert BUCKET < found[1] <= 2 * usual
 
 
-@on_ranks(1, 2)
+@on_ranks(2)
 def test_a_gradient_from_before_is_added(cluster):
     trained = []
     for released in (False, True):
@@ -361,7 +361,7 @@ def test_hyper_parameters_that_change_between_backward_and_step_are_refused(clus
         optimizer.step()
 
 
-@on_ranks(1, 2)
+@on_ranks(2)
 @pytest.mark.parametrize(
     "call", ["backward", "zero_grad", "state_dict", "broadcast", "distribute", "load_state_dict"]
 )
