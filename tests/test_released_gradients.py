@@ -15,6 +15,8 @@ from helpers.on_ranks import on_ranks
 from helpers.small_training import digest, everything, same_everywhere
 
 from hvd_adam import Adam, distribute
+from hvd_adam.arguments import parse
+from hvd_adam.config import TrainConfig
 from hvd_adam.distributed.collectives.pieces import ALLREDUCE_BYTES
 from hvd_adam.distributed.release.buckets import LIVE
 from hvd_adam.distributed.release.optimizer import ReleasingAdam
@@ -465,6 +467,18 @@ def test_ranks_that_train_on_the_same_batches_are_noticed(cluster):
         train(model, optimizer, replace(cluster, rank=0), passes=8)
     found = any("all ranks train on the same batches" in str(w.message) for w in caught)
     assert found == (cluster.rank == 0)
+
+
+COMMAND = (
+    "--strategy sharded, --strategy local, --op adasum, --accumulate 2, --max-grad-norm 1.0, --noise-scale 5, "
+    "--precision fp16, --compression int4, --compression auto, --compile, --device cuda, --elastic, --tune any"
+)
+
+
+@pytest.mark.parametrize("option", COMMAND.split(", "))
+def test_the_training_command_refuses_the_same_before_it_starts(option):
+    with pytest.raises(UserError, match=f"{option} cannot be used with --release-gradients: "):
+        parse(TrainConfig, "hvd_adam.train", ["--release-gradients", *option.split()])
 
 
 def test_buckets_are_sent_in_the_order_of_their_first_parameters():
