@@ -30,7 +30,7 @@ COLUMNS = (
     *(Column(name, name, ".3f") for name in (*PARTS, "total")),
     Column("predicted", "predicted_total", ".3f"),
     Column("/ predicted", "to_predicted", ".3f"),
-    Column("peak", "peak", ".3f"),
+    Column("gradients, peak", "peak", ".3f"),
 )
 
 
@@ -61,8 +61,8 @@ def measure(config: MemoryConfig) -> Result:
         f"horovodrun --{config.launcher}, except for 1 rank; threads per rank: {threads}",
         f"{config.model}, {count:,} float32 parameters; bytes per parameter on the rank that holds most, after "
         f"{2 * STEPS} steps; whole buffers are counted, each once",
-        "peak: resident memory at the peak of a step, in which gradients and activations exist, above that of the "
-        "process before the model; only where the kernel tells it",
+        "gradients, peak: the most that all p.grad and buffers of released buckets take in a step, counted each "
+        "time that backward has completed a gradient",
         "predicted: 4 for the parameter, 4 for its gradient, 8 for Adam's moments, 2.125 if they are held "
         "in 8 bits (1/N of it if they are sharded); tensors that are small or have one dimension keep 8. Released "
         "gradients take nothing after a step",
@@ -92,8 +92,7 @@ def summarize(strategy: str, state_format: str, ranks: int, outcome: Outcome, co
     row: Row = {"strategy": strategy, "state_format": state_format, "np": ranks}
     if outcome.error is not None:
         return {**row, "error": outcome.error}
-    row |= {name: max(outcome.times[name]) / count for name in (*PARTS, "total")}
-    row["peak"] = max(outcome.times["peak"]) / count if min(outcome.times["peak"]) > 0 else None
+    row |= {name: max(outcome.times[name]) / count for name in (*PARTS, "total", "peak")}
     prediction = predicted(strategy, ranks, state_format)
     row |= {f"predicted_{name}": prediction[name] if prediction else None for name in PARTS}
     row["predicted_total"] = sum(prediction.values()) if prediction else None

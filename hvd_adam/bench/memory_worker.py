@@ -1,4 +1,4 @@
-"""A rank of `bench memory`: counts the bytes that are held between training steps, and at the peak of one."""
+"""A rank of `bench memory`: counts the bytes held between training steps, and gradients in one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from hvd_adam.bench.config import OURS
 from hvd_adam.bench.interleave import Measure
-from hvd_adam.bench.step_worker import CLASSES, build_model, connect, random_batch, training_step
+from hvd_adam.bench.step_worker import build_model, connect, random_batch, training_step
 from hvd_adam.distributed.context import init
 from hvd_adam.distributed.launch_env import LaunchInfo
 
@@ -19,7 +19,7 @@ BATCH_SIZE = 4
 
 
 def prepare(task: dict[str, Any], launch: LaunchInfo, folder: Path) -> Measure:
-    """Returns a function that trains `STEPS` steps, and counts the bytes held after them and at their peak.
+    """Returns a function that trains `STEPS` steps, counts the bytes held after them, and gradients in them.
 
     Args:
         task: "strategy", "state_format", "model" and "device".
@@ -28,40 +28,33 @@ def prepare(task: dict[str, Any], launch: LaunchInfo, folder: Path) -> Measure:
     """
     wrap = connect(OURS + task["strategy"], task["device"], launch, folder, task["state_format"])
     device = init().device
-    batch = random_batch(BATCH_SIZE, launch.rank, device)
-    small = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(batch[0][0].numel(), CLASSES)).to(device)
-    training_step(*wrap(small), *batch)()  # loads what every model needs
-    before = _resident_bytes("VmRSS")
     model, optimizer = wrap(build_model(task["model"]).to(device))
-    step = training_step(model, optimizer, *batch)
+    step = training_step(model, optimizer, *random_batch(BATCH_SIZE, launch.rank, device))
+    in_backward = _gradients_in_backward(model, optimizer)
 
     def measure() -> dict[str, list[float]]:
-        step()
-        resets = device.type == "cpu" and _reset_peak()
-        for _ in range(STEPS - 1):
+        for _ in range(STEPS):
             step()
-        peak = _resident_bytes("VmHWM") - before if resets else 0
-        return {name: [size] for name, size in (*held_bytes(model, optimizer).items(), ("peak", peak))}
+        return {name: [size] for name, size in (*held_bytes(model, optimizer).items(), ("peak", max(in_backward)))}
 
     return measure
 
 
-def _resident_bytes(name: str) -> int:
-    """Returns "VmRSS", this process's resident memory, or "VmHWM", its peak; 0 where Linux does not tell it."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), 0)
+def _gradients_in_backward(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[int]:
+    """Returns a list that gets the bytes of gradients each time that backward has completed one.
 
+    They are those of all `p.grad`, and of the buffers of buckets whose gradients are released.
+    """
+    parameters, found = list(model.parameters()), [0]
 
-def _reset_peak() -> bool:
-    """Makes the peak of resident memory the memory of now. Returns whether the kernel does so."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return _resident_bytes("VmHWM") > 0
+    def count(_: torch.Tensor) -> None:
+        gradients = _storages(p.grad for p in parameters if p.grad is not None)
+        found.append(sum(gradients.values()) + getattr(optimizer, "gradient_buffer_bytes", 0))
+
+    for p in parameters:
+        register: Any = p.register_post_accumulate_grad_hook  # PyTorch's is untyped
+        register(count)
+    return found
 
 
 def held_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:

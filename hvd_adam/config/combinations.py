@@ -88,7 +88,7 @@ def _require_releasable(config: Any) -> None:
         "device": (config.device != "cuda", "it is for CPUs so far"),
         "elastic": (
             not config.elastic,
-            "an update that a lost rank interrupts cannot be taken back: leave it out",
+            "not tested with lost ranks so far: leave it out",
         ),
         "tune": (config.tune == "off", "what it would choose is fixed: leave it out"),
     }
