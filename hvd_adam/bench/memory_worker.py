@@ -28,9 +28,12 @@ def prepare(task: dict[str, Any], launch: LaunchInfo, folder: Path) -> Measure:
     """
     wrap = connect(OURS + task["strategy"], task["device"], launch, folder, task["state_format"])
     device = init().device
-    model, optimizer = wrap(build_model(task["model"]).to(device))
+    model = build_model(task["model"]).to(device)
+    optimizers: list[Any] = []
+    in_backward = _gradients_in_backward(model, optimizers)
+    model, optimizer = wrap(model)
+    optimizers.append(optimizer)
     step = training_step(model, optimizer, *random_batch(BATCH_SIZE, launch.rank, device))
-    in_backward = _gradients_in_backward(model, optimizer)
 
     def measure() -> dict[str, list[float]]:
         for _ in range(STEPS):
@@ -40,16 +43,20 @@ def prepare(task: dict[str, Any], launch: LaunchInfo, folder: Path) -> Measure:
     return measure
 
 
-def _gradients_in_backward(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[int]:
-    """Returns a list that gets the bytes of gradients each time that backward has completed one.
+def _gradients_in_backward(model: torch.nn.Module, optimizers: list[Any]) -> list[int]:
+    """Returns a list that gets the bytes of gradients each time that backward has completed one, before its use.
 
-    They are those of all `p.grad`, and of the buffers of buckets whose gradients are released.
+    They are those of all `p.grad`, and of the buckets in flight whose gradients are released.
+
+    Args:
+        model: not yet distributed.
+        optimizers: that of the model, once it exists.
     """
     parameters, found = list(model.parameters()), [0]
 
     def count(_: torch.Tensor) -> None:
         gradients = _storages(p.grad for p in parameters if p.grad is not None)
-        found.append(sum(gradients.values()) + getattr(optimizer, "gradient_buffer_bytes", 0))
+        found.append(sum(gradients.values()) + sum(getattr(o, "gradient_buffer_bytes", 0) for o in optimizers))
 
     for p in parameters:
         register: Any = p.register_post_accumulate_grad_hook  # PyTorch's is untyped

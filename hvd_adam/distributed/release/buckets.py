@@ -52,7 +52,7 @@ class ReleasedBuckets:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the buffers of buckets that exist now."""
+        """Bytes of the buckets that are being reduced now, and of free buffers."""
         return 0
 
     @property
@@ -150,7 +150,8 @@ class ReducedBuckets(ReleasedBuckets):
         prefix: prefix of the names of the collectives.
         compression: as in `start_reduction`.
         ranks: number of ranks.
-        kept_bytes: buffers of at most so many bytes are kept for later buckets of the same update.
+        kept_bytes: size of buffers that are kept for later buckets of the same update. What needs more, and the end
+            of a gradient that is reduced in place, has a buffer of its own.
     """
 
     def __init__(
@@ -172,9 +173,10 @@ class ReducedBuckets(ReleasedBuckets):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the buffers of buckets that exist now."""
-        sent = (sent.buffer.untyped_storage() for sent in self._in_flight.values())
-        return sum(storage.nbytes() for storage in (*self._free, *sent))
+        """Bytes of the buckets that are being reduced now, and of free buffers."""
+        tensors = (t for sent in self._in_flight.values() for t in (sent.buffer, *sent.gradients))
+        storages = (*self._free, *map(Tensor.untyped_storage, tensors))
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def finish(self) -> None:
         """Sends, receives and uses all buckets that are left; no buffer remains. Every rank must call it.
@@ -262,16 +264,17 @@ class ReducedBuckets(ReleasedBuckets):
         for p, gradient, is_used in zip(place.params, gradients, used, strict=True):
             p.grad = gradient if is_used else None
         self._use(number)
-        if buffer.untyped_storage().nbytes() <= self._kept_bytes:
+        if buffer.untyped_storage().nbytes() == self._kept_bytes:
             self._free.append(buffer.untyped_storage())
 
     def _buffer(self, place: Place) -> Tensor:
         """Returns a buffer for a bucket: one that is free, or a new one, which later buckets can use, too."""
         buffer = torch.empty(0, dtype=place.params[0].dtype, device="cpu")
-        if self._free and place.nbytes <= self._kept_bytes:
+        kept = not place.in_place and place.nbytes <= self._kept_bytes
+        if self._free and kept:
             storage = self._free.pop()
         else:
             self._free.clear()  # or there would be more than `LIVE`
-            storage = torch.UntypedStorage(max(place.nbytes, self._kept_bytes), device="cpu")  # type: ignore[no-untyped-call]
+            storage = torch.UntypedStorage(self._kept_bytes if kept else place.nbytes, device="cpu")  # type: ignore[no-untyped-call]
         buffer.set_(storage, 0, (place.elements,))  # type: ignore[call-overload]
         return buffer

@@ -54,7 +54,7 @@ class ReleasingLayout(DistributedLayout):
             return ReleasedBuckets(params, self._averager), None
         prefix = collective_prefix()
         # A buffer for a parameter that is larger than a bucket goes back to the system.
-        usual = [p for p in places if p.in_place or sum(map(_nbytes, p.params)) <= self._bucket_bytes]
+        usual = [p for p in places if not p.in_place and sum(map(_nbytes, p.params)) <= self._bucket_bytes]
         buckets = ReducedBuckets(
             places,
             self._averager,

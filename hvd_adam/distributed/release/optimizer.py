@@ -58,7 +58,7 @@ class ReleasingAdam(DistributedAdam):
 
     @property
     def gradient_buffer_bytes(self) -> int:
-        """Bytes of this rank's buffers of buckets now. The tensors that autograd has made are not among them."""
+        """Bytes of gradients that are not in `p.grad`: of the buckets in flight on this rank, and of free buffers."""
         return self._averager.buckets.nbytes
 
     def _averaging_begins(self) -> None:
