@@ -277,9 +277,9 @@ def test_the_cycle_time_is_the_arguments_unless_the_user_sets_the_variable(envir
     assert run(code, environ) == cycle
 
 
-@pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [0, -1, float("nan"), 1001, float("inf"), True, "10"])
 def test_a_cycle_time_that_is_no_time_is_refused(value):
-    with pytest.raises(UserError, match=f"cycle_time_ms is {value}; it must be a finite number above 0"):
+    with pytest.raises(UserError, match=f"cycle_time_ms is {value!r}; it must be a number above 0, at most 1000"):
         init(cycle_time_ms=value)
 
 

@@ -19,6 +19,11 @@ from hvd_adam.launch.signal_proxy import ECHO_SECONDS
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
+# Where ranks ask rarely. The number of updates follows the answer before the last, so an answer comes within four
+# times as long, or one update. A signal may be in the one after it: ranks stop within 2 s, or two updates.
+# horovodrun with Gloo kills them after 5 s, Slurm after 30.
+SECONDS_PER_ANSWER = 0.25
+
 _started = time.monotonic()
 _first_signal: float | None = None  # its time
 _interrupted = False  # whether it was SIGINT
@@ -78,9 +83,10 @@ class Preemption:
         max_time: seconds after the start of this process at which to stop without a signal; None for never.
         hosts_changed: returns whether this rank was notified of added or removed hosts; None if they cannot
             change.
-        most_updates: updates between two questions to the other ranks, at most. Above 1, their number begins at 1
-            and doubles while a rank has to wait for an answer, so that a slow network and a slower rank hold up
-            no update. Ranks then stop up to twice as many updates after a signal.
+        most_updates: updates between two questions to the other ranks, at most. Above 1, their number begins at 1.
+            It doubles after an answer that a rank has waited for, so that a slow network and a slower rank hold up
+            few updates, and halves after one that took more than SECONDS_PER_ANSWER. Ranks stop up to twice as
+            many updates after a signal.
 
     Attributes:
         regroup: after `should_stop`, whether any rank was notified of added or removed hosts.
@@ -99,7 +105,9 @@ class Preemption:
         self._hosts_changed = hosts_changed or (lambda: False)
         self._request: Any = None
         self._updates, self._updates_per_answer, self._most_updates = 0, 1, most_updates
+        self._asked_at = 0.0
         self._waited = False  # whether this rank has waited for the last answer
+        self._was_late = False  # whether that took more than SECONDS_PER_ANSWER
         self.regroup = False
         install_handlers()
 
@@ -109,9 +117,10 @@ class Preemption:
             return
         import torch
 
-        own = [self._wants_to_stop(), self._hosts_changed(), self._waited]
+        own = [self._wants_to_stop(), self._hosts_changed(), self._waited, self._was_late]
         flags = torch.tensor(own, dtype=torch.int32, device="cpu")
         self._request = horovod().allreduce_async(flags, op=horovod().Sum, name="hvd_adam.stop")
+        self._asked_at = time.monotonic()
 
     def should_stop(self) -> bool:
         """Returns whether to stop after this update; every rank calls it, after `ask`, in every update."""
@@ -123,9 +132,12 @@ class Preemption:
         if self._updates < self._updates_per_answer:
             return False
         self._waited = not horovod().poll(self._request)
-        stop, self.regroup, waited = map(bool, horovod().synchronize(self._request).tolist())
+        stop, self.regroup, waited, was_late = map(bool, horovod().synchronize(self._request).tolist())
+        self._was_late = time.monotonic() - self._asked_at > SECONDS_PER_ANSWER
         self._request, self._updates = None, 0
-        if waited:  # on some rank; all double it after the same update
+        if was_late:  # on some rank; all change the number after the same update
+            self._updates_per_answer = max(self._updates_per_answer // 2, 1)
+        elif waited:
             self._updates_per_answer = min(2 * self._updates_per_answer, self._most_updates)
         return stop
 

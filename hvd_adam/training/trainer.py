@@ -82,10 +82,7 @@ class Trainer:
             self._resources = resources.pop_all()
 
     def _restore(self, resume: ResumePoint) -> None:
-        """Restores progress, random generators and running mean; every rank calls it.
-
-        Model, optimizer and schedule are restored by `build_run`.
-        """
+        """Restores what `build_run` does not: progress, random generators, running mean. Every rank calls it."""
         state, cluster = resume.state, self.cluster
         self.progress = progress = self.sizes.resumed(Progress.from_dict(state.progress))
         self.optimizer.skipped_updates = progress.skipped
