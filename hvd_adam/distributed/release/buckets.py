@@ -150,8 +150,8 @@ class ReducedBuckets(ReleasedBuckets):
         prefix: prefix of the names of the collectives.
         compression: as in `start_reduction`.
         ranks: number of ranks.
-        kept_bytes: size of buffers that are kept for later buckets of the same update. What needs more, and the end
-            of a gradient that is reduced in place, has a buffer of its own.
+        kept_bytes: size of buffers that are kept for later buckets of the same update. What needs more, and the
+            end of a gradient that is reduced in place, has a buffer of its own.
     """
 
     def __init__(

@@ -58,7 +58,7 @@ class ReleasingAdam(DistributedAdam):
 
     @property
     def gradient_buffer_bytes(self) -> int:
-        """Bytes of gradients that are not in `p.grad`: of the buckets in flight on this rank, and of free buffers."""
+        """Bytes of gradients on this rank that are in no `p.grad`: of buckets in flight, and of free buffers."""
         return self._averager.buckets.nbytes
 
     def _averaging_begins(self) -> None:
