@@ -283,6 +283,16 @@ def test_a_cycle_time_that_is_no_time_is_refused(value):
         init(cycle_time_ms=value)
 
 
+def test_options_of_a_later_call_that_have_no_effect_are_named():
+    code = (
+        "import warnings, hvd_adam; warnings.simplefilter('error'); c = hvd_adam.init(cycle_time_ms=5); "
+        "assert hvd_adam.init(cycle_time_ms=5) is hvd_adam.init() is c\n"
+        " try: hvd_adam.init(process_sets=True)\n except RuntimeWarning as w: print(w)"
+    )
+    message = "init(process_sets=True) has no effect: Horovod runs already; give it to the first init()"
+    assert run(code) == message
+
+
 def test_settings_that_come_too_late_because_horovod_runs_already_are_named_once():
     code = "import horovod.torch as hvd, hvd_adam; hvd.init(); hvd_adam.init(); hvd_adam.init()"
     environ = {"HOROVOD_CACHE_CAPACITY": "2048", "PYTHONPATH": str(ROOT)}

@@ -49,6 +49,7 @@ IDLE = [
     ("--loss m:f --label-smoothing 0.1", "--label-smoothing 0.1 has no effect without the default loss"),
     ("--weight-decay-on matrices", "--weight-decay-on matrices has no effect without --weight-decay above 0"),
     ("--resume run --init-from other", "--init-from other has no effect without a new run"),
+    ("--noise-scale-form adam", "--noise-scale-form adam has no effect without --noise-scale"),
     ("--resume never --allow-data-change", "--allow-data-change has no effect"),
 ]
 

@@ -129,7 +129,12 @@ def assert_same_end(place, one, other):
 @pytest.mark.parametrize(
     ("ranks", "controller", "options"),
     [
-        (2, "mpi", "--strategy sharded --max-grad-norm 0.5 --precision fp16 --state-format 8bit --noise-scale 2"),
+        (
+            2,
+            "mpi",
+            "--strategy sharded --max-grad-norm 0.5 --precision fp16 --state-format 8bit "
+            "--noise-scale 2 --noise-scale-form adam",
+        ),
         (4, "gloo", "--deterministic --precision bf16 --strategy sharded --compression int4"),
         (2, "gloo", "--strategy local --local-steps 4 --outer-momentum 0.9 --compression int4 --precision fp16"),
         (4, "mpi", "--strategy local --local-steps 4 --islands 2 --compression int8 --max-grad-norm 0.5"),

@@ -193,6 +193,7 @@ def _options(setting: Setting) -> dict[str, Any]:
         "global_batch_size": setting.global_batch,
         "accumulate": setting.accumulate,
         "noise_scale": None,
+        "noise_scale_form": TrainConfig.noise_scale_form,
         "elastic": False,
         "commit_every": TrainConfig.commit_every,
         "init_from": None,

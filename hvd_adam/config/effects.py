@@ -67,6 +67,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda c: c.elastic and c.strategy != "local",
         "--elastic and --strategy allreduce or sharded",
     ),
+    "noise_scale_form": (lambda c: c.noise_scale is not None, "--noise-scale"),
     "allow_data_change": (lambda c: c.resume != "never", "--resume auto or a checkpoint"),
 }
 

@@ -39,7 +39,7 @@ class TrainConfig(DataConfig):
         "check_consistency_every",
         "precision and device": "precision device threads deterministic",
         "checkpoints": "resume checkpoint_every keep allow_data_change",
-        "logging": "log_every eval_every noise_scale",
+        "logging": "log_every eval_every noise_scale noise_scale_form",
     }
     EXAMPLES: ClassVar[str] = f"""examples:
   python -m hvd_adam.train --epochs 3
@@ -207,6 +207,9 @@ recipes for --config recipe:NAME: {", ".join(recipes.names())}"""
     eval_every: int = option(1, "epochs between evaluations, ≥ 1; the last epoch is always evaluated")
     noise_scale: int | None = option(
         None, "updates between measurements of the gradient noise scale, ≥ 1 (default: never)"
+    )
+    noise_scale_form: Literal["gradient", "adam"] = option(
+        "gradient", "noise scale of the gradients, or of the gradients divided by Adam's √v̂ + ε"
     )
 
     def __post_init__(self) -> None:

@@ -24,6 +24,7 @@ from hvd_adam.distributed.model_checks import (
     require_unchanged_by_forward,
     require_whole,
 )
+from hvd_adam.distributed.noise.meter import FORMS, GRADIENT
 from hvd_adam.distributed.optimizer import DistributedAdam
 from hvd_adam.distributed.release.optimizer import ReleasingAdam
 from hvd_adam.distributed.release.options import require_releasable
@@ -65,6 +66,7 @@ def distribute(
     skip_nonfinite: bool = True,
     defer_averaging: bool = False,
     noise_scale: int | None = None,
+    noise_scale_form: str = GRADIENT,
     release_gradients: bool = False,
     local_steps: int = 50,
     outer_lr: float = 1.0,
@@ -111,6 +113,7 @@ def distribute(
             `max_grad_norm` and `loss_scaler`, buckets are updated while others are being reduced.
         noise_scale: measure the gradient noise scale in every `noise_scale`-th update, at least 1; read it with
             `optimizer.noise.estimate()`. It needs several ranks or micro-batches, and no Adasum. None: do not.
+        noise_scale_form: "gradient": of the gradients; "adam": of the gradients divided by Adam's √v̂ + ε.
         release_gradients: update each bucket during `backward`, as soon as its gradients are averaged, and give
             their memory back (see `ReleasingAdam`): at most two buckets have buffers, instead of all gradients.
             Every `p.grad` is None after `step`. It needs parameters on CPUs, `skip_nonfinite=False`, and one
@@ -167,8 +170,11 @@ def distribute(
             raise UserError(f"bucket_mib={bucket_mib!r} has no effect with {without}, which has no buckets")
     if max_grad_norm is not None:
         require_positive("max_grad_norm", max_grad_norm, finite=False)  # infinite: only measures it
+    _require_choice("noise_scale_form", noise_scale_form, FORMS)
     if noise_scale is not None:
         _require_noise(noise_scale, accumulate, op)
+    elif noise_scale_form != GRADIENT:
+        raise UserError(f"noise_scale_form={noise_scale_form!r} has no effect without noise_scale")
     if op == "adasum":
         if strategy != "allreduce":
             raise UserError("adasum combines updates of whole tensors: use strategy=allreduce, or op=average")
@@ -190,6 +196,7 @@ def distribute(
         "max_grad_norm": max_grad_norm,
     }
     options |= {"bucket_mib": float(bucket_mib), "noise_scale": noise_scale}
+    options |= {"noise_scale_form": noise_scale_form}
     options |= {"skip_nonfinite": bool(skip_nonfinite), "defer_averaging": bool(defer_averaging)}
     if release_gradients:
         require_releasable(optimizer, {**options, "strategy": strategy, "loss_scaler": loss_scaler})

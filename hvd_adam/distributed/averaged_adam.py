@@ -30,7 +30,7 @@ from hvd_adam.distributed.model_checks import (
     refuse_own_gradients,
     require_unchanged_by_forward,
 )
-from hvd_adam.distributed.noise.meter import NoiseMeter
+from hvd_adam.distributed.noise.meter import meter_of
 from hvd_adam.distributed.strategies.coded_zero import strategy_of
 from hvd_adam.distributed.wire.codable import exact_parameters
 from hvd_adam.distributed.wire.error_feedback import ErrorFeedback
@@ -75,6 +75,7 @@ class AveragedAdam(Adam):
         skip_nonfinite: bool,
         defer_averaging: bool,
         noise_scale: int | None,
+        noise_scale_form: str,
     ) -> None:
         # Not Adam's constructor: parameters, state and hyper-parameters are those of the given optimizer.
         torch.optim.Optimizer.__init__(self, optimizer.param_groups, optimizer.defaults)
@@ -111,7 +112,8 @@ class AveragedAdam(Adam):
             add=self._scaling.needs_sum,
             watch=loss_scaler is not None,
         )
-        self._averager.noise = self.noise = NoiseMeter(noise_scale, self._rank, self._ranks, accumulate)
+        self.noise = meter_of(self, noise_scale, noise_scale_form, accumulate, self._strategy.shard)
+        self._averager.noise = self.noise
         self._layout = self.layout_class(
             self._strategy,
             self._averager,
@@ -287,8 +289,7 @@ class AveragedAdam(Adam):
     def _facts(self) -> dict[str, object]:
         states = filter(None, map(self.state.get, self._parameters()))  # other keys are the user's
         steps = sum(float(state.get("step", 0.0)) for state in states)
-        facts = {UPDATES: self._updates, LOADED: self._loads, STEPS: steps}
-        return facts | facts_of_groups(self.param_groups)
+        return {UPDATES: self._updates, LOADED: self._loads, STEPS: steps} | facts_of_groups(self.param_groups)
 
     def _backward_ended(self) -> None:
         self._scaling.remember_scale()
@@ -311,9 +312,8 @@ class AveragedAdam(Adam):
     def _refuse_in_flight(self, problem: str) -> None:
         self._averager.leave_aborted_pass()
         if self._in_flight():
-            remedy = "call it before backward() or after step()"
-            option = "adasum" if self._adasum else self._averager.option
-            raise RuntimeError(f"{problem}; {remedy}, or distribute() without {option}")
+            remedy = "call it before backward() or after step(), or distribute() without"
+            raise RuntimeError(f"{problem}; {remedy} {'adasum' if self._adasum else self._averager.option}")
 
     def _refuse_adasum(self) -> None:
         if self._adasum:

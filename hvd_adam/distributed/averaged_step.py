@@ -55,6 +55,7 @@ class AveragedStep:
         self._skipped: Tensor | None = None
         self._probe: Tensor | None = None  # of the last update: not finite if it was skipped
         self.skips = SkipCounter()
+        averager.noise.record_skip = self.skips.record
         # Factor that makes the averaged gradients the unscaled mean; None until they are averaged.
         self._unscale: float | Tensor | None = None
 

@@ -16,6 +16,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import cache
 from numbers import Real
@@ -82,6 +83,7 @@ _MAX_CYCLE_TIME_MS = 1000  # a collective, and the end of the job, wait for the 
 
 
 _cluster: Cluster | None = None  # the result of the last `init` or `restart`
+_start_options: Mapping[str, object] = {}  # of the call of `init` that started Horovod
 _prefix_numbers = itertools.count()  # restarted by `restart`: new ranks count from 0
 
 
@@ -171,10 +173,19 @@ def init(device: str = "auto", *, process_sets: bool = False, cycle_time_ms: flo
     """Starts Horovod as `hvd_adam.init` does, without its limit for collectives; see there."""
     if cycle_time_ms is not None:
         _check_cycle_time(cycle_time_ms)
+    global _start_options
+    options = {"process_sets": process_sets or None, "cycle_time_ms": cycle_time_ms}
+    if _cluster is not None and horovod().is_initialized():
+        for name, value in options.items():
+            if value is not None and value != _start_options.get(name):
+                message = (
+                    f"init({name}={value!r}) has no effect: Horovod runs already; give it to the first init()"
+                )
+                warnings.warn(message, RuntimeWarning, stacklevel=3)  # of the caller of hvd_adam.init
+        return _cluster
+    _start_options = options
     if process_sets:
         os.environ.setdefault(PROCESS_SETS, "1")
-    if _cluster is not None and horovod().is_initialized():
-        return _cluster
     return restart(device) if _cluster is not None and is_elastic() else _start(device, cycle_time_ms)
 
 

@@ -31,8 +31,8 @@ def init(device: str = "auto", *, process_sets: bool = False, cycle_time_ms: flo
     """Starts Horovod, and assigns this process a device and a share of the host's cores.
 
     Call it once at the start of the program, on every rank, in place of `hvd.init()`. The first call is a
-    collective. Later calls return the same `Cluster` and ignore their arguments. After `hvd.shutdown()` a call
-    starts Horovod again, on every rank, with Gloo only.
+    collective. Later calls return the same `Cluster`; their arguments have no effect, with a warning except for
+    `device`. After `hvd.shutdown()` a call starts Horovod again, on every rank, with Gloo only.
 
     It makes the assigned GPU the current one. Unless OMP_NUM_THREADS is set, it sets PyTorch's number of threads
     so that the ranks of a host share its cores. It sets environment variables of Horovod and Open MPI that the

@@ -289,6 +289,7 @@ def distributed(
         defer_averaging=config.strategy != "local" and not config.release_gradients,
         skip_nonfinite=not config.release_gradients,
         noise_scale=config.noise_scale if several else None,
+        noise_scale_form=config.noise_scale_form if several else "gradient",
         **{name: getattr(config, name) for name in same.split()},
     )
 

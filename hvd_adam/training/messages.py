@@ -66,4 +66,4 @@ def stopped(config: TrainConfig, folder: Path | None, step: int, checkpoint: Pat
     how = "the same command resumes the run"
     if config.output_dir is None:
         how = f"the same command with --output-dir {folder} resumes the run"
-    return f"stopped after {step} updates, {checkpoint}: {how}"
+    return f"stopped after {step} update{'s' * (step != 1)}, {checkpoint}: {how}"

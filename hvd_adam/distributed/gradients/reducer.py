@@ -68,7 +68,7 @@ class Reducer(Buckets):
         super().__init__(buffers, scale, scatter)
         self._prefix, self._compression, self._residuals = prefix, compression, feedback
         self._lossless, self.ahead = lossless, ahead
-        self._noise = BucketNoise(noise, self._buckets, _LAST)
+        self._noise = BucketNoise(noise, self._buckets, _LAST, scatter)
         self._in_flight: dict[int, Reduction] = {}
         self._present: dict[int, list[bool]] = {}  # by bucket: for each parameter whether this rank has a gradient
         self._sums_are_finite = True  # if those of all ranks are as small as this rank's in this round
@@ -120,7 +120,8 @@ class Reducer(Buckets):
         # Residuals are added later, and codes leave their errors between the parameters.
         square = self._square(number) if self._feedback is None else None
         rest = self.scale if later else 1.0
-        self._noise.measure_own(number, rest, square, is_first=not self._in_flight)
+        first = not self._in_flight
+        self._noise.measure_own(number, rest, square, is_first=first, has_gradient=any(present))
         scaling = Scaling(self.scale, bucket.flags - bucket.start) if later else Scaling()
         if self._feedback is not None and self._codes is None:  # of another compression before
             for i in range(bucket.first, bucket.last):
@@ -201,7 +202,7 @@ class Reducer(Buckets):
         for number, reduction in self._in_flight.items():
             with explained():
                 reduction.wait()
-            self._noise.measure_mean(number, *self._own_span(self._buckets[number][1]))
+            self._noise.measure_mean(number)
             self._drop_unused(number, header.used[number])
             yield number
         self._read_noise()
@@ -231,7 +232,7 @@ class Reducer(Buckets):
                 if add:
                     buffer, bucket = self._buckets[number]
                     sums.append(element_sum(self._own(buffer.grad, bucket)))
-                self._noise.measure_mean(number, *self._own_span(self._buckets[number][1]))
+                self._noise.measure_mean(number)
             reduced = self._read(len(message), torch.stack(sums).mul(0).sum() if add else None)
         self._end_round()
         if self._feedback is not None and reduced.total is not None:
@@ -275,9 +276,9 @@ class Reducer(Buckets):
         return Reduced(message, total)
 
     def _read_noise(self) -> None:
-        numbers = self._noise.numbers(own=self.scatters)
+        numbers = self._noise.numbers()
         if len(numbers):
-            self._noise.receive(self._of_all_ranks(numbers) if self.scatters else numbers)
+            self._noise.receive(self._of_all_ranks(numbers) if self._noise.in_parts else numbers)
 
     def _of_all_ranks(self, values: Tensor) -> Tensor:
         hvd = horovod()

@@ -112,10 +112,10 @@ def _group(ranks: range, cluster: Cluster, *, on_own_hosts: bool = False) -> Ran
     if tuple(ranks) not in known:
         try:
             process_set = horovod().add_process_set([*ranks])
-        except ValueError as error:
+        except ValueError:
             raise UserError(
                 "islands of several ranks need Horovod's process sets: call init(process_sets=True), or set "
                 f"{PROCESS_SETS}=1, on all ranks before Horovod starts"
-            ) from error
+            ) from None
         known[tuple(ranks)] = RankGroup(process_set, ranks, on_own_hosts)
     return known[tuple(ranks)]

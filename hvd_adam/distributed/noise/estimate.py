@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 DECAY = 0.98  # of the weight of a measurement, per later one: about 100 of them count
 LEAST = 5  # measurements before there is an estimate
+STATE_LENGTH = 10  # numbers of `RunningEstimate.state`
 _NORMAL = 1.96  # the 97.5 % quantile of the normal distribution
 
 

@@ -15,13 +15,14 @@ from torch import Tensor
 WORDS = 5  # of a number: 1 if there is one, the exponent, and 3 digits of 8 bits
 
 
-def encode(number: Tensor, rank: int, ranks: int) -> Tensor:
+def encode(number: Tensor, rank: int, ranks: int, *, zero_counts: bool = False) -> Tensor:
     """Returns the words of a rank. Does not wait for the device.
 
     Args:
-        number: 0-dimensional, ≥ 0; rounded to float32. Zero, and what is not finite then, counts as no number.
+        number: 0-dimensional, ≥ 0; rounded to float32. What is not finite then counts as no number.
         rank: whose number it is.
         ranks: number of ranks.
+        zero_counts: whether zero is a number.
 
     Returns:
         `ranks` × WORDS elements, float32, on the same device.
@@ -34,7 +35,8 @@ def encode(number: Tensor, rank: int, ranks: int) -> Tensor:
         rest = (rest - digits[-1]) * 256
     own = torch.stack([torch.ones_like(mantissa), exponent.float(), *digits])
     words = torch.zeros(ranks, WORDS, dtype=torch.float32, device=number.device)
-    words[rank] = torch.where(own.isfinite().all() & (mantissa > 0), own, 0.0)
+    present = own.isfinite().all() if zero_counts else own.isfinite().all() & (mantissa > 0)
+    words[rank] = torch.where(present, own, 0.0)
     return words.view(-1)
 
 
