@@ -20,6 +20,7 @@ FIGURES=(
   "step-deferred-cnn|python -m hvd_adam.bench step --models cnn --variants hvd_adam-allreduce,hvd_adam-allreduce-deferred,ddp-fused --repeats 6"
   "allreduce|python -m hvd_adam.bench allreduce --sizes 40"
   "memory|python -m hvd_adam.bench memory"
+  "step-released|python -m hvd_adam.bench step --models mlp --variants hvd_adam-allreduce,hvd_adam-allreduce-deferred,hvd_adam-allreduce-released --repeats 6 --steps 8"
   "checkpoint|python -m hvd_adam.bench checkpoint --models cnn --every 10 --steps 100 --repeats 11"
   "data|python -m hvd_adam.bench data --images 1000,8000"
   "state-formats|python -m hvd_adam.bench adam --workloads resnet18 --dtype float32,bfloat16-master --repeats 15"

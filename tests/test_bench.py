@@ -121,6 +121,7 @@ def test_the_predicted_state_is_divided_by_sharding():
     assert memory.predicted("allreduce", 4)["state"] == 8
     assert memory.predicted("sharded", 4)["state"] == 2
     assert memory.predicted("sharded", 2, "8bit")["state"] == 2.125 / 2
+    assert memory.predicted("allreduce-released", 4) == {"parameters": 4, "gradients": 0, "state": 8}
     assert memory.predicted("another", 4) is None
 
 
@@ -695,12 +696,14 @@ def test_memory_of_every_strategy_matches_the_prediction(tmp_path):
     plot = tmp_path / "memory.png"
     options = ("--model", "cnn", "--np", "2", "--device", "cpu", "--plot", plot)
     output = bench_json("memory", *options, forked=True)
-    expected = [(name, held, 2) for name in STRATEGIES for held in ("float32", "8bit")]
+    variants = (*STRATEGIES, "allreduce-released")
+    expected = [(name, held, 2) for name in variants for held in ("float32", "8bit")]
     assert [(row["strategy"], row["state_format"], row["np"]) for row in output["rows"]] == expected
     for row in output["rows"]:
         assert row["total"] == pytest.approx(row["parameters"] + row["gradients"] + row["state"], rel=0.01)
         assert row["total"] == pytest.approx(row["predicted_total"], rel=0.05)
         assert row["to_predicted"] == pytest.approx(row["total"] / row["predicted_total"])
+        assert row["peak"] > 0
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 

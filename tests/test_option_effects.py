@@ -40,6 +40,7 @@ IDLE = [
     ("--strategy sharded --outer-lr 0.7", "--outer-lr 0.7 has no effect without --strategy local"),
     ("--outer-momentum 0.9", "--outer-momentum 0.9 has no effect without --strategy local"),
     ("--strategy local --bucket-mib 4", "--bucket-mib 4.0 has no effect without --strategy allreduce or sharded"),
+    ("--release-gradients --max-skipped 5", "--max-skipped 5 has no effect without updates that can be skipped"),
     ("--islands 2", "--islands 2 has no effect without --strategy local"),
     ("--commit-every 5", "--commit-every 5 has no effect without --elastic"),
     ("--elastic --strategy local --commit-every 5", "--commit-every 5 has no effect without --elastic and"),

@@ -19,6 +19,7 @@ Number = TypeVar("Number", int, float)
 OURS = "hvd_adam-"
 COMPRESSED = ("", "-fp16", "-bf16", "-int8", "-int4")  # after the strategy: with this compression
 DEFERRED = "-deferred"  # after both: with defer_averaging, as `train` has it
+RELEASED = f"{OURS}allreduce-released"  # with release_gradients
 PEERS = ("horovod", "horovod-fused", "ddp-fused", "ddp-zero", "plain", "compute")
 
 # Models that `bench adam` takes its tensor shapes from, and its default workloads on a GPU.
@@ -175,10 +176,10 @@ class StepConfig(RanksConfig):
         Raises:
             UserError: an unknown variant.
         """
-        peers = (peer for peer in PEERS if peer != "plain" or self.np == 1)
         ours = [OURS + strategy for strategy in strategies]
-        usual = (*ours, *peers)
-        known = (*usual, *(name + c + d for name in ours for c in COMPRESSED for d in ("", DEFERRED) if c + d))
+        usual = (*ours, *(peer for peer in PEERS if peer != "plain" or self.np == 1))
+        options = [c + d for c in COMPRESSED for d in ("", DEFERRED)][1:]
+        known = (*usual, RELEASED, *(name + option for name in ours for option in options))
         names = usual if self.variants == "all" else words(self.variants)
         for name in names:
             require(name in known, "variants", name, f"some of {', '.join(known)}")

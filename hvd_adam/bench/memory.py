@@ -6,7 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from hvd_adam.bench import launchers
-from hvd_adam.bench.config import MemoryConfig
+from hvd_adam.bench.config import OURS, RELEASED, MemoryConfig
 from hvd_adam.bench.interleave import Outcome, Plan, take_turns
 from hvd_adam.bench.memory_worker import STEPS
 from hvd_adam.bench.report import Column, Result
@@ -30,6 +30,7 @@ COLUMNS = (
     *(Column(name, name, ".3f") for name in (*PARTS, "total")),
     Column("predicted", "predicted_total", ".3f"),
     Column("/ predicted", "to_predicted", ".3f"),
+    Column("gradients, peak", "peak", ".3f"),
 )
 
 
@@ -47,7 +48,7 @@ def measure(config: MemoryConfig) -> Result:
             launchers.horovodrun(
                 f"{strategy} {held}", {**task, "strategy": strategy, "state_format": held}, ranks, config.launcher
             )
-            for strategy in STRATEGIES
+            for strategy in (*STRATEGIES, RELEASED.removeprefix(OURS))
             for held in MOMENTS
         ]
         logger.info(f"{ranks} rank{'s' * (ranks > 1)}")
@@ -60,8 +61,11 @@ def measure(config: MemoryConfig) -> Result:
         f"horovodrun --{config.launcher}, except for 1 rank; threads per rank: {threads}",
         f"{config.model}, {count:,} float32 parameters; bytes per parameter on the rank that holds most, after "
         f"{2 * STEPS} steps; whole buffers are counted, each once",
+        "gradients, peak: the most that all p.grad and buffers of released buckets take in a step, counted each "
+        "time that backward has completed a gradient",
         "predicted: 4 for the parameter, 4 for its gradient, 8 for Adam's moments, 2.125 if they are held "
-        "in 8 bits (1/N of it if they are sharded); tensors that are small or have one dimension keep 8",
+        "in 8 bits (1/N of it if they are sharded); tensors that are small or have one dimension keep 8. Released "
+        "gradients take nothing after a step",
     ]
     return Result(rows, COLUMNS, notes, partial(_draw, rows))
 
@@ -69,8 +73,10 @@ def measure(config: MemoryConfig) -> Result:
 def predicted(strategy: str, ranks: int, state_format: str = "float32") -> dict[str, float] | None:
     """Returns the bytes per float32 parameter on a rank, by part; None for an unknown strategy."""
     moments = MOMENTS[state_format]
-    state = {"allreduce": moments, "sharded": moments / ranks}.get(strategy)
-    return None if state is None else {"parameters": 4.0, "gradients": 4.0, "state": state}
+    released = strategy == RELEASED.removeprefix(OURS)
+    state = moments / ranks if strategy == "sharded" else moments
+    known = strategy in STRATEGIES or released
+    return {"parameters": 4.0, "gradients": 0.0 if released else 4.0, "state": state} if known else None
 
 
 def summarize(strategy: str, state_format: str, ranks: int, outcome: Outcome, count: int) -> Row:
@@ -86,7 +92,7 @@ def summarize(strategy: str, state_format: str, ranks: int, outcome: Outcome, co
     row: Row = {"strategy": strategy, "state_format": state_format, "np": ranks}
     if outcome.error is not None:
         return {**row, "error": outcome.error}
-    row |= {name: max(outcome.times[name]) / count for name in (*PARTS, "total")}
+    row |= {name: max(outcome.times[name]) / count for name in (*PARTS, "total", "peak")}
     prediction = predicted(strategy, ranks, state_format)
     row |= {f"predicted_{name}": prediction[name] if prediction else None for name in PARTS}
     row["predicted_total"] = sum(prediction.values()) if prediction else None

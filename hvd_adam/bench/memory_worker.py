@@ -1,4 +1,4 @@
-"""A rank of `bench memory`: counts the bytes that are held between training steps."""
+"""A rank of `bench memory`: counts the bytes held between training steps, and gradients in one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BATCH_SIZE = 4
 
 
 def prepare(task: dict[str, Any], launch: LaunchInfo, folder: Path) -> Measure:
-    """Returns a function that trains `STEPS` steps and counts the bytes held after them.
+    """Returns a function that trains `STEPS` steps, counts the bytes held after them, and gradients in them.
 
     Args:
         task: "strategy", "state_format", "model" and "device".
@@ -28,15 +28,40 @@ def prepare(task: dict[str, Any], launch: LaunchInfo, folder: Path) -> Measure:
     """
     wrap = connect(OURS + task["strategy"], task["device"], launch, folder, task["state_format"])
     device = init().device
-    model, optimizer = wrap(build_model(task["model"]).to(device))
+    model = build_model(task["model"]).to(device)
+    optimizers: list[Any] = []
+    in_backward = _gradients_in_backward(model, optimizers)
+    model, optimizer = wrap(model)
+    optimizers.append(optimizer)
     step = training_step(model, optimizer, *random_batch(BATCH_SIZE, launch.rank, device))
 
     def measure() -> dict[str, list[float]]:
         for _ in range(STEPS):
             step()
-        return {name: [size] for name, size in held_bytes(model, optimizer).items()}
+        return {name: [size] for name, size in (*held_bytes(model, optimizer).items(), ("peak", max(in_backward)))}
 
     return measure
+
+
+def _gradients_in_backward(model: torch.nn.Module, optimizers: list[Any]) -> list[int]:
+    """Returns a list that gets the bytes of gradients each time that backward has completed one, before its use.
+
+    They are those of all `p.grad`, and of the buckets in flight whose gradients are released.
+
+    Args:
+        model: not yet distributed.
+        optimizers: that of the model, once it exists.
+    """
+    parameters, found = list(model.parameters()), [0]
+
+    def count(_: torch.Tensor) -> None:
+        gradients = _storages(p.grad for p in parameters if p.grad is not None)
+        found.append(sum(gradients.values()) + sum(getattr(o, "gradient_buffer_bytes", 0) for o in optimizers))
+
+    for p in parameters:
+        register: Any = p.register_post_accumulate_grad_hook  # PyTorch's is untyped
+        register(count)
+    return found
 
 
 def held_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hvd_adam.bench.config import DEFERRED, OURS
+from hvd_adam.bench.config import DEFERRED, OURS, RELEASED
 from hvd_adam.bench.interleave import Measure
 from hvd_adam.bench.launchers import COLLECTIVE_TIMEOUT_SECONDS
 from hvd_adam.bench.timer import synchronizer, time_calls
@@ -84,12 +84,10 @@ def connect(
     if variant.startswith(OURS):
         init(device)
         strategy, _, compression = variant.removeprefix(OURS).removesuffix(DEFERRED).partition("-")
-        wrap = functools.partial(
-            distribute,
-            strategy=strategy,
-            compression=compression or "none",
-            defer_averaging=variant.endswith(DEFERRED),
-        )
+        options: dict[str, Any] = {"compression": compression or "none", "defer_averaging": DEFERRED in variant}
+        if variant == RELEASED:
+            options = {"release_gradients": True, "skip_nonfinite": False}
+        wrap = functools.partial(distribute, strategy=strategy, **options)
         make = functools.partial(Adam, lr=LEARNING_RATE, state_format=state_format)
         return lambda model: (model, wrap(make(model.parameters()), model))
     if device == "cuda":

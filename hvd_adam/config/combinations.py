@@ -36,6 +36,8 @@ def require_combination(config: Any) -> None:
         raise UserError(f"--compression {config.compression} is not for --precision fp64: use none")
     if config.strategy == "local":
         _require_local(config)
+    if config.release_gradients:
+        _require_releasable(config)
     if config.tune != "off":
         _require_tunable(config)
 
@@ -69,6 +71,32 @@ def _require_local(config: Any) -> None:
         raise UserError(
             "--islands cannot be used with --elastic, which gives the ranks to islands of one: leave it out"
         )
+
+
+def _require_releasable(config: Any) -> None:
+    """Refuses what needs the whole gradient, several passes, or an update that can be taken back."""
+    compression, unscaled = config.compression in ("none", "fp16", "bf16"), config.precision != "fp16"
+    reasons = {
+        "strategy": (config.strategy == "allreduce", "use --strategy allreduce"),
+        "op": (config.op == "average", "use --op average"),
+        "accumulate": (config.accumulate == 1, "an update has one backward pass: leave it out"),
+        "max_grad_norm": (config.max_grad_norm is None, "the whole gradient is never there: leave it out"),
+        "noise_scale": (config.noise_scale is None, "the whole gradient is never there: leave it out"),
+        "precision": (unscaled, "updates that overflow cannot be skipped: use bf16"),
+        "compression": (compression, "no residuals are kept: use none, fp16 or bf16"),
+        "compile": (not config.compile, "a compiled backward returns all gradients at once: leave it out"),
+        "device": (config.device != "cuda", "it is for CPUs so far"),
+        "elastic": (
+            not config.elastic,
+            "not tested with lost ranks so far: leave it out",
+        ),
+        "tune": (config.tune == "off", "what it would choose is fixed: leave it out"),
+    }
+    for name, (allowed, reason) in reasons.items():
+        if not allowed:
+            value, dashed = getattr(config, name), name.replace("_", "-")
+            given = f"--{dashed}" if value is True else f"--{dashed} {value}"
+            raise UserError(f"{given} cannot be used with --release-gradients: {reason}")
 
 
 def _require_tunable(config: Any) -> None:

@@ -58,6 +58,10 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "outer_lr": (lambda c: c.strategy == "local", "--strategy local"),
     "outer_momentum": (lambda c: c.strategy == "local", "--strategy local"),
     "bucket_mib": (lambda c: c.strategy != "local" and c.op == "average", "--strategy allreduce or sharded"),
+    "max_skipped": (
+        lambda c: not c.release_gradients,
+        "updates that can be skipped: leave out --release-gradients",
+    ),
     "islands": (lambda c: c.strategy == "local", "--strategy local"),
     "commit_every": (
         lambda c: c.elastic and c.strategy != "local",

@@ -35,7 +35,8 @@ class TrainConfig(DataConfig):
         "max_skipped state_format implementation",
         "schedule": "max_steps max_time lr_scaling warmup_epochs lr_decay lr_decay_epochs lr_decay_factor",
         "distribution": "global_batch_size accumulate strategy local_steps islands outer_lr outer_momentum "
-        "compression bucket_mib tune op elastic commit_every stall_timeout check_consistency_every",
+        "compression bucket_mib release_gradients tune op elastic commit_every stall_timeout "
+        "check_consistency_every",
         "precision and device": "precision device threads deterministic",
         "checkpoints": "resume checkpoint_every keep allow_data_change",
         "logging": "log_every eval_every noise_scale noise_scale_form",
@@ -149,6 +150,11 @@ recipes for --config recipe:NAME: {", ".join(recipes.names())}"""
         "bf16, int8 and int4, measured in the first updates; auto (auto:lossless): only what rounds no gradient",
     )
     bucket_mib: float = option(8.0, "gradients are reduced in buckets of at most so many MiB, > 0")
+    release_gradients: bool = option(
+        False,
+        "update each bucket during backward and give the memory of its gradients back, so that two buckets exist "
+        "instead of all gradients; one that is not finite ends the job",
+    )
     tune: Literal["off", "lossless", "any"] = option(
         "off",
         "measure before the first update which of --strategy, --compression, --bucket-mib and --threads are the "

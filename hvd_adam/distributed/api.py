@@ -26,6 +26,8 @@ from hvd_adam.distributed.model_checks import (
 )
 from hvd_adam.distributed.noise.meter import FORMS, GRADIENT
 from hvd_adam.distributed.optimizer import DistributedAdam
+from hvd_adam.distributed.release.optimizer import ReleasingAdam
+from hvd_adam.distributed.release.options import require_releasable
 from hvd_adam.distributed.wire.codable import require_codable
 from hvd_adam.distributed.wire.codec import CODECS
 from hvd_adam.errors import UserError
@@ -65,6 +67,7 @@ def distribute(
     defer_averaging: bool = False,
     noise_scale: int | None = None,
     noise_scale_form: str = GRADIENT,
+    release_gradients: bool = False,
     local_steps: int = 50,
     outer_lr: float = 1.0,
     outer_momentum: float = 0.0,
@@ -111,6 +114,10 @@ def distribute(
         noise_scale: measure the gradient noise scale in every `noise_scale`-th update, at least 1; read it with
             `optimizer.noise.estimate()`. It needs several ranks or micro-batches, and no Adasum. None: do not.
         noise_scale_form: "gradient": of the gradients; "adam": of the gradients divided by Adam's √v̂ + ε.
+        release_gradients: update each bucket during `backward`, as soon as its gradients are averaged, and give
+            their memory back (see `ReleasingAdam`): at most two buckets have buffers, instead of all gradients.
+            Every `p.grad` is None after `step`. It needs parameters on CPUs, `skip_nonfinite=False`, and one
+            backward pass per update; it cannot clip gradients or scale losses.
         local_steps: with "local", updates of each rank between two meetings, at least 1.
         outer_lr: with "local", learning rate of the outer SGD, greater than 0.
         outer_momentum: with "local", its Nesterov momentum, in [0, 1).
@@ -191,16 +198,17 @@ def distribute(
     options |= {"bucket_mib": float(bucket_mib), "noise_scale": noise_scale}
     options |= {"noise_scale_form": noise_scale_form}
     options |= {"skip_nonfinite": bool(skip_nonfinite), "defer_averaging": bool(defer_averaging)}
-    require_same(
-        current_cluster(),
-        "options of distribute",
-        {"strategy": strategy, "scaler": loss_scaler is not None, **options, **local},
-    )
+    if release_gradients:
+        require_releasable(optimizer, {**options, "strategy": strategy, "loss_scaler": loss_scaler})
+    compared = {"strategy": strategy, "scaler": loss_scaler is not None, **options, **local}
+    compared["release_gradients"] = bool(release_gradients)
+    require_same(current_cluster(), "options of distribute", compared)
     require_same_layout(model, optimizer)
     if strategy == LOCAL:
         options = {key: options[key] for key in ("accumulate", "compression", "max_grad_norm", "skip_nonfinite")}
         return LocalAdam(optimizer, model, loss_scaler=loss_scaler, **options, **local)
-    return DistributedAdam(optimizer, model, strategy=strategy, loss_scaler=loss_scaler, **options)
+    kind = ReleasingAdam if release_gradients else DistributedAdam
+    return kind(optimizer, model, strategy=strategy, loss_scaler=loss_scaler, **options)
 
 
 def _require_supported(model: torch.nn.Module, optimizer: Adam, compression: str) -> None:

@@ -45,8 +45,6 @@ _NEW_LAYOUT = "a change of parameters or options (freezing, a dtype, amsgrad)"
 class AveragedAdam(Adam):
     """An `Adam` with state that is the same on all ranks, or sharded over them; the base of `DistributedAdam`.
 
-    It has a store and a layout of its parameters, a strategy, an averager of its gradients and Horovod's hooks.
-
     Args:
         optimizer: the optimizer that was given to `distribute`, whose arguments the others are.
 
@@ -56,6 +54,8 @@ class AveragedAdam(Adam):
         noise: measures the noise scale, with `noise_scale`.
     """
 
+    averager_class: type[GradientAverager] = GradientAverager
+    layout_class: type[DistributedLayout] = DistributedLayout
     error_feedback: ErrorFeedback | None = None
     _automatic: AutomaticCompression | None = None
     _adapter: HorovodAdapter | None = None  # from the end of construction on
@@ -97,7 +97,7 @@ class AveragedAdam(Adam):
             )
         self._same_batches = SameBatches(model, self._parameters, rank=self._rank, ranks=self._ranks)
         self._lockstep = Lockstep(self._rank, self._ranks, self._same_batches)
-        self._averager = GradientAverager(
+        self._averager = self.averager_class(
             Callbacks(
                 parameters=self._parameters,
                 names=self._names,
@@ -114,7 +114,7 @@ class AveragedAdam(Adam):
         )
         self.noise = meter_of(self, noise_scale, noise_scale_form, accumulate, self._strategy.shard)
         self._averager.noise = self.noise
-        self._layout = DistributedLayout(
+        self._layout = self.layout_class(
             self._strategy,
             self._averager,
             self._lockstep,
@@ -313,7 +313,7 @@ class AveragedAdam(Adam):
         self._averager.leave_aborted_pass()
         if self._in_flight():
             remedy = "call it before backward() or after step(), or distribute() without"
-            raise RuntimeError(f"{problem}; {remedy} {'adasum' if self._adasum else 'defer_averaging'}")
+            raise RuntimeError(f"{problem}; {remedy} {'adasum' if self._adasum else self._averager.option}")
 
     def _refuse_adasum(self) -> None:
         if self._adasum:

@@ -113,7 +113,7 @@ class HorovodAdapter:
                 return None, None  # no handle: `Reducer` waits for the reduction
 
             self._wrapper._grouped_allreduce_grad_async = start
-        self._add_pre_hooks(names)
+        self.follow(names)
 
     @property
     def in_flight(self) -> bool:
@@ -208,9 +208,9 @@ class HorovodAdapter:
             accumulator.register_hook(wrapper._make_hook(parameter))
             wrapper._grad_accs.append(accumulator)
             self._nodes.add(accumulator)
-        self._add_pre_hooks(names)
+        self.follow(names)
 
-    def _add_pre_hooks(self, parameters: Iterable[Tensor]) -> None:
+    def follow(self, parameters: Iterable[Tensor]) -> None:
         """Adds the hooks that run before Horovod's. Frozen parameters get them too: they may be unfrozen."""
         before = self._refuse_second_pass if self._adasum else self._prepare_hook
         if not self._adasum and self._before_accumulation is None:

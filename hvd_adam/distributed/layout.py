@@ -94,6 +94,7 @@ class DistributedLayout:
         self._feedback, self._lossless, self._ahead = feedback, lossless, ahead
         self._ranks = int(horovod().size())
         self._flat = self._ranks > 1 and not adasum
+        self._follows = self._flat  # whether autograd reports each gradient to the averager
         self._adapter: HorovodAdapter | None = None  # from `connect` on
         # Adasum steps one parameter at a time.
         policy = StorePolicy(foreach_only=adasum, agree=self._agree, warns=bool(horovod().rank() == 0))
@@ -135,22 +136,8 @@ class DistributedLayout:
         if not self._flat:
             self.store.build_layout(groups, state)
             return
-        trained = [p for group in groups for p in group["params"] if is_trained(p)]
-        self._refuse_unusual(trained, names)
-        if not trained:  # the ranks exchange messages nevertheless, and parameters may be unfrozen
-            device = next(iter(names)).device
-            trained = [torch.nn.Parameter(torch.zeros(1, dtype=torch.float32, device=device))]
-        kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
-        for p in trained:
-            kinds[p.device, p.dtype].append(p)
         rank, ranks = self._strategy.shard
-        multiple = ALIGNMENT if self._feedback is None else self._feedback.shard_multiple
-        blocks = _in_blocks(groups) if ranks > 1 else set()
-        control = self._lockstep.length + self._averager.noise.length
-        self.buffers = [
-            GradientBuffer(params, _layout(params, self._bucket_bytes, blocks, ranks, control, multiple))
-            for params in kinds.values()
-        ]
+        self.buffers = [GradientBuffer(params, layout) for params, layout in self._layouts(groups, names)]
         parts = {
             p: part
             for buffer in self.buffers
@@ -165,6 +152,25 @@ class DistributedLayout:
         if self._adapter is not None:
             self._adapter.set_buckets(reducer.parameters)
             self.add_hooks(names, names)  # parameters may have been unfrozen
+
+    def _layouts(self, groups: Sequence[Group], names: Names) -> list[tuple[list[Tensor], Layout]]:
+        """Returns the trained parameters of each device and dtype, with the layout of their gradients."""
+        trained = [p for group in groups for p in group["params"] if is_trained(p)]
+        self._refuse_unusual(trained, names)
+        if not trained:  # the ranks exchange messages nevertheless, and parameters may be unfrozen
+            device = next(iter(names)).device
+            trained = [torch.nn.Parameter(torch.zeros(1, dtype=torch.float32, device=device))]
+        kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+        for p in trained:
+            kinds[p.device, p.dtype].append(p)
+        _, ranks = self._strategy.shard
+        multiple = ALIGNMENT if self._feedback is None else self._feedback.shard_multiple
+        blocks = _in_blocks(groups) if ranks > 1 else set()
+        control = self._lockstep.length + self._averager.noise.length
+        return [
+            (params, _layout(params, self._bucket_bytes, blocks, ranks, control, multiple))
+            for params in kinds.values()
+        ]
 
     def _make_reducer(self, scale: float) -> Reducer:
         return Reducer(
@@ -253,8 +259,8 @@ class DistributedLayout:
             compression=AdasumCompression(self.compression),
             adasum=self._adasum,
             buckets=reducer.parameters if reducer else None,
-            before_accumulation=averager.before_accumulation if self._flat or follows_passes else None,
-            after_accumulation=averager.after_accumulation if self._flat else None,
+            before_accumulation=averager.before_accumulation if self._follows or follows_passes else None,
+            after_accumulation=averager.after_accumulation if self._follows else None,
             bucket_complete=self._send,
         )
         if self._flat:

@@ -26,16 +26,17 @@ class LostUpdates:
         self._updates = 0
         self._warned = False
 
-    def count_update(self, groups: Sequence[Group]) -> None:
+    def count_update(self, groups: Sequence[Group], *, released: bool = False) -> None:
         """Counts an update of parameter groups, and checks after some.
 
         Args:
             groups: all parameter groups.
+            released: gradients are None after the update; what is trained then counts as updated.
         """
         self._updates += 1
         if self._updates not in CHECKS or self._warned:
             return
-        lost = list(_lost(groups))
+        lost = list(_lost(groups, released))
         if lost:
             self._warned = True
             p, lr = lost[0]
@@ -49,12 +50,13 @@ class LostUpdates:
 
 
 @torch.no_grad()
-def _lost(groups: Sequence[Group]) -> Iterator[tuple[Tensor, float]]:
+def _lost(groups: Sequence[Group], released: bool) -> Iterator[tuple[Tensor, float]]:
     """Returns the parameters whose average weight is not moved, with their learning rate."""
     for group in groups:
         lr = float(group["lr"])
         for p in group["params"]:
-            if lr > 0 and p.grad is not None and p.numel() and rounding(group, p) == "nearest":
+            updated = p.requires_grad if released else p.grad is not None
+            if lr > 0 and updated and p.numel() and rounding(group, p) == "nearest":
                 smallest = torch.finfo(p.dtype).eps / 4 * p.detach().abs().mean(dtype=torch.float32)
                 if lr < smallest.item():
                     yield p, lr

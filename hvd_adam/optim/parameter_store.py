@@ -76,6 +76,7 @@ class ParameterStore:
         self._rows: list[UpdateRows] = []
         self._sections: dict[int, list[UpdateRows]] = {}
         self._others: Sequence[Member] = ()  # which the fused kernels do not update
+        self._sections_of_others: dict[int, list[int]] = {}  # their indices
         self._others_state = StateReader((), (), {})
         self._others_form: object = []  # of which dtype, device and shape they were
         self._frozen: Sequence[Tensor] = ()
@@ -139,7 +140,7 @@ class ParameterStore:
             groups: the parameter groups.
             state: the optimizer's state.
             parts: what this process updates of each parameter; all of those that are missing.
-            sections: numbers of parameters that are updated together, for `update_sections`; None for one section.
+            sections: numbers of parameters that are updated together, for `update_section`; None for one section.
 
         Raises:
             ValueError: a trained parameter is sparse or complex.
@@ -166,7 +167,9 @@ class ParameterStore:
             rows = UpdateRows(spec, members, groups, state)
             self._rows.append(rows)
             self._sections[section].append(rows)
-        self._others = others
+        self._others, self._sections_of_others = others, defaultdict(list)
+        for i, member in enumerate(others):
+            self._sections_of_others[sections.get(member.param, 0)].append(i)
         self._others_state = StateReader(others, groups, state)
         self._others_form = list(map(_form, others))
         self._options, self._params = layout_options(groups), [*params]
@@ -220,14 +223,17 @@ class ParameterStore:
         for spec, batch in batches:
             increment_versions(batch.params)
             fused.update(spec, batch, numbers, grad_scale)
+        self._update_others(rest, groups, grad_scale)
+        self._counted = [batch.counts for _, batch in batches]
+        if self._policy.warns:
+            self._lost_updates.count_update(groups)
+
+    def _update_others(self, rest: Chunks, groups: Sequence[Group], grad_scale: Tensor | None) -> None:
         if rest.counts:
             torch._foreach_add_(rest.counts, 1)
         for lists, i in rest.lists:
             name = self.implementations[i]  # what cannot be fused has the form "foreach"
             update_lists("foreach" if name == "fused" else name, lists, groups[i], grad_scale)
-        self._counted = [batch.counts for _, batch in batches]
-        if self._policy.warns:
-            self._lost_updates.count_update(groups)
 
     def _batches(self) -> list[tuple[KernelSpec, Batch]]:
         found = [(rows.spec, rows.batch()) for rows in self._rows]
@@ -270,14 +276,34 @@ class ParameterStore:
         """
         numbers = hyper_parameters(groups)
         for section in ready:
-            for rows in self._sections.get(section, ()):
-                batch = rows.batch()
-                if batch.params:
-                    increment_versions(batch.params)
-                    fused.update(rows.spec, batch, numbers, None)
+            self.update_section(section, groups, numbers)
+        self.sections_updated(groups)
+
+    def update_section(self, section: int, groups: Sequence[Group], numbers: Sequence[HyperParameters]) -> None:
+        """Takes one step with one section; the layout must fit. Parameters without a gradient do not change.
+
+        Args:
+            section: its number.
+            groups: the parameter groups.
+            numbers: their hyper-parameters, see `hyper_parameters`, the same for all sections of a step.
+
+        Raises:
+            RuntimeError: as `update_sections`.
+        """
+        for rows in self._sections.get(section, ()):
+            batch = rows.batch()
+            if batch.params:
+                increment_versions(batch.params)
+                fused.update(rows.spec, batch, numbers, None)
+        if others := self._sections_of_others.get(section):
+            members, used = [self._others[i] for i in others], [self._others_state.used[i] for i in others]
+            self._update_others(chunks(members, used, groups), groups, None)
+
+    def sections_updated(self, groups: Sequence[Group], *, released: bool = False) -> None:
+        """Ends a step that was taken section by section, after which gradients may have been released."""
         self._counted = ()
         if self._policy.warns:
-            self._lost_updates.count_update(groups)
+            self._lost_updates.count_update(groups, released=released)
 
     def undo_step_counts(self) -> None:
         """Subtracts the last step from the step counts, after an update that has changed nothing."""

@@ -278,23 +278,19 @@ def distributed(
         scaler: the loss scaler of "fp16", else None.
     """
     several = cluster.size * accumulate > 1  # in an elastic run, one may be left
+    same = "local_steps islands outer_lr outer_momentum compression bucket_mib op max_grad_norm release_gradients"
     return distribute(
         adam,
         model,
         strategy=config.strategy,
-        local_steps=config.local_steps,
-        islands=config.islands,
-        outer_lr=config.outer_lr,
-        outer_momentum=config.outer_momentum,
         accumulate=accumulate,
-        compression=config.compression,
-        bucket_mib=config.bucket_mib,
-        op=config.op,
-        max_grad_norm=config.max_grad_norm,
         loss_scaler=scaler,
-        defer_averaging=config.strategy != "local",  # nothing here looks at gradients
+        # Nothing here looks at gradients.
+        defer_averaging=config.strategy != "local" and not config.release_gradients,
+        skip_nonfinite=not config.release_gradients,
         noise_scale=config.noise_scale if several else None,
         noise_scale_form=config.noise_scale_form if several else "gradient",
+        **{name: getattr(config, name) for name in same.split()},
     )
 
 

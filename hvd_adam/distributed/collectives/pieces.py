@@ -16,6 +16,8 @@ from hvd_adam.distributed.collectives.groups import RankGroup, all_ranks
 from hvd_adam.distributed.context import MESSAGE_BYTES, horovod
 from hvd_adam.distributed.launch_env import gloo_store_address
 
+# Two ranks send halves of a piece of an all-reduce.
+ALLREDUCE_BYTES = 2 * MESSAGE_BYTES
 # Two hosts under Gloo swap messages from this size on.
 SWAP_BYTES = 256 * 2**10
 
@@ -30,10 +32,10 @@ def start_allreduce(values: Tensor, name: str, group: RankGroup | None = None) -
         group: the ranks that take part; all by default.
     """
     hvd, process_set = horovod(), (group or all_ranks()).process_set
-    # Two ranks send halves of a piece. Groups of one: Horovod does not fuse them with others, nor copy them.
+    # Groups of one: Horovod does not fuse them with others, nor copy them.
     handles = [
         hvd.grouped_allreduce_async_([piece], op=hvd.Sum, name=part, process_set=process_set)
-        for piece, part in _pieces(values, name, 2 * MESSAGE_BYTES)
+        for piece, part in _pieces(values, name, ALLREDUCE_BYTES)
     ]
 
     def wait() -> None:

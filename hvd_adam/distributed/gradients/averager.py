@@ -40,6 +40,7 @@ class GradientAverager(Rounds):
         watch: notice changes of gradients on one rank, too.
 
     Attributes:
+        option: of `distribute`, that makes gradients wait for `step`.
         noise: measures the noise scale.
         reducer: the buckets; None on one rank.
         hooks: Horovod's wrapper; None on one rank.
@@ -48,6 +49,7 @@ class GradientAverager(Rounds):
         waited: seconds that this process has waited for the gradients, and parameters, of other ranks.
     """
 
+    option = "defer_averaging"
     noise = NoiseMeter(None)
 
     def __init__(

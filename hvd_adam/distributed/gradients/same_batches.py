@@ -62,6 +62,10 @@ class SameBatches:
         self._inputs: int | None = None  # that of the first inputs since the last message
         self._hooks: list[Any] = []
 
+    def look_at(self, parameters: Callable[[], list[Tensor]]) -> None:
+        """Replaces the function that returns the parameters, where another gradient is still this rank's own."""
+        self._parameters = parameters
+
     def message(self) -> list[int]:
         """Returns the bits that this rank sends with the next round of gradients, `length` numbers."""
         if self._ended:
