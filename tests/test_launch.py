@@ -21,6 +21,8 @@ from pathlib import Path
 
 import pytest
 
+from hvd_adam.launch.signal_proxy import ECHO_SECONDS
+
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
 PACKAGE = ROOT / "hvd_adam" / "launch"
@@ -236,6 +238,37 @@ def test_ranks_end_when_the_launcher_is_killed(launcher, environment, tmp_path):
     process, pids = start_waiting_ranks(launcher, environment, tmp_path)
     process.kill()
     wait_for_exit(pids)
+
+
+@pytest.mark.parametrize(("seconds", "signals", "code"), [(7, 1, 75), (1000, 2, 3)])
+def test_ranks_under_gloo_have_time_to_save_after_a_signal_and_none_after_a_second_one(seconds, signals, code):
+    # Horovod itself kills them after 5 s.
+    rank = f"""if True:
+        import os, signal, time
+        received = []
+        def stop(*_):
+            received.append(1)
+            print("signal", flush=True)
+            if len(received) == 2:
+                os._exit(3)
+        signal.signal(signal.SIGTERM, stop)
+        print("ready", flush=True)
+        while not received:
+            time.sleep(0.05)
+        end = time.monotonic() + {seconds}
+        while time.monotonic() < end:
+            time.sleep(0.05)
+        os._exit(75)
+    """
+    launcher = [sys.executable, "-m", "hvd_adam.launch.horovodrun", "-np", "1", "--gloo"]
+    command, environ = [*launcher, sys.executable, "-c", rank], {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True) as running:
+        for line in ["ready", *["signal"] * (signals - 1)]:
+            while line not in running.stdout.readline():
+                assert running.poll() is None
+            running.terminate()
+            time.sleep(2 * ECHO_SECONDS)  # a signal that comes sooner counts as the same
+        assert running.wait(timeout=250) == code
 
 
 def dry_run(script, *arguments, env):

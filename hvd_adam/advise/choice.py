@@ -29,14 +29,27 @@ def relative_updates(batch: float, own: float, noise_scale: float) -> float:
 
 
 @dataclass(frozen=True)
-class Row:
-    """A setting.
+class Setting:
+    """Ranks and batch of a run, or of what it is compared with.
 
     Attributes:
         ranks: number of ranks.
         micro_batch: samples of a micro-batch.
         accumulate: micro-batches of an update and rank.
         global_batch: samples of an update.
+    """
+
+    ranks: int
+    micro_batch: int
+    accumulate: int
+    global_batch: int
+
+
+@dataclass(frozen=True)
+class Row(Setting):
+    """A setting with its times.
+
+    Attributes:
         seconds: of an update.
         alone: seconds of an update if network and waiting cost nothing.
         relative_updates: to a loss, relative to the run's own setting.
@@ -44,32 +57,11 @@ class Row:
         relative_cost: rank-hours to a loss.
     """
 
-    ranks: int
-    micro_batch: int
-    accumulate: int
-    global_batch: int
     seconds: float
     alone: float
     relative_updates: float
     relative_time: float
     relative_cost: float
-
-
-@dataclass(frozen=True)
-class Setting:
-    """The run's own setting, which others are compared with.
-
-    Attributes:
-        ranks: number of ranks.
-        micro_batch: samples of a micro-batch.
-        accumulate: micro-batches of an update.
-        global_batch: samples of an update.
-    """
-
-    ranks: int
-    micro_batch: int
-    accumulate: int
-    global_batch: int
 
 
 def by_factors_of_2(own: int) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ exception is not caught.
 
 from __future__ import annotations
 
+import math
 import mmap
 import multiprocessing.util
 import os
@@ -29,6 +30,7 @@ from typing import Any
 import horovod
 import psutil
 from horovod.runner import gloo_run, launch
+from horovod.runner.common.util import safe_shell_exec
 from horovod.runner.common.util.env import is_exportable
 from horovod.runner.elastic.registration import WorkerStateRegistry
 from horovod.runner.elastic.worker import WorkerNotificationClient
@@ -38,6 +40,7 @@ if not __package__:  # run by its path
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from hvd_adam.distributed.rendezvous import LOSSES_KEY, LOSSES_SCOPE, REPORTS_LOSSES_VARIABLE
+from hvd_adam.launch.signal_proxy import ECHO_SECONDS
 
 RANK_FAILED = re.compile(r"one or more processes exited with non-zero status.*Exit code: (-?\d+)", re.DOTALL)
 UNREACHABLE = "could not connect to some hosts via ssh"
@@ -57,8 +60,13 @@ SHELL_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")  # other variables do not pas
 
 POLL_SECONDS = 0.02
 
+# In which ranks may write a checkpoint after a signal to horovodrun. Horovod's own limit is 5, also for ranks that
+# are ended because another has failed, where it remains.
+SAVE_SECONDS = 60
+
 INTERRUPTED = 128 + signal.SIGINT  # exit code after Ctrl-C
 _interrupted = threading.Event()  # set by Ctrl-C
+_helpers: list[int] = []  # process numbers of Horovod's helpers, each of which starts a rank
 
 _execve = os.execve
 _setsid = os.setsid
@@ -111,28 +119,52 @@ def wait_without_reaping(process: psutil.Process, timeout: float | None = None) 
 patch(psutil.Process, "wait", wait_without_reaping)
 
 
-def start_helpers_with_sigint_blocked() -> None:
+def start_helpers_with_signals_blocked() -> None:
     """Keeps Ctrl-C from Horovod's helper processes until they have left the terminal's process group.
 
-    A helper imports this module first, which takes a second, and would print a traceback.
+    A helper imports this module first, which takes a second, and would print a traceback. SIGUSR1, which
+    `signal_helpers` sends, waits until it has a handler.
     """
     spawn = multiprocessing.util.spawnv_passfds
 
-    def spawn_blocked(*arguments: Any) -> Any:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    def spawn_blocked(path: Any, arguments: Any, *descriptors: Any) -> Any:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGUSR1})
         try:
-            return spawn(*arguments)
+            process = spawn(path, arguments, *descriptors)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if any(os.fsdecode(argument) == "--multiprocessing-fork" for argument in arguments):
+            _helpers.append(process)  # others are the resource tracker of multiprocessing
+        return process
 
     patch(multiprocessing.util, "spawnv_passfds", spawn_blocked)
+
+
+def signal_helpers() -> None:
+    """Sends SIGUSR1 to Horovod's helper processes, before Horovod has them end their ranks."""
+    for process in _helpers:
+        with suppress(psutil.Error):
+            helper = psutil.Process(process)
+            if helper.ppid() == os.getpid():  # it has not ended, and its number is not another process's
+                helper.send_signal(signal.SIGUSR1)
+
+
+def end_ranks_later(*_: object) -> None:
+    """Handles SIGUSR1 in a helper: the ranks may write a checkpoint. A second one ends them at once."""
+    if safe_shell_exec.GRACEFUL_TERMINATION_TIME_S == SAVE_SECONDS:
+        for shell in psutil.Process().children():
+            with suppress(psutil.Error):
+                for rank in shell.children():  # it has received a SIGTERM already
+                    rank.terminate()
+    safe_shell_exec.GRACEFUL_TERMINATION_TIME_S = SAVE_SECONDS
 
 
 def setsid_and_unblock() -> None:
     """Replaces os.setsid in a helper, before it starts a rank: drops a pending SIGINT and takes the next ones."""
     _setsid()
+    signal.signal(signal.SIGUSR1, end_ranks_later)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGUSR1})
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -185,18 +217,28 @@ def notify_in_threads() -> None:
     patch(WorkerNotificationClient, "notify_hosts_updated", start_notifying)
 
 
-def record_interrupts() -> None:
-    """Records Ctrl-C, which Horovod with Gloo forwards to the ranks as SIGTERM, for the exit code of the job."""
+def let_ranks_save() -> None:
+    """Gives ranks time for a checkpoint after SIGTERM and Ctrl-C, which Horovod with Gloo forwards as SIGTERM.
+
+    Also records Ctrl-C, for the exit code of the job.
+    """
     register_shutdown_event = gloo_run.register_shutdown_event
 
     def register_and_record() -> threading.Event:
         event: threading.Event = register_shutdown_event()
+        last = -math.inf
 
-        def interrupt(*_: object) -> None:
-            _interrupted.set()
+        def stop(number: int, _: object) -> None:
+            nonlocal last
+            if number == signal.SIGINT:
+                _interrupted.set()
+            if time.monotonic() - last > ECHO_SECONDS:
+                signal_helpers()
+            last = time.monotonic()
             event.set()
 
-        signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGINT, stop)
+        signal.signal(signal.SIGTERM, stop)
         return event
 
     patch(gloo_run, "register_shutdown_event", register_and_record)
@@ -211,8 +253,8 @@ def main() -> None:
     find_controllers_without_torch()
     report_losses()
     notify_in_threads()
-    record_interrupts()
-    start_helpers_with_sigint_blocked()
+    let_ranks_save()
+    start_helpers_with_signals_blocked()
     remote.SSH_COMMAND_PREFIX += KEEP_ALIVE
     # horovodrun forwards only SIGTERM and would be killed by these. To the ranks all four mean: save and stop.
     for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):

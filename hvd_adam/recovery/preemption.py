@@ -21,7 +21,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.
 
 # Where ranks ask rarely. The number of updates follows the answer before the last, so an answer comes within four
 # times as long, or one update. A signal may be in the one after it: ranks stop within 2 s, or two updates.
-# horovodrun with Gloo kills them after 5 s, Slurm after 30.
+# Bare horovodrun with Gloo kills them after 5 s, Slurm after 30, the launch scripts with Gloo after 60.
 SECONDS_PER_ANSWER = 0.25
 
 _started = time.monotonic()
