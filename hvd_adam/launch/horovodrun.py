@@ -63,13 +63,16 @@ POLL_SECONDS = 0.02
 # In which ranks may write a checkpoint after a signal to horovodrun. Horovod's own limit is 5, also for ranks that
 # are ended because another has failed, where it remains.
 SAVE_SECONDS = 60
+EXIT_SECONDS = 1  # of a shell whose rank has exited
 
 INTERRUPTED = 128 + signal.SIGINT  # exit code after Ctrl-C
 _interrupted = threading.Event()  # set by Ctrl-C
+_grace_seconds = safe_shell_exec.GRACEFUL_TERMINATION_TIME_S  # in a helper: until its rank is killed
 _helpers: list[int] = []  # process numbers of Horovod's helpers, each of which starts a rank
 
 _execve = os.execve
 _setsid = os.setsid
+_terminate_executor_shell_and_children = safe_shell_exec.terminate_executor_shell_and_children
 _psutil_wait: Callable[..., int | None] = psutil.Process.wait
 
 
@@ -149,20 +152,46 @@ def signal_helpers() -> None:
                 helper.send_signal(signal.SIGUSR1)
 
 
-def end_ranks_later(*_: object) -> None:
-    """Handles SIGUSR1 in a helper: the ranks may write a checkpoint. A second one ends them at once."""
-    if safe_shell_exec.GRACEFUL_TERMINATION_TIME_S == SAVE_SECONDS:
+def end_rank_later(*_: object) -> None:
+    """Handles SIGUSR1 in a helper: its rank may write a checkpoint. A second one ends the rank at once."""
+    global _grace_seconds
+    if _grace_seconds == SAVE_SECONDS:
         for shell in psutil.Process().children():
-            with suppress(psutil.Error):
-                for rank in shell.children():  # it has received a SIGTERM already
-                    rank.terminate()
-    safe_shell_exec.GRACEFUL_TERMINATION_TIME_S = SAVE_SECONDS
+            _terminate_rank(shell)  # which has received a SIGTERM already
+    _grace_seconds = SAVE_SECONDS
+
+
+def _terminate_rank(shell: psutil.Process) -> list[psutil.Process]:
+    """Sends SIGTERM to what a shell has started: a rank, or ssh. Returns these processes."""
+    ranks: list[psutil.Process] = []
+    with suppress(psutil.Error):
+        ranks = shell.children()
+        for rank in ranks:
+            rank.terminate()
+    return ranks
+
+
+def end_rank(shell_number: int) -> None:
+    """Replaces terminate_executor_shell_and_children in a helper, so that the shell exits with the rank's code.
+
+    Horovod ends the shell as soon as the rank is gone. If the shell has not exited by then, the job's code is that
+    of SIGTERM, not the rank's.
+    """
+    with suppress(psutil.Error):
+        shell = psutil.Process(shell_number)
+        ranks = _terminate_rank(shell)
+        _, alive = psutil.wait_procs(ranks, timeout=_grace_seconds)
+        if not alive:
+            shell.wait(timeout=_grace_seconds if ranks else EXIT_SECONDS)
+            return
+    safe_shell_exec.GRACEFUL_TERMINATION_TIME_S = 0  # it has passed
+    _terminate_executor_shell_and_children(shell_number)
 
 
 def setsid_and_unblock() -> None:
     """Replaces os.setsid in a helper, before it starts a rank: drops a pending SIGINT and takes the next ones."""
     _setsid()
-    signal.signal(signal.SIGUSR1, end_ranks_later)
+    signal.signal(signal.SIGUSR1, end_rank_later)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGUSR1})
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -170,6 +199,7 @@ def setsid_and_unblock() -> None:
 
 if __name__ == "__mp_main__":
     patch(os, "setsid", setsid_and_unblock)
+    patch(safe_shell_exec, "terminate_executor_shell_and_children", end_rank)
 
 
 def find_controllers_without_torch() -> None:
