@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up what is missing, checks style and types, and runs the tests, of which some check the documents:
 #   bash tests/run.sh [ARGUMENTS OF PYTEST]
-# The tests that need no ranks, hosts, Slurm or images take under three minutes on two cores:
+# The tests that need no ranks, hosts, Slurm or images take six minutes on two cores:
 #   bash tests/run.sh -m "not (multirank or cluster or slurm or image)"
 set -euo pipefail
 
