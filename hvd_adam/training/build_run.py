@@ -133,8 +133,10 @@ def _init(config: TrainConfig) -> Cluster:
 
 def _tune(parts: Parts, config: TrainConfig, scaled: Scaled) -> Choice:
     with raise_on_all_ranks(parts.cluster):
-        if parts.cluster.rank == ROOT:  # refuses a wrong --resume before the measurement
-            folder, batch = run_dir.run_folder(config), config.global_batch(parts.cluster.size)
+        folder = run_dir.run_folder(config)
+        # Refuses a wrong --resume before the measurement. A folder with a run is not locked yet.
+        if parts.cluster.rank == ROOT and not run_dir.holds_run(folder):
+            batch = config.global_batch(parts.cluster.size)
             run_dir.find_resume_point(config, folder, batch, parts.loader.description())
     return tune(parts, config, scaled)
 

@@ -228,7 +228,10 @@ def _printable(text: str) -> str:
 def find_resume_point(
     config: TrainConfig, folder: Path, global_batch_size: int | None, data: Mapping[str, Any]
 ) -> ResumePoint | None:
-    """Returns what `--resume` refers to; None for a new run. Writes nothing.
+    """Returns what `--resume` refers to; None for a new run.
+
+    The folder must be locked if it holds a run: checkpoints that a killed process was replacing get their names
+    back.
 
     Args:
         config: the run's configuration.

@@ -53,7 +53,7 @@ def require_releasable(optimizer: Adam, options: Mapping[str, Any]) -> None:
             f"the step() of {type(optimizer).__qualname__} would find no gradients with {OPTION}: use Adam "
             "itself, or leave the option out"
         )
-    if any(hooks for name, hooks in vars(optimizer).items() if name == "_optimizer_step_pre_hooks"):
+    if vars(optimizer).get("_optimizer_step_pre_hooks"):
         raise UserError(f"hooks before step() would find no gradients with {OPTION}: remove them, or the option")
     devices = {p.device.type for group in optimizer.param_groups for p in group["params"]} - {"cpu"}
     if devices:
