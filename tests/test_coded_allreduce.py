@@ -29,6 +29,8 @@ from helpers.strategies import each_strategy
 
 from hvd_adam import Adam, distribute
 from hvd_adam.data import load
+from hvd_adam.distributed.gradients.gradient_buffer import GradientBuffer
+from hvd_adam.distributed.wire import coded_bucket
 from hvd_adam.distributed.wire.saved_residuals import SavedResiduals, as_saved
 from hvd_adam.errors import UserError
 
@@ -151,6 +153,56 @@ def test_runs_repeat_bit_for_bit(cluster, compression, strategy):
             backward(model, random_gradients(model, seed, cluster.rank))
             optimizer.step()
         results.append(digest(model.weight, residuals(optimizer)))
+    assert results[0] == results[1]
+
+
+@on_ranks(2, 3)
+@each_code
+@each_strategy
+def test_pieces_and_gradients_that_are_not_copied_give_the_bits_of_whole_buckets(cluster, compression, strategy):
+    results = []
+    for piece, copies in ((1 << 20, True), (1 << 20, False), (512, False), (1024, True)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(coded_bucket, "PIECE", piece)
+            patch.setattr(coded_bucket, "LEAST_OF_PART", 256)
+            if copies:
+                patch.setattr(GradientBuffer, "take_elsewhere", lambda *_: {})
+            for deferred in (False, True):
+                model = Weights(weight=(60, 128), bias=(40,), other=(33, 40), last=(16, 64))
+                options = {"compression": compression, "strategy": strategy, "defer_averaging": deferred}
+                optimizer = distribute(Adam(model.parameters()), model, **options)
+                for seed in range(3):
+                    optimizer.zero_grad()
+                    backward(model, random_gradients(model, seed, cluster.rank))
+                    optimizer.step()
+                results.append(digest(*model.parameters(), residuals(optimizer)))
+    assert len(set(results)) == 1
+
+
+@on_ranks(2)
+@each_code
+@each_strategy
+@pytest.mark.parametrize("element", [1e30, float("inf"), float("nan")])
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_deferred_updates_wait_for_gradients_that_are_large_or_not_finite(
+    cluster, compression, strategy, element, name
+):
+    results = []
+    for deferred in (False, True):
+        model = Weights(weight=(30, 40), bias=(40,), other=(20, 64))
+        options = {"compression": compression, "strategy": strategy, "defer_averaging": deferred}
+        optimizer = distribute(Adam(model.parameters()), model, bucket_mib=0.001, **options)
+        skipped = []
+        for seed in range(3):
+            gradients = random_gradients(model, seed, cluster.rank)
+            if seed == 1 and cluster.rank == 1:
+                gradients[name].view(-1)[5] = element
+            optimizer.zero_grad()
+            backward(model, gradients)
+            optimizer.step()
+            skipped.append(optimizer.skipped)
+        assert skipped == [False, element != 1e30, False]
+        results.append(digest(*model.parameters(), residuals(optimizer)))
     assert results[0] == results[1]
 
 

@@ -55,9 +55,12 @@ def _of_codes(coded: CodedBucket, buffer: GradientBuffer, cluster: Cluster, repe
     """Returns the costs of a format of codes."""
     codec, functions, values = coded.codec, coded.functions, buffer.grad[: coded.elements]
     (before, after), (sum_before, sum_after) = coded.worker.advance(), coded.server.advance()
+    size = codec.payload_bytes(len(sum_after))
+    codes = torch.empty(cluster.size, size, dtype=torch.uint8, device=cluster.device)
+    total = torch.empty_like(codes[0])
     calls = [
-        lambda: functions.encode(codec, values, before, after, coded.parts, 0.5, 1.0),
-        lambda: functions.add_and_encode(codec, coded.parts, sum_before, sum_after, coded.total, 1.0),
-        lambda: functions.decode(codec, coded.parts, values),
+        lambda: functions.encode(codec, values, before, after, codes, 0.5, 1.0),
+        lambda: functions.add_and_encode(codec, codes, sum_before, sum_after, total, 1.0),
+        lambda: functions.decode(codec, codes, values),
     ]
     return Codec(*(timed(call, cluster, repeats) / coded.elements for call in calls))

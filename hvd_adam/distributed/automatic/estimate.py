@@ -59,7 +59,6 @@ def exchange_seconds(
         for name, measured in seconds.items():
             before = time.perf_counter()
             reduction = start(name)
-            reduction.start_gather()
             reduction.wait()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)

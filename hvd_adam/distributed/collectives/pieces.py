@@ -1,18 +1,16 @@
 """Collectives on CPUs in pieces, none of which needs a message above `MESSAGE_BYTES`; see there.
 
-Each starts the collective of every piece, and returns a function that waits for them. All ranks of the job take
+Each starts the collective of every piece, and returns a `Started` that waits for them. All ranks of the job take
 part, or those of a `RankGroup`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from hvd_adam.distributed.collectives.groups import RankGroup, all_ranks
+from hvd_adam.distributed.collectives.started import Started
 from hvd_adam.distributed.context import MESSAGE_BYTES, horovod
 from hvd_adam.distributed.launch_env import gloo_store_address
 
@@ -22,11 +20,11 @@ ALLREDUCE_BYTES = 2 * MESSAGE_BYTES
 SWAP_BYTES = 256 * 2**10
 
 
-def start_allreduce(values: Tensor, name: str, group: RankGroup | None = None) -> Callable[[], None]:
+def start_allreduce(values: Tensor, name: str, group: RankGroup | None = None) -> Started[None]:
     """Starts to add a 1-dimensional tensor over the ranks, in place.
 
     Args:
-        values: float16, float32, float64 or int64; neither read nor changed until the returned function has
+        values: float16, float32, float64 or int64; neither read nor changed until a call of the result has
             returned.
         name: name of the collective, identical on all ranks and unique among those in flight.
         group: the ranks that take part; all by default.
@@ -37,14 +35,10 @@ def start_allreduce(values: Tensor, name: str, group: RankGroup | None = None) -
         hvd.grouped_allreduce_async_([piece], op=hvd.Sum, name=part, process_set=process_set)
         for piece, part in _pieces(values, name, ALLREDUCE_BYTES)
     ]
-
-    def wait() -> None:
-        _results(handles, name)
-
-    return wait
+    return Started(handles, lambda _: None, name)
 
 
-def start_reducescatter(rows: Tensor, name: str) -> Callable[[], Tensor]:
+def start_reducescatter(rows: Tensor, name: str) -> Started[Tensor]:
     """Starts to add the rows of all ranks, of which this rank gets its own.
 
     Args:
@@ -57,22 +51,13 @@ def start_reducescatter(rows: Tensor, name: str) -> Callable[[], Tensor]:
     hvd = horovod()
     if rows.device.type != "cpu":
         handle = hvd.reducescatter_async(rows.view(-1), op=hvd.Sum, name=name)
-        return lambda: _joined(_results([handle], name))
+        return Started([handle], _joined, name)
     # Horovod's Gloo has a reduce-scatter after which the next large broadcast hangs, and that of Open MPI asks
     # before it sends.
-    received = start_alltoall(rows, name)
-
-    def wait() -> Tensor:
-        summands = received()
-        total = summands[0]
-        for row in summands[1:]:  # in rank order
-            total += row
-        return total
-
-    return wait
+    return start_alltoall(rows, name).then(_sum_in_rank_order)
 
 
-def start_alltoall(rows: Tensor, name: str, group: RankGroup | None = None) -> Callable[[], Tensor]:
+def start_alltoall(rows: Tensor, name: str, group: RankGroup | None = None) -> Started[Tensor]:
     """Starts to send the r-th row to rank r, or to the r-th rank of a group.
 
     Args:
@@ -89,10 +74,10 @@ def start_alltoall(rows: Tensor, name: str, group: RankGroup | None = None) -> C
     # contiguous: a column of one element is flattened to a view with gaps, which Horovod refuses.
     pieces = [(piece.reshape(-1).contiguous(), part) for piece, part in _pieces(rows, name)]
     handles = [hvd.alltoall_async(piece, name=part, process_set=group.process_set) for piece, part in pieces]
-    return lambda: _joined([received.view(ranks, -1) for received, _ in _results(handles, name)])
+    return Started(handles, lambda results: _joined([received.view(ranks, -1) for received, _ in results]), name)
 
 
-def start_allgather(values: Tensor, name: str, group: RankGroup | None = None) -> Callable[[], Tensor]:
+def start_allgather(values: Tensor, name: str, group: RankGroup | None = None) -> Started[Tensor]:
     """Starts to send a 1-dimensional tensor to all ranks.
 
     Args:
@@ -111,7 +96,7 @@ def start_allgather(values: Tensor, name: str, group: RankGroup | None = None) -
     nbytes = MESSAGE_BYTES if ranks == 2 else MESSAGE_BYTES // 2
     pieces = _pieces(values, name, nbytes)
     handles = [hvd.allgather_async(piece, name=part, process_set=process_set) for piece, part in pieces]
-    return lambda: _joined([received.view(ranks, -1) for received in _results(handles, name)])
+    return Started(handles, lambda results: _joined([received.view(ranks, -1) for received in results]), name)
 
 
 def _would_take_turns(message: Tensor, group: RankGroup) -> bool:
@@ -126,7 +111,7 @@ def _would_take_turns(message: Tensor, group: RankGroup) -> bool:
     return two_hosts and message.device.type == "cpu" and message.numel() * message.element_size() >= SWAP_BYTES
 
 
-def _start_swap(kept: Tensor, sent: Tensor, name: str, group: RankGroup) -> Callable[[], Tensor]:
+def _start_swap(kept: Tensor, sent: Tensor, name: str, group: RankGroup) -> Started[Tensor]:
     """Starts an exchange of two ranks by an all-reduce, which sends as many bytes, in both directions at once.
 
     The sum of two words of 64 bits, minus one of them, is the other: integers wrap around.
@@ -144,14 +129,12 @@ def _start_swap(kept: Tensor, sent: Tensor, name: str, group: RankGroup) -> Call
     own = torch.zeros(-(-nbytes // 8), dtype=torch.int64, device="cpu")
     own.view(torch.uint8)[:nbytes] = sent.view(torch.uint8)
     sums = own.clone()
-    wait = start_allreduce(sums, name, group)
 
-    def result() -> Tensor:
-        wait()
+    def result(_: None) -> Tensor:
         other = (sums - own).view(torch.uint8)[:nbytes].view(sent.dtype)
         return torch.stack([kept, other] if group.index == 0 else [other, kept])
 
-    return result
+    return start_allreduce(sums, name, group).then(result)
 
 
 def _pieces(values: Tensor, name: str, nbytes: int = MESSAGE_BYTES) -> list[tuple[Tensor, str]]:
@@ -161,10 +144,12 @@ def _pieces(values: Tensor, name: str, nbytes: int = MESSAGE_BYTES) -> list[tupl
     return [(piece, f"{name}.{number}" if number else name) for number, piece in enumerate(pieces)]
 
 
-def _results(handles: list[int], name: str) -> list[Any]:
-    """Waits for collectives; a report of a stalled job shows `name`."""
-    return list(map(horovod().synchronize, handles))
-
-
 def _joined(pieces: list[Tensor]) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
+
+
+def _sum_in_rank_order(rows: Tensor) -> Tensor:
+    total = rows[0]
+    for row in rows[1:]:
+        total += row
+    return total

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 # Seconds between two looks. The pause grows with the time that has passed: at most a third of it is lost.
 _FIRST, _GROWTH, _LONGEST = 3e-5, 1.3, 1e-3
@@ -13,6 +16,29 @@ _waited = 0.0
 def seconds_waited() -> float:
     """Returns for how long this process has waited for collectives so far, of whatever kind."""
     return _waited
+
+
+class _Meanwhile(threading.local):
+    """What a thread does while it waits for a collective."""
+
+    work: Callable[[], bool] = staticmethod(lambda: False)
+
+
+_meanwhile = _Meanwhile()
+
+
+@contextmanager
+def working_meanwhile(work: Callable[[], bool]) -> Iterator[None]:
+    """Makes this thread work while it waits for a collective in this block.
+
+    Args:
+        work: does something that need not wait, and returns whether there was anything.
+    """
+    before, _meanwhile.work = _meanwhile.work, work
+    try:
+        yield
+    finally:
+        _meanwhile.work = before
 
 
 def sleep_while_waiting() -> None:
@@ -31,14 +57,21 @@ def sleep_while_waiting() -> None:
 
     def wait(handle: int) -> None:
         global _waited
-        start, pause = time.perf_counter(), _FIRST
-        while not is_done(handle):
-            time.sleep(pause)
-            pause = min(_GROWTH * pause, _LONGEST)
+        start, worked, pause = time.perf_counter(), 0.0, _FIRST
+        work = _meanwhile.work
         try:
+            with working_meanwhile(_Meanwhile.work):  # for work that waits itself
+                while not is_done(handle):
+                    before = time.perf_counter()
+                    if work():
+                        worked += time.perf_counter() - before
+                        pause = _FIRST
+                    else:
+                        time.sleep(pause)
+                        pause = min(_GROWTH * pause, _LONGEST)
             finish(handle)  # raises what has gone wrong
         finally:
-            _waited += time.perf_counter() - start
+            _waited += time.perf_counter() - start - worked
 
     wait.sleeps = True  # type: ignore[attr-defined]
     mpi_lib.horovod_torch_wait_and_clear = wait

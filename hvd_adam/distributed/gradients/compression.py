@@ -17,17 +17,19 @@ from hvd_adam.distributed.collectives.pieces import (
     start_alltoall,
     start_reducescatter,
 )
+from hvd_adam.distributed.collectives.started import Chain, Stages, Started
 from hvd_adam.distributed.context import horovod
 
 COMPRESSIONS = ("none", "fp16", "bf16", "int8", "int4")
 _HALF = (torch.float16, torch.bfloat16)
 
 
-class Reduction(Protocol):
-    """The reduction of one contiguous bucket over the ranks, started by its constructor."""
+class Reduction(Stages, Protocol):
+    """The reduction of one contiguous bucket over the ranks, started by its constructor.
 
-    def start_gather(self) -> None:
-        """Starts the second half of the reduction. Call it on all reductions before `wait` on the first."""
+    The second of two phases begins in `advance` or in `wait`: whoever waits for one reduction should
+    also advance those that come after it.
+    """
 
     def wait(self) -> None:
         """Waits until the bucket holds the result."""
@@ -96,22 +98,28 @@ class AllReduce:
         (scaling or Scaling()).apply(self._wire)  # before the sum, which might overflow
         if compression == "fp16":
             self._wire = self._wire.half()
+        self._started: Started[torch.Tensor]
         if scatter:
-            self._received = start_reducescatter(self._wire.view(horovod().size(), -1), name)
+            self._started = start_reducescatter(self._wire.view(horovod().size(), -1), name)
         else:
-            self._finish = start_allreduce(self._wire, name)
+            self._started = start_allreduce(self._wire, name).then(lambda _: self._wire)
 
-    def start_gather(self) -> None:
-        """Does nothing: the reduction has one part."""
+    def advance(self) -> bool:
+        """Does nothing: the reduction has one phase."""
+        return False
+
+    @property
+    def has_arrived(self) -> bool:
+        """Whether the sum is there."""
+        return self._started.has_arrived
 
     def wait(self) -> None:
         """Waits for the sum."""
+        total = self._started()
         if self._scatter:
-            _own_shard(self._bucket).copy_(self._received())
-            return
-        self._finish()
-        if self._wire is not self._bucket:
-            self._bucket.copy_(self._wire)
+            _own_shard(self._bucket).copy_(total)
+        elif total is not self._bucket:
+            self._bucket.copy_(total)
 
 
 class Bf16AllReduce:
@@ -132,25 +140,34 @@ class Bf16AllReduce:
         part = -(-bucket.numel() // ranks)
         parts = torch.zeros(ranks * part, dtype=torch.bfloat16, device=bucket.device)
         parts[: bucket.numel()] = bucket
-        self._received = start_alltoall(parts.view(torch.uint8).view(ranks, -1), f"{name}.parts")
+        total = start_alltoall(parts.view(torch.uint8).view(ranks, -1), f"{name}.parts").then(self._add)
+        self._started = total if scatter else Chain(total, self._start_gather)
 
-    def start_gather(self) -> None:
-        """Waits for the parts of all ranks, adds them, and unless scattered starts to send the sum."""
-        parts = self._received().view(torch.bfloat16).float()
+    def _add(self, received: torch.Tensor) -> torch.Tensor:
+        parts = received.view(torch.bfloat16).float()
         for part in parts:  # before the sum, which might overflow
             self._scaling.apply(part, start=horovod().rank() * len(part))
-        self._sum = parts.sum(dim=0)
-        if not self._scatter:
-            rounded = self._sum.bfloat16().view(torch.uint8)
-            self._gathered = start_allgather(rounded, f"{self._name}.sum")
+        return parts.sum(dim=0)
+
+    def _start_gather(self, total: torch.Tensor) -> Started[torch.Tensor]:
+        return start_allgather(total.bfloat16().view(torch.uint8), f"{self._name}.sum")
+
+    def advance(self) -> bool:
+        """Adds the parts of all ranks, and starts to send the sum, once they are there; nothing if scattered."""
+        return isinstance(self._started, Chain) and self._started.advance()
+
+    @property
+    def has_arrived(self) -> bool:
+        """Whether the sum is there."""
+        return self._started.has_arrived
 
     def wait(self) -> None:
         """Waits for the sum."""
+        received = self._started()
         if self._scatter:
-            _own_shard(self._bucket).copy_(self._sum)
+            _own_shard(self._bucket).copy_(received)
         else:
-            received = self._gathered().view(torch.bfloat16).view(-1)
-            self._bucket.copy_(received[: self._bucket.numel()])
+            self._bucket.copy_(received.view(torch.bfloat16).view(-1)[: self._bucket.numel()])
 
 
 def _own_shard(bucket: torch.Tensor) -> torch.Tensor:

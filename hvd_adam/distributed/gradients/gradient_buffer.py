@@ -9,13 +9,21 @@ code has assigned, and holds, becomes the gradient again.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from hvd_adam.distributed.gradients.bucket_layout import Bucket, Layout
-from hvd_adam.optim.memory import any_is_held, copy_scaled, in_place, memory_order, shape_in_memory, zeros
+from hvd_adam.optim.memory import (
+    any_is_held,
+    copy_scaled,
+    in_place,
+    is_ordinary,
+    memory_order,
+    shape_in_memory,
+    zeros,
+)
 from hvd_adam.optim.optimizer_state import Part
 from hvd_adam.optim.validation import check_gradient
 
@@ -39,6 +47,7 @@ class GradientBuffer:
 
     def __init__(self, params: list[Tensor], layout: Layout) -> None:
         self.params, self.layout = params, layout
+        self._index = {p: i for i, p in enumerate(params)}
         self.device, self.dtype = params[0].device, params[0].dtype
         self._shape = shape_in_memory(params)
         self._strides = [torch.empty_like(p, device="meta").stride() for p in params]
@@ -104,6 +113,24 @@ class GradientBuffer:
         for i in replaced if attach else ():
             params[i].grad = views[i]
         return [grad is not None for grad in grads]
+
+    def take_elsewhere(self, params: Iterable[Tensor]) -> dict[Tensor, Tensor]:
+        """Makes the views of the buffer the gradients of parameters, but leaves the values where they are.
+
+        Returns:
+            1-dimensional gradients that are to be copied into their views, or used in their place. Those with
+            another order of dimensions than their view, or another dtype, are not among them, nor views: `collect`
+            has to follow.
+        """
+        left, own = {}, self.grad.untyped_storage().data_ptr()
+        for p in params:
+            grad, view = p.grad, self.grad_view(self._index[p])
+            if grad is None or not is_ordinary(grad) or grad.untyped_storage().data_ptr() == own:
+                continue
+            if grad.dtype == self.dtype and grad.stride() == view.stride():
+                left[p] = memory_order(grad, 0, grad.numel())
+                self._views[self._index[p]] = p.grad = view
+        return left
 
     def leave_kept_gradients(self) -> None:
         """Takes other memory if user code holds gradients that are no parameter's any more.

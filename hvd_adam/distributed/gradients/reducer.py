@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from hvd_adam.distributed.collectives.started import Pipeline
+from hvd_adam.distributed.collectives.waiting import working_meanwhile
 from hvd_adam.distributed.context import horovod
 from hvd_adam.distributed.gradients.buckets import Buckets
 from hvd_adam.distributed.gradients.compression import Reduction, Scaling, is_half, start_reduction
@@ -17,7 +19,7 @@ from hvd_adam.distributed.gradients.header import Header, square_of, sums_are_fi
 from hvd_adam.distributed.gradients.missing_ranks import explained, start_meeting
 from hvd_adam.distributed.noise.buckets import BucketNoise
 from hvd_adam.distributed.noise.meter import NoiseMeter
-from hvd_adam.distributed.wire.coded_allreduce import exact_name
+from hvd_adam.distributed.wire.coded_allreduce import CodedAllReduce, exact_name
 from hvd_adam.distributed.wire.error_feedback import ErrorFeedback
 
 # The default size of buckets: large enough to use the network's bandwidth, small enough that the first reduction
@@ -70,6 +72,8 @@ class Reducer(Buckets):
         self._lossless, self.ahead = lossless, ahead
         self._noise = BucketNoise(noise, self._buckets, _LAST, scatter)
         self._in_flight: dict[int, Reduction] = {}
+        self._pipeline = Pipeline()  # of those in flight
+        self._elsewhere: dict[int, dict[Tensor, Tensor]] = {}  # by bucket: gradients that are not in it yet
         self._present: dict[int, list[bool]] = {}  # by bucket: for each parameter whether this rank has a gradient
         self._sums_are_finite = True  # if those of all ranks are as small as this rank's in this round
         self._header: Header | None = None  # of this round, once sent
@@ -111,14 +115,16 @@ class Reducer(Buckets):
         """Makes a bucket ready to be sent. Returns the factor to send it with."""
         buffer, bucket = self._buckets[number]
         later = is_half(buffer.dtype) or self._codes is not None  # multiplied in float32, after a conversion
+        coded = () if self._codes is None else self._codes.coded(number)
+        if coded and not self._noise.due:
+            self._elsewhere[number] = buffer.take_elsewhere(coded)
         present = buffer.collect(bucket.first, bucket.last, 1.0 if later else self.scale)
         for i, has_grad in enumerate(present, start=bucket.first):
             if not has_grad:
                 buffer.clear(i)
         self._present[number] = present
         flags_of(buffer, bucket).copy_(torch.tensor(present, device="cpu"))
-        # Residuals are added later, and codes leave their errors between the parameters.
-        square = self._square(number) if self._feedback is None else None
+        square = self._square(number) if self._feedback is None else None  # residuals are added later
         rest = self.scale if later else 1.0
         first = not self._in_flight
         self._noise.measure_own(number, rest, square, is_first=first, has_gradient=any(present))
@@ -126,7 +132,7 @@ class Reducer(Buckets):
         if self._feedback is not None and self._codes is None:  # of another compression before
             for i in range(bucket.first, bucket.last):
                 self._feedback.add_waiting(buffer.params[i], buffer.grad_view(i), scaling.factor)
-        if self._feedback is not None:
+        if self._feedback is not None and not coded:
             square = self._square(number)
         if square is not None:
             self._sums_are_finite = sums_are_finite(square, self._compression_of(buffer), horovod().size())
@@ -142,13 +148,25 @@ class Reducer(Buckets):
     def _start(self, number: int, scaling: Scaling) -> None:
         buffer, bucket = self._buckets[number]
         gradients, name = buffer.grad[bucket.start : bucket.end], f"{self._prefix}.{number}"
+        compression = self._compression_of(buffer)
         with explained():
+            self._pipeline.advance()
+            reduction: Reduction
             if self._codes is None:
-                compression = self._compression_of(buffer)
                 reduction = start_reduction(gradients, name, compression, self.scatters, scaling)
             else:
-                reduction = self._codes.start(number, gradients, name, scaling)
+                elsewhere = self._elsewhere.pop(number, {})
+                reduction = self._codes.start(number, gradients, name, scaling, elsewhere, self._pipeline.advance)
+        if self.ahead and self._sums_are_finite and isinstance(reduction, CodedAllReduce):
+            square = reduction.largest().square()
+            self._sums_are_finite = sums_are_finite(square, compression, horovod().size())
         self._in_flight[number] = reduction
+        self._pipeline.add(reduction)
+
+    def _wait(self, number: int) -> None:
+        """Waits for the sum of a bucket, and advances others meanwhile."""
+        with explained(), working_meanwhile(self._pipeline.advance):
+            self._in_flight[number].wait()
 
     def send_rest(self, message: Tensor) -> None:
         """Sends the remaining buckets, and with the last one the message.
@@ -158,14 +176,19 @@ class Reducer(Buckets):
         """
         rest = [number for number in reversed(range(len(self._buckets))) if number not in self._in_flight]
         scalings = [self._collect(number) for number in rest]
-        if self.ahead:
-            present = [self._present[number] for number in range(len(self._buckets))]
-            safe = self._sums_are_finite and not (self._codes is not None and self._codes.may_be_large)
-            self._header = Header(self._name_of_message, message, present, sums_are_finite=safe)
-        else:
+        if not self.ahead:
             message_of(*self._buckets[_LAST], len(message)).copy_(message)
+        elif self._codes is None:
+            self._send_header(message)
         for number, scaling in zip(rest, scalings, strict=True):
             self._start(number, scaling)
+        if self.ahead and self._codes is not None:  # the codes tell how large the gradients are
+            self._send_header(message)
+
+    def _send_header(self, message: Tensor) -> None:
+        present = [self._present[number] for number in range(len(self._buckets))]
+        safe = self._sums_are_finite and not (self._codes is not None and self._codes.may_be_large)
+        self._header = Header(self._name_of_message, message, present, sums_are_finite=safe)
 
     @property
     def _name_of_message(self) -> str:
@@ -182,7 +205,7 @@ class Reducer(Buckets):
             HorovodInternalError: as `finish`.
         """
         assert self._header is not None
-        with explained():
+        with explained(), working_meanwhile(self._pipeline.advance):
             self._header.wait()
         return self._header
 
@@ -196,12 +219,8 @@ class Reducer(Buckets):
             HorovodInternalError: as `finish`.
         """
         header = self.header()
-        with explained():
-            for reduction in self._in_flight.values():
-                reduction.start_gather()
-        for number, reduction in self._in_flight.items():
-            with explained():
-                reduction.wait()
+        for number in self._in_flight:
+            self._wait(number)
             self._noise.measure_mean(number)
             self._drop_unused(number, header.used[number])
             yield number
@@ -223,16 +242,14 @@ class Reducer(Buckets):
         """
         add = add or self._feedback is not None
         header = self.header() if self.ahead else None
+        sums = []
+        for number in self._in_flight:
+            self._wait(number)
+            if add:
+                buffer, bucket = self._buckets[number]
+                sums.append(element_sum(self._own(buffer.grad, bucket)))
+            self._noise.measure_mean(number)
         with explained():
-            for reduction in self._in_flight.values():
-                reduction.start_gather()
-            sums = []
-            for number, reduction in self._in_flight.items():
-                reduction.wait()
-                if add:
-                    buffer, bucket = self._buckets[number]
-                    sums.append(element_sum(self._own(buffer.grad, bucket)))
-                self._noise.measure_mean(number)
             reduced = self._read(len(message), torch.stack(sums).mul(0).sum() if add else None)
         self._end_round()
         if self._feedback is not None and reduced.total is not None:
@@ -297,4 +314,5 @@ class Reducer(Buckets):
 
     def _end_round(self) -> None:
         self._in_flight.clear()
+        self._pipeline.clear()
         self._header, self._sums_are_finite = None, True

@@ -64,7 +64,7 @@ class IslandMean:
     def _exchange(self, vector: Tensor) -> None:
         leaders, islands = self._islands.leaders, self._islands.count
         exact = vector[self._coded :].div_(islands)
-        finish = start_allreduce(exact, f"{self._name}.exact", leaders) if len(exact) else lambda: None
+        exact_sum = start_allreduce(exact, f"{self._name}.exact", leaders) if len(exact) else None
         if self._codec is not None and self.worker is not None and self.server is not None:
             own, (before, after) = vector[: self._coded], self.worker.advance()
             self._functions.encode(self._codec, own, before, after, self._parts, 1 / islands, 1.0)
@@ -73,7 +73,8 @@ class IslandMean:
             self._functions.add_and_encode(self._codec, payloads, before, after, self._total, 1.0)
             sums = start_allgather(self._total, f"{self._name}.sum", leaders)()
             self._functions.decode(self._codec, sums, own)
-        finish()
+        if exact_sum is not None:
+            exact_sum()
 
     def commit(self) -> None:
         """Called when the mean has been used: what its codes have missed is added to the next one."""

@@ -39,6 +39,11 @@ class BucketNoise:
         self.in_parts = self._mean_shard[1] > 1
         self._words: Tensor | None = None  # what this rank sends in this round
 
+    @property
+    def due(self) -> bool:
+        """Whether this round is measured."""
+        return self._meter.due
+
     def measure_own(
         self, number: int, scale: float, square: Tensor | None, *, is_first: bool, has_gradient: bool
     ) -> None:

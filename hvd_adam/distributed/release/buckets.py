@@ -123,15 +123,21 @@ class _InPlace:
     def __init__(self, gradient: Tensor, whole: int, end: Tensor, name: str) -> None:
         self._left, self._end = gradient[whole:], end
         pieces = whole * gradient.element_size() // ALLREDUCE_BYTES
-        self._waits = [start_allreduce(gradient[:whole], name), start_allreduce(end, f"{name}.{pieces}")]
+        self._parts = [start_allreduce(gradient[:whole], name), start_allreduce(end, f"{name}.{pieces}")]
 
-    def start_gather(self) -> None:
-        """Does nothing: the reduction has one part."""
+    def advance(self) -> bool:
+        """Does nothing: the reduction has one phase."""
+        return False
+
+    @property
+    def has_arrived(self) -> bool:
+        """Whether the sum is there."""
+        return all(started.has_arrived for started in self._parts)
 
     def wait(self) -> None:
         """Waits for the sum."""
-        for wait in self._waits:
-            wait()
+        for started in self._parts:
+            started()
         self._left.copy_(self._end[: len(self._left)])
 
 
@@ -256,7 +262,6 @@ class ReducedBuckets(ReleasedBuckets):
         number = next(iter(self._in_flight))
         gradients, buffer, reduction = self._in_flight[number]
         with self._round.waiting(), explained():
-            reduction.start_gather()
             reduction.wait()
         del self._in_flight[number]
         place = self._places[number]

@@ -149,6 +149,13 @@ def decode(codec: Codec, payloads: Tensor, out: Tensor) -> None:
     out.copy_(unrotate(codec, _dequantize(codec, payloads).view(-1))[: len(out)])
 
 
+def largest_scale(codec: Codec, payload: Tensor) -> Tensor:
+    """Returns the largest scale of a payload, [..., bytes], as 0-dimensional float32; NaN if one is."""
+    size = codec.code_bytes(codec.elements(payload.shape[-1]))
+    stored = payload[..., size:].contiguous().view(torch.int16)  # of numbers that are not negative; NaN is largest
+    return _widened(stored.amax())
+
+
 def unrotate(codec: Codec, values: Tensor) -> Tensor:
     """Returns the elements of sums, or of a residual of `add_and_encode`, which are rotated if the codes are."""
     return _rotate(values) * (1 / GROUP) if codec.rotated else values

@@ -152,6 +152,19 @@ void add_decoded(const Payload& payload, float* __restrict__ sum) {
   }
 }
 
+// Divides by the unit, which is a power of two as a rule. A product with its inverse, which is exact then, is the same
+// number, and much faster.
+template <int ELEMENTS>
+void divide(const float* __restrict__ values, float unit, float* __restrict__ result) {
+  const uint32_t exponent = to_bits(unit) >> 23;
+  if ((to_bits(unit) & 0x7FFFFF) == 0 && exponent > 0 && exponent < 254) {
+    const float inverse = 1 / unit;
+    for (int i = 0; i < ELEMENTS; ++i) result[i] = values[i] * inverse;
+  } else {
+    for (int i = 0; i < ELEMENTS; ++i) result[i] = values[i] / unit;
+  }
+}
+
 template <int BLOCKS>
 void encode_blocks(const float* gradients, const float* residual, float* new_residual, float factor, float unit,
                    const Payload& payload) {
@@ -173,8 +186,9 @@ void encode_blocks(const float* gradients, const float* residual, float* new_res
   if (ROTATED) rotate(t, ELEMENTS);
   for (int i = 0; i < ELEMENTS; ++i) {
     const float decoded = ROTATED ? t[i] * (1.0f / GROUP) : t[i];
-    new_residual[i] = (h[i] - decoded) / unit;
+    h[i] -= decoded;
   }
+  divide<ELEMENTS>(h, unit, new_residual);
 }
 
 // Calls function(part, first block, number of blocks) until there was each block of each part, in parallel if that is
@@ -238,7 +252,8 @@ extern "C" void hvd_adam_add_and_encode(const uint8_t* payloads, int64_t ranks, 
     }
     const bool keep[number] = {};
     quantize<number>(t, keep, Payload(payload, 0, blocks, first));
-    for (int i = 0; i < ELEMENTS; ++i) new_residual[first * BLOCK + i] = (sum[i] - t[i]) / unit;
+    for (int i = 0; i < ELEMENTS; ++i) sum[i] -= t[i];
+    divide<ELEMENTS>(sum, unit, new_residual + first * BLOCK);
   });
 }
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor
 
 from hvd_adam.distributed.collectives.pieces import start_allgather, start_alltoall
+from hvd_adam.distributed.collectives.started import Chain, Started
 from hvd_adam.distributed.context import horovod
 from hvd_adam.distributed.gradients.compression import AllReduce, Scaling
-from hvd_adam.distributed.wire.coded_bucket import CodedBucket
+from hvd_adam.distributed.wire.codec import largest_scale
+from hvd_adam.distributed.wire.coded_bucket import CodedBucket, Piece
 
 
 class CodedAllReduce:
@@ -23,64 +28,136 @@ class CodedAllReduce:
         name: as in `start_reduction`.
         coded: residuals and memory of the bucket.
         scaling: a factor for the gradients.
+        elsewhere: 1-dimensional gradients of coded parameters whose values are not in the bucket yet.
+        meanwhile: called before a piece is encoded; returns whether it has done something.
     """
 
-    def __init__(self, gradients: Tensor, name: str, coded: CodedBucket, scaling: Scaling) -> None:
+    def __init__(
+        self,
+        gradients: Tensor,
+        name: str,
+        coded: CodedBucket,
+        scaling: Scaling,
+        elsewhere: Mapping[Tensor, Tensor] | None = None,
+        meanwhile: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._coded, self._name = coded, name
         self._gradients = gradients[: coded.elements]
         self._exact_views = [gradients[start:end] for start, end in coded.exact_spans]
-        exact = torch.cat(self._exact_views).float()
-        factor = Scaling(scaling.factor, len(exact) - len(self._exact_views[-1]))
+        self._exact = torch.cat(self._exact_views).float()
+        self._largest_exact = self._exact.abs().amax()
+        factor = Scaling(scaling.factor, len(self._exact) - len(self._exact_views[-1]))
+        self._exact_sum = AllReduce(self._exact, exact_name(name), "none", scaling=factor)
         self._clear_gaps()
-        before, after = coded.worker.advance()
-        coded.functions.encode(
-            coded.codec, self._gradients, before, after, coded.parts, scaling.factor, coded.unit
-        )
-        self._received = start_alltoall(coded.parts, f"{name}.parts")
-        self._exact = exact
-        self._exact_sum = AllReduce(exact, exact_name(name), "none", scaling=factor)
+        self._worker = coded.worker.advance()
+        self._server = coded.server.advance()
+        self._elsewhere = [(coded.params[p][0], values) for p, values in (elsewhere or {}).items()]
+        self._sent: deque[tuple[Piece, Chain[Tensor] | Started[Tensor]]] = deque()
+        for number, piece in enumerate(coded.pieces):
+            while meanwhile() or self.advance():
+                pass
+            self._sent.append((piece, self._send(piece, scaling.factor, number)))
+        self._elsewhere.clear()
 
     def _clear_gaps(self) -> None:
         for start, end in self._coded.zero_spans:
             self._gradients[start:end].zero_()
 
-    def start_gather(self) -> None:
-        """Waits for the parts of all ranks, adds them, and starts to send the codes of the sum."""
-        coded = self._coded
-        payloads, (before, after) = self._received(), coded.server.advance()
-        coded.functions.add_and_encode(coded.codec, payloads, before, after, coded.total, coded.unit)
-        self._gathered = start_allgather(coded.total, f"{self._name}.sum")
+    def _send(self, piece: Piece, factor: float, number: int) -> Chain[Tensor] | Started[Tensor]:
+        coded, (before, after) = self._coded, self._worker
+        for rows, elements in coded.runs(piece):
+            coded.functions.encode(
+                *(coded.codec, self._own(elements), before[elements], after[elements]),
+                *(piece.codes[rows], factor, coded.unit),
+            )
+        received = start_alltoall(piece.codes, f"{self._name}.parts.{number}")
+        return self._chained(piece, received, f"{self._name}.sum.{number}")
+
+    def _own(self, elements: slice) -> Tensor:
+        """Returns gradients of this rank, from where they are; in the bucket if they are in several places."""
+        gradients = self._gradients[elements]
+        first, last = elements.start, elements.start + len(gradients)
+        for offset, values in self._elsewhere:
+            start, end = max(first, offset), min(last, offset + len(values))
+            if start >= end:
+                continue
+            part = values[start - offset : end - offset]
+            if len(part) == len(gradients):
+                return part
+            self._gradients[start:end] = part
+        return gradients
+
+    def largest(self) -> Tensor:
+        """Returns a bound of the magnitudes that this rank sends, 0-dimensional float32; NaN if one is."""
+        codec, pieces = self._coded.codec, self._coded.pieces
+        scales = torch.stack([largest_scale(codec, piece.codes) for piece in pieces])
+        return torch.maximum(scales.amax() * (codec.levels + 0.5), self._largest_exact)
+
+    def _chained(self, piece: Piece, received: Started[Tensor], name: str) -> Chain[Tensor] | Started[Tensor]:
+        """Returns what gets the codes of the sum, once those of this rank's part have been received."""
+
+        def start_gather(codes: Tensor) -> Started[Tensor]:
+            coded, (before, after) = self._coded, (r[piece.start : piece.end] for r in self._server)
+            coded.functions.add_and_encode(coded.codec, codes, before, after, piece.total, coded.unit)
+            return start_allgather(piece.total, name)
+
+        return Chain(received, start_gather)
+
+    def advance(self) -> bool:
+        """Adds the codes of a piece and sends the sum, or decodes the sum of one, if it has arrived."""
+        if any(chain.advance() for _, chain in self._sent if isinstance(chain, Chain)):
+            return True
+        if not self._sent or not self._sent[0][1].has_arrived:
+            return False
+        self._receive()
+        return True
+
+    @property
+    def has_arrived(self) -> bool:
+        """Whether all sums are there."""
+        return not self._sent and self._exact_sum.has_arrived
 
     def wait(self) -> None:
         """Waits for the sum."""
-        coded = self._coded
-        coded.functions.decode(coded.codec, self._gathered(), self._gradients)
-        self._wait_for_exact()
+        while self._sent:
+            self._receive()
+        self._finish()
 
-    def _wait_for_exact(self) -> None:
+    def _finish(self) -> None:
+        """Waits for what is sent exactly, once all pieces have been decoded."""
         self._exact_sum.wait()
         sums = torch.split(self._exact, list(map(len, self._exact_views)))
         torch._foreach_copy_(self._exact_views, list(sums))
+
+    def _receive(self) -> None:
+        """Waits for the first piece that has not been decoded, and decodes it."""
+        piece, started = self._sent.popleft()
+        self._decode(piece, started())
+
+    def _decode(self, piece: Piece, codes: Tensor) -> None:
+        coded = self._coded
+        for rows, elements in coded.runs(piece):
+            coded.functions.decode(coded.codec, codes[rows], self._gradients[elements])
 
 
 class CodedReduceScatter(CodedAllReduce):
     """The first phase alone: each rank gets the sum of its own shard, and all ranks what is sent exactly."""
 
-    def start_gather(self) -> None:
-        """Does nothing: there is no second phase."""
+    def _chained(self, piece: Piece, received: Started[Tensor], name: str) -> Started[Tensor]:
+        return received
 
-    def wait(self) -> None:
-        """Waits for the sum of the own shard."""
-        coded = self._coded
-        ranks = len(coded.parts)
-        parts = torch.empty(coded.elements, dtype=torch.float32, device=self._gradients.device)
-        coded.functions.decode(coded.codec, self._received(), parts)
+    def _finish(self) -> None:
+        self._clear_gaps()  # the norm of a shard is that of neighbouring parameters in one piece
+        super()._finish()
+
+    def _decode(self, piece: Piece, codes: Tensor) -> None:
+        coded, ranks = self._coded, len(codes)
+        parts = torch.empty(ranks * (piece.end - piece.start), dtype=torch.float32, device=self._gradients.device)
+        coded.functions.decode(coded.codec, codes, parts)
         total, *others = parts.view(ranks, -1)
         for part in others:  # in rank order
             total += part
-        self._gradients.view(ranks, -1)[horovod().rank()].copy_(total)
-        self._clear_gaps()  # the norm of a shard is that of neighbouring parameters in one piece
-        self._wait_for_exact()
+        self._gradients.view(ranks, -1)[horovod().rank(), piece.start : piece.end] = total
 
 
 def exact_name(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,10 @@ from hvd_adam.distributed.wire.fused_codec import functions
 from hvd_adam.optim.memory import zeros
 
 Place = tuple[int, list[int], list[int]]  # offset in the bucket, shape and strides of a parameter
+
+# On CPUs a bucket is sent in pieces, so that the first is on its way while the next is encoded. Each has so many
+# elements in all, but not less of each rank's part, which is a message.
+PIECE, LEAST_OF_PART = 1 << 20, 1 << 17
 
 
 class Residual:
@@ -61,6 +66,21 @@ class Residual:
         self.is_pending = False
 
 
+class Piece(NamedTuple):
+    """What is sent at a time: the same elements of each rank's part of a bucket.
+
+    Attributes:
+        start, end: its elements, as indices into a part.
+        codes: [ranks, bytes], uint8: memory for the codes of all parts.
+        total: [bytes], uint8: memory for the codes of the sum; empty if the bucket is scattered.
+    """
+
+    start: int
+    end: int
+    codes: Tensor
+    total: Tensor
+
+
 class CodedBucket:
     """Residuals and memory of a bucket that is sent as codes.
 
@@ -83,8 +103,7 @@ class CodedBucket:
         worker: residual of what this rank sends of its gradients, padded to equal parts for all ranks.
         server: residual of the sum of one part, which this rank sends; rotated if the codes are. Empty if
             scattered.
-        parts: [ranks, bytes], uint8: memory for the codes of all parts.
-        total: [bytes], uint8: memory for the codes of the sum; empty if scattered.
+        pieces: what is sent one after the other.
         exact_spans: (start, end) of what is sent exactly; the last one is of flags and message.
         zero_spans: (start, end) between the coded parameters, where codes leave their errors.
         unit: units of the gradients per unit of the residuals, in the round that is in flight.
@@ -113,12 +132,33 @@ class CodedBucket:
         padded = -(-self.elements // step) * step
         self.worker = Residual(padded, buffer.device)
         self.server = Residual(0 if scatter else padded // ranks, buffer.device)
-        size = codec.payload_bytes(padded // ranks)
-        self.parts = torch.empty(ranks, size, dtype=torch.uint8, device=buffer.device)
-        self.total = torch.empty(0 if scatter else size, dtype=torch.uint8, device=buffer.device)
+        self._part, self._ranks = padded // ranks, ranks
+        self.pieces = list(self._divided(buffer.device, scatter))
         sent = [(place[0], place[0] + p.numel()) for p, place in places.items() if p in exact]
         self.exact_spans = [*sent, (flags, bucket.used - bucket.start)]
         self.zero_spans = list(_gaps(self.params, self.elements))
+
+    def _divided(self, device: torch.device, scatter: bool) -> Iterator[Piece]:
+        step = max(PIECE // self._ranks, LEAST_OF_PART) if device.type == "cpu" else self._part
+        step -= step % self.codec.block
+        for start in range(0, self._part, step):
+            end = min(start + step, self._part)
+            size = self.codec.payload_bytes(end - start)
+            codes = torch.empty(self._ranks, size, dtype=torch.uint8, device=device)
+            yield Piece(start, end, codes, codes.new_empty(0 if scatter else size))
+
+    def runs(self, piece: Piece) -> Iterator[tuple[slice, slice]]:
+        """Returns where a piece lies in the bucket.
+
+        Returns:
+            For each run of neighbouring elements the rows of the piece's codes, and the elements of the bucket.
+        """
+        if piece.end - piece.start == self._part:
+            yield slice(0, self._ranks), slice(0, self._ranks * self._part)
+        else:
+            for rank in range(self._ranks):
+                first = rank * self._part
+                yield slice(rank, rank + 1), slice(first + piece.start, first + piece.end)
 
     @property
     def residuals(self) -> tuple[Residual, Residual]:

@@ -7,14 +7,14 @@ without the loss scale. Their sum over the ranks is what updates have not receiv
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
 
 from hvd_adam.distributed.context import horovod
 from hvd_adam.distributed.gradients.bucket_layout import ALIGNMENT
-from hvd_adam.distributed.gradients.compression import AllReduce, Reduction, Scaling
+from hvd_adam.distributed.gradients.compression import AllReduce, Scaling
 from hvd_adam.distributed.gradients.gradient_buffer import GradientBuffer
 from hvd_adam.distributed.wire.codable import require_codable
 from hvd_adam.distributed.wire.codec import CODECS
@@ -171,14 +171,27 @@ class GradientResiduals:
 
     # Reductions.
 
-    def start(self, number: int, gradients: Tensor, name: str, scaling: Scaling) -> Reduction:
+    def coded(self, number: int) -> Collection[Tensor]:
+        """Returns the parameters of a bucket that are sent as codes."""
+        coded = self._buckets[number]
+        return () if coded is None else coded.params.keys()
+
+    def start(
+        self,
+        number: int,
+        gradients: Tensor,
+        name: str,
+        scaling: Scaling,
+        elsewhere: Mapping[Tensor, Tensor],
+        meanwhile: Callable[[], bool],
+    ) -> AllReduce | CodedAllReduce:
         """Starts to add a bucket over all ranks, as codes; the arguments are those of `CodedAllReduce`."""
         coded = self._buckets[number]
         if coded is None:
             return AllReduce(gradients, exact_name(name), "none", scaling=scaling)
         coded.unit = self._unit_of_round()
         kind = CodedAllReduce if self._masters is None else CodedReduceScatter
-        return kind(gradients, name, coded, scaling)
+        return kind(gradients, name, coded, scaling, elsewhere, meanwhile)
 
     def add_waiting(self, p: Tensor, gradient: Tensor, factor: float) -> None:
         """Adds the residual of a parameter, if it has one, to its gradient, which is sent without codes.

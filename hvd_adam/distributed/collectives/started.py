@@ -1,0 +1,111 @@
+"""Collectives that are under way: `Started`, `Chain` of two, and a `Pipeline` of what consists of several."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from itertools import islice
+from typing import Any, Generic, Protocol, TypeVar
+
+from hvd_adam.distributed.context import horovod
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+class Started(Generic[T]):
+    """A collective, in one or several pieces.
+
+    Args:
+        handles: of Horovod, one for each piece.
+        result: makes the result of what Horovod returns for each.
+        name: of the collective; reports of a stalled job show it.
+    """
+
+    def __init__(self, handles: Sequence[int], result: Callable[[list[Any]], T], name: str) -> None:
+        self._handles, self._result, self._name = handles, result, name
+
+    def __call__(self) -> T:
+        """Waits for the collective, and returns its result. Call it once."""
+        handles, self._handles = self._handles, ()  # Horovod forgets those it has been asked to wait for
+        return self._result(list(map(horovod().synchronize, handles)))
+
+    @property
+    def has_arrived(self) -> bool:
+        """Whether a call does not wait: the collective has ended, or failed."""
+        return all(map(horovod().poll, self._handles))
+
+    def then(self, function: Callable[[T], U]) -> Started[U]:
+        """Returns the same collective with a function of its result as the result."""
+        return Started(self._handles, lambda received: function(self._result(received)), self._name)
+
+
+class Chain(Generic[T]):
+    """Two collectives, the second of which sends what becomes of the result of the first.
+
+    Args:
+        first: the first one.
+        start: starts the second one.
+    """
+
+    def __init__(self, first: Started[Any], start: Callable[[Any], Started[T]]) -> None:
+        self._first, self._start = first, start
+        self._continues = False  # whether somebody starts the second one, and waits for the first for that
+        self._second: Started[T] | None = None
+
+    def __call__(self) -> T:
+        """Waits for both, and returns the result of the second. Call it once."""
+        self._continue()
+        assert self._second is not None
+        return self._second()
+
+    def advance(self) -> bool:
+        """Starts the second collective if that needs no waiting. Returns whether it has."""
+        if self._continues or not self._first.has_arrived:
+            return False
+        self._continue()
+        return True
+
+    @property
+    def has_arrived(self) -> bool:
+        """As `Started.has_arrived`, of the second collective once it has been started."""
+        return self._second is not None and self._second.has_arrived
+
+    def _continue(self) -> None:
+        if not self._continues:
+            self._continues = True
+            self._second = self._start(self._first())
+
+
+class Stages(Protocol):
+    """Several collectives and the work between them."""
+
+    def advance(self) -> bool:
+        """Does what is next, as far as that needs no waiting. Returns whether there was anything to do."""
+
+    @property
+    def has_arrived(self) -> bool:
+        """Whether nothing is left to do or to wait for."""
+
+
+class Pipeline:
+    """What is in flight, in the order in which it was started, and so arrives."""
+
+    LOOKED_AFTER = 4  # at a time
+
+    def __init__(self) -> None:
+        self._stages: deque[Stages] = deque()
+
+    def add(self, stages: Stages) -> None:
+        """Looks after what has been started."""
+        self._stages.append(stages)
+
+    def advance(self) -> bool:
+        """Does what is next for one of the first, without waiting. Returns whether there was anything to do."""
+        while self._stages and self._stages[0].has_arrived:
+            self._stages.popleft()
+        return any(stages.advance() for stages in islice(self._stages, self.LOOKED_AFTER))
+
+    def clear(self) -> None:
+        """Called when all has been waited for."""
+        self._stages.clear()
