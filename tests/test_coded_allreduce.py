@@ -29,8 +29,8 @@ from helpers.strategies import each_strategy
 
 from hvd_adam import Adam, distribute
 from hvd_adam.data import load
+from hvd_adam.distributed.collectives import pieces
 from hvd_adam.distributed.gradients.gradient_buffer import GradientBuffer
-from hvd_adam.distributed.wire import coded_bucket
 from hvd_adam.distributed.wire.saved_residuals import SavedResiduals, as_saved
 from hvd_adam.errors import UserError
 
@@ -163,8 +163,8 @@ def test_pieces_and_gradients_that_are_not_copied_give_the_bits_of_whole_buckets
     results = []
     for piece, copies in ((1 << 20, True), (1 << 20, False), (512, False), (1024, True)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(coded_bucket, "PIECE", piece)
-            patch.setattr(coded_bucket, "LEAST_OF_PART", 256)
+            patch.setattr(pieces, "PIECE", piece)
+            patch.setattr(pieces, "LEAST_OF_PART", 256)
             if copies:
                 patch.setattr(GradientBuffer, "take_elsewhere", lambda *_: {})
             for deferred in (False, True):

@@ -10,10 +10,11 @@ import horovod.torch as hvd
 import pytest
 import torch
 from helpers.on_ranks import on_ranks
-from helpers.small_training import digest, same_everywhere
+from helpers.small_training import digest, same_everywhere, small_model, train
 from helpers.strategies import each_strategy
 
 from hvd_adam import Adam, distribute
+from hvd_adam.distributed.collectives import pieces
 
 
 @on_ranks(2)
@@ -99,3 +100,19 @@ def test_channels_last_weights_train_and_stay_channels_last(cluster, strategy):
         tolerance = {"none": 1e-6, "fp16": 2.0**-10, "bf16": 2.0**-7}[compression]
         torch.testing.assert_close(model.weight.grad, oracle.weight.grad, rtol=tolerance, atol=tolerance)
         optimizer.step()
+
+
+@on_ranks(2, 3)
+@each_strategy
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_pieces_of_bf16_have_the_bits_of_whole_buckets(cluster, strategy, dtype):
+    results = []
+    for piece in (1 << 20, 96, 160):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pieces, "PIECE", piece)
+            patch.setattr(pieces, "LEAST_OF_PART", 8)
+            model = small_model(dtype)
+            optimizer = distribute(Adam(model.parameters()), model, strategy=strategy, compression="bf16")
+            train(model, optimizer, cluster)
+            results.append(digest(*model.parameters()))
+    assert len(set(results)) == 1

@@ -6,6 +6,8 @@ part, or those of a `RankGroup`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,9 @@ from hvd_adam.distributed.launch_env import gloo_store_address
 
 # Two ranks send halves of a piece of an all-reduce.
 ALLREDUCE_BYTES = 2 * MESSAGE_BYTES
+# On CPUs a compressed bucket is sent in pieces: the first is on its way while the next is encoded. Each has so many
+# elements in all, but not less of each rank's part, which is a message.
+PIECE, LEAST_OF_PART = 1 << 20, 1 << 17
 # Two hosts under Gloo swap messages from this size on.
 SWAP_BYTES = 256 * 2**10
 
@@ -97,6 +102,24 @@ def start_allgather(values: Tensor, name: str, group: RankGroup | None = None) -
     pieces = _pieces(values, name, nbytes)
     handles = [hvd.allgather_async(piece, name=part, process_set=process_set) for piece, part in pieces]
     return Started(handles, lambda results: _joined([received.view(ranks, -1) for received in results]), name)
+
+
+def columns(part: int, ranks: int, device: torch.device, multiple: int = 1) -> Iterator[tuple[int, int]]:
+    """Divides the parts of a compressed bucket into pieces.
+
+    Args:
+        part: elements that each rank adds.
+        ranks: their number.
+        device: of the bucket.
+        multiple: of elements, in all pieces but the last.
+
+    Returns:
+        (start, end) of each piece in every part.
+    """
+    step = max(PIECE // ranks, LEAST_OF_PART) if device.type == "cpu" else part
+    step = max(step - step % multiple, multiple)
+    for start in range(0, part, step):
+        yield start, min(start + step, part)
 
 
 def _would_take_turns(message: Tensor, group: RankGroup) -> bool:

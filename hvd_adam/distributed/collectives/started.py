@@ -1,4 +1,4 @@
-"""Collectives that are under way: `Started`, `Chain` of two, and a `Pipeline` of what consists of several."""
+"""Collectives under way: `Started`, a `Chain` of two, `Sent` pieces, and a `Pipeline` of what has stages."""
 
 from __future__ import annotations
 
@@ -29,6 +29,10 @@ class Started(Generic[T]):
         """Waits for the collective, and returns its result. Call it once."""
         handles, self._handles = self._handles, ()  # Horovod forgets those it has been asked to wait for
         return self._result(list(map(horovod().synchronize, handles)))
+
+    def advance(self) -> bool:
+        """Does nothing: it has one stage."""
+        return False
 
     @property
     def has_arrived(self) -> bool:
@@ -75,6 +79,49 @@ class Chain(Generic[T]):
         if not self._continues:
             self._continues = True
             self._second = self._start(self._first())
+
+
+class Sent(Generic[T]):
+    """Pieces of one tensor that are under way, and what receives them."""
+
+    def __init__(self) -> None:
+        self._pieces: deque[tuple[Started[T] | Chain[T], Callable[[T], None]]] = deque()
+
+    def add(self, started: Started[T] | Chain[T], receive: Callable[[T], None]) -> None:
+        """Adds a piece.
+
+        Args:
+            started: gets its result.
+            receive: uses the result.
+        """
+        self._pieces.append((started, receive))
+
+    def advance(self) -> bool:
+        """Starts the second collective of a piece, or receives the first piece, if that needs no waiting.
+
+        Returns:
+            Whether there was anything to do.
+        """
+        if any(started.advance() for started, _ in self._pieces):
+            return True
+        arrived = bool(self._pieces) and self._pieces[0][0].has_arrived
+        if arrived:
+            self._receive_first()
+        return arrived
+
+    @property
+    def has_arrived(self) -> bool:
+        """Whether all pieces have been received."""
+        return not self._pieces
+
+    def wait(self) -> None:
+        """Waits for all pieces, and receives them."""
+        while self._pieces:
+            self._receive_first()
+
+    def _receive_first(self) -> None:
+        started, receive = self._pieces.popleft()
+        receive(started())
 
 
 class Stages(Protocol):

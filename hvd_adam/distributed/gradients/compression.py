@@ -7,17 +7,19 @@ does not.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 
 from hvd_adam.distributed.collectives.pieces import (
+    columns,
     start_allgather,
     start_allreduce,
     start_alltoall,
     start_reducescatter,
 )
-from hvd_adam.distributed.collectives.started import Chain, Stages, Started
+from hvd_adam.distributed.collectives.started import Chain, Sent, Stages, Started
 from hvd_adam.distributed.context import horovod
 
 COMPRESSIONS = ("none", "fp16", "bf16", "int8", "int4")
@@ -134,40 +136,61 @@ class Bf16AllReduce:
     def __init__(
         self, bucket: torch.Tensor, name: str, scatter: bool = False, scaling: Scaling | None = None
     ) -> None:
-        self._bucket, self._name, self._scatter = bucket, name, scatter
-        self._scaling = scaling or Scaling()
-        ranks = horovod().size()
-        part = -(-bucket.numel() // ranks)
-        parts = torch.zeros(ranks * part, dtype=torch.bfloat16, device=bucket.device)
-        parts[: bucket.numel()] = bucket
-        total = start_alltoall(parts.view(torch.uint8).view(ranks, -1), f"{name}.parts").then(self._add)
-        self._started = total if scatter else Chain(total, self._start_gather)
+        self._bucket, self._scaling = bucket, scaling or Scaling()
+        self._ranks = horovod().size()
+        self._part = -(-bucket.numel() // self._ranks)
+        self._sent = Sent[torch.Tensor]()
+        for number, (start, end) in enumerate(columns(self._part, self._ranks, bucket.device)):
+            summands = self._send(start, end, f"{name}.parts.{number}")
+            total = summands.then(partial(self._add, start))
+            if scatter:
+                self._sent.add(total, partial(self._put_own, start))
+            else:
+                gather = partial(_start_gather, f"{name}.sum.{number}")
+                self._sent.add(Chain(total, gather), partial(self._put_all, start))
 
-    def _add(self, received: torch.Tensor) -> torch.Tensor:
-        parts = received.view(torch.bfloat16).float()
-        for part in parts:  # before the sum, which might overflow
-            self._scaling.apply(part, start=horovod().rank() * len(part))
-        return parts.sum(dim=0)
+    def _send(self, start: int, end: int, name: str) -> Started[torch.Tensor]:
+        """Sends elements [start, end) of every part."""
+        rows = torch.zeros(self._ranks, end - start, dtype=torch.bfloat16, device=self._bucket.device)
+        for rank, row in enumerate(rows):
+            own = self._elements(rank, start, end)
+            row[: len(own)] = own
+        return start_alltoall(rows.view(torch.uint8), name)
 
-    def _start_gather(self, total: torch.Tensor) -> Started[torch.Tensor]:
-        return start_allgather(total.bfloat16().view(torch.uint8), f"{self._name}.sum")
+    def _elements(self, rank: int, start: int, end: int) -> torch.Tensor:
+        """Returns elements of a part, which ends with the bucket."""
+        return self._bucket[rank * self._part + start : rank * self._part + end]
+
+    def _add(self, start: int, received: torch.Tensor) -> torch.Tensor:
+        rows = received.view(torch.bfloat16).float()
+        for row in rows:  # before the sum, which might overflow
+            self._scaling.apply(row, start=horovod().rank() * self._part + start)
+        return rows.sum(dim=0)
+
+    def _put_own(self, start: int, total: torch.Tensor) -> None:
+        self._elements(horovod().rank(), start, start + len(total)).copy_(total)
+
+    def _put_all(self, start: int, received: torch.Tensor) -> None:
+        for rank, row in enumerate(received.view(torch.bfloat16)):
+            target = self._elements(rank, start, start + len(row))
+            target.copy_(row[: len(target)])
 
     def advance(self) -> bool:
-        """Adds the parts of all ranks, and starts to send the sum, once they are there; nothing if scattered."""
-        return isinstance(self._started, Chain) and self._started.advance()
+        """Adds a piece of all ranks and sends the sum, or receives the sum of one, if it has arrived."""
+        return self._sent.advance()
 
     @property
     def has_arrived(self) -> bool:
-        """Whether the sum is there."""
-        return self._started.has_arrived
+        """Whether all sums are there."""
+        return self._sent.has_arrived
 
     def wait(self) -> None:
         """Waits for the sum."""
-        received = self._started()
-        if self._scatter:
-            _own_shard(self._bucket).copy_(received)
-        else:
-            self._bucket.copy_(received.view(torch.bfloat16).view(-1)[: self._bucket.numel()])
+        self._sent.wait()
+
+
+def _start_gather(name: str, total: torch.Tensor) -> Started[torch.Tensor]:
+    return start_allgather(total.bfloat16().view(torch.uint8), name)
 
 
 def _own_shard(bucket: torch.Tensor) -> torch.Tensor:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from hvd_adam.distributed.collectives.pieces import start_allgather, start_alltoall
-from hvd_adam.distributed.collectives.started import Chain, Started
+from hvd_adam.distributed.collectives.started import Chain, Sent, Started
 from hvd_adam.distributed.context import horovod
 from hvd_adam.distributed.gradients.compression import AllReduce, Scaling
 from hvd_adam.distributed.wire.codec import largest_scale
@@ -52,11 +52,11 @@ class CodedAllReduce:
         self._worker = coded.worker.advance()
         self._server = coded.server.advance()
         self._elsewhere = [(coded.params[p][0], values) for p, values in (elsewhere or {}).items()]
-        self._sent: deque[tuple[Piece, Chain[Tensor] | Started[Tensor]]] = deque()
+        self._sent = Sent[Tensor]()
         for number, piece in enumerate(coded.pieces):
             while meanwhile() or self.advance():
                 pass
-            self._sent.append((piece, self._send(piece, scaling.factor, number)))
+            self._sent.add(self._send(piece, scaling.factor, number), partial(self._decode, piece))
         self._elsewhere.clear()
 
     def _clear_gaps(self) -> None:
@@ -105,22 +105,16 @@ class CodedAllReduce:
 
     def advance(self) -> bool:
         """Adds the codes of a piece and sends the sum, or decodes the sum of one, if it has arrived."""
-        if any(chain.advance() for _, chain in self._sent if isinstance(chain, Chain)):
-            return True
-        if not self._sent or not self._sent[0][1].has_arrived:
-            return False
-        self._receive()
-        return True
+        return self._sent.advance()
 
     @property
     def has_arrived(self) -> bool:
         """Whether all sums are there."""
-        return not self._sent and self._exact_sum.has_arrived
+        return self._sent.has_arrived and self._exact_sum.has_arrived
 
     def wait(self) -> None:
         """Waits for the sum."""
-        while self._sent:
-            self._receive()
+        self._sent.wait()
         self._finish()
 
     def _finish(self) -> None:
@@ -128,11 +122,6 @@ class CodedAllReduce:
         self._exact_sum.wait()
         sums = torch.split(self._exact, list(map(len, self._exact_views)))
         torch._foreach_copy_(self._exact_views, list(sums))
-
-    def _receive(self) -> None:
-        """Waits for the first piece that has not been decoded, and decodes it."""
-        piece, started = self._sent.popleft()
-        self._decode(piece, started())
 
     def _decode(self, piece: Piece, codes: Tensor) -> None:
         coded = self._coded

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hvd_adam.distributed.collectives.pieces import columns
 from hvd_adam.distributed.gradients.bucket_layout import Bucket
 from hvd_adam.distributed.gradients.gradient_buffer import GradientBuffer
 from hvd_adam.distributed.wire.codec import Codec, unrotate
@@ -15,10 +16,6 @@ from hvd_adam.distributed.wire.fused_codec import functions
 from hvd_adam.optim.memory import zeros
 
 Place = tuple[int, list[int], list[int]]  # offset in the bucket, shape and strides of a parameter
-
-# On CPUs a bucket is sent in pieces, so that the first is on its way while the next is encoded. Each has so many
-# elements in all, but not less of each rank's part, which is a message.
-PIECE, LEAST_OF_PART = 1 << 20, 1 << 17
 
 
 class Residual:
@@ -139,10 +136,7 @@ class CodedBucket:
         self.zero_spans = list(_gaps(self.params, self.elements))
 
     def _divided(self, device: torch.device, scatter: bool) -> Iterator[Piece]:
-        step = max(PIECE // self._ranks, LEAST_OF_PART) if device.type == "cpu" else self._part
-        step -= step % self.codec.block
-        for start in range(0, self._part, step):
-            end = min(start + step, self._part)
+        for start, end in columns(self._part, self._ranks, device, self.codec.block):
             size = self.codec.payload_bytes(end - start)
             codes = torch.empty(self._ranks, size, dtype=torch.uint8, device=device)
             yield Piece(start, end, codes, codes.new_empty(0 if scatter else size))
