@@ -5,22 +5,25 @@ middle of backward; a node of backward that silently uses an updated weight; an 
 than the rest; state that is read between two updates; whatever needs the whole gradient, and finds none.
 """
 
+import copy
 import math
 import warnings
 from dataclasses import replace
 
 import pytest
 import torch
-from helpers.on_ranks import on_ranks
+from helpers.on_ranks import launch, on_ranks
 from helpers.small_training import digest, everything, same_everywhere
 
 from hvd_adam import Adam, distribute
 from hvd_adam.arguments import parse
 from hvd_adam.config import TrainConfig
 from hvd_adam.distributed.collectives.pieces import ALLREDUCE_BYTES
+from hvd_adam.distributed.gradients import ownership
 from hvd_adam.distributed.release.buckets import LIVE
 from hvd_adam.distributed.release.optimizer import ReleasingAdam
 from hvd_adam.distributed.release.places import send_order
+from hvd_adam.distributed.release.stand_ins import ReleasedGradient
 from hvd_adam.errors import JobError, UserError
 
 WIDTH = 64
@@ -37,6 +40,12 @@ def make_optimizer(model, released=True, adam=None, **options):
     adam = Adam(model.parameters(), **{"lr": 1e-2, "implementation": "fused", **(adam or {})})
     options = {"bucket_mib": BUCKET / 2**20, "skip_nonfinite": False, **options}
     return distribute(adam, model, release_gradients=released, **options)
+
+
+def make_only_optimizer(model):
+    """As `make_optimizer`, where those of other tests do not count: then backward waits for other ranks."""
+    ownership._owners.clear()
+    return make_optimizer(model)
 
 
 def loss_of(model, cluster, seed=0):
@@ -201,14 +210,14 @@ def test_ranks_that_use_other_parameters_do_not_wait_for_each_other(cluster):
 @on_ranks(1, 2)
 def test_buckets_are_updated_while_backward_is_running(cluster):
     model = make_model()
-    optimizer = make_optimizer(model)
+    optimizer = make_only_optimizer(model)
     before = {name: p.clone() for name, p in model.named_parameters()}
     loss_of(model, cluster).backward()
     in_flight = LIVE if cluster.size > 1 else 0
     buckets = [p for p in model.parameters() if p.dim() == 2][in_flight:]  # backward ends with the first ones
     moved = [p for name, p in model.named_parameters() if not torch.equal(p, before[name])]
     assert {id(p) for p in buckets} <= {id(p) for p in moved}
-    assert all(p.grad is None for p in model.parameters())
+    assert all(type(p.grad) is ReleasedGradient for p in model.parameters())
     optimizer.step()
     assert not any(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
@@ -216,7 +225,7 @@ def test_buckets_are_updated_while_backward_is_running(cluster):
 @on_ranks(1, 2)
 def test_at_most_two_buckets_have_buffers(cluster):
     model = make_model(layers=8)
-    optimizer = make_optimizer(model)
+    optimizer = make_only_optimizer(model)
     found = []
 
     def look(p):
@@ -240,11 +249,12 @@ def test_a_parameter_that_is_larger_than_a_bucket_has_one_of_two_buffers(cluster
     model[4] = torch.nn.Linear(WIDTH, 2 * WIDTH)  # in the middle of the pass
     model[6] = torch.nn.Linear(2 * WIDTH, WIDTH)
     model.append(torch.nn.Linear(4, 10_000))  # 160 kB, complete first
-    optimizer = make_optimizer(model)
+    optimizer = make_only_optimizer(model)
     found = []
-    for layer in model[0], model[2]:
-        layer.weight.register_post_accumulate_grad_hook(lambda p: found.append(optimizer.gradient_buffer_bytes))
-    train(model, optimizer, cluster, passes=1)
+    model[2].weight.register_post_accumulate_grad_hook(lambda p: found.append(optimizer.gradient_buffer_bytes))
+    loss_of(model, cluster).backward()
+    found.append(optimizer.gradient_buffer_bytes)
+    optimizer.step()
     larger, usual = 2 * BUCKET + 4096, BUCKET + 4096  # flags, message and alignment take less
     assert 2 * BUCKET < found[0] <= larger + usual
     assert BUCKET < found[1] <= 2 * usual
@@ -300,7 +310,7 @@ def test_parameters_can_be_frozen_unfrozen_and_added(cluster):
 @on_ranks(1, 2)
 def test_autograd_refuses_a_weight_that_it_needs_after_the_update(cluster):
     model = make_model()
-    optimizer = make_optimizer(model)
+    optimizer = make_only_optimizer(model)
     inputs = torch.ones(8, WIDTH, requires_grad=True)
     early = inputs @ model[6].weight.detach()  # its node needs the weight after those of later layers
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -338,6 +348,8 @@ def test_a_gradient_that_is_not_finite_ends_the_job_before_its_bucket_is_updated
     with pytest.raises(JobError, match=r"0\.weight is not finite in update 1"):
         loss_of(model, cluster).backward()
         optimizer.step()
+    with pytest.raises(RuntimeError, match="weights, so they are of two updates"):
+        optimizer.step()  # which would update the rest
     assert torch.equal(model[0].weight, before)
     assert all(p.isfinite().all() for p in model.parameters())
 
@@ -345,7 +357,7 @@ def test_a_gradient_that_is_not_finite_ends_the_job_before_its_bucket_is_updated
 @on_ranks(2)
 def test_ranks_that_have_parted_update_nothing(cluster):
     model = make_model()
-    optimizer = make_optimizer(model)
+    optimizer = make_only_optimizer(model)
     before = digest(model.state_dict())
     optimizer.param_groups[0]["lr"] = 0.1 + cluster.rank
     with pytest.raises(JobError, match=r"lr of parameter group 0: 0\.1 on rank 0, 1\.1 on rank 1"):
@@ -456,6 +468,158 @@ def test_an_optimizer_whose_step_reads_gradients_is_refused(cluster):
     adam.register_step_pre_hook(lambda *_: None)
     with pytest.raises(UserError, match="hooks before step"):
         distribute(adam, model, **options)
+
+
+USES = {
+    "clip_grad_norm_": lambda model, optimizer: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0),
+    "clip_grad_value_": lambda model, optimizer: torch.nn.utils.clip_grad_value_(model.parameters(), 1.0),
+    "scaling in place": lambda model, optimizer: model[0].weight.grad.mul_(0.5),
+    "a norm": lambda model, optimizer: model[0].weight.grad.norm(),
+    "printing": lambda model, optimizer: str(model[0].weight.grad),
+    "GradScaler": lambda model, optimizer: torch.amp.GradScaler("cpu").unscale_(optimizer),
+}
+
+
+@on_ranks(1, 2)
+@pytest.mark.parametrize("use", USES)
+def test_gradients_that_are_used_after_backward_are_refused(cluster, use):
+    model = make_model()
+    model.unused = torch.nn.Parameter(torch.ones(WIDTH, WIDTH))  # its bucket waits for step()
+    optimizer = make_optimizer(model)
+    scale = torch.amp.GradScaler("cpu").scale if use == "GradScaler" else lambda loss: loss
+    scale(loss_of(model, cluster)).backward()
+    with pytest.raises(RuntimeError, match=r"p\.grad is used between backward\(\) and step\(\)|scale\(\)"):
+        USES[use](model, optimizer)
+    optimizer.step()
+    assert all(p.grad is None for p in model.parameters())
+
+
+@on_ranks(1, 2)
+@pytest.mark.parametrize("new", [None, torch.zeros(WIDTH, WIDTH)])
+def test_gradients_that_are_replaced_after_backward_are_refused(cluster, new):
+    model = make_model()
+    optimizer = make_optimizer(model)
+    loss_of(model, cluster).backward()
+    model[2].weight.grad = new
+    with pytest.raises(RuntimeError, match=r"gradient of 2\.weight was cleared or replaced between backward"):
+        optimizer.step()
+
+
+HOOKS = {
+    "change": lambda p: torch._foreach_mul_([p.grad], 3.0),
+    "replace": lambda p: setattr(p, "grad", 3 * p.grad),
+    "remove": lambda p: setattr(p, "grad", None) if p.dim() == 1 else None,
+}
+
+
+@on_ranks(1, 2)
+@pytest.mark.parametrize("hook", HOOKS)
+def test_hooks_that_are_added_after_distribute_run_before_a_gradient_is_used(cluster, hook):
+    trained = []
+    for released in (False, True):
+        model = make_model()
+        optimizer = make_optimizer(model, released)
+        for p in model.parameters():
+            p.register_post_accumulate_grad_hook(HOOKS[hook])
+        train(model, optimizer, cluster)
+        trained.append(everything(model, optimizer))
+    assert trained[0] == trained[1]
+
+
+@on_ranks(1, 2)
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_layers_have_the_same_bits(cluster, reentrant):
+    from torch.utils.checkpoint import checkpoint
+
+    trained = []
+    for released in (False, True):
+        model = make_model()
+        optimizer = make_optimizer(model, released)
+        for seed in range(2):
+            hidden = torch.full((8, WIDTH), cluster.rank + seed + 1.0, requires_grad=True)
+            for i in (0, 4):
+                hidden = checkpoint(model[i : i + 4], hidden, use_reentrant=reentrant)
+            model[8](hidden).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        trained.append(everything(model, optimizer))
+    assert trained[0] == trained[1]
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("compression", ["none", "bf16"])
+def test_optimizers_that_ranks_reach_in_different_orders_do_not_wait_for_each_other(cluster, compression):
+    trained = []
+    for released in (False, True):
+        halves = torch.nn.ModuleList([make_model()[:8], make_model()[:8]])
+        optimizers = [make_optimizer(half, released, compression=compression) for half in halves]
+        first, second = (halves[0], halves[1]) if cluster.rank == 0 else (halves[1], halves[0])
+        for seed in range(3):
+            loss_of(torch.nn.Sequential(first, second), cluster, seed).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        trained.append([everything(*pair) for pair in zip(halves, optimizers, strict=True)])
+    assert trained[0] == trained[1]
+
+
+@on_ranks(1, 2)
+def test_parameters_that_the_loss_of_another_optimizer_reaches_are_named_as_the_cause(cluster):
+    generator, critic = make_model()[:8], make_model()
+    make_optimizer(generator)
+    optimizer = make_optimizer(critic)
+    loss_of(torch.nn.Sequential(generator, critic), cluster).backward()
+    with pytest.raises(RuntimeError, match=r"as of a GAN, freeze these parameters by requires_grad_\(False\)"):
+        optimizer.zero_grad()
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("order", [(False, True, False), (True, False, True)])
+def test_a_state_continues_with_and_without_the_option(cluster, order):
+    expected = make_model()
+    train(expected, make_optimizer(expected, released=False), cluster, passes=6)
+    weights = state = None
+    for first, released in zip((0, 2, 4), order, strict=True):
+        model = make_model()
+        optimizer = make_optimizer(model, released)
+        if state is not None:
+            model.load_state_dict(weights)
+            optimizer.load_state_dict(state)
+        for seed in range(first, first + 2):
+            loss_of(model, cluster, seed).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        weights, state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    assert digest(weights) == digest(expected.state_dict())
+
+
+@pytest.mark.multirank
+def test_a_run_resumes_with_and_without_the_option(tmp_path):
+    def run(folder, *options):
+        arguments = [
+            "-m",
+            "hvd_adam.train",
+            "--model",
+            "mlp",
+            "--epochs",
+            "1",
+            "--output-dir",
+            str(tmp_path / folder),
+        ]
+        done = launch([*arguments, *options], 0, "gloo", cwd=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    run("whole")
+    run("changed", "--max-steps", "8", "--release-gradients")
+    run("changed", "--max-steps", "16")
+    run("changed", "--release-gradients")
+    ends = []
+    for folder in ("whole", "changed"):
+        checkpoints = tmp_path / folder / "checkpoints"
+        newest = max(checkpoints.glob("step-*")) / "state.pt"
+        saved = torch.load(newest, weights_only=True)
+        ends.append((newest.parent.name, digest(saved["model"], saved["optimizer"])))
+    assert ends[0] == ends[1]
 
 
 @on_ranks(2)

@@ -21,7 +21,7 @@ from hvd_adam.errors import UserError
 # --strategy local, how far the islands go between meetings.
 CHANGEABLE_OPTIONS = frozenset(
     "epochs max_steps batch_size global_batch_size accumulate implementation state_format strategy local_steps "
-    "islands outer_lr outer_momentum compression bucket_mib tune threads "
+    "islands outer_lr outer_momentum compression bucket_mib release_gradients tune threads "
     "channels_last compile deterministic device data_dir download output_dir resume checkpoint_every keep "
     "max_time log_every eval_every metrics init_from check_consistency_every max_skipped allow_data_change "
     "elastic commit_every stall_timeout cache max_corrupt workers noise_scale noise_scale_form".split()

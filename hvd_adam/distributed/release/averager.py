@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hvd_adam.distributed.collectives.pieces import start_allreduce
+from hvd_adam.distributed.gradients import ownership
 from hvd_adam.distributed.gradients.averager import GradientAverager
+from hvd_adam.distributed.gradients.backward_pass import gradient_node
 from hvd_adam.distributed.gradients.lockstep import ABORTED
 from hvd_adam.distributed.gradients.missing_ranks import explained, start_meeting
 from hvd_adam.distributed.release.buckets import ReleasedBuckets
+from hvd_adam.distributed.release.stand_ins import StandIns
+from hvd_adam.optim.plain_optimizer import not_compiled
+
+_TORN = (
+    "an exception ended backward() or step() after release_gradients=True had updated some weights, so they are "
+    "of two updates: load a checkpoint into the model and a new Adam, and call distribute() again"
+)
 
 
 class ReleasingAverager(GradientAverager):
@@ -31,7 +42,12 @@ class ReleasingAverager(GradientAverager):
     apply: Callable[[int], None]
     _prefix: str | None = None  # of the names of the collectives; None on one rank, and before the first layout
     _message: tuple[Callable[[], None], Tensor, dict[str, object]] | None = None  # in flight
-    _torn: str | None = None  # why the weights are of two updates
+    _torn = False  # whether the weights are of two updates
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._stand_ins = StandIns()
+        self._nodes: dict[Any, Any] = {}  # autograd's, which live as long as their hooks must, with the handles
 
     def arrange(self, buckets: ReleasedBuckets, prefix: str | None) -> None:
         """Replaces the buckets. Nothing may be in flight.
@@ -41,11 +57,25 @@ class ReleasingAverager(GradientAverager):
             prefix: prefix of the names of the collectives, identical on all ranks; None on one rank.
         """
         self.buckets, self._prefix = buckets, prefix
+        self._stand_ins.forget()
+
+    def follow(self, parameters: Iterable[Tensor]) -> None:
+        """Makes autograd report gradients after all other hooks: hooks of the loop can read and change them."""
+        for p in parameters:
+            node = gradient_node(p)
+            if node not in self._nodes:
+                self._nodes[node] = node.register_hook(functools.partial(self._gradient_is_there, p))
+
+    def retire(self) -> None:
+        """Removes the hooks."""
+        for handle in self._nodes.values():
+            handle.remove()
+        self._nodes.clear()
 
     @property
     def in_flight(self) -> bool:
         """Whether an update has begun in a backward pass, and has not been abandoned with it."""
-        return self._announced and not self._tasks
+        return self._announced and not self._tasks and not self._torn
 
     # Called by autograd.
 
@@ -66,11 +96,11 @@ class ReleasingAverager(GradientAverager):
         self.buckets.expect(p)
         return False
 
+    @not_compiled
     @torch.no_grad()
-    def after_accumulation(self, p: Tensor) -> None:
-        """Called after autograd has added to the gradient of a parameter."""
-        super().after_accumulation(p)
-        self.buckets.add(p)
+    def _gradient_is_there(self, p: Tensor, *_: object) -> None:
+        if torch._C._current_graph_task_id() in self._tasks:
+            self.buckets.add(p)
 
     @torch.no_grad()
     def _begin_pass(self) -> None:
@@ -83,7 +113,22 @@ class ReleasingAverager(GradientAverager):
         self._announce()
         self._optimizer.ensure_layout()
 
+    @torch.no_grad()
+    def _end_pass(self) -> None:
+        ends = bool(self._tasks)  # or it has ended: it ran others within it
+        super()._end_pass()
+        if ends:
+            self._stand_ins.hide(self._optimizer.parameters(), self.buckets.released)
+
     # Called by the buckets.
+
+    @property
+    def may_wait(self) -> bool:
+        """Whether a backward pass may wait for other ranks: no other optimizer may be in the pass.
+
+        The ranks may reach the optimizers of one pass in different orders, and would wait for each other.
+        """
+        return ownership.count() <= 1
 
     def round_begins(self) -> None:
         """Sends what must be identical on all ranks."""
@@ -124,17 +169,19 @@ class ReleasingAverager(GradientAverager):
             again: no effect.
 
         Raises:
-            RuntimeError: an exception has ended the backward pass.
+            RuntimeError: an exception has ended the backward pass; gradients were changed since.
             JobError: on every rank: the ranks have parted.
             HorovodInternalError: another rank has ended, or is in another collective.
         """
         self.leave_aborted_pass()
+        self._stand_ins.reveal(self._optimizer.names)
         if not self._announced:  # without a backward pass
             self._announce()
             self._optimizer.ensure_layout()
+        self._torn = True
         self.buckets.finish()
         self.buckets.rearm()
-        self._announced = False
+        self._announced = self._torn = False
 
     def start_meeting(self, call: str) -> Callable[[], None]:
         """As in `GradientAverager`."""
@@ -152,12 +199,7 @@ class ReleasingAverager(GradientAverager):
             self._tasks.clear()
             self._aborted += 1
             self._announced = False
-            if not self.buckets.untouched:
-                self._torn = (
-                    "an exception ended backward() after release_gradients=True had updated some weights, so they "
-                    "are of two updates: load a checkpoint into the model and a new Adam, and call distribute() "
-                    "again"
-                )
+            self._torn = not self.buckets.untouched
             self.buckets.rearm()
-        if self._torn is not None:
-            raise RuntimeError(self._torn)
+        if self._torn:
+            raise RuntimeError(_TORN)

@@ -68,6 +68,8 @@ class ReleasingLayout(DistributedLayout):
 
     def add_hooks(self, parameters: Iterable[Tensor], names: Names) -> None:
         """Connects the parameters that are trained and have no hooks."""
+        parameters = list(parameters)
         super().add_hooks(parameters, names)
+        self._averager.follow(parameters)
         if self._adapter is not None and self._ranks == 1:  # where Horovod has none
             self._adapter.follow(parameters)

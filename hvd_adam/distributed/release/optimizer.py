@@ -28,7 +28,8 @@ class ReleasingAdam(DistributedAdam):
     """A `DistributedAdam` that updates during `backward`, and gives the memory of gradients back at once.
 
     As soon as the gradients of a bucket are complete, they are averaged over the ranks, the parameters of the
-    bucket are updated, and their `p.grad` is None. `step` does so for what is left, and counts the update. Weights
+    bucket are updated, and their `p.grad` is None. `step` does so for what is left, and counts the update. Between
+    the two, `p.grad` is a `ReleasedGradient`, which raises a RuntimeError if it is used. Weights
     and state have the bits of the ordinary update. Each of several ranks has at most two bucket buffers, one rank
     has none.
 
@@ -109,6 +110,23 @@ class ReleasingAdam(DistributedAdam):
         return None
 
     # What would see some weights before, and some after the update.
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears gradients of the loop's own; `step` has released the others.
+
+        Raises:
+            RuntimeError: called between `backward` and `step`.
+        """
+        self._refuse_in_flight(
+            f"zero_grad() {_BETWEEN}; or, if that was for another optimizer, as of a GAN, freeze these parameters "
+            "by requires_grad_(False) before its forward pass"
+        )
+        super().zero_grad(set_to_none)
+
+    def retire(self) -> None:
+        """As in `DistributedAdam`."""
+        super().retire()
+        self._averager.retire()
 
     def broadcast(self) -> None:
         """As in `DistributedAdam`.
