@@ -81,7 +81,7 @@ def test_large_norms_do_not_count_for_more_than_small_ones():
     steady, changed = estimate_of(own, mean, 4), estimate_of(own * falling, mean * falling, 4)
     assert changed.low <= 4.0 <= changed.high
     # Each norm is 0.87 of the last, so the mean of earlier ones is soon the same multiple of each, and divides all
-    # but the first few equally. By themselves 7 of the 100 would count, and the interval would be 3.7 times as long.
+    # but the first few equally. By themselves 7 of the 100 would count: an interval 3.7 times as long.
     assert changed.high - changed.low < 1.5 * (steady.high - steady.low)
 
 

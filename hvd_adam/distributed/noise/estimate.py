@@ -43,8 +43,8 @@ class RunningEstimate:
     itself, and the noise scale is the ratio of the averages.
 
     Norms change during a training, with Adam's √v̂ by orders of magnitude, and the largest would decide both
-    averages. So both parts of a measurement are divided by a running mean of S. It is that of earlier measurements,
-    which the noise of this one does not depend on: the averages remain without bias.
+    averages. So both parts of a measurement are divided by a running mean of S of earlier measurements, which the
+    noise of this one does not depend on: the averages remain without bias.
 
     The interval is Fieller's (1954), for the ratio R = x̄/ȳ of two means: all R for which x̄ − R·ȳ differs from 0 by
     at most t standard errors. With weights w that add up to 1, the covariance of two means is estimated by
