@@ -89,7 +89,7 @@ class CodedAllReduce:
         return gradients
 
     def largest(self) -> Tensor:
-        """Returns a bound of the magnitudes that this rank sends, 0-dimensional float32; NaN if one is. On CPUs."""
+        """Returns a bound of the magnitudes that this rank sends, 0-dim float32, on CPUs; NaN if one is."""
         assert self._largest_exact is not None
         codec, pieces = self._coded.codec, self._coded.pieces
         scales = torch.stack([largest_scale(codec, piece.codes) for piece in pieces])
