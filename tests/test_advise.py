@@ -272,6 +272,8 @@ def test_without_a_cost_model_only_upper_bounds_are_shown(tmp_path, capsys):
     assert "this run" in text and "soonest" not in text.split("\n\n")[1]
     assert "no batch is known to be sooner" in text and "use --measure, or --calibration" in text
     assert "4 ranks 0.57 and 1.14" in text  # (1 + 190/64) / (1 + 190/32)
+    ask(write_run(tmp_path / "adam", noise_scale_form="adam"))
+    assert "noise scale of Adam's update 190 samples" in capsys.readouterr().out
 
 
 def test_with_a_calibration_ranks_are_compared_and_priced(tmp_path, capsys):

@@ -55,6 +55,7 @@ def digest(folder):
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_forks")
 def test_a_branch_with_the_batch_of_the_run_is_the_run_resumed(run, tmp_path):
     resumed = tmp_path / "resumed"
@@ -108,6 +109,7 @@ def test_batches_are_confirmed_on_two_ranks(run, capsys, tmp_path):
     assert digest(run) == before
 
 
+@pytest.mark.slow
 def test_sigterm_ends_the_branch_and_removes_its_folder(run, tmp_path):
     before, folders = digest(run), tmp_path / "temporary"
     folders.mkdir()

@@ -375,6 +375,7 @@ def test_the_benchmark_fails_if_every_variant_fails(mark):
 # Real runs, as small as possible.
 
 
+@pytest.mark.slow
 def test_adam_times_every_optimizer_and_a_copy(tmp_path):
     plot = tmp_path / "adam.png"
     argv = ("--parameters", 5000, "--tensors", 3, "--threads", "1", "--repeats", 3, "--device", "cpu")

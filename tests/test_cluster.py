@@ -112,6 +112,7 @@ def run_with(packages, code):
     return run(code, path, python=(os.path.realpath(sys.executable), "-S"))
 
 
+@pytest.mark.slow
 def test_without_horovod_adam_works_and_init_and_distribute_name_the_build_command(packages):
     remedy = "Horovod is not installed in .*; build it with `python -m hvd_adam.build_horovod --install`"
     step = (
@@ -142,6 +143,7 @@ def test_a_horovod_built_against_another_torch_is_detected_and_reported(packages
     )
 
 
+@pytest.mark.slow
 def test_a_horovod_without_pytorch_support_or_that_does_not_load_is_reported(packages, horovod_copy):
     (library,) = (horovod_copy / "torch").glob("mpi_lib_v2*.so")
     library.write_bytes(b"not a library")
@@ -154,6 +156,7 @@ def test_a_horovod_without_pytorch_support_or_that_does_not_load_is_reported(pac
     assert "has no PyTorch support" in run_with(packages, "import hvd_adam; hvd_adam.init()")
 
 
+@pytest.mark.slow
 def test_distribute_before_init_is_refused_with_the_remedy():
     code = (
         "import torch, hvd_adam; m = torch.nn.Linear(1, 1); hvd_adam.distribute(hvd_adam.Adam(m.parameters()), m)"

@@ -136,6 +136,7 @@ def test_the_training_command_names_a_missing_package_at_its_start(hide, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_single_process_needs_no_psutil(hide):
     program = (
         "from hvd_adam.recovery.peer_server import host_addresses; import hvd_adam.recovery.watchdog, "

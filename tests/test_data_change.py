@@ -55,6 +55,7 @@ def resume(commands, folder, *argv, **environ):
     return commands.run("hvd_adam.train", *OPTIONS, "--lr-decay", "constant", *argv, cwd=folder, **environ)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("environ", "words"),
     [
@@ -71,6 +72,7 @@ def test_a_data_set_that_has_changed_is_refused_in_one_line_with_the_option(envi
     assert (stopped / "run" / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("images", "epochs"), [(512, [1] * 10 + [2] * 16 + [3] * 16), (40, []), (64, [])])
 def test_a_changed_data_set_that_is_allowed_continues_after_the_same_updates(images, epochs, commands, stopped):
     done = succeeded(resume(commands, stopped, "--allow-data-change", IMAGES=str(images)))

@@ -5,6 +5,7 @@ support.
 """
 
 import copy
+import gc
 
 import horovod.torch as hvd
 import pytest
@@ -116,3 +117,20 @@ def test_pieces_of_bf16_have_the_bits_of_whole_buckets(cluster, strategy, dtype)
             train(model, optimizer, cluster)
             results.append(digest(*model.parameters()))
     assert len(set(results)) == 1
+
+
+@on_ranks(2)
+@each_strategy
+@pytest.mark.parametrize("compression", ["none", "fp16", "bf16", "int8"])
+def test_memory_of_an_update_is_freed_without_the_garbage_collector(cluster, strategy, compression):
+    for deferred in (False, True):
+        model = small_model(torch.float32)
+        options = {"compression": compression, "strategy": strategy, "defer_averaging": deferred}
+        optimizer = distribute(Adam(model.parameters()), model, **options)
+        train(model, optimizer, cluster, steps=3)
+        gc.collect()
+        gc.disable()
+        train(model, optimizer, cluster, steps=3)
+        unreachable = gc.collect()
+        gc.enable()
+        assert unreachable == 0

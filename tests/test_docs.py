@@ -70,6 +70,7 @@ def known_options() -> str:
     return helps + "".join(path.read_text() for path in sources if path.is_file() and ".venv" not in path.parts)
 
 
+@pytest.mark.slow
 def test_every_option_named_exists(document):
     for span in re.findall(r"`([^`\n]+)`", documents.prose(document)):
         for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", span):
@@ -122,6 +123,7 @@ def test_the_documents_show_or_name_every_example():
     assert not [name for name in examples if name not in text]
 
 
+@pytest.mark.slow
 def test_mkdocs_builds_the_pages_without_a_warning(tmp_path):
     pytest.importorskip("mkdocs")
     pytest.importorskip("mkdocstrings")

@@ -320,6 +320,7 @@ def test_a_torch_that_crashes_is_reported_with_the_signal(crashing_torch):
 FAILING_TORCHVISION = 'raise RuntimeError("operator torchvision::nms does not exist")\n'
 
 
+@pytest.mark.slow
 def test_a_torchvision_that_a_users_script_cannot_import_fails(workdir):
     link_package(
         PACKAGES / "torchvision", workdir / "vision" / "torchvision", {"__init__.py": FAILING_TORCHVISION}

@@ -89,6 +89,7 @@ def images_of(shape):
     return [torch.randint(256, (n, *shape), dtype=torch.uint8, generator=generator) for n in (1, 2, 3, 40)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", ["digits", "normed"])
 @pytest.mark.parametrize(
     ("form", "script", "blocked"),
@@ -175,6 +176,7 @@ BAD = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("argv", "message"), BAD, ids=lambda value: value if isinstance(value, str) else None)
 def test_bad_input_is_one_line_and_nothing_is_written(commands, folder, argv, message):
     for model in ("noisy", "branching"):
@@ -199,6 +201,7 @@ def test_a_release_of_torch_that_cannot_write_the_format_is_named(monkeypatch):
         formats.require_release("onnx")
 
 
+@pytest.mark.slow
 def test_a_model_that_does_not_classify_images_is_exported_as_weights_only(commands, folder):
     argv = [
         "--dataset",
@@ -216,6 +219,7 @@ def test_a_model_that_does_not_classify_images_is_exported_as_weights_only(comma
     succeeded(commands.run(EXPORT, "--checkpoint", "sums", "--format", "safetensors", "--output", "sums.st"))
 
 
+@pytest.mark.slow
 def test_a_file_is_replaced_only_by_one_that_was_checked(commands, folder, monkeypatch):
     (folder / "old.pt2").write_text("old")
     untrained(folder, "random", "nets:noisy")

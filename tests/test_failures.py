@@ -163,6 +163,7 @@ def test_a_rank_that_waits_for_a_working_rank_does_not_end_the_job(cluster):
     dog.close()
 
 
+@pytest.mark.slow
 def test_time_in_which_the_process_was_suspended_does_not_count():
     code = (
         "import time; from hvd_adam.distributed.context import Cluster; "

@@ -80,6 +80,7 @@ def test_a_run_that_was_killed_before_its_end_was_recorded_records_it(commands, 
     metrics.write_text(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("which", "name"), [([], "latest"), (["--which=newest"], "latest"), (["--which=best"], "best")]
 )

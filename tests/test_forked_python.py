@@ -38,6 +38,7 @@ tell()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["-c", "-m", "script"])
 def test_a_program_finds_what_it_would_find_in_a_new_process(python, how, tmp_path):
     (tmp_path / "mine.py").write_text(SHOWN)

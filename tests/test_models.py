@@ -190,11 +190,13 @@ def test_torchvision_is_imported_with_its_operators_or_at_least_their_schemas():
     assert hasattr(torch.ops.torchvision, "nms")
 
 
+@pytest.mark.slow
 def test_torchvision_is_imported_even_after_a_plain_import_has_failed():
     program = "try:\n    import torchvision\nexcept Exception:\n    pass\n"
     assert run(program + IMPORT + "print(go().models.resnet18.__name__)") == "resnet18"
 
 
+@pytest.mark.slow
 def test_no_schema_is_defined_if_the_operators_exist():
     # A library that defines the schemas replaces torchvision's, which defines them when it is loaded.
     program = (

@@ -75,6 +75,16 @@ def test_without_noise_the_estimate_is_zero():
     assert estimate_of([2.0] * 9, [2.0] * 9, 2) == (0.0, 0.0, 0.0)
 
 
+def test_large_norms_do_not_count_for_more_than_small_ones():
+    own, mean = measurements(100, 1.0, 4.0, 300, 4)
+    falling = np.geomspace(1e6, 1.0, 100)
+    steady, changed = estimate_of(own, mean, 4), estimate_of(own * falling, mean * falling, 4)
+    assert changed.low <= 4.0 <= changed.high
+    # Each norm is 0.87 of the last, so the mean of earlier ones is soon the same multiple of each, and divides all
+    # but the first few equally. By themselves 7 of the 100 would count: an interval 3.7 times as long.
+    assert changed.high - changed.low < 1.5 * (steady.high - steady.low)
+
+
 def test_measurements_that_are_not_finite_do_not_count():
     running = RunningEstimate()
     for s in (1.0, math.nan, math.inf, 2.0, 1.0, 1.5, 1.0):

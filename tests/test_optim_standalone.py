@@ -71,6 +71,7 @@ def copied(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["reference", "foreach", "fused"])
 def test_adam_steps_without_the_other_folders_horovod_and_the_extras(copied, tmp_path, implementation):
     # -I: neither the current directory nor PYTHONPATH; installed packages are hidden by the finder.

@@ -80,6 +80,7 @@ def test_predictions_do_not_depend_on_other_files_nor_on_threads(commands, folde
         assert lines(done.stdout) == [{"file": file, "predictions": whole[file]} for file in files]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", [[], ["--cache", "cache"]], ids=["files", "cache"])
 def test_photos_are_prepared_as_in_the_evaluation_and_damaged_ones_are_left_out(commands, folder, cache):
     run = train_on_photos(commands, "cached", *cache) if cache else folder / "photos"
@@ -156,6 +157,7 @@ def test_a_launcher_with_several_ranks_is_refused(commands, folder):
     assert "started by horovodrun on 2 ranks" in one_line(done)
 
 
+@pytest.mark.slow
 def test_predictions_of_an_evaluation_do_not_replace_a_file_and_need_classes(commands, folder):
     for run, file, message in (
         ("digits", "nets.py", "--predictions nets.py exists"),
@@ -241,6 +243,7 @@ def test_checkpoints_of_earlier_versions_work_where_the_data_set_is_known(folder
         load_model(tmp_path / "sums")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_lacks_what_a_command_needs_is_one_line(commands, folder):
     state = storage.load(folder / "digits")
     data = state["data"]
@@ -295,6 +298,7 @@ def unknown(): return data()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dataset", ["scaled:brighter", "scaled:unknown"])
 def test_images_are_normalized_as_in_the_training_whatever_the_data_set_says(commands, folder, dataset):
     (folder / "scaled.py").write_text(OTHER_STATISTICS)
@@ -305,6 +309,7 @@ def test_images_are_normalized_as_in_the_training_whatever_the_data_set_says(com
     assert own == other
 
 
+@pytest.mark.slow
 def test_a_model_that_takes_no_single_sample_is_one_line(commands, folder):
     argv = ["--model", "nets:paired", "--dataset", "scaled:brighter", "--workers", 0, "--loss", "nets:loss"]
     (folder / "scaled.py").write_text(OTHER_STATISTICS)

@@ -49,6 +49,7 @@ def test_recipes_are_in_the_wheel_and_in_the_help():
     assert TrainConfig.EXAMPLES.endswith(", ".join(recipes.names()))
 
 
+@pytest.mark.slow
 def test_digits_and_a_packed_folder_of_images_are_trained(tmp_path):
     short = ["--max-steps", 3]
     succeeded(train("--config", "recipe:digits", *short, folder=tmp_path / "digits"))

@@ -194,6 +194,7 @@ def test_the_shades_of_a_confusion_matrix_are_fractions_of_the_true_class():
     assert shades == [[round(255 - 247 * 0.75), round(255 - 247 * 0.25)], [255, 8]]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_continues_its_curves_and_evaluations_count_every_image(tmp_path):
     fixed = ["--model", "mlp", "--log-every", 2, "--eval-every", 1, "--epochs", 2, "--global-batch-size", 500]
     succeeded(train(*fixed, "--max-steps", 2, folder=tmp_path / "run"))

@@ -353,6 +353,7 @@ def commands(tmp_path_factory):
         yield running
 
 
+@pytest.mark.slow
 def test_a_run_has_the_mistakes_and_the_calibration_that_evaluate_finds(commands):
     run = commands.folder / "best run"
     argv = ("hvd_adam.evaluate", "--checkpoint", run)
@@ -381,6 +382,7 @@ def test_a_run_has_the_mistakes_and_the_calibration_that_evaluate_finds(commands
     assert (commands.folder / "scores.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_options_without_effect_and_pictures_that_cannot_be_drawn_are_one_line(commands):
     argv = ("hvd_adam.evaluate", "--checkpoint", "best run")
     for wrong_argv, message in (

@@ -261,6 +261,7 @@ def test_nvcc_on_path_may_be_a_script_that_calls_the_toolkit(path_without, paren
     assert (code, error) == (0, "") and "-cuda13.1-" in key
 
 
+@pytest.mark.slow
 def test_only_an_undamaged_wheel_is_taken_from_the_cache(environment, tmp_path):
     build = ["bash", LAUNCH / "build_horovod.sh"]
     _, key, _ = run(*build, "--print-key", env=environment)
@@ -323,6 +324,7 @@ def test_base_requirements_are_torch_numpy_and_filelock(wheel):
     assert extras == {"horovod", "train", "export", "dev", "all"}
 
 
+@pytest.mark.slow
 def test_horovods_build_runs_from_the_wheel(wheel, environment, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")

@@ -20,6 +20,7 @@ from hvd_adam.simulate.calibration import Calibration
 from hvd_adam.simulate.config import CalibrateConfig, PredictConfig, TuneConfig
 from hvd_adam.simulate.forecast import forecast
 from hvd_adam.simulate.machine import PRESETS, Codec, Link, Machine
+from hvd_adam.simulate.pipeline import LOOKED_AFTER, Piece, Pipeline, Sent
 from hvd_adam.simulate.predict import forecasts_of
 from hvd_adam.simulate.step import (
     BUCKET_BYTES,
@@ -33,7 +34,7 @@ from hvd_adam.simulate.step import (
 )
 from hvd_adam.simulate.tcp import tcp_seconds
 from hvd_adam.simulate.timeline import Processors, Timeline
-from hvd_adam.simulate.traffic import Ranks, allgather, allreduce, alltoall
+from hvd_adam.simulate.traffic import Ranks, allgather, allreduce, alltoall, columns
 from hvd_adam.simulate.traffic import seconds as traffic_seconds
 from hvd_adam.simulate.tune import options_of
 from hvd_adam.simulate.workload import PUBLISHED, Bucket, Workload
@@ -43,6 +44,7 @@ FREE = 1e30  # bytes/s: a pass over memory that costs nothing
 PLAIN = Machine(
     Link(1e9, 0.0), Link(1e8, 0.0), cycle=0.0, negotiation=0.0, update_bandwidth=FREE, copy_bandwidth=FREE
 )
+CPUS = replace(PLAIN, copies=dict.fromkeys(KINDS, 0.0))
 TWO = Workload(8, 0.1, 0.2, (Bucket(1_000_000, 0, 0.05), Bucket(500_000, 0, 0.2)))
 
 
@@ -50,11 +52,13 @@ TWO = Workload(8, 0.1, 0.2, (Bucket(1_000_000, 0, 0.05), Bucket(500_000, 0, 0.2)
 
 
 def test_the_constants_are_those_of_the_modules_that_send():
+    from hvd_adam.distributed.collectives import started
     from hvd_adam.distributed.gradients import reducer
     from hvd_adam.distributed.gradients.compression import COMPRESSIONS
     from hvd_adam.distributed.wire.codec import CODECS
 
     assert reducer.BUCKET_MIB * 2**20 == BUCKET_BYTES
+    assert started.Pipeline.LOOKED_AFTER == LOOKED_AFTER
     assert (*WIRE_BYTES,) == COMPRESSIONS
     for name, codec in CODECS.items():
         assert codec.payload_bytes(codec.block) / codec.block == WIRE_BYTES[name]
@@ -101,16 +105,29 @@ def test_large_tensors_on_processors_are_sent_in_pieces():
     assert alltoall(4 * MESSAGE_BYTES, Ranks(2, 1), pieces).messages == 2
 
 
+@pytest.mark.parametrize("ranks", [2, 3, 16])
+@pytest.mark.parametrize("part", [1, 1 << 17, (1 << 19) + 1, 3 << 20])
+def test_processors_divide_a_bucket_into_the_pieces_that_are_sent(part, ranks):
+    import torch
+
+    from hvd_adam.distributed.collectives import pieces
+
+    sent = [ranks * (end - start) for start, end in pieces.columns(part, ranks, torch.device("cpu"))]
+    assert columns(ranks * part, Ranks(ranks, 1), CPUS) == sent
+    assert columns(ranks * part, Ranks(ranks, 1), PLAIN) == [ranks * part]
+
+
+@pytest.mark.parametrize("machine", [PLAIN, CPUS], ids=["devices", "processors"])
 @pytest.mark.parametrize("compression", WIRE_BYTES)
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_bytes_agree_with_those_that_the_benchmark_of_compressions_expects(strategy, compression):
+def test_bytes_agree_with_those_that_the_benchmark_of_compressions_expects(strategy, compression, machine):
     import torch
 
     from hvd_adam.bench.wire_bytes import predicted_bytes
 
     model = torch.nn.Linear(1024, 2048, bias=False)
     work = Workload(1, 0.1, 0.1, (Bucket(model.weight.numel(), 0, 0.1),))
-    sent = simulate(work, Setting(Ranks(4, 1), strategy, compression), PLAIN).sent
+    sent = simulate(work, Setting(Ranks(4, 1), strategy, compression), machine).sent
     assert sent == pytest.approx(
         predicted_bytes(f"hvd_adam-{strategy}-{compression}", model, 4), rel=1e-6, abs=300
     )  # 300: flags
@@ -123,6 +140,15 @@ def test_who_waits_for_long_sleeps_half_a_pause_too_long():
     line = Timeline(longest_pause=1e-3)
     line.wait(line.start(1.0, 0.0))
     assert line.now == pytest.approx(1.0005)
+
+
+def test_who_waits_for_several_collectives_wakes_up_after_the_first():
+    line = Timeline()
+    first, second = line.start(1.0, 0.0), line.start(2.0, 0.0)
+    line.wait(second, first)
+    assert first.is_done and not second.is_done and line.now == line.exposed == pytest.approx(1.0)
+    line.wait(first, second)
+    assert line.now == pytest.approx(1.0)
 
 
 def test_collectives_run_one_after_another_behind_the_computing():
@@ -199,6 +225,69 @@ def test_processors_update_a_bucket_while_later_ones_travel():
     step = simulate(TWO, Setting(Ranks(2, 1)), slow)
     assert step.seconds == pytest.approx(0.3 + 0.05 + 0.025, abs=1e-3)
     assert simulate(TWO, Setting(Ranks(2, 1)), replace(slow, copies=None)).seconds == pytest.approx(0.32 + 0.075)
+
+
+# A bucket of 8 pieces is encoded, added and decoded in 0.1 s each.
+PIECES, STAGE = 8, 0.1
+LARGE = Workload(8, 0.0, 0.0, (Bucket(PIECES << 20, 0, 0.0),))
+CODECS = dict.fromkeys(("bf16", "int8", "int4"), Codec(*3 * [STAGE / LARGE.elements]))
+
+
+def over_a_slow_link(machine, compression, stages=1.0):
+    """Returns a machine, and a setting whose two collectives take so many `STAGE`s each."""
+    half = LARGE.elements * WIRE_BYTES[compression] / 2  # what each of 2 ranks sends to the other
+    machine = replace(machine, between=Link(half / STAGE / stages, 0.0), codecs=CODECS)
+    return Setting(Ranks(2, 1), compression=compression), machine
+
+
+@pytest.mark.parametrize("compression", CODECS)
+def test_pieces_are_added_sent_on_and_decoded_while_others_travel(compression):
+    whole = simulate(LARGE, *over_a_slow_link(PLAIN, compression))
+    assert whole.seconds == pytest.approx(5 * STAGE, rel=1e-3)  # on devices one after another
+    busy = simulate(LARGE, *over_a_slow_link(CPUS, compression))
+    assert busy.seconds == pytest.approx(3 * STAGE, rel=1e-2)  # the processor never waits
+    # The network never waits either, once the first piece has been encoded, until the last one is decoded.
+    waiting = simulate(LARGE, *over_a_slow_link(CPUS, compression, 2.0))
+    assert waiting.seconds == pytest.approx((2 * 2.0 + 2 / PIECES) * STAGE, rel=1e-2)
+    assert busy.parts["coding"] == pytest.approx(3 * STAGE) == waiting.parts["coding"]
+
+
+def test_the_header_follows_codes_and_goes_ahead_of_other_buckets():
+    small = Workload(8, 0.0, 0.0, (Bucket(1000, 0, 0.0),))
+    machine = replace(CPUS, between=Link(FREE, 1.0), codecs=dict.fromkeys(CODECS, Codec(encode=10.0 / 1000)))
+
+    def after_encoding(compression):
+        return simulate(small, Setting(Ranks(2, 1), compression=compression), machine).seconds - 10.0
+
+    # Two messages of the header, and one of each phase. Ahead, it ends while the bucket is encoded.
+    assert after_encoding("int4") == pytest.approx(1 + 2 + 1, abs=3e-3)
+    assert after_encoding("bf16") == pytest.approx(1 + 1, abs=3e-3)
+
+
+def test_processors_make_no_pass_over_gradients_that_they_encode():
+    setting, machine = over_a_slow_link(replace(CPUS, copy_bandwidth=1e9), "int4")
+    assert simulate(LARGE, setting, machine).parts["coding"] == pytest.approx(3 * STAGE)
+    devices = simulate(LARGE, setting, replace(machine, copies=None)).parts["coding"]
+    assert devices == pytest.approx(3 * STAGE + (8 + 4) / 1e9 * LARGE.elements)  # a copy; a search for infinities
+
+
+def test_a_piece_is_received_only_after_those_before_it_and_its_sum_is_sent_at_once():
+    line, log = Timeline(), []
+
+    def gather(elements):
+        log.append(("gather", elements))
+        return line.start(1.0)
+
+    pipeline = Pipeline(line, gather, lambda elements: log.append(("receive", elements)), works_meanwhile=True)
+    operations = [line.start(1.0) for _ in range(3)]
+    pieces = [Piece(number, operation, number == 2) for number, operation in enumerate(operations)]
+    pipeline.sent.append(Sent(TWO.buckets[0], None))
+    pipeline.sent[0].pieces.extend(pieces)
+    pipeline.wait(operations[2])
+    assert not pipeline.advance() and log == [("gather", 0), ("gather", 1)]
+    pipeline.receive(pipeline.sent[0])
+    assert log[2:] == [("receive", 0), ("receive", 1), ("receive", 2)]
+    assert line.now == pytest.approx(5.0)
 
 
 @pytest.mark.parametrize("compression", WIRE_BYTES)

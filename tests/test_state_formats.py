@@ -241,6 +241,7 @@ def made(spec, options, elements):
     return [{**group, **options, "amsgrad": False} for group in groups], rows, states
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("portable", [False, True], ids=["native", "portable"])
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_kernels_have_the_bits_of_the_definition_with_any_number_of_threads(spec, portable, monkeypatch):

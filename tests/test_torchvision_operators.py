@@ -76,12 +76,14 @@ def completed(environment):
     return environment, asked
 
 
+@pytest.mark.slow
 def test_a_wheel_for_the_same_build_is_tried_first(completed):
     version = python(completed[0], "from importlib.metadata import version; print(version('torchvision'))")
     wheel = f"torchvision=={version.partition('+')[0]}+cpu"
     assert completed[1].splitlines() == [f"-m pip install --no-deps --force-reinstall {wheel}"]
 
 
+@pytest.mark.slow
 def test_any_program_of_the_environment_imports_torchvision_and_its_parts(completed):
     program = "import torchvision; print(torchvision.models.resnet18(num_classes=3).fc.out_features)"
     assert python(completed[0], program) == "3"
@@ -97,6 +99,7 @@ def test_neither_the_start_of_python_nor_find_spec_imports_torch(completed):
     assert python(completed[0], "import importlib.util; print(importlib.util.find_spec('no_such'))") == "None"
 
 
+@pytest.mark.slow
 def test_a_second_set_up_does_nothing(completed):
     assert complete(completed[0]) == ("", completed[1])
 

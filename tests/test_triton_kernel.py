@@ -52,6 +52,7 @@ def marks(request):
     return ["-m", chosen] if chosen else []
 
 
+@pytest.mark.slow
 def test_interpreted_kernel_passes_the_tests_of_adam(marks):
     # Without what only repeats updates with other numbers, and takes long here.
     repeats = "too_small_for_nearest or betas1 or betas2 or True-torch.bfloat16 or False-torch.float16"
@@ -62,6 +63,7 @@ def test_interpreted_kernel_passes_the_tests_of_adam(marks):
     assert int(output.rpartition(" passed")[0].split()[-1]) > 100, output
 
 
+@pytest.mark.slow
 def test_interpreted_kernels_for_state_in_few_bits_pass_the_tests_of_those_for_cpus():
     options = "-q -p helpers.interpreted -p no:cacheprovider -W ignore::RuntimeWarning".split()
     chosen = ["-k", "implementations_agree or exchanged_with_torch or (8_bit_masters and fused)"]
@@ -69,6 +71,7 @@ def test_interpreted_kernels_for_state_in_few_bits_pass_the_tests_of_those_for_c
     assert output.rpartition(" passed")[0].split()[-1] == "5", output
 
 
+@pytest.mark.slow
 def test_interpreted_kernels_for_codes_pass_the_tests_of_those_for_cpus():
     options = "-q -p helpers.interpreted -p no:cacheprovider -W ignore::RuntimeWarning".split()
     chosen = ["-m", "not gpu", "-k", "bits_of_codec_py or beyond_the_end or send_nothing"]  # the others take long
@@ -112,6 +115,7 @@ def use_interpreted_kernel():
     import helpers.interpreted  # noqa: F401
 
 
+@pytest.mark.slow
 @on_ranks(0, **INTERPRETED)
 def test_kernel_neither_reads_nor_writes_beyond_the_end_of_a_tensor(cluster):
     use_interpreted_kernel()

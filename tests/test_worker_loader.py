@@ -180,6 +180,7 @@ def test_a_part_without_samples_is_refused():
         noisy(tests=0)
 
 
+@pytest.mark.slow
 def test_a_worker_that_ends_is_reported_and_so_is_what_cannot_be_sent_to_one():
     with pytest.raises(RankError, match=r"rank 0 on .*worker .* exited unexpectedly.*--workers"):
         list(loader(noisy(ending=(5,)), workers=1).train_batches(0, 0, global_batch_size=48))
@@ -201,6 +202,7 @@ def test_a_worker_that_is_killed_before_its_batch_is_read_is_reported():
         list(batches)
 
 
+@pytest.mark.slow
 def test_workers_ignore_the_signals_of_a_job_and_end_when_their_rank_is_killed():
     command = [sys.executable, "-m", "helpers.noisy_samples"]
     environ = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}

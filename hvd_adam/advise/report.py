@@ -78,9 +78,10 @@ def _price(advice: Advice, row: Row, price: float) -> float:
 def _head(advice: Advice) -> str:
     record, noise = advice.record, advice.record.noise
     high = f"{noise.high:.0f}" if math.isfinite(noise.high) else "infinity"
+    form = " of Adam's update" if record.config.get("noise_scale_form") == "adam" else ""
     return (
         f"{record.folder}: {record.ranks} rank(s), {record.global_batch} samples per update, "
-        f"{record.seconds * 1e3:.3g} ms per update; noise scale {noise.value:.0f} samples (95 % interval "
+        f"{record.seconds * 1e3:.3g} ms per update; noise scale{form} {noise.value:.0f} samples (95 % interval "
         f"{noise.low:.0f} to {high})"
     )
 

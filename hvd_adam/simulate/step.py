@@ -1,10 +1,11 @@
 """The time of one training step, from the program that each rank runs. Imports no torch.
 
 The order of calls is that of `distributed.gradients.reducer`, `gradients.compression`, `wire.coded_allreduce`,
-`wire.masters` and `strategies.zero`: hooks start the collectives of full buckets during backward; the last bucket,
-and the second halves, start when backward has ended. On processors, with `defer_averaging` as in `hvd_adam.train`,
-a small all-reduce travels ahead of the last bucket, and each bucket is updated as soon as its sum is there. On
-devices the update comes after all of them.
+`wire.masters` and `strategies.zero`: hooks start the collectives of full buckets during backward; the last bucket
+starts when backward has ended. On processors a compressed bucket is sent in pieces. Pieces that have arrived are
+added, sent on and decoded while the rank waits, and between others that it encodes (see `pipeline`). With
+`defer_averaging`, as in `hvd_adam.train`, a small all-reduce travels ahead of the last bucket (codes: after it),
+and each bucket is updated as soon as its sum is there. On devices the update comes after all of them.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 from hvd_adam.simulate.machine import Codec, Machine
+from hvd_adam.simulate.pipeline import Piece, Pipeline, Sent
 from hvd_adam.simulate.timeline import Operation, Processors, Timeline
-from hvd_adam.simulate.traffic import Ranks, Traffic, allgather, allreduce, alltoall, latency, seconds
+from hvd_adam.simulate.traffic import Ranks, Traffic, allgather, allreduce, alltoall, columns, latency, seconds
 from hvd_adam.simulate.workload import Bucket, Workload
 
 BUCKET_BYTES = 8 * 2**20  # the default of `distribute`
@@ -152,8 +154,10 @@ class _Program:
         self._coded = setting.compression in CODED
         self._sharded = self._ranks.total > 1 and setting.strategy == "sharded"
         self._scatters = self._sharded and (self._ranks.several_hosts or self._coded)
-        self._two_phases = setting.compression in ("bf16", *CODED) and not self._scatters
+        self._in_pieces = setting.compression in ("bf16", *CODED)
+        self._two_phases = self._in_pieces and not self._scatters
         self._ahead = machine.copies is not None and self._ranks.total > 1
+        self._pipeline = Pipeline(self._time, self._gather, self._receive, works_meanwhile=self._in_pieces)
 
     def run(self) -> Step:
         """Runs the step. Stragglers and overhead are not part of it."""
@@ -161,21 +165,22 @@ class _Program:
         for _ in range(self._setting.accumulate - 1):
             self._do("computing", work.forward + work.backward)
         self._do("computing", work.forward)
-        sent: list[list[Operation]] = []
         passed = 0.0
         for bucket in work.buckets:
             self._do("computing", bucket.ready - passed)
             passed = bucket.ready
             if several:
                 self._collect(bucket)
-                if self._ahead and bucket is work.buckets[-1]:
+                if self._ahead and not self._coded and bucket is work.buckets[-1]:
                     header = self._start(self._allreduce(SMALL_BYTES))
-                sent.append(self._send(bucket))
+                self._send(bucket)
         self._do("computing", work.backward - passed)
+        if self._ahead and self._coded:  # the codes tell whether sums are finite
+            header = self._start(self._allreduce(SMALL_BYTES))
         if self._ahead:
-            self._time.wait(header)
+            self._pipeline.wait(header)
         if several:
-            self._finish(sent)
+            self._finish()
         if not self._ahead:
             self._update(work.elements)
         if self._sharded:
@@ -187,50 +192,60 @@ class _Program:
         return Step(self._time.now, {p: self._parts[p] for p in PARTS}, self._sent, self._sent_by_host)
 
     def _collect(self, bucket: Bucket) -> None:
-        """Copies the gradients of a bucket into its memory, times 1/N unless they are sent as codes."""
-        self._pass(8 * bucket.elements)
-        if self._ahead:  # a norm, which shows that no sum can be infinite
+        """Copies the gradients of a bucket into its memory, times 1/N unless they are sent as codes.
+
+        Processors encode large ones where they are.
+        """
+        copied = bucket.exact if self._coded and self._ahead else bucket.elements
+        self._pass(8 * copied)
+        if self._ahead and not self._coded:  # a norm, which shows that no sum can be infinite
             self._pass(4 * bucket.elements)
 
-    def _send(self, bucket: Bucket) -> list[Operation]:
-        """Starts to reduce a bucket. Returns its collective, and that of what is sent exactly."""
-        if self._setting.compression != "none":
-            self._do("coding", bucket.elements * self._codec.encode)
-        nbytes = bucket.elements * self._bytes
-        if not (self._scatters or self._two_phases):
-            return [self._start(self._allreduce(nbytes))]
-        operations = [self._start(alltoall(nbytes, self._ranks, self._machine))]
-        if self._coded:
-            operations.append(self._start(self._allreduce(4 * bucket.exact + SMALL_BYTES)))
-        return operations
+    def _send(self, bucket: Bucket) -> None:
+        """Starts to reduce a bucket, and takes pieces of it and of others further meanwhile."""
+        self._pipeline.advance()
+        exact = self._start(self._allreduce(4 * bucket.exact + SMALL_BYTES)) if self._coded else None
+        sent = Sent(bucket, exact)
+        self._pipeline.sent.append(sent)
+        whole = bucket.elements
+        for elements in columns(whole, self._ranks, self._machine) if self._in_pieces else [whole]:
+            while self._coded and self._pipeline.advance():
+                pass
+            if self._setting.compression != "none":
+                self._do("coding", elements * self._codec.encode)
+            sent.pieces.append(Piece(elements, self._start_first(elements), not self._two_phases))
 
-    def _finish(self, sent: list[list[Operation]]) -> None:
+    def _start_first(self, elements: float) -> Operation:
+        nbytes = elements * self._bytes
+        if self._scatters or self._two_phases:
+            return self._start(alltoall(nbytes, self._ranks, self._machine))
+        return self._start(self._allreduce(nbytes))
+
+    def _finish(self) -> None:
         """Waits for all buckets, and updates each where updates need not wait for all."""
-        work, compressed = self._workload, self._setting.compression != "none"
-        if self._two_phases:
-            for bucket, operations in zip(work.buckets, sent, strict=True):
-                self._time.wait(operations[0])
-                self._do("coding", bucket.elements * self._codec.add)
-                gather = allgather(bucket.elements * self._bytes, self._ranks, self._machine)
-                operations[0] = self._start(gather)
-        for bucket, operations in zip(work.buckets, sent, strict=True):
-            self._time.wait(operations[0])
-            if self._scatters:
-                self._add_parts(bucket)
-            elif compressed:
-                self._do("coding", bucket.elements * self._codec.decode)
-            if self._coded:
-                self._time.wait(operations[1])
+        for sent in self._pipeline.sent:
+            self._pipeline.receive(sent)
             if self._ahead:
-                self._update(bucket.elements)
+                self._update(sent.bucket.elements)
             elif self._coded:
-                self._pass(4 * bucket.elements)  # a search for infinities
+                self._pass(4 * sent.bucket.elements)  # a search for infinities
         if self._scatters and not self._ahead:  # flags and message
             self._time.wait(self._start(self._allreduce(SMALL_BYTES)))
 
-    def _add_parts(self, bucket: Bucket) -> None:
+    def _gather(self, elements: float) -> Operation:
+        """Adds the parts that all ranks have sent to this one, and starts to send the sum."""
+        self._do("coding", elements * self._codec.add)
+        return self._start(allgather(elements * self._bytes, self._ranks, self._machine))
+
+    def _receive(self, elements: float) -> None:
+        if self._scatters:
+            self._add_parts(elements)
+        elif self._setting.compression != "none":
+            self._do("coding", elements * self._codec.decode)
+
+    def _add_parts(self, elements: float) -> None:
         """Adds what all ranks have sent of the own shard: N−1 additions of its length, and a copy."""
-        n, elements = self._ranks.total, bucket.elements
+        n = self._ranks.total
         if self._coded:
             self._do("coding", elements * self._codec.decode)
         elif self._setting.compression == "bf16":

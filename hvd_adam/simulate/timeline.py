@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 # Of the time that a rank has waited: its pauses grow with it, see `collectives.waiting`.
@@ -118,14 +119,14 @@ class Timeline:
     def compute(self, seconds: float) -> None:
         """The main thread computes for so many seconds on an idle machine."""
         its = self._processors
-        self._advance(seconds * max(1.0, its.threads / its.cores), None, computing=True)
+        self._advance(seconds * max(1.0, its.threads / its.cores), (), computing=True)
 
-    def wait(self, operation: Operation) -> None:
-        """The main thread sleeps until a collective is done, and on average half a pause longer."""
+    def wait(self, *operations: Operation) -> None:
+        """The main thread sleeps until one of the collectives is done, and on average half a pause longer."""
         before = self.now
-        self._advance(math.inf, operation, computing=False)
+        self._advance(math.inf, operations, computing=False)
         pause = min(self._longest_pause, PAUSE_SHARE * (self.now - before))
-        self._advance(pause / 2, None, computing=False)
+        self._advance(pause / 2, (), computing=False)
         self.exposed += self.now - before
 
     def _agree(self, pause: float) -> None:
@@ -143,11 +144,17 @@ class Timeline:
         left = min(share, (its.cores - got) / its.threads)
         return left / share, got / phase.cpu if phase.cpu else 1.0
 
-    def _advance(self, work: float, until: Operation | None, *, computing: bool) -> None:
-        """Lets time pass until a collective is done, or the main thread has computed or slept for so long."""
-        while (work > 1e-12) if until is None else not until.is_done:
+    def _advance(self, work: float, until: Sequence[Operation], *, computing: bool) -> None:
+        """Lets time pass until one of the collectives is done, or the main thread has computed or slept.
+
+        Args:
+            work: seconds of the main thread on an idle machine.
+            until: the collectives; without any, time passes until the work is done.
+            computing: whether the main thread computes.
+        """
+        while not any(operation.is_done for operation in until) if until else work > 1e-12:
             main, speed = self._rates(computing) if self._queue else (1.0, 0.0)
-            steps = [work / main] if until is None and main > 0 else []
+            steps = [work / main] if not until and main > 0 else []
             if speed > 0:
                 steps.append(self._queue[0].left / speed)
             step = min(steps)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from hvd_adam.simulate.machine import Machine
 
 _SEGMENT_BYTES = 1 << 20  # as in distributed/openmpi_allreduce.rules
+# Of a compressed bucket on processors that is sent in pieces; as in distributed/collectives/pieces.py
+PIECE, LEAST_OF_PART = 1 << 20, 1 << 17
 _BRUCK_BYTES = 1 << 18  # of a rank; Open MPI 4.1 gathers more than that in another way
 
 
@@ -124,6 +126,24 @@ def _around_the_ring(kind: str, messages: float, sent: float, ranks: Ranks) -> T
 
 def _pieces(nbytes: float, machine: Machine) -> int:
     return max(1, math.ceil(nbytes / machine.message_bytes))
+
+
+def columns(elements: float, ranks: Ranks, machine: Machine) -> list[float]:
+    """Divides a compressed bucket into what is sent at a time, as in distributed/collectives/pieces.py.
+
+    Args:
+        elements: of the bucket.
+        ranks: the ranks.
+        machine: whose devices, unlike processors, send a bucket at a time.
+
+    Returns:
+        The elements of each piece, of all ranks' parts together.
+    """
+    if machine.copies is None:
+        return [elements]
+    step = max(PIECE // ranks.total, LEAST_OF_PART) * ranks.total
+    whole = max(1, math.ceil(elements / step)) - 1
+    return [*[float(step)] * whole, elements - whole * step]
 
 
 def latency(traffic: Traffic, machine: Machine, ranks: Ranks) -> float:

@@ -18,8 +18,8 @@ from hvd_adam.distributed.launch_env import gloo_store_address
 
 # Two ranks send halves of a piece of an all-reduce.
 ALLREDUCE_BYTES = 2 * MESSAGE_BYTES
-# On CPUs a compressed bucket is sent in pieces: the first travels while the next is encoded. Each has so many
-# elements in all, but not less of each rank's part, which is a message.
+# On CPUs a compressed bucket is sent in pieces: the first is on its way while the next is encoded. Each has so
+# many elements in all, but not less of each rank's part, which is a message.
 PIECE, LEAST_OF_PART = 1 << 20, 1 << 17
 # Two hosts under Gloo swap messages from this size on.
 SWAP_BYTES = 256 * 2**10

@@ -93,18 +93,16 @@ class AllReduce:
         scatter: bool = False,
         scaling: Scaling | None = None,
     ) -> None:
-        self._bucket = self._wire = bucket
-        self._scatter = scatter
-        if is_half(bucket.dtype):
-            self._wire = bucket.float()
-        (scaling or Scaling()).apply(self._wire)  # before the sum, which might overflow
+        self._bucket, self._scatter = bucket, scatter
+        wire = bucket.float() if is_half(bucket.dtype) else bucket
+        (scaling or Scaling()).apply(wire)  # before the sum, which might overflow
         if compression == "fp16":
-            self._wire = self._wire.half()
+            wire = wire.half()
         self._started: Started[torch.Tensor]
         if scatter:
-            self._started = start_reducescatter(self._wire.view(horovod().size(), -1), name)
+            self._started = start_reducescatter(wire.view(horovod().size(), -1), name)
         else:
-            self._started = start_allreduce(self._wire, name).then(lambda _: self._wire)
+            self._started = start_allreduce(wire, name).then(lambda _: wire)
 
     def advance(self) -> bool:
         """Does nothing: the reduction has one phase."""

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 DECAY = 0.98  # of the weight of a measurement, per later one: about 100 of them count
 LEAST = 5  # measurements before there is an estimate
-STATE_LENGTH = 10  # numbers of `RunningEstimate.state`
+STATE_LENGTH = 11  # numbers of `RunningEstimate.state`
+SCALE_DECAY = 0.9  # of the mean of S by which measurements are divided: about 10 of them count
 _NORMAL = 1.96  # the 97.5 % quantile of the normal distribution
 
 
@@ -41,6 +42,10 @@ class RunningEstimate:
     without bias (McCandlish et al. 2018, appendix A.1). A single |G|² may be negative, so each is averaged by
     itself, and the noise scale is the ratio of the averages.
 
+    Norms change during a training, with Adam's √v̂ by orders of magnitude, and the largest would decide both
+    averages. So both parts of a measurement are divided by a running mean of S of earlier measurements, which the
+    noise of this one does not depend on: the averages remain without bias.
+
     The interval is Fieller's (1954), for the ratio R = x̄/ȳ of two means: all R for which x̄ − R·ȳ differs from 0 by
     at most t standard errors. With weights w that add up to 1, the covariance of two means is estimated by
     Σ w² (x − x̄)(y − ȳ) · m/(m − 1), m = 1/Σw². t is the quantile of Student's distribution with m − 1 degrees of
@@ -49,9 +54,10 @@ class RunningEstimate:
     """
 
     def __init__(self) -> None:
-        self._sums = [0.0] * 3  # of w·(1, x, y), where x is tr Σ / B, and y is |G|²
+        self._sums = [0.0] * 3  # of w·(1, x, y), where x is tr Σ / B, and y is |G|², both divided by a mean of S
         self._squares = [0.0] * 6  # of w²·(1, x, y, x², x·y, y²)
         self._count = 0
+        self._scale = 0.0  # running mean of S; 0 before the first measurement, which is divided by its own
 
     def add(self, own: float, mean: float, shares: int) -> None:
         """Adds a measurement; one that is not finite does not count.
@@ -61,10 +67,12 @@ class RunningEstimate:
             mean: L.
             shares: n, at least 2.
         """
-        x = (own - mean) / (shares - 1)
-        y = mean - x
+        scale = self._scale or own or 1.0
+        x = (own - mean) / (shares - 1) / scale
+        y = mean / scale - x
         if not math.isfinite(x * x + y * y):
             return
+        self._scale = SCALE_DECAY * scale + (1 - SCALE_DECAY) * own
         self._sums = [DECAY * old + new for old, new in zip(self._sums, (1.0, x, y), strict=True)]
         terms = (1.0, x, y, x * x, x * y, y * y)
         self._squares = [DECAY**2 * old + new for old, new in zip(self._squares, terms, strict=True)]
@@ -89,11 +97,11 @@ class RunningEstimate:
 
     def state(self) -> list[float]:
         """Returns numbers from which `load_state` continues exactly."""
-        return [float(self._count), *self._sums, *self._squares]
+        return [float(self._count), *self._sums, *self._squares, self._scale]
 
     def load_state(self, saved: Sequence[float]) -> None:
         """Continues from what `state` returned."""
-        count, *sums = saved
+        count, *sums, self._scale = saved
         self._count, self._sums, self._squares = int(count), sums[:3], sums[3:]
 
 

@@ -193,19 +193,21 @@ class NoiseMeter:
         """Continues from what `state` returned, of the same global batch. The number of ranks may be another.
 
         Every rank must call it with the same numbers, before an update. If there are none, nothing changes. If
-        they are of the other form, the same updates are measured, for a new estimate.
+        they are of the other form, or of an earlier version, the same updates are measured, for a new estimate.
         """
         if not saved:
             return
         self._updates = int(saved[0]) % (self._every or 1)
-        estimate, form = saved[1 : 1 + STATE_LENGTH], saved[1 + STATE_LENGTH :]
-        other = FORMS[int(form[0]) if form else 0]  # version 0.1 saved no form
-        if other == self.form:
-            self._estimate.load_state(estimate)
-            return
+        *estimate, form = saved[1:]
+        reason = "an earlier version saved it"
+        if len(estimate) == STATE_LENGTH:
+            reason = f"the form was {FORMS[int(form)]!r}, and is {self.form!r} now"
+            if FORMS[int(form)] == self.form:
+                self._estimate.load_state(estimate)
+                return
         self._estimate = RunningEstimate()
         if self._every is not None:
-            _logger.info(f"noise scale: the form was {other!r}, and is {self.form!r} now: the estimate restarts")
+            _logger.info(f"noise scale: {reason}: the estimate restarts")
 
 
 def meter_of(

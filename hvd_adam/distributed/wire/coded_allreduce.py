@@ -45,7 +45,8 @@ class CodedAllReduce:
         self._gradients = gradients[: coded.elements]
         self._exact_views = [gradients[start:end] for start, end in coded.exact_spans]
         self._exact = torch.cat(self._exact_views).float()
-        self._largest_exact = self._exact.abs().amax()
+        # Before the sum, which replaces it. On a GPU nobody asks for it, and each operation costs a launch.
+        self._largest_exact = self._exact.abs().amax() if gradients.is_cpu else None
         factor = Scaling(scaling.factor, len(self._exact) - len(self._exact_views[-1]))
         self._exact_sum = AllReduce(self._exact, exact_name(name), "none", scaling=factor)
         self._clear_gaps()
@@ -88,7 +89,8 @@ class CodedAllReduce:
         return gradients
 
     def largest(self) -> Tensor:
-        """Returns a bound of the magnitudes that this rank sends, 0-dimensional float32; NaN if one is."""
+        """Returns a bound of the magnitudes that this rank sends, 0-dim float32, on CPUs; NaN if one is."""
+        assert self._largest_exact is not None
         codec, pieces = self._coded.codec, self._coded.pieces
         scales = torch.stack([largest_scale(codec, piece.codes) for piece in pieces])
         return torch.maximum(scales.amax() * (codec.levels + 0.5), self._largest_exact)
