@@ -19,7 +19,6 @@ from hvd_adam import Adam, distribute
 from hvd_adam.arguments import parse
 from hvd_adam.config import TrainConfig
 from hvd_adam.distributed.collectives.pieces import ALLREDUCE_BYTES
-from hvd_adam.distributed.gradients import ownership
 from hvd_adam.distributed.release.buckets import LIVE
 from hvd_adam.distributed.release.optimizer import ReleasingAdam
 from hvd_adam.distributed.release.places import send_order
@@ -40,12 +39,6 @@ def make_optimizer(model, released=True, adam=None, **options):
     adam = Adam(model.parameters(), **{"lr": 1e-2, "implementation": "fused", **(adam or {})})
     options = {"bucket_mib": BUCKET / 2**20, "skip_nonfinite": False, **options}
     return distribute(adam, model, release_gradients=released, **options)
-
-
-def make_only_optimizer(model):
-    """As `make_optimizer`, where those of other tests do not count: then backward waits for other ranks."""
-    ownership._owners.clear()
-    return make_optimizer(model)
 
 
 def loss_of(model, cluster, seed=0):
@@ -210,7 +203,7 @@ def test_ranks_that_use_other_parameters_do_not_wait_for_each_other(cluster):
 @on_ranks(1, 2)
 def test_buckets_are_updated_while_backward_is_running(cluster):
     model = make_model()
-    optimizer = make_only_optimizer(model)
+    optimizer = make_optimizer(model)
     before = {name: p.clone() for name, p in model.named_parameters()}
     loss_of(model, cluster).backward()
     in_flight = LIVE if cluster.size > 1 else 0
@@ -225,7 +218,7 @@ def test_buckets_are_updated_while_backward_is_running(cluster):
 @on_ranks(1, 2)
 def test_at_most_two_buckets_have_buffers(cluster):
     model = make_model(layers=8)
-    optimizer = make_only_optimizer(model)
+    optimizer = make_optimizer(model)
     found = []
 
     def look(p):
@@ -249,7 +242,7 @@ def test_a_parameter_that_is_larger_than_a_bucket_has_one_of_two_buffers(cluster
     model[4] = torch.nn.Linear(WIDTH, 2 * WIDTH)  # in the middle of the pass
     model[6] = torch.nn.Linear(2 * WIDTH, WIDTH)
     model.append(torch.nn.Linear(4, 10_000))  # 160 kB, complete first
-    optimizer = make_only_optimizer(model)
+    optimizer = make_optimizer(model)
     found = []
     model[2].weight.register_post_accumulate_grad_hook(lambda p: found.append(optimizer.gradient_buffer_bytes))
     loss_of(model, cluster).backward()
@@ -310,7 +303,7 @@ def test_parameters_can_be_frozen_unfrozen_and_added(cluster):
 @on_ranks(1, 2)
 def test_autograd_refuses_a_weight_that_it_needs_after_the_update(cluster):
     model = make_model()
-    optimizer = make_only_optimizer(model)
+    optimizer = make_optimizer(model)
     inputs = torch.ones(8, WIDTH, requires_grad=True)
     early = inputs @ model[6].weight.detach()  # its node needs the weight after those of later layers
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -357,7 +350,7 @@ def test_a_gradient_that_is_not_finite_ends_the_job_before_its_bucket_is_updated
 @on_ranks(2)
 def test_ranks_that_have_parted_update_nothing(cluster):
     model = make_model()
-    optimizer = make_only_optimizer(model)
+    optimizer = make_optimizer(model)
     before = digest(model.state_dict())
     optimizer.param_groups[0]["lr"] = 0.1 + cluster.rank
     with pytest.raises(JobError, match=r"lr of parameter group 0: 0\.1 on rank 0, 1\.1 on rank 1"):
@@ -552,23 +545,6 @@ def test_checkpointed_layers_have_the_same_bits(cluster, reentrant):
             optimizer.step()
             optimizer.zero_grad()
         trained.append(everything(model, optimizer))
-    assert trained[0] == trained[1]
-
-
-@on_ranks(2)
-@pytest.mark.parametrize("compression", ["none", "bf16"])
-def test_optimizers_that_ranks_reach_in_different_orders_do_not_wait_for_each_other(cluster, compression):
-    trained = []
-    for released in (False, True):
-        halves = torch.nn.ModuleList([make_model()[:8], make_model()[:8]])
-        optimizers = [make_optimizer(half, released, compression=compression) for half in halves]
-        first, second = (halves[0], halves[1]) if cluster.rank == 0 else (halves[1], halves[0])
-        for seed in range(3):
-            loss_of(torch.nn.Sequential(first, second), cluster, seed).backward()
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-        trained.append([everything(*pair) for pair in zip(halves, optimizers, strict=True)])
     assert trained[0] == trained[1]
 
 

@@ -38,11 +38,6 @@ def take_over(optimizer: Owner) -> None:
     _owners.add(optimizer)
 
 
-def count() -> int:
-    """Returns the number of optimizers that average gradients in this process."""
-    return len(_owners)
-
-
 def retire_others(parameters: Iterable[Tensor]) -> list[Owner]:
     """Retires the optimizers that have averaged gradients of some of these parameters until now. Returns them."""
     mine, retired = set(parameters), []

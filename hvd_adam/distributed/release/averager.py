@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from hvd_adam.distributed.collectives.pieces import start_allreduce
-from hvd_adam.distributed.gradients import ownership
 from hvd_adam.distributed.gradients.averager import GradientAverager
 from hvd_adam.distributed.gradients.backward_pass import gradient_node
 from hvd_adam.distributed.gradients.lockstep import ABORTED
@@ -121,14 +120,6 @@ class ReleasingAverager(GradientAverager):
             self._stand_ins.hide(self._optimizer.parameters(), self.buckets.released)
 
     # Called by the buckets.
-
-    @property
-    def may_wait(self) -> bool:
-        """Whether a backward pass may wait for other ranks: no other optimizer may be in the pass.
-
-        The ranks may reach the optimizers of one pass in different orders, and would wait for each other.
-        """
-        return ownership.count() <= 1
 
     def round_begins(self) -> None:
         """Sends what must be identical on all ranks."""

@@ -28,10 +28,6 @@ class Round(Protocol):
     def waiting(self) -> AbstractContextManager[None]:
         """Returns a context in which time counts as time spent waiting for other ranks."""
 
-    @property
-    def may_wait(self) -> bool:
-        """Whether a backward pass may wait for other ranks."""
-
     def use(self, number: int) -> None:
         """Updates the parameters of a bucket, whose gradients are the mean over all ranks."""
 
@@ -203,18 +199,9 @@ class ReducedBuckets(ReleasedBuckets):
 
     def _complete(self, number: int) -> None:
         for due in self._order[len(self._released) :]:
-            if self._missing[due] or (self._would_wait() and not self._round.may_wait):
+            if self._missing[due]:
                 break
             self._send(due)
-
-    def _would_wait(self) -> bool:
-        """Returns whether to send another bucket, one has to be waited for."""
-        if len(self._in_flight) < LIVE:
-            return False
-        oldest = next(iter(self._in_flight.values())).reduction
-        while oldest.advance():
-            pass
-        return not oldest.has_arrived
 
     def _send(self, number: int) -> None:
         if not self._released:
