@@ -551,11 +551,12 @@ def test_checkpointed_layers_have_the_same_bits(cluster, reentrant):
 @on_ranks(1, 2)
 def test_parameters_that_the_loss_of_another_optimizer_reaches_are_named_as_the_cause(cluster):
     generator, critic = make_model()[:8], make_model()
-    make_optimizer(generator)
+    other = make_optimizer(generator)
     optimizer = make_optimizer(critic)
     loss_of(torch.nn.Sequential(generator, critic), cluster).backward()
     with pytest.raises(RuntimeError, match=r"as of a GAN, freeze these parameters by requires_grad_\(False\)"):
         optimizer.zero_grad()
+    other.step()
 
 
 @on_ranks(2)
