@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Sets up what is missing, checks style and types, and runs the tests, of which some check the documents:
 #   bash tests/run.sh [ARGUMENTS OF PYTEST]
-# The tests that need no ranks, hosts, Slurm or images take six minutes on two cores:
-#   bash tests/run.sh -m "not (multirank or cluster or slurm or image)"
+# The quick ones, which need no ranks, hosts, Slurm or images, take three minutes on two cores:
+#   bash tests/run.sh -m "not (slow or multirank or cluster or slurm or image)"
 set -euo pipefail
 
 CDPATH='' cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
