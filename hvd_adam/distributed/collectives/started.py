@@ -23,11 +23,11 @@ class Started(Generic[T]):
     """
 
     def __init__(self, handles: Sequence[int], result: Callable[[list[Any]], T], name: str) -> None:
-        self._waited_for, self._result, self._name = handles, result, name
+        self._pieces, self._result, self._name = handles, result, name
 
     def __call__(self) -> T:
         """Waits for the collective, and returns its result. Call it once."""
-        handles, self._waited_for = self._waited_for, ()  # Horovod forgets those it has been asked to wait for
+        handles, self._pieces = self._pieces, ()  # Horovod forgets those it has been asked to wait for
         return self._result(list(map(horovod().synchronize, handles)))
 
     def advance(self) -> bool:
@@ -37,11 +37,11 @@ class Started(Generic[T]):
     @property
     def has_arrived(self) -> bool:
         """Whether a call does not wait: the collective has ended, or failed."""
-        return all(map(horovod().poll, self._waited_for))
+        return all(map(horovod().poll, self._pieces))
 
     def then(self, function: Callable[[T], U]) -> Started[U]:
         """Returns the same collective with a function of its result as the result."""
-        return Started(self._waited_for, lambda received: function(self._result(received)), self._name)
+        return Started(self._pieces, lambda received: function(self._result(received)), self._name)
 
 
 class Chain(Generic[T]):
