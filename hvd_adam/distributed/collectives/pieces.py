@@ -59,7 +59,7 @@ def start_reducescatter(rows: Tensor, name: str) -> Started[Tensor]:
         return Started([handle], _joined, name)
     # Horovod's Gloo has a reduce-scatter after which the next large broadcast hangs, and that of Open MPI asks
     # before it sends.
-    return start_alltoall(rows, name).then(_sum_in_rank_order)
+    return start_alltoall(rows, name).then(sum_in_rank_order)
 
 
 def start_alltoall(rows: Tensor, name: str, group: RankGroup | None = None) -> Started[Tensor]:
@@ -122,6 +122,14 @@ def columns(part: int, ranks: int, device: torch.device, multiple: int = 1) -> I
         yield start, min(start + step, part)
 
 
+def sum_in_rank_order(rows: Tensor) -> Tensor:
+    """Returns the sum of rows, [ranks, n], in the order of the ranks. It takes the memory of the first."""
+    total = rows[0]
+    for row in rows[1:]:
+        total += row
+    return total
+
+
 def _would_take_turns(message: Tensor, group: RankGroup) -> bool:
     """Returns whether a message of each of two hosts would be sent one after the other.
 
@@ -169,10 +177,3 @@ def _pieces(values: Tensor, name: str, nbytes: int = MESSAGE_BYTES) -> list[tupl
 
 def _joined(pieces: list[Tensor]) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
-
-
-def _sum_in_rank_order(rows: Tensor) -> Tensor:
-    total = rows[0]
-    for row in rows[1:]:
-        total += row
-    return total

@@ -107,7 +107,7 @@ class ReleasedBuckets:
 class _InFlight(NamedTuple):
     gradients: Sequence[Tensor]
     buffer: Tensor
-    reduction: Reduction
+    reduction: Reduction | _InPlace
 
 
 class _InPlace:
@@ -124,15 +124,6 @@ class _InPlace:
         self._left, self._end = gradient[whole:], end
         pieces = whole * gradient.element_size() // ALLREDUCE_BYTES
         self._parts = [start_allreduce(gradient[:whole], name), start_allreduce(end, f"{name}.{pieces}")]
-
-    def advance(self) -> bool:
-        """Does nothing: the reduction has one phase."""
-        return False
-
-    @property
-    def has_arrived(self) -> bool:
-        """Whether the sum is there."""
-        return all(started.has_arrived for started in self._parts)
 
     def wait(self) -> None:
         """Waits for the sum."""

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hvd_adam.distributed.collectives.pieces import start_allgather, start_alltoall
+from hvd_adam.distributed.collectives.pieces import start_allgather, start_alltoall, sum_in_rank_order
 from hvd_adam.distributed.collectives.started import Chain, Sent, Started
 from hvd_adam.distributed.context import horovod
 from hvd_adam.distributed.gradients.compression import AllReduce, Scaling
@@ -145,10 +145,8 @@ class CodedReduceScatter(CodedAllReduce):
         coded, ranks = self._coded, len(codes)
         parts = torch.empty(ranks * (piece.end - piece.start), dtype=torch.float32, device=self._gradients.device)
         coded.functions.decode(coded.codec, codes, parts)
-        total, *others = parts.view(ranks, -1)
-        for part in others:  # in rank order
-            total += part
-        self._gradients.view(ranks, -1)[horovod().rank(), piece.start : piece.end] = total
+        own = self._gradients.view(ranks, -1)[horovod().rank()]
+        own[piece.start : piece.end] = sum_in_rank_order(parts.view(ranks, -1))
 
 
 def exact_name(name: str) -> str:
