@@ -163,6 +163,31 @@ def test_a_failed_write_is_reported_and_the_next_one_succeeds(tmp_path):
     assert writer.result(wait=True).name == "step-00000002"
 
 
+@pytest.mark.parametrize("raised", [KeyboardInterrupt(), SystemExit(143)])
+def test_what_a_signal_raises_during_a_write_is_not_reported_as_a_failed_write(raised, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise raised
+
+    storage.save(tmp_path, 1, {"weight": torch.ones(3)})
+    with monkeypatch.context() as patches:
+        patches.setattr(storage.HashingFile, "write", interrupted)
+        with pytest.raises(type(raised)):
+            storage.save(tmp_path, 2, {"weight": torch.ones(3)})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000001"]
+
+
+def test_an_exception_that_is_handled_while_a_checkpoint_is_written_does_not_hide_an_error(tmp_path, monkeypatch):
+    def failing(*_):
+        raise RuntimeError("this archive")
+
+    monkeypatch.setattr(torch, "save", failing)
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        with pytest.raises(UserError, match="this archive"):
+            storage.save(tmp_path, 2, {"weight": torch.ones(3)})
+
+
 def test_save_copies_the_state_and_reports_a_failure_of_the_previous_write(tmp_path):
     weight = torch.ones(3)
     writer = CheckpointWriter(tmp_path / "run", keep=2)

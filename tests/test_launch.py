@@ -19,6 +19,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from hvd_adam.launch.signal_proxy import ECHO_SECONDS
@@ -197,6 +198,49 @@ def test_rank_that_horovodrun_terminates_does_not_count_as_successful():
         command = [sys.executable, "-c", setup + code]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250)
         assert done.stdout.strip() == exit_code, done.stderr
+
+
+def test_a_signal_at_the_end_of_a_helper_process_does_not_change_its_exit_code():
+    # Python restores the default of each handler before it removes what modules hold.
+    code = """if True:
+        import os, signal, sys
+        from hvd_adam.launch import horovod_helpers
+        class Late:
+            def __del__(self, kill=os.kill, process=os.getpid(), number=signal.SIGUSR1):
+                kill(process, number)
+        sys.late = Late()
+        horovod_helpers.patch_helper()
+        os.setsid()
+        print("started", flush=True)
+    """
+    command, streams = [sys.executable, "-c", code], {"cwd": ROOT, "capture_output": True, "text": True}
+    done = subprocess.run(command, **streams, timeout=250)
+    assert (done.returncode, done.stdout) == (0, "started\n"), done.stderr
+
+
+def run_on_interface(interface, controller):
+    module = "hvd_adam.launch.check_allreduce"
+    options = ("-np", 2, controller, "-i", interface, "--module", module)
+    return run("horovodrun.sh", *options, env={**os.environ, "HVD_ADAM_PYTHON": sys.executable})
+
+
+@pytest.mark.parametrize("controller", ["--gloo", "--mpi"])
+def test_ranks_on_this_host_may_use_another_interface_than_loopback(controller):
+    addresses = psutil.net_if_addrs().items()
+    others = sorted(
+        name for name, each in addresses if name != "lo" and any(a.family == socket.AF_INET for a in each)
+    )
+    if not others:
+        pytest.skip("this host has only a loopback interface")
+    done = run_on_interface(others[0], controller)
+    assert (done.returncode, done.stdout.count("the sum is 3.0")) == (0, 2), done.stderr
+
+
+@pytest.mark.parametrize("controller", ["--gloo", "--mpi"])
+def test_an_interface_that_this_host_does_not_have_is_one_line(controller):
+    done = run_on_interface("eth77", controller)
+    line = r"horovodrun.sh: error: this host has no network interface eth77 with .*: use .*\blo\b.*\n"
+    assert done.returncode == 2 and re.fullmatch(line, done.stderr), done.stderr
 
 
 @pytest.mark.parametrize(

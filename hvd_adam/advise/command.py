@@ -40,8 +40,9 @@ def advise(config: AdviseConfig) -> None:
     require_no_launcher()
     log.setup(info_on_stderr=True)
     job = _Job.of(config, records.read(config.run[0]))
+    # First: in the import of a compiled module, the exception of a signal handler could be lost.
+    branches = _branches(config, job) if config.measure or config.confirm else None
     with _unwound_by_signals():
-        branches = _branches(config, job) if config.measure or config.confirm else None
         measured = _measured(config, job, branches)
         times: StepTime = measured if job.scaling is None else _model(job.record, job.scaling, measured)
         basis, base = _basis(config), job.here if measured.line is not None else job.own

@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -56,6 +59,22 @@ def fsync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def errors_of_writes() -> Iterator[None]:
+    """Raises what a write to a file has raised, where PyTorch raises an error about its archive instead.
+
+    That one hides a full disk's OSError, Ctrl-C, and the SystemExit of a signal handler.
+    """
+    handled = sys.exc_info()[1]  # by the caller: a context, too
+    try:
+        yield
+    except Exception as error:
+        cause = error.__context__
+        if cause is None or cause is handled or (isinstance(cause, Exception) and not isinstance(cause, OSError)):
+            raise
+        raise cause from None
 
 
 def sha256(path: Path) -> str:

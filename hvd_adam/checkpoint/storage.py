@@ -21,7 +21,7 @@ from typing import IO, Any, cast
 import torch
 
 from hvd_adam._version import __version__
-from hvd_adam.checkpoint.files import HashingFile, fsync, publish, sha256, write_draft
+from hvd_adam.checkpoint.files import HashingFile, errors_of_writes, fsync, publish, sha256, write_draft
 from hvd_adam.checkpoint.loadable import loadable
 from hvd_adam.errors import UserError
 
@@ -107,18 +107,19 @@ def save(checkpoints: Path, step: int, state: dict[str, Any]) -> Path:
         latest = write_draft(checkpoints / LATEST, final.name + "\n")
         _replace(draft, final)
         publish(latest, checkpoints / LATEST)
-    except (OSError, RuntimeError) as error:  # torch.save turns an OSError into a RuntimeError
-        shutil.rmtree(draft, ignore_errors=True)
-        cause = error.__context__ if isinstance(error.__context__, OSError) else error
-        reason = str(cause).splitlines()[0]
+    except (OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
         raise UserError(f"cannot write the checkpoint {final}: {reason}; check the disk") from None
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
     return final
 
 
 def _write(folder: Path, step: int, state: dict[str, Any]) -> None:
     with (folder / STATE).open("wb") as file:
         hashed = HashingFile(file)
-        torch.save(state, cast("IO[bytes]", hashed))  # torch.save calls only write and flush
+        with errors_of_writes():
+            torch.save(state, cast("IO[bytes]", hashed))  # torch.save calls only write and flush
     manifest = {
         "files": {STATE: {"bytes": (folder / STATE).stat().st_size, "sha256": hashed.digest.hexdigest()}},
         "step": step,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hvd_adam.checkpoint.files import errors_of_writes
 from hvd_adam.errors import UserError
 from hvd_adam.import_path import failure
 from hvd_adam.inference.classifier import ImageClassifier
@@ -52,14 +53,12 @@ def write_program(model: ImageClassifier, form: str, path: Path, metadata: Mappi
     """
     write = {"torch": _write_torch, "onnx": _write_onnx}[form]
     try:
-        with _quiet(), torch.no_grad():
+        with _quiet(), torch.no_grad(), errors_of_writes():
             run = write(model, path, metadata)
             difference = max(relative_difference(run, model, size) for size in CHECKED_BATCHES)
     except OSError:
         raise
     except Exception as error:
-        if isinstance(error.__context__, OSError):  # torch replaces that of a full disk by an error of its own
-            raise error.__context__ from None
         raise UserError(f"--format {form}: the model cannot be exported: {_reason(error)}") from error
     if math.isnan(difference):
         raise UserError(f"--format {form}: logits are not finite; nothing is written. Export another checkpoint")

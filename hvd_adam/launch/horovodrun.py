@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import math
 import mmap
-import multiprocessing.util
 import os
 import re
 import shlex
 import signal
+import socket
 import sys
 import threading
 import time
@@ -30,8 +30,8 @@ from typing import Any
 import horovod
 import psutil
 from horovod.runner import gloo_run, launch
-from horovod.runner.common.util import safe_shell_exec
 from horovod.runner.common.util.env import is_exportable
+from horovod.runner.driver import driver_service
 from horovod.runner.elastic.registration import WorkerStateRegistry
 from horovod.runner.elastic.worker import WorkerNotificationClient
 from horovod.runner.util import remote
@@ -40,6 +40,13 @@ if not __package__:  # run by its path
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from hvd_adam.distributed.rendezvous import LOSSES_KEY, LOSSES_SCOPE, REPORTS_LOSSES_VARIABLE
+from hvd_adam.launch.horovod_helpers import (
+    patch,
+    patch_helper,
+    signal_helpers,
+    start_helpers_with_signals_blocked,
+    wait_without_reaping,
+)
 from hvd_adam.launch.signal_proxy import ECHO_SECONDS
 
 RANK_FAILED = re.compile(r"one or more processes exited with non-zero status.*Exit code: (-?\d+)", re.DOTALL)
@@ -58,27 +65,10 @@ CONTROLLERS = {
 
 SHELL_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")  # other variables do not pass through sh
 
-POLL_SECONDS = 0.02
-
-# In which ranks may write a checkpoint after a signal to horovodrun. Horovod's own limit is 5, also for ranks that
-# are ended because another has failed, where it remains.
-SAVE_SECONDS = 60
-EXIT_SECONDS = 1  # of a shell whose rank has exited
-
 INTERRUPTED = 128 + signal.SIGINT  # exit code after Ctrl-C
 _interrupted = threading.Event()  # set by Ctrl-C
-_grace_seconds = safe_shell_exec.GRACEFUL_TERMINATION_TIME_S  # in a helper: until its rank is killed
-_helpers: list[int] = []  # process numbers of Horovod's helpers, each of which starts a rank
-
 _execve = os.execve
-_setsid = os.setsid
-_terminate_executor_shell_and_children = safe_shell_exec.terminate_executor_shell_and_children
-_psutil_wait: Callable[..., int | None] = psutil.Process.wait
-
-
-def patch(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
-    """Replaces a function of a module or a method of a class."""
-    setattr(owner, name, replacement)
+_get_local_interfaces: Callable[[Any], set[str]] = driver_service.get_local_interfaces
 
 
 def execve_without_shell(path: str, arguments: list[str], environment: Mapping[str, str]) -> None:
@@ -101,105 +91,9 @@ def execve_without_shell(path: str, arguments: list[str], environment: Mapping[s
     _execve(path, [*options, f"exec {shlex.join(SIGNAL_PROXY)} {command}"], environment)
 
 
-def wait_without_reaping(process: psutil.Process, timeout: float | None = None) -> int | None:
-    """Replaces psutil.Process.wait, which reaps a child and so hides its exit code from the parent's own wait.
-
-    Horovod's helper process waits this way for a rank that it terminates: Popen.wait then returns 0, and the job
-    seems to have succeeded.
-    """
-    start = time.monotonic()
-    try:
-        while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-            if timeout is not None and time.monotonic() - start > timeout:
-                raise psutil.TimeoutExpired(timeout, process.pid)
-            time.sleep(POLL_SECONDS)
-    except ChildProcessError:  # not a child of this process
-        return _psutil_wait(process, timeout)
-    return None
-
-
-# At import: Horovod's helper processes need it too, and they import this module (see the end of this file).
-patch(psutil.Process, "wait", wait_without_reaping)
-
-
-def start_helpers_with_signals_blocked() -> None:
-    """Keeps Ctrl-C from Horovod's helper processes until they have left the terminal's process group.
-
-    A helper imports this module first, which takes a second, and would print a traceback. SIGUSR1, which
-    `signal_helpers` sends, waits until it has a handler.
-    """
-    spawn = multiprocessing.util.spawnv_passfds
-
-    def spawn_blocked(path: Any, arguments: Any, *descriptors: Any) -> Any:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGUSR1})
-        try:
-            process = spawn(path, arguments, *descriptors)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        if any(os.fsdecode(argument) == "--multiprocessing-fork" for argument in arguments):
-            _helpers.append(process)  # others are the resource tracker of multiprocessing
-        return process
-
-    patch(multiprocessing.util, "spawnv_passfds", spawn_blocked)
-
-
-def signal_helpers() -> None:
-    """Sends SIGUSR1 to Horovod's helper processes, before Horovod has them end their ranks."""
-    for process in _helpers:
-        with suppress(psutil.Error):
-            helper = psutil.Process(process)
-            if helper.ppid() == os.getpid():  # it has not ended, and its number is not another process's
-                helper.send_signal(signal.SIGUSR1)
-
-
-def end_rank_later(*_: object) -> None:
-    """Handles SIGUSR1 in a helper: its rank may write a checkpoint. A second one ends the rank at once."""
-    global _grace_seconds
-    if _grace_seconds == SAVE_SECONDS:
-        for shell in psutil.Process().children():
-            _terminate_rank(shell)  # which has received a SIGTERM already
-    _grace_seconds = SAVE_SECONDS
-
-
-def _terminate_rank(shell: psutil.Process) -> list[psutil.Process]:
-    """Sends SIGTERM to what a shell has started: a rank, or ssh. Returns these processes."""
-    ranks: list[psutil.Process] = []
-    with suppress(psutil.Error):
-        ranks = shell.children()
-        for rank in ranks:
-            rank.terminate()
-    return ranks
-
-
-def end_rank(shell_number: int) -> None:
-    """Replaces terminate_executor_shell_and_children in a helper, so that the shell exits with the rank's code.
-
-    Horovod ends the shell as soon as the rank is gone. If the shell has not exited by then, the job's code is that
-    of SIGTERM, not the rank's.
-    """
-    with suppress(psutil.Error):
-        shell = psutil.Process(shell_number)
-        ranks = _terminate_rank(shell)
-        _, alive = psutil.wait_procs(ranks, timeout=_grace_seconds)
-        if not alive:
-            shell.wait(timeout=_grace_seconds if ranks else EXIT_SECONDS)
-            return
-    safe_shell_exec.GRACEFUL_TERMINATION_TIME_S = 0  # it has passed
-    _terminate_executor_shell_and_children(shell_number)
-
-
-def setsid_and_unblock() -> None:
-    """Replaces os.setsid in a helper, before it starts a rank: drops a pending SIGINT and takes the next ones."""
-    _setsid()
-    signal.signal(signal.SIGUSR1, end_rank_later)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGUSR1})
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
+patch(psutil.Process, "wait", wait_without_reaping)  # at import: helpers need it too
 if __name__ == "__mp_main__":
-    patch(os, "setsid", setsid_and_unblock)
-    patch(safe_shell_exec, "terminate_executor_shell_and_children", end_rank)
+    patch_helper()
 
 
 def find_controllers_without_torch() -> None:
@@ -247,6 +141,27 @@ def notify_in_threads() -> None:
     patch(WorkerNotificationClient, "notify_hosts_updated", start_notifying)
 
 
+def accept_interfaces_of_local_ranks() -> None:
+    """Lets ranks on this host alone use the --network-interfaces given; Horovod accepts only loopback."""
+
+    def get_local_interfaces(settings: Any) -> set[str]:
+        if not settings.nics:
+            return _get_local_interfaces(settings)
+        families = {name: {each.family for each in addresses} for name, addresses in psutil.net_if_addrs().items()}
+        found = sorted(name for name in families if socket.AF_INET in families[name])
+        if not (named := {*settings.nics} & {*found}):
+            wanted, present = ",".join(sorted(settings.nics)), ", ".join(found)
+            print(
+                f"horovodrun.sh: error: this host has no network interface {wanted} with an IPv4 address: "
+                f"use {present}",
+                file=sys.stderr,
+            )
+            sys.exit(2)
+        return named
+
+    patch(driver_service, "get_local_interfaces", get_local_interfaces)
+
+
 def let_ranks_save() -> None:
     """Gives ranks time for a checkpoint after SIGTERM and Ctrl-C, which Horovod with Gloo forwards as SIGTERM.
 
@@ -283,6 +198,7 @@ def main() -> None:
     find_controllers_without_torch()
     report_losses()
     notify_in_threads()
+    accept_interfaces_of_local_ranks()
     let_ranks_save()
     start_helpers_with_signals_blocked()
     remote.SSH_COMMAND_PREFIX += KEEP_ALIVE
