@@ -20,7 +20,7 @@ lint-imports
 find . -path ./.venv -prune -o -name '*.sh' -print0 | xargs -0 shellcheck -x .ci/run
 codespell
 status=0
-# Four at a time, by file: launches (ranks, Slurm, lost hosts) leave cores idle.
-python -m pytest -n 4 --dist loadfile --no-loadscope-reorder "$@" || status=$?
+# Three at a time, by file: launches (ranks, Slurm, lost hosts) leave cores idle.
+python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@" || status=$?
 wait "$mypy" || { cat "$types" && exit 1; }
 exit "$status"

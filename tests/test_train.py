@@ -72,7 +72,8 @@ def test_every_launcher_trains_and_writes_a_complete_run_folder(launcher, traine
         *(".lock", "config.yaml", "metrics.jsonl", "curves.png", "checkpoints"),
         *("mistakes.json", f"mistakes-{steps:08d}.png"),
     }
-    assert [event["event"] for event in events(folder) if event["event"] != "step"] == [
+    any_number = {"step", "slow_rank", "slow_rank_end"}  # other tests take the core of a rank
+    assert [event["event"] for event in events(folder) if event["event"] not in any_number] == [
         *("start", "eval", "checkpoint", "end"),
     ]
     assert events(folder)[-1]["test_accuracy"] == events(folder, "eval")[-1]["test_accuracy"] > 0.5
