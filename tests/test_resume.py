@@ -288,8 +288,7 @@ def test_a_signal_to_the_launcher_reaches_the_ranks_which_save(script, number, c
         # A terminal sends Ctrl-C to the whole process group.
         (os.killpg if number == signal.SIGINT else os.kill)(running.pid, number)
         output, errors = running.communicate(timeout=250)
-    # Of Horovod's elastic driver, and where other tests take the core of a rank.
-    errors = re.sub(r"^(ERROR:root:failure count|.* slows training down by) .*\n", "", errors, flags=re.MULTILINE)
+    errors = re.sub(r"^ERROR:root:failure count .*\n", "", errors)  # of Horovod's elastic driver
     assert (running.returncode, errors) == (code, ""), output
     assert checkpoint(folder)["progress"]["step"] >= 10
     assert output.count("the same command resumes the run") == 1
