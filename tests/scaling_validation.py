@@ -144,7 +144,7 @@ def with_computing(file: Path, place: Place, turns: list[list[float]]) -> Path:
     made = calibration.read(str(file))
     workload = made.workloads[MODELS[model]]
     seconds = median(chain(*(steps for _, *steps in turns))) / (ranks / 2)
-    slower = workload.slower(seconds / (workload.forward + workload.backward))
+    slower = replace(workload.slower(seconds / (workload.forward + workload.backward)), sharing=1.0)
     path = file.with_name("slowed.json")
     path.write_text(replace(made, workloads={MODELS[model]: slower}).to_json())
     return path

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import platform
 import random
 import time
 from collections.abc import Callable
@@ -29,7 +28,7 @@ from hvd_adam.simulate.calibration import Calibration
 from hvd_adam.simulate.codec_costs import codec_costs
 from hvd_adam.simulate.config import CalibrateConfig
 from hvd_adam.simulate.machine import UNDIVIDED, Link, Machine
-from hvd_adam.simulate.profile import CLASSES, profile, timed
+from hvd_adam.simulate.profile import CLASSES, cores_of_machine, profile, timed
 from hvd_adam.simulate.step import BUCKET_BYTES, UPDATE_BYTES
 from hvd_adam.simulate.tcp import tcp_seconds
 from hvd_adam.simulate.timeline import NOTICED
@@ -245,10 +244,7 @@ def _slice(cluster: Cluster, idle: float, messages: float, repeats: int) -> floa
 
 def _cores_of_host(cluster: Cluster) -> float:
     """Returns the cores that the ranks of a host share: ranks of several "hosts" of one machine share them too."""
-    of_machine = Path("/proc/sys/kernel/random/boot_id")
-    own = of_machine.read_text() if of_machine.exists() else platform.node()
-    placed = horovod().allgather_object((own, cores()))
-    of_ranks = [set(may_use) for machine, may_use in placed if machine == own]
+    of_ranks = cores_of_machine(cluster)
     return len(set().union(*of_ranks)) / len(of_ranks) * cluster.local_size
 
 

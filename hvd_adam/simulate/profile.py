@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, NamedTuple
 
@@ -12,7 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hvd_adam.distributed.cluster import Cluster
+from hvd_adam.distributed.context import horovod
 from hvd_adam.distributed.gradients.bucket_layout import Layout
+from hvd_adam.distributed.placement import cores
 from hvd_adam.distributed.wire.codable import exact_parameters
 from hvd_adam.simulate.step import BUCKET_BYTES
 from hvd_adam.simulate.workload import Bucket, Workload
@@ -51,15 +57,20 @@ def profile(cluster: Cluster, model: nn.Module, batch: int, image_size: int, rep
         p.register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]
     passes: list[list[float]] = []
     layout = Layout.of(params, BUCKET_BYTES)
-    for number in range(WARM_UP + repeats):
-        cluster.barrier()
+
+    def run() -> tuple[float, float, float]:
+        """Makes a pass. Returns the times at its start, after forward, and at its end."""
         for p in params:
             p.grad = None  # as zero_grad: backward then writes to fresh memory
         start = _clock(cluster)
         loss = F.cross_entropy(model(images).float(), labels)
         middle = _clock(cluster)
         backward(loss)
-        end = _clock(cluster)
+        return start, middle, _clock(cluster)
+
+    for number in range(WARM_UP + repeats):
+        cluster.barrier()
+        start, middle, end = run()
         of_buckets = [
             max(ready.get(p, middle) for p in params[b.first : b.last]) - middle for b in reversed(layout.buckets)
         ]
@@ -78,8 +89,61 @@ def profile(cluster: Cluster, model: nn.Module, batch: int, image_size: int, rep
         left_out = sum(p.numel() for p in members if p.dim() < 2 or p in exact)
         buckets.append(Bucket(sum(p.numel() for p in members), left_out, latest))
     buckets[-1] = Bucket(buckets[-1].elements, buckets[-1].exact, whole_backward)  # sent when backward has ended
-    workload = Workload(batch, forward, whole_backward, tuple(buckets))
+    sharing = _sharing(cluster, run, repeats)
+    workload = Workload(batch, forward, whole_backward, tuple(buckets), sharing=sharing)
     return Profile(workload, deviation, deviation / len(passes) ** 0.5)
+
+
+def cores_of_machine(cluster: Cluster) -> list[tuple[int, ...]]:
+    """Returns the cores of each rank on this machine: ranks of several "hosts" of one machine share them.
+
+    Every rank calls it.
+    """
+    of_machine = Path("/proc/sys/kernel/random/boot_id")
+    own = of_machine.read_text() if of_machine.exists() else platform.node()
+    placed = horovod().allgather_object((own, cores()))
+    return [may_use for machine, may_use in placed if machine == own]
+
+
+def _sharing(cluster: Cluster, run: Callable[[], object], repeats: int) -> float:
+    """Returns the core-seconds of a pass while two ranks share each core, over those of a pass without.
+
+    More than 1 where they displace each other's data from the core's caches. 1 on devices, and where the ranks at
+    hand cannot share cores for a moment: one rank on a machine, more threads than cores, or no control over cores.
+    """
+    of_ranks = cores_of_machine(cluster)
+    free, needed = sorted(set().union(*of_ranks)), len(of_ranks) * torch.get_num_threads()
+    can = hasattr(os, "sched_setaffinity") and cluster.device.type == "cpu"
+    can = can and len(of_ranks) > 1 and len(free) >= needed and needed % 2 == 0
+    if cluster.sum(int(not can)):
+        return 1.0
+    times: list[float] = []
+    for _ in range(1 + repeats // 2):
+        for shared in (False, True):
+            with _threads_on(free[: needed // 2]) if shared else nullcontext():
+                for _ in range(2):  # the first pass fills the caches of the cores
+                    cluster.barrier()
+                    seconds = seconds_of(run, cluster)
+            times.append(seconds)
+    of_slowest = torch.stack(cluster.gather(torch.tensor(times, dtype=torch.float64))).amax(0).view(-1, 2)
+    alone, both = of_slowest.unbind(1)
+    return max(1.0, float((both / 2 / alone).median()))
+
+
+@contextmanager
+def _threads_on(allowed: list[int]) -> Iterator[None]:
+    """Moves all threads of this process to some cores."""
+    before = {}
+    for thread in map(int, os.listdir("/proc/self/task")):
+        with suppress(ProcessLookupError):  # it has ended
+            before[thread] = os.sched_getaffinity(thread)
+            os.sched_setaffinity(thread, allowed)
+    try:
+        yield
+    finally:
+        for thread, its in before.items():
+            with suppress(ProcessLookupError):
+                os.sched_setaffinity(thread, its)
 
 
 def random_batch(cluster: Cluster, batch: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:

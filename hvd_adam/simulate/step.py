@@ -88,6 +88,9 @@ def simulate(workload: Workload, setting: Setting, machine: Machine) -> Step:
         setting: how the job is run.
         machine: on which machines.
     """
+    local = min(setting.ranks.per_host, setting.ranks.total)
+    if machine.cores is not None and local > 1 and machine.threads * local > machine.cores:
+        workload = workload.slower(workload.sharing)
     even = _Program(workload, setting, machine).run()
     lag = machine.jitter * expected_maximum(setting.ranks.total)
     slow = _Program(workload.slower(1 + lag), setting, machine).run() if lag else even

@@ -32,6 +32,7 @@ class Workload:
         buckets: in the order in which they are ready; the last one is sent at the end of backward.
         unexplained: seconds of a measured step by "strategy-compression" that the model did not explain, where
             ranks have a core each; may be negative.
+        sharing: factor of all times where ranks share cores, beyond their number: they share caches.
     """
 
     samples: int
@@ -39,6 +40,7 @@ class Workload:
     backward: float
     buckets: tuple[Bucket, ...]
     unexplained: Mapping[str, float] = field(default_factory=dict)
+    sharing: float = 1.0
 
     @property
     def elements(self) -> int:
@@ -54,7 +56,8 @@ class Workload:
         """
         buckets = tuple(replace(bucket, ready=bucket.ready * factor) for bucket in self.buckets)
         size = round(self.samples * samples)
-        return Workload(size, self.forward * factor, self.backward * factor, buckets, self.unexplained)
+        forward, whole = self.forward * factor, self.backward * factor
+        return replace(self, samples=size, forward=forward, backward=whole, buckets=buckets)
 
 
 @dataclass(frozen=True)

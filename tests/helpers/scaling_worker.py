@@ -61,7 +61,7 @@ def turns_and_steps(step: Callable[[], None]) -> tuple[int, int]:
     for _ in range(WARM_UP - 1):
         step()
     seconds = current_cluster().mean(timed(step))
-    return (4, min(4, max(1, int(0.4 / seconds)))) if seconds < SLOW else (4, 1)
+    return (8, min(4, max(1, int(0.4 / seconds)))) if seconds < SLOW else (6, 1)
 
 
 def seconds_of_others() -> float:
