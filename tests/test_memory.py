@@ -1,6 +1,10 @@
-"""Memory of large tensors: zeros in huge pages, which are freed with the last view."""
+"""Memory of large tensors: zeros in huge pages, which are freed with the last view; what malloc keeps."""
 
+import ctypes
 import mmap
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,3 +92,26 @@ def test_every_tensor_counts_as_held_where_pytorch_does_not_tell(monkeypatch):
     free = [torch.zeros(3)]
     monkeypatch.setattr(memory, "_TELLS_USE_COUNT", False)
     assert memory.any_is_held(free) and not memory.any_is_held([])
+
+
+FAULTS = """
+import resource, torch
+from hvd_adam import init
+init("cpu")
+for _ in range(4):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    tensors = [torch.ones(1 << 20) for _ in range(8)]
+    del tensors
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="this system's C library is not glibc")
+@pytest.mark.parametrize("setting", [None, "MALLOC_TRIM_THRESHOLD_"])
+def test_freed_tensors_are_used_again_without_page_faults_unless_the_user_sets_malloc(setting):
+    if setting and THP.exists() and "[always]" in THP.read_text():
+        pytest.skip("all memory is in huge pages, of which 32 MiB have 16")
+    environ = {**os.environ, **({setting: "65536"} if setting else {})}
+    done = subprocess.run([sys.executable, "-c", FAULTS], env=environ, capture_output=True, text=True, check=True)
+    faults, pages = int(done.stdout), 8 * (4 << 20) // mmap.PAGESIZE
+    assert (faults > pages / 2) == (setting is not None), faults

@@ -42,6 +42,7 @@ from hvd_adam.distributed.placement import (
     RankPlacement,
     assign_gpus,
     describe_oversubscription,
+    keep_freed_memory,
     share_cores,
     use_device,
 )
@@ -232,6 +233,9 @@ def _start(device: str, cycle_time_ms: float | None = None, *, restarting: bool 
     placements: list[RankPlacement] = hvd.allgather_object(own, name="hvd_adam.places")
     gpus = assign_gpus(placements, device)
     share_cores(own, placements)
+    chosen = use_device(gpus[hvd.rank()])
+    if chosen.type == "cpu":
+        keep_freed_memory()
     warning = describe_oversubscription(placements) or describe_unused_tasks(launch)
     if warning and not restarting and hvd.rank() == 0:
         logging.getLogger("hvd_adam").warning(warning)  # hvd_adam.log imports this module
@@ -242,7 +246,7 @@ def _start(device: str, cycle_time_ms: float | None = None, *, restarting: bool 
         local_size=hvd.local_size(),
         cross_rank=hvd.cross_rank(),
         cross_size=hvd.cross_size(),
-        device=use_device(gpus[hvd.rank()]),
+        device=chosen,
         launcher=launch.launcher,
     )
     return _cluster

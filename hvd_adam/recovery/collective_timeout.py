@@ -37,7 +37,7 @@ def init(device: str = "auto", *, process_sets: bool = False, cycle_time_ms: flo
     It makes the assigned GPU the current one. Unless OMP_NUM_THREADS is set, it sets PyTorch's number of threads
     so that the ranks of a host share its cores. It sets environment variables of Horovod and Open MPI that the
     user has not set (`horovod_defaults`). If Horovod has been started before, these have no effect, and a warning
-    names them.
+    names them. On CPUs it makes malloc keep freed memory, unless an environment variable of malloc is set.
 
     A collective that some rank waits for longer than HOROVOD_STALL_SHUTDOWN_TIME_SECONDS, 600 by default, ends the
     job: a rank may be busy by itself, such as with an evaluation or a download, for as long. 0 is no limit. With
