@@ -16,6 +16,7 @@ from helpers.small_training import digest, everything, same_everywhere
 from helpers.strategies import each_strategy
 
 from hvd_adam import Adam, distribute
+from hvd_adam.distributed.collectives import pieces
 from hvd_adam.distributed.gradients.header import square_of, sums_are_finite
 from hvd_adam.errors import JobError
 from hvd_adam.optim.parameter_store import ParameterStore
@@ -30,9 +31,9 @@ def recorded_sections():
 
     def recorded(store, groups, ready):
         def noted():
-            for section in ready:
+            for section, within in ready:
                 found.append(section)
-                yield section
+                yield section, within
 
         update_sections(store, groups, noted())
 
@@ -49,10 +50,10 @@ def make_model(dtype=torch.float32):
     return torch.nn.Sequential(*layers, torch.nn.Linear(WIDTH, 4)).to(dtype)
 
 
-def make_optimizer(model, kind=Adam, adam=None, **options):
-    """Distributes an optimizer; each weight of `make_model` has a bucket of its own."""
+def make_optimizer(model, kind=Adam, adam=None, bucket_bytes=4 * WIDTH * WIDTH, **options):
+    """Distributes an optimizer; by default each weight of `make_model` has a bucket of its own."""
     optimizer = kind(model.parameters(), lr=1e-2, implementation="fused", **(adam or {}))
-    return distribute(optimizer, model, bucket_mib=4 * WIDTH * WIDTH / 2**20, **options)
+    return distribute(optimizer, model, bucket_mib=bucket_bytes / 2**20, **options)
 
 
 def backward(model, cluster, seed):
@@ -95,6 +96,39 @@ def test_an_update_behind_the_reductions_has_the_bits_of_one_that_waits(
     updates = 4 // accumulate
     # The bucket of the first parameters, 0, is sent last.
     assert sections == ([] if cluster.size == 1 else [3, 2, 1, 0] * updates)
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("rounding", [None, "float32", "bfloat16", "8bit", "stochastic_rounding"])
+@pytest.mark.parametrize("message_bytes", [4096, 3000])  # whole blocks, and parts that end within one
+@pytest.mark.parametrize("bucket_bytes", [4 * WIDTH * WIDTH, 2**20])  # one weight, or the whole model
+def test_parts_of_a_bucket_that_are_updated_as_they_arrive_have_the_same_bits(
+    cluster, rounding, message_bytes, bucket_bytes
+):
+    dtype = torch.float32 if rounding in (None, "float32", "bfloat16", "8bit") else torch.bfloat16
+    adam = {rounding: True} if dtype == torch.bfloat16 else {"state_format": rounding or "float32"}
+    adam |= {} if rounding else {"weight_decay": 0.1, "amsgrad": True}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pieces, "ALLREDUCE_BYTES", message_bytes)
+        sections = compared(cluster, dtype=dtype, adam=adam, bucket_bytes=bucket_bytes)
+    parts = sections.count(0) / 4  # in each of 4 updates
+    elements = WIDTH * WIDTH if bucket_bytes < 2**20 else 2 * (WIDTH * WIDTH + WIDTH) + 4 * WIDTH + 4
+    assert parts == 1 if dtype == torch.bfloat16 else parts >= 4 * elements // message_bytes
+
+
+@on_ranks(2)
+def test_the_noise_scale_of_buckets_that_arrive_in_parts_is_that_of_whole_ones(cluster):
+    scales = []
+    for message_bytes in (3000, 2**20):
+        model = make_model()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pieces, "ALLREDUCE_BYTES", message_bytes)
+            # The form "adam" divides by √v̂ of before the update.
+            noise = {"noise_scale": 1, "noise_scale_form": "adam", "defer_averaging": True}
+            optimizer = make_optimizer(model, **noise)
+            train(model, optimizer, cluster, passes=20)
+        scales.append(optimizer.noise.estimate())
+    assert scales[0].value < math.inf and scales[0] == pytest.approx(scales[1], rel=1e-3), scales
 
 
 @on_ranks(2)

@@ -62,7 +62,7 @@ def _horovod(task: dict[str, Any], launch: LaunchInfo, folder: Path) -> Factory:
 
     from hvd_adam.distributed.collectives.pieces import start_allreduce
     from hvd_adam.distributed.context import horovod, init
-    from hvd_adam.distributed.gradients.reducer import BUCKET_MIB
+    from hvd_adam.distributed.gradients.bucket_layout import BUCKET_MIB
     from hvd_adam.optim.memory import zeros
 
     hvd = horovod()

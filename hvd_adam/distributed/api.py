@@ -11,8 +11,8 @@ from hvd_adam.distributed.agreement import raise_on_all_ranks, require_same
 from hvd_adam.distributed.automatic.candidates import AUTOMATIC
 from hvd_adam.distributed.broadcast.training import require_same_layout
 from hvd_adam.distributed.context import current_cluster, horovod
+from hvd_adam.distributed.gradients.bucket_layout import BUCKET_MIB
 from hvd_adam.distributed.gradients.compression import COMPRESSIONS
-from hvd_adam.distributed.gradients.reducer import BUCKET_MIB
 from hvd_adam.distributed.local.islands import count_islands
 from hvd_adam.distributed.local.optimizer import LocalAdam
 from hvd_adam.distributed.local.options import LOCAL, require_local_model, require_options

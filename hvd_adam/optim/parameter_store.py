@@ -6,7 +6,6 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +25,15 @@ from hvd_adam.optim.lost_updates import LostUpdates
 from hvd_adam.optim.memory import increment_versions, is_trained, overlapping, same_objects
 from hvd_adam.optim.optimizer_state import Group, Member, Part, StateReader, States
 from hvd_adam.optim.tensor_lists import Chunks, chunks
-from hvd_adam.optim.update_rows import Batch, HyperParameters, UpdateRows, hyper_parameters
+from hvd_adam.optim.update_rows import (
+    Arrival,
+    Batch,
+    Elements,
+    HyperParameters,
+    Probed,
+    UpdateRows,
+    hyper_parameters,
+)
 
 
 @dataclass(frozen=True)
@@ -42,20 +49,6 @@ class StorePolicy:
     foreach_only: bool = False
     agree: Callable[[str | None], str | None] = lambda error: error
     warns: bool = True
-
-
-class Probed(NamedTuple):
-    """Gradients that a device has looked at.
-
-    Attributes:
-        one_if_finite: 1 if all elements are finite, else NaN; 0-dimensional, float64, on their device.
-        batches: the rows of their parameters, with the spec of the kernel.
-        numbers: the hyper-parameters of all groups.
-    """
-
-    one_if_finite: Tensor
-    batches: list[tuple[KernelSpec, Batch]]
-    numbers: list[HyperParameters]
 
 
 class ParameterStore:
@@ -264,35 +257,42 @@ class ParameterStore:
         assert mark is not None
         return Probed(mark, batches, numbers)
 
-    def update_sections(self, groups: Sequence[Group], ready: Iterable[int]) -> None:
+    def update_sections(self, groups: Sequence[Group], ready: Iterable[Arrival]) -> None:
         """Takes one step, section by section; the layout must fit, and `all_fused`. Bit for bit as `update`.
 
         Args:
             groups: the parameter groups.
-            ready: returns the number of each section as soon as its gradients are there.
+            ready: yields each section, or each part of it in order, as soon as its gradients are there.
 
         Raises:
             RuntimeError: a gradient is sparse or not of its parameter's dtype.
         """
         numbers = hyper_parameters(groups)
-        for section in ready:
-            self.update_section(section, groups, numbers)
+        for section, within in ready:
+            self.update_section(section, groups, numbers, within)
         self.sections_updated(groups)
 
-    def update_section(self, section: int, groups: Sequence[Group], numbers: Sequence[HyperParameters]) -> None:
+    def update_section(
+        self,
+        section: int,
+        groups: Sequence[Group],
+        numbers: Sequence[HyperParameters],
+        within: Elements | None = None,
+    ) -> None:
         """Takes one step with one section; the layout must fit. Parameters without a gradient do not change.
 
         Args:
             section: its number.
             groups: the parameter groups.
             numbers: their hyper-parameters, see `hyper_parameters`, the same for all sections of a step.
+            within: the elements to update, as in `UpdateRows.batch_within`, where `all_fused`; None for all.
 
         Raises:
             RuntimeError: as `update_sections`.
         """
         for rows in self._sections.get(section, ()):
-            batch = rows.batch()
-            if batch.params:
+            batch = rows.batch() if within is None else rows.batch_within(within)
+            if len(batch.rows):
                 increment_versions(batch.params)
                 fused.update(rows.spec, batch, numbers, None)
         if others := self._sections_of_others.get(section):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from hvd_adam.optim.expression import KernelSpec
+from hvd_adam.optim.formats.held import elements_each
 from hvd_adam.optim.memory import ORDINARY, placed_like, shape_in_memory
-from hvd_adam.optim.optimizer_state import Group, Member, State, StateReader, States
+from hvd_adam.optim.optimizer_state import Group, Member, StateReader, States
 from hvd_adam.optim.validation import check_gradient
 
 # As `Row` in kernels/rows.h. Of a state with codes, their addresses stand in place of the moments'.
@@ -25,6 +26,11 @@ _CODES = {"exp_avg": "exp_avg_codes", "exp_avg_sq": "exp_avg_sq_codes"}
 ROW = np.dtype([(name, np.int64) for name in (*ADDRESSES, "elements", "position", "group")])
 
 Rows = np.ndarray[Any, np.dtype[Any]]
+
+# (first, last) of some elements of each parameter, in the order of its memory. Others have none.
+Elements = Mapping[Tensor, tuple[int, int]]
+# The number of parameters whose gradients are there, and which of their elements; None for all.
+Arrival = tuple[int, Elements | None]
 
 _EXPECTED = {*ORDINARY, type(None)}
 
@@ -77,6 +83,20 @@ class HyperParameters(NamedTuple):
 
 
 FindNonfinite = Callable[[Batch, Sequence[HyperParameters], Tensor | None], Tensor]
+
+
+class Probed(NamedTuple):
+    """Gradients that a device has looked at.
+
+    Attributes:
+        one_if_finite: 1 if all elements are finite, else NaN; 0-dimensional, float64, on their device.
+        batches: the rows of their parameters, with the spec of the kernel.
+        numbers: the hyper-parameters of all groups.
+    """
+
+    one_if_finite: Tensor
+    batches: list[tuple[KernelSpec, Batch]]
+    numbers: list[HyperParameters]
 
 
 class Kernel(NamedTuple):
@@ -171,6 +191,34 @@ class UpdateRows:
         rows["grad"] = np.array(list(map(Tensor.data_ptr, grads)), np.int64) + skipped
         return Batch(rows, params, counts, grads, present, self._plans)
 
+    def batch_within(self, within: Elements) -> Batch:
+        """Returns rows of some elements of each parameter.
+
+        A kernel counts a step of every row, so the step of rows that continue an earlier one is taken back here.
+        The rows of a parameter must be made and updated in order, each before the next is made.
+
+        Args:
+            within: the elements; the first of a parameter, which this process updates whole, is a multiple of
+                `formats.random_bits.BLOCK`.
+
+        Raises:
+            RuntimeError: as `batch`.
+        """
+        batch = self.batch()
+        first, last = np.array([within.get(p, (0, 0)) for p in batch.params], np.int64).reshape(-1, 2).T
+        rows = batch.rows.copy()
+        for name, (nbytes, elements) in self._entries.items():
+            rows[name] += first // elements * nbytes
+        rows["elements"] = last - first
+        rows["position"] += first
+        chosen = np.flatnonzero(last > first).tolist()
+        if continued := [batch.counts[i] for i in chosen if first[i] > 0]:
+            torch._foreach_sub_(continued, 1)
+        params, counts, grads = (
+            [column[i] for i in chosen] for column in (batch.params, batch.counts, batch.grads)
+        )
+        return Batch(rows[chosen], params, counts, grads, tuple(chosen), plans={})
+
     def _read_params(self) -> None:
         addresses = list(map(Tensor.data_ptr, self.params))
         if addresses != self._addresses:
@@ -180,14 +228,15 @@ class UpdateRows:
 
     def _read_state(self) -> None:
         self._counts = [state["step"] for state in self._state.used]
+        size = self.spec.dtype.itemsize
+        self._entries = {"param": (size, 1), "grad": (size, 1)}  # bytes of an entry, and elements to each
         for name in ADDRESSES[2:]:
-            self._rows[name] = [_address(state, name) for state in self._state.used]
+            held = name if name in self._state.used[0] else _CODES.get(name, name)
+            tensors = [state.get(held) for state in self._state.used]
+            self._rows[name] = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+            if tensors[0] is not None and name != "step":
+                self._entries[name] = tensors[0].element_size(), elements_each(held)
         self._plans.clear()
-
-
-def _address(state: State, name: str) -> int:
-    found = state.get(name, state.get(_CODES.get(name, "")))
-    return 0 if found is None else found.data_ptr()
 
 
 def _has_shape(grads: Sequence[Tensor], shape: object) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -27,8 +27,12 @@ class Started(Generic[T]):
 
     def __call__(self) -> T:
         """Waits for the collective, and returns its result. Call it once."""
+        return self._result(list(self.each()))
+
+    def each(self) -> Iterator[Any]:
+        """Waits for one piece after the other, and yields what Horovod returns for it. In place of a call."""
         handles, self._pieces = self._pieces, ()  # Horovod forgets those it has been asked to wait for
-        return self._result(list(map(horovod().synchronize, handles)))
+        yield from map(horovod().synchronize, handles)
 
     def advance(self) -> bool:
         """Does nothing: it has one stage."""

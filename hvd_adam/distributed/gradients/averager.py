@@ -16,6 +16,7 @@ from hvd_adam.distributed.gradients.grad_scaling import multiply_gradients
 from hvd_adam.distributed.gradients.lockstep import Lockstep, asks_again
 from hvd_adam.distributed.gradients.rounds import Rounds
 from hvd_adam.distributed.noise.meter import NoiseMeter
+from hvd_adam.optim.update_rows import Arrival
 
 _numbers = itertools.count()
 
@@ -145,13 +146,14 @@ class GradientAverager(Rounds):
             self._syncs = before
 
     @torch.no_grad()
-    def start_arrivals(self) -> Iterator[int] | None:
+    def start_arrivals(self) -> Iterator[Arrival] | None:
         """Sends the rest of a round whose buckets can be used as they arrive. Every rank must call it.
 
         Returns:
-            Waits for one bucket after the other, and returns its number in `Reducer.number`; at the end every
-            gradient is the mean. None where gradients must be complete first, so that `finish` is to be called: on
-            one rank, if an element of a sum may be infinite, if no rank has gradients or one has late ones.
+            Waits for one bucket, or a part of it, after the other, with its number in `Reducer.number`; at the end
+            every gradient is the mean. None where gradients must be complete first, so that `finish` is to be
+            called: on one rank, if an element of a sum may be infinite, if no rank has gradients or one has late
+            ones.
 
         Raises:
             RuntimeError, JobError, HorovodInternalError: as `finish`; nothing has been used.

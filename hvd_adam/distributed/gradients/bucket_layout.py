@@ -8,6 +8,9 @@ from itertools import pairwise
 
 from torch import Tensor
 
+# The default size of buckets: large enough to use the network's bandwidth, small enough that the first reduction
+# starts while backward is still running.
+BUCKET_MIB = 8
 ALIGNMENT = 16  # elements: 64 bytes of float32, a cache line and the widest vector register
 
 

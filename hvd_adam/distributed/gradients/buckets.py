@@ -10,6 +10,7 @@ from hvd_adam.distributed.context import horovod
 from hvd_adam.distributed.gradients.bucket_layout import Bucket
 from hvd_adam.distributed.gradients.flags import Located
 from hvd_adam.distributed.gradients.gradient_buffer import GradientBuffer
+from hvd_adam.optim.formats.random_bits import BLOCK
 
 
 class Buckets:
@@ -67,6 +68,26 @@ class Buckets:
             mean = own / self.scale
             buffer.grad[bucket.start : bucket.end].zero_()
             own.copy_(mean)
+
+    def elements(self, number: int, start: int, end: int) -> dict[Tensor, tuple[int, int]]:
+        """Returns (first, last) of the elements of each parameter in a part of a bucket, in whole blocks.
+
+        The rest of a block is part of the next part.
+
+        Args:
+            number: of the bucket.
+            start: first element of the part, as an index into the buffer.
+            end: element after its last one.
+        """
+        buffer, bucket = self._buckets[number]
+        found = {}
+        for i in range(bucket.first, bucket.last):
+            offset, length = buffer.layout.offsets[i], buffer.params[i].numel()
+            places = (max(0, place - offset) for place in (start, end))
+            first, last = (length if place >= length else place - place % BLOCK for place in places)
+            if first < last:
+                found[buffer.params[i]] = first, last
+        return found
 
     def _own(self, gradients: Tensor, bucket: Bucket) -> Tensor:
         """Returns the gradients of a bucket that this rank has the sum of."""

@@ -6,8 +6,10 @@ does not.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -55,6 +57,23 @@ class Scaling:
             values[: max(0, self.elements - start)].mul_(self.factor)
 
 
+def parts_of(reduction: Reduction, elements: int) -> Iterator[int]:
+    """Waits for a reduction, part after part where that is possible, in place of its `wait`.
+
+    Args:
+        reduction: a started one.
+        elements: of its bucket.
+
+    Yields:
+        How many of the elements, from the first on, have their sums.
+    """
+    if isinstance(reduction, AllReduce) and reduction.in_place:
+        yield from reduction.arrive()
+    else:
+        reduction.wait()
+        yield elements
+
+
 def is_half(dtype: torch.dtype) -> bool:
     """Returns whether gradients of this dtype are reduced, and scaled, in float32."""
     return dtype in _HALF
@@ -83,6 +102,9 @@ class AllReduce:
 
     "none": float32 and float64 are reduced as they are, half-precision gradients as float32, so that the sum is
     not rounded. "fp16": all gradients are reduced as float16 (6e-8 to 65504).
+
+    Attributes:
+        in_place: whether the bucket itself is reduced, and whole.
     """
 
     def __init__(
@@ -98,6 +120,7 @@ class AllReduce:
         (scaling or Scaling()).apply(wire)  # before the sum, which might overflow
         if compression == "fp16":
             wire = wire.half()
+        self.in_place = wire is bucket and not scatter
         self._started: Started[torch.Tensor]
         if scatter:
             self._started = start_reducescatter(wire.view(horovod().size(), -1), name)
@@ -112,6 +135,10 @@ class AllReduce:
     def has_arrived(self) -> bool:
         """Whether the sum is there."""
         return self._started.has_arrived
+
+    def arrive(self) -> Iterator[int]:
+        """As `parts_of`, where the sum is made in place."""
+        return accumulate(len(piece) for (piece,) in self._started.each())
 
     def wait(self) -> None:
         """Waits for the sum."""

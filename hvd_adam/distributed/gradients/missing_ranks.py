@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
-from hvd_adam.distributed.gradients.compression import AllReduce
+from hvd_adam.distributed.collectives.waiting import working_meanwhile
+from hvd_adam.distributed.gradients.compression import AllReduce, Reduction, parts_of
 
 
 def start_meeting(name: str, device: torch.device, call: str) -> Callable[[], None]:
@@ -30,6 +31,24 @@ def start_meeting(name: str, device: torch.device, call: str) -> Callable[[], No
             meeting.wait()
 
     return wait
+
+
+def arrivals(reduction: Reduction, elements: int, meanwhile: Callable[[], bool]) -> Iterator[int]:
+    """Waits for a reduction of gradients, in place of its `wait`; part after part where that is possible.
+
+    Args:
+        reduction: a started one.
+        elements: of its bucket.
+        meanwhile: as in `working_meanwhile`.
+
+    Yields:
+        How many of the elements, from the first on, have their sums.
+    """
+    parts, arrived = parts_of(reduction, elements), 0
+    while arrived < elements:
+        with explained(), working_meanwhile(meanwhile):
+            arrived = next(parts)
+        yield arrived
 
 
 @contextmanager

@@ -16,15 +16,12 @@ from hvd_adam.distributed.gradients.flags import Reduced, finite_or_nan, flags_o
 from hvd_adam.distributed.gradients.grad_scaling import element_sum
 from hvd_adam.distributed.gradients.gradient_buffer import GradientBuffer
 from hvd_adam.distributed.gradients.header import Header, square_of, sums_are_finite
-from hvd_adam.distributed.gradients.missing_ranks import explained, start_meeting
+from hvd_adam.distributed.gradients.missing_ranks import arrivals, explained, start_meeting
 from hvd_adam.distributed.noise.buckets import BucketNoise
 from hvd_adam.distributed.noise.meter import NoiseMeter
 from hvd_adam.distributed.wire.coded_allreduce import CodedAllReduce, exact_name
 from hvd_adam.distributed.wire.error_feedback import ErrorFeedback
-
-# The default size of buckets: large enough to use the network's bandwidth, small enough that the first reduction
-# starts while backward is still running.
-BUCKET_MIB = 8
+from hvd_adam.optim.update_rows import Arrival
 
 _LAST = 0  # the bucket of the first parameters: backward completes it last, and it carries the message
 
@@ -163,10 +160,22 @@ class Reducer(Buckets):
         self._in_flight[number] = reduction
         self._pipeline.add(reduction)
 
-    def _wait(self, number: int) -> None:
-        """Waits for the sum of a bucket, and advances others meanwhile."""
-        with explained(), working_meanwhile(self._pipeline.advance):
-            self._in_flight[number].wait()
+    def _arrivals(self, number: int) -> Iterator[tuple[int, int]]:
+        """Waits for the sum of a bucket, part after part, and advances others meanwhile.
+
+        Yields:
+            (start, end) of the elements of the buffer whose sums are there; of this rank's shard if scattered.
+        """
+        (_, bucket), reduction = self._buckets[number], self._in_flight[number]
+        start = bucket.start
+        for arrived in arrivals(reduction, bucket.end - bucket.start, meanwhile=self._pipeline.advance):
+            end = bucket.start + arrived
+            if end == bucket.end:
+                self._noise.measure_mean(number)
+            elif self._noise.waits:
+                continue
+            yield self._own_span(bucket) if self.scatters else (start, end)
+            start = end
 
     def send_rest(self, message: Tensor) -> None:
         """Sends the remaining buckets, and with the last one the message.
@@ -199,31 +208,27 @@ class Reducer(Buckets):
         return name if self._codes is None else exact_name(name)
 
     def header(self) -> Header:
-        """Waits for the header of this round, which has been sent.
-
-        Raises:
-            HorovodInternalError: as `finish`.
-        """
+        """Waits for the header of this round, which has been sent; raises what `finish` does."""
         assert self._header is not None
         with explained(), working_meanwhile(self._pipeline.advance):
             self._header.wait()
         return self._header
 
-    def arrive(self) -> Iterator[int]:
-        """Waits for one bucket after the other, and returns the number of each when its sum is there.
+    def arrive(self) -> Iterator[Arrival]:
+        """Waits for one bucket after the other, and yields the parts of each as their sums arrive.
 
         In place of `finish`, with the header of this round, by which all sums are finite. Sets gradients of the
-        bucket that no rank has to None.
-
-        Raises:
-            HorovodInternalError: as `finish`.
+        bucket that no rank has to None. Raises what `finish` does.
         """
         header = self.header()
         for number in self._in_flight:
-            self._wait(number)
-            self._noise.measure_mean(number)
-            self._drop_unused(number, header.used[number])
-            yield number
+            bucket, is_used = self._buckets[number][1], header.used[number]
+            for start, end in self._arrivals(number):
+                if start == bucket.start or self.scatters:
+                    self._drop_unused(number, is_used)
+                in_parts = (start, end) != self._own_span(bucket)
+                yield number, self.elements(number, start, end) if in_parts else None
+            flags_of(*self._buckets[number]).zero_()
         self._read_noise()
         self._end_round()
         if self._feedback is not None:
@@ -244,18 +249,14 @@ class Reducer(Buckets):
         header = self.header() if self.ahead else None
         sums = []
         for number in self._in_flight:
-            self._wait(number)
-            if add:
-                buffer, bucket = self._buckets[number]
-                sums.append(element_sum(self._own(buffer.grad, bucket)))
-            self._noise.measure_mean(number)
+            for start, end in self._arrivals(number):
+                if add:
+                    sums.append(element_sum(self._buckets[number][0].grad[start:end]))
         with explained():
             reduced = self._read(len(message), torch.stack(sums).mul(0).sum() if add else None)
         self._end_round()
         if self._feedback is not None and reduced.total is not None:
-            self._feedback.finish(reduced.total)
-            large = header is not None and not header.sums_are_finite and bool(reduced.total.isfinite())
-            self._feedback.may_be_large |= large
+            self._feedback.finish(reduced.total, were_large=header is not None and not header.sums_are_finite)
         return reduced
 
     def start_meeting(self, call: str) -> Callable[[], None]:
@@ -290,6 +291,7 @@ class Reducer(Buckets):
         self._read_noise()
         for number, is_used in enumerate(used):
             self._drop_unused(number, is_used)
+            flags_of(*self._buckets[number]).zero_()
         return Reduced(message, total)
 
     def _read_noise(self) -> None:
@@ -303,14 +305,13 @@ class Reducer(Buckets):
         return total
 
     def _drop_unused(self, number: int, used: Sequence[bool]) -> None:
-        """Sets the gradients of a bucket that no rank has to None, and clears its flags."""
+        """Sets the gradients of a bucket that no rank has to None."""
         buffer, bucket = self._buckets[number]
         for p, is_used in zip(buffer.params[bucket.first : bucket.last], used, strict=True):
             if not is_used:
                 if self._feedback is not None:
                     self._feedback.take_back(number, p, self.place(p))
                 p.grad = None
-        flags_of(buffer, bucket).zero_()
 
     def _end_round(self) -> None:
         self._in_flight.clear()

@@ -14,6 +14,7 @@ from hvd_adam.distributed.gradients.grad_scaling import multiply_gradients
 from hvd_adam.distributed.gradients.lockstep import ABORTED, Lockstep
 from hvd_adam.distributed.gradients.reducer import Reducer
 from hvd_adam.distributed.gradients.seen_gradients import SeenGradients
+from hvd_adam.optim.update_rows import Arrival
 
 
 class Rounds:
@@ -136,14 +137,14 @@ class Rounds:
         else:
             multiply_gradients(self._optimizer.parameters(), self._accumulate)
 
-    def _arrive(self, reducer: Reducer) -> Iterator[int]:
+    def _arrive(self, reducer: Reducer) -> Iterator[Arrival]:
         arrivals = reducer.arrive()
         while True:
             with self.waiting():
-                number = next(arrivals, None)
-            if number is None:
+                arrival = next(arrivals, None)
+            if arrival is None:
                 break
-            yield number
+            yield arrival
         self._total = None
         self._end_round()
         self._end_last_round()

@@ -44,6 +44,11 @@ class BucketNoise:
         """Whether this round is measured."""
         return self._meter.due
 
+    @property
+    def waits(self) -> bool:
+        """Whether no part of a bucket may be updated before `measure_mean`, because this round is measured."""
+        return self._words is not None
+
     def measure_own(
         self, number: int, scale: float, square: Tensor | None, *, is_first: bool, has_gradient: bool
     ) -> None:

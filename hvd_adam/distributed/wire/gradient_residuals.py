@@ -212,15 +212,18 @@ class GradientResiduals:
             self._round_unit = self._unit()  # once a round: a GPU is waited for
         return self._round_unit
 
-    def finish(self, total: Tensor) -> None:
+    def finish(self, total: Tensor, *, were_large: bool = False) -> None:
         """Called after a round, on every rank.
 
         Args:
             total: finite if all elements of the gradients are; the same on all ranks.
+            were_large: whether gradients were so large that their sums might have been infinite.
         """
         self._round_unit = None
         if not total.isfinite():
             self.roll_back()
+        elif were_large:
+            self.may_be_large = True
 
     def take_back(self, number: int, p: Tensor, gradient: Tensor) -> None:
         """Called for a parameter that no rank has a gradient for: what has been sent for it is no gradient's.
