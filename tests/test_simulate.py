@@ -14,6 +14,7 @@ import pytest
 from helpers.on_ranks import on_ranks
 
 from hvd_adam.distributed.context import MESSAGE_BYTES
+from hvd_adam.distributed.placement import cores
 from hvd_adam.errors import UserError
 from hvd_adam.simulate import calibration
 from hvd_adam.simulate.calibration import Calibration
@@ -314,6 +315,17 @@ def test_what_a_measured_step_took_longer_is_added_and_grows_where_ranks_share_c
     assert simulate(work, Setting(Ranks(1, 1)), PLAIN).parts["overhead"] == 0
 
 
+def test_computing_is_longer_by_its_factor_only_where_ranks_share_cores():
+    work, machine = replace(TWO, sharing=1.5), replace(PLAIN, cores=2.0)
+
+    def ratio(per_host, ranks=8):
+        where = Setting(Ranks(ranks, per_host))
+        parts = [simulate(each, where, machine).parts["computing"] for each in (work, TWO)]
+        return parts[0] / parts[1]
+
+    assert [ratio(2), ratio(4), ratio(4, ranks=1)] == pytest.approx([1.0, 1.5, 1.0])
+
+
 def test_one_rank_computes_and_updates_only():
     machine = replace(PLAIN, update_bandwidth=UPDATE_BYTES * 1.5e6)
     step = simulate(TWO, Setting(Ranks(1, 1), accumulate=3), machine)
@@ -489,6 +501,7 @@ def test_a_calibration_needs_several_ranks(tmp_path):
 def test_ranks_measure_the_same_calibration_with_every_part_of_the_model(cluster):
     from hvd_adam.simulate.measure import measure
 
+    before = cores()
     made = measure(cluster, CalibrateConfig(models="mlp", repeats=3, batch_size=4, image_size=8))
     work = made.workloads["mlp"]
     assert work.buckets[-1].ready == work.backward > 0 and work.forward > 0
@@ -497,3 +510,4 @@ def test_ranks_measure_the_same_calibration_with_every_part_of_the_model(cluster
     assert "allreduce-none" in work.unexplained and "sharded-int4" in work.unexplained
     step = simulate(work, Setting(Ranks(2, 2)), made.machine)
     assert 0 < step.seconds < 60
+    assert work.sharing >= 1 and cores() == before  # ranks have shared cores for a moment

@@ -99,18 +99,19 @@ def test_an_update_behind_the_reductions_has_the_bits_of_one_that_waits(
 
 
 @on_ranks(2)
+@each_strategy
 @pytest.mark.parametrize("rounding", [None, "float32", "bfloat16", "8bit", "stochastic_rounding"])
 @pytest.mark.parametrize("message_bytes", [4096, 3000])  # whole blocks, and parts that end within one
 @pytest.mark.parametrize("bucket_bytes", [4 * WIDTH * WIDTH, 2**20])  # one weight, or the whole model
 def test_parts_of_a_bucket_that_are_updated_as_they_arrive_have_the_same_bits(
-    cluster, rounding, message_bytes, bucket_bytes
+    cluster, strategy, rounding, message_bytes, bucket_bytes
 ):
     dtype = torch.float32 if rounding in (None, "float32", "bfloat16", "8bit") else torch.bfloat16
     adam = {rounding: True} if dtype == torch.bfloat16 else {"state_format": rounding or "float32"}
     adam |= {} if rounding else {"weight_decay": 0.1, "amsgrad": True}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pieces, "ALLREDUCE_BYTES", message_bytes)
-        sections = compared(cluster, dtype=dtype, adam=adam, bucket_bytes=bucket_bytes)
+        sections = compared(cluster, strategy=strategy, dtype=dtype, adam=adam, bucket_bytes=bucket_bytes)
     parts = sections.count(0) / 4  # in each of 4 updates
     elements = WIDTH * WIDTH if bucket_bytes < 2**20 else 2 * (WIDTH * WIDTH + WIDTH) + 4 * WIDTH + 4
     assert parts == 1 if dtype == torch.bfloat16 else parts >= 4 * elements // message_bytes

@@ -153,6 +153,7 @@ class UpdateRows:
         self._rows["elements"] = [member.part.length for member in members]
         self._rows["position"] = [member.position + member.part.skip for member in members]
         self._rows["group"] = [member.group for member in members]
+        self._parts = {member.param: (member.part.skip, member.part.length) for member in members}
         self._skipped_bytes = np.array([member.part.skip for member in members]) * spec.dtype.itemsize
         self._addresses: list[int] = []
         self._plans: dict[object, Any] = {}
@@ -194,25 +195,29 @@ class UpdateRows:
     def batch_within(self, within: Elements) -> Batch:
         """Returns rows of some elements of each parameter.
 
-        A kernel counts a step of every row, so the step of rows that continue an earlier one is taken back here.
-        The rows of a parameter must be made and updated in order, each before the next is made.
+        A kernel counts a step of every row. The row of a parameter's first elements counts it, even if this
+        process updates none of them; the step of its other rows is taken back here. The rows of a parameter must
+        be made and updated in order, each before the next is made.
 
         Args:
-            within: the elements; the first of a parameter, which this process updates whole, is a multiple of
-                `formats.random_bits.BLOCK`.
+            within: the elements, of which the rows have those that this process updates. The first of a parameter
+                is a multiple of `formats.random_bits.BLOCK`.
 
         Raises:
             RuntimeError: as `batch`.
         """
         batch = self.batch()
-        first, last = np.array([within.get(p, (0, 0)) for p in batch.params], np.int64).reshape(-1, 2).T
+        first, last = np.array([within.get(p, (-1, -1)) for p in batch.params], np.int64).reshape(-1, 2).T
+        counts_step, continues = first == 0, first > 0
+        skip, length = np.array([self._parts[p] for p in batch.params], np.int64).reshape(-1, 2).T
+        first, last = (np.clip(place - skip, 0, length) for place in (first, last))
         rows = batch.rows.copy()
         for name, (nbytes, elements) in self._entries.items():
             rows[name] += first // elements * nbytes
         rows["elements"] = last - first
         rows["position"] += first
-        chosen = np.flatnonzero(last > first).tolist()
-        if continued := [batch.counts[i] for i in chosen if first[i] > 0]:
+        chosen = np.flatnonzero((last > first) | counts_step).tolist()
+        if continued := [batch.counts[i] for i in chosen if continues[i]]:
             torch._foreach_sub_(continued, 1)
         params, counts, grads = (
             [column[i] for i in chosen] for column in (batch.params, batch.counts, batch.grads)

@@ -4,8 +4,9 @@ The order of calls is that of `distributed.gradients.reducer`, `gradients.compre
 `wire.masters` and `strategies.zero`: hooks start the collectives of full buckets during backward; the last bucket
 starts when backward has ended. On processors a compressed bucket is sent in pieces. Pieces that have arrived are
 added, sent on and decoded while the rank waits, and between others that it encodes (see `pipeline`). With
-`defer_averaging`, as in `hvd_adam.train`, a small all-reduce travels ahead of the last bucket (codes: after it),
-and each bucket is updated as soon as its sum is there. On devices the update comes after all of them.
+`defer_averaging`, as in `hvd_adam.train`, a small all-reduce travels ahead of the last bucket (codes: after it), and each
+bucket, without compression each message of it, is updated as soon as its sum is there. On devices the update comes after
+all of them.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ STRATEGIES = ("allreduce", "sharded")
 # Bytes that a fused step of Adam reads and writes for a float32 parameter: it reads the gradient, and reads and
 # writes parameter and both moments.
 UPDATE_BYTES = 28
+ALLREDUCE_MESSAGES = 2  # of a piece of an all-reduce, as collectives.pieces.ALLREDUCE_BYTES
 SMALL_BYTES = 64.0  # of flags and messages that are sent by themselves
 
 # Bytes that `wire.master_shard` reads and writes for a float32 element of the own shard: it looks for changes (4
@@ -160,6 +162,7 @@ class _Program:
         self._in_pieces = setting.compression in ("bf16", *CODED)
         self._two_phases = self._in_pieces and not self._scatters
         self._ahead = machine.copies is not None and self._ranks.total > 1
+        self._in_messages = self._ahead and setting.compression == "none" and not self._scatters
         self._pipeline = Pipeline(self._time, self._gather, self._receive, works_meanwhile=self._in_pieces)
 
     def run(self) -> Step:
@@ -210,13 +213,22 @@ class _Program:
         exact = self._start(self._allreduce(4 * bucket.exact + SMALL_BYTES)) if self._coded else None
         sent = Sent(bucket, exact)
         self._pipeline.sent.append(sent)
-        whole = bucket.elements
-        for elements in columns(whole, self._ranks, self._machine) if self._in_pieces else [whole]:
+        for elements in self._pieces_of(bucket):
             while self._coded and self._pipeline.advance():
                 pass
             if self._setting.compression != "none":
                 self._do("coding", elements * self._codec.encode)
             sent.pieces.append(Piece(elements, self._start_first(elements), not self._two_phases))
+
+    def _pieces_of(self, bucket: Bucket) -> list[float]:
+        """Returns the elements of what is sent at a time, and used when it arrives."""
+        if self._in_pieces:
+            return columns(bucket.elements, self._ranks, self._machine)
+        message = ALLREDUCE_MESSAGES * self._machine.message_bytes / self._bytes
+        if not self._in_messages or message >= bucket.elements:
+            return [bucket.elements]
+        whole = math.ceil(bucket.elements / message) - 1
+        return [*[message] * whole, bucket.elements - whole * message]
 
     def _start_first(self, elements: float) -> Operation:
         nbytes = elements * self._bytes
@@ -228,7 +240,7 @@ class _Program:
         """Waits for all buckets, and updates each where updates need not wait for all."""
         for sent in self._pipeline.sent:
             self._pipeline.receive(sent)
-            if self._ahead:
+            if self._ahead and not self._in_messages:
                 self._update(sent.bucket.elements)
             elif self._coded:
                 self._pass(4 * sent.bucket.elements)  # a search for infinities
@@ -243,6 +255,8 @@ class _Program:
     def _receive(self, elements: float) -> None:
         if self._scatters:
             self._add_parts(elements)
+        elif self._in_messages:
+            self._update(elements)
         elif self._setting.compression != "none":
             self._do("coding", elements * self._codec.decode)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from copy import deepcopy
 from dataclasses import replace
 from itertools import product
-from statistics import quantiles
+from statistics import median
 
 import torch
 from torch.nn import functional as F
@@ -15,14 +15,13 @@ from hvd_adam.distributed.cluster import Cluster
 from hvd_adam.optim.adam import Adam
 from hvd_adam.simulate.config import CalibrateConfig
 from hvd_adam.simulate.machine import Machine
-from hvd_adam.simulate.profile import NORMAL_QUARTILES, WARM_UP, backward, random_batch, seconds_of
+from hvd_adam.simulate.profile import backward, random_batch, seconds_of
 from hvd_adam.simulate.step import CODED, STRATEGIES, WIRE_BYTES, Setting, simulate
 from hvd_adam.simulate.traffic import Ranks
 from hvd_adam.simulate.workload import Workload
 
 LEARNING_RATE = 1e-6  # so that weights hardly change, and no gradient becomes denormal, which is slow
 ROUNDS = 3  # over all settings: a model that is built again has other memory, and so another speed
-MEDIAN_ERROR = 1.2533  # √(π/2): standard error of the median of normal draws, over that of their mean
 
 
 def with_unexplained(
@@ -30,8 +29,7 @@ def with_unexplained(
 ) -> Workload:
     """Returns a workload with the seconds of a step that the model does not explain. Every rank calls it.
 
-    A prediction is then a measured step, plus what another network and other ranks change in the model. Less than
-    two standard errors count as 0.
+    A prediction is then a measured step, plus what another network and other ranks change in the model.
 
     Args:
         cluster: this process.
@@ -53,11 +51,9 @@ def with_unexplained(
             found += _beyond_computing(cluster, model, setting, config, -(-config.repeats // ROUNDS))
     unexplained = {}
     for setting, found in differences.items():
-        low, beyond, high = quantiles(found, n=4)
-        error = MEDIAN_ERROR * (high - low) / NORMAL_QUARTILES / len(found) ** 0.5
         step = simulate(workload, setting, machine)
-        rest = beyond - (step.seconds - workload.forward - workload.backward)
-        unexplained[f"{setting.strategy}-{setting.compression}"] = rest if abs(rest) > 2 * error else 0.0
+        rest = median(found) - (step.seconds - workload.forward - workload.backward)
+        unexplained[f"{setting.strategy}-{setting.compression}"] = rest
     return replace(workload, unexplained=unexplained)
 
 
@@ -66,7 +62,8 @@ def _beyond_computing(
 ) -> list[float]:
     """Returns the seconds by which steps are longer than computing alone, the mean of all ranks.
 
-    Both are measured in turns, since the speed of a virtual machine changes.
+    Both are measured in turns, since the speed of a virtual machine changes; each after one that is not timed, as
+    in a training, where caches hold what the step before has used.
     """
     plain, model = deepcopy(model), deepcopy(model)
     optimizer = distribute(
@@ -86,11 +83,18 @@ def _beyond_computing(
         compute(model)
         optimizer.step()
 
-    differences = []
-    for number in range(WARM_UP + repeats):
+    def alone() -> None:
         plain.zero_grad()
-        whole, alone = seconds_of(step, cluster), seconds_of(lambda: compute(plain), cluster)
-        if number >= WARM_UP:
-            differences.append(whole - alone)
+        compute(plain)
+
+    differences = []
+    for _ in range(1 + repeats):
+        seconds = []
+        for run in (step, alone):
+            cluster.barrier()
+            run()
+            seconds.append(seconds_of(run, cluster))
+        differences.append(seconds[0] - seconds[1])
+    del differences[0]
     of_ranks: list[float] = cluster.mean(torch.tensor(differences, dtype=torch.float64)).tolist()
     return of_ranks

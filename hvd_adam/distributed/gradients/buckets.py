@@ -85,7 +85,7 @@ class Buckets:
             offset, length = buffer.layout.offsets[i], buffer.params[i].numel()
             places = (max(0, place - offset) for place in (start, end))
             first, last = (length if place >= length else place - place % BLOCK for place in places)
-            if first < last:
+            if first < last or (length == 0 and start == bucket.start):
                 found[buffer.params[i]] = first, last
         return found
 
