@@ -19,8 +19,8 @@ from hvd_adam.errors import UserError
 from hvd_adam.simulate import calibration
 from hvd_adam.simulate.calibration import Calibration
 from hvd_adam.simulate.config import CalibrateConfig, PredictConfig, TuneConfig
-from hvd_adam.simulate.forecast import forecast
-from hvd_adam.simulate.machine import PRESETS, Codec, Link, Machine
+from hvd_adam.simulate.forecast import forecast, memory
+from hvd_adam.simulate.machine import PRESETS, Codec, Link, Machine, expected_maximum
 from hvd_adam.simulate.pipeline import LOOKED_AFTER, Piece, Pipeline, Sent
 from hvd_adam.simulate.predict import forecasts_of
 from hvd_adam.simulate.step import (
@@ -29,8 +29,6 @@ from hvd_adam.simulate.step import (
     UPDATE_BYTES,
     WIRE_BYTES,
     Setting,
-    expected_maximum,
-    memory,
     simulate,
 )
 from hvd_adam.simulate.tcp import tcp_seconds

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from hvd_adam.simulate.machine import Link, Machine
-from hvd_adam.simulate.step import STRATEGIES, WIRE_BYTES, Setting, Step, memory, simulate
+from hvd_adam.simulate.step import CODED, STRATEGIES, WIRE_BYTES, Setting, Step, simulate
 from hvd_adam.simulate.traffic import Ranks
 from hvd_adam.simulate.workload import Workload
 
@@ -143,3 +143,17 @@ def _with_network(machine: Machine, setting: Setting, bandwidth: float, latency:
     if setting.ranks.several_hosts:
         return replace(machine, between=change(machine.between))
     return replace(machine, inside=change(machine.inside))
+
+
+def memory(workload: Workload, setting: Setting) -> float:
+    """Returns the bytes of parameters, gradients, optimizer state and residuals of a rank, without activations.
+
+    Parameters and gradients have 4 bytes each, Adam's two moments 8, which are divided by the number of ranks if
+    sharded (ZeRO stage 1, arXiv 1910.02054). Codes have two residuals of 8 bytes each, one of them divided by the
+    number of ranks, or absent if sharded, and with it a float32 copy of the own shard (wire.coded_bucket).
+    """
+    n, sharded = setting.ranks.total, setting.strategy == "sharded" and setting.ranks.total > 1
+    each = 8.0 + 8 / (n if sharded else 1)
+    if setting.compression in CODED and n > 1:
+        each += 8 + (4 / n if sharded else 8 / n)
+    return each * workload.elements

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from statistics import NormalDist
 
 UNDIVIDED = 1e18  # bytes of a message: more than any tensor has
 
@@ -80,6 +81,14 @@ class Machine:
     trees: bool = False
     message_bytes: float = UNDIVIDED
     uncertainty: Mapping[str, float] = field(default_factory=dict)
+
+
+def expected_maximum(draws: int) -> float:
+    """Returns the expected maximum of standard normal draws, by Blom's formula; 0 for one.
+
+    Source: Blom, "Statistical Estimates and Transformed Beta-Variables", 1958: Φ⁻¹((N − 0.375) / (N + 0.25)).
+    """
+    return NormalDist().inv_cdf((draws - 0.375) / (draws + 0.25)) if draws > 1 else 0.0
 
 
 # Payload in a full Ethernet packet: 1448 of 1514 bytes (MTU 1500; IPv4, TCP with time stamps, Ethernet).

@@ -4,9 +4,9 @@ The order of calls is that of `distributed.gradients.reducer`, `gradients.compre
 `wire.masters` and `strategies.zero`: hooks start the collectives of full buckets during backward; the last bucket
 starts when backward has ended. On processors a compressed bucket is sent in pieces. Pieces that have arrived are
 added, sent on and decoded while the rank waits, and between others that it encodes (see `pipeline`). With
-`defer_averaging`, as in `hvd_adam.train`, a small all-reduce travels ahead of the last bucket (codes: after it), and each
-bucket, without compression each message of it, is updated as soon as its sum is there. On devices the update comes after
-all of them.
+`defer_averaging`, as in `hvd_adam.train`, a small all-reduce travels ahead of the last bucket (codes: after it),
+and each bucket is updated as soon as its sum is there, or each message of it without compression. On devices the
+update comes after all of them.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from dataclasses import dataclass
-from statistics import NormalDist
 
-from hvd_adam.simulate.machine import Codec, Machine
+from hvd_adam.simulate.machine import Codec, Machine, expected_maximum
 from hvd_adam.simulate.pipeline import Piece, Pipeline, Sent
 from hvd_adam.simulate.timeline import Operation, Processors, Timeline
 from hvd_adam.simulate.traffic import Ranks, Traffic, allgather, allreduce, alltoall, columns, latency, seconds
@@ -90,52 +89,45 @@ def simulate(workload: Workload, setting: Setting, machine: Machine) -> Step:
         setting: how the job is run.
         machine: on which machines.
     """
-    local = min(setting.ranks.per_host, setting.ranks.total)
-    if machine.cores is not None and local > 1 and machine.threads * local > machine.cores:
+    if _load(setting, machine) > 1 and min(setting.ranks.per_host, setting.ranks.total) > 1:
         workload = workload.slower(workload.sharing)
     even = _Program(workload, setting, machine).run()
     lag = machine.jitter * expected_maximum(setting.ranks.total)
     slow = _Program(workload.slower(1 + lag), setting, machine).run() if lag else even
-    overhead = _unexplained(workload, setting, machine)
+    overhead = _overhead(workload, setting, machine, even.parts["bandwidth"] + even.parts["latency"])
     parts = {**even.parts, "stragglers": slow.seconds - even.seconds, "overhead": overhead}
     return Step(slow.seconds + overhead, parts, even.sent, even.sent_by_host)
 
 
-def _unexplained(workload: Workload, setting: Setting, machine: Machine) -> float:
+def _load(setting: Setting, machine: Machine) -> float:
+    """Returns the threads that compute on a core; 0 on devices."""
+    local = min(setting.ranks.per_host, setting.ranks.total)
+    return 0.0 if machine.cores is None else machine.threads * local / machine.cores
+
+
+def _overhead(workload: Workload, setting: Setting, machine: Machine, exposed: float) -> float:
     """Returns what a measured step took longer than a simulated one; longer still where ranks share cores.
 
     Sharded ranks of one host have another program, so the other strategy's is taken where there is no measurement.
+    Inside a host, where it was measured, some of it is waiting of the two threads for each other and looking for
+    arrivals, which happens in a network's time between hosts. Half of it is taken to be so: that fits steps of an
+    MLP over 1 and 3 Gbit/s, whose overhead is 2 to 6 of 7 to 11 ms (docs/scaling.md).
+
+    Args:
+        workload: with what was measured.
+        setting: how the job is run.
+        machine: on which machines.
+        exposed: seconds that a rank waits for the network.
     """
     measured = workload.unexplained
     if setting.ranks.total == 1:
         return 0.0
     names = [f"{strategy}-{setting.compression}" for strategy in (setting.strategy, "allreduce")]
     seconds = next((measured[name] for name in names if name in measured), 0.0)
-    if machine.cores is None:
-        return seconds
-    return seconds * max(1.0, machine.threads * min(setting.ranks.per_host, setting.ranks.total) / machine.cores)
-
-
-def expected_maximum(draws: int) -> float:
-    """Returns the expected maximum of standard normal draws, by Blom's formula; 0 for one.
-
-    Source: Blom, "Statistical Estimates and Transformed Beta-Variables", 1958: Φ⁻¹((N − 0.375) / (N + 0.25)).
-    """
-    return NormalDist().inv_cdf((draws - 0.375) / (draws + 0.25)) if draws > 1 else 0.0
-
-
-def memory(workload: Workload, setting: Setting) -> float:
-    """Returns the bytes of parameters, gradients, optimizer state and residuals of a rank, without activations.
-
-    Parameters and gradients have 4 bytes each, Adam's two moments 8, which are divided by the number of ranks if
-    sharded (ZeRO stage 1, arXiv 1910.02054). Codes have two residuals of 8 bytes each, one of them divided by the
-    number of ranks, or absent if sharded, and with it a float32 copy of the own shard (wire.coded_bucket).
-    """
-    n, sharded = setting.ranks.total, setting.strategy == "sharded" and setting.ranks.total > 1
-    each = 8.0 + 8 / (n if sharded else 1)
-    if setting.compression in CODED and n > 1:
-        each += 8 + (4 / n if sharded else 8 / n)
-    return each * workload.elements
+    load, inside = _load(setting, machine), machine.copies is not None and any(machine.copies.values())
+    if inside and setting.ranks.several_hosts and load <= 1:
+        seconds -= min(max(0.0, seconds / 2), exposed)
+    return seconds * max(1.0, load)
 
 
 class _Program:
