@@ -133,17 +133,18 @@ def _sharing(cluster: Cluster, run: Callable[[], object], repeats: int) -> float
 @contextmanager
 def _threads_on(allowed: list[int]) -> Iterator[None]:
     """Moves all threads of this process to some cores."""
-    before = {}
-    for thread in map(int, os.listdir("/proc/self/task")):
+    tasks, own, before = Path("/proc/self/task"), os.sched_getaffinity(0), {}
+    for task in tasks.iterdir():
+        thread = int(task.name)
         with suppress(ProcessLookupError):  # it has ended
             before[thread] = os.sched_getaffinity(thread)
             os.sched_setaffinity(thread, allowed)
     try:
         yield
     finally:
-        for thread, its in before.items():
+        for task in tasks.iterdir():  # with threads that have begun meanwhile
             with suppress(ProcessLookupError):
-                os.sched_setaffinity(thread, its)
+                os.sched_setaffinity(int(task.name), before.get(int(task.name), own))
 
 
 def random_batch(cluster: Cluster, batch: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
