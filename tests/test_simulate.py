@@ -24,6 +24,7 @@ from hvd_adam.simulate.machine import PRESETS, Codec, Link, Machine, expected_ma
 from hvd_adam.simulate.pipeline import LOOKED_AFTER, Piece, Pipeline, Sent
 from hvd_adam.simulate.predict import forecasts_of
 from hvd_adam.simulate.step import (
+    ALLREDUCE_MESSAGES,
     BUCKET_BYTES,
     STRATEGIES,
     UPDATE_BYTES,
@@ -51,12 +52,13 @@ TWO = Workload(8, 0.1, 0.2, (Bucket(1_000_000, 0, 0.05), Bucket(500_000, 0, 0.2)
 
 
 def test_the_constants_are_those_of_the_modules_that_send():
-    from hvd_adam.distributed.collectives import started
+    from hvd_adam.distributed.collectives import pieces, started
     from hvd_adam.distributed.gradients import bucket_layout
     from hvd_adam.distributed.gradients.compression import COMPRESSIONS
     from hvd_adam.distributed.wire.codec import CODECS
 
     assert bucket_layout.BUCKET_MIB * 2**20 == BUCKET_BYTES
+    assert pieces.ALLREDUCE_BYTES == ALLREDUCE_MESSAGES * MESSAGE_BYTES
     assert started.Pipeline.LOOKED_AFTER == LOOKED_AFTER
     assert (*WIRE_BYTES,) == COMPRESSIONS
     for name, codec in CODECS.items():

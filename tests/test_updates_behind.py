@@ -50,9 +50,16 @@ def make_model(dtype=torch.float32):
     return torch.nn.Sequential(*layers, torch.nn.Linear(WIDTH, 4)).to(dtype)
 
 
-def make_optimizer(model, kind=Adam, adam=None, bucket_bytes=4 * WIDTH * WIDTH, **options):
-    """Distributes an optimizer; by default each weight of `make_model` has a bucket of its own."""
-    optimizer = kind(model.parameters(), lr=1e-2, implementation="fused", **(adam or {}))
+def make_optimizer(model, kind=Adam, adam=None, bucket_bytes=4 * WIDTH * WIDTH, amsgrad_of=None, **options):
+    """Distributes an optimizer; by default each weight of `make_model` has a bucket of its own.
+
+    With `amsgrad_of` every parameter has a group. Those of the first and last layer (0), or of the second (1), use
+    AMSGrad.
+    """
+    groups = model.parameters()
+    if amsgrad_of is not None:
+        groups = [{"params": [p], "amsgrad": i // 2 % 2 == amsgrad_of} for i, p in enumerate(model.parameters())]
+    optimizer = kind(groups, lr=1e-2, implementation="fused", **(adam or {}))
     return distribute(optimizer, model, bucket_mib=bucket_bytes / 2**20, **options)
 
 
@@ -115,6 +122,15 @@ def test_parts_of_a_bucket_that_are_updated_as_they_arrive_have_the_same_bits(
     parts = sections.count(0) / 4  # in each of 4 updates
     elements = WIDTH * WIDTH if bucket_bytes < 2**20 else 2 * (WIDTH * WIDTH + WIDTH) + 4 * WIDTH + 4
     assert parts == 1 if dtype == torch.bfloat16 else parts >= 4 * elements // message_bytes
+
+
+@on_ranks(2)
+@each_strategy
+@pytest.mark.parametrize("amsgrad_of", [0, 1])  # the layers that do; see `make_optimizer`
+def test_parts_of_parameters_with_and_without_amsgrad_have_the_same_bits(cluster, strategy, amsgrad_of):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pieces, "ALLREDUCE_BYTES", 4096)
+        assert compared(cluster, strategy=strategy, bucket_bytes=2**20, amsgrad_of=amsgrad_of)
 
 
 @on_ranks(2)

@@ -213,7 +213,7 @@ class UpdateRows:
         first, last = (np.clip(place - skip, 0, length) for place in (first, last))
         rows = batch.rows.copy()
         for name, (nbytes, elements) in self._entries.items():
-            rows[name] += first // elements * nbytes
+            rows[name] += np.where(rows[name] == 0, 0, first // elements * nbytes)  # 0: there is no such tensor
         rows["elements"] = last - first
         rows["position"] += first
         chosen = np.flatnonzero((last > first) | counts_step).tolist()
@@ -239,8 +239,9 @@ class UpdateRows:
             held = name if name in self._state.used[0] else _CODES.get(name, name)
             tensors = [state.get(held) for state in self._state.used]
             self._rows[name] = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-            if tensors[0] is not None and name != "step":
-                self._entries[name] = tensors[0].element_size(), elements_each(held)
+            some = next((tensor for tensor in tensors if tensor is not None), None)  # as not all use AMSGrad
+            if some is not None and name != "step":
+                self._entries[name] = some.element_size(), elements_each(held)
         self._plans.clear()
 
 
