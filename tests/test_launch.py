@@ -185,6 +185,20 @@ def test_signal_while_the_proxy_exits_does_not_change_the_exit_code():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 3
 
 
+def test_signal_before_the_launcher_starts_is_forwarded_when_it_has_started():
+    code = f"""if True:
+        import os, runpy, signal, subprocess, sys
+        def popen(*arguments, start=subprocess.Popen, **options):
+            os.kill(os.getpid(), signal.SIGINT)
+            return start(*arguments, **options)
+        subprocess.Popen = popen
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a background command of a script
+        sys.argv = ["proxy", "sleep", "1000"]
+        runpy.run_path({str(PACKAGE / "signal_proxy.py")!r}, run_name="__main__")
+    """
+    assert subprocess.run([sys.executable, "-c", code], timeout=250).returncode == 130
+
+
 def test_rank_that_horovodrun_terminates_does_not_count_as_successful():
     # The steps of Horovod's helper process in the order that fails; there they are a race.
     code = """if True:

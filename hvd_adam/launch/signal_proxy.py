@@ -40,7 +40,8 @@ def isolate() -> None:
 
 def start(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
     """Starts the launcher and forwards to it the signals that this process receives; `options` are Popen's."""
-    launcher = subprocess.Popen(command, preexec_fn=isolate, **options)
+    launcher: subprocess.Popen[bytes] | None = None
+    early: list[int] = []  # to forward as soon as the launcher has started
     first: float | None = None  # time of the first SIGTERM, SIGINT or SIGHUP
     terminating = False
 
@@ -56,11 +57,18 @@ def start(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
                 return  # one more would end mpirun before it has killed its ranks
             else:
                 number, terminating = signal.SIGTERM, True
-        launcher.send_signal(number)
+        if launcher is None:
+            early.append(number)
+        else:
+            launcher.send_signal(number)
 
+    # Before the launcher starts: until then a background command of bash ignores SIGINT, and others kill it.
     for number in FORWARDED:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # ignored: by nohup
             signal.signal(number, forward)
+    launcher = subprocess.Popen(command, preexec_fn=isolate, **options)
+    while early:
+        launcher.send_signal(early.pop(0))
     return launcher
 
 

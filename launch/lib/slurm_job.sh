@@ -148,9 +148,11 @@ forward_signal() {
   kill -USR1 "$training" 2>/dev/null || true
 }
 
-# interrupt: Ctrl-C, in a job of salloc. The ranks save a checkpoint and stop, and the job is not requeued.
+# interrupt: Ctrl-C, in a job of salloc. The ranks save a checkpoint and stop, and the job is not requeued. The command
+# ignores SIGINT until its Python has started, like every background command of bash.
 interrupt() {
   interrupted=true
+  if ((SECONDS < 1)); then sleep 1; fi
   kill -INT "$training" 2>/dev/null || true
 }
 

@@ -21,8 +21,8 @@ from helpers.cluster.hosts import HEAD, Hosts
 
 TOOLS = ("munged", "slurmctld", "slurmd", "srun", "sbatch")
 
-# Times are seconds instead of a real cluster's minutes: a requeued job starts within seconds, a failed node is
-# detected after 20 s. Only messages may take long, on a busy machine.
+# Times are seconds instead of a real cluster's minutes: a failed node is detected after 20 s, a requeued job starts
+# when the credentials of its last start have expired. Messages may take long, on a busy machine.
 CONFIG = """
 ClusterName=tests
 SlurmctldHost={head}({head_address})
@@ -30,7 +30,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-AuthInfo=cred_expire=5
+AuthInfo=cred_expire=10
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool_%n
 SlurmctldPidFile=/run/slurmctld.pid
