@@ -35,8 +35,8 @@ Results = dict[tuple[str, str, int], dict[str, Any]]  # by model, format and see
 
 
 def resnet18() -> Task:
-    """Returns a classifier of synthetic images of 16×16: 320 for training and 64 for testing."""
-    data = synthetic.load(shape=(3, 16, 16), samples=320)
+    """Returns a classifier of synthetic images of CIFAR-10's shape: 320 for training and 64 for testing."""
+    data = synthetic.load(samples=320)
 
     def tensors(images: Any, labels: Any) -> tuple[Tensor, Tensor]:
         return torch.as_tensor(images).float() / 255 - 0.5, torch.as_tensor(labels).long()

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from hvd_adam.simulate.machine import Codec, Machine, expected_maximum
 from hvd_adam.simulate.pipeline import Piece, Pipeline, Sent
 from hvd_adam.simulate.timeline import Operation, Processors, Timeline
-from hvd_adam.simulate.traffic import Ranks, Traffic, allgather, allreduce, alltoall, columns, latency, seconds
+from hvd_adam.simulate.traffic import Ranks, Traffic, allgather, allreduce, alltoall, columns, cut, latency, seconds
 from hvd_adam.simulate.workload import Bucket, Workload
 
 BUCKET_BYTES = 8 * 2**20  # the default of `distribute`
@@ -216,11 +216,9 @@ class _Program:
         """Returns the elements of what is sent at a time, and used when it arrives."""
         if self._in_pieces:
             return columns(bucket.elements, self._ranks, self._machine)
-        message = ALLREDUCE_MESSAGES * self._machine.message_bytes / self._bytes
-        if not self._in_messages or message >= bucket.elements:
+        if not self._in_messages:
             return [bucket.elements]
-        whole = math.ceil(bucket.elements / message) - 1
-        return [*[message] * whole, bucket.elements - whole * message]
+        return cut(bucket.elements, ALLREDUCE_MESSAGES * self._machine.message_bytes / self._bytes)
 
     def _start_first(self, elements: float) -> Operation:
         nbytes = elements * self._bytes

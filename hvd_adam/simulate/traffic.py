@@ -141,9 +141,13 @@ def columns(elements: float, ranks: Ranks, machine: Machine) -> list[float]:
     """
     if machine.copies is None:
         return [elements]
-    step = max(PIECE // ranks.total, LEAST_OF_PART) * ranks.total
-    whole = max(1, math.ceil(elements / step)) - 1
-    return [*[float(step)] * whole, elements - whole * step]
+    return cut(elements, max(PIECE // ranks.total, LEAST_OF_PART) * ranks.total)
+
+
+def cut(elements: float, most: float) -> list[float]:
+    """Returns the elements of pieces of so many elements, and of the rest, which is the last piece."""
+    whole = max(1, math.ceil(elements / most)) - 1
+    return [*[float(most)] * whole, elements - whole * most]
 
 
 def latency(traffic: Traffic, machine: Machine, ranks: Ranks) -> float:

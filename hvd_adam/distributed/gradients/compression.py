@@ -57,23 +57,6 @@ class Scaling:
             values[: max(0, self.elements - start)].mul_(self.factor)
 
 
-def parts_of(reduction: Reduction, elements: int) -> Iterator[int]:
-    """Waits for a reduction, part after part where that is possible, in place of its `wait`.
-
-    Args:
-        reduction: a started one.
-        elements: of its bucket.
-
-    Yields:
-        How many of the elements, from the first on, have their sums.
-    """
-    if isinstance(reduction, AllReduce) and reduction.in_place:
-        yield from reduction.arrive()
-    else:
-        reduction.wait()
-        yield elements
-
-
 def is_half(dtype: torch.dtype) -> bool:
     """Returns whether gradients of this dtype are reduced, and scaled, in float32."""
     return dtype in _HALF

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from hvd_adam.distributed.collectives.waiting import working_meanwhile
-from hvd_adam.distributed.gradients.compression import AllReduce, Reduction, parts_of
+from hvd_adam.distributed.gradients.compression import AllReduce, Reduction
 
 
 def start_meeting(name: str, device: torch.device, call: str) -> Callable[[], None]:
@@ -44,10 +44,13 @@ def arrivals(reduction: Reduction, elements: int, meanwhile: Callable[[], bool])
     Yields:
         How many of the elements, from the first on, have their sums.
     """
-    parts, arrived = parts_of(reduction, elements), 0
+    parts = reduction.arrive() if isinstance(reduction, AllReduce) and reduction.in_place else None
+    arrived = 0
     while arrived < elements:
         with explained(), working_meanwhile(meanwhile):
-            arrived = next(parts)
+            if parts is None:
+                reduction.wait()
+            arrived = elements if parts is None else next(parts)
         yield arrived
 
 

@@ -21,8 +21,8 @@ from helpers.cluster.hosts import HEAD, Hosts
 
 TOOLS = ("munged", "slurmctld", "slurmd", "srun", "sbatch")
 
-# Times are seconds instead of a real cluster's minutes: a failed node is detected after 20 s, a requeued job starts
-# when the credentials of its last start have expired. Messages may take long, on a busy machine.
+# Times are seconds instead of a real cluster's minutes: a failed node is detected after 20 s, a requeued job
+# starts when the credentials of its last start have expired. Messages may take long, on a busy machine.
 CONFIG = """
 ClusterName=tests
 SlurmctldHost={head}({head_address})
