@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from hvd_adam.simulate.machine import Codec, Machine, expected_maximum
 from hvd_adam.simulate.pipeline import Piece, Pipeline, Sent
 from hvd_adam.simulate.timeline import Operation, Processors, Timeline
-from hvd_adam.simulate.traffic import Ranks, Traffic, allgather, allreduce, alltoall, columns, cut, latency, seconds
+from hvd_adam.simulate.traffic import Ranks, Traffic, allgather, allreduce, alltoall, columns, cut, seconds
 from hvd_adam.simulate.workload import Bucket, Workload
 
 BUCKET_BYTES = 8 * 2**20  # the default of `distribute`
@@ -295,8 +295,7 @@ class _Program:
         return allreduce(nbytes, self._ranks, self._machine)
 
     def _start(self, traffic: Traffic) -> Operation:
-        duration, cpu = seconds(traffic, self._machine, self._ranks)
-        waiting = latency(traffic, self._machine, self._ranks)
+        duration, waiting, cpu = seconds(traffic, self._machine, self._ranks)
         self._latency += waiting
         self._wire += duration - waiting
         self._sent += traffic.sent

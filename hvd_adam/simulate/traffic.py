@@ -150,7 +150,7 @@ def cut(elements: float, most: float) -> list[float]:
     return [*[float(most)] * whole, elements - whole * most]
 
 
-def latency(traffic: Traffic, machine: Machine, ranks: Ranks) -> float:
+def _latency(traffic: Traffic, machine: Machine, ranks: Ranks) -> float:
     """Returns the seconds of the messages, which follow each other around the ring.
 
     Of the links of the ring, one of each host leads to another host (as in NCCL's tuning.cc).
@@ -161,16 +161,16 @@ def latency(traffic: Traffic, machine: Machine, ranks: Ranks) -> float:
     return traffic.messages * each
 
 
-def seconds(traffic: Traffic, machine: Machine, ranks: Ranks) -> tuple[float, float]:
-    """Returns the seconds of a collective on idle processors, and the core-seconds that each rank spends on it.
+def seconds(traffic: Traffic, machine: Machine, ranks: Ranks) -> tuple[float, float, float]:
+    """Returns the seconds of a collective on idle processors, its latency, and the core-seconds of each rank.
 
     Where devices communicate, the bytes inside and between hosts travel at the same time. Processors copy a
     message before its first byte is sent and after its last one has arrived, and add, so that the bytes of the
     wire take their time in addition. The kernel's work for the wire runs while the wire is busy.
     """
-    wire = traffic.between / machine.between.bandwidth
+    latency, wire = _latency(traffic, machine, ranks), traffic.between / machine.between.bandwidth
     if machine.copies is None:
-        return latency(traffic, machine, ranks) + max(traffic.inside / machine.inside.bandwidth, wire), 0.0
+        return latency + max(traffic.inside / machine.inside.bandwidth, wire), latency, 0.0
     copies = traffic.sent * machine.copies[traffic.kind]
     kernel = traffic.between / min(ranks.per_host, ranks.total) * machine.between.cpu
-    return latency(traffic, machine, ranks) + copies + max(wire, kernel), copies + kernel
+    return latency + copies + max(wire, kernel), latency, copies + kernel
