@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python tests/advise_validation.py FOLDER train    # updates to the target, with each batch
     OMP_NUM_THREADS=1 python tests/advise_validation.py FOLDER time     # seconds of an update; on an idle machine,
     OMP_NUM_THREADS=1 horovodrun --gloo -np 2 python tests/advise_validation.py FOLDER time     # on 1 and 2 ranks
-    OMP_NUM_THREADS=1 python tests/advise_validation.py FOLDER advise   # advice for runs with --noise-scale
+    OMP_NUM_THREADS=1 python tests/advise_validation.py FOLDER advise   # advice for runs with --noise-scale 1
     python tests/advise_validation.py FOLDER                            # the tables
 
 The digits are trained with global batches of 8 to 512 samples and a learning rate that the square root rule scales
@@ -21,7 +21,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -35,6 +35,7 @@ OWN = 64  # the batch of the run that is given advice, and of the learning rate
 TARGETS = {"mlp": 0.1, "cnn": 0.05}  # mean training losses of an epoch
 EPOCHS = {"mlp": (25, 70), "cnn": (8, 20)}  # for batches up to OWN, and larger ones
 SEEDS = (0, 1, 2)
+FORMS = ("gradient", "adam")  # of the noise scale
 IMAGES = 1442
 TIMED_SAMPLES, LEAST_TIMED, MOST_TIMED, TURNS = 4096, 10, 100, 2  # the last three: updates, and repetitions
 HOROVODRUN = str(Path(sys.executable).with_name("horovodrun"))
@@ -112,26 +113,27 @@ def seconds_of_update(folder: Path, model: str, ranks: int, batch: int) -> float
 
 def advise(folder: Path, models: Sequence[str], ranks: Sequence[int]) -> None:
     """Trains with --noise-scale to the target, and asks for advice."""
-    for model, size in ((m, r) for m in models for r in ranks):
-        run = folder / f"advised-{model}-{size}"
+    for model, size, form in product(models, ranks, FORMS):
+        run = folder / f"advised-{model}-{size}-{form}"
         if not run.exists():
             steps = round(
                 median(updates_to_target(folder / f"{model}-{OWN}-{seed}", TARGETS[model]) for seed in SEEDS)
             )
-            values = options(model, OWN, noise_scale=2, max_steps=steps, epochs=10**4, accumulate=2 // size)
+            values = options(model, OWN, noise_scale=1, max_steps=steps, epochs=10**4, accumulate=2 // size)
+            values["noise_scale_form"] = form
             launcher = [HOROVODRUN, "--gloo", "-np", str(size)] if size > 1 else []
             command = [*launcher, sys.executable, "-m", "hvd_adam.train"]
             subprocess.run([*command, *words({**values, "output_dir": str(run)})], check=True)
         command = [sys.executable, "-m", "hvd_adam.advise", str(run), "--confirm", "--launcher", "gloo", "--json"]
         command += ["--batches", ",".join(map(str, GRID))]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        (folder / f"advice-{model}-{size}.json").write_text(done.stdout)
+        (folder / f"advice-{model}-{size}-{form}.json").write_text(done.stdout)
 
 
 def tables(folder: Path) -> None:
     """Prints the time to the target with each batch, and that of the advised one relative to the best."""
     for path in sorted(folder.glob("advice-*.json")):
-        _, model, size = path.stem.split("-")
+        _, model, size, form = path.stem.split("-")
         advice = json.loads(path.read_text())
         counts = {
             b: median(updates_to_target(folder / f"{model}-{b}-{seed}", TARGETS[model]) for seed in SEEDS)
@@ -142,7 +144,9 @@ def tables(folder: Path) -> None:
         chosen = advice["soonest"]["global_batch"]
         rows = sorted(advice["rows"], key=lambda row: -row["relative_time"])
         predicted = {row["global_batch"]: row["relative_time"] for row in rows}  # of equal batches the soonest
-        print(f"\n{model}, {size} rank(s): noise scale {advice['noise_scale']['value']:.0f} samples")
+        noise = advice["noise_scale"]["value"]
+        shown = "infinity" if noise is None else f"{noise:.0f}"
+        print(f"\n{model}, {size} rank(s): noise scale {shown} samples, form {form}")
         print(
             "| batch | updates | ms per update | s to the target | relative to the best | advisor's, to its best |"
         )

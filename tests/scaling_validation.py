@@ -2,11 +2,11 @@
 
     python tests/scaling_validation.py FOLDER [--ranks 2,4] [--links 100Mbit,1Gbit] [--models mlp,cnn]
 
-Calibrates with two ranks inside one host, measures each model over each link with every strategy and compression,
-in turns, and prints each prediction next to the median of the steps, and the errors next to how well measurements
-repeat: the difference between the medians of even and of odd turns. What is in FOLDER already is not measured
-again, so that measurements can be divided into several calls. Each call calibrates, since the speed of a
-virtual machine changes within hours. Needs root.
+Measures each model over each link with every strategy and compression, in turns, and prints each prediction next
+to the median of the steps, and the errors next to how well measurements repeat: the difference between the medians
+of even and of odd turns. What is in FOLDER already is not measured again, so that measurements can be divided into
+several calls. Before each model and link it calibrates with two ranks inside one host, since the speed of a
+virtual machine changes within minutes. Needs root.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import chain, combinations, product
 from pathlib import Path
@@ -48,10 +48,10 @@ HOROVODRUN = str(Path(sys.executable).with_name("horovodrun"))
 ENVIRON = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"}
 
 
-def calibrate(launcher: str, models: str, file: Path) -> None:
+def calibrate(launcher: str, model: str, file: Path) -> None:
     """Calibrates two ranks inside one host."""
-    names = ",".join(MODELS[model] for model in models.split(","))
-    options = ["--models", names, "--batch-size", str(BATCH), "--repeats", "8", "--output", str(file)]
+    options = ["--models", MODELS[model], "--batch-size", str(BATCH), "--repeats", "8"]
+    options += ["--output", str(file), "--force"]
     plan = plan_of(launcher, 2, "hvd_adam.simulate", "calibrate", *options)
     subprocess.run(plan.command, check=True, env={**os.environ, **plan.environ})
 
@@ -90,7 +90,7 @@ def predict(file: Path, model: str, ranks: int, link: str, setting: str) -> floa
 Place = tuple[str, int, str]  # model, ranks, link
 Times = dict[str, list[list[float]]]  # of each turn, by "strategy-compression": see helpers.scaling_worker
 
-Measured = dict[Place, tuple[Path, Times]]  # with the calibration of the same call
+Measured = dict[Place, tuple[Path, Times]]  # with the calibration made before
 
 
 class Row(NamedTuple):
@@ -213,30 +213,27 @@ def main() -> None:
     parser.add_argument("--ranks", default="2,4")
     parser.add_argument("--links", default=",".join(LINKS))
     parser.add_argument("--models", default=",".join(MODELS))
-    parser.add_argument(
-        "--within", type=float, default=math.inf, help="start no measurement after so many seconds"
-    )
+    parser.add_argument("--within", type=float, default=math.inf, help="calibrate no more after so many seconds")
     arguments = parser.parse_args()
     folder, end = arguments.folder, time.monotonic() + arguments.within
     folder.mkdir(exist_ok=True)
-    wanted = {(model, n, link): folder / f"{model}-{n}-{link}.json" for n, link, model in settings(arguments)}
-    if not all(run.exists() for run in wanted.values()):
-        file = folder / f"calibration-{len([*folder.glob('calibration-*')])}.json"
-        calibrate(arguments.launcher, arguments.models, file)
-        for (model, n, link), run in wanted.items():
-            if not run.exists() and time.monotonic() < end:
+    ranks = [*map(int, arguments.ranks.split(","))]
+    made: Measured = {}
+    for model, link in product(arguments.models.split(","), arguments.links.split(",")):
+        runs = {n: folder / f"{model}-{n}-{link}.json" for n in ranks}
+        missing = [n for n, run in runs.items() if not run.exists()]
+        if missing and time.monotonic() < end:
+            file = folder / f"calibration-{model}-{link}-{'-'.join(map(str, missing))}.json"
+            calibrate(arguments.launcher, model, file)
+            for n in missing:
                 measure(arguments.launcher, model, n, link, folder / "steps.json")
                 whole = {"calibration": file.name, "steps": json.loads((folder / "steps.json").read_text())}
-                run.write_text(json.dumps(whole))
-    made = {place: json.loads(run.read_text()) for place, run in wanted.items() if run.exists()}
-    compare({place: (folder / run["calibration"], run["steps"]) for place, run in made.items()})
-
-
-def settings(arguments: argparse.Namespace) -> Iterator[tuple[int, str, str]]:
-    """Yields ranks, link and model."""
-    ranks = map(int, arguments.ranks.split(","))
-    for model, link, number in product(arguments.models.split(","), arguments.links.split(","), [*ranks]):
-        yield number, link, model
+                runs[n].write_text(json.dumps(whole))
+        for n, run in runs.items():
+            if run.exists():
+                whole = json.loads(run.read_text())
+                made[model, n, link] = folder / whole["calibration"], whole["steps"]
+    compare(made)
 
 
 if __name__ == "__main__":

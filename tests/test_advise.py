@@ -143,7 +143,7 @@ def test_a_calibration_whose_network_alone_takes_longer_is_refused():
 
 def record(**options):
     config = {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "lr_scaling": "linear", **options}
-    return Record(None, config, 2, 32, 1, 1442, 100, 0.01, "none", NoiseScale(100.0, 50.0, math.inf, 90))
+    return Record(None, config, 2, 32, 1, 1442, None, 100, 0.01, "none", NoiseScale(100.0, 50.0, math.inf, 90))
 
 
 @pytest.mark.parametrize("rule", SCALING_RULES)
@@ -214,9 +214,9 @@ def test_the_last_finite_noise_scale_and_the_speed_of_the_last_job_count(tmp_pat
         (
             [
                 {"event": "start", "step": 0, "world_size": 2, "global_batch_size": 32},
-                step(9, 9.0, None, 70.0, None),
+                step(9, 9.0, None, None, None),
             ],
-            "no finite noise scale .it is at least 70 samples.",
+            "has no finite noise scale: resume the run for some hundred updates more",
         ),
     ],
 )
@@ -260,9 +260,62 @@ def test_batches_beyond_an_epoch_and_ranks_that_do_not_divide_the_batch_are_refu
     with pytest.raises(UserError, match="--np 3: the 32 samples of an update do not divide by 3 ranks"):
         ask(run, "--measure", "--np", 3)
     with pytest.raises(UserError, match="no checkpoint in"):  # after which --np is no obstacle
-        ask(run, "--measure", "--np", 4, "--batches", 9)
+        ask(run, "--measure", "--np", 4, "--batches", 8)
     with pytest.raises(UserError, match="no checkpoint in"):
         ask(run, "--measure")
+
+
+def test_a_noise_scale_that_is_only_known_to_be_large_counts_as_infinite(tmp_path, capsys):
+    start = {"event": "start", "step": 0, "world_size": 2, "global_batch_size": 32}
+    run = write_run(tmp_path / "run", [start, step(9, 1600.0, None, 70.0, None)])
+    assert records.read(str(run)).noise == NoiseScale(math.inf, 70.0, math.inf, 9)
+    ask(run)
+    text = capsys.readouterr().out
+    assert "noise scale infinity samples (95 % interval 70 to infinity)" in text
+    assert "so it is taken to be infinite" in text and "4 ranks 0.50 and 1.00" in text
+    ask(run, "--json")
+    assert json.loads(capsys.readouterr().out)["noise_scale"]["value"] is None
+
+
+def test_numbers_that_cannot_be_used_are_named_and_refused_if_none_is_left(tmp_path, capsys):
+    run = write_run(tmp_path / "run")
+    with pytest.raises(UserError, match="--batches 33: more than an epoch, or no whole number of equal micro-"):
+        ask(run, "--batches", 33)
+    with pytest.raises(UserError, match="--most-samples 8: the run itself has 16"):
+        ask(run, "--most-samples", 8)
+    ask(run, "--batches", "16,33,64,2000")
+    logged = capsys.readouterr().err
+    assert "left out: --batches 33,2000: more than an epoch" in logged
+    assert "not in the table: --batches 16,33,2000, of which no time is known" in logged
+    file = tmp_path / "calibration.json"
+    file.write_text(Calibration(replace(PLAIN, jitter=0.01), {"cnn": TWO}, 1, {"device": "none"}).to_json())
+    with pytest.raises(UserError, match="--ranks 3,1000: no batch divides by them"):
+        ask(run, "--calibration", file, "--ranks", "3,1000", "--batches", "32,64")
+    rows = [
+        {"event": "start", "step": 0, "world_size": 2, "global_batch_size": 32},
+        step(60, 40.0, 190.0, 90.0, 400.0),
+    ]
+    slow = write_run(tmp_path / "slow", rows)
+    ask(slow, "--calibration", file, "--ranks", "4,1000", "--batches", "64,128")
+    output = capsys.readouterr()
+    assert "left out: --ranks 1000: no batch divides by them" in output.err
+    assert "of each number of ranks the soonest batch is shown: --json has all" in output.out
+
+
+def test_a_calibration_of_another_model_of_the_same_name_is_refused(tmp_path, capsys):
+    file = tmp_path / "calibration.json"
+    file.write_text(Calibration(replace(PLAIN, jitter=0.01), {"cnn": TWO}, 1, {"device": "none"}).to_json())
+    start = {"event": "start", "step": 0, "world_size": 2, "global_batch_size": 32}
+    rows = [start, step(60, 40.0, 190.0, 90.0, 400.0)]
+    ask(write_run(tmp_path / "earlier", rows), "--calibration", file)
+    known = f"its cnn has {TWO.elements:,} parameters; {tmp_path / 'earlier'} does not record"
+    assert known in capsys.readouterr().err
+    rows[0] = {**start, "parameters": TWO.elements}
+    ask(write_run(tmp_path / "same", rows), "--calibration", file)
+    assert capsys.readouterr().err == ""
+    rows[0] = {**start, "parameters": 4810}
+    with pytest.raises(UserError, match="calibrate with the --image-size, --channels and --classes of the run"):
+        ask(write_run(tmp_path / "other", rows), "--calibration", file)
 
 
 def test_without_a_cost_model_only_upper_bounds_are_shown(tmp_path, capsys):

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from helpers.forked_python import forked_python
@@ -26,6 +27,7 @@ from hvd_adam.advise.measure import speed, spread
 from hvd_adam.checkpoint import storage
 from hvd_adam.errors import UserError
 from hvd_adam.simulate.calibration import Calibration
+from hvd_adam.simulate.workload import Bucket
 
 RATE = ("--lr-decay", "constant", "--warmup-epochs", "0.5")
 OPTIONS = ("--model", "mlp", "--batch-size", "16", "--accumulate", "2", "--noise-scale", "1", "--log-every", "5")
@@ -100,7 +102,8 @@ def test_updates_are_measured_and_the_run_folder_does_not_change(run, capsys):
 @pytest.mark.usefixtures("_forks")
 def test_batches_are_confirmed_on_two_ranks(run, capsys, tmp_path):
     before, file = digest(run), tmp_path / "calibration.json"
-    file.write_text(Calibration(PLAIN, {"mlp": TWO}, 2, {"device": "none"}).to_json())
+    measured = replace(TWO, buckets=(Bucket(4810, 0, 0.2),))
+    file.write_text(Calibration(PLAIN, {"mlp": measured}, 2, {"device": "none"}).to_json())
     calibrated = ("--calibration", file, "--ranks", "1,2", "--ranks-per-host", 1, "--network", "ndr400")
     ask(run, *calibrated, "--confirm", "--np", 2, "--launcher", "gloo", "--candidates", 2, "--samples", 2000)
     text = capsys.readouterr().out
@@ -194,6 +197,8 @@ def test_batches_next_to_the_best_are_trained_until_both_are_worse():
     rows += [Row(2, 16, 2, 64, 1.0, 1.0, 1.0, 1.1, 1.1), Row(4, 16, 1, 64, 1.0, 1.0, 1.0, 0.1, 0.1)]
     settings = settings_by_batch(rows, own)
     assert [*settings] == [16, 32, 64, 128] and settings[64] == Setting(2, 32, 1, 64) and settings[32] == own
+    divided = Setting(2, 8, 2, 32)  # for its noise scale
+    assert settings_by_batch(rows, divided)[32] == own and settings_by_batch(rows[:1], divided)[32] == divided
     assert next_batch([16, 32, 64, 128], [32, 64], 64) == 128
     assert next_batch([16, 32, 64, 128], [32, 64, 128], 128) is None
     assert next_batch([16, 32, 64, 128], [32, 64], 32) == 16

@@ -33,10 +33,10 @@ def test_the_advised_batch_is_compared_with_the_best_of_the_grid(tmp_path, capsy
         write(tmp_path / f"time-mlp-2-{batch}-0", [1.0] * 8, rate=1000.0 + (batch == 64) * 250.0)
     rows = [{"global_batch": batch, "relative_time": 1.0} for batch in advise_validation.GRID]
     advice = {"noise_scale": {"value": 100.0}, "soonest": {"global_batch": 128}, "rows": rows, "confirmed": None}
-    (tmp_path / "advice-mlp-2.json").write_text(json.dumps(advice))
+    (tmp_path / "advice-mlp-2-adam.json").write_text(json.dumps(advice))
     advise_validation.tables(tmp_path)
     out = capsys.readouterr().out
     assert "best 64: 1.00 of" in out and "advised 128: 1.25 of the best time" in out and "confirmed" not in out
-    (tmp_path / "advice-mlp-2.json").write_text(json.dumps({**advice, "confirmed": {"soonest": 32}}))
+    (tmp_path / "advice-mlp-2-adam.json").write_text(json.dumps({**advice, "confirmed": {"soonest": 32}}))
     advise_validation.tables(tmp_path)
     assert "confirmed 32: 1.25 of the best time" in capsys.readouterr().out

@@ -19,7 +19,7 @@ from hvd_adam import Adam, distribute
 from hvd_adam.arguments import parse
 from hvd_adam.config import TrainConfig
 from hvd_adam.distributed.collectives.pieces import ALLREDUCE_BYTES
-from hvd_adam.distributed.release.buckets import LIVE
+from hvd_adam.distributed.release.buckets import LIVE, ReducedBuckets
 from hvd_adam.distributed.release.optimizer import ReleasingAdam
 from hvd_adam.distributed.release.places import send_order
 from hvd_adam.distributed.release.stand_ins import ReleasedGradient
@@ -163,6 +163,72 @@ def test_a_gradient_that_is_reduced_in_place_has_the_same_bits(cluster, everywhe
             optimizer.zero_grad()
         trained.append(everything(model, optimizer))
     assert trained[0] == trained[1]
+
+
+@on_ranks(2)
+def test_a_large_gradient_is_copied_only_if_something_else_has_its_memory(cluster):
+    placed, sent, start = {}, {}, ReducedBuckets._start_in_place
+
+    def spy(buckets, place, name):
+        started = start(buckets, place, name)
+        sent[place.params[0]] = started.gradients[0].data_ptr()
+        return started
+
+    kept = []
+    hooks = {False: lambda p: None, True: lambda p: kept.append(p.grad)}
+    for keeps, hook in hooks.items():
+        model = Wide()
+        model.wide.register_post_accumulate_grad_hook(lambda p: placed.update({p: p.grad.data_ptr()}))
+        model.wide.register_post_accumulate_grad_hook(hook)
+        optimizer = make_optimizer(model)
+        torch.manual_seed(cluster.rank)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ReducedBuckets, "_start_in_place", spy)
+            model(torch.randn(8, 4)).square().mean().backward()
+        own = kept[0].clone() if kept else None
+        optimizer.step()
+        assert (placed[model.wide] == sent[model.wide]) != keeps
+    assert torch.equal(own, kept[0]) and not same_everywhere(digest(kept[0]))
+
+
+class Sum(torch.nn.Module):
+    """Adds two large parameters, whose gradients autograd places in the same memory, to a small one."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.small = torch.nn.Parameter(torch.randn(1100))
+        self.a, self.b = (torch.nn.Parameter(torch.randn(3000, 1100)) for _ in range(2))
+
+    def forward(self, x):
+        small = (2 * self.small).expand(1, 3000, 1100)  # before the others: its node of backward runs after theirs
+        return ((small + (self.a.unsqueeze(0) + self.b.unsqueeze(0))) * x).tanh()
+
+
+@on_ranks(2)
+def test_a_large_gradient_that_other_nodes_of_backward_read_has_the_same_bits(cluster):
+    trained = []
+    for released in (False, True):
+        model = Sum()
+        optimizer = make_optimizer(model, released)
+        for seed in range(2):
+            torch.manual_seed(10 * seed + cluster.rank)
+            gradient = torch.randn(1, 3000, 1100)
+            model(torch.randn(1, 3000, 1100)).backward(gradient)
+            optimizer.step()
+            optimizer.zero_grad()
+        trained.append(everything(model, optimizer))
+    assert trained[0] == trained[1]
+
+
+@on_ranks(2)
+def test_a_gradient_that_the_loop_gives_to_backward_keeps_its_values(cluster):
+    model = Sum()
+    optimizer = make_optimizer(model)
+    gradient = torch.full((1, 3000, 1100), cluster.rank + 1.0)
+    model.a.unsqueeze(0).backward(gradient)
+    optimizer.step()
+    assert (gradient == cluster.rank + 1).all()
 
 
 @on_ranks(2)

@@ -399,15 +399,57 @@ def test_a_calibration_is_read_as_it_was_written(tmp_path):
     [
         ("{", "is not JSON"),
         ("[]", "is not a file of"),
-        ('{"format": 9}', "has format 9, not 1"),
-        ("{}", "'format'"),
+        ("[" * 100_000, "is not JSON"),
+        ('{"format": 9}', "format is 9, not 1"),
+        ('{"format": true}', "format is True, not 1"),
+        ("{}", "it has no format"),
     ],
+    ids=str,
 )
 def test_a_damaged_calibration_is_refused_in_one_line(tmp_path, content, message):
     (tmp_path / "c.json").write_text(content)
     with pytest.raises(UserError, match=message) as refusal:
         calibration.read(str(tmp_path / "c.json"))
     assert "\n" not in str(refusal.value)
+
+
+PLACES = {
+    "samples": ("workloads", "m"),
+    "forward": ("workloads", "m"),
+    "buckets": ("workloads", "m"),
+    "elements": ("workloads", "m", "buckets", 0),
+    "exact": ("workloads", "m", "buckets", 0),
+    "latency": ("machine", "inside"),
+    "bandwidth": ("machine", "between"),
+    "encode": ("machine", "codecs", "int4"),
+    "computing": ("machine", "uncertainty"),
+    **dict.fromkeys(("jitter", "cores", "collectives", "trees", "message_bytes", "copies"), ("machine",)),
+    **dict.fromkeys(("workloads", "ranks_per_host", "description"), ()),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1, 1e308, 10**400, "x", [], {}, True, None, ...], ids=repr)
+def test_a_calibration_with_an_impossible_or_missing_value_is_refused_by_its_place(tmp_path, name, value):
+    write(tmp_path / "c.json")
+    content = json.loads((tmp_path / "c.json").read_text())
+    place = content
+    for key in PLACES[name]:
+        place = place[key]
+    if value is ...:
+        del place[name]
+    else:
+        place[name] = value
+    (tmp_path / "c.json").write_text(json.dumps(content))
+    possible = {("copies", "None"), ("cores", "None"), ("trees", "True")}
+    if (name, repr(value)) in possible:
+        calibration.read(str(tmp_path / "c.json"))
+        return
+    if (name, value) == ("computing", ...):  # an error that is not known counts as none
+        return
+    with pytest.raises(UserError, match=name) as refusal:
+        calibration.read(str(tmp_path / "c.json"))
+    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 400
 
 
 def test_another_network_changes_the_step_and_not_what_processors_spend(tmp_path):
@@ -428,6 +470,7 @@ def test_another_network_changes_the_step_and_not_what_processors_spend(tmp_path
     [
         ({}, "either --calibration FILE or --preset NAME"),
         ({"preset": "x"}, "--preset is x: it must be one of p100-roce25"),
+        ({"preset": "p100-roce25"}, "--preset p100-roce25 needs --model, one of resnet101"),
         ({"preset": "p100-roce25", "model": "mlp"}, "--model is mlp: it must be one of resnet101"),
         ({"preset": "h100-ndr400", "model": "vgg16"}, "needs --throughput"),
         ({"preset": "p100-roce25", "model": "vgg16", "cores_per_host": 2.0}, "--cores-per-host has no effect"),
@@ -437,6 +480,7 @@ def test_another_network_changes_the_step_and_not_what_processors_spend(tmp_path
         ({"calibration": "c", "ranks": "2,x"}, "--ranks is '2,x'"),
         ({"calibration": "c", "network": "x"}, "--network is x"),
         ({"calibration": "c", "plot": "x.pdf"}, "--plot is x.pdf"),
+        ({"calibration": "c", "html": "x.png"}, "--html is x.png"),
     ],
 )
 def test_bad_options_are_named(options, message):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -47,6 +47,7 @@ def advise(config: AdviseConfig) -> None:
         times: StepTime = measured if job.scaling is None else _model(job.record, job.scaling, measured)
         basis, base = _basis(config), job.here if measured.line is not None else job.own
         advice = Advice.of(job.record, base, basis, job.found, times)
+        _log_unknown(config, advice)
         verdict = None if branches is None or not config.confirm else _confirmed(config, job, branches, advice)
     shown = as_json if config.json else text
     log.write_result(shown(advice, config.price, verdict))
@@ -78,6 +79,9 @@ class _Job:
             UserError: no batch fits, or the calibration does not.
         """
         own = Setting(record.ranks, record.micro_batch, record.accumulate, record.global_batch)
+        if config.most_samples is not None and config.most_samples < own.micro_batch:
+            raise UserError(f"--most-samples {config.most_samples}: the run itself has {own.micro_batch}")
+        scaling = _scaling(config, record)
         here = own if config.np in (None, record.ranks) else _on_ranks(own, int(config.np or 0))
         measures = _measures(config)
         ranks = {here.ranks} if measures else {own.ranks}
@@ -93,28 +97,47 @@ class _Job:
         keep = not measures and config.calibration is None
         base = here if measures else own
         found = settings(batches, sorted(ranks), base, config.most_samples, keep_micro_batch=keep)
+        reason = "more than an epoch, or no whole number of equal micro-batches on any number of ranks"
+        _require_usable("batches", config.batch_list(), {each.global_batch for each in found}, reason)
+        _require_usable("ranks", config.rank_list(), {each.ranks for each in found}, "no batch divides by them")
         options_for(record, base)
         options_for(record, here)
         found = _with_learning_rates(
             record, sorted({*found, here}, key=lambda each: (each.ranks, each.global_batch))
         )
-        job = cls(record, own, here, found, _scaling(config, record))
-        if job.scaling is not None:
-            job_of(job.scaling)
-        return job
+        return cls(record, own, here, found, scaling)
+
+
+def _require_usable(name: str, wanted: Sequence[int], usable: Collection[int], reason: str) -> None:
+    """Logs which of the numbers that an option has cannot be used; raises UserError if none can."""
+    unusable = [number for number in wanted if number not in usable]
+    if not unusable:
+        return
+    text = f"--{name} {','.join(map(str, unusable))}: {reason}"
+    if len(unusable) == len(wanted):
+        raise UserError(f"{text}: give others")
+    log.logger.info(f"left out: {text}")
+
+
+def _log_unknown(config: AdviseConfig, advice: Advice) -> None:
+    known = {row.global_batch for row in advice.rows}
+    if unknown := [str(batch) for batch in config.batch_list() if batch not in known]:
+        log.logger.info(f"not in the table: --batches {','.join(unknown)}, of which no time is known")
 
 
 def _with_learning_rates(record: Record, found: list[Setting]) -> list[Setting]:
     """Returns the settings that --lr-scaling can scale to, and logs why others are left out."""
-    kept, reason = [], ""
+    kept, reasons = [], {}
     for setting in found:
         try:
             options_for(record, setting)
             kept.append(setting)
         except UserError as error:
-            reason = reason or str(error)
-    if reason:
-        log.logger.info(f"{len(found) - len(kept)} of {len(found)} settings are left out: {reason}")
+            reasons[setting] = str(error)
+    if reasons:
+        batches = ",".join(map(str, sorted({setting.global_batch for setting in reasons})))
+        reason = next(iter(reasons.values()))
+        log.logger.info(f"left out: {len(reasons)} settings with batches {batches}: {reason}")
     return kept
 
 
@@ -140,11 +163,15 @@ def _basis(config: AdviseConfig) -> Basis:
 
 
 def _scaling(config: AdviseConfig, record: Record) -> ScalingConfig | None:
-    """Returns the options of the prediction, checked."""
+    """Returns the options of the prediction, checked.
+
+    Raises:
+        UserError: the calibration cannot be read, or does not have the model of the run.
+    """
     if config.calibration is None:
         return None
     strategy = str(record.config.get("strategy", "allreduce"))
-    return ScalingConfig(
+    scaling = ScalingConfig(
         calibration=config.calibration,
         model=str(record.config.get("model")),
         ranks_per_host=config.ranks_per_host,
@@ -153,6 +180,16 @@ def _scaling(config: AdviseConfig, record: Record) -> ScalingConfig | None:
         strategy="sharded" if strategy == "sharded" else "allreduce",
         compression=record.compression,  # type: ignore[arg-type]  # as the run has logged it
     )
+    elements = job_of(scaling)[0].elements
+    measured = f"--calibration {config.calibration}: its {scaling.model} has {elements:,} parameters"
+    if record.parameters is None:
+        log.logger.info(f"{measured}; {record.folder} does not record its own number")
+    elif record.parameters != elements:
+        raise UserError(
+            f"{measured}, that of {record.folder} {record.parameters:,}: calibrate with the --image-size, "
+            "--channels and --classes of the run's data"
+        )
+    return scaling
 
 
 def _model(record: Record, scaling: ScalingConfig, measured: Measured) -> Model:

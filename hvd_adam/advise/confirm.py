@@ -63,12 +63,16 @@ class Verdict:
 
 
 def settings_by_batch(rows: Sequence[Row], own: Setting) -> dict[int, Setting]:
-    """Returns the run's own setting, and of each other batch on its number of ranks the soonest setting."""
-    found = {own.global_batch: own}
+    """Returns the soonest setting of each batch on the run's number of ranks, its own batch included.
+
+    The run may have divided its batch only to measure its noise scale: with fewer micro-batches it is faster.
+    """
+    found: dict[int, Setting] = {}
     for row in sorted(rows, key=lambda row: row.relative_time):
         if row.ranks == own.ranks:
             setting = Setting(row.ranks, row.micro_batch, row.accumulate, row.global_batch)
             found.setdefault(row.global_batch, setting)
+    found.setdefault(own.global_batch, own)
     return dict(sorted(found.items()))
 
 

@@ -20,7 +20,7 @@ class NoiseScale:
     """The gradient noise scale in samples, with its 95 % interval; `high` may be infinite.
 
     Attributes:
-        value, low, high: 0 ≤ low ≤ value ≤ high.
+        value, low, high: 0 ≤ low ≤ value ≤ high; `value` is infinite if no recent measurement is finite.
         step: updates made when it was logged.
     """
 
@@ -41,10 +41,11 @@ class Record:
         global_batch: samples of an update.
         accumulate: micro-batches of a rank and update.
         train_samples: of an epoch; None if not recorded.
+        parameters: number of trained ones; None if not recorded, as by an earlier version.
         updates: made so far.
         seconds: of an update: the median of the last half of those that the last job has logged.
         compression: in use.
-        noise: the last noise scale that was logged.
+        noise: the last finite noise scale that was logged, or how large it is at least.
     """
 
     folder: Path
@@ -53,6 +54,7 @@ class Record:
     global_batch: int
     accumulate: int
     train_samples: int | None
+    parameters: int | None
     updates: int
     seconds: float
     compression: str
@@ -87,7 +89,7 @@ def read(path: str) -> Record:
         raise UserError(f"{path} has logged no updates since it last started: train for some updates more")
     noise = _noise(run, path)
     accumulate = run.config.get("accumulate")
-    samples = number(run.data, "train_images")
+    samples, parameters = number(run.data, "train_images"), number(run.start, "parameters")
     return Record(
         run.folder,
         run.config,
@@ -95,6 +97,7 @@ def read(path: str) -> Record:
         batch,
         accumulate if isinstance(accumulate, int) and accumulate > 0 else 1,
         None if samples is None else int(samples),
+        None if parameters is None else int(parameters),
         max(event["step"] for event in run.events),
         batch / median(rates[-math.ceil(LAST * len(rates)) :]),
         str(run.last("step").get("compression", "none")),
@@ -112,11 +115,12 @@ def _noise(run: Run, path: str) -> NoiseScale:
     known = [event for event in steps[-math.ceil(LAST * len(steps)) :] if number(event, "noise_scale") is not None]
     if not known:
         low = number(steps[-1], "noise_scale_low")
-        least = "" if low is None else f" (it is at least {low:.0f} samples)"
-        raise UserError(
-            f"{path} has no finite noise scale{least}: resume the run for some hundred updates more, with "
-            "--noise-scale 1"
-        )
+        if low is None:
+            raise UserError(
+                f"{path} has no finite noise scale: resume the run for some hundred updates more, with "
+                "--noise-scale 1"
+            )
+        return NoiseScale(math.inf, low, math.inf, steps[-1]["step"])
     last = known[-1]
     value, low, high = (number(last, f"noise_scale{end}") for end in ("", "_low", "_high"))
     assert value is not None

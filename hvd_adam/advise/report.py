@@ -35,6 +35,8 @@ def text(advice: Advice, price: float | None, verdict: Verdict | None) -> str:
     """
     lines = [_head(advice), "", *_table(advice, price), ""]
     lines += [*_findings(advice), "", BASES[advice.basis]]
+    if len(_shown(advice)) < len(advice.rows):
+        lines.append("of each number of ranks the soonest batch is shown: --json has all")
     lines.append(
         f"the noise scale is that after {advice.record.noise.step} updates; it usually grows in training: ask "
         "again later. It is a proxy, which --confirm checks"
@@ -77,13 +79,16 @@ def _price(advice: Advice, row: Row, price: float) -> float:
 
 def _head(advice: Advice) -> str:
     record, noise = advice.record, advice.record.noise
-    high = f"{noise.high:.0f}" if math.isfinite(noise.high) else "infinity"
     form = " of Adam's update" if record.config.get("noise_scale_form") == "adam" else ""
     return (
         f"{record.folder}: {record.ranks} rank(s), {record.global_batch} samples per update, "
-        f"{record.seconds * 1e3:.3g} ms per update; noise scale{form} {noise.value:.0f} samples (95 % interval "
-        f"{noise.low:.0f} to {high})"
+        f"{record.seconds * 1e3:.3g} ms per update; noise scale{form} {_samples(noise.value)} samples (95 % "
+        f"interval {_samples(noise.low)} to {_samples(noise.high)})"
     )
+
+
+def _samples(number: float) -> str:
+    return f"{number:.0f}" if math.isfinite(number) else "infinity"
 
 
 def _shown(advice: Advice) -> list[Row]:
@@ -133,6 +138,11 @@ def _findings(advice: Advice) -> list[str]:
         lines = ["no batch is known to be sooner than that of the run: accumulation adds what it saves, or more"]
     elif advice.cheapest != row:
         lines.append(f"cheapest: {advice.cheapest.ranks} rank(s) with {command_line(record, advice.cheapest)}")
+    if math.isinf(record.noise.value):
+        lines.append(
+            "no recent measurement of the noise scale is finite, so it is taken to be infinite: updates are inversely "
+            "proportional to the batch"
+        )
     low, high = advice.at_ends
     if low != high:
         shown = (f"{batch} samples on {ranks} rank(s)" for batch, ranks in (low, high))
@@ -140,8 +150,8 @@ def _findings(advice: Advice) -> list[str]:
     found = advice.saturation
     if found is not None:
         reason = {
-            "batch": f"their batch is beyond the noise scale ({record.noise.value:.0f} samples), or would be too "
-            "small for each of them",
+            "batch": f"their batch is beyond the noise scale ({_samples(record.noise.value)} samples), or would be "
+            "too small for each of them",
             "network": "the network and waiting for other ranks take what they save",
         }[found.reason]
         lines.append(

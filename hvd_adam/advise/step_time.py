@@ -154,7 +154,7 @@ class Model:
             raise UserError(
                 f"--calibration: without computing, an update on {self.measured.ranks} rank(s) would take "
                 f"{least * 1e3:.3g} ms, but {seconds * 1e3:.3g} ms were measured: calibrate the machine and the "
-                "network of the run"
+                "network of the run, idle and with the run's launcher (MPI or Gloo)"
             )
         for _ in range(HALVINGS):
             middle = (low + high) / 2

@@ -171,7 +171,7 @@ def in_place(view: Tensor) -> Tensor:
     return torch.from_dlpack(view) if view.numel() else view  # type: ignore[attr-defined]
 
 
-def any_is_held(tensors: list[Tensor], *, are_gradients: bool = False) -> bool:
+def any_is_held(tensors: list[Tensor], *, are_gradients: bool = False, aliases: int = 0) -> bool:
     """Returns whether anything but this list and one other holds one of the tensors, a view of it, or its memory.
 
     PyTorch 2.1 does not tell what graphs and DLPack hold: there the answer is always yes, so nothing that is held
@@ -180,10 +180,12 @@ def any_is_held(tensors: list[Tensor], *, are_gradients: bool = False) -> bool:
     Args:
         tensors: the tensors.
         are_gradients: whether each is the gradient of a parameter, which holds it, too.
+        aliases: number of other tensors with the memory of each that may hold it.
     """
     if not _TELLS_USE_COUNT:
         return bool(tensors)
-    known = _known_references(are_gradients)
+    objects, implementations, memory = _known_references(are_gradients)
+    known = objects, implementations, memory + aliases
     return any(max(counts, default=0) > count for counts, count in zip(_references(tensors), known, strict=True))
 
 

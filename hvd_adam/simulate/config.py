@@ -29,10 +29,12 @@ class CalibrateConfig:
     models: str = option(
         "mlp,cnn",
         "models to measure, as in --model of hvd_adam.train: cnn, mlp, a torchvision classifier or "
-        "package.module:function; of images with 3 channels and 10 classes",
+        "package.module:function",
     )
     batch_size: int = option(32, "images of a micro-batch, ≥ 1")
     image_size: int = option(32, "height and width of the images, ≥ 8")
+    channels: int = option(3, "channels of the images, ≥ 1")
+    classes: int = option(10, "classes of the images, ≥ 2")
     repeats: int = option(12, "repetitions of each measurement, ≥ 3")
     output: str = option("calibration.json", "the file to write", path=True)
     force: bool = option(False, "replace the file if it exists")
@@ -42,11 +44,18 @@ class CalibrateConfig:
         require(bool(self.model_names()), "models", repr(self.models), "names of models, as in mlp,cnn")
         require(self.batch_size >= 1, "batch-size", self.batch_size, "at least 1")
         require(self.image_size >= 8, "image-size", self.image_size, "at least 8")
+        require(self.channels >= 1, "channels", self.channels, "at least 1")
+        require(self.classes >= 2, "classes", self.classes, "at least 2")
         require(self.repeats >= 3, "repeats", self.repeats, "at least 3")
 
     def model_names(self) -> tuple[str, ...]:
         """Returns the models to measure."""
         return tuple(word.strip() for word in self.models.split(",") if word.strip())
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        return self.channels, self.image_size, self.image_size
 
 
 @dataclass(frozen=True)
@@ -96,7 +105,10 @@ class JobConfig:
                 if getattr(self, name) != default:
                     raise UserError(f"--{name.replace('_', '-')} has no effect without --preset")
             return
-        require(self.model in PUBLISHED, "model", self.model, f"one of {', '.join(PUBLISHED)} with --preset")
+        known = f"one of {', '.join(PUBLISHED)}"
+        if self.model is None:
+            raise UserError(f"--preset {self.preset} needs --model, {known}")
+        require(self.model in PUBLISHED, "model", self.model, f"{known} with --preset")
         if self.throughput is None and not self.preset.startswith("p100"):
             raise UserError(f"--preset {self.preset} needs --throughput, the samples a second of one rank alone")
         if self.cores_per_host is not None:
@@ -138,6 +150,8 @@ class PredictConfig(JobConfig):
         require(self.price is None or 0 <= self.price < math.inf, "price", self.price, "at least 0 and finite")
         is_png = self.plot is None or Path(self.plot).suffix == ".png"
         require(is_png, "plot", self.plot, "a file name that ends in .png")
+        is_html = self.html is None or Path(self.html).suffix in (".html", ".htm")
+        require(is_html, "html", self.html, "a file name that ends in .html")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from hvd_adam.simulate.machine import Link, Machine
-from hvd_adam.simulate.step import CODED, STRATEGIES, WIRE_BYTES, Setting, Step, simulate
+from hvd_adam.simulate.step import ADVISED, CODED, STRATEGIES, Setting, Step, simulate
 from hvd_adam.simulate.traffic import Ranks
 from hvd_adam.simulate.workload import Workload
 
@@ -124,7 +124,7 @@ def _changes(
     yield "twice the batch size", workload.slower(2.0, samples=2.0), setting, machine
     more = replace(setting, accumulate=4 * setting.accumulate)
     yield f"--accumulate {more.accumulate}", workload, more, machine
-    for name in WIRE_BYTES:
+    for name in ADVISED:
         if name != setting.compression:
             yield f"--compression {name}", workload, replace(setting, compression=name), machine
     for name in STRATEGIES:

@@ -28,7 +28,7 @@ from hvd_adam.simulate.calibration import Calibration
 from hvd_adam.simulate.codec_costs import codec_costs
 from hvd_adam.simulate.config import CalibrateConfig
 from hvd_adam.simulate.machine import UNDIVIDED, Link, Machine
-from hvd_adam.simulate.profile import CLASSES, cores_of_machine, profile, timed
+from hvd_adam.simulate.profile import cores_of_machine, profile, timed
 from hvd_adam.simulate.step import BUCKET_BYTES, UPDATE_BYTES
 from hvd_adam.simulate.tcp import tcp_seconds
 from hvd_adam.simulate.timeline import NOTICED
@@ -37,6 +37,7 @@ from hvd_adam.simulate.whole_steps import with_unexplained
 from hvd_adam.versions import installed_version
 
 UPDATE_ELEMENTS = 1 << 22
+BUSY = 0.15  # deviation of a pass, of which idle machines have less
 _SMALL, _IN_FLIGHT, _LARGE_IN_FLIGHT = 16, 8, 3
 
 
@@ -66,7 +67,8 @@ def calibrate(config: CalibrateConfig) -> None:
     """
     cluster = init(config.device)
     if cluster.size < 2:
-        raise UserError("calibrate needs at least 2 ranks: start it as in horovodrun -np 2 python -m …")
+        start = "horovodrun -np 2 python -m hvd_adam.simulate calibrate"
+        raise UserError(f"calibrate needs at least 2 ranks: start it as in {start}")
     path = Path(config.output)
     with raise_on_all_ranks(cluster):
         if cluster.is_root:
@@ -77,6 +79,11 @@ def calibrate(config: CalibrateConfig) -> None:
             with whole_file("--output", path) as draft:
                 draft.write_text(calibration.to_json(), encoding="utf-8")
             write_result(f"{path}: {', '.join(calibration.workloads)} on {cluster.size} ranks\n")
+    if calibration.machine.jitter > BUSY:
+        logger.warning(
+            f"computing varied by {calibration.machine.jitter:.0%} from pass to pass: other programs use the "
+            "cores. Calibrate again on an idle machine, or predictions are wrong"
+        )
 
 
 def measure(cluster: Cluster, config: CalibrateConfig) -> Calibration:
@@ -89,9 +96,7 @@ def measure(cluster: Cluster, config: CalibrateConfig) -> Calibration:
     workloads, deviations, errors = {}, [], []
     for name in config.model_names():
         logger.info(f"measuring {name}")
-        measured = profile(
-            cluster, _model(cluster, name, config), config.batch_size, config.image_size, config.repeats
-        )
+        measured = profile(cluster, _model(cluster, name, config), config)
         workloads[name] = measured.workload
         deviations.append(measured.deviation)
         errors.append(measured.error)
@@ -128,8 +133,7 @@ def measure(cluster: Cluster, config: CalibrateConfig) -> Calibration:
 
 def _model(cluster: Cluster, name: str, config: CalibrateConfig) -> torch.nn.Module:
     with raise_on_all_ranks(cluster):
-        shape = (3, config.image_size, config.image_size)
-        return zoo.build(name, sample_shape=shape, num_classes=CLASSES).to(cluster.device)
+        return zoo.build(name, sample_shape=config.shape, num_classes=config.classes).to(cluster.device)
 
 
 def _network(cluster: Cluster, repeats: int) -> Network:
@@ -257,6 +261,7 @@ def _description(cluster: Cluster, config: CalibrateConfig) -> dict[str, str]:
         "threads of a rank": str(torch.get_num_threads()),
         "ranks": f"{cluster.size} on {cluster.cross_size} hosts, {cluster.launcher}",
         "batch size": str(config.batch_size),
+        "images": f"{'×'.join(map(str, config.shape))}, {config.classes} classes",
         "torch": str(torch.__version__),
         "horovod": str(installed_version("horovod")),
         "date": time.strftime("%Y-%m-%d"),

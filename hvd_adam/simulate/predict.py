@@ -89,7 +89,9 @@ def _inputs(config: JobConfig) -> tuple[Workload, Machine, int, list[str]]:
         known = ", ".join(measured.workloads)
         raise UserError(f"--model {name} is not in {config.calibration}, which has {known}: calibrate it too")
     about = ", ".join(f"{key} {value}" for key, value in measured.description.items())
-    return measured.workloads[name], measured.machine, measured.ranks_per_host, [f"{name}, measured: {about}"]
+    varied = f"computing varied by {measured.machine.jitter:.0%} from pass to pass"
+    notes = [f"{name}, measured: {about}; {varied}"]
+    return measured.workloads[name], measured.machine, measured.ranks_per_host, notes
 
 
 def _overridden(machine: Machine, config: JobConfig) -> Machine:

@@ -20,10 +20,10 @@ from hvd_adam.distributed.context import horovod
 from hvd_adam.distributed.gradients.bucket_layout import Layout
 from hvd_adam.distributed.placement import cores
 from hvd_adam.distributed.wire.codable import exact_parameters
+from hvd_adam.simulate.config import CalibrateConfig
 from hvd_adam.simulate.step import BUCKET_BYTES
 from hvd_adam.simulate.workload import Bucket, Workload
 
-CLASSES = 10
 WARM_UP = 3
 NORMAL_QUARTILES = 1.349  # standard deviations between the quartiles of normal draws
 
@@ -36,18 +36,16 @@ class Profile(NamedTuple):
     error: float
 
 
-def profile(cluster: Cluster, model: nn.Module, batch: int, image_size: int, repeats: int) -> Profile:
+def profile(cluster: Cluster, model: nn.Module, config: CalibrateConfig) -> Profile:
     """Returns what a model computes, while all ranks compute. Every rank calls it.
 
     Args:
         cluster: this process.
         model: on the device; every parameter gets a gradient.
-        batch: images of a micro-batch.
-        image_size: height and width.
-        repeats: passes.
+        config: the images, and the number of passes.
     """
     params: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
-    images, labels = random_batch(cluster, batch, (3, image_size, image_size))
+    images, labels = random_batch(cluster, config)
     ready: dict[Tensor, float] = {}
 
     def note(p: Tensor) -> None:
@@ -68,7 +66,7 @@ def profile(cluster: Cluster, model: nn.Module, batch: int, image_size: int, rep
         backward(loss)
         return start, middle, _clock(cluster)
 
-    for number in range(WARM_UP + repeats):
+    for number in range(WARM_UP + config.repeats):
         cluster.barrier()
         start, middle, end = run()
         of_buckets = [
@@ -89,8 +87,8 @@ def profile(cluster: Cluster, model: nn.Module, batch: int, image_size: int, rep
         left_out = sum(p.numel() for p in members if p.dim() < 2 or p in exact)
         buckets.append(Bucket(sum(p.numel() for p in members), left_out, latest))
     buckets[-1] = Bucket(buckets[-1].elements, buckets[-1].exact, whole_backward)  # sent when backward has ended
-    sharing = _sharing(cluster, run, repeats)
-    workload = Workload(batch, forward, whole_backward, tuple(buckets), sharing=sharing)
+    sharing = _sharing(cluster, run, config.repeats)
+    workload = Workload(config.batch_size, forward, whole_backward, tuple(buckets), sharing=sharing)
     return Profile(workload, deviation, deviation / len(passes) ** 0.5)
 
 
@@ -147,11 +145,11 @@ def _threads_on(allowed: list[int]) -> Iterator[None]:
                 os.sched_setaffinity(int(task.name), before.get(int(task.name), own))
 
 
-def random_batch(cluster: Cluster, batch: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Returns inputs and labels on the device, other ones on each rank."""
+def random_batch(cluster: Cluster, config: CalibrateConfig) -> tuple[Tensor, Tensor]:
+    """Returns images and labels on the device, other ones on each rank."""
     generator = torch.Generator().manual_seed(cluster.rank)
-    inputs = torch.randn(batch, *shape, generator=generator).to(cluster.device)
-    return inputs, torch.randint(CLASSES, (batch,), generator=generator).to(cluster.device)
+    images = torch.randn(config.batch_size, *config.shape, generator=generator).to(cluster.device)
+    return images, torch.randint(config.classes, (config.batch_size,), generator=generator).to(cluster.device)
 
 
 def backward(loss: Any) -> None:

@@ -23,6 +23,8 @@ from hvd_adam.simulate.workload import Bucket, Workload
 
 BUCKET_BYTES = 8 * 2**20  # the default of `distribute`
 
+# What is advised. fp16 is left out, as in `--tune` of the training: gradients above 65504 overflow.
+ADVISED = ("none", "bf16", "int8", "int4")
 # Bytes that are sent of a gradient: the dtype's, and codes with their bfloat16 scales, a scale for 256 and 32
 # elements (wire.codec.CODECS).
 WIRE_BYTES = {"none": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1 + 2 / 256, "int4": 0.5 + 2 / 32}

@@ -13,12 +13,11 @@ from hvd_adam.simulate.config import TuneConfig
 from hvd_adam.simulate.forecast import Forecast, forecast
 from hvd_adam.simulate.predict import job_of
 from hvd_adam.simulate.report import aligned
-from hvd_adam.simulate.step import STRATEGIES, Setting
+from hvd_adam.simulate.step import ADVISED, STRATEGIES, Setting
 from hvd_adam.simulate.traffic import Ranks
 from hvd_adam.training.tuning.options import changed, command_line
 
-# fp16 is left out, as in `--tune` of the training: gradients above 65504 overflow, and bf16 has as many bytes.
-COMPRESSIONS = {"lossless": ("none",), "any": ("none", "bf16", "int8", "int4")}
+COMPRESSIONS = {"lossless": ("none",), "any": ADVISED}
 # The model cannot distinguish options that differ by less: docs/scaling.md, "Validation".
 UNCERTAIN = 0.2
 HEADER = ("ranks", "step ms", "± ms", "defaults / step", "MB sent a rank", "GB memory", "options")

@@ -73,7 +73,7 @@ def _beyond_computing(
         compression=setting.compression,
         defer_averaging=True,
     )
-    images, labels = random_batch(cluster, config.batch_size, (3, config.image_size, config.image_size))
+    images, labels = random_batch(cluster, config)
 
     def compute(net: torch.nn.Module) -> None:
         backward(F.cross_entropy(net(images).float(), labels))

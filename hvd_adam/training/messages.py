@@ -24,7 +24,12 @@ NO_ACCURACY = (
 
 
 def start_facts(
-    config: TrainConfig, cluster: Cluster, sizes: BatchSizes, loader: Loader, choice: Choice | None
+    config: TrainConfig,
+    cluster: Cluster,
+    sizes: BatchSizes,
+    loader: Loader,
+    model: torch.nn.Module,
+    choice: Choice | None,
 ) -> dict[str, Any]:
     """Returns what the events "start" and "resume" record, with the choice of `--tune`."""
     data = loader.description()
@@ -34,6 +39,7 @@ def start_facts(
         "launcher": cluster.launcher,
         "global_batch_size": sizes.global_batch,
         "total_steps": sizes.total_steps,
+        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "versions": {"hvd_adam": __version__, "torch": torch.__version__},
         "data": {key: data[key] for key in ("classes", "train_images", "test_images", "fingerprint")},
         "tune": None if choice is None else asdict(choice),

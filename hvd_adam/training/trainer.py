@@ -113,7 +113,7 @@ class Trainer:
 
     def _log_start(self) -> None:
         config, cluster, sizes = self.config, self.cluster, self.sizes
-        facts = messages.start_facts(config, cluster, sizes, self.loader, self.choice)
+        facts = messages.start_facts(config, cluster, sizes, self.loader, self.model, self.choice)
         if self.resume is None:
             self.log.event("start", 0, 0, **facts)
         else:

@@ -120,7 +120,7 @@ class AllReduce:
         return self._started.has_arrived
 
     def arrive(self) -> Iterator[int]:
-        """As `parts_of`, where the sum is made in place."""
+        """Waits for a sum in place, message after message; yields how many elements have arrived."""
         return accumulate(len(piece) for (piece,) in self._started.each())
 
     def wait(self) -> None:

@@ -13,7 +13,7 @@ from hvd_adam.distributed.collectives.pieces import ALLREDUCE_BYTES, start_allre
 from hvd_adam.distributed.gradients.compression import Reduction, Scaling, is_half, start_reduction
 from hvd_adam.distributed.gradients.missing_ranks import explained
 from hvd_adam.distributed.release.places import Place
-from hvd_adam.optim.memory import copy_scaled, memory_order
+from hvd_adam.optim.memory import any_is_held, copy_scaled, memory_order
 from hvd_adam.optim.validation import check_gradient
 
 LIVE = 2  # bucket buffers: one is reduced while another is filled
@@ -72,6 +72,7 @@ class ReleasedBuckets:
     def rearm(self) -> None:
         """Called after an update: every bucket is incomplete again."""
         self._fresh: set[Tensor] = set()  # parameters whose gradients autograd has made
+        self._arriving: Tensor | None = None  # the parameter whose gradient autograd is about to let go
         self._missing = [set(bucket) for bucket in self._buckets]
         self._released: set[int] = set()
 
@@ -86,7 +87,9 @@ class ReleasedBuckets:
             return
         self._missing[number].discard(p)
         if not self._missing[number]:
+            self._arriving = p
             self._complete(number)
+            self._arriving = None
 
     def finish(self) -> None:
         """Uses all buckets that are left, and whose parameters may lack gradients. Every rank must call it."""
@@ -228,14 +231,19 @@ class ReducedBuckets(ReleasedBuckets):
         return _InFlight(views, buffer, start_reduction(buffer, name, self._compression, scaling=scaling))
 
     def _start_in_place(self, place: Place, name: str) -> _InFlight:
-        """Reduces a large gradient where autograd has put it, unless it was there before this pass."""
+        """Reduces a large gradient where autograd has put it, if nothing else has its memory, or else a copy.
+
+        Nodes of backward that have not run may read the same memory: those of a + b pass one gradient to both.
+        """
         (p,) = place.params
-        if p.grad is None:
+        gradient = p.grad
+        if gradient is None:
             gradient = torch.zeros_like(p)
         else:
             check_gradient(p)
-            usual = p in self._fresh and p.grad.stride() == place.views[0][1]
-            gradient = p.grad if usual else torch.empty_like(p).copy_(p.grad)
+            usual = p in self._fresh and gradient.stride() == place.views[0][1]
+            if not usual or any_is_held([gradient], are_gradients=True, aliases=int(p is self._arriving)):
+                gradient = torch.empty_like(p).copy_(gradient)
         flat, buffer = memory_order(gradient, 0, p.numel()), self._buffer(place)
         flat.mul_(1 / self._ranks)
         left = flat[place.in_place :]
