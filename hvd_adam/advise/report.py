@@ -140,8 +140,8 @@ def _findings(advice: Advice) -> list[str]:
         lines.append(f"cheapest: {advice.cheapest.ranks} rank(s) with {command_line(record, advice.cheapest)}")
     if math.isinf(record.noise.value):
         lines.append(
-            "no recent measurement of the noise scale is finite, so it is taken to be infinite: updates are inversely "
-            "proportional to the batch"
+            "no recent measurement of the noise scale is finite, so it is taken to be infinite: updates are "
+            "inversely proportional to the batch"
         )
     low, high = advice.at_ends
     if low != high:
@@ -150,8 +150,8 @@ def _findings(advice: Advice) -> list[str]:
     found = advice.saturation
     if found is not None:
         reason = {
-            "batch": f"their batch is beyond the noise scale ({_samples(record.noise.value)} samples), or would be "
-            "too small for each of them",
+            "batch": f"their batch is beyond the noise scale ({_samples(record.noise.value)} samples), or would "
+            "be too small for each of them",
             "network": "the network and waiting for other ranks take what they save",
         }[found.reason]
         lines.append(
