@@ -10,8 +10,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,8 +124,7 @@ class Branches:
         """
         new = changed(self._state, self.record, setting, scaled=scaled)
         start, length = new["progress"]["step"], self._state["data"]["train_images"] // setting.global_batch
-        with tempfile.TemporaryDirectory(prefix="hvd_adam-branch-") as name:
-            folder = Path(name)
+        with _temporary_folder() as folder:
             checkpoint = storage.save(folder / "start", start, new)
             options = {
                 **{key: value for key, value in self.record.config.items() if hasattr(TrainConfig, key)},
@@ -139,6 +138,18 @@ class Branches:
             (folder / "config.yaml").write_text(yaml.safe_dump(options))
             _finish([*self._command, "hvd_adam.train", "--config", str(folder / "config.yaml")], setting)
             return _read(folder / "run", start, setting)
+
+
+@contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    """Makes a folder, and removes it at the end, also if a signal arrives while it is made."""
+    with ExitStack() as stack:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+        try:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="hvd_adam-branch-"))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        yield Path(folder)
 
 
 def changed(state: Mapping[str, Any], record: Record, setting: Setting, *, scaled: bool = True) -> dict[str, Any]:

@@ -113,8 +113,10 @@ def end_rank(shell_number: int) -> None:
     """
     with suppress(psutil.Error):
         shell = psutil.Process(shell_number)
-        ranks = _terminate_rank(shell)
-        _, alive = psutil.wait_procs(ranks, timeout=_grace_seconds)
+        ranks = alive = _terminate_rank(shell)
+        start = time.monotonic()
+        while alive and time.monotonic() - start < _grace_seconds:  # SIGUSR1 may come meanwhile, on a busy machine
+            _, alive = psutil.wait_procs(alive, timeout=EXIT_SECONDS)
         if not alive:
             shell.wait(timeout=_grace_seconds if ranks else EXIT_SECONDS)
             return
