@@ -19,11 +19,11 @@ from typing import Any
 import advise_validation
 import numpy as np
 import torch
+from advise_validation import FORMS
 from torch import Tensor
 
 STEPS = {"cnn": (20, 120), "mlp": (60, 420)}  # updates between two checkpoints, and of the whole training
 MEASURED_SEEDS = range(6)
-FORMS = ("gradient", "adam")
 SAMPLES_AT_ONCE = 100
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from hvd_adam.errors import UserError
@@ -91,60 +92,75 @@ def _calibration(values: Any) -> Calibration:
     return Calibration(_machine(values["machine"]), workloads, int(local), values["description"])
 
 
+# What makes a field of a dataclass from a value of the file, given its name and its place in the file.
+Maker = Callable[[Any, str, str], Any]
+
+
 def _machine(values: Any) -> Machine:
-    place = "machine"
-    _require_names(values, [field.name for field in fields(Machine)], place)
-    if (name := values["collectives"]) not in COLLECTIVES:
-        raise ValueError(f"{place}.collectives is {shown(str(name))}: not one of {', '.join(COLLECTIVES)}")
-    if not isinstance(values["trees"], bool):
-        raise ValueError(f"{place}.trees is {shown(str(values['trees']))}: not true or false")
-    made = {
-        "inside": _made(Link, values["inside"], f"{place}.inside"),
-        "between": _made(Link, values["between"], f"{place}.between"),
-        "codecs": _each(values, "codecs", place, lambda each, where: _made(Codec, each, where)),
-        "uncertainty": _numbers(values, "uncertainty", place),
-        "copies": None if values["copies"] is None else _copies(values, place),
-        "collectives": values["collectives"],
-        "trees": values["trees"],
+    makers: dict[str, Maker] = {
+        **dict.fromkeys(("inside", "between"), lambda value, _, place: _made(Link, value, place)),
+        "codecs": _each(lambda value, _, place: _made(Codec, value, place)),
+        "uncertainty": _each(_number),
+        "copies": lambda *given: None if given[0] is None else _copies(*given),
+        "collectives": _collectives,
+        "trees": _trees,
+        "cores": lambda *given: None if given[0] is None else _number(*given),
     }
-    if values["cores"] is None:
-        made["cores"] = None
-    return _made(Machine, values, place, **made)
+    return _made(Machine, values, "machine", makers)
 
 
-def _copies(values: Any, place: str) -> dict[str, float]:
-    made = _numbers(values, "copies", place)
-    _require_names(made, KINDS, f"{place}.copies")
+def _copies(value: Any, name: str, place: str) -> dict[str, float]:
+    made: dict[str, float] = _each(_number)(value, name, place)
+    _require_names(made, KINDS, place)
     return made
 
 
+def _collectives(value: Any, _: str, place: str) -> str:
+    if value not in COLLECTIVES:
+        raise ValueError(f"{place} is {shown(str(value))}: not one of {', '.join(COLLECTIVES)}")
+    return str(value)
+
+
+def _trees(value: Any, _: str, place: str) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{place} is {shown(str(value))}: not true or false")
+    return value
+
+
 def _workload(values: Any, place: str) -> Workload:
-    _require_names(values, [field.name for field in fields(Workload)], place)
-    if not isinstance(values["buckets"], list) or not values["buckets"]:
-        raise ValueError(f"{place}.buckets is empty")
-    buckets = tuple(_made(Bucket, each, f"{place}.buckets[{i}]") for i, each in enumerate(values["buckets"]))
+    return _made(Workload, values, place, {"buckets": _buckets, "unexplained": _each(_number)})
+
+
+def _buckets(value: Any, _: str, place: str) -> tuple[Bucket, ...]:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{place} is empty")
+    buckets = tuple(_made(Bucket, each, f"{place}[{i}]") for i, each in enumerate(value))
     for i, bucket in enumerate(buckets):
         if bucket.exact > bucket.elements:
-            raise ValueError(f"{place}.buckets[{i}].exact is {bucket.exact}: more than its elements")
-    return _made(Workload, values, place, buckets=buckets, unexplained=_numbers(values, "unexplained", place))
+            raise ValueError(f"{place}[{i}].exact is {bucket.exact}: more than its elements")
+    return buckets
 
 
-def _made(kind: type[Kind], values: Any, place: str, **made: Any) -> Kind:
-    """Makes a dataclass of numbers, and of fields that have been made."""
+def _made(kind: type[Kind], values: Any, place: str, makers: Mapping[str, Maker] = MappingProxyType({})) -> Kind:
+    """Makes a dataclass. Fields without a maker are numbers."""
     names = [field.name for field in fields(kind)]  # type: ignore[arg-type]  # all are dataclasses
     _require_names(values, names, place)
-    numbers = {name: _number(values[name], name, f"{place}.{name}") for name in names if name not in made}
-    return kind(**numbers, **made)
+    found = {}
+    for name in names:
+        make: Maker = makers.get(name, _number)
+        found[name] = make(values[name], name, f"{place}.{name}")
+    return kind(**found)
 
 
-def _numbers(values: Any, name: str, place: str) -> dict[str, float]:
-    return _each(values, name, place, lambda each, where: _number(each, name, where))
+def _each(make: Maker) -> Maker:
+    """Returns what makes each value of an object."""
 
+    def made(value: Any, name: str, place: str) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            raise ValueError(f"{place} is {shown(str(value))}: not an object")
+        return {key: make(each, name, f"{place}.{shown(key)}") for key, each in value.items()}
 
-def _each(values: Any, name: str, place: str, make: Any) -> dict[str, Any]:
-    if not isinstance(values[name], dict):
-        raise ValueError(f"{place}.{name} is {shown(str(values[name]))}: not an object")
-    return {key: make(each, f"{place}.{name}.{shown(key)}") for key, each in values[name].items()}
+    return made
 
 
 def _require_names(values: Any, names: Any, place: str) -> None:
