@@ -17,7 +17,7 @@ import os
 import sys
 import warnings
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from functools import cache
 from numbers import Real
 from pathlib import Path
@@ -41,6 +41,8 @@ from hvd_adam.distributed.launch_env import (
 from hvd_adam.distributed.placement import (
     RankPlacement,
     assign_gpus,
+    batch_threads,
+    computes_on_cpus,
     describe_oversubscription,
     keep_freed_memory,
     share_cores,
@@ -216,7 +218,11 @@ def _start(device: str, cycle_time_ms: float | None = None, *, restarting: bool 
         os.environ.setdefault(name, value)
     if is_elastic():
         rendezvous.join(renew=restarting)
-    with elastic_disabled() if restarting else nullcontext():  # else Horovod would request a rank itself
+    with ExitStack() as stack:
+        if restarting:  # else Horovod would request a rank itself
+            stack.enter_context(elastic_disabled())
+        if gloo_store_address() is not None and computes_on_cpus(device):
+            stack.enter_context(batch_threads())
         hvd.init()
     sleep_while_waiting()
     launch = detect_launcher()

@@ -1,4 +1,4 @@
-"""What each rank gets of its host: a GPU, a number of threads, and memory that it keeps."""
+"""What each rank gets of its host: a GPU, a number of threads and when they run, and memory that it keeps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import ctypes
 import os
 import platform
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -73,6 +74,17 @@ def visible_gpus() -> tuple[str, ...]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
     properties = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
     return tuple(str(getattr(item, "uuid", f"{index} of {visible}")) for index, item in enumerate(properties))
+
+
+def computes_on_cpus(device: str) -> bool:
+    """Returns whether this process sees no GPU, or is to use none; without initializing CUDA.
+
+    Args:
+        device: as in `init`.
+    """
+    import torch
+
+    return device == "cpu" or torch.cuda.device_count() == 0
 
 
 def assign_gpus(placements: Sequence[RankPlacement], device: str) -> list[int | None]:
@@ -154,6 +166,34 @@ def share_cores(own: RankPlacement, placements: Sequence[RankPlacement]) -> None
         return
     sharing = sum(other.host == own.host and other.cores == own.cores for other in placements)
     torch.set_num_threads(max(1, len(own.cores) // sharing))
+
+
+@contextmanager
+def batch_threads() -> Iterator[None]:
+    """Gives threads that are started in this block, and those that they start, the policy SCHED_BATCH.
+
+    Such a thread has the same share of a core, but does not interrupt another one when it wakes up. For Gloo:
+    while a thread sends to a rank, it holds a lock that Gloo's loop needs for what arrives from there. The loop
+    does not wait for the lock, but looks again and again, so where it interrupts the sender it takes its core for
+    nothing (`Pair::handleEvents` in transport/tcp/pair.cc, `Loop::run`).
+
+    Nothing changes on systems without this policy, or if the user has chosen another one.
+
+    Source: sched(7).
+    """
+    if not hasattr(os, "SCHED_BATCH") or os.sched_getscheduler(0) != os.SCHED_OTHER:
+        yield
+        return
+    parameters = os.sched_param(0)
+    try:
+        os.sched_setscheduler(0, os.SCHED_BATCH, parameters)  # of this thread; those that it starts inherit it
+    except PermissionError:  # a container may forbid it
+        yield
+        return
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, os.SCHED_OTHER, parameters)
 
 
 def use_device(gpu: int | None) -> torch.device:
