@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from hvd_adam.distributed.placement import RankPlacement, assign_gpus, describe_
 from hvd_adam.errors import CollectiveError, UserError
 
 ROOT = Path(__file__).parent.parent
+STORE = {"HOROVOD_GLOO_RENDEZVOUS_ADDR": "127.0.0.1", "HOROVOD_GLOO_RENDEZVOUS_PORT": "1"}
 DISTRIBUTE = (
     "import torch, hvd_adam; m = torch.nn.Linear(1, 1); hvd_adam.distribute(hvd_adam.Adam(m.parameters()), m)"
 )
@@ -224,6 +226,42 @@ def test_init_returns_ranks_and_sizes_and_later_calls_the_same_cluster(cluster):
 def test_ranks_of_a_host_share_its_cores(cluster):
     if "OMP_NUM_THREADS" not in os.environ:
         assert torch.get_num_threads() == max(1, len(os.sched_getaffinity(0)) // 2)
+
+
+@on_ranks(2, "gloo")
+def test_under_gloo_the_threads_of_horovod_do_not_interrupt_others(cluster):
+    policies = {int(thread): os.sched_getscheduler(int(thread)) for thread in os.listdir("/proc/self/task")}
+    assert policies.pop(threading.get_native_id()) == os.SCHED_OTHER
+    assert list(policies.values()).count(os.SCHED_BATCH) >= 2  # Horovod's own thread and Gloo's loop
+
+
+@pytest.mark.parametrize("policy", [os.SCHED_BATCH, os.SCHED_IDLE])
+def test_a_policy_that_the_user_has_chosen_is_kept(policy):
+    code = (
+        f"import os; os.sched_setscheduler(0, {policy}, os.sched_param(0)); "
+        "from hvd_adam.distributed.placement import batch_threads\n "
+        "with batch_threads(): inside = os.sched_getscheduler(0)\n "
+        "print(inside, os.sched_getscheduler(0))"
+    )
+    assert run(code) == f"{policy} {policy}"
+
+
+@pytest.mark.parametrize(
+    ("environ", "cycle"),
+    [
+        ({}, "0.3"),
+        ({"HOROVOD_SIZE": "2", "HOROVOD_LOCAL_SIZE": "2"}, "0.3"),
+        (STORE | {"HOROVOD_SIZE": "2", "HOROVOD_LOCAL_SIZE": "2"}, "0.5"),
+        (STORE | {"HOROVOD_SIZE": "4", "HOROVOD_LOCAL_SIZE": "2"}, "2"),
+        (STORE | {"HOROVOD_SIZE": "2", "HOROVOD_LOCAL_SIZE": "2", "HOROVOD_ELASTIC": "1"}, "2"),
+    ],
+)
+def test_the_default_cycle_time_depends_on_the_controller_and_on_the_hosts(monkeypatch, environ, cycle):
+    for name in (*STORE, "HOROVOD_SIZE", "HOROVOD_LOCAL_SIZE", "HOROVOD_ELASTIC"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    assert cluster_module.horovod_defaults()["HOROVOD_CYCLE_TIME"] == cycle
 
 
 @on_ranks(2)

@@ -80,6 +80,12 @@ def is_elastic() -> bool:
     return os.environ.get("HOROVOD_ELASTIC") == "1"
 
 
+def is_on_one_host() -> bool:
+    """Returns whether horovodrun has started all ranks on this host; False if it does not tell, as if elastic."""
+    size = os.environ.get("HOROVOD_SIZE")
+    return size is not None and size == os.environ.get("HOROVOD_LOCAL_SIZE") and not is_elastic()
+
+
 @contextmanager
 def elastic_disabled() -> Iterator[None]:
     """Makes Horovod treat the launcher as not elastic in this block."""
