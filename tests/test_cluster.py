@@ -25,7 +25,12 @@ from hvd_adam import init
 from hvd_adam.distributed import context as cluster_module
 from hvd_adam.distributed.agreement import raise_on_all_ranks, require_same
 from hvd_adam.distributed.launch_env import LaunchInfo, describe_unused_tasks, detect_launcher
-from hvd_adam.distributed.placement import RankPlacement, assign_gpus, describe_oversubscription
+from hvd_adam.distributed.placement import (
+    RankPlacement,
+    assign_gpus,
+    batch_threads,
+    describe_oversubscription,
+)
 from hvd_adam.errors import CollectiveError, UserError
 
 ROOT = Path(__file__).parent.parent
@@ -244,6 +249,15 @@ def test_a_policy_that_the_user_has_chosen_is_kept(policy):
         "print(inside, os.sched_getscheduler(0))"
     )
     assert run(code) == f"{policy} {policy}"
+
+
+def test_a_system_that_forbids_the_policy_is_left_as_it_is(monkeypatch):
+    def forbid(*_):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "sched_setscheduler", forbid)
+    with batch_threads():
+        assert os.sched_getscheduler(0) == os.SCHED_OTHER
 
 
 @pytest.mark.parametrize(

@@ -177,23 +177,23 @@ def batch_threads() -> Iterator[None]:
     does not wait for the lock, but looks again and again, so where it interrupts the sender it takes its core for
     nothing (`Pair::handleEvents` in transport/tcp/pair.cc, `Loop::run`).
 
-    Nothing changes on systems without this policy, or if the user has chosen another one.
+    Nothing changes on systems without this policy or that forbid it, as a container may, or if the user has chosen
+    another one.
 
     Source: sched(7).
     """
-    if not hasattr(os, "SCHED_BATCH") or os.sched_getscheduler(0) != os.SCHED_OTHER:
-        yield
-        return
-    parameters = os.sched_param(0)
-    try:
-        os.sched_setscheduler(0, os.SCHED_BATCH, parameters)  # of this thread; those that it starts inherit it
-    except PermissionError:  # a container may forbid it
-        yield
-        return
+    changes = hasattr(os, "SCHED_BATCH") and os.sched_getscheduler(0) == os.SCHED_OTHER
+    if changes:
+        try:
+            # Of this thread; those that it starts inherit it.
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        except OSError:
+            changes = False
     try:
         yield
     finally:
-        os.sched_setscheduler(0, os.SCHED_OTHER, parameters)
+        if changes:
+            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 def use_device(gpu: int | None) -> torch.device:
