@@ -81,7 +81,7 @@ def is_elastic() -> bool:
 
 
 def is_on_one_host() -> bool:
-    """Returns whether horovodrun has started all ranks on this host; False if it does not tell, as if elastic."""
+    """Returns whether horovodrun has started all ranks on this host; False if it does not tell, or is elastic."""
     size = os.environ.get("HOROVOD_SIZE")
     return size is not None and size == os.environ.get("HOROVOD_LOCAL_SIZE") and not is_elastic()
 
