@@ -54,15 +54,37 @@ def train(model, optimizer, cluster, passes=3):
         optimizer.step()
 
 
-def assert_same_bits(cluster, dtype=torch.float32, passes=3, change=lambda model: None, **options):
+def trained_both_ways(use, make=make_model, **options):
+    """Calls `use(model, optimizer)` without and with released gradients, whose bits must be equal.
+
+    Returns the second model.
+    """
     trained = []
     for released in (False, True):
-        model = make_model(dtype)
-        change(model)
+        model = make()
         optimizer = make_optimizer(model, released, **options)
-        train(model, optimizer, cluster, passes)
+        use(model, optimizer)
         trained.append(everything(model, optimizer))
     assert trained[0] == trained[1]
+    return model
+
+
+def train_twice(cluster, backward, model, optimizer):
+    """Makes two updates, each from `backward(model, optimizer)` with random numbers of the rank's own."""
+    for seed in range(2):
+        torch.manual_seed(10 * seed + cluster.rank)
+        backward(model, optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def assert_same_bits(cluster, dtype=torch.float32, passes=3, change=lambda model: None, **options):
+    def make():
+        model = make_model(dtype)
+        change(model)
+        return model
+
+    model = trained_both_ways(lambda *trained: train(*trained, cluster, passes), make, **options)
     assert all(p.grad is None for p in model.parameters())
     assert same_everywhere(digest(model.state_dict()))
 
@@ -150,19 +172,16 @@ class Wide(torch.nn.Module):
 @pytest.mark.parametrize("everywhere", [True, False])
 def test_a_gradient_that_is_reduced_in_place_has_the_same_bits(cluster, everywhere):
     assert Wide().wide.nbytes > ALLREDUCE_BYTES
-    trained = []
-    for released in (False, True):
-        model = Wide(uses=everywhere or cluster.rank == 0)
-        optimizer = make_optimizer(model, released)
-        for seed in range(2):
-            torch.manual_seed(10 * seed + cluster.rank)
-            model(torch.randn(8, 4)).square().mean().backward()
-            if released:
-                assert optimizer.gradient_buffer_bytes < 2 * model.wide.nbytes  # no copy of it
-            optimizer.step()
-            optimizer.zero_grad()
-        trained.append(everything(model, optimizer))
-    assert trained[0] == trained[1]
+
+    def backward(model, optimizer):
+        model(torch.randn(8, 4)).square().mean().backward()
+        if isinstance(optimizer, ReleasingAdam):
+            assert optimizer.gradient_buffer_bytes < 2 * model.wide.nbytes  # no copy of it
+
+    trained_both_ways(
+        lambda *trained: train_twice(cluster, backward, *trained),
+        lambda: Wide(uses=everywhere or cluster.rank == 0),
+    )
 
 
 @on_ranks(2)
@@ -207,18 +226,11 @@ class Sum(torch.nn.Module):
 
 @on_ranks(2)
 def test_a_large_gradient_that_other_nodes_of_backward_read_has_the_same_bits(cluster):
-    trained = []
-    for released in (False, True):
-        model = Sum()
-        optimizer = make_optimizer(model, released)
-        for seed in range(2):
-            torch.manual_seed(10 * seed + cluster.rank)
-            gradient = torch.randn(1, 3000, 1100)
-            model(torch.randn(1, 3000, 1100)).backward(gradient)
-            optimizer.step()
-            optimizer.zero_grad()
-        trained.append(everything(model, optimizer))
-    assert trained[0] == trained[1]
+    def backward(model, _):
+        gradient = torch.randn(1, 3000, 1100)
+        model(torch.randn(1, 3000, 1100)).backward(gradient)
+
+    trained_both_ways(lambda *trained: train_twice(cluster, backward, *trained), Sum)
 
 
 @on_ranks(2)
@@ -256,14 +268,11 @@ class Branches(torch.nn.Module):
 
 @on_ranks(2, 3)
 def test_ranks_that_use_other_parameters_do_not_wait_for_each_other(cluster):
-    trained = []
-    for released in (False, True):
+    def make():
         torch.manual_seed(0)
-        model = Branches(unused=5 - 2 * cluster.rank)
-        optimizer = make_optimizer(model, released)
-        train(model, optimizer, cluster)
-        trained.append(everything(model, optimizer))
-    assert trained[0] == trained[1]
+        return Branches(unused=5 - 2 * cluster.rank)
+
+    trained_both_ways(lambda *trained: train(*trained, cluster), make)
 
 
 @on_ranks(1, 2)
@@ -321,29 +330,23 @@ def test_a_parameter_that_is_larger_than_a_bucket_has_one_of_two_buffers(cluster
 
 @on_ranks(2)
 def test_a_gradient_from_before_is_added(cluster):
-    trained = []
-    for released in (False, True):
-        model = make_model()
-        optimizer = make_optimizer(model, released)
+    def use(model, optimizer):
         for p in model.parameters():
             p.grad = torch.ones_like(p)
         loss_of(model, cluster).backward()
         optimizer.step()
-        trained.append(everything(model, optimizer))
-    assert trained[0] == trained[1]
+
+    trained_both_ways(use)
 
 
 @on_ranks(2)
 def test_a_rank_without_a_batch_counts_as_zero(cluster):
-    trained = []
-    for released in (False, True):
-        model = make_model()
-        optimizer = make_optimizer(model, released)
+    def use(model, optimizer):
         if cluster.rank == 0:
             loss_of(model, cluster).backward()
         optimizer.step()
-        trained.append(everything(model, optimizer))
-    assert trained[0] == trained[1] and same_everywhere(digest(model.state_dict()))
+
+    assert same_everywhere(digest(trained_both_ways(use).state_dict()))
 
 
 @on_ranks(1, 2)
@@ -583,15 +586,12 @@ HOOKS = {
 @on_ranks(1, 2)
 @pytest.mark.parametrize("hook", HOOKS)
 def test_hooks_that_are_added_after_distribute_run_before_a_gradient_is_used(cluster, hook):
-    trained = []
-    for released in (False, True):
-        model = make_model()
-        optimizer = make_optimizer(model, released)
+    def use(model, optimizer):
         for p in model.parameters():
             p.register_post_accumulate_grad_hook(HOOKS[hook])
         train(model, optimizer, cluster)
-        trained.append(everything(model, optimizer))
-    assert trained[0] == trained[1]
+
+    trained_both_ways(use)
 
 
 @on_ranks(1, 2)
@@ -599,10 +599,7 @@ def test_hooks_that_are_added_after_distribute_run_before_a_gradient_is_used(clu
 def test_checkpointed_layers_have_the_same_bits(cluster, reentrant):
     from torch.utils.checkpoint import checkpoint
 
-    trained = []
-    for released in (False, True):
-        model = make_model()
-        optimizer = make_optimizer(model, released)
+    def use(model, optimizer):
         for seed in range(2):
             hidden = torch.full((8, WIDTH), cluster.rank + seed + 1.0, requires_grad=True)
             for i in (0, 4):
@@ -610,8 +607,8 @@ def test_checkpointed_layers_have_the_same_bits(cluster, reentrant):
             model[8](hidden).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-        trained.append(everything(model, optimizer))
-    assert trained[0] == trained[1]
+
+    trained_both_ways(use)
 
 
 @on_ranks(1, 2)
