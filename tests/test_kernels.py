@@ -388,3 +388,22 @@ def test_auto_fuses_many_elements_and_many_tensors(tensors, elements, chosen):
     optimizer = Adam([*params, frozen])
     optimizer.step()
     assert optimizer._store.implementations == [chosen]
+
+
+@pytest.mark.parametrize(
+    ("options", "shape", "chosen"),
+    [
+        ({"state_format": "8bit"}, (64, 64), "fused"),
+        ({"state_format": "bfloat16"}, (64, 64), "fused"),
+        ({"state_format": "8bit"}, (4096,), "foreach"),  # as every vector, held as float32
+        ({"master_weights": "8bit"}, (64, 64), "fused"),
+        ({"master_weights": True}, (64, 64), "foreach"),
+    ],
+    ids=str,
+)
+def test_auto_fuses_state_in_few_bits_at_every_size(options, shape, chosen):
+    p = torch.nn.Parameter(torch.ones(shape, dtype=torch.bfloat16))
+    p.grad = torch.ones_like(p)
+    optimizer = Adam([p], **options)
+    optimizer.step()
+    assert optimizer._store.implementations == [chosen]
