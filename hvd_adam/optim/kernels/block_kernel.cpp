@@ -40,16 +40,19 @@ Numbers numbers(const Group& group, const Scalars& s) {
 template <Decay DECAY>
 void update_moments(float* __restrict__ theta, const float* __restrict__ grad, Moment* __restrict__ exp_avg,
                     Moment* __restrict__ exp_avg_sq, const Numbers s, const uint32_t* __restrict__ words) {
-  for (int row = 0; row < BLOCK; row += LANES) {
-    const uint32_t next = static_cast<uint32_t>(row / LANES) * GOLDEN;
-    if constexpr (std::is_same_v<Param, float>) {
-      __builtin_prefetch(theta + row + AHEAD, 1);
-      __builtin_prefetch(grad + row + AHEAD);
+  const PairWords pair(words);
+  for (int row = 0; row < BLOCK; row += PAIR) {
+    const uint32_t next = pair_word(row);
+    if (row % PART == 0) {
+      if constexpr (std::is_same_v<Param, float>) {
+        fetch<true>(theta + row);
+        fetch<false>(grad + row);
+      }
+      fetch<true>(exp_avg + row);
+      fetch<true>(exp_avg_sq + row);
     }
-    __builtin_prefetch(exp_avg + row + AHEAD, 1);
-    __builtin_prefetch(exp_avg_sq + row + AHEAD, 1);
 #pragma omp simd
-    for (int j = 0; j < LANES; ++j) {
+    for (int j = 0; j < PAIR; ++j) {
       const int i = row + j;
       const float g = decayed_gradient<DECAY>(grad[i], theta[i], s);
       const float m = s.first_kept * load(exp_avg[i]) + s.first_new * g;
@@ -57,8 +60,8 @@ void update_moments(float* __restrict__ theta, const float* __restrict__ grad, M
       const float v = s.second_kept * load(exp_avg_sq[i]) + added * added;
       theta[i] = decayed<DECAY>(theta[i], s) - s.step_size * (m / (std::sqrt(v) + s.eps));
       if constexpr (STATE == BFLOAT16) {
-        store_rounded(exp_avg[i], m, (words[j] + next) & 0xFFFF);
-        store_rounded(exp_avg_sq[i], v, (words[j] + next) >> 16);
+        store_rounded(exp_avg[i], m, (pair.words[j] + next) & 0xFFFF);
+        store_rounded(exp_avg_sq[i], v, (pair.words[j] + next) >> 16);
       } else {
         store(exp_avg[i], m);
         store(exp_avg_sq[i], v);
@@ -67,20 +70,13 @@ void update_moments(float* __restrict__ theta, const float* __restrict__ grad, M
   }
 }
 
-// Fetches so many elements of a tensor that are needed later, for reading and writing.
-template <typename T>
-inline void fetch(const T* place, int elements) {
-  for (int i = 0; i < elements; i += 64 / static_cast<int>(sizeof(T))) __builtin_prefetch(place + AHEAD + i, 1);
-}
-
 // The float32 values of a block of parameters, in the first-level cache.
 void load_block(const Block& block, float* __restrict__ theta, float* __restrict__ grad) {
-  constexpr int PART = 4 * LANES;
   for (int at = 0; at < BLOCK; at += PART) {
-    fetch(block.param + at, PART);
-    fetch(block.grad + at, PART);
+    fetch<true>(block.param + at);
+    fetch<false>(block.grad + at);
     if constexpr (ROUNDING == CORRECTION) {
-      fetch(block.correction + at, PART);
+      fetch<true>(block.correction + at);
       alignas(64) int16_t extra[PART];  // between 8 bits and 32: vectors widen in steps
 #pragma omp simd
       for (int i = 0; i < PART; ++i) extra[i] = block.correction[at + i];
@@ -88,7 +84,7 @@ void load_block(const Block& block, float* __restrict__ theta, float* __restrict
 #pragma omp simd
       for (int i = 0; i < PART; ++i) theta[at + i] = corrected(bits[at + i], extra[i]);
     } else if constexpr (ROUNDING == MASTER) {
-      fetch(block.master_param + at, PART);
+      fetch<true>(block.master_param + at);
 #pragma omp simd
       for (int i = at; i < at + PART; ++i) theta[i] = current_master(load(block.param[i]), block.master_param[i]);
     } else {
@@ -104,11 +100,12 @@ void store_block(const Block& block, float* __restrict__ theta, const uint32_t* 
   if constexpr (ROUNDING == CORRECTION) {
     alignas(64) int16_t extra[BLOCK];
     uint16_t* __restrict__ bits = reinterpret_cast<uint16_t*>(block.param);
-    for (int row = 0; row < BLOCK; row += LANES) {
-      const uint32_t next = static_cast<uint32_t>(row / LANES) * GOLDEN;
+    const PairWords pair(words);
+    for (int row = 0; row < BLOCK; row += PAIR) {
+      const uint32_t next = pair_word(row);
 #pragma omp simd
-      for (int j = 0; j < LANES; ++j) {
-        bits[row + j] = split(theta[row + j], ((words[j] + next) >> 2) & 0xFF, extra[row + j]);
+      for (int j = 0; j < PAIR; ++j) {
+        bits[row + j] = split(theta[row + j], ((pair.words[j] + next) >> 2) & 0xFF, extra[row + j]);
       }
     }
 #pragma omp simd

@@ -111,7 +111,7 @@ inline void encode_rows(const Updated& done, int i, __m512 to_first, __m512 to_s
 inline void encode(const Updated& done) {
   const __m512 to_first = _mm512_load_ps(done.to_first), to_second = _mm512_load_ps(done.to_second);
   Noise noise(done.words);
-  for (int i = 0; i < BLOCK; i += 4 * LANES) encode_rows(done, i, to_first, to_second, noise);
+  for (int i = 0; i < BLOCK; i += PART) encode_rows(done, i, to_first, to_second, noise);
   if (!done.finite) clear_codes(done);
 }
 
@@ -158,13 +158,11 @@ inline void update_rows(float* theta, const float* grad, Updated& now, const Upd
       largest_root = _mm512_max_epu32(largest_root, _mm512_castps_si512(r));  // not negative, except NaN
     }
   };
-  for (int i = 0; i < BLOCK; i += 4 * LANES) {
-    for (int line = 0; line < 4 * LANES; line += LANES) {
-      __builtin_prefetch(theta + i + line + AHEAD, 1);
-      __builtin_prefetch(grad + i + line + AHEAD);
-    }
-    __builtin_prefetch(now.exp_avg + i + AHEAD, 1);
-    __builtin_prefetch(now.exp_avg_sq + i + AHEAD, 1);
+  for (int i = 0; i < BLOCK; i += PART) {
+    fetch<true>(theta + i);
+    fetch<false>(grad + i);
+    fetch<true>(now.exp_avg + i);
+    fetch<true>(now.exp_avg_sq + i);
     update_two_rows(i);
     update_two_rows(i + 2 * LANES);
     if constexpr (ENCODES) encode_rows(done, i, to_first, to_second, noise);
