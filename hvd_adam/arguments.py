@@ -206,6 +206,8 @@ def _one_line(message: str, config: type, arguments: Sequence[str]) -> str:
         return unrecognized(words, arguments, _names(types), _names(types, bool))
     if switch := re.match(r"argument (--[\w-]+)/.*ignored explicit argument", message):
         return takes_no_value(switch[1])
+    if missing := _without_value(message, types):
+        return missing
     pair = re.fullmatch(r"argument (--[\w-]+): invalid two_numbers value: '(.*)'", message)
     if pair:
         return f"{pair[1]} is {pair[2]}: it must be {_expected(tuple[float, float])}"
@@ -216,6 +218,16 @@ def _one_line(message: str, config: type, arguments: Sequence[str]) -> str:
     if not wrong or wrong[1] not in types:
         return re.sub(r'Parser key "(\w+)":', r"--\1:", message)
     return f"{_option(wrong[1])} is {wrong[2]}: it must be {_expected(types[wrong[1]])}"
+
+
+def _without_value(message: str, types: Mapping[str, Any]) -> str | None:
+    """Returns what argparse's report of an option without a value means, or None for other reports."""
+    option = re.fullmatch(r"argument (--[\w-]+): expected one argument", message)
+    kind = types.get(option[1].removeprefix("--").replace("-", "_")) if option else None
+    if option is None or kind is None:
+        return None
+    sign = f" (write a negative one as {option[1]}=-1e-3)" if _scalar(kind) is float else ""
+    return f"{option[1]} needs a value: it must be {_expected(kind)}{sign}"
 
 
 def _expected(kind: Any) -> str:
@@ -236,7 +248,10 @@ def _expected(kind: Any) -> str:
 
 
 class _PlainParser(_PrintingParser):
+    types: Mapping[str, Any] = {}
+
     def error(self, message: str) -> NoReturn:
+        message = _without_value(message, self.types) or message
         raise UserError(f"{message} ({_see_help(self.prog.removeprefix('python -m '))})")
 
 
@@ -254,7 +269,7 @@ def _parse_plain(config: type[Config], name: str, arguments: list[str]) -> Confi
         allow_abbrev=False,
     )
     parser.add_argument("--config", action=_ConfigAction, help="YAML file with any of the options")
-    types = _types(config)
+    types = parser.types = _types(config)
     for item in fields(config):  # type: ignore[arg-type]  # a dataclass
         kind, text = types[item.name], _help(item)
         if kind is bool:

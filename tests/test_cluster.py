@@ -326,6 +326,12 @@ def test_a_variable_set_by_the_user_overrides_the_default(monkeypatch):
     assert cluster_module.HOROVOD_DEFAULTS["HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"] == "600"
 
 
+@pytest.mark.parametrize("value", ["abc", "", "-1", "nan"])
+def test_a_variable_of_horovod_that_is_no_number_is_refused(value):
+    message = f"HOROVOD_CYCLE_TIME is '{value}' in the environment; it must be a number, 0 or above"
+    assert run("import hvd_adam; hvd_adam.init()", {"HOROVOD_CYCLE_TIME": value}) == message
+
+
 @pytest.mark.parametrize(("environ", "cycle"), [({}, "12.5"), ({"HOROVOD_CYCLE_TIME": "3"}, "3")])
 def test_the_cycle_time_is_the_arguments_unless_the_user_sets_the_variable(environ, cycle):
     code = "import os, hvd_adam; hvd_adam.init(cycle_time_ms=12.5); print(os.environ['HOROVOD_CYCLE_TIME'])"

@@ -166,7 +166,7 @@ def test_without_jsonargparse_options_have_the_same_names_and_types(monkeypatch)
         ("--foo 1", "--foo is not an option"),
         ("--batch-size x", "--batch-size is x: it must be a whole number"),
         ("--batch-size 0", "--batch-size is 0: it must be at least 1"),
-        ("--batch-size", "--batch-size: expected one argument"),
+        ("--batch-size", "--batch-size needs a value: it must be a whole number"),
         ("--device tpu", "--device is tpu: it must be one of auto, cpu, cuda"),
         ("--config run.yaml", "--config needs jsonargparse, .* pip install 'hvd_adam\\[train\\]'"),
     ],

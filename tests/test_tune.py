@@ -128,7 +128,9 @@ def test_a_tuned_run_equals_one_with_the_same_options_in_every_bit_also_resumed(
 
 def test_a_resumed_run_takes_its_earlier_choice_without_measuring(run):
     _, choice, resumed, folder = run
-    assert "tune:" not in resumed.stdout + resumed.stderr
+    lines = re.findall("tune: (uses .*)", resumed.stdout + resumed.stderr)
+    options = command_line(choice["options"])
+    assert lines == [f"uses {options}, which this run has chosen: nothing is measured"]
     assert events(folder, "resume")[0]["tune"] == choice
 
 
@@ -145,7 +147,7 @@ def test_lossless_tuning_measures_nothing_that_rounds_gradients(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ("--tune any --compression int8", "--tune any chooses --compression: give --tune or --compression"),
+        ("--tune any --compression int8", "--tune any chooses --compression: give only one of them"),
         ("--tune lossless --strategy sharded --threads 2", "chooses --strategy and --threads"),
         ("--tune any --elastic", "--elastic changes: use --compression auto"),
         ("--tune any --op adasum", "--op adasum leaves --tune any no choice"),

@@ -95,7 +95,7 @@ def _notes(config: StepConfig, device: str, sizes: dict[str, int]) -> list[str]:
         f"{launchers.description(config.np, config.launcher)}, on {device}, {launchers.threads(config.np)} "
         f"threads and {config.batch_size} images of 3x32x32 per rank; {', '.join(applied)}; parameters: {counts}",
         f"medians and quartiles of {config.repeats} interleaved turns × {config.steps} steps, {value} on the "
-        f"slowest rank; one warm-up turn and the first {WARM_UP_CALLS} steps of a turn are not counted",
+        f"slowest rank; before them one turn, and {WARM_UP_CALLS} steps of each turn, that are not counted",
         "ratios of times (below 1: faster). horovod: hvd.DistributedOptimizer around torch.optim.Adam's default; "
         "plain: torch.optim.Adam fused, no distribution; compute: no distribution and no optimizer, a lower bound",
     ]

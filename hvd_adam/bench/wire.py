@@ -139,7 +139,7 @@ def _notes(config: WireConfig, device: str, models: dict[str, nn.Module]) -> lis
         f"{launchers.description(config.np, config.launcher)}, on {device}, {launchers.threads(config.np)} "
         f"threads and {config.batch_size} images of 3x32x32 per rank; parameters: {counts}",
         f"medians and quartiles of {config.repeats} interleaved turns × {config.steps} steps, each the time on "
-        f"the slowest rank; one warm-up turn and the first {WARM_UP_CALLS} steps of a turn are not counted",
+        f"the slowest rank; before them one turn, and {WARM_UP_CALLS} steps of each turn, that are not counted",
         f"/ none: of {OURS}allreduce-none; ddp: DistributedDataParallel with torch's fused Adam, and its hooks "
         f"for fp16, bf16 and PowerSGD (rank {POWERSGD_RANK}, in one bucket)",
         "formula: what a rank sends in a step, without headers (docs: Compressed gradients); error: 2-norm of the "

@@ -90,7 +90,7 @@ def _require_releasable(config: Any) -> None:
             not config.elastic,
             "not tested with lost ranks so far: leave it out",
         ),
-        "tune": (config.tune == "off", "what it would choose is fixed: leave it out"),
+        "tune": (config.tune == "off", "nothing is left to choose: leave out one of them"),
     }
     for name, (allowed, reason) in reasons.items():
         if not allowed:
@@ -105,7 +105,7 @@ def _require_tunable(config: Any) -> None:
     given = [item.name for item in tuned if getattr(config, item.name) != item.default]
     if given:
         named = " and ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise UserError(f"--tune {config.tune} chooses {named}: give --tune or {named}")
+        raise UserError(f"--tune {config.tune} chooses {named}: give only one of them")
     if config.op == "adasum":
         raise UserError(f"--op adasum leaves --tune {config.tune} no choice: leave one out")
     if config.elastic:

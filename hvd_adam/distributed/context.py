@@ -16,7 +16,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from functools import cache
 from numbers import Real
@@ -205,6 +205,18 @@ def _check_cycle_time(cycle_time_ms: float) -> None:
         )
 
 
+def _refuse_unreadable_numbers(names: Iterable[str]) -> None:
+    """Raises UserError where one of Horovod's variables is set to no number, which Horovod would take as 0."""
+    for name in names:
+        value = os.environ.get(name, "0")
+        try:
+            readable = not name.startswith("HOROVOD_") or float(value) >= 0
+        except ValueError:
+            readable = False
+        if not readable:
+            raise UserError(f"{name} is {value!r} in the environment; it must be a number, 0 or above")
+
+
 def _start(device: str, cycle_time_ms: float | None = None, *, restarting: bool = False) -> Cluster:
     global _cluster
     if device not in ("auto", "cpu", "cuda"):
@@ -217,6 +229,7 @@ def _start(device: str, cycle_time_ms: float | None = None, *, restarting: bool 
     if cycle_time_ms is not None:
         defaults[CYCLE_TIME] = str(float(cycle_time_ms))
     too_late = [name for name in defaults if name not in os.environ] if hvd.is_initialized() else []
+    _refuse_unreadable_numbers(defaults)
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     if is_elastic():

@@ -77,6 +77,10 @@ def earlier_choice(config: TrainConfig, cluster: Cluster) -> Choice | None:
         choice = choices[-1] if choices else None
         if choice is not None and (choice.ranks, choice.allowed) != (cluster.size, config.tune):
             choice = None
+        if choice is not None:
+            logger.info(
+                f"tune: uses {command_line(choice.options)}, which this run has chosen: nothing is measured"
+            )
     if cluster.size > 1:
         choice = horovod().broadcast_object(choice, ROOT, name=f"{NAME}.earlier")
     return choice
