@@ -23,7 +23,7 @@ FIGURES=(
   "step-released|python -m hvd_adam.bench step --models mlp --variants hvd_adam-allreduce,hvd_adam-allreduce-deferred,hvd_adam-allreduce-released --repeats 6 --steps 8"
   "checkpoint|python -m hvd_adam.bench checkpoint --models cnn --every 10 --steps 100 --repeats 11"
   "data|python -m hvd_adam.bench data --images 1000,8000"
-  "state-formats|python -m hvd_adam.bench adam --workloads resnet18 --dtype float32,bfloat16-master --repeats 15"
+  "state-formats|python -m hvd_adam.bench adam --workloads resnet18 --dtype float32,bfloat16-master --repeats 31"
   "state-formats-quality|python docs/state_formats_quality.py"
   "adam-details|python docs/adam_figures.py"
   "compare|horovodrun -np 2 python -m hvd_adam.compare"

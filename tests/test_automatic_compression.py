@@ -32,7 +32,7 @@ from hvd_adam.distributed.automatic import choice, trial
 from hvd_adam.distributed.automatic.candidates import candidates
 from hvd_adam.distributed.automatic.timer import UpdateTimer
 from hvd_adam.distributed.automatic.trial import Lap, Trial
-from hvd_adam.errors import UserError
+from hvd_adam.errors import CollectiveError, UserError
 
 # The order of a trial.
 
@@ -227,6 +227,37 @@ def test_bfloat16_gradients_have_the_same_bits_with_and_without_bf16_and_others_
         optimizer.use_compression("int8")
 
 
+@on_ranks(2)
+@each_strategy
+def test_ranks_that_fix_different_compressions_get_an_error_and_nothing_changes(cluster, strategy):
+    own = books(cluster, strategy)
+    with pytest.raises(CollectiveError, match="compression is 'int8' on rank 0 and 'int4' on rank 1"):
+        own.optimizer.use_compression("int4" if cluster.rank else "int8")
+    assert own.optimizer.compression == "none"
+    own.optimizer.use_compression("int8")
+    own.update(0)
+    own.check()
+
+
+@on_ranks(2)
+def test_gradients_of_shards_must_not_be_changed_from_the_first_update_on(cluster):
+    own = books(
+        cluster, "sharded"
+    )  # in which each rank has whole gradients without codes, and its shard's with them
+    backward(own.model, random_gradients(own.model, 0, cluster.rank))
+    torch.nn.utils.clip_grad_norm_(own.model.parameters(), 0.1)
+    with pytest.raises(
+        RuntimeError, match="may be, as the compression decides, the mean of this rank's shard only"
+    ):
+        own.optimizer.step()
+    own.optimizer.zero_grad()
+    backward(own.model, random_gradients(own.model, 0, cluster.rank))
+    own.optimizer.synchronize()
+    norm = torch.nn.utils.clip_grad_norm_(own.model.parameters(), 0.1)
+    assert same_everywhere(norm.item())
+    own.optimizer.step()
+
+
 # The choice.
 
 
@@ -316,6 +347,30 @@ def test_a_trial_loses_nothing_and_a_change_of_the_network_starts_another(cluste
     if cluster.rank == 0:
         assert "an update waits 100 ms for the network, 500 when int8 was chosen: measures again" in lines[1]
         assert len(lines) == 3
+
+
+@on_ranks(2)
+@each_strategy
+def test_a_trial_begins_with_the_first_gradients_and_again_where_dtypes_change_what_may_be_chosen(
+    cluster, strategy
+):
+    model = torch.nn.ModuleList([Weights(**SHAPES), Weights(extra=(8, 8)).double()]).requires_grad_(False)
+    optimizer = distribute(Adam(model.parameters()), model, strategy=strategy, compression="auto:any")
+    begins = {5: 0, 14: 1}  # when a part of the model is trained from
+    used = []
+    with timed(lambda: TIMES[optimizer.compression]):
+        for seed in range(25):
+            if seed in begins:
+                model[begins[seed]].requires_grad_(True)
+            used.append(optimizer.compression)
+            for part in filter(lambda part: next(part.parameters()).requires_grad, model):
+                gradients = random_gradients(part, seed, cluster.rank)
+                backward(part, {n: g.to(part.get_parameter(n).dtype) for n, g in gradients.items()})
+            optimizer.step()
+            optimizer.zero_grad()
+    first, without_codes = ["none"] * 8 + ["bf16"] * 2, ["none"] * 4 + ["bf16"] * 6  # float64 gradients have none
+    assert used == ["none"] * 5 + first + without_codes
+    assert same_everywhere(digest(model.state_dict()))
 
 
 def restored(cluster, strategy, saved, compression="auto:any"):

@@ -1,8 +1,12 @@
-"""Collectives in pieces: two hosts under Gloo swap messages by sums of integers, which give the same bits."""
+"""Collectives in pieces: swaps of two hosts give the same bits, and rows of different lengths are refused."""
 
 import pytest
-from helpers.on_ranks import launch
+import torch
+from helpers.on_ranks import launch, on_ranks
 from helpers.training_runs import ROOT
+
+from hvd_adam.distributed.collectives.pieces import start_allgather, start_alltoall
+from hvd_adam.errors import JobError
 
 HOSTS = "localhost:1,127.0.0.1:1"  # two hosts for Horovod
 
@@ -57,3 +61,11 @@ def test_swapped_messages_of_two_hosts_give_the_same_bits_under_gloo():
     assert results["with"] == results["without"]
     # Of the updates of three compressions, two each: the gradients and the parameters.
     assert swaps == {"with": [8 + 3 * 2 * 2] * 2, "without": [0, 0]}
+
+
+@on_ranks(2, 3)
+def test_rows_of_another_length_than_this_ranks_are_refused(cluster):
+    rows = torch.zeros(cluster.size, 10 + cluster.rank**2, dtype=torch.uint8)
+    for received in (start_alltoall(rows, "rows"), start_allgather(rows[0], "row")):
+        with pytest.raises(JobError, match="different numbers of elements in row"):
+            received()

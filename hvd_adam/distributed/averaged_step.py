@@ -82,8 +82,9 @@ class AveragedStep:
 
     def _refuse_changed(self, unscale: float | Tensor) -> None:
         """Refuses gradients that were changed while they were not the mean: scattered, or times the loss scale."""
-        if self._strategy.scatters:
-            self._averager.refuse_changed("is the mean of this rank's shard only")
+        if self._strategy.may_scatter:
+            now = "is" if self._strategy.scatters else "may be, as the compression decides,"
+            self._averager.refuse_changed(f"{now} the mean of this rank's shard only")
         elif isinstance(unscale, Tensor) or unscale != 1.0:
             self._averager.refuse_changed("is multiplied by the loss scale")
 

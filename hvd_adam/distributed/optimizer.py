@@ -95,6 +95,7 @@ class DistributedAdam(AveragedAdam):
         """Fixes what `compression="auto"` would choose, from the next update on. Every rank must call it.
 
         Raises:
+            CollectiveError: on every rank: the ranks give different compressions.
             UserError: it is not what the option may choose, or `distribute` was called with a fixed compression.
             RuntimeError: called after `backward` and before `step`, while reductions are in flight.
         """
@@ -230,7 +231,7 @@ class DistributedAdam(AveragedAdam):
         return self._step.clip(max_norm)
 
     def _refuse_scattered_in_join(self, call: str) -> None:
-        if self._join is not None and self._strategy.scatters:
+        if self._join is not None and self._strategy.may_scatter:
             raise RuntimeError(
                 f"{call} in join() would wait for ranks that have left, where gradients are scattered: use "
                 "max_grad_norm of distribute() to clip, or strategy='allreduce'"

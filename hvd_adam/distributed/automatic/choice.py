@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hvd_adam.distributed.agreement import require_same
 from hvd_adam.distributed.automatic.candidates import ANY, FIRST, candidates
 from hvd_adam.distributed.automatic.estimate import exchange_seconds
 from hvd_adam.distributed.automatic.timer import UpdateTimer, agreed_laps
 from hvd_adam.distributed.automatic.trial import LEAST_GAIN, WARM_UP, Lap, Trial
-from hvd_adam.distributed.context import horovod
+from hvd_adam.distributed.context import current_cluster, horovod
 from hvd_adam.distributed.gradients.averager import GradientAverager
 from hvd_adam.distributed.layout import DistributedLayout
 from hvd_adam.errors import UserError
@@ -41,7 +42,8 @@ class AutomaticCompression:
     """
 
     def __init__(self, option: str, layout: DistributedLayout, averager: GradientAverager, prefix: str) -> None:
-        self._option, self._layout, self._prefix = option, layout, f"{prefix}.automatic"
+        self._option, self._layout, self._averager = option, layout, averager
+        self._prefix = f"{prefix}.automatic"
         # On one rank, and with Adasum, nothing is reduced in buckets, and there is nothing to choose from.
         self._active = bool(layout.buffers)
         self._device = layout.buffers[0].device if self._active else torch.device("cpu")
@@ -50,6 +52,7 @@ class AutomaticCompression:
             self._log(f"uses {FIRST}: op='adasum' leaves no choice")
         self._trial: Trial | None = None
         self._begun = False  # whether there has been a trial
+        self._compared: frozenset[str] = frozenset()  # in the last trial
         self._fixed = False  # whether `use` has been called
         self._chosen = Lap(0.0, 0.0)  # an update with the chosen compression, in the trial
         self._drifted = 0  # windows in a row that have differed from it, negative if the wait was shorter
@@ -70,8 +73,12 @@ class AutomaticCompression:
         """
         if not self._active:
             return
-        if not self._begun:
+        if self._layout.trains_nothing:
+            self._timer.lap(counts=False)
+        elif not self._begun:
             self._begin(WARM_UP)
+        elif self._candidates_have_changed():
+            self._begin(0)
         elif self._trial is not None:
             # Of a skipped update no parameters are sent.
             self._timer.lap(counts=skipped is None or not bool(skipped))
@@ -82,12 +89,24 @@ class AutomaticCompression:
             if self._timer.count >= WINDOW:
                 self._end_window()
 
+    def _candidates_have_changed(self) -> bool:
+        """Returns whether parameters of other dtypes are trained, so that a trial must be made again.
+
+        After a trial only if there is more to choose from: parameters that a choice does not allow are refused
+        themselves.
+        """
+        allowed = set(self._candidates())
+        return allowed != self._compared if self._trial is not None else not allowed <= self._compared
+
     def use(self, compression: str) -> None:
         """Uses a compression from the next update on, and ends all measurements. Every rank must call it.
 
         Raises:
+            CollectiveError: on every rank: the ranks give different ones.
             UserError: it is not among what this option may choose.
         """
+        self._averager.start_meeting("use_compression()")()
+        require_same(current_cluster(), "arguments of use_compression()", {"compression": compression})
         allowed = self._candidates() if self._layout.buffers else (FIRST,)
         if compression not in allowed:
             raise UserError(
@@ -101,6 +120,7 @@ class AutomaticCompression:
 
     def _begin(self, warm_up: int) -> None:
         self._trial, self._begun = Trial(self._candidates(), warm_up), True
+        self._compared = frozenset(self._trial.candidates)
         self._layout.use(self._trial.compression)
         self._timer.restart()
 
@@ -202,6 +222,7 @@ class AutomaticCompression:
         """Takes over what `load_state_dict` was given; returns the compression to use."""
         allowed = set(self._candidates())
         self._begun, self._trial, self._drifted, compression = False, None, 0, FIRST
+        self._compared = frozenset(allowed)
         if saved is not None and saved["ranks"] == horovod().size() and saved["compression"] in allowed:
             trial = saved["trial"]
             if saved["fixed"]:

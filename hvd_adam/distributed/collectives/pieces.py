@@ -15,6 +15,7 @@ from hvd_adam.distributed.collectives.groups import RankGroup, all_ranks
 from hvd_adam.distributed.collectives.started import Started
 from hvd_adam.distributed.context import MESSAGE_BYTES, horovod
 from hvd_adam.distributed.launch_env import gloo_store_address
+from hvd_adam.errors import JobError
 
 # Two ranks send halves of a piece of an all-reduce.
 ALLREDUCE_BYTES = 2 * MESSAGE_BYTES
@@ -73,13 +74,17 @@ def start_alltoall(rows: Tensor, name: str, group: RankGroup | None = None) -> S
     Returns:
         Waits for the rows that the ranks have sent to this one, [ranks, n].
     """
-    hvd, ranks, group = horovod(), len(rows), group or all_ranks()
+    hvd, group = horovod(), group or all_ranks()
     if _would_take_turns(rows[0], group):
         return _start_swap(rows[group.index], rows[1 - group.index], name, group)
     # contiguous: a column of one element is flattened to a view with gaps, which Horovod refuses.
     pieces = [(piece.reshape(-1).contiguous(), part) for piece, part in _pieces(rows, name)]
     handles = [hvd.alltoall_async(piece, name=part, process_set=group.process_set) for piece, part in pieces]
-    return Started(handles, lambda results: _joined([received.view(ranks, -1) for received, _ in results]), name)
+
+    def result(results: list[tuple[Tensor, Tensor]]) -> Tensor:
+        return _in_rows([received for received, _ in results], rows, name)
+
+    return Started(handles, result, name)
 
 
 def start_allgather(values: Tensor, name: str, group: RankGroup | None = None) -> Started[Tensor]:
@@ -101,7 +106,7 @@ def start_allgather(values: Tensor, name: str, group: RankGroup | None = None) -
     nbytes = MESSAGE_BYTES if ranks == 2 else MESSAGE_BYTES // 2
     pieces = _pieces(values, name, nbytes)
     handles = [hvd.allgather_async(piece, name=part, process_set=process_set) for piece, part in pieces]
-    return Started(handles, lambda results: _joined([received.view(ranks, -1) for received in results]), name)
+    return Started(handles, lambda results: _in_rows(results, values.expand(ranks, -1), name), name)
 
 
 def columns(part: int, ranks: int, device: torch.device, multiple: int = 1) -> Iterator[tuple[int, int]]:
@@ -173,6 +178,21 @@ def _pieces(values: Tensor, name: str, nbytes: int = MESSAGE_BYTES) -> list[tupl
     length = nbytes // values.element_size() if values.device.type == "cpu" else values.shape[-1]
     pieces = torch.split(values, max(1, length), dim=-1)
     return [(piece, f"{name}.{number}" if number else name) for number, piece in enumerate(pieces)]
+
+
+def _in_rows(pieces: list[Tensor], expected: Tensor, name: str) -> Tensor:
+    """Returns what the ranks have sent, a row of each.
+
+    Raises:
+        JobError: they have sent other numbers of elements. Horovod compares them in all-reduces only, and kernels
+            that decode the result would read beyond its end.
+    """
+    if sum(map(Tensor.numel, pieces)) != expected.numel():
+        raise JobError(
+            f"the ranks have sent different numbers of elements in {name}: make the same calls with the same "
+            "options on every rank"
+        )
+    return _joined([piece.view(len(expected), -1) for piece in pieces])
 
 
 def _joined(pieces: list[Tensor]) -> Tensor:

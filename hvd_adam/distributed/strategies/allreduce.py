@@ -39,6 +39,11 @@ class AllReduceStrategy:
         """Whether each rank gets the averaged gradients of its own shard only."""
         return False
 
+    @property
+    def may_scatter(self) -> bool:
+        """Whether that is so, or may become so with another compression."""
+        return self.scatters
+
     def norm(self, parameters: Sequence[Tensor], buffers: Sequence[GradientBuffer]) -> Tensor:
         """Returns the 2-norm of all gradients, 0-dimensional, with identical bits on all ranks."""
         return total_norm([p.grad for p in parameters if p.grad is not None])

@@ -36,6 +36,11 @@ class CodedZeroStrategy(ZeroStrategy):
         """Always, as codes."""
         return self.masters.codec is not None or super().scatters
 
+    @property
+    def may_scatter(self) -> bool:
+        """Always: what a loop does with gradients should not fail after the first change of the compression."""
+        return True
+
     def updating(self) -> AbstractContextManager[None]:
         """Returns a context in which the parameters of this rank's shard are the masters."""
         return super().updating() if self.masters.codec is None else self.masters.updating()
