@@ -5,6 +5,7 @@ import torch
 from helpers.on_ranks import launch, on_ranks
 from helpers.training_runs import ROOT
 
+from hvd_adam.distributed.collectives import pieces
 from hvd_adam.distributed.collectives.pieces import start_allgather, start_alltoall
 from hvd_adam.errors import JobError
 
@@ -69,3 +70,12 @@ def test_rows_of_another_length_than_this_ranks_are_refused(cluster):
     for received in (start_alltoall(rows, "rows"), start_allgather(rows[0], "row")):
         with pytest.raises(JobError, match="different numbers of elements in row"):
             received()
+
+
+@on_ranks(2, 3, "gloo")
+def test_a_sum_of_two_ranks_of_one_host_is_one_message_under_gloo(cluster):
+    values = torch.full((3 * pieces.ALLREDUCE_BYTES // 4,), 2.0)
+    started = pieces.start_allreduce(values, "sum")
+    assert len(started._pieces) == (1 if cluster.size == 2 else 3)
+    started()
+    assert (values == 2.0 * cluster.size).all()

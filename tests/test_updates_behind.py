@@ -105,6 +105,11 @@ def test_an_update_behind_the_reductions_has_the_bits_of_one_that_waits(
     assert sections == ([] if cluster.size == 1 else [3, 2, 1, 0] * updates)
 
 
+def send_in_pieces(patch, nbytes):
+    for name in ("ALLREDUCE_BYTES", "PAIR_BYTES"):
+        patch.setattr(pieces, name, nbytes)
+
+
 @on_ranks(2)
 @each_strategy
 @pytest.mark.parametrize("rounding", [None, "float32", "bfloat16", "8bit", "stochastic_rounding"])
@@ -117,7 +122,7 @@ def test_parts_of_a_bucket_that_are_updated_as_they_arrive_have_the_same_bits(
     adam = {rounding: True} if dtype == torch.bfloat16 else {"state_format": rounding or "float32"}
     adam |= {} if rounding else {"weight_decay": 0.1, "amsgrad": True}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pieces, "ALLREDUCE_BYTES", message_bytes)
+        send_in_pieces(patch, message_bytes)
         sections = compared(cluster, strategy=strategy, dtype=dtype, adam=adam, bucket_bytes=bucket_bytes)
     parts = sections.count(0) / 4  # in each of 4 updates
     elements = WIDTH * WIDTH if bucket_bytes < 2**20 else 2 * (WIDTH * WIDTH + WIDTH) + 4 * WIDTH + 4
@@ -129,7 +134,7 @@ def test_parts_of_a_bucket_that_are_updated_as_they_arrive_have_the_same_bits(
 @pytest.mark.parametrize("amsgrad_of", [0, 1])  # the layers that do; see `make_optimizer`
 def test_parts_of_parameters_with_and_without_amsgrad_have_the_same_bits(cluster, strategy, amsgrad_of):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pieces, "ALLREDUCE_BYTES", 4096)
+        send_in_pieces(patch, 4096)
         assert compared(cluster, strategy=strategy, bucket_bytes=2**20, amsgrad_of=amsgrad_of)
 
 
@@ -139,7 +144,7 @@ def test_the_noise_scale_of_buckets_that_arrive_in_parts_is_that_of_whole_ones(c
     for message_bytes in (3000, 2**20):
         model = make_model()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pieces, "ALLREDUCE_BYTES", message_bytes)
+            send_in_pieces(patch, message_bytes)
             # The form "adam" divides by √v̂ of before the update.
             noise = {"noise_scale": 1, "noise_scale_form": "adam", "defer_averaging": True}
             optimizer = make_optimizer(model, **noise)
