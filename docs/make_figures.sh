@@ -14,9 +14,11 @@ cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." >/dev/null
 FIGURES=(
   "quickstart|bash launch/quickstart.sh"
   "adam|python -m hvd_adam.bench adam --repeats 40"
-  "step|python -m hvd_adam.bench step --models mlp,cnn --repeats 4 --steps 10"
+  "step|python -m hvd_adam.bench step --models mlp,cnn --repeats 6 --steps 10"
   "step-resnet18|python -m hvd_adam.bench step --models resnet18 --repeats 3 --steps 5"
-  "step-deferred-mlp|python -m hvd_adam.bench step --models mlp --variants hvd_adam-allreduce,hvd_adam-allreduce-deferred,hvd_adam-sharded,hvd_adam-sharded-deferred,ddp-fused --repeats 4"
+  "step-gloo|python -m hvd_adam.bench step --models mlp,cnn --repeats 6 --steps 10 --launcher gloo"
+  "step-gloo-resnet18|python -m hvd_adam.bench step --models resnet18 --repeats 3 --steps 5 --launcher gloo"
+  "step-deferred-mlp|python -m hvd_adam.bench step --models mlp --variants hvd_adam-allreduce,hvd_adam-allreduce-deferred,hvd_adam-sharded,hvd_adam-sharded-deferred,ddp-fused --repeats 6"
   "step-deferred-cnn|python -m hvd_adam.bench step --models cnn --variants hvd_adam-allreduce,hvd_adam-allreduce-deferred,ddp-fused --repeats 6"
   "allreduce|python -m hvd_adam.bench allreduce --sizes 40"
   "memory|python -m hvd_adam.bench memory"
