@@ -373,6 +373,44 @@ def test_a_trial_begins_with_the_first_gradients_and_again_where_dtypes_change_w
     assert same_everywhere(digest(model.state_dict()))
 
 
+@on_ranks(2)
+def test_what_is_frozen_is_not_measured_and_a_resume_measures_what_was_not_compared_before(cluster):
+    def made(*trained):
+        model = torch.nn.ModuleList([Weights(**SHAPES), Weights(extra=(8, 8)).bfloat16()])
+        for part, module in enumerate(model):
+            module.requires_grad_(part in trained)
+        optimizer = distribute(Adam(model.parameters()), model, compression="auto")
+
+        def update(count):
+            for seed in range(count):
+                for part in filter(lambda part: next(part.parameters()).requires_grad, model):
+                    gradients = random_gradients(part, seed, cluster.rank)
+                    backward(part, {n: g.to(part.get_parameter(n).dtype) for n, g in gradients.items()})
+                optimizer.step()
+                optimizer.zero_grad()
+
+        return model, optimizer, update
+
+    _, optimizer, update = made(0)
+    update(TRIAL)
+    assert not optimizer._automatic.is_measuring  # there was nothing to choose from
+    _, other, update = made(0, 1)
+    other._automatic.load_state_dict(optimizer._automatic.state_dict())
+    update(1)
+    assert other._automatic.is_measuring
+
+    model, optimizer, update = made(0, 1)
+    update(2)
+    model.requires_grad_(False)
+    update(2 * TRIAL)
+    assert optimizer._automatic.is_measuring and optimizer.compression == "none"
+
+    optimizer.use_compression("bf16")
+    _, other, _ = made()
+    other._automatic.load_state_dict(optimizer._automatic.state_dict())
+    assert other.compression == "bf16" and not other._automatic.is_measuring
+
+
 def restored(cluster, strategy, saved, compression="auto:any"):
     own = books(cluster, strategy, compression)
     own.model.load_state_dict(saved["model"])

@@ -72,7 +72,6 @@ class DistributedLayout:
         compression: as the argument; `use` changes it.
         store: of the parameters.
         buffers: of their gradients, one for each device and dtype; none on one rank and with Adasum.
-        trains_nothing: whether all parameters are frozen; the buffer is then a placeholder.
     """
 
     def __init__(
@@ -101,7 +100,12 @@ class DistributedLayout:
         policy = StorePolicy(foreach_only=adasum, agree=self._agree, warns=bool(horovod().rank() == 0))
         self.store = ParameterStore(policy)
         self.buffers: Sequence[GradientBuffer] = ()
-        self.trains_nothing = False
+        self._holds_place = False  # whether the only buffer is that of no parameter
+
+    @property
+    def trains_nothing(self) -> bool:
+        """Whether all parameters are frozen."""
+        return self._holds_place or not any(p.requires_grad for buffer in self.buffers for p in buffer.params)
 
     @property
     def feedback(self) -> ErrorFeedback | None:
@@ -159,7 +163,7 @@ class DistributedLayout:
         """Returns the trained parameters of each device and dtype, with the layout of their gradients."""
         trained = [p for group in groups for p in group["params"] if is_trained(p)]
         self._refuse_unusual(trained, names)
-        self.trains_nothing = not trained
+        self._holds_place = not trained
         if not trained:  # the ranks exchange messages nevertheless, and parameters may be unfrozen
             device = next(iter(names)).device
             trained = [torch.nn.Parameter(torch.zeros(1, dtype=torch.float32, device=device))]

@@ -63,7 +63,10 @@ class AutomaticCompression:
         return self._active and (self._trial is not None or not self._begun)
 
     def _candidates(self) -> tuple[str, ...]:
-        return candidates(self._option, {buffer.dtype for buffer in self._layout.buffers})
+        return candidates(self._option, self._dtypes())
+
+    def _dtypes(self) -> set[torch.dtype]:
+        return {buffer.dtype for buffer in self._layout.buffers}
 
     def after_update(self, skipped: Tensor | None) -> None:
         """Called after an update, with the same on all ranks.
@@ -175,7 +178,7 @@ class AutomaticCompression:
         """Reports what compressions would gain that this option does not allow."""
         largest = max(self._layout.buffers, key=lambda buffer: buffer.layout.total)
         elements = sum(buffer.layout.total for buffer in self._layout.buffers)
-        names = candidates(ANY, {buffer.dtype for buffer in self._layout.buffers})
+        names = candidates(ANY, self._dtypes())
         found = exchange_seconds(names, elements, largest.dtype, self._device, f"{self._prefix}.estimate")
         seconds, waited = trial.seconds(FIRST), trial.waited(FIRST)
         gains = {name: min(waited, found[FIRST] - found[name]) for name in names if name != FIRST}
@@ -198,6 +201,7 @@ class AutomaticCompression:
             "trial": None if self._trial is None else self._trial.state_dict(),
             "chosen": list(self._chosen) if self._begun and self._trial is None else None,
             "fixed": self._fixed,
+            "compared": sorted(self._compared),
         }
 
     def load_state_dict(self, saved: Mapping[str, Any] | None) -> None:
@@ -220,9 +224,11 @@ class AutomaticCompression:
 
     def _continue(self, saved: Mapping[str, Any] | None) -> str:
         """Takes over what `load_state_dict` was given; returns the compression to use."""
-        allowed = set(self._candidates())
+        # Where all parameters are frozen, nothing is known of those that will be trained.
+        dtypes = {torch.bfloat16} if self._layout.trains_nothing else self._dtypes()
+        allowed = set(candidates(self._option, dtypes))
         self._begun, self._trial, self._drifted, compression = False, None, 0, FIRST
-        self._compared = frozenset(allowed)
+        self._compared = frozenset(allowed if saved is None else saved.get("compared", allowed))
         if saved is not None and saved["ranks"] == horovod().size() and saved["compression"] in allowed:
             trial = saved["trial"]
             if saved["fixed"]:
