@@ -226,12 +226,9 @@ def _without_value(message: str, types: Mapping[str, Any]) -> str | None:
     kind = types.get(option[1].removeprefix("--").replace("-", "_")) if option else None
     if option is None or kind is None:
         return None
-    sign = (
-        f" (write a negative one as {option[1]}=-1e-3)"
-        if kind != tuple[float, float] and _scalar(kind) is float
-        else ""
-    )
-    return f"{option[1]} needs a value: it must be {_expected(kind)}{sign}"
+    expected = _expected(kind)
+    sign = f" (write a negative one as {option[1]}=-1e-3)" if expected == "a number" else ""
+    return f"{option[1]} needs a value: it must be {expected}{sign}"
 
 
 def _expected(kind: Any) -> str:

@@ -207,6 +207,13 @@ def test_gradients_that_a_loop_keeps_are_those_of_the_mean_after_a_change(cluste
         own.optimizer.zero_grad()
 
 
+def backward_of_parts(model, seed, rank):
+    """Gives the trained parts of a model gradients, in the dtypes of their parameters."""
+    for part in filter(lambda part: next(part.parameters()).requires_grad, model):
+        gradients = random_gradients(part, seed, rank)
+        backward(part, {n: g.to(part.get_parameter(n).dtype) for n, g in gradients.items()})
+
+
 @on_ranks(2)
 def test_bfloat16_gradients_have_the_same_bits_with_and_without_bf16_and_others_are_left_alone(cluster):
     def trained(compression):
@@ -214,9 +221,7 @@ def test_bfloat16_gradients_have_the_same_bits_with_and_without_bf16_and_others_
         optimizer = distribute(Adam(model.parameters()), model, compression="auto", accumulate=3)
         optimizer.use_compression(compression)
         for seed in range(6):
-            for part in model:
-                gradients = random_gradients(part, seed, cluster.rank)
-                backward(part, {n: g.to(part.get_parameter(n).dtype) for n, g in gradients.items()})
+            backward_of_parts(model, seed, cluster.rank)
             optimizer.step()
         return digest(model.state_dict(), [p.grad for p in model.parameters()])
 
@@ -241,9 +246,7 @@ def test_ranks_that_fix_different_compressions_get_an_error_and_nothing_changes(
 
 @on_ranks(2)
 def test_gradients_of_shards_must_not_be_changed_from_the_first_update_on(cluster):
-    own = books(
-        cluster, "sharded"
-    )  # in which each rank has whole gradients without codes, and its shard's with them
+    own = books(cluster, "sharded")  # a rank has whole gradients without codes, and those of its shard with them
     backward(own.model, random_gradients(own.model, 0, cluster.rank))
     torch.nn.utils.clip_grad_norm_(own.model.parameters(), 0.1)
     with pytest.raises(
@@ -363,9 +366,7 @@ def test_a_trial_begins_with_the_first_gradients_and_again_where_dtypes_change_w
             if seed in begins:
                 model[begins[seed]].requires_grad_(True)
             used.append(optimizer.compression)
-            for part in filter(lambda part: next(part.parameters()).requires_grad, model):
-                gradients = random_gradients(part, seed, cluster.rank)
-                backward(part, {n: g.to(part.get_parameter(n).dtype) for n, g in gradients.items()})
+            backward_of_parts(model, seed, cluster.rank)
             optimizer.step()
             optimizer.zero_grad()
     first, without_codes = ["none"] * 8 + ["bf16"] * 2, ["none"] * 4 + ["bf16"] * 6  # float64 gradients have none
@@ -383,9 +384,7 @@ def test_what_is_frozen_is_not_measured_and_a_resume_measures_what_was_not_compa
 
         def update(count):
             for seed in range(count):
-                for part in filter(lambda part: next(part.parameters()).requires_grad, model):
-                    gradients = random_gradients(part, seed, cluster.rank)
-                    backward(part, {n: g.to(part.get_parameter(n).dtype) for n, g in gradients.items()})
+                backward_of_parts(model, seed, cluster.rank)
                 optimizer.step()
                 optimizer.zero_grad()
 

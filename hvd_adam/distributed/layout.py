@@ -100,12 +100,11 @@ class DistributedLayout:
         policy = StorePolicy(foreach_only=adasum, agree=self._agree, warns=bool(horovod().rank() == 0))
         self.store = ParameterStore(policy)
         self.buffers: Sequence[GradientBuffer] = ()
-        self._holds_place = False  # whether the only buffer is that of no parameter
 
     @property
     def trains_nothing(self) -> bool:
         """Whether all parameters are frozen."""
-        return self._holds_place or not any(p.requires_grad for buffer in self.buffers for p in buffer.params)
+        return not any(p.requires_grad for buffer in self.buffers for p in buffer.params)
 
     @property
     def feedback(self) -> ErrorFeedback | None:
@@ -163,10 +162,9 @@ class DistributedLayout:
         """Returns the trained parameters of each device and dtype, with the layout of their gradients."""
         trained = [p for group in groups for p in group["params"] if is_trained(p)]
         self._refuse_unusual(trained, names)
-        self._holds_place = not trained
         if not trained:  # the ranks exchange messages nevertheless, and parameters may be unfrozen
             device = next(iter(names)).device
-            trained = [torch.nn.Parameter(torch.zeros(1, dtype=torch.float32, device=device))]
+            trained = [torch.zeros(1, dtype=torch.float32, device=device)]
         kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
         for p in trained:
             kinds[p.device, p.dtype].append(p)
