@@ -223,10 +223,10 @@ def _one_line(message: str, config: type, arguments: Sequence[str]) -> str:
 def _without_value(message: str, types: Mapping[str, Any]) -> str | None:
     """Returns what argparse's report of an option without a value means, or None for other reports."""
     option = re.fullmatch(r"argument (--[\w-]+): expected one argument", message)
-    kind = types.get(option[1].removeprefix("--").replace("-", "_")) if option else None
-    if option is None or kind is None:
+    if option is None:
         return None
-    expected = _expected(kind)
+    kind = types.get(option[1].removeprefix("--").replace("-", "_"))
+    expected = "a YAML file or recipe:NAME" if kind is None else _expected(kind)  # --config is no field
     sign = f" (write a negative one as {option[1]}=-1e-3)" if expected == "a number" else ""
     return f"{option[1]} needs a value: it must be {expected}{sign}"
 

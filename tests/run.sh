@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up what is missing, checks style and types, and runs the tests, of which some check the documents:
 #   bash tests/run.sh [ARGUMENTS OF PYTEST]
-# The quick ones, which need no ranks, hosts, Slurm or images, take four minutes on two cores:
+# The quick ones, which need no ranks, hosts, Slurm or images, take two minutes on two cores:
 #   bash tests/run.sh -m "not (slow or multirank or cluster or slurm or image)"
 set -euo pipefail
 

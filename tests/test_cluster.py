@@ -326,7 +326,7 @@ def test_a_variable_set_by_the_user_overrides_the_default(monkeypatch):
     assert cluster_module.HOROVOD_DEFAULTS["HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"] == "600"
 
 
-@pytest.mark.parametrize("value", ["abc", "", "-1", "nan"])
+@pytest.mark.parametrize("value", ["abc", "", "-1", "nan", "inf"])
 def test_a_variable_of_horovod_that_is_no_number_is_refused(value):
     message = f"HOROVOD_CYCLE_TIME is '{value}' in the environment; it must be a number, 0 or above"
     assert run("import hvd_adam; hvd_adam.init()", {"HOROVOD_CYCLE_TIME": value}) == message

@@ -87,6 +87,7 @@ def test_a_printed_configuration_can_be_read_back(tmp_path):
         ("--lr much", "--lr is much: it must be a number"),
         ("--lr", "--lr needs a value: it must be a number .write a negative one as --lr=-1e-3"),
         ("--betas", "--betas needs a value: it must be two numbers, as in 0.9,0.999 .see"),
+        ("--config", "--config needs a value: it must be a YAML file or recipe:NAME"),
         ("--lr -1", "--lr is -1.0: it must be 0 or above"),
         ("--lr nan", "--lr is nan: it must be a number"),
         ("--betas 0.9,1.0", r"--betas is 0.9,1: it must be two numbers in \[0, 1\)"),

@@ -167,3 +167,30 @@ def test_a_rank_that_leaves_early_for_another_call_of_the_optimizer_ends_the_job
             getattr(optimizer, call)()
         else:
             model(torch.ones(2, 6, dtype=torch.float64)).sum().backward()
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("controller", ["gloo", "mpi"])
+@pytest.mark.parametrize("exchange", ["bf16", "scattered", "int8"])
+def test_a_rank_that_leaves_early_ends_the_job_where_no_bucket_is_all_reduced(exchange, controller):
+    """Horovod compares the collectives of one kind and name only: the others wait in an all-to-all here."""
+    code = f"""
+import sys, torch
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from contextlib import nullcontext
+from helpers.exchanges import scattering
+from hvd_adam import Adam, distribute, init
+cluster, exchange = init(), {exchange!r}
+model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.Linear(128, 3))
+compression = "none" if exchange == "scattered" else exchange
+with scattering() if exchange == "scattered" else nullcontext():
+    optimizer = distribute(Adam(model.parameters()), model, strategy="sharded", compression=compression)
+    if cluster.rank == 0:
+        optimizer.state_dict()
+    else:
+        model(torch.ones(2, 64)).sum().backward()
+"""
+    done = launch(["-c", code], 2, controller, env={"PYTHONPATH": str(ROOT)})
+    assert done.returncode != 0
+    assert "this rank is in state_dict()" in done.stderr
+    assert "some ranks wait for gradients" in done.stderr

@@ -13,6 +13,7 @@ import importlib.util
 import itertools
 import json
 import logging
+import math
 import os
 import sys
 import warnings
@@ -210,7 +211,7 @@ def _refuse_unreadable_numbers(names: Iterable[str]) -> None:
     for name in names:
         value = os.environ.get(name, "0")
         try:
-            readable = not name.startswith("HOROVOD_") or float(value) >= 0
+            readable = not name.startswith("HOROVOD_") or 0 <= float(value) < math.inf
         except ValueError:
             readable = False
         if not readable:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -42,37 +42,19 @@ def finite_or_nan(total: Tensor) -> Tensor:
     return total.float().cpu().reshape(1)
 
 
-def read_flags(
-    buckets: Sequence[Located],
-    length: int,
-    total: Tensor | None,
-    scatters: bool,
-    codes: bool,
-    of_all_ranks: Callable[[Tensor], Tensor],
-) -> tuple[list[list[bool]], list[float], Tensor | None]:
-    """Reads what buckets carry next to their sums, and clears the message. Every rank must call it.
+def read_flags(buckets: Sequence[Located], length: int) -> tuple[list[list[bool]], list[float]]:
+    """Reads what buckets carry next to their sums, and clears the message.
 
     Args:
         buckets: all, the first of which has the message.
         length: of the message.
-        total: as in `Reduced`, of what this rank has received.
-        scatters: whether this rank has received the sum of its shard only.
-        codes: whether buckets are sent as codes; flags and message are then sent exactly, to all ranks.
-        of_all_ranks: adds a float32 tensor over the ranks.
 
     Returns:
-        For each parameter of each bucket whether a rank has a gradient; the message; the total of all ranks.
+        For each parameter of each bucket whether a rank has a gradient; the message.
     """
     flags = [flags_of(buffer, bucket) for buffer, bucket in buckets]
     place = message_of(*buckets[0], length)
     small = torch.cat([values.float() for values in (*flags, place)]).cpu()
-    if scatters and codes:
-        assert total is not None
-        total = of_all_ranks(finite_or_nan(total))[0].double()
-    elif scatters:
-        small = of_all_ranks(torch.cat([small, *([] if total is None else [finite_or_nan(total)])]))
-        if total is not None:
-            total, small = small[-1].double(), small[:-1]
     *counts, received = torch.split(small, [*map(len, flags), length])
     place.zero_()
-    return [(count > 0).tolist() for count in counts], received.tolist(), total
+    return [(count > 0).tolist() for count in counts], received.tolist()

@@ -43,11 +43,11 @@ class Reducer(Buckets):
         prefix: prefix of the names of the collectives, identical on all ranks and used by no other reducer.
         compression: as in `start_reduction`.
         scale: factor that makes the mean of a sum over ranks and micro-batches.
-        scatter: reduce each shard of a bucket to its owner only; flags and message are then reduced separately.
+        scatter: reduce each shard of a bucket to its owner only.
         feedback: residuals of gradients that are, or may be, sent as codes; else None.
         lossless: use the compression only for gradients that it does not round: bf16 for those of bfloat16.
         ahead: send a `Header` ahead of the last bucket, instead of the message within it; then buckets can be used
-            as they arrive, see `arrive`.
+            as they arrive, see `arrive`. Where no bucket is all-reduced, one is sent in any case.
         noise: measures the noise scale.
     """
 
@@ -185,13 +185,13 @@ class Reducer(Buckets):
         """
         rest = [number for number in reversed(range(len(self._buckets))) if number not in self._in_flight]
         scalings = [self._collect(number) for number in rest]
-        if not self.ahead:
+        if not self._sends_header:
             message_of(*self._buckets[_LAST], len(message)).copy_(message)
         elif self._codes is None:
             self._send_header(message)
         for number, scaling in zip(rest, scalings, strict=True):
             self._start(number, scaling)
-        if self.ahead and self._codes is not None:  # the codes tell how large the gradients are
+        if self._sends_header and self._codes is not None:  # the codes tell how large the gradients are
             self._send_header(message)
 
     def _send_header(self, message: Tensor) -> None:
@@ -200,9 +200,15 @@ class Reducer(Buckets):
         self._header = Header(self._name_of_message, message, present, sums_are_finite=safe)
 
     @property
+    def _sends_header(self) -> bool:
+        """Whether the message has an all-reduce of its own. Otherwise it is part of one, also next to codes."""
+        buffer, _ = self._buckets[_LAST]
+        return self.ahead or (self._codes is None and (self.scatters or self._compression_of(buffer) == "bf16"))
+
+    @property
     def _name_of_message(self) -> str:
         """Name of the all-reduce that the message is part of."""
-        if self.ahead:
+        if self._sends_header:
             return f"{self._prefix}.header"
         name = f"{self._prefix}.{_LAST}"
         return name if self._codes is None else exact_name(name)
@@ -246,7 +252,7 @@ class Reducer(Buckets):
             HorovodInternalError: another rank has ended, or is in another collective.
         """
         add = add or self._feedback is not None
-        header = self.header() if self.ahead else None
+        header = self.header() if self._sends_header else None
         sums = []
         for number in self._in_flight:
             for start, end in self._arrivals(number):
@@ -262,32 +268,23 @@ class Reducer(Buckets):
     def start_meeting(self, call: str) -> Callable[[], None]:
         """Makes ranks that reduce gradients fail, instead of waiting for this one for ever, and this one too.
 
-        Without a header it does nothing where gradients are scattered or sent as bfloat16, by other collectives.
-        Codes always travel with an all-reduce.
-
         Args:
             call: what this rank does, for the error.
 
         Returns:
             Waits until all ranks have called this.
         """
-        first = self._buckets[_LAST][0]
-        others = self.scatters or self._compression_of(first) == "bf16"
-        if others and self._codes is None and not self.ahead:
-            return lambda: None
-        return start_meeting(self._name_of_message, first.device, call)
+        device = torch.device("cpu") if self._sends_header else self._buckets[_LAST][0].device
+        return start_meeting(self._name_of_message, device, call)
 
     def _read(self, length: int, total: Tensor | None) -> Reduced:
         """Reads flags and message of all ranks, and drops the gradients that no rank has."""
         if self._header is None:
-            codes = self._codes is not None
-            used, message, total = read_flags(
-                self._buckets, length, total, self.scatters, codes, self._of_all_ranks
-            )
+            used, message = read_flags(self._buckets, length)
         else:
             used, message = self._header.used, self._header.message
-            if self.scatters and total is not None:
-                total = self._of_all_ranks(finite_or_nan(total))[0].double()
+        if self.scatters and total is not None:
+            total = self._of_all_ranks(finite_or_nan(total))[0].double()
         self._read_noise()
         for number, is_used in enumerate(used):
             self._drop_unused(number, is_used)
