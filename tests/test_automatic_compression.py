@@ -85,6 +85,21 @@ def test_one_slow_update_such_as_one_with_an_evaluation_does_not_decide():
     assert made.compression == "int8"
 
 
+@pytest.mark.parametrize("factor", [1.5, 2.0, 4.0])
+@pytest.mark.parametrize("updates", [19, 31, 60])
+def test_updates_that_slow_down_within_a_trial_bring_back_nothing_that_was_left_out(updates, factor):
+    """What was left out has been measured in fast updates only, and would seem the fastest."""
+    times = {"none": 1.0, "bf16": 1.15, "int8": 1.3, "int4": 0.97}
+    made, done = Trial([*times], warm_up=3), 0
+    while not made.is_over:
+        slow = factor if done >= updates else 1.0
+        laps = [Lap(times[made.compression] * slow * (1 + 0.02 * (n % 3)), 0.0) for n in range(made.block)]
+        done += made.block
+        made.add(laps)
+    assert made.compression in ("none", "int4")
+    assert set(made.fastest_first()[:2]) == {"none", "int4"}
+
+
 def test_what_is_not_possible_or_not_allowed_is_no_candidate():
     float32, float64, bfloat16 = torch.float32, torch.float64, torch.bfloat16
     assert candidates("auto:any", {float32, bfloat16}) == ("none", "bf16", "int8", "int4")
@@ -242,6 +257,21 @@ def test_ranks_that_fix_different_compressions_get_an_error_and_nothing_changes(
     own.optimizer.use_compression("int8")
     own.update(0)
     own.check()
+
+
+@on_ranks(2)
+@each_strategy
+def test_a_compression_cannot_be_changed_between_backward_and_step(cluster, strategy):
+    own = books(cluster, strategy)
+    own.optimizer.use_compression("int4")
+    own.update(0)
+    backward(own.model, random_gradients(own.model, 1, cluster.rank))
+    with pytest.raises(RuntimeError, match=r"between backward\(\) and step\(\) would lose .*: call it after step"):
+        own.optimizer.use_compression("none")
+    own.optimizer.zero_grad()
+    own.optimizer.use_compression("none")
+    own.update(2)
+    own.check(sent=True)
 
 
 @on_ranks(2)
@@ -451,7 +481,12 @@ def test_a_resumed_training_continues_with_the_choice_bit_for_bit_and_a_trial_wh
 
     assert ends_as_own(restored(cluster, strategy, chosen)) == ("int8", True)
     own.optimizer.use_compression("int4")
-    assert restored(cluster, strategy, saved_by(own)).optimizer.compression == "int4"
+    fixed = saved_by(own)
+    assert restored(cluster, strategy, fixed).optimizer.compression == "int4"
+    other = restored(cluster, strategy, fixed)  # what is loaded later replaces a fixed choice
+    other.optimizer.error_feedback.load_state_dict(within["residuals"])
+    assert other.optimizer.compression == "bf16"
+    assert other.optimizer.error_feedback.choice.is_measuring
     other = restored(cluster, strategy, within)  # in the block of bf16, which starts again
     assert other.optimizer.compression == "bf16"
     with timed(lambda: TIMES[other.optimizer.compression]):

@@ -126,6 +126,12 @@ DIFFERENT = {
     ),
     "a text": ("gather", "a", "b", r"rank 0 on .*: the value is of type builtins.str: pass numbers, tensors"),
     "too large": ("sum", 1, 2**63, "rank 1 .* does not fit into 64 bits"),
+    "a large sum": (
+        "sum",
+        [0, 2**62],
+        [0, 2**62],
+        r"sum\(\): the sum of integers over the ranks needs more than 64",
+    ),
     "a large tensor": ("sum", torch.ones(1), torch.ones(1 << 17), r"\(131072,\)"),
 }
 

@@ -359,6 +359,20 @@ def test_without_sharding_the_masters_become_the_parameters(cluster, compression
         torch.testing.assert_close(unsent(optimizer)[name], missing[name], rtol=0, atol=1e-6 * missing[name].max())
 
 
+@on_ranks(2)
+@each_code
+def test_half_precision_parameters_take_over_the_masters_of_a_checkpoint(cluster, compression):
+    books = account(cluster, compression, strategy="sharded")
+    books.update(1)
+    expected = masters(books.optimizer)
+    other = Weights(**SHAPES).bfloat16()
+    optimizer = sharded(other, compression)
+    optimizer.error_feedback.load_state_dict(books.optimizer.error_feedback.total_state_dict())
+    for name, master in expected.items():
+        assert torch.equal(other.get_parameter(name), master.bfloat16()), name
+    assert masters(optimizer) == {}
+
+
 TRAIN_PART = """
 import sys
 import torch

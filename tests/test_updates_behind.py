@@ -283,6 +283,20 @@ def test_sums_are_known_to_be_finite_if_gradients_are_small(value, compression, 
 
 
 @on_ranks(2)
+@pytest.mark.parametrize("compression", ["none", "bf16", "int8", "int4"])
+def test_a_gradient_that_a_compression_rounds_beyond_float16_skips_the_update(cluster, compression):
+    model = torch.nn.Linear(64, 64, bias=False).half()
+    adam = Adam(model.parameters(), implementation="fused")
+    optimizer = distribute(adam, model, compression=compression, defer_averaging=True)
+    gradient = torch.ones(64, 64, dtype=torch.float16)
+    gradient[0, 0] = 65504  # the largest float16, in bfloat16 65536
+    (model.weight * gradient).sum().backward()
+    optimizer.step()
+    assert model.weight.isfinite().all()
+    assert bool(optimizer.skipped) is not bool(model.weight.grad.isfinite().all())
+
+
+@on_ranks(2)
 def test_a_rank_that_broadcasts_while_another_steps_ends_the_job(cluster):
     from horovod.common.exceptions import HorovodInternalError
 

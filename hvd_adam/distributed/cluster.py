@@ -110,7 +110,8 @@ class Cluster:
             float64. Tensors are on the same device.
 
         Raises:
-            CollectiveError: on every rank: keys, shapes or dtypes differ, or a value is of another type.
+            CollectiveError: on every rank: keys, shapes or dtypes differ, a value is of another type, or a sum of
+                integers is 2⁶³ or more (which is checked for fewer than 65,536 numbers).
         """
         from hvd_adam.distributed.collectives import reductions
 

@@ -97,7 +97,7 @@ class DistributedAdam(AveragedAdam):
         Raises:
             CollectiveError: on every rank: the ranks give different compressions.
             UserError: it is not what the option may choose, or `distribute` was called with a fixed compression.
-            RuntimeError: called after `backward` and before `step`, while reductions are in flight.
+            RuntimeError: called after `backward` and before `step`.
         """
         if self._automatic is None:
             raise UserError("use_compression() needs distribute(compression='auto' or 'auto:any')")

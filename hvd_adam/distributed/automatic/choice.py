@@ -53,14 +53,14 @@ class AutomaticCompression:
         self._trial: Trial | None = None
         self._begun = False  # whether there has been a trial
         self._compared: frozenset[str] = frozenset()  # in the last trial
-        self._fixed = False  # whether `use` has been called
+        self._fixed = False  # whether `use` has been called, and nothing loaded since
         self._chosen = Lap(0.0, 0.0)  # an update with the chosen compression, in the trial
         self._drifted = 0  # windows in a row that have differed from it, negative if the wait was shorter
 
     @property
     def is_measuring(self) -> bool:
         """Whether a trial is to come, or in progress."""
-        return self._active and (self._trial is not None or not self._begun)
+        return self._active and not self._fixed and (self._trial is not None or not self._begun)
 
     def _candidates(self) -> tuple[str, ...]:
         return candidates(self._option, self._dtypes())
@@ -74,7 +74,7 @@ class AutomaticCompression:
         Args:
             skipped: whether it was skipped; None if that is not checked. Read in a trial only.
         """
-        if not self._active:
+        if not self._active or self._fixed:
             return
         if self._layout.trains_nothing:
             self._timer.lap(counts=False)
@@ -107,7 +107,11 @@ class AutomaticCompression:
         Raises:
             CollectiveError: on every rank: the ranks give different ones.
             UserError: it is not among what this option may choose.
+            RuntimeError: gradients have been averaged, and no update has used them.
         """
+        if self._averager.averaged:
+            problem = "use_compression() between backward() and step() would lose a part of the gradients"
+            raise RuntimeError(f"{problem}: call it after step()")
         self._averager.start_meeting("use_compression()")()
         require_same(current_cluster(), "arguments of use_compression()", {"compression": compression})
         allowed = self._candidates() if self._layout.buffers else (FIRST,)
@@ -116,7 +120,7 @@ class AutomaticCompression:
                 f"compression {compression!r} is not what {self._option} may choose here: use one of "
                 f"{', '.join(allowed)}"
             )
-        self._active, self._fixed, self._trial = False, True, None
+        self._fixed, self._trial = True, None
         self._layout.use(compression)
 
     # A trial.
@@ -227,12 +231,12 @@ class AutomaticCompression:
         # Where all parameters are frozen, nothing is known of those that will be trained.
         dtypes = {torch.bfloat16} if self._layout.trains_nothing else self._dtypes()
         allowed = set(candidates(self._option, dtypes))
-        self._begun, self._trial, self._drifted, compression = False, None, 0, FIRST
+        self._begun, self._fixed, self._trial, self._drifted, compression = False, False, None, 0, FIRST
         self._compared = frozenset(allowed if saved is None else saved.get("compared", allowed))
         if saved is not None and saved["ranks"] == horovod().size() and saved["compression"] in allowed:
             trial = saved["trial"]
             if saved["fixed"]:
-                self._active, self._fixed, compression = False, True, saved["compression"]
+                self._fixed, compression = True, saved["compression"]
             elif trial is not None and allowed == trial["laps"].keys():
                 self._trial, self._begun = Trial.from_state_dict(trial), True
                 compression = self._trial.compression

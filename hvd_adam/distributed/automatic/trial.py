@@ -16,7 +16,7 @@ BLOCK = 4
 # noise. 27 updates in place of 9 tell 5 % from nothing, where times of updates differ by 6 %.
 ROUNDS, MOST_ROUNDS = 3, 9
 
-# Less is no reason to round gradients, and is not noticed.
+# A smaller gain does not justify rounding gradients.
 LEAST_GAIN = 0.02
 # A compression that is slower by this much, and by more than twice the noise, is not measured again.
 OBVIOUS = 0.1
@@ -84,7 +84,9 @@ class Trial:
 
     def _end_round(self) -> None:
         self._round, self._place = self._round + 1, 0
-        fastest = self.fastest_first()[0]
+        # Among those that are left only: they have been measured in the same rounds, however updates have slowed
+        # down since the others were left out.
+        fastest = min(self._left, key=self.seconds)
         self._left = [
             name
             for name in self._left
@@ -92,16 +94,25 @@ class Trial:
             <= max(2 * self._noise(name, fastest), OBVIOUS * self.seconds(fastest))
         ]
         exact, faster = self._candidates[0], self._faster()
-        certain = [name for name in faster if self.seconds(exact) - self.seconds(name) > self._noise(name, exact)]
+        certain = [name for name in faster if self._is_certainly_faster(name, exact)]
         if self._round == ROUNDS and faster and not certain:
             self._left = [name for name in self._left if name == exact or name in faster]
         elif self._round in (ROUNDS, MOST_ROUNDS) or len(self._left) == 1:
             self.is_over, self.compression = True, self._choice(certain)
 
     def _faster(self) -> list[str]:
-        """Returns those that seem faster than the most exact one by more than the least gain."""
-        limit = (1 - LEAST_GAIN) * self.seconds(self._candidates[0])
-        return [name for name in self._candidates if self.seconds(name) < limit]
+        """Returns those left that seem faster than the most exact one by more than the least gain.
+
+        All of them, if the most exact one was obviously slower, and is no longer measured.
+        """
+        exact = self._candidates[0]
+        if exact not in self._left:
+            return list(self._left)
+        limit = (1 - LEAST_GAIN) * self.seconds(exact)
+        return [name for name in self._left if self.seconds(name) < limit]
+
+    def _is_certainly_faster(self, name: str, exact: str) -> bool:
+        return exact not in self._left or self.seconds(exact) - self.seconds(name) > self._noise(name, exact)
 
     def _choice(self, faster: Sequence[str]) -> str:
         """Returns the fastest of those that are faster than the most exact one for certain, or one nearly so."""
@@ -111,8 +122,8 @@ class Trial:
         return next(name for name in faster if self.seconds(name) <= (1 + LEAST_GAIN) * least)
 
     def fastest_first(self) -> list[str]:
-        """Returns the compressions by the time of an update."""
-        return sorted(self._candidates, key=self.seconds)
+        """Returns the compressions by the time of an update; those last that were left out in earlier rounds."""
+        return sorted(self._candidates, key=lambda name: (name not in self._left, self.seconds(name)))
 
     def seconds(self, name: str) -> float:
         """Returns the median time of an update with a compression."""

@@ -1,4 +1,6 @@
-"""Collectives on CPUs in pieces, none of which needs a message above `MESSAGE_BYTES`; see there.
+"""Collectives on CPUs in pieces, of which those between hosts need no message above `MESSAGE_BYTES`.
+
+Open MPI sends more over TCP only after it has asked the receiver: see `OMPI_MCA_btl_tcp_eager_limit` in `context`.
 
 Each starts the collective of every piece, and returns a `Started` that waits for them. All ranks of the job take
 part, or those of a `RankGroup`.
@@ -24,8 +26,8 @@ ALLREDUCE_BYTES = 2 * MESSAGE_BYTES
 # above. Two ranks add in one order however a sum is divided. With more, the order depends on the pieces, and
 # released gradients, which have those above, would get other bits.
 PAIR_BYTES = 64 * 2**20
-# On CPUs a compressed bucket is sent in pieces: the first is on its way while the next is encoded. Each has so
-# many elements in all, but not less of each rank's part, which is a message.
+# On CPUs a compressed bucket is sent in pieces: the first is on its way while the next is encoded. A piece has so
+# many elements in total, and at least so many of each rank's part; a part is one message.
 PIECE, LEAST_OF_PART = 1 << 20, 1 << 17
 # Two hosts under Gloo swap messages from this size on.
 SWAP_BYTES = 256 * 2**10

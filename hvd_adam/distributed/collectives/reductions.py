@@ -1,7 +1,8 @@
 """Barrier, mean, sum and gather over the ranks: what `Cluster`'s methods of these names do.
 
 Values travel as words of 64 bits, float64 or int64, and every rank adds those of all ranks in the order of the
-ranks. So a dictionary takes one collective, integers are exact, and all ranks get the same bits.
+ranks. So a dictionary takes one collective, integers are exact, and all ranks get the same bits. Sums of
+`LARGE_WORDS` or more are added by Horovod, in its order, in up to three collectives.
 """
 
 from __future__ import annotations
@@ -160,7 +161,10 @@ def _sum(cluster: Cluster, call: Call, parts: list[Tensor]) -> list[Tensor]:
     if sum(lengths) < LARGE_WORDS:
         rows = exchange(cluster, call, _words(parts))
         of_ranks = [torch.split(row, lengths) for row in rows]
-        return [reduce(torch.add, (row[i].view(part.dtype) for row in of_ranks)) for i, part in enumerate(parts)]
+        columns = [[row[i].view(part.dtype) for row in of_ranks] for i, part in enumerate(parts)]
+        if any(map(_overflows, columns)):
+            raise CollectiveError(f"{call.method}: the sum of integers over the ranks needs more than 64 bits")
+        return [reduce(torch.add, column) for column in columns]
     exchange(cluster, call, _words([]))
     sums = list(parts)
     for dtype in (torch.float64, torch.int64):
@@ -171,6 +175,17 @@ def _sum(cluster: Cluster, call: Call, parts: list[Tensor]) -> list[Tensor]:
             for i, part in zip(places, torch.split(added, [lengths[i] for i in places]), strict=True):
                 sums[i] = part
     return sums
+
+
+def _overflows(summands: Sequence[Tensor]) -> bool:
+    """Returns whether a sum of integers wraps around; the same on all ranks."""
+    if summands[0].dtype != torch.int64 or not len(summands[0]):
+        return False
+    estimate = reduce(torch.add, (summand.double() for summand in summands)).abs()  # with an error of far less
+    return any(
+        not -(2**63) <= sum(int(summand[i]) for summand in summands) < 2**63
+        for i in (estimate >= 2**62).nonzero().flatten().tolist()
+    )
 
 
 def _like(value: Any, results: list[Tensor]) -> Any:

@@ -58,7 +58,7 @@ class Chain(Generic[T]):
 
     def __init__(self, first: Started[Any], start: Callable[[Any], Started[T]]) -> None:
         self._first, self._start = first, start
-        self._continues = False  # whether somebody starts the second one, and waits for the first for that
+        self._continues = False  # whether a caller already waits for the first one, to start the second
         self._second: Started[T] | None = None
 
     def __call__(self) -> T:
@@ -148,7 +148,7 @@ class Pipeline:
         self._stages: deque[Stages] = deque()
 
     def add(self, stages: Stages) -> None:
-        """Looks after what has been started."""
+        """Adds what has been started, which `advance` then continues."""
         self._stages.append(stages)
 
     def advance(self) -> bool:

@@ -22,7 +22,7 @@ def square_of(gradients: Tensor) -> Tensor:
     return torch.dot(values, values)
 
 
-def sums_are_finite(square: Tensor, compression: str, ranks: int) -> bool:
+def sums_are_finite(square: Tensor, compression: str, ranks: int, dtype: torch.dtype = torch.float32) -> bool:
     """Returns whether the sums over the ranks are finite if every rank's gradients are as small as this one's.
 
     No element is larger than the 2-norm. Larger gradients, which may have a finite sum, return False too.
@@ -31,8 +31,10 @@ def sums_are_finite(square: Tensor, compression: str, ranks: int) -> bool:
         square: squared 2-norm of this rank's gradients.
         compression: as in `start_reduction`, or a format of codes.
         ranks: number of ranks.
+        dtype: of the gradients. The rounding of a compression makes some larger, and float16's range is small.
     """
-    largest = _LARGEST_FP16_SUM / ranks if compression == "fp16" else _LARGEST_NORM
+    largest = _LARGEST_FP16_SUM if dtype == torch.float16 and compression != "none" else _LARGEST_NORM
+    largest = _LARGEST_FP16_SUM / ranks if compression == "fp16" else largest
     return bool(square < largest**2)
 
 

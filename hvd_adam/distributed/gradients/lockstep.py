@@ -40,8 +40,7 @@ class Lockstep:
     - whether this rank needs another reduction,
     - each bit of a checksum of the facts, twice: as it is and inverted. If all ranks agree on a bit, one of the
       two sums is exactly zero, whatever the dtype and the number of ranks,
-    - one for each rank, which is missing from a rank that has called `hvd.join()`.
-
+    - one for each rank, which is missing from a rank that has called `hvd.join()`,
     - what `SameBatches` sends.
 
     Args:

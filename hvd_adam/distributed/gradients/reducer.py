@@ -132,7 +132,8 @@ class Reducer(Buckets):
         if self._feedback is not None and not coded:
             square = self._square(number)
         if square is not None:
-            self._sums_are_finite = sums_are_finite(square, self._compression_of(buffer), horovod().size())
+            compression = self._compression_of(buffer)
+            self._sums_are_finite = sums_are_finite(square, compression, horovod().size(), buffer.dtype)
         return scaling
 
     def _square(self, number: int) -> Tensor | None:
@@ -156,7 +157,7 @@ class Reducer(Buckets):
                 reduction = self._codes.start(number, gradients, name, scaling, elsewhere, self._pipeline.advance)
         if self.ahead and self._sums_are_finite and isinstance(reduction, CodedAllReduce):
             square = reduction.largest().square()
-            self._sums_are_finite = sums_are_finite(square, compression, horovod().size())
+            self._sums_are_finite = sums_are_finite(square, compression, horovod().size(), buffer.dtype)
         self._in_flight[number] = reduction
         self._pipeline.add(reduction)
 

@@ -11,10 +11,10 @@ CODABLE = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def exact_parameters(model: torch.nn.Module) -> set[Tensor]:
-    """Returns the weights of a model whose gradients are sent exactly: of embeddings, unless they are shared.
+    """Returns the weights of `Embedding` and `EmbeddingBag` that no module of another kind shares.
 
-    Most rows of an embedding have no gradient in most updates, and would get the errors of others. Parameters with
-    less than two dimensions, such as biases and those of norms, are sent exactly, too.
+    Their gradients are sent exactly: most rows have no gradient in most updates, and would receive the rounding
+    errors of their neighbours.
     """
     embeddings: set[Tensor] = set()
     others: set[Tensor] = set()

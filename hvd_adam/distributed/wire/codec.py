@@ -35,8 +35,8 @@ class Codec:
     The payload of n elements has n·bits/8 bytes of codes, then n/block scales. Of two 4-bit codes in one byte, the
     low nibble is the first; both are two's complements.
 
-    From −m to m, the largest magnitude of a block, there are as many equal cells as codes, which stand for their
-    middles. The scale is the size of a cell, rounded up.
+    The interval [−m, m], with m the largest magnitude of a block, is divided into as many equal cells as there are
+    codes. A code stands for the middle of its cell. The scale is the size of a cell, rounded up.
 
     Attributes:
         bits: bits per code, 8 or 4.

@@ -19,9 +19,10 @@ Place = tuple[int, list[int], list[int]]  # offset in the bucket, shape and stri
 
 
 class Residual:
-    """What codes have missed so far: as of the last update, and with the reductions since then.
+    """What codes have missed so far.
 
-    Those become part of it once an update has used what they have reduced. Otherwise nothing has happened.
+    The rounding errors of reductions since the last update are kept as pending. `commit` adopts them when the
+    update is made; `roll_back` discards them.
 
     Args:
         elements: its length.
@@ -182,7 +183,7 @@ class CodedBucket:
 
         Args:
             residuals: for each parameter that is not 0.
-            pending: they are with the reductions since the last update; those without have been put.
+            pending: replace the pending residuals; the committed ones have been replaced before.
         """
         target = self.worker.committed
         if pending:

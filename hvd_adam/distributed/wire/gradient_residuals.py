@@ -133,6 +133,9 @@ class GradientResiduals:
         self._put(residuals)
 
     def _make_buckets(self, buffers: Sequence[GradientBuffer]) -> list[Coded]:
+        if self._codec is not None:  # before anything changes
+            for buffer in buffers:
+                require_codable(buffer.dtype, self.compression)
         exact = self._exact()
         rank, ranks = horovod().rank(), horovod().size()
         self._buckets, self._reduced = [], {p for buffer in buffers for p in buffer.params}
@@ -140,7 +143,6 @@ class GradientResiduals:
         if self._codec is None:
             return divided
         for buffer in buffers:
-            require_codable(buffer.dtype, self.compression)
             for bucket in buffer.layout.buckets:
                 params = buffer.params[bucket.first : bucket.last]
                 kept = exact.union(p for p in params if p.dim() < 2)

@@ -116,16 +116,16 @@ class MasterShard:
             torch._foreach_copy_([span.elements() for span in self._own], [span.of(source) for span in self._own])
 
     def write_masters(self) -> None:
-        """Makes the masters the parameters of this rank's shard."""
+        """Copies the masters into the parameters of this rank's shard."""
         self._write(self.master)
 
     def start_over(self) -> None:
-        """Makes the parameters the masters."""
+        """Copies the parameters into the masters."""
         self._read(self._sent)
         self.master.copy_(self._sent)
 
     def notice_changes(self) -> None:
-        """Makes parameters that something else than an update has changed, bit by bit, the masters."""
+        """Copies elements of parameters that something else than an update has changed into the masters."""
         now = torch.zeros_like(self._sent)
         self._read(now)
         found, before = now.view(torch.int32), self._sent.view(torch.int32)
@@ -149,13 +149,13 @@ class MasterShard:
     # An update.
 
     def begin_update(self) -> None:
-        """Makes the masters the parameters, until `end_update`."""
+        """Copies the masters into the parameters, until `end_update`."""
         self.notice_changes()
         self._moving = {p for p in self.coded if p.grad is not None}
         self._write(self.master)
 
     def end_update(self) -> None:
-        """Makes the parameters the masters, and what they were before the parameters."""
+        """Copies the updated parameters into the masters, and restores the parameters."""
         self._read(self.master)
         self._write(self._sent)
 

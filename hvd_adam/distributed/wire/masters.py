@@ -70,7 +70,7 @@ class Masters:
             shard.use(codec)
 
     def leave(self) -> None:
-        """Makes the masters the parameters, in this rank's shards only, and forgets them."""
+        """Copies the masters into the parameters, in this rank's shards only, and forgets them."""
         for shard in self._coded():
             shard.write_masters()
         for p, known in self._parked.items():  # whole on every rank
@@ -156,7 +156,7 @@ class Masters:
         return _by_name(self._whole(), names)
 
     def load(self, saved: Mapping[str, Tensor], held: Collection[str], parameters: Mapping[str, Tensor]) -> None:
-        """Replaces the masters; those that are not saved become the parameters. Every rank must call it.
+        """Replaces the masters; of those that are not saved the parameters are copied. Every rank must call it.
 
         Args:
             saved: on rank 0: whole masters by name.
@@ -175,11 +175,14 @@ class Masters:
             p = parameters[name]
             if p not in divided:
                 master = _received(saved.get(name), p, f"{self._prefix}.{name}")
-                self._parked[p] = Known(master, p.detach().clone())
+                if p.dtype == torch.float32:
+                    self._parked[p] = Known(master, p.detach().clone())
+                else:  # which has no master here
+                    p.detach().copy_(master)
 
 
 def apply_masters(saved: Mapping[str, Tensor], held: Collection[str], parameters: Mapping[str, Tensor]) -> None:
-    """Makes masters the parameters, for an optimizer without any; see `Masters.load`. Every rank must call it."""
+    """Copies masters into the parameters, for an optimizer without; see `Masters.load`. Every rank calls it."""
     for name in held:
         p = parameters[name].detach()
         p.copy_(_received(saved.get(name), p, f"hvd_adam.masters.{name}"))

@@ -1,10 +1,9 @@
 """bfloat16 parameters with an 8-bit correction: together the first 24 bits of a float32.
 
 A float32 that is cut to its first 24 bits is a bfloat16, rounded to nearest, and the signed last byte: what has
-    been added to round the first 16 bits is what the byte is below 0. So the pair has 16 significant bits like
-    FlashOptim's (arXiv 2602.23349, a correction of 1/127 half units in the last place), but is exact: decoding
-    needs no division, loses nothing, covers subnormal numbers, and what is not changed is encoded to the same
-    bits.
+been added to round the first 16 bits is what the byte is below 0. So the pair has 16 significant bits like
+FlashOptim's (arXiv 2602.23349, a correction of 1/127 half units in the last place), but is exact: decoding needs
+no division, loses nothing, covers subnormal numbers, and what is not changed is encoded to the same bits.
 
 Error: rounding to 24 bits is stochastic and errs by less than 2⁻¹⁵ of the value, by 2⁻¹⁶ if it is to nearest. The
 expectation is exact, so that updates below it are not lost.

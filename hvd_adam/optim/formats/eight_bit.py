@@ -17,7 +17,8 @@ one; groups of 32. What differs here, and why:
 - **Rounding is stochastic**: nearest codes stand still. With β₂ = 0.999 a root changes by less than half a code in
   almost every step, so it would grow with large gradients and never shrink.
 
-Errors, in exact arithmetic, with s the largest magnitude of a group and S its scale, s ≤ S ≤ s (1 + 2⁻⁷):
+Errors, in exact arithmetic, with s the largest magnitude of a group and S its scale, s ≤ S ≤ s (1 + 2⁻⁷), or
+S = 2⁻¹⁰⁴ where s is smaller:
 
 - first moment: two codes differ by S/316 for |m| ≤ 64 S/316 ≈ 0.2 S, and by S/79 beyond. Stochastic rounding
   errs by less than that, nearest by half of it.
@@ -25,9 +26,9 @@ Errors, in exact arithmetic, with s the largest magnitude of a group and S its s
   so the error is less than that, too.
 
 float32 adds: a level is x = fl(m · fl(k/S)), k/S and the product rounded once, 2u relative (u = 2⁻²⁴) of at
-    most 316 · 64 units, < 0.003 units, and decoding again 3u; the rounding of x to whole units (1/64, or 1/4096
-    of a code) adds half a unit. So a code that is decoded and encoded again with the same scale is the same
-    code, with any random bits.
+most 316 · 64 units, < 0.003 units, and decoding again 3u; the rounding of x to whole units (1/64, or 1/4096 of a
+code) adds half a unit. So a code that is decoded and encoded again with the same scale is the same code, with any
+random bits.
 
 A group with a value that is not finite (or ≥ 3.39e38, or whose square is) has scale NaN: all of it is decoded
 to NaN.

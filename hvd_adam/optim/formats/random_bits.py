@@ -46,9 +46,8 @@ def words(seed: Tensor, elements: int) -> Tensor:
     """Returns 32 random bits, as int64, for each element of a tensor that is divided into blocks.
 
     The first row of a block is hashed. The words of a lane, one group of the 8-bit format, then differ by the
-    golden
-    ratio: each is uniform, and those of a lane divide the interval evenly, so that rounding errors of a group
-        cancel better than independent ones.
+    golden ratio: each is uniform, and those of a lane divide the interval evenly, so that rounding errors of a
+    group cancel better than independent ones.
 
     Args:
         seed: of the first element, `rounding_seed`; 0-dimensional int64.
