@@ -21,11 +21,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from helpers.forked_python import forked_python
 
 from hvd_adam import Adam
 from hvd_adam.optim import expression
-from hvd_adam.optim.kernels import kernel_cache
+from hvd_adam.optim.kernels import cpp_compiler, kernel_cache
 
 ROOT = Path(__file__).parents[1]
 
@@ -288,6 +289,23 @@ def test_without_a_compiler_it_warns_once_and_has_the_results_of_foreach(tmp_pat
     assert warning.startswith("RuntimeWarning: hvd_adam: no fused update here, using foreach (")
     assert "\n" not in warning
     assert "compiler" in warning.lower()
+
+
+def test_a_compiler_that_hangs_and_a_lock_that_stays_held_end_in_bounded_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(cpp_compiler, "COMPILE_SECONDS", 0.2)
+    monkeypatch.setattr(kernel_cache, "LOCK_SECONDS", 0.2)
+    monkeypatch.setattr(kernel_cache, "cache_dir", lambda: tmp_path)
+    (tmp_path / "c++").write_text("#!/bin/sh\nexec sleep 60\n")
+    (tmp_path / "c++").chmod(0o700)
+    (tmp_path / "empty.cpp").touch()
+    monkeypatch.setenv("CXX", str(tmp_path / "c++"))
+    with pytest.raises(RuntimeError, match=r"the C\+\+ compiler has not ended after 0.2 s: .*c\+\+"):
+        cpp_compiler.compile_library("empty", tmp_path / "empty.cpp", {})
+    with (
+        FileLock(tmp_path / "lock"),
+        pytest.raises(RuntimeError, match=r"another process has held .*lock for 0\.2 s"),
+    ):
+        cpp_compiler.compile_library("empty", tmp_path / "empty.cpp", {})
 
 
 def test_unwritable_cache_directory_does_no_harm(tmp_path):

@@ -178,19 +178,22 @@ class CodedBucket:
         flat = folded(self.codec, worker, server, self._rank)
         return ((p, view(flat, place).clone()) for p, place in self.params.items())
 
-    def put(self, residuals: Mapping[Tensor, Tensor], *, pending: bool = False) -> None:
+    def put(self, residuals: Mapping[Tensor, Tensor]) -> None:
         """Replaces the residuals of parameters.
 
         Args:
             residuals: for each parameter that is not 0.
-            pending: replace the pending residuals; the committed ones have been replaced before.
         """
-        target = self.worker.committed
-        if pending:
-            for residual in self.residuals:
-                _, target = residual.advance()
-                target.zero_()
-            target = self.worker.latest
+        self._write(self.worker.committed, residuals)
+
+    def put_pending(self, residuals: Mapping[Tensor, Tensor]) -> None:
+        """Replaces the pending residuals, after those of the last update have been `put`; the argument is as there."""
+        for residual in self.residuals:
+            _, pending = residual.advance()
+            pending.zero_()
+        self._write(self.worker.latest, residuals)
+
+    def _write(self, target: Tensor, residuals: Mapping[Tensor, Tensor]) -> None:
         for p in self.params.keys() & residuals.keys():
             view(target, self.params[p]).copy_(residuals[p])
 

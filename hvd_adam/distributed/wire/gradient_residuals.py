@@ -113,7 +113,7 @@ class GradientResiduals:
         self._put(committed)
         if pending:
             for coded in self._coded:
-                coded.put(latest, pending=True)
+                coded.put_pending(latest)
 
     def use(self, compression: str, buffers: Sequence[GradientBuffer]) -> None:
         """Changes the compression. Called after an update; masters have become the parameters if codes end.

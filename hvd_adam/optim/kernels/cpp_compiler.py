@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from hvd_adam.optim.kernels.kernel_cache import cached
+from hvd_adam.optim.kernels.kernel_cache import COMPILE_SECONDS, cached
 
 # No option changes results: each operation is rounded by itself, infinities and NaN keep their meaning.
 _OPTIONS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-ffp-contract=off")
@@ -25,7 +25,7 @@ def compile_library(name: str, source: Path | Sequence[Path], definitions: Mappi
         definitions: macros and their values.
 
     Raises:
-        RuntimeError: there is no compiler, or it fails.
+        RuntimeError: there is no compiler, it fails, or it has not ended after `COMPILE_SECONDS`.
         OSError: the result cannot be loaded.
     """
     macros = [f"-D{name}={value}" for name, value in definitions.items()]
@@ -33,9 +33,11 @@ def compile_library(name: str, source: Path | Sequence[Path], definitions: Mappi
     code = "\n".join(path.read_text() for path in ([source] if isinstance(source, Path) else source))
 
     def build(target: Path) -> None:
-        done = subprocess.run(
-            [*command, "-x", "c++", "-", "-o", str(target)], input=code, capture_output=True, text=True
-        )
+        whole = [*command, "-x", "c++", "-", "-o", str(target)]
+        try:
+            done = subprocess.run(whole, input=code, capture_output=True, text=True, timeout=COMPILE_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"the C++ compiler has not ended after {COMPILE_SECONDS} s: {command[0]}") from None
         if done.returncode:
             raise RuntimeError(f"the C++ compiler failed: {' '.join(command[:1])}: {done.stderr.strip()[-300:]}")
 

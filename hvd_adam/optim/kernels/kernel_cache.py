@@ -9,11 +9,16 @@ import hashlib
 import os
 import platform
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
+
+# A compiler takes seconds, on a slow file system perhaps a minute; one that hangs must not hang the job.
+COMPILE_SECONDS = 300
+LOCK_SECONDS = 2 * COMPILE_SECONDS  # one process may compile several kernels before this one has its turn
 
 
 def cached(name: str, recipe: str, build: Callable[[Path], None]) -> Path:
@@ -25,12 +30,15 @@ def cached(name: str, recipe: str, build: Callable[[Path], None]) -> Path:
         name: of the library, part of a file name.
         recipe: everything that the result depends on, but the host.
         build: writes the library to a path.
+
+    Raises:
+        RuntimeError: another process builds for longer than `LOCK_SECONDS`; or what `build` raises.
     """
     directory = cache_dir()
     library = directory / f"{name}-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.so"
     if _is_whole(library):
         return library
-    with FileLock(directory / "lock"):
+    with _locked(directory / "lock"):
         if not _is_whole(library):
             for left in directory.glob("*.partial"):
                 left.unlink()
@@ -39,6 +47,21 @@ def cached(name: str, recipe: str, build: Callable[[Path], None]) -> Path:
             _digest_file(library).write_text(_digest(partial))
             partial.replace(library)
     return library
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    lock = FileLock(path, timeout=LOCK_SECONDS)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise RuntimeError(
+            f"another process has held {path} for {LOCK_SECONDS} s: end it, and try again"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _is_whole(library: Path) -> bool:
