@@ -93,6 +93,28 @@ def test_a_change_of_a_gradient_that_is_not_the_mean_is_refused_by_name(cluster,
             optimizer.step()
 
 
+@on_ranks(2)
+@pytest.mark.parametrize("cleared", [False, True])
+@pytest.mark.parametrize("update", ["before the change", "after the change"])
+def test_scattered_gradients_do_not_follow_a_change_of_buckets(cluster, cleared, update):
+    """Each rank has the mean of its shard of the buckets before: others hold what is left there."""
+    with scattering():
+        model = small_model()
+        optimizer = distribute(Adam(model[0].parameters()), model, strategy="sharded")
+        model[2].requires_grad_(False)
+        model(torch.ones(2, 6, dtype=torch.float64)).sum().backward()
+        if update == "before the change":
+            optimizer.step()
+        if cleared:
+            optimizer.zero_grad()
+        model[2].requires_grad_(True)
+        refused = pytest.raises(RuntimeError, match="the mean of this rank's shard only, and these cannot follow")
+        with nullcontext() if cleared else refused:
+            optimizer.add_param_group({"params": list(model[2].parameters())})
+            model(torch.ones(2, 6, dtype=torch.float64)).sum().backward()
+            optimizer.step()
+
+
 @on_ranks(2, "mpi")
 @pytest.mark.parametrize("deferred", [False, True])
 def test_clip_grad_norm_of_scattered_gradients_is_exact(cluster, deferred):

@@ -4,10 +4,13 @@ Hazards: ranks that have left while others wait; old states that are broadcast; 
 has left no longer sets; a mean over the wrong number of ranks; a rank that leaves in silence.
 """
 
+from contextlib import nullcontext
+
 import horovod.torch as hvd
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.exchanges import scattering
 from helpers.on_ranks import launch, on_ranks
 from helpers.small_training import batches, everything, largest_difference, same_everywhere, small_model
 from helpers.strategies import each_strategy
@@ -167,6 +170,24 @@ def test_a_rank_that_leaves_early_for_another_call_of_the_optimizer_ends_the_job
             getattr(optimizer, call)()
         else:
             model(torch.ones(2, 6, dtype=torch.float64)).sum().backward()
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("scatters", [False, True])
+@pytest.mark.parametrize(
+    "calls", ["broadcast state_dict", "step state_dict", "synchronize step", "clip_grad_norm_ step"]
+)
+def test_ranks_in_different_calls_that_reduce_no_gradients_fail_at_once(cluster, scatters, calls):
+    first, second = calls.split()
+    if first in ("synchronize", "clip_grad_norm_") and not scatters:
+        pytest.skip("no collective where every rank has the whole gradients")
+    model = small_model()
+    with scattering() if scatters else nullcontext():
+        optimizer = distribute(Adam(model.parameters()), model, strategy="sharded")
+        model(torch.ones(2, 6, dtype=torch.float64)).sum().backward()
+        call = second if cluster.rank else first
+        with pytest.raises(Exception, match=rf"this rank is in {call}\(\), .* is in another call"):
+            getattr(optimizer, call)(*[1.0] * (call == "clip_grad_norm_"))
 
 
 @pytest.mark.multirank

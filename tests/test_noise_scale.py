@@ -178,6 +178,32 @@ def test_the_estimate_is_that_of_the_gradients_themselves_and_near_the_truth(
     assert len({tuple(other) for other in cluster.gather(list(found))}) == 1
 
 
+@on_ranks(2)
+@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize("compression", ["none", "bf16"])
+@pytest.mark.parametrize("used", ["abcdef", "ace"])
+def test_buckets_that_are_all_sent_at_the_end_of_backward_count_together(cluster, used, compression, deferred):
+    """Those with an unused parameter are."""
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(4, 40, bias=False) for name in "abcdef"})
+    options = {"compression": compression, "defer_averaging": deferred}
+    optimizer = distribute(Adam(model.parameters()), model, noise_scale=1, bucket_mib=0.0013, **options)
+    found = []
+    optimizer.noise._estimate.add = lambda own, mean, shares: found.append((own, mean))
+    inputs = torch.randn(cluster.size, 5, 4)  # the same on every rank
+    gradients = []
+    for batch in inputs:
+        loss = sum(model[name](batch).square().mean() for name in used)
+        parts = torch.autograd.grad(loss, [model[name].weight for name in used])
+        gradients.append(torch.cat([part.flatten() for part in parts]))
+    sum(model[name](inputs[cluster.rank]).square().mean() for name in used).backward()
+    optimizer.step()
+    mean = torch.stack(gradients).mean(0).square().sum()
+    ((own, of_mean),) = found
+    assert own == pytest.approx(statistics.mean(g.square().sum().item() for g in gradients), rel=1e-5)
+    assert of_mean == pytest.approx(mean.item(), rel=1e-5 if compression == "none" else 1e-2)
+
+
 @on_ranks(0)
 def test_one_rank_compares_its_micro_batches(cluster):
     found, expected = measured(cluster, 4), brute_force(1, 4)

@@ -141,6 +141,7 @@ class DistributedLayout:
         if not self._flat:
             self.store.build_layout(groups, state)
             return
+        self._averager.buckets_change()
         rank, ranks = self._strategy.shard
         self.buffers = [GradientBuffer(params, layout) for params, layout in self._layouts(groups, names)]
         parts = {

@@ -205,8 +205,7 @@ class DistributedAdam(AveragedAdam):
         """
         self._refuse_adasum()
         self._refuse_scattered_in_join("synchronize()")
-        self._step.unscale()
-        self._strategy.gather_gradients(self._layout.buffers)
+        self._step.gather()
         self._averager.changes_are_welcome()
 
     @not_compiled

@@ -219,7 +219,7 @@ class GradientAverager(Rounds):
 
     def cleared(self) -> None:
         """Called after all gradients have been cleared: an update starts."""
-        self._averaged = self._divided = self.spoiled = False
+        self._averaged = self._divided = self._moved = self.spoiled = False
         self.micro_batch = 0
         self._seen.forget()
 

@@ -10,21 +10,25 @@ import torch
 from hvd_adam.distributed.collectives.waiting import working_meanwhile
 from hvd_adam.distributed.gradients.compression import AllReduce, Reduction
 
+# Ranks that are in calls of different kinds must not meet. Those of one kind have the same collectives.
+_KINDS = ("broadcast()", "state_dict", "change of parameters", "step()", "use_compression()", "clip_grad_norm_()")
+
 
 def start_meeting(name: str, device: torch.device, call: str) -> Callable[[], None]:
     """Makes ranks that wait for another reduction of this name fail, and this one too.
 
-    It reduces one element: Horovod refuses tensors of different shapes.
+    It reduces a few elements, as many for each kind of call: Horovod refuses tensors of different shapes.
 
     Args:
-        name: of a reduction that the others may wait for, of several elements.
+        name: of a reduction that the others may wait for, of more elements.
         device: of the gradients.
         call: what this rank does, and every rank must, for the error.
 
     Returns:
         Waits until all ranks have called this.
     """
-    meeting = AllReduce(torch.zeros(1, dtype=torch.float32, device=device), name, "none")
+    elements = next((n for n, kind in enumerate(_KINDS, start=1) if kind in call), len(_KINDS) + 1)
+    meeting = AllReduce(torch.zeros(elements, dtype=torch.float32, device=device), name, "none")
 
     def wait() -> None:
         with explained(call):
@@ -69,8 +73,8 @@ def explained(call: str | None = None) -> Iterator[None]:
         if call is not None:
             raise HorovodInternalError(
                 f"this rank is in {call}, which every rank must call in the same place, while another waits for "
-                "gradients, or has ended or failed. If that rank has shown another error, that is the cause. "
-                f"(Horovod: {error})"
+                "gradients, is in another call, or has ended or failed. If that rank has shown another error, "
+                f"that is the cause. (Horovod: {error})"
             ) from error
         raise HorovodInternalError(
             "some ranks wait for gradients, while another has ended, failed, called something else that every "

@@ -71,7 +71,8 @@ class Reducer(Buckets):
         self._in_flight: dict[int, Reduction] = {}
         self._pipeline = Pipeline()  # of those in flight
         self._elsewhere: dict[int, dict[Tensor, Tensor]] = {}  # by bucket: gradients that are not in it yet
-        self._present: dict[int, list[bool]] = {}  # by bucket: for each parameter whether this rank has a gradient
+        # By bucket: for each parameter whether this rank has a gradient in this round.
+        self._present: dict[int, list[bool]] = {}
         self._sums_are_finite = True  # if those of all ranks are as small as this rank's in this round
         self._header: Header | None = None  # of this round, once sent
 
@@ -119,11 +120,11 @@ class Reducer(Buckets):
         for i, has_grad in enumerate(present, start=bucket.first):
             if not has_grad:
                 buffer.clear(i)
+        first = not self._present
         self._present[number] = present
         flags_of(buffer, bucket).copy_(torch.tensor(present, device="cpu"))
         square = self._square(number) if self._feedback is None else None  # residuals are added later
         rest = self.scale if later else 1.0
-        first = not self._in_flight
         self._noise.measure_own(number, rest, square, is_first=first, has_gradient=any(present))
         scaling = Scaling(self.scale, bucket.flags - bucket.start) if later else Scaling()
         if self._feedback is not None and self._codes is None:  # of another compression before
@@ -313,5 +314,6 @@ class Reducer(Buckets):
 
     def _end_round(self) -> None:
         self._in_flight.clear()
+        self._present.clear()
         self._pipeline.clear()
         self._header, self._sums_are_finite = None, True

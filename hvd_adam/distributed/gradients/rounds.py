@@ -16,6 +16,11 @@ from hvd_adam.distributed.gradients.reducer import Reducer
 from hvd_adam.distributed.gradients.seen_gradients import SeenGradients
 from hvd_adam.optim.update_rows import Arrival
 
+_MOVED = (
+    "parameters or options were changed while gradients are the mean of this rank's shard only, and these cannot "
+    "follow: change them after step(), and call zero_grad() before the next backward()"
+)
+
 
 class Rounds:
     """The state of the round that is in flight; the base of `GradientAverager`, whose arguments it has.
@@ -38,6 +43,7 @@ class Rounds:
         self._sent: tuple[dict[str, object], Tensor] | None = None  # facts and message of this round, once sent
         self._averaged = False  # whether every gradient is the mean
         self._divided = False  # whether gradients have been divided by the numbers of ranks and micro-batches
+        self._moved = False  # whether their buckets have changed since, of which each rank has the mean of a shard
         self._aborted = 0  # passes that ended with an exception, since the last update
         self._total: Tensor | None = None
         self._seen = SeenGradients(optimizer)
@@ -127,11 +133,28 @@ class Rounds:
             if grad is not None and p.grad is not None:
                 p.grad.add_(grad)
 
+    def buckets_change(self) -> None:
+        """Called before gradients get other buckets.
+
+        Raises:
+            RuntimeError: each rank has the mean of its own shard only, and the next update would use it.
+        """
+        if self.reducer is not None and self.reducer.scatters and self._divided:
+            self._moved = True
+            if self._averaged:
+                self._refuse_moved()
+
+    def _refuse_moved(self) -> None:
+        gradients = [p.grad for p in self._optimizer.parameters() if p.grad is not None]
+        if self._moved and any(map(torch.any, gradients)):
+            raise RuntimeError(_MOVED)
+
     def _undo_division(self) -> None:
         """Makes the mean a local gradient again, to which more can be added."""
         if not self._divided:
             return
-        self._divided = False
+        self._refuse_moved()
+        self._divided = self._moved = False
         if self.reducer is not None and self.reducer.scatters:
             self.reducer.spread()
         else:

@@ -187,7 +187,7 @@ class CodedBucket:
         self._write(self.worker.committed, residuals)
 
     def put_pending(self, residuals: Mapping[Tensor, Tensor]) -> None:
-        """Replaces the pending residuals, after those of the last update have been `put`; the argument is as there."""
+        """Replaces the pending residuals, after `put` has replaced the committed ones; see there."""
         for residual in self.residuals:
             _, pending = residual.advance()
             pending.zero_()
