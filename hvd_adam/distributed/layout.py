@@ -24,7 +24,7 @@ from hvd_adam.errors import UserError
 from hvd_adam.optim.adam import Adam
 from hvd_adam.optim.formats.choice import rounding, state_format
 from hvd_adam.optim.formats.random_bits import BLOCK
-from hvd_adam.optim.memory import is_dense, is_ordinary, is_ordinary_type, is_trained, overlapping
+from hvd_adam.optim.memory import is_dense, is_ordinary, is_ordinary_type, is_trained, overlapping, same_objects
 from hvd_adam.optim.optimizer_state import Group, States
 from hvd_adam.optim.parameter_store import ParameterStore, StorePolicy
 
@@ -37,6 +37,10 @@ def _in_blocks(groups: Sequence[Group]) -> set[Tensor]:
     """Returns the parameters whose state is held in few bits: shards must not divide their blocks."""
     params = ((p, group) for group in groups for p in group["params"])
     return {p for p, group in params if state_format(group, p) != "float32" or rounding(group, p) == "correction"}
+
+
+def _same_places(buffer: GradientBuffer, other: GradientBuffer) -> bool:
+    return buffer.layout == other.layout and same_objects(buffer.params, other.params)
 
 
 def _layout(
@@ -141,9 +145,11 @@ class DistributedLayout:
         if not self._flat:
             self.store.build_layout(groups, state)
             return
-        self._averager.buckets_change()
         rank, ranks = self._strategy.shard
-        self.buffers = [GradientBuffer(params, layout) for params, layout in self._layouts(groups, names)]
+        buffers = [GradientBuffer(params, layout) for params, layout in self._layouts(groups, names)]
+        same = len(buffers) == len(self.buffers) and all(map(_same_places, buffers, self.buffers))
+        self._averager.buckets_change(shards_move=not same)
+        self.buffers = buffers
         parts = {
             p: part
             for buffer in self.buffers

@@ -133,15 +133,18 @@ class Rounds:
             if grad is not None and p.grad is not None:
                 p.grad.add_(grad)
 
-    def buckets_change(self) -> None:
+    def buckets_change(self, *, shards_move: bool) -> None:
         """Called before gradients get other buckets.
 
+        Args:
+            shards_move: whether this rank's shard has other elements there.
+
         Raises:
-            RuntimeError: each rank has the mean of its own shard only, and the next update would use it.
+            RuntimeError: it does, this rank has the mean of its shard only, and the next update would use it.
         """
         if self.reducer is not None and self.reducer.scatters and self._divided:
             self._moved = True
-            if self._averaged:
+            if self._averaged and shards_move:
                 self._refuse_moved()
 
     def _refuse_moved(self) -> None:
