@@ -100,14 +100,14 @@ class AveragedStep:
         """Makes `p.grad` the unscaled mean on every rank. Every rank must call it."""
         self.unscale()
         if self._strategy.scatters:
-            self._start_meeting("synchronize()")()
+            self._averager.start_meeting("synchronize()")()
         self._strategy.gather_gradients(self._layout.buffers)
 
     def clip(self, max_norm: float) -> Tensor:
         """Clips the unscaled mean to a norm. Returns the norm before clipping, 0-dimensional."""
         self.unscale()
         if self._strategy.scatters:  # the norm is a collective
-            self._start_meeting("clip_grad_norm_()")()
+            self._averager.start_meeting("clip_grad_norm_()")()
         norm = self._strategy.norm_of_gradients(self._parameters(), self._layout.buffers)
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
         multiply_gradients(self._parameters(), factor)
@@ -121,8 +121,8 @@ class AveragedStep:
         parameters = [p for p in self._parameters() if p.grad is not None]
         return self._strategy.norm_of_gradients(parameters, self._layout.buffers) if parameters else None
 
-    def _start_meeting(self, call: str = "step()") -> Callable[[], None]:
-        return self._averager.start_meeting(call) if self._strategy.exchanges else lambda: None
+    def _start_meeting(self) -> Callable[[], None]:
+        return self._averager.start_meeting("step()") if self._strategy.exchanges else lambda: None
 
     def update_behind(
         self, run: Callable[[Callable[[], None]], None], groups: Sequence[Group], state: States

@@ -93,26 +93,21 @@ class Trial:
             if self.seconds(name) - self.seconds(fastest)
             <= max(2 * self._noise(name, fastest), OBVIOUS * self.seconds(fastest))
         ]
-        exact, faster = self._candidates[0], self._faster()
-        certain = [name for name in faster if self._is_certainly_faster(name, exact)]
+        exact = self._candidates[0]
+        if exact in self._left:
+            faster = self._faster_than(exact)
+            certain = [n for n in faster if self.seconds(exact) - self.seconds(n) > self._noise(n, exact)]
+        else:  # it was obviously slower
+            faster = certain = list(self._left)
         if self._round == ROUNDS and faster and not certain:
             self._left = [name for name in self._left if name == exact or name in faster]
         elif self._round in (ROUNDS, MOST_ROUNDS) or len(self._left) == 1:
             self.is_over, self.compression = True, self._choice(certain)
 
-    def _faster(self) -> list[str]:
-        """Returns those left that seem faster than the most exact one by more than the least gain.
-
-        All of them, if the most exact one was obviously slower, and is no longer measured.
-        """
-        exact = self._candidates[0]
-        if exact not in self._left:
-            return list(self._left)
+    def _faster_than(self, exact: str) -> list[str]:
+        """Returns those left that seem faster than the most exact one by more than the least gain."""
         limit = (1 - LEAST_GAIN) * self.seconds(exact)
         return [name for name in self._left if self.seconds(name) < limit]
-
-    def _is_certainly_faster(self, name: str, exact: str) -> bool:
-        return exact not in self._left or self.seconds(exact) - self.seconds(name) > self._noise(name, exact)
 
     def _choice(self, faster: Sequence[str]) -> str:
         """Returns the fastest of those that are faster than the most exact one for certain, or one nearly so."""

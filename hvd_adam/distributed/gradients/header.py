@@ -33,8 +33,10 @@ def sums_are_finite(square: Tensor, compression: str, ranks: int, dtype: torch.d
         ranks: number of ranks.
         dtype: of the gradients. The rounding of a compression makes some larger, and float16's range is small.
     """
-    largest = _LARGEST_FP16_SUM if dtype == torch.float16 and compression != "none" else _LARGEST_NORM
-    largest = _LARGEST_FP16_SUM / ranks if compression == "fp16" else largest
+    if compression == "fp16":
+        largest = _LARGEST_FP16_SUM / ranks
+    else:
+        largest = _LARGEST_FP16_SUM if dtype == torch.float16 and compression != "none" else _LARGEST_NORM
     return bool(square < largest**2)
 
 

@@ -11,7 +11,10 @@ from hvd_adam.distributed.collectives.waiting import working_meanwhile
 from hvd_adam.distributed.gradients.compression import AllReduce, Reduction
 
 # Ranks that are in calls of different kinds must not meet. Those of one kind have the same collectives.
-_KINDS = ("broadcast()", "state_dict", "change of parameters", "step()", "use_compression()", "clip_grad_norm_()")
+_KINDS = (
+    *("broadcast()", "state_dict", "change of parameters", "step()"),
+    *("use_compression()", "clip_grad_norm_()", "synchronize()"),
+)
 
 
 def start_meeting(name: str, device: torch.device, call: str) -> Callable[[], None]:

@@ -1,5 +1,5 @@
-// Blocks of 512 elements, as in formats/random_bits.py: 32 rows of 16 lanes, and the random bits of their elements. Comes after
-// numbers.h.
+// Blocks of 512 elements, as in formats/random_bits.py: 32 rows of 16 lanes, and the random bits of their elements.
+// Comes after numbers.h.
 
 namespace {
 
