@@ -8,7 +8,6 @@ in an evaluation or a checkpoint; a parameter that no meeting averages; options 
 import copy
 import math
 import tempfile
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +20,7 @@ from helpers.small_training import batches, digest, same_everywhere, share, smal
 from hvd_adam import Adam, CheckpointManager, distribute
 from hvd_adam.arguments import parse
 from hvd_adam.config import TrainConfig
+from hvd_adam.distributed.context import horovod
 from hvd_adam.errors import JobError, UserError
 from hvd_adam.recovery.preemption import Preemption
 from hvd_adam.training.builders import scale_for_ranks
@@ -333,10 +333,10 @@ def test_all_ranks_are_notified_after_the_same_update_also_where_they_ask_rarely
         if preemption._request is None:
             asked.append(updates)
         preemption.ask()
-        time.sleep(0.02 * cluster.rank)  # an update; rank 0, which makes none, always waits for an answer
         updates += 1
-        is_late = cluster.rank == 1 and updates > late_from  # whatever the machine's speed
-        with pytest.MonkeyPatch.context() as patch:
+        is_late = cluster.rank == 1 and updates > late_from
+        with pytest.MonkeyPatch.context() as patch:  # rank 0 waits for each answer, whatever the machine's speed
+            patch.setattr(horovod(), "poll", lambda request: cluster.rank == 1)
             patch.setattr("hvd_adam.recovery.preemption.SECONDS_PER_ANSWER", 0.0 if is_late else math.inf)
             preemption.should_stop()
     assert cluster.gather((updates, asked)) == [(updates, asked)] * 2
