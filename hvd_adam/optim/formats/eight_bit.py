@@ -45,11 +45,11 @@ KNEE, LEVELS = 64, 316  # codes up to KNEE are levels; the largest code, 127, is
 CODES = 255  # of the root of the second moment
 
 # Of a code, before the random bits are added and the rest is cut off.
-_FIRST_UNITS, _SECOND_UNITS = 64, 4096
+FIRST_UNITS, SECOND_UNITS = 64, 4096
 
 # Bits of bfloat16. The square of a decoded root must be finite.
-_SMALLEST_SCALE, _NO_SCALE = 23 << 7, 0x7FC0
-_LARGEST_FIRST, _LARGEST_SECOND = 0x7F7F, 0x5F7F
+SMALLEST_SCALE, NO_SCALE = 23 << 7, 0x7FC0
+LARGEST_FIRST, LARGEST_SECOND = 0x7F7F, 0x5F7F
 
 
 def scales_of(elements: int) -> int:
@@ -95,14 +95,14 @@ def encode_exp_avg(exp_avg: Tensor, random: Tensor | None = None) -> tuple[Tenso
         exp_avg: float32, 1-dimensional.
         random: `random_bits.words` of the elements; None rounds to the nearest code.
     """
-    scales = _scales(exp_avg, _LARGEST_FIRST)
+    scales = _scales(exp_avg, LARGEST_FIRST)
     finite = spread(scales, exp_avg.numel()).isfinite()
-    units = exp_avg * spread(_quotient(LEVELS * _FIRST_UNITS, scales), exp_avg.numel())
+    units = exp_avg * spread(_quotient(LEVELS * FIRST_UNITS, scales), exp_avg.numel())
     units = torch.where(finite, units, 0.0).round().to(torch.int32)
     quarter = units >> 2
-    limit = KNEE * _FIRST_UNITS * 3 // 4
+    limit = KNEE * FIRST_UNITS * 3 // 4
     units = quarter + (units - quarter).clamp(-limit, limit)
-    noise = _FIRST_UNITS // 2 if random is None else (random & 0xFFFF) >> 10
+    noise = FIRST_UNITS // 2 if random is None else (random & 0xFFFF) >> 10
     return ((units + noise) >> 6).to(torch.int8), scales
 
 
@@ -113,11 +113,11 @@ def encode_exp_avg_sq(root: Tensor, random: Tensor | None = None) -> tuple[Tenso
         root: their square root: float32, 1-dimensional.
         random: as in `encode_exp_avg`.
     """
-    scales = _scales(root, _LARGEST_SECOND)
+    scales = _scales(root, LARGEST_SECOND)
     finite = spread(scales, root.numel()).isfinite()
-    units = root * spread(_quotient(CODES * _SECOND_UNITS, scales), root.numel())
+    units = root * spread(_quotient(CODES * SECOND_UNITS, scales), root.numel())
     units = torch.where(finite, units, 0.0).round().to(torch.int32)
-    noise = _SECOND_UNITS // 2 if random is None else random >> 20
+    noise = SECOND_UNITS // 2 if random is None else random >> 20
     codes = ((units + noise) >> 12).clamp(min=1)
     return torch.where(finite, codes, 0).to(torch.uint8), scales
 
@@ -137,5 +137,5 @@ def _scales(values: Tensor, limit: int) -> Tensor:
     bits = values.view(torch.int32) & 0x7FFFFFFF  # in the order of magnitudes, NaN last
     padded = torch.nn.functional.pad(bits, (0, -values.numel() % BLOCK))
     largest = padded.view(-1, BLOCK // LANES, LANES).amax(dim=1).view(-1).to(torch.int64)
-    scales = ((largest + 0xFFFF) >> 16).clamp(min=_SMALLEST_SCALE)
-    return torch.where(scales > limit, _NO_SCALE, scales).to(torch.int16).view(torch.bfloat16)
+    scales = ((largest + 0xFFFF) >> 16).clamp(min=SMALLEST_SCALE)
+    return torch.where(scales > limit, NO_SCALE, scales).to(torch.int16).view(torch.bfloat16)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from hvd_adam.optim.expression import KernelSpec
-from hvd_adam.optim.formats import random_bits
+from hvd_adam.optim.formats import eight_bit, random_bits
 from hvd_adam.optim.kernels.triton_kernel import (
     COMMON,
     TYPES,
@@ -28,6 +28,13 @@ from hvd_adam.optim.kernels.triton_kernel import (
 
 BLOCK = random_bits.BLOCK
 WARPS = 2  # 8 elements a thread, as in triton_kernel.py
+
+# Of the 8-bit format, where kernels can read them.
+_KNEE, _CODES = tl.constexpr(eight_bit.KNEE), tl.constexpr(float(eight_bit.CODES * eight_bit.SECOND_UNITS))
+_LEVELS = tl.constexpr(float(eight_bit.LEVELS * eight_bit.FIRST_UNITS))
+_BEYOND_KNEE = tl.constexpr(3 * eight_bit.KNEE * eight_bit.FIRST_UNITS // 4)
+_SMALLEST_SCALE, _NO_SCALE = tl.constexpr(eight_bit.SMALLEST_SCALE), tl.constexpr(eight_bit.NO_SCALE)
+_LARGEST_FIRST, _LARGEST_SECOND = tl.constexpr(eight_bit.LARGEST_FIRST), tl.constexpr(eight_bit.LARGEST_SECOND)
 
 # Columns of the table of tensors on the device, one line for each tensor.
 WHOLE = (
@@ -72,9 +79,9 @@ def _rounded_by(x, noise):
 @triton.jit
 def _store_scales(place, largest, LIMIT: tl.constexpr, inside):
     """Stores scales that are no smaller than `largest`, bits of float32; returns them, and which are not NaN."""
-    bits = tl.maximum((largest + 0xFFFF) >> 16, 23 << 7)
+    bits = tl.maximum((largest + 0xFFFF) >> 16, _SMALLEST_SCALE)
     finite = bits <= LIMIT
-    tl.store(place, tl.where(finite, bits, 0x7FC0).to(tl.uint16), inside)
+    tl.store(place, tl.where(finite, bits, _NO_SCALE).to(tl.uint16), inside)
     return (bits << 16).to(tl.float32, bitcast=True), finite
 
 
@@ -95,21 +102,23 @@ def _eight_bit(
     first_scales = pointer(whole, 6, tl.uint16, ALIGNED) + scales
     second_scales = pointer(whole, 7, tl.uint16, ALIGNED) + scales
     code = _load(first_codes, inside).to(tl.int32)
-    level = code + 3 * (code - tl.minimum(tl.maximum(code, -64), 64))
+    level = code + 3 * (code - tl.minimum(tl.maximum(code, -_KNEE), _KNEE))
     m = (_scales(first_scales, any_inside) * first_kept)[None, :] * level.to(tl.float32) + first_new * g
     kept = (_scales(second_scales, any_inside) * second_kept)[None, :]
     kept *= _load(second_codes, inside).to(tl.float32)
     added = second_new * g
     r = root(kept * kept + added * added, tl.float32)
 
-    first_scale, first_finite = _store_scales(first_scales, tl.max(_bits(m), axis=0), 0x7F7F, any_inside)
-    second_scale, second_finite = _store_scales(second_scales, tl.max(_bits(r), axis=0), 0x5F7F, any_inside)
-    units = _nearest(m * (316.0 * 64 / first_scale)[None, :])
+    first_scale, first_finite = _store_scales(first_scales, tl.max(_bits(m), axis=0), _LARGEST_FIRST, any_inside)
+    second_scale, second_finite = _store_scales(
+        second_scales, tl.max(_bits(r), axis=0), _LARGEST_SECOND, any_inside
+    )
+    units = _nearest(m * tl.fdiv(_LEVELS, first_scale)[None, :])
     quarter = units >> 2
-    units = quarter + tl.minimum(tl.maximum(units - quarter, -3072), 3072)
+    units = quarter + tl.minimum(tl.maximum(units - quarter, -_BEYOND_KNEE), _BEYOND_KNEE)
     code = (units + ((word & 0xFFFF) >> 10).to(tl.int32)) >> 6
     tl.store(first_codes, tl.where(first_finite[None, :], code, 0).to(tl.int8), inside)
-    units = _nearest(r * (255.0 * 4096 / second_scale)[None, :])
+    units = _nearest(r * tl.fdiv(_CODES, second_scale)[None, :])
     code = tl.maximum((units + (word >> 20).to(tl.int32)) >> 12, 1)
     tl.store(second_codes, tl.where(second_finite[None, :], code, 0).to(tl.uint8), inside)
     return m, r
