@@ -513,6 +513,7 @@ def test_a_resumed_training_continues_with_the_choice_bit_for_bit_and_a_trial_wh
         {},
         "int8",
         short,
+        {**short, "chosen": [float("nan"), 0.0]},
         {**short, "trial": {"laps": {name: [] for name in ("none", "bf16", "int8", "int4")}}},
     ):
         with pytest.raises(UserError, match="no choice of a compression"):

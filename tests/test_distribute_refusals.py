@@ -84,7 +84,10 @@ def test_invalid_options_are_refused_with_the_remedy(cluster):
     for options, message in (
         ({"strategy": "ring"}, "strategy is 'ring'; use one of"),
         ({"compression": "int2"}, "compression is 'int2'; use one of none, fp16, bf16, int8, int4"),
-        ({"compression": "int4"}, r"compression int4 has no torch\.float64: use compression none"),
+        (
+            {"compression": "int4"},
+            r"compression int4 does not support torch\.float64 \(0\.weight\): use compression none",
+        ),
         ({"compression": "int4", "op": "adasum"}, "adasum has no int4 compression"),
         ({"op": "sum"}, "op is 'sum'; use one of average, adasum"),
         ({"accumulate": 0}, "accumulate is 0"),

@@ -17,6 +17,7 @@ from hvd_adam.distributed.local.islands import count_islands
 from hvd_adam.distributed.local.optimizer import LocalAdam
 from hvd_adam.distributed.local.options import LOCAL, require_local_model, require_options
 from hvd_adam.distributed.model_checks import (
+    parameter_names,
     require_copyable,
     require_one_device,
     require_parameters_of,
@@ -215,8 +216,8 @@ def _require_supported(model: torch.nn.Module, optimizer: Adam, compression: str
     require_parameters_of(model, optimizer.param_groups)
     require_one_device(model)
     if compression in CODECS:
-        for p in (p for group in optimizer.param_groups for p in group["params"] if p.requires_grad):
-            require_codable(p.dtype, compression)
+        names = parameter_names(model, optimizer.param_groups)
+        require_codable((p for p in names if p.requires_grad), names, compression)
     if horovod().size() > 1:
         require_copyable(model)
         require_unchanged_by_forward(model, (p for group in optimizer.param_groups for p in group["params"]))

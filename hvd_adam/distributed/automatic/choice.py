@@ -241,6 +241,6 @@ class AutomaticCompression:
                 self._trial, self._begun = Trial.from_state_dict(trial), True
                 compression = self._trial.compression
             elif saved["chosen"] is not None:
-                self._chosen, self._begun = Lap(*map(float, saved["chosen"])), True
+                self._chosen, self._begun = Lap.of_saved(saved["chosen"]), True
                 compression = saved["compression"]
         return compression

@@ -33,6 +33,14 @@ class Lap(NamedTuple):
     seconds: float
     waited: float
 
+    @classmethod
+    def of_saved(cls, saved: Sequence[Any]) -> Lap:
+        """Returns a lap from a checkpoint. Raises ValueError: it is not two finite numbers."""
+        seconds, waited = map(float, saved)
+        if not (math.isfinite(seconds) and math.isfinite(waited)):
+            raise ValueError(f"an update that took {seconds} s and waited for {waited} s")
+        return cls(seconds, waited)
+
 
 class Trial:
     """Measures compressions in turns: a b c, c b a, a b c. What is obviously slower is left out after a turn.
@@ -158,6 +166,6 @@ class Trial:
         """Returns the trial that `state_dict` is of."""
         trial = cls([*saved["laps"]], saved["warm_up"])
         trial._left, trial._round, trial._place = list(saved["left"]), saved["round"], saved["place"]
-        trial._laps = {name: [Lap(*map(float, lap)) for lap in laps] for name, laps in saved["laps"].items()}
+        trial._laps = {name: [*map(Lap.of_saved, laps)] for name, laps in saved["laps"].items()}
         trial.compression = trial._order()[trial._place]
         return trial

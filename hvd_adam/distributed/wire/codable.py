@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 import torch
 from torch import Tensor
 
@@ -24,11 +26,15 @@ def exact_parameters(model: torch.nn.Module) -> set[Tensor]:
     return embeddings - others
 
 
-def require_codable(dtype: torch.dtype, compression: str) -> None:
-    """Refuses gradients that codes of few bits are not made for.
+def require_codable(trained: Iterable[Tensor], names: Mapping[Tensor, str], compression: str) -> None:
+    """Refuses parameters for whose gradients there are no codes of few bits.
 
     Raises:
-        UserError: the dtype is not float32, float16 or bfloat16.
+        UserError: the dtype of one is not float32, float16 or bfloat16.
     """
-    if dtype not in CODABLE:
-        raise UserError(f"compression {compression} has no {dtype}: use compression none, or float32 parameters")
+    for p in trained:
+        if p.dtype not in CODABLE:
+            raise UserError(
+                f"compression {compression} does not support {p.dtype} ({names[p]}): use compression none, or "
+                "float32 parameters"
+            )

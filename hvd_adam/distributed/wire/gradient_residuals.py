@@ -134,8 +134,8 @@ class GradientResiduals:
 
     def _make_buckets(self, buffers: Sequence[GradientBuffer]) -> list[Coded]:
         if self._codec is not None:  # before anything changes
-            for buffer in buffers:
-                require_codable(buffer.dtype, self.compression)
+            trained = (p for buffer in buffers for p in buffer.params)
+            require_codable(trained, self._names(), self.compression)
         exact = self._exact()
         rank, ranks = horovod().rank(), horovod().size()
         self._buckets, self._reduced = [], {p for buffer in buffers for p in buffer.params}
