@@ -47,7 +47,7 @@ def gather_plain(value: Any, group: RankGroup, name: str) -> list[Any]:
     """Returns the values of all ranks of a group, in their order. Every rank of it must call it.
 
     Args:
-        value: numbers and texts in dictionaries and lists; tuples become lists.
+        value: numbers and texts, in lists and in dictionaries with texts as keys; tuples become lists.
         group: the ranks.
         name: prefix of the names of the collectives, identical on these ranks.
     """
