@@ -421,6 +421,23 @@ def test_a_rank_without_a_batch_drops_cleared_gradients_as_the_others_do(cluster
     books.check()
 
 
+@on_ranks(2, HOROVOD_STALL_SHUTDOWN_TIME_SECONDS="30")
+@pytest.mark.parametrize("compression", ["bf16", "int8", "int4"])
+@each_strategy
+@pytest.mark.parametrize("has_loss", [[True, True], [False, True]])
+def test_ranks_may_send_any_number_of_buckets_in_different_orders(cluster, compression, strategy, has_loss):
+    halves = [torch.nn.Sequential(*(torch.nn.Linear(64, 64, bias=False) for _ in range(9))) for _ in range(2)]
+    model = torch.nn.ModuleList(halves)
+    options = {"compression": compression, "strategy": strategy, "bucket_mib": 0.01}  # a bucket for each weight
+    optimizer = distribute(Adam(model.parameters()), model, **options)
+    for _ in range(3):
+        optimizer.zero_grad()
+        if has_loss[cluster.rank]:
+            halves[cluster.rank](torch.ones(8, 64)).square().mean().backward()
+        optimizer.step()
+    assert same_everywhere(digest(model.state_dict()))
+
+
 @on_ranks(2)
 @each_code
 @each_strategy

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Generic, Protocol, TypeVar
 
 from hvd_adam.distributed.context import horovod
@@ -142,20 +142,31 @@ class Stages(Protocol):
 class Pipeline:
     """What is in flight, in the order in which it was started, and so arrives."""
 
-    LOOKED_AFTER = 4  # at a time
+    LOOKED_AFTER = 4  # of the first at a time, and of the others
 
     def __init__(self) -> None:
         self._stages: deque[Stages] = deque()
+        self._turn = 0  # of the others: which was looked after last
 
     def add(self, stages: Stages) -> None:
         """Adds what has been started, which `advance` then continues."""
         self._stages.append(stages)
 
     def advance(self) -> bool:
-        """Does what is next for one of the first, without waiting. Returns whether there was anything to do."""
+        """Does what is next for one of them, the first before others. Returns whether there was anything to do.
+
+        The others have turns: a rank that has started them in another order may wait for any of them.
+        """
         while self._stages and self._stages[0].has_arrived:
             self._stages.popleft()
-        return any(stages.advance() for stages in islice(self._stages, self.LOOKED_AFTER))
+        first = islice(self._stages, self.LOOKED_AFTER)
+        return any(stages.advance() for stages in chain(first, self._next_others()))
+
+    def _next_others(self) -> Iterator[Stages]:
+        others = len(self._stages) - self.LOOKED_AFTER
+        for _ in range(min(others, self.LOOKED_AFTER)):
+            self._turn = (self._turn + 1) % others
+            yield self._stages[self.LOOKED_AFTER + self._turn]
 
     def clear(self) -> None:
         """Called when all has been waited for."""
