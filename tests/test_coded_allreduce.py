@@ -441,6 +441,26 @@ def test_ranks_may_send_any_number_of_buckets_in_different_orders(cluster, compr
 @on_ranks(2)
 @each_code
 @each_strategy
+@pytest.mark.parametrize("defers", [False, True])
+def test_errors_of_codes_between_parameters_do_not_grow_after_a_change_to_none(
+    cluster, compression, strategy, defers
+):
+    model = torch.nn.Sequential(torch.nn.Linear(27, 27, bias=False), torch.nn.Linear(27, 27, bias=False))
+    options = {"compression": "auto:any", "strategy": strategy, "defer_averaging": defers}
+    optimizer = distribute(Adam(model.parameters()), model, **options)
+    optimizer.use_compression(compression)
+    for update in range(150):  # 2¹²⁸ is infinite
+        if update == 3:
+            optimizer.use_compression("none")
+        optimizer.zero_grad()
+        model(torch.ones(8, 27) * (update + cluster.rank)).square().mean().backward()
+        optimizer.step()
+    assert optimizer.skipped_updates == 0
+
+
+@on_ranks(2)
+@each_code
+@each_strategy
 def test_several_backward_passes_and_deferred_averaging_count_once(cluster, compression, strategy):
     books = account(cluster, compression, strategy=strategy)
     books.update(1)

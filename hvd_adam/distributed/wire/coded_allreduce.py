@@ -121,6 +121,9 @@ class CodedAllReduce:
 
     def _finish(self) -> None:
         """Waits for what is sent exactly, once all pieces have been decoded."""
+        # Errors of neighbours in a block. They would be in the norm of a shard, and another compression, after a
+        # change, would add them over the ranks in each update until they are infinite.
+        self._clear_gaps()
         self._exact_sum.wait()
         sums = torch.split(self._exact, list(map(len, self._exact_views)))
         torch._foreach_copy_(self._exact_views, list(sums))
@@ -136,10 +139,6 @@ class CodedReduceScatter(CodedAllReduce):
 
     def _chained(self, piece: Piece, received: Started[Tensor], name: str) -> Started[Tensor]:
         return received
-
-    def _finish(self) -> None:
-        self._clear_gaps()  # the norm of a shard is that of neighbouring parameters in one piece
-        super()._finish()
 
     def _decode(self, piece: Piece, codes: Tensor) -> None:
         coded, ranks = self._coded, len(codes)
