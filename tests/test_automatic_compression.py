@@ -521,6 +521,33 @@ def test_a_resumed_training_continues_with_the_choice_bit_for_bit_and_a_trial_wh
 
 
 @on_ranks(2)
+@each_strategy
+@pytest.mark.parametrize("compression", ["int8", "int4"])
+def test_a_checkpoint_without_codes_is_restored_bit_for_bit_while_codes_are_in_use(cluster, strategy, compression):
+    model = torch.nn.Linear(48, 48)
+    optimizer = distribute(Adam(model.parameters(), lr=0.01), model, compression="auto:any", strategy=strategy)
+
+    def train(updates):
+        for _ in range(updates):
+            optimizer.zero_grad()
+            model(torch.randn(8, 48)).square().mean().backward()
+            optimizer.step()
+
+    optimizer.use_compression("none")
+    train(3)
+    saved = copy.deepcopy(model.state_dict())
+    state, residuals = optimizer.state_dict(), optimizer.error_feedback.state_dict_on_root()
+    optimizer.use_compression(compression)
+    train(2)
+    model.load_state_dict(saved)
+    optimizer.load_state_dict(state)
+    optimizer.broadcast()
+    optimizer.error_feedback.load_state_dict(residuals)
+    assert optimizer.compression == "none"
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
+
+
+@on_ranks(2)
 def test_lossless_reports_what_others_would_gain_and_changes_nothing(cluster):
     def trained(compression):
         own = account(cluster, compression)

@@ -392,6 +392,25 @@ def test_frozen_parameters_and_added_groups_keep_what_is_unsent(cluster, compres
 @on_ranks(2)
 @each_code
 @each_strategy
+def test_residuals_of_a_parameter_with_one_element_load_with_another_number_of_ranks(
+    cluster, compression, strategy
+):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 1), torch.nn.Linear(1, 1))
+    optimizer = distribute(Adam(model.parameters()), model, compression=compression, strategy=strategy)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(8, 4)).square().mean().backward()
+        optimizer.step()
+    before = optimizer.error_feedback.total_state_dict()
+    optimizer.error_feedback.load_state_dict(before)
+    after = optimizer.error_feedback.total_state_dict()["parked"]
+    for name, total in before["parked"].items():
+        torch.testing.assert_close(after[name], total)
+
+
+@on_ranks(2)
+@each_code
+@each_strategy
 def test_a_second_distribute_takes_over_what_is_unsent(cluster, compression, strategy):
     books = account(cluster, compression, strategy=strategy)
     books.update(1)

@@ -6,8 +6,8 @@ buffers) arrive unchanged.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,13 +89,27 @@ def broadcast_nested(value: Any, name: str, root: int = ROOT) -> Any:
     return value if horovod().rank() == root else _with_tensors(skeleton, tensors)
 
 
+def with_versions(original: Mapping[Any, Any], items: dict[Any, Any]) -> dict[Any, Any]:
+    """Returns items as a state dictionary of a model if the original is one, else the items.
+
+    `Module.load_state_dict` reads the versions of the modules from its attribute `_metadata`: modules whose format
+    has changed convert, or refuse, what has none.
+    """
+    versions = getattr(original, "_metadata", None)
+    if versions is None:
+        return items
+    state = OrderedDict(items)
+    state._metadata = versions  # type: ignore[attr-defined]
+    return state
+
+
 def _without_tensors(value: Any, found: list[torch.Tensor]) -> Any:
     """Returns nested containers with places instead of tensors, which are added to `found`."""
     if isinstance(value, torch.Tensor):
         found.append(value)
         return _Place(len(found) - 1, value.shape, value.dtype)
     if isinstance(value, dict) and not isinstance(value, Counter):
-        return {key: _without_tensors(item, found) for key, item in value.items()}
+        return with_versions(value, {key: _without_tensors(item, found) for key, item in value.items()})
     if isinstance(value, list | tuple):
         return type(value)(_without_tensors(item, found) for item in value)
     return value
@@ -106,7 +120,7 @@ def _with_tensors(value: Any, tensors: list[torch.Tensor]) -> Any:
     if isinstance(value, _Place):
         return tensors[value.number]
     if isinstance(value, dict) and not isinstance(value, Counter):
-        return {key: _with_tensors(item, tensors) for key, item in value.items()}
+        return with_versions(value, {key: _with_tensors(item, tensors) for key, item in value.items()})
     if isinstance(value, list | tuple):
         return type(value)(_with_tensors(item, tensors) for item in value)
     return value

@@ -28,7 +28,7 @@ def broadcast_training_state(
     Every rank calls it.
 
     Args:
-        model: gets rank 0's parameters and buffers.
+        model: gets rank 0's parameters, buffers, and extra state (`torch.nn.Module.get_extra_state`).
         optimizer: gets rank 0's hyper-parameters and state.
         loss_scaler: a `torch.amp.GradScaler` that gets rank 0's loss scale.
         with_state: copy the optimizer state too; otherwise each rank keeps its own.
@@ -46,6 +46,17 @@ def broadcast_training_state(
         if with_state:
             _adopt_state(optimizer, roots["state"])
     broadcast_tensors(_tensors(model, optimizer, with_state), "hvd_adam.broadcast")
+    _broadcast_extra_state(model)
+
+
+def _broadcast_extra_state(model: torch.nn.Module) -> None:
+    own = [m for m in model.modules() if type(m).get_extra_state is not torch.nn.Module.get_extra_state]
+    if not own:
+        return
+    states = horovod().broadcast_object([m.get_extra_state() for m in own], ROOT, name="hvd_adam.extra_state")
+    for module, state in zip(own, states, strict=True):
+        if horovod().rank() != ROOT:
+            module.set_extra_state(state)
 
 
 def require_same_layout(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -103,6 +103,8 @@ class ErrorFeedback(GradientResiduals):
         with raise_on_all_ranks(current_cluster()):
             if horovod().rank() == 0:
                 loaded = SavedResiduals(saved)
+        if self._masters is not None:
+            self._masters.start_over()  # else a choice without codes would write the present ones into parameters
         if self.choice is not None:
             self.choice.load_state_dict(horovod().broadcast_object(loaded.choice, 0, name=f"{_NAME}.choice"))
         with raise_on_all_ranks(current_cluster()):

@@ -78,6 +78,12 @@ class Masters:
                 p.detach().copy_(known.now(p))
         self.codec, self._shards, self._parked = None, [], {}
 
+    def start_over(self) -> None:
+        """Makes the masters copies of the parameters, for example of a checkpoint."""
+        for shard in self._shards:
+            shard.start_over()
+        self._parked = {}
+
     def arrange(self, buckets: Iterable[Coded]) -> None:
         """Divides the masters as new buckets are. Every rank must call it."""
         assert self.codec is not None
@@ -164,13 +170,11 @@ class Masters:
             parameters: by name.
         """
         names = {p: name for name, p in parameters.items()}
-        for shard in self._shards:
-            shard.start_over()
+        self.start_over()
         for number, shard in enumerate(self._coded()):
             flat = _flat(shard, names, saved) if horovod().rank() == ROOT else None
             shard.master.copy_(row_of_root(flat, f"{self._prefix}.load.{number}"))
         divided = {p for shard in self._shards for p in shard.coded}
-        self._parked = {}
         for name in held:
             p = parameters[name]
             if p not in divided:

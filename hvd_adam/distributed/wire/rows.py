@@ -33,7 +33,7 @@ def row_of_root(rows: Tensor | None, name: str) -> Tensor:
         name: of the collective.
     """
     hvd = horovod()
-    own = torch.empty(0, dtype=torch.float32, device="cpu") if rows is None else rows.reshape(-1)
+    own = torch.empty(0, dtype=torch.float32, device="cpu") if rows is None else rows.reshape(-1).contiguous()
     if hvd.size() == 1:
         return own
     each = len(own) // hvd.size()
