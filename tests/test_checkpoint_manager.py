@@ -226,6 +226,60 @@ def test_errors_of_one_rank_are_raised_on_every_rank_and_nothing_is_written(clus
     manager.close()
 
 
+class Versioned(torch.nn.Module):
+    """A module with a format that has changed, and with state that is no tensor."""
+
+    _version = 2
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.calls = torch.nn.Parameter(torch.ones(3)), 0
+
+    def get_extra_state(self):
+        return {"calls": self.calls}
+
+    def set_extra_state(self, state):
+        self.calls = state["calls"]
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *others):
+        if local_metadata.get("version", 1) < 2:
+            state_dict[f"{prefix}weight"] *= 10  # the first version had another unit
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("restore_first", [True, False])
+def test_versions_and_extra_state_of_modules_come_back_on_every_rank(cluster, restore_first):
+    folder = shared_folder(cluster)
+    model = Versioned()
+    model.calls = 7 if cluster.is_root else 3
+    optimizer = distribute(Adam(model.parameters()), model)
+    assert model.calls == 7  # as parameters and buffers
+    with CheckpointManager(cluster, folder) as checkpoints:
+        checkpoints.save(1, model=model, optimizer=optimizer)
+    model = Versioned()
+    optimizer = Adam(model.parameters())
+    if not restore_first:
+        optimizer = distribute(optimizer, model)
+    CheckpointManager(cluster, folder).restore(model=model, optimizer=optimizer)
+    assert model.weight.tolist() == [1.0] * 3 and model.calls == 7
+
+
+class Broken(torch.nn.Module):
+    def state_dict(self):
+        raise RuntimeError("no state today")
+
+
+@on_ranks(2)
+def test_a_state_that_cannot_be_made_and_a_closed_manager_are_refused_on_every_rank(cluster):
+    checkpoints = CheckpointManager(cluster, shared_folder(cluster))
+    with pytest.raises(UserError, match=r"broken\.state_dict\(\) has failed: no state today"):
+        checkpoints.save(1, broken=Broken())
+    checkpoints.close()
+    with pytest.raises(UserError, match=r"save\(\) of step 2 after close\(\)"):
+        checkpoints.save(2, model=torch.nn.Linear(1, 1))
+
+
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_restored(tmp_path, caplog):
     model = torch.nn.Linear(2, 2)
     with CheckpointManager(SINGLE, tmp_path) as manager:

@@ -21,10 +21,11 @@ from helpers.forked_commands import ForkedCommands
 from helpers.forked_python import forked_python
 from helpers.training_runs import ROOT, checkpoint, events, one_line, succeeded, train
 
-# A model that sends a signal to its process in a training forward pass: STOP is SIGNAL:RANK:PASS.
+# A model that draws from all random generators, unless DROPOUT is 0, and sends a signal to its process in a training
+# forward pass: STOP is SIGNAL:RANK:PASS.
 MODEL = """
-import os, signal
-import torch, horovod.torch as hvd
+import os, random, signal
+import numpy, torch, horovod.torch as hvd
 
 class Model(torch.nn.Sequential):
     passes = 0
@@ -34,6 +35,8 @@ class Model(torch.nn.Sequential):
         self.passes += self.training
         if int(rank) == hvd.rank() and self.passes == int(number):
             os.kill(os.getpid(), getattr(signal, name))
+        if self.training and self[3].p:
+            images = images * random.uniform(0.8, 1.2) * float(numpy.random.uniform(0.8, 1.2))
         return super().forward(images)
 
 def build(in_channels, num_classes, image_size, dropout=0.0):

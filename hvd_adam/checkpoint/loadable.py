@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hvd_adam.distributed.broadcast.tensors import with_versions
 from hvd_adam.errors import UserError
 
 # What weights_only=True reads, as exact types: it refuses classes derived from them.
@@ -33,7 +34,8 @@ def loadable(value: Any, key: str = "") -> Any:
     """Returns a value that a checkpoint may hold, with NumPy's scalars converted to Python's numbers and strings.
 
     Allowed are None, bool, int, float, complex, str, bytes, tensors, torch.Size, torch.dtype and torch.device, and
-    dictionaries, lists, tuples and sets of those. A defaultdict becomes a dictionary.
+    dictionaries, lists, tuples and sets of those. A defaultdict becomes a dictionary, and so does an OrderedDict,
+    unless it is the state dictionary of a model.
 
     Args:
         value: is not changed. Tensors are not copied, containers are.
@@ -50,7 +52,7 @@ def loadable(value: Any, key: str = "") -> Any:
     try:
         if kind in (dict, OrderedDict, defaultdict, Counter):
             items = {_key(name, key): loadable(item, _join(key, name)) for name, item in value.items()}
-            return Counter(items) if kind is Counter else items
+            return Counter(items) if kind is Counter else with_versions(value, items)
         if kind in (list, tuple):
             return kind(loadable(item, _join(key, index)) for index, item in enumerate(value))
         if kind is set:

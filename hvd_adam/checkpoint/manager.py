@@ -73,7 +73,7 @@ class CheckpointManager:
     """
 
     def __init__(self, cluster: Cluster, folder: str | Path, *, keep: int = 3) -> None:
-        self._cluster, self._folder = cluster, Path(folder)
+        self._cluster, self._folder, self._closed = cluster, Path(folder), False
         with raise_on_all_ranks(cluster):
             keep = _whole("keep", keep, at_least=1)
             try:
@@ -90,6 +90,7 @@ class CheckpointManager:
         if error is None:
             self.close()
         else:  # other ranks may not come here
+            self._closed = True
             self._writer.close()
 
     def save(
@@ -106,18 +107,24 @@ class CheckpointManager:
                 each, rank 0's `state_dict()` is saved. None is left out.
 
         Raises:
-            UserError: on every rank: the previous checkpoint could not be written; a part has no `state_dict`; a
-                value could not be loaded again by plain PyTorch, such as a NumPy array or an object of an own
-                class; names its key, and the remedy.
+            UserError: on every rank: the previous checkpoint could not be written; a part has no `state_dict`, or
+                its `state_dict()` has failed; the manager is closed; a value could not be loaded again by plain
+                PyTorch, such as a NumPy array or an object of an own class: names its key, and the remedy.
         """
         with raise_on_all_ranks(self._cluster):
             present = _present(parts)
             step = _whole("step", step, at_least=0)
             if not isinstance(extra or {}, Mapping) or _STEP in (extra or {}):
                 raise UserError(f"extra is {extra!r}; it must be a dictionary, without the key {_STEP!r}")
+            if self._closed:
+                raise UserError(f"save() of step {step} after close(): make another CheckpointManager")
         own = {"step": step, "parts": dict.fromkeys(present, 0), "random": random_state(self._cluster.device)}
         of_ranks = gather(self._cluster, own, "CheckpointManager.save()")
-        states = {name: _state_on_root(part, self._cluster) for name, part in present.items()}
+        states = {
+            name: part.state_dict_on_root(held=True)
+            for name, part in present.items()
+            if isinstance(part, AveragedAdam)
+        }
         residuals = {
             name: part.error_feedback.state_dict_on_root()
             for name, part in present.items()
@@ -129,10 +136,11 @@ class CheckpointManager:
                 raise UserError(f"save() has step {min(steps)} on one rank and {max(steps)} on another")
             if self._cluster.is_root:
                 random_states = [entry["random"] for entry in of_ranks]
+                others = {name: _state_of(name, part) for name, part in present.items() if name not in states}
                 own_values = {_EXTRA: loadable(dict(extra or {}), _EXTRA), _RANDOM: random_states}
                 if residuals:
                     own_values[_RESIDUALS] = residuals
-                self._writer.save(step, {**states, **own_values}, best=best)
+                self._writer.save(step, {**states, **others, **own_values}, best=best)
 
     def restore(self, **parts: Stateful | None) -> dict[str, Any] | None:
         """Restores the newest intact checkpoint on all ranks. Every rank must call it.
@@ -207,6 +215,7 @@ class CheckpointManager:
         try:
             self.wait()
         finally:
+            self._closed = True
             self._writer.close()
 
     def _load_newest(self, present: Mapping[str, Stateful]) -> tuple[Path | None, dict[str, Any]]:
@@ -260,13 +269,16 @@ def _whole(name: str, value: Any, at_least: int) -> int:
     return int(value)
 
 
-def _state_on_root(part: Any, cluster: Cluster) -> Any:
-    """Returns the state of a part on rank 0. Every rank must call it."""
-    if isinstance(part, AveragedAdam):
-        return part.state_dict_on_root(held=True)
-    if not cluster.is_root:
-        return None
-    return part.held_state_dict() if isinstance(part, Adam) else part.state_dict()
+def _state_of(name: str, part: Any) -> Any:
+    """Returns the state of a part that asks no other rank for it.
+
+    Raises:
+        UserError: its `state_dict()` has failed.
+    """
+    try:
+        return part.held_state_dict() if isinstance(part, Adam) else part.state_dict()
+    except Exception as error:  # whatever the class of the part raises
+        raise UserError(f"{name}.state_dict() has failed: {_reason(error)}") from error
 
 
 def _load(name: str, part: Stateful, state: Any, folder: Path) -> None:
@@ -276,13 +288,12 @@ def _load(name: str, part: Stateful, state: Any, folder: Path) -> None:
         UserError: it does not fit.
     """
     if isinstance(part, torch.nn.Module):
-        require_same_tensors(_tensors(part.state_dict()), _tensors(state), str(folder))
+        require_same_tensors(part.state_dict(), state, str(folder))
     try:
         part.load_state_dict(state)
     except Exception as error:  # whatever the class of the part raises
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{name} of checkpoint {folder} does not fit: {reason}") from error
+        raise UserError(f"{name} of checkpoint {folder} does not fit: {_reason(error)}") from error
 
 
-def _tensors(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+def _reason(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -13,6 +13,17 @@ import torch
 RandomState = dict[str, torch.Tensor]
 
 
+def seed_generators(seed: int) -> None:
+    """Seeds PyTorch's generators, on the CPU and on GPUs, NumPy's and Python's.
+
+    Args:
+        seed: in [0, 2⁶³).
+    """
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
 def random_state(device: torch.device) -> RandomState:
     """Returns the states of this process's global generators as uint8 tensors, "cuda" without elements on CPUs.
 
@@ -28,19 +39,22 @@ def random_state(device: torch.device) -> RandomState:
     }
 
 
-def restore_random_state(state: Mapping[str, torch.Tensor], device: torch.device) -> None:
+def restore_random_state(state: Mapping[str, Any], device: torch.device) -> None:
     """Restores what `random_state` returned.
 
     Args:
-        state: as returned, on the CPU. Without a GPU's state, that of this rank's GPU is left as it is.
+        state: as returned, on the CPU. Without a GPU's state, that of this rank's GPU is left as it is. The
+            training command once saved PyTorch's states only, and None for no GPU.
         device: of this rank.
     """
     torch.set_rng_state(state["cpu"])
-    if len(state["cuda"]) and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
-    np.random.set_state(_from_bytes(state["numpy"]))
-    version, numbers, gauss = _from_bytes(state["python"])
-    random.setstate((version, tuple(numbers), gauss))
+    on_gpu = state["cuda"]
+    if on_gpu is not None and len(on_gpu) and device.type == "cuda":
+        torch.cuda.set_rng_state(on_gpu, device)
+    if "numpy" in state:
+        np.random.set_state(_from_bytes(state["numpy"]))
+        version, numbers, gauss = _from_bytes(state["python"])
+        random.setstate((version, tuple(numbers), gauss))
 
 
 def _to_bytes(value: Any) -> torch.Tensor:

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from hvd_adam.checkpoint.random_states import random_state
+from hvd_adam.distributed.broadcast.tensors import with_versions
 from hvd_adam.distributed.cluster import Cluster
 from hvd_adam.errors import UserError
 
@@ -99,8 +101,7 @@ class TrainingState:
         loss_scaler: the loss scaler's state dictionary, or None.
         progress: a `Progress` as a dictionary; in memory also "events", the last ones of `RunLog`.
         schedule: "initial" and "peak" learning rate.
-        ranks: one dictionary per rank: "cpu" and "cuda" (or None), the states of the random generators, and
-            "loss", the rank's part of the running mean.
+        ranks: one dictionary per rank: `random_state`, and "loss", the rank's part of the running mean.
         config: the run's configuration.
         data: "classes" of the data set; "mean" and "std" of its channels; "shape" of an input; "resize", the size
             that a test image is resized to cover before its center is cropped, or None; the numbers
@@ -190,10 +191,11 @@ def require_same_tensors(own: Mapping[str, Any], saved: Mapping[str, Any], where
     """Raises UserError if saved weights do not fit a model; names the first difference in names or shapes.
 
     Args:
-        own: the model's state dictionary.
+        own: the model's state dictionary; what is no tensor, such as the extra state of a module, is not compared.
         saved: the checkpoint's.
         where: the checkpoint, for the message.
     """
+    own, saved = tensors_of(own), tensors_of(saved)
     for name in sorted({*own, *saved}):
         here, there = (tuple(w[name].shape) if name in w else "absent" for w in (own, saved))
         if here != there:
@@ -203,23 +205,14 @@ def require_same_tensors(own: Mapping[str, Any], saved: Mapping[str, Any], where
             )
 
 
+def tensors_of(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Returns the tensors of a model's state dictionary."""
+    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+
+
 def rank_state(cluster: Cluster, loss: tuple[float, float]) -> dict[str, Any]:
     """Returns this rank's entry of `TrainingState.ranks`; `loss` is `RunningMean.state()`."""
-    cuda = torch.cuda.get_rng_state(cluster.device) if cluster.device.type == "cuda" else None
-    return {"cpu": torch.get_rng_state(), "cuda": cuda, "loss": list(loss)}
-
-
-def gather_rank_states(cluster: Cluster, own: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns the entries of all ranks, which all have a GPU or all none; every rank must call it."""
-    present = {name: value for name, value in own.items() if value is not None}
-    return [{**dict.fromkeys(own), **entry} for entry in cluster.gather(present)]
-
-
-def restore_rng_state(entry: Mapping[str, Any], cluster: Cluster) -> None:
-    """Restores this rank's random generators from its entry of `TrainingState.ranks`."""
-    torch.set_rng_state(entry["cpu"])
-    if entry["cuda"] is not None and cluster.device.type == "cuda":
-        torch.cuda.set_rng_state(entry["cuda"], cluster.device)
+    return {**random_state(cluster.device), "loss": list(loss)}
 
 
 def copy_to_cpu(value: Any, over: Any = None) -> Any:
@@ -237,7 +230,7 @@ def copy_to_cpu(value: Any, over: Any = None) -> Any:
         return type(value)(value)
     if isinstance(value, Mapping):
         older = over if isinstance(over, Mapping) else {}
-        return {key: copy_to_cpu(item, older.get(key)) for key, item in value.items()}
+        return with_versions(value, {key: copy_to_cpu(item, older.get(key)) for key, item in value.items()})
     if isinstance(value, list | tuple):
         fits = isinstance(over, list | tuple) and len(over) == len(value)
         return type(value)(map(copy_to_cpu, value, over if fits else [None] * len(value)))

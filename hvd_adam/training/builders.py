@@ -13,6 +13,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hvd_adam import data
+from hvd_adam.checkpoint.random_states import seed_generators
 from hvd_adam.config import DataConfig, TrainConfig
 from hvd_adam.data.datasets import is_stream
 from hvd_adam.data.loader import DeviceLoader
@@ -168,7 +169,7 @@ def build_model(config: TrainConfig, loader: Loader) -> torch.nn.Module:
         UserError: no model has that name, it does not fit the data, --sync-batchnorm cannot synchronize it, or
             --freeze does not fit it.
     """
-    torch.manual_seed(config.seed)
+    seed_generators(config.seed)
     model = model_of(asdict(config), loader.data)
     if config.sync_batchnorm:
         try:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from hvd_adam.checkpoint import storage
-from hvd_adam.checkpoint.state import Progress, TrainingState, gather_rank_states, rank_state, restore_rng_state
+from hvd_adam.checkpoint.random_states import restore_random_state, seed_generators
+from hvd_adam.checkpoint.state import Progress, TrainingState, rank_state
 from hvd_adam.checkpoint.writer import CheckpointWriter
 from hvd_adam.config import TrainConfig
 from hvd_adam.data.protocols import Batch
@@ -60,7 +61,7 @@ class Trainer:
             self.loader, self.model, self.scaler, self.ema = run.loader, run.model, run.scaler, run.ema
             self.optimizer, self.schedule, self.choice = run.optimizer, run.schedule, run.choice
             self.sizes, self.folder, self.resume = run.sizes, run.folder, run.resume
-            torch.manual_seed(config.seed + 1 + self.cluster.rank)  # dropout differs between ranks
+            seed_generators(config.seed + 1 + self.cluster.rank)  # dropout differs between ranks
             self.objective, self.updater = run.objective, Updater(run, config.precision, compiled=config.compile)
             self.loss, self.throughput = self.updater.mean_loss, ThroughputMeter()
             self.progress, self.has_evaluated = Progress(), False
@@ -89,10 +90,10 @@ class Trainer:
         if progress.global_batch_size == self.sizes.global_batch:
             self.optimizer.noise.load_state(progress.noise)
         if len(state.ranks) == cluster.size:
-            restore_rng_state(state.ranks[cluster.rank], cluster)
+            restore_random_state(state.ranks[cluster.rank], cluster.device)
             self.loss.load_state(*state.ranks[cluster.rank]["loss"])
             return
-        torch.manual_seed((self.config.seed + 1 + cluster.rank + progress.step * 2**20) % 2**63)
+        seed_generators((self.config.seed + 1 + cluster.rank + progress.step * 2**20) % 2**63)
         if cluster.rank == ROOT:
             self.loss.load_state(*map(sum, zip(*(rank["loss"] for rank in state.ranks), strict=True)))
 
@@ -222,8 +223,7 @@ class Trainer:
         if self.folder is None or scores.mistakes is None:
             return
         classes, step = self.loader.data.classes, self.progress.step
-        problem = mistakes_file.try_write(self.folder, step, scores.mistakes, classes)
-        if problem is not None:
+        if problem := mistakes_file.try_write(self.folder, step, scores.mistakes, classes):
             logger.warning(problem)
 
     def _predict(self, model: torch.nn.Module, inputs: torch.Tensor) -> Any:
@@ -295,7 +295,7 @@ class Trainer:
             loss_scaler=None if self.scaler is None else self.scaler.state_dict(),
             progress=asdict(self.progress) | ({} if all_ranks else {"events": [*self.log.recent]}),
             schedule={"initial": self.schedule.initial, "peak": self.schedule.peak},
-            ranks=gather_rank_states(self.cluster, own) if all_ranks else [own],
+            ranks=self.cluster.gather(own) if all_ranks else [own],
             config=asdict(self.config),
             data=self.loader.description(),
             ema=None if self.ema is None else self.ema.state_dict(),

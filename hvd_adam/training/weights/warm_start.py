@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 
 from hvd_adam.checkpoint import storage
+from hvd_adam.checkpoint.state import tensors_of
 from hvd_adam.errors import UserError
 
 MOST_NAMED = 5  # tensors that the message names
@@ -33,7 +31,7 @@ def warm_start(model: torch.nn.Module, path: str) -> str:
     saved = checkpoint.get("ema") or checkpoint.get("model")
     if not isinstance(saved, dict):
         raise UserError(f"--init-from {path} was not written by hvd_adam.train: it has no model")
-    own, saved = _tensors(model.state_dict()), _tensors(saved)
+    own, saved = tensors_of(model.state_dict()), tensors_of(saved)
     fitting = {name for name in own if name in saved and saved[name].shape == own[name].shape}
     if not fitting:
         difference = ", ".join(_difference(name, own, saved) for name in [*own][:1])
@@ -46,10 +44,6 @@ def warm_start(model: torch.nn.Module, path: str) -> str:
     parts += [f"{_some(new)} {'is' if len(new) == 1 else 'are'} new"] if new else []
     parts += [f"{_some(unused)} {'is' if len(unused) == 1 else 'are'} not used"] if unused else []
     return f"weights: {'; '.join(parts)}"
-
-
-def _tensors(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 
 def _difference(name: str, own: dict[str, torch.Tensor], saved: dict[str, torch.Tensor]) -> str:
