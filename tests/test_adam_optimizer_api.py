@@ -315,6 +315,21 @@ def test_master_weights_and_stochastic_rounding_exclude_each_other():
     assert len(optimizer.param_groups) == len(optimizer.state) == 1
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"lr": "1e-3"}, "lr is '1e-3'; it must be a number"),
+        ({"lr": None}, "lr is None; it must be a number"),
+        ({"eps": "1e-8"}, "eps is '1e-8'; it must be a number"),
+        ({"weight_decay": [0.1]}, r"weight_decay is \[0\.1\]; it must be a number"),
+        ({"betas": 0.9}, r"betas is 0\.9; it must be two numbers, such as \(0\.9, 0\.999\)"),
+    ],
+)
+def test_hyper_parameters_that_are_no_numbers_are_refused_by_name(option, message):
+    with pytest.raises(TypeError, match=message):
+        Adam(parameters(), **option)
+
+
 def test_rejected_group_leaves_the_optimizer_unchanged():
     p, q, _ = parameters()
     optimizer = Adam([p])

@@ -2,11 +2,16 @@
 
 Hazards: a damaged checkpoint that is loaded, or hides an intact one; `latest` or `best` that name a path
 elsewhere; a checkpoint that is lost while it is replaced; a failed write that is not reported, or damages
-earlier checkpoints; files of killed processes that accumulate.
+earlier checkpoints; files of killed processes that accumulate; files of the user that are removed, or count as
+checkpoints; the newest checkpoint removed as an old one.
 """
 
+import errno
+import logging
 import math
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +20,7 @@ from hvd_adam.checkpoint import storage
 from hvd_adam.checkpoint.state import Progress
 from hvd_adam.checkpoint.writer import CheckpointWriter
 from hvd_adam.errors import UserError
+from hvd_adam.training.run_dir import holds_run
 
 
 def save_steps(folder, *steps):
@@ -150,6 +156,157 @@ def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path):
     }
     assert (tmp_path / "best").read_text() == "step-00000002\n"
     assert storage.load_newest(tmp_path)[0].name == "step-00000006"
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def write(writer, *steps, best=False):
+    for step in steps:
+        writer.save(step, {"model": step}, best=best)
+        writer.result(wait=True)
+
+
+def test_only_temporary_files_of_checkpoints_are_removed(tmp_path):
+    save_steps(tmp_path, 7)
+    own = [".git", ".env", ".step-notes", ".step-00000007.bak", ".latest", "step-00000007.old"]
+    for name in (*own, ".step-00000007.old", ".step-00000007.123", ".step-123456789.4"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("content")
+    for name in (".latest.new", ".best.new"):
+        (tmp_path / name).write_text("step-00000007\n")
+    CheckpointWriter(tmp_path, keep=1)
+    assert names(tmp_path) == sorted([*own, "latest", "step-00000007"])
+    assert all((tmp_path / name / "file").read_text() == "content" for name in own)
+
+
+def refuse(monkeypatch, owner, function, refused):
+    """Lets a function raise PermissionError for the paths for which `refused` is true."""
+    unpatched = getattr(owner, function)
+
+    def patched(path, *arguments, ignore_errors=False, **options):
+        if not refused(Path(str(path)), *arguments):  # a descriptor, too
+            return unpatched(path, *arguments, **({"ignore_errors": True} if ignore_errors else {}), **options)
+        if not ignore_errors:
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(owner, function, patched)
+
+
+def test_a_temporary_file_that_cannot_be_removed_is_reported(tmp_path, monkeypatch, caplog):
+    draft = tmp_path / ".step-00000007.123"
+    draft.mkdir()
+    refuse(monkeypatch, shutil, "rmtree", lambda path: path == draft)
+    with caplog.at_level(logging.WARNING):
+        write(CheckpointWriter(tmp_path, keep=1), 7)
+    assert f"cannot remove {draft}, left by a killed job: " in caplog.text and "denied" in caplog.text
+    assert storage.load_newest(tmp_path)[0] == tmp_path / "step-00000007"
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_only_folders_with_the_exact_name_are_checkpoints(keep, tmp_path):
+    own = ["step-00000100-good", "step-9", "step-00000100.tar.gz", "step-00000999"]
+    for name in own[:2]:
+        save_steps(tmp_path / "checkpoints", 100)
+        (tmp_path / "checkpoints" / "step-00000100").rename(tmp_path / "checkpoints" / name)
+    for name in own[2:]:
+        (tmp_path / "checkpoints" / name).write_text("")
+    assert storage.load_newest(tmp_path / "checkpoints") == (None, {}, [])
+    assert not holds_run(tmp_path)
+    write(CheckpointWriter(tmp_path / "checkpoints", keep), 99_999_999, 100_000_000)
+    found = ["step-100000000", "step-99999999"][:keep]
+    assert [path.name for path in storage.newest_first(tmp_path / "checkpoints")] == found
+    assert names(tmp_path / "checkpoints") == sorted([*own, *found, "latest"])
+    assert storage.load_newest(tmp_path / "checkpoints")[1] == {"model": 100_000_000}
+    assert holds_run(tmp_path)
+
+
+def test_a_damaged_newer_checkpoint_pushes_out_no_intact_one(tmp_path):
+    writer = CheckpointWriter(tmp_path, keep=1)
+    write(writer, 400, best=True)
+    write(writer, 500)
+    (tmp_path / "step-00000500" / "state.pt").write_bytes(b"damaged")
+    writer = CheckpointWriter(tmp_path, keep=1)  # resumes from 400
+    write(writer, 425, 450)
+    assert names(tmp_path) == ["best", "latest", "step-00000400", "step-00000450", "step-00000500"]
+    assert storage.load_newest(tmp_path)[0].name == storage.resolve(tmp_path).name == "step-00000450"
+    write(writer, 550)
+    assert names(tmp_path) == ["best", "latest", "step-00000400", "step-00000550"]
+
+
+def test_checkpoints_of_an_earlier_run_stay_until_training_has_passed_their_steps(tmp_path):
+    save_steps(tmp_path, 800, 900)
+    writer = CheckpointWriter(tmp_path, keep=2)
+    write(writer, 100, 200, 300)
+    assert names(tmp_path) == ["latest", *(f"step-{step:08d}" for step in (200, 300, 800, 900))]
+    write(writer, 850)
+    assert names(tmp_path) == ["latest", *(f"step-{step:08d}" for step in (800, 850, 900))]
+
+
+def test_a_replacement_that_fails_puts_the_older_checkpoint_back(tmp_path, monkeypatch):
+    storage.save(tmp_path, 7, {"version": 1})
+    with monkeypatch.context() as patches:
+        refuse(patches, Path, "rename", lambda path, to: to.name == "step-00000007" and path.suffix != ".old")
+        with pytest.raises(UserError, match=r"cannot write the checkpoint .*denied"):
+            storage.save(tmp_path, 7, {"version": 2})
+    assert storage.load(tmp_path) == {"version": 1}
+    storage.save(tmp_path, 7, {"version": 3})
+    assert storage.load(tmp_path) == {"version": 3}
+    assert names(tmp_path) == ["latest", "step-00000007"]
+
+
+def test_a_replaced_checkpoint_that_cannot_be_removed_does_not_stop_later_replacements(tmp_path, monkeypatch):
+    with monkeypatch.context() as patches:
+        refuse(patches, shutil, "rmtree", lambda path: path.suffix == ".old")
+        for version in range(4):
+            storage.save(tmp_path, 7, {"version": version})
+            assert storage.load(tmp_path) == {"version": version}
+    shutil.rmtree(tmp_path / "step-00000007")
+    assert storage.load_newest(tmp_path)[0] is None  # a partly removed backup never gets its name back
+    CheckpointWriter(tmp_path, keep=1)
+    assert names(tmp_path) == ["latest"]
+
+
+def test_a_file_with_the_name_of_a_checkpoint_is_not_replaced(tmp_path):
+    (tmp_path / "step-00000007").write_text("of the user")
+    with pytest.raises(UserError, match="cannot write the checkpoint"):
+        storage.save(tmp_path, 7, {})
+    assert (tmp_path / "step-00000007").read_text() == "of the user"
+
+
+def test_an_error_without_text_is_reported_by_its_type(tmp_path, monkeypatch):
+    def failing(*_):
+        raise OSError
+
+    monkeypatch.setattr(storage, "_write", failing)
+    with pytest.raises(UserError, match=r"cannot write the checkpoint .*: OSError\(\); check the disk"):
+        storage.save(tmp_path, 7, {})
+
+
+def test_a_best_that_cannot_be_written_is_reported_as_such(tmp_path):
+    (tmp_path / "best").mkdir()
+    writer = CheckpointWriter(tmp_path, keep=1)
+    with pytest.raises(UserError, match=r"step-00000001 is written, but cannot be marked as the best: .*best"):
+        write(writer, 1, best=True)
+    assert storage.load(tmp_path) == {"model": 1}
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error_and_not_an_empty_one(tmp_path, monkeypatch):
+    folder = tmp_path / "checkpoints"
+    save_steps(folder, 7)
+    writer = CheckpointWriter(folder, keep=1)
+    for function in ("listdir", "scandir"):
+        refuse(monkeypatch, os, function, lambda path: path == folder)
+    for read in (storage.newest_first, storage.load_newest):
+        with pytest.raises(OSError, match="denied"):
+            read(folder)
+    with pytest.raises(UserError, match=rf"cannot use the folder {folder}: .*denied"):
+        CheckpointWriter(folder, keep=1)
+    with pytest.raises(UserError, match=rf"cannot read the run folder {tmp_path} \(.*denied"):
+        holds_run(tmp_path)
+    with pytest.raises(UserError, match="cannot remove old checkpoints"):
+        write(writer, 8)
 
 
 def test_a_failed_write_is_reported_and_the_next_one_succeeds(tmp_path):

@@ -320,8 +320,8 @@ def test_a_second_signal_ends_the_process_at_once(before, code):
     ("argv", "message"),
     [
         (["--lr", "0.01"], "--lr is 0.01, but 0.001 in checkpoint"),
-        (["--precision", "bf16"], "--precision is bf16, but fp32 in checkpoint"),
-        (["--model", "mlp"], "--model is mlp, but mine:build in checkpoint"),
+        (["--precision", "bf16"], "--precision is 'bf16', but 'fp32' in checkpoint"),
+        (["--model", "mlp"], "--model is 'mlp', but 'mine:build' in checkpoint"),
         (["--global-batch-size", "64"], "an update has 64 images, but 32 in checkpoint"),
         (["--resume", "never"], "holds a run already"),
         (["--resume", "data"], "holds a run that did not start from data"),

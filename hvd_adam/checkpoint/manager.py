@@ -69,17 +69,14 @@ class CheckpointManager:
         keep: how many of the newest checkpoints to keep, in addition to the best one; at least 1.
 
     Raises:
-        UserError: `keep` is not a whole number of at least 1.
+        UserError: on every rank: `keep` is not a whole number of at least 1; the folder cannot be read.
     """
 
     def __init__(self, cluster: Cluster, folder: str | Path, *, keep: int = 3) -> None:
         self._cluster, self._folder, self._closed = cluster, Path(folder), False
         with raise_on_all_ranks(cluster):
             keep = _whole("keep", keep, at_least=1)
-            try:
-                self._writer = CheckpointWriter(self._folder if cluster.is_root else None, keep)
-            except OSError as error:
-                raise UserError(f"cannot use the folder {folder}: {error}") from None
+            self._writer = CheckpointWriter(self._folder if cluster.is_root else None, keep)
 
     def __enter__(self) -> CheckpointManager:
         return self

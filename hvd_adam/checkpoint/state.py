@@ -160,7 +160,7 @@ class TrainingState:
             saved = self.config.get(name, value)
             if name not in CHANGEABLE_OPTIONS and saved != value:
                 option = f"--{name.replace('_', '-')}"
-                raise UserError(f"{option} is {value}, but {saved} in checkpoint {where}: {remedy}")
+                raise UserError(f"{option} is {value!r}, but {saved!r} in checkpoint {where}: {remedy}")
         saved = self.progress["global_batch_size"]
         if global_batch_size not in (None, saved):
             raise UserError(

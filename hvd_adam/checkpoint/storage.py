@@ -14,7 +14,9 @@ import os
 import pickle
 import re
 import shutil
+import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -24,12 +26,15 @@ from hvd_adam._version import __version__
 from hvd_adam.checkpoint.files import HashingFile, errors_of_writes, fsync, publish, sha256, write_draft
 from hvd_adam.checkpoint.loadable import loadable
 from hvd_adam.errors import UserError
+from hvd_adam.log import logger
 
 STATE = "state.pt"
 MANIFEST = "manifest.json"
 LATEST = "latest"
 BEST = "best"
 NAME = re.compile(r"step-[0-9]{8,}")
+BACKUP = re.compile(r"\.step-[0-9]{8,}\.old")
+DRAFT = re.compile(r"\.step-[0-9]{8,}\.(old|[0-9]+)|\.(latest|best)\.new")
 
 
 class OneCheckpoint(UserError):
@@ -47,8 +52,22 @@ def step_of(folder: Path) -> int:
 
 
 def newest_first(checkpoints: Path) -> list[Path]:
-    """Returns the folders of all checkpoints, the newest first; `latest` may name an older one."""
-    return sorted(checkpoints.glob("step-*"), key=lambda folder: (len(folder.name), folder.name), reverse=True)
+    """Returns the folders of all checkpoints, the newest first; `latest` may name an older one.
+
+    What has another name, such as a user's copy `step-00000123-good`, is not one of them, nor is a file.
+
+    Raises:
+        OSError: the folder exists, but cannot be read.
+    """
+    return sorted((path for path in _named(checkpoints, NAME) if path.is_dir()), key=step_of, reverse=True)
+
+
+def _named(checkpoints: Path, pattern: re.Pattern[str]) -> list[Path]:
+    """Returns what has a name of ours. `Path.glob` would return nothing for a folder that cannot be read."""
+    try:
+        return [path for path in checkpoints.iterdir() if pattern.fullmatch(path.name)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def load_newest(checkpoints: Path) -> tuple[Path | None, dict[str, Any], list[str]]:
@@ -57,6 +76,9 @@ def load_newest(checkpoints: Path) -> tuple[Path | None, dict[str, Any], list[st
     Returns:
         The checkpoint's folder (None if there is none), its state (empty if there is none), and for each newer
         checkpoint a message that says how it is damaged.
+
+    Raises:
+        OSError: the folder exists, but cannot be read, or a checkpoint cannot be given its name back.
     """
     _put_back(checkpoints)
     damaged: list[str] = []
@@ -70,18 +92,35 @@ def load_newest(checkpoints: Path) -> tuple[Path | None, dict[str, Any], list[st
 
 def _put_back(checkpoints: Path) -> None:
     """Gives checkpoints their names back that a process had when it was killed inside `_replace`."""
-    for backup in checkpoints.glob(".step-*.old"):
+    for backup in _named(checkpoints, BACKUP):
         final = checkpoints / backup.stem[1:]
         if not final.exists():
             backup.rename(final)
 
 
 def remove_drafts(checkpoints: Path) -> None:
-    """Removes the temporary files that a killed process has left. No process may write to the folder meanwhile."""
+    """Removes the temporary files that a killed process has left. No process may write to the folder meanwhile.
+
+    Other hidden files stay: the folder may be a project's, with its `.git`. What cannot be removed, on NFS a file
+    that a reader has open, is reported: no checkpoint needs its place.
+
+    Raises:
+        OSError: as for `load_newest`.
+    """
     _put_back(checkpoints)
-    for draft in checkpoints.glob(".*"):
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.unlink(missing_ok=True)
+    for draft in _named(checkpoints, DRAFT):
+        try:
+            if draft.is_dir() and not draft.is_symlink():
+                shutil.rmtree(draft)
+            else:
+                draft.unlink()
+        except OSError as error:
+            logger.warning(f"cannot remove {draft}, left by a killed job: {_reason(error)}")
+
+
+def _reason(error: Exception) -> str:
+    """Returns the first line of an error's message; its type if it has no message."""
+    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def save(checkpoints: Path, step: int, state: dict[str, Any]) -> Path:
@@ -108,8 +147,7 @@ def save(checkpoints: Path, step: int, state: dict[str, Any]) -> Path:
         _replace(draft, final)
         publish(latest, checkpoints / LATEST)
     except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"cannot write the checkpoint {final}: {reason}; check the disk") from None
+        raise UserError(f"cannot write the checkpoint {final}: {_reason(error)}; check the disk") from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return final
@@ -131,12 +169,34 @@ def _write(folder: Path, step: int, state: dict[str, Any]) -> None:
 
 
 def _replace(draft: Path, final: Path) -> None:
-    """Renames the draft to its final name; an older checkpoint of that name is renamed first, removed last."""
+    """Renames the draft to its final name; an older checkpoint of that name is renamed first, removed last.
+
+    Raises:
+        OSError: the draft cannot be renamed. The older checkpoint has its name back.
+    """
+    if not final.is_dir():
+        draft.rename(final)
+        return
     backup = draft.with_suffix(".old")
-    if final.exists():
-        final.rename(backup)
-    draft.rename(final)
+    _discard(backup)  # of an earlier replacement
+    final.rename(backup)
+    try:
+        draft.rename(final)
+    except OSError:
+        with suppress(OSError):  # the first error says what is wrong; `_put_back` tries again
+            backup.rename(final)
+        raise
+    _discard(backup)
+
+
+def _discard(backup: Path) -> None:
+    """Removes a backup. What cannot be removed gets the name of a draft, so that the next backup has its name.
+
+    On NFS, a file that a reader has open keeps its folder from being removed.
+    """
     shutil.rmtree(backup, ignore_errors=True)
+    with suppress(OSError):  # raised whenever it has been removed
+        backup.rename(backup.with_suffix(f".{time.time_ns()}"))
 
 
 def load(path: str | Path) -> dict[str, Any]:

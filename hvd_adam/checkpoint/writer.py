@@ -21,19 +21,30 @@ class CheckpointWriter:
     Each checkpoint is written atomically, with a checksum (see `checkpoint.storage`). Temporary files that a
     killed process left are removed when the writer is created.
 
+    After each checkpoint, only those of its step and of earlier steps count for `keep`. Those of later steps, for
+    example of an earlier run in the folder, or damaged ones that a resume has passed over, stay until a
+    checkpoint of their step replaces them or training has passed their step. The checkpoint written last, which
+    `latest` names, and the one that `best` names are never removed.
+
     Args:
         checkpoints: the folder of all checkpoints of a run; None on the ranks that do not write, where all
             methods do nothing.
         keep: how many of the newest checkpoints to keep, in addition to the best one; at least 1.
+
+    Raises:
+        UserError: the folder exists, but cannot be read.
     """
 
     def __init__(self, checkpoints: Path | None, keep: int) -> None:
         self._checkpoints, self._keep = checkpoints, keep
         self._copy: dict[str, Any] | None = None  # the state that is being written, or was written last
         self._pending: Future[Path] | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         if checkpoints is not None:
-            storage.remove_drafts(checkpoints)
+            try:
+                storage.remove_drafts(checkpoints)
+            except OSError as error:
+                raise UserError(f"cannot use the folder {checkpoints}: {error}") from None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
     def save(self, step: int, state: Mapping[str, Any], *, best: bool = False) -> None:
         """Copies the state to the CPU and starts to write it; first waits for the previous checkpoint.
@@ -73,17 +84,25 @@ class CheckpointWriter:
 
     def _write(self, checkpoints: Path, step: int, state: dict[str, Any], best: bool) -> Path:
         path = storage.save(checkpoints, step, state)
+        if best:
+            self._mark_best(checkpoints / storage.BEST, path)
         try:
-            if best:
-                write_atomically(checkpoints / storage.BEST, path.name + "\n")
-            self._remove_old(checkpoints)
+            self._remove_old(checkpoints, path)
         except OSError as error:
             raise UserError(f"cannot remove old checkpoints in {checkpoints}: {error}") from None
         return path
 
-    def _remove_old(self, checkpoints: Path) -> None:
+    def _mark_best(self, pointer: Path, path: Path) -> None:
+        try:
+            write_atomically(pointer, path.name + "\n")
+        except OSError as error:
+            raise UserError(f"checkpoint {path} is written, but cannot be marked as the best: {error}") from None
+
+    def _remove_old(self, checkpoints: Path, written: Path) -> None:
         best = checkpoints / storage.BEST
-        kept = best.read_text(errors="replace").strip() if best.exists() else None
-        for old in storage.newest_first(checkpoints)[self._keep :]:
-            if old.name != kept:
+        kept = {written.name, best.read_text(errors="replace").strip() if best.exists() else ""}
+        last = storage.step_of(written)
+        counted = [folder for folder in storage.newest_first(checkpoints) if storage.step_of(folder) <= last]
+        for old in counted[self._keep :]:
+            if old.name not in kept:
                 shutil.rmtree(old, ignore_errors=True)

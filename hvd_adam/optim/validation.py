@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import torch
@@ -26,6 +27,11 @@ def check_hyper_parameters(group: Group) -> None:
         TypeError: one is no number.
     """
     lr, betas = group["lr"], group["betas"]
+    for name in ("lr", "eps", "weight_decay"):
+        if not isinstance(group[name], Real | Tensor):
+            raise TypeError(f"{name} is {group[name]!r}; it must be a number")
+    if not isinstance(betas, tuple | list):
+        raise TypeError(f"betas is {betas!r}; it must be two numbers, such as (0.9, 0.999)")
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"Tensor lr must be 1-element, but has {lr.numel()} elements")
     if not lr >= 0.0:

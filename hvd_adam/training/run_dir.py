@@ -94,9 +94,19 @@ def _try_lock(file: IO[str], folder: Path) -> bool:
 
 
 def holds_run(folder: Path) -> bool:
-    """Returns whether a run has started in the folder: metrics, or checkpoints that a new run would replace."""
+    """Returns whether a run has started in the folder: metrics, or checkpoints that a new run would replace.
+
+    Raises:
+        UserError: the folder exists, but cannot be read.
+    """
     metrics = folder / METRICS_FILE
-    return (metrics.exists() and metrics.stat().st_size > 0) or any((folder / "checkpoints").glob("step-*"))
+    try:
+        has_metrics = metrics.exists() and metrics.stat().st_size > 0
+        return has_metrics or bool(storage.newest_first(folder / "checkpoints"))
+    except OSError as error:
+        raise UserError(
+            f"cannot read the run folder {folder} ({error.strerror}): choose another --output-dir"
+        ) from None
 
 
 def resumes(config: TrainConfig) -> bool:

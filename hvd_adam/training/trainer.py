@@ -75,10 +75,10 @@ class Trainer:
                 recent = [] if self.resume is None else self.resume.state.progress.get("events", [])
                 classes = self.loader.data.classes
                 self.log = RunLog(folder, self.sizes.total_steps, first_step, asdict(config), classes, recent)
+                self.checkpoints = CheckpointWriter(self.folder and self.folder / "checkpoints", config.keep)
             resources.callback(self.log.close)
             self.skips = SkipTracker(self.cluster, self.optimizer, self.progress, self.log, config.max_skipped)
             self.slow_ranks = SlowRankMonitor(self.cluster, self.optimizer, self.watchdog.hosts, self._event)
-            self.checkpoints = CheckpointWriter(self.folder and self.folder / "checkpoints", config.keep)
             resources.callback(self.checkpoints.close)
             self._resources = resources.pop_all()
 
