@@ -2,7 +2,8 @@
 
 Hazards: a split that changes with a version or seed, grey values that lose a level, labels out of range, a class
 against the rest mislabelled, statistics that overflow or depend on the machine, data that is not deterministic,
-a user's own function that is missing or returns something else, torch imported before it is needed.
+a user's own function that is missing or returns something else, a statistic without effect, a first sample that
+cannot be read, torch imported before it is needed.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from hvd_adam.data import DATASETS, ImageData, load
+from hvd_adam.data import DATASETS, Datasets, ImageData, UnreadableSample, load
 from hvd_adam.data.images import channel_statistics
 from hvd_adam.errors import UserError
 
@@ -147,6 +148,9 @@ def test_an_invalid_user_defined_data_set_is_refused_in_one_line(own_module):
     ("changes", "reason"),
     [
         ({"classes": ("a",)}, "at least 2"),
+        ({"classes": (0, 1)}, r"classes is \(0, 1\)"),
+        ({"classes": ("a", "a")}, r"classes is \('a', 'a'\).*different"),
+        ({"classes": "ab"}, "classes is 'ab'"),
         ({"train_images": np.zeros((4, 1, 2, 2), np.float32)}, "train images must be .*float32"),
         ({"train_images": np.zeros((4, 2, 2), np.uint8)}, "train images must be"),
         ({"train_images": [[0]]}, "not a list"),
@@ -161,6 +165,65 @@ def test_an_invalid_user_defined_data_set_is_refused_in_one_line(own_module):
 def test_invalid_image_data_is_refused_with_the_reason(changes, reason):
     with pytest.raises(UserError, match=reason):
         tiny(**changes)
+
+
+STATISTICS = [
+    ({"mean": (0.5,)}, "mean is given without std"),
+    ({"std": (0.5,)}, "std is given without mean"),
+    ({"mean": (0.5,), "std": (0.0,)}, r"std is \(0.0,\): each value must be above 0"),
+    ({"mean": (0.5,), "std": (-1.0,)}, r"std is \(-1.0,\)"),
+    ({"mean": (float("nan"),), "std": (1.0,)}, r"mean is \(nan,\)"),
+    ({"mean": 0.5, "std": 0.5}, "mean is 0.5: it must be a tuple"),
+    ({"mean": ("0.5",), "std": (1.0,)}, "mean is .*: it must be a tuple"),
+    ({"mean": (0.5,), "std": (1.0, 1.0)}, "mean has 1 values and std 2"),
+    ({"mean": (), "std": ()}, "mean has 0 values"),
+]
+
+
+@pytest.mark.parametrize(("statistics", "reason"), STATISTICS)
+def test_statistics_that_cannot_normalize_are_refused_with_the_reason(statistics, reason):
+    for make in (tiny, lambda **given: Datasets([0], [0], (), "tiny", **given)):
+        with pytest.raises(UserError, match=f"data set tiny: {reason}"):
+            make(**statistics)
+
+
+def test_statistics_need_one_value_per_channel_or_one_for_all():
+    images = {"train_images": np.zeros((4, 3, 2, 2), np.uint8), "test_images": np.zeros((2, 3, 2, 2), np.uint8)}
+    with pytest.raises(UserError, match="mean and std have 2 values, but the images 3 channels"):
+        tiny(**images, mean=(0.5, 0.5), std=(1.0, 1.0))
+    for count in (1, 3):
+        assert tiny(**images, mean=(0.5,) * count, std=(1,) * count).mean == (0.5,) * count
+
+
+class Samples:
+    """Samples of shape (2, 3), of which the first ones cannot be read; counts the reads."""
+
+    def __init__(self, unreadable, count=1000):
+        self.unreadable, self.count, self.reads = unreadable, count, 0
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        self.reads += 1
+        if index < self.unreadable:
+            raise UnreadableSample(f"file {index}", "damaged")
+        return np.zeros((2, 3), np.float32), 0
+
+
+@pytest.mark.parametrize("unreadable", [0, 1, 5])
+def test_the_shape_of_a_sample_is_that_of_the_first_one_that_can_be_read(unreadable):
+    samples = Samples(unreadable)
+    assert Datasets(samples, samples, ()).sample_shape == (2, 3)
+    assert samples.reads == unreadable + 1
+
+
+@pytest.mark.parametrize("count", [3, 1000])
+def test_the_search_for_a_readable_sample_ends_in_one_line_after_a_few(count):
+    samples = Samples(unreadable=count, count=count)
+    with pytest.raises(UserError, match=r"data set tiny: none of .* the first is file 0 \(damaged\).*give shape"):
+        Datasets(samples, samples, (), "tiny").sample_shape  # noqa: B018
+    assert samples.reads == min(count, 32)
 
 
 @given(

@@ -3,8 +3,13 @@
 Hazards: a batch or its augmentation that depends on the number of ranks or of micro-batches, an epoch that resumes
 elsewhere than it stopped, a label that parts from its image, a test sample counted twice or never, a crop one
 pixel off, a division by a deviation of 0, statistics that differ between ranks, a precision lost before
-normalising.
+normalising, an array of the user's that is changed or cannot be read.
 """
+
+import mmap
+import re
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +19,7 @@ from hypothesis import strategies as st
 
 from hvd_adam.data import ImageData, load
 from hvd_adam.data.loader import DeviceLoader, crop_and_flip
+from hvd_adam.data.normalize import Normalization
 from hvd_adam.errors import UserError
 
 
@@ -118,6 +124,24 @@ def test_statistics_can_be_given_as_a_checkpoint_holds_them():
     assert torch.allclose(images * 255, torch.from_numpy(data.test_images).float(), rtol=1e-6)
 
 
+def test_given_statistics_that_cannot_normalize_are_refused():
+    for statistics, reason in (
+        ({"mean": (0.5, 0.5)}, "mean is given without std"),
+        ({"mean": (0.5, 0.5), "std": (1.0, 0.0)}, "must be above 0"),
+        ({"mean": (0.5,) * 3, "std": (1.0,) * 3}, "3 values, but the images 2 channels"),
+    ):
+        with pytest.raises(UserError, match=f"data set numbered: .*{reason}"):
+            DeviceLoader(numbered(), torch.device("cpu"), **statistics)
+
+
+@pytest.mark.parametrize(("count", "shape"), [(2, (4, 3, 8, 8)), (3, (4, 1, 8, 8)), (1, (4, 12))])
+def test_images_of_other_channels_than_the_statistics_are_refused(count, shape):
+    values = (0.5,) * count
+    normalize = Normalization(values, values, torch.device("cpu"), torch.float32, torch.contiguous_format)
+    with pytest.raises(UserError, match=f"have {count} values, but its uint8 inputs have shape"):
+        normalize(torch.zeros(shape, dtype=torch.uint8))
+
+
 def test_a_constant_channel_becomes_zero_and_not_nan():
     black = np.zeros((4, 1, 2, 2), np.uint8)
     data = ImageData("black", ("a", "b"), black, np.zeros(4, np.int64), black, np.zeros(4, np.int64))
@@ -191,6 +215,58 @@ def test_batches_of_invalid_size_are_refused():
         next(loader.train_batches(0, 0, global_batch_size=64))
     with pytest.raises(UserError, match="too small for 3 ranks"):
         next(loader.train_batches(0, 0, global_batch_size=2, size=3))
+
+
+@pytest.mark.parametrize("crop", [None, 5])
+def test_reversed_views_give_the_batches_of_their_copies(crop):
+    data = numbered(channels=3)
+    views = {"train_images": data.train_images[:, ::-1], "test_images": data.test_images[::-1, :, :, ::-1]}
+    views |= {"train_labels": data.train_labels[::-1], "test_labels": data.test_labels[::-1]}
+    copies = {name: view.copy() for name, view in views.items()}
+    view, copy = (
+        DeviceLoader(replace(data, crop=crop, **arrays), torch.device("cpu")) for arrays in (views, copies)
+    )
+    for read in (lambda it: it.train_batches(0, 0, global_batch_size=16), lambda it: it.test_batches(4)):
+        for ours, theirs in zip(joined(read(view)), joined(read(copy)), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+UNCHANGED = {"mean": (0.0,), "std": (1.0,)}
+
+
+def mapped(kind, path, pixels):
+    """Returns an array in a map that holds `pixels`; the file below it, if there is one, has other values."""
+    if kind == "anonymous":
+        array = np.ndarray(pixels.shape, np.uint8, mmap.mmap(-1, pixels.nbytes, flags=mmap.MAP_PRIVATE))
+    else:
+        (pixels if kind == "r" else 255 - pixels).tofile(path)
+        array = np.memmap(path, np.uint8, kind, shape=pixels.shape)
+    if kind != "r":
+        array[:] = pixels
+    return array
+
+
+@pytest.mark.parametrize("kind", ["c", "anonymous", "r", "r+"])
+def test_crops_leave_the_pixels_of_a_map_as_they_are(kind, tmp_path):
+    data = numbered(side=64)  # several pages of memory
+    images = mapped(kind, tmp_path / "images", data.train_images)
+    data = replace(data, crop=32)
+    loaders = [
+        DeviceLoader(samples, torch.device("cpu"), **UNCHANGED)
+        for samples in (replace(data, train_images=images), data)
+    ]
+    ours, expected = (joined(loader.train_batches(0, 0, global_batch_size=16)) for loader in loaders)
+    assert torch.equal(ours[0], expected[0]) and torch.equal(ours[1], expected[1])
+    assert np.array_equal(images, data.train_images)
+
+
+def test_pages_of_a_read_only_map_do_not_stay_in_memory_of_the_process(tmp_path):
+    data = numbered(side=64)
+    images = mapped("r", tmp_path / "images", data.train_images)
+    loader = DeviceLoader(replace(data, train_images=images, crop=32), torch.device("cpu"), **UNCHANGED)
+    joined(loader.train_batches(0, 0, global_batch_size=16))
+    own = Path("/proc/self/smaps").read_text().split(f"{tmp_path}/images\n")[1]
+    assert re.search(r"^Rss: +(\d+) kB", own, re.MULTILINE)[1] == "0"
 
 
 def test_batches_do_not_alias_the_data():

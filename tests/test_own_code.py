@@ -139,6 +139,47 @@ def test_an_own_loss_on_classes_keeps_the_accuracy(commands):
     assert events(commands.folder / "hinge", "eval")[-1]["test_accuracy"] > 0.3
 
 
+UNSENDABLE = """
+import torch
+from hvd_adam.data import Datasets, UnreadableSample
+
+class Samples(torch.utils.data.Dataset):
+    def __init__(self, unreadable=()):
+        self.scaled, self.unreadable = (lambda value: value / 2), unreadable
+
+    def __len__(self):
+        return 32
+
+    def __getitem__(self, index):
+        if index in self.unreadable:
+            raise UnreadableSample(f"file {index}", "damaged")
+        return self.scaled(torch.full((1, 4, 4), index / 32)), index % 2
+
+def whole():
+    return Datasets(Samples(), Samples(), ("a", "b"))
+
+def damaged():
+    return Datasets(Samples({0}), Samples(), ("a", "b"))
+"""
+SMALL = ["--model", "mlp", "--batch-size", "8", "--max-steps", "4", "--workers", "0"]
+
+
+def test_evaluate_reads_data_that_cannot_be_sent_to_workers_as_the_training_did(commands):
+    (commands.folder / "unsendable.py").write_text(UNSENDABLE)
+    succeeded(commands.run("hvd_adam.train", "--dataset", "unsendable:whole", *SMALL, "--output-dir", "unsent"))
+    done = succeeded(commands.run("hvd_adam.evaluate", "--checkpoint", "unsent", "--json"))
+    last = events(commands.folder / "unsent", "eval")[-1]
+    assert json.loads(done.stdout)["test_loss"] == pytest.approx(last["test_loss"])
+
+
+def test_a_first_sample_that_cannot_be_read_is_one_of_those_that_are_tolerated(commands):
+    (commands.folder / "unsendable.py").write_text(UNSENDABLE)
+    argv = ["--dataset", "unsendable:damaged", *SMALL, "--output-dir", "tolerated", "--max-corrupt"]
+    assert "cannot read file 0 (damaged): repair" in one_line(commands.run("hvd_adam.train", *argv, "0"))
+    tolerated = succeeded(commands.run("hvd_adam.train", *argv, "1"))
+    assert "cannot read file 0 (damaged): the file is skipped" in tolerated.stderr
+
+
 WRONG = """
 from mine import *
 

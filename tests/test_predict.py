@@ -72,6 +72,27 @@ def test_predictions_of_files_are_those_of_an_evaluation_on_two_ranks_to_the_las
     agree(evaluated, list(whole.values()), list("0123456789"))
 
 
+ONE_SAMPLE = """
+import torch
+from hvd_adam.data import Datasets
+
+def data():
+    samples = [(torch.rand(1, 8, 8), n % 2) for n in range(8)]
+    return Datasets(samples, samples[:1], ("a", "b"))
+"""
+
+
+def test_a_rank_without_samples_adds_no_prediction_of_a_model_in_double_precision(commands, folder):
+    (folder / "single.py").write_text(ONE_SAMPLE)
+    argv = ["--dataset", "single:data", "--model", "mlp", "--precision", "fp64", "--batch-size", 4, "--workers", 0]
+    run = train(commands, "single", *argv)
+    options = ["--checkpoint", str(run), "--predictions", "single.jsonl"]
+    succeeded(launch(["-m", EVALUATE, *options], 2, "gloo", cwd=folder))
+    (line,) = lines((folder / "single.jsonl").read_text())
+    assert line["index"] == 0 and line["target"] == "a"
+    assert sum(line["probabilities"]) == pytest.approx(1, abs=1e-15)  # two roundings of float64
+
+
 def test_predictions_do_not_depend_on_other_files_nor_on_threads(commands, folder, whole):
     some = [f"png/{number:03d}.png" for number in (300, 7, 8, 33)]
     for files, threads in ((some, "2"), (some[:1], "1")):

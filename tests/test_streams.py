@@ -4,6 +4,7 @@ Hazards: a sample that two ranks have or none; random numbers that depend on the
 stream that ends early; a stream that each rank has divided itself; options that a stream cannot follow.
 """
 
+import hashlib
 import random
 
 import pytest
@@ -13,6 +14,7 @@ from torch.utils.data import IterableDataset
 
 from hvd_adam.checkpoint import storage
 from hvd_adam.data import Datasets
+from hvd_adam.data.own import checked
 from hvd_adam.data.worker_loader import WorkerLoader
 from hvd_adam.errors import UserError
 
@@ -112,6 +114,29 @@ def test_test_samples_are_read_once_at_any_number_of_ranks():
         for number in numbers.tolist()
     ]
     assert sorted(found) == list(range(COUNT))
+
+
+class RowsOf(IterableDataset):
+    """Rows of a dtype."""
+
+    def __init__(self, dtype):
+        self.dtype = dtype
+
+    def __len__(self):
+        return COUNT
+
+    def __iter__(self):
+        for number in range(COUNT):
+            yield torch.full((2, 3), number, dtype=self.dtype), number
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.uint8])
+def test_streams_of_any_dtype_are_accepted(dtype):
+    datasets = checked(Datasets(RowsOf(dtype), RowsOf(dtype), ()), "data set 'mine:data'")
+    content = bytes(6 * dtype.itemsize) + bytes(8)  # the first row, and its number as int64
+    assert datasets.fingerprint == hashlib.sha256(content).hexdigest()[:16]
+    rows, numbers = next(WorkerLoader(datasets, CPU).train_batches(0, 0, global_batch_size=COUNT))
+    assert torch.equal(rows[:, 0, 0], numbers.float())
 
 
 def test_a_read_of_the_stream_leaves_the_generators_of_the_rank_alone():

@@ -6,11 +6,15 @@ Imports no torch, so that commands can answer before it is loaded.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sized
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
+from hvd_adam.data.images import require_statistics
 from hvd_adam.errors import UserError
+
+_MOST_TRIED = 32  # samples that are read for the shape: where a whole folder is missing, none can be
 
 
 class UnreadableSample(Exception):
@@ -62,6 +66,23 @@ def first_sample(dataset: Any) -> Any:
     return next(iter(dataset)) if is_stream(dataset) else dataset[0]
 
 
+def _first_readable(dataset: Any) -> Any:
+    """Returns the first sample that can be read, of the first few; a stream is read up to its first sample only.
+
+    Raises:
+        UnreadableSample: none can be read; that of the first one.
+    """
+    try:
+        return first_sample(dataset)
+    except UnreadableSample:
+        if is_stream(dataset):
+            raise
+        for index in range(1, min(len(dataset), _MOST_TRIED)):
+            with suppress(UnreadableSample):
+                return dataset[index]
+        raise
+
+
 @dataclass(frozen=True)
 class Datasets:
     """Training and test samples as PyTorch data sets, each map-style or iterable.
@@ -72,7 +93,8 @@ class Datasets:
     Python.
 
     Raises:
-        UserError: a part has no samples, or `resize` is not a height and a width.
+        UserError: a part has no samples, `mean` and `std` do not fit each other, or `resize` is not a height and
+            a width.
     """
 
     train: MapDataset | StreamDataset
@@ -86,9 +108,9 @@ class Datasets:
     mean: tuple[float, ...] | None = None
     """Mean of each channel of inputs of dtype uint8, in units where 255 is 1; None: they are not normalized."""
     std: tuple[float, ...] | None = None
-    """As `mean`, the standard deviation."""
+    """As `mean`, the standard deviation, above 0. Both are given, or neither."""
     shape: tuple[int, ...] | None = None
-    """Shape of an input; None: it is read from the first training sample when it is needed."""
+    """Shape of an input; None: it is read from the first readable training sample when needed."""
     resize: tuple[int, int] | None = None
     """Height and width that a test image is resized to cover, before its center is cropped to them and then to
     `shape`, so that `hvd_adam.predict` can do the same with other files; None: not known."""
@@ -101,19 +123,30 @@ class Datasets:
         for part in ("train", "test"):
             if not len(getattr(self, part)):
                 raise UserError(f"data set {self.name}: there are no {part} samples")
+        require_statistics(self.mean, self.std, f"data set {self.name}")
         sides = self.resize if isinstance(self.resize, tuple | list) else ()
         if self.resize is not None and [isinstance(side, int) and side > 0 for side in sides] != [True, True]:
             raise UserError(f"data set {self.name}: resize is {self.resize!r}: it must be (height, width) or None")
 
     @cached_property
     def sample_shape(self) -> tuple[int, ...]:
-        """Shape of an input."""
+        """Shape of an input.
+
+        Raises:
+            UserError: `shape` is None, and none of the first training samples can be read.
+        """
         if self.shape is not None:
             return self.shape
         from hvd_adam.data.workers.random_state import preserved  # it imports torch
 
         with preserved():  # the sample may be augmented
-            sample = first_sample(self.train)
+            try:
+                sample = _first_readable(self.train)
+            except UnreadableSample as error:
+                raise UserError(
+                    f"data set {self.name}: none of the first training samples can be read, so the shape of an "
+                    f"input is not known: the first is {error}: repair or remove them, or give shape"
+                ) from None
         return tuple(sample[0].shape)
 
     def summary(self) -> str:

@@ -24,7 +24,7 @@ class HostImages:
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, side: int, device: torch.device) -> None:
         self._images, self._labels, self._side, self._device = images, labels, side, device
-        self._map = images.base if isinstance(images.base, mmap.mmap) else None
+        self._map = _read_only_map(images)
 
     @property
     def places(self) -> tuple[int, int]:
@@ -62,3 +62,13 @@ class HostImages:
         indices = np.arange(start, stop)
         top, left = (np.full(len(indices), round((count - 1) / 2)) for count in self.places)
         return self.crops(indices, top, left, np.zeros(len(indices), dtype=bool))
+
+
+def _read_only_map(images: np.ndarray) -> mmap.mmap | None:
+    """Returns the map of a file that is read only, such as a packed cache; None for other arrays.
+
+    Without their pages, other maps would lose what was written to them: copy-on-write maps of a file show its
+    content again, and anonymous ones zeros.
+    """
+    is_read_only = isinstance(images, np.memmap) and images.mode == "r"
+    return images.base if is_read_only and isinstance(images.base, mmap.mmap) else None

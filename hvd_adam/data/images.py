@@ -1,7 +1,10 @@
 """`ImageData`: labelled images in memory, split into training and test images."""
 
 import hashlib
+import math
 from dataclasses import dataclass, replace
+from numbers import Real
+from typing import Any
 
 import numpy as np
 
@@ -13,13 +16,14 @@ class ImageData:
     """Labelled images as numpy arrays.
 
     Raises:
-        UserError: shapes, dtypes or labels do not match.
+        UserError: shapes, dtypes or labels do not match, names of classes are no texts or not unique, or `mean`
+            and `std` do not fit.
     """
 
     name: str
     """Name in messages and run directories."""
     classes: tuple[str, ...]
-    """Names of the classes, at least two; a label is an index into them."""
+    """Names of the classes, at least two different ones; a label is an index into them."""
     train_images: np.ndarray
     """uint8, shape `(samples, channels, height, width)`, 0 to 255."""
     train_labels: np.ndarray
@@ -36,11 +40,12 @@ class ImageData:
     mean: tuple[float, ...] | None = None
     """Mean of each channel for the normalization, in units where 255 is 1; None: that of the training images."""
     std: tuple[float, ...] | None = None
-    """As `mean`, the standard deviation."""
+    """As `mean`, the standard deviation, above 0. Both are given, or neither."""
     checksum: str = ""
     """Fingerprint of the training images, if it is known; empty: it is computed from them."""
 
     def __post_init__(self) -> None:
+        require_class_names(self.classes, f"data set {self.name}")
         if len(self.classes) < 2:
             raise UserError(f"data set {self.name}: {len(self.classes)} classes, at least 2 are needed")
         for part in ("train", "test"):
@@ -56,6 +61,7 @@ class ImageData:
                 f"data set {self.name}: crops of side {self.crop} from images of {self.train_images.shape[2]} by "
                 f"{self.train_images.shape[3]} pixels: they must be at least 1 and fit"
             )
+        require_statistics(self.mean, self.std, f"data set {self.name}", channels=self.channels)
 
     def _check(self, images: np.ndarray, labels: np.ndarray, what: str) -> None:
         if not (isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.ndim == 4):
@@ -112,6 +118,56 @@ class ImageData:
             digest.update(np.ascontiguousarray(self.train_images[start : start + 1024]).data)
         digest.update(np.ascontiguousarray(self.train_labels).data)
         return digest.hexdigest()[:16]
+
+
+def require_class_names(classes: Any, what: str) -> None:
+    """Checks the names of the classes; none is accepted.
+
+    Args:
+        classes: what the user has given.
+        what: where, for the message.
+
+    Raises:
+        UserError: they are not a list or tuple of different texts.
+    """
+    is_sequence = isinstance(classes, list | tuple) and all(isinstance(item, str) for item in classes)
+    if not is_sequence or len(set(classes)) < len(classes):
+        raise UserError(
+            f"{what}: classes is {classes!r:.60}: it must be a tuple of the names of the classes, different texts"
+        )
+
+
+def require_statistics(mean: Any, std: Any, what: str, *, channels: int | None = None) -> None:
+    """Checks the mean and standard deviation of the channels, which are both given or both None.
+
+    Args:
+        mean: what the user has given.
+        std: as `mean`.
+        what: where, for the message.
+        channels: of an image; None: not known.
+
+    Raises:
+        UserError: one of them is missing, they are not finite numbers, `std` is not above 0, or their lengths do
+            not fit. One value for all channels is accepted.
+    """
+    if mean is None and std is None:
+        return
+    if mean is None or std is None:
+        given, missing = ("mean", "std") if std is None else ("std", "mean")
+        raise UserError(f"{what}: {given} is given without {missing}: give both, or neither")
+    for name, values in (("mean", mean), ("std", std)):
+        is_sequence = isinstance(values, list | tuple) and all(isinstance(value, Real) for value in values)
+        if not is_sequence or not all(map(math.isfinite, values)):
+            raise UserError(f"{what}: {name} is {values!r:.60}: it must be a tuple of one number per channel")
+    if not all(value > 0 for value in std):
+        raise UserError(f"{what}: std is {std!r:.60}: each value must be above 0")
+    if not len(mean) == len(std) > 0:
+        raise UserError(f"{what}: mean has {len(mean)} values and std {len(std)}: give each one per channel")
+    if channels is not None and len(mean) not in (1, channels):
+        raise UserError(
+            f"{what}: mean and std have {len(mean)} values, but the images {channels} channels: give one value "
+            "per channel"
+        )
 
 
 def _is_channels_last(shape: tuple[int, ...]) -> bool:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from hvd_adam.data import sampling
 from hvd_adam.data.host_images import HostImages
-from hvd_adam.data.images import ImageData, channel_statistics
+from hvd_adam.data.images import ImageData, channel_statistics, require_statistics
 from hvd_adam.data.normalize import Normalization
 from hvd_adam.data.protocols import Batch
 from hvd_adam.data.transforms import transform_batch
@@ -33,9 +33,12 @@ class DeviceLoader:
         dtype: of the images.
         channels_last: whether images have channels-last memory format.
         mean: of each channel, in units where 255 is 1; by default that of the data set or its training images.
-        std: as `mean`, the standard deviation.
+        std: as `mean`, the standard deviation, above 0; both are given, or neither.
         transform: called with each training image, uint8 of shape `(channels, height, width)` on the device, after
             crop and flip and before normalization; returns another one of the same shape. None: no further one.
+
+    Raises:
+        UserError: mean and std do not fit each other or the data.
     """
 
     mean: tuple[float, ...]
@@ -57,6 +60,7 @@ class DeviceLoader:
         self.device = torch.device(device)
         self.dtype = dtype
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        require_statistics(mean, std, f"data set {data.name}", channels=data.channels)
         if mean is None or std is None:
             mean, std = data.mean, data.std
         if mean is None or std is None:
@@ -145,7 +149,8 @@ class DeviceLoader:
 
     def _resident(self, images: np.ndarray, labels: np.ndarray) -> Batch:
         # Copies: a tensor must not alias an array that the caller may change or that is read-only.
-        return torch.tensor(images, device=self.device), torch.tensor(labels, device=self.device)
+        pixels, classes = (torch.tensor(_forward(array), device=self.device) for array in (images, labels))
+        return pixels, classes
 
     def _upload(self, chosen: np.ndarray) -> torch.Tensor:
         host = torch.from_numpy(chosen)
@@ -168,6 +173,11 @@ class DeviceLoader:
             return self._host_test.centers(start, stop)
         images, labels = self._test
         return images[start:stop], labels[start:stop]
+
+
+def _forward(array: np.ndarray) -> np.ndarray:
+    """Returns the array; a copy of a reversed view, such as `images[:, ::-1]`, which PyTorch does not take."""
+    return np.ascontiguousarray(array) if min(array.strides) < 0 else array
 
 
 def _crops(bits: np.ndarray, places: tuple[int, int]) -> list[np.ndarray]:

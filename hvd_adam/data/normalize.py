@@ -5,6 +5,7 @@ import mmap
 
 import torch
 
+from hvd_adam.errors import UserError
 from hvd_adam.optim.memory import any_is_held
 
 _MAPPED_BYTES = 2**20
@@ -60,7 +61,16 @@ class Normalization:
 
         Args:
             images: uint8, shape `(n, c, h, w)`.
+
+        Raises:
+            UserError: the statistics are not those of such images.
         """
+        count = self._shift.numel()
+        if images.dim() != 4 or count not in (1, images.shape[1]):
+            raise UserError(
+                f"mean and std of the data set have {count} values, but its uint8 inputs have shape "
+                f"{tuple(images.shape[1:])}: they need one value per channel of inputs (channels, height, width)"
+            )
         values, shift, divisor = self._empty(images.shape), self._shift, self._divisor
         if self._on_cpu and self._memory_format == torch.channels_last:
             # PyTorch's innermost loop would be over the few channels. Here it is over the pixels of a channel, and

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from hvd_adam.data.datasets import Datasets, UnreadableSample, first_sample, is_stream
-from hvd_adam.data.images import ImageData
+from hvd_adam.data.images import ImageData, require_class_names
 from hvd_adam.data.workers.random_state import preserved, seed_all
 from hvd_adam.errors import UserError
 from hvd_adam.import_path import failure
@@ -51,8 +51,8 @@ def checked_datasets(value: Any, what: str) -> Datasets:
         if not hasattr(value, part):
             raise UserError(f"{what} returned a {type(value).__name__} without {part}: {meaning}")
     classes, name = value.classes, value.name
-    is_sequence = isinstance(classes, list | tuple) and all(isinstance(item, str) for item in classes)
-    if not is_sequence or len(classes) == 1 or len(set(classes)) < len(classes):
+    require_class_names(classes, what)
+    if len(classes) == 1:
         raise UserError(
             f"{what}: classes is {classes!r:.60}: it must be {_PARTS['classes']}, or two names or more"
         )
@@ -74,8 +74,15 @@ def _fingerprint(stream: Any) -> str:
     """Returns a checksum of the first sample, which differs between ranks if each has a stream of its own."""
     with preserved():
         seed_all(0)
-        values = [np.asarray(part) for part in first_sample(stream)]
-    return hashlib.sha256(b"".join(value.tobytes() for value in values)).hexdigest()[:16]
+        content = b"".join(map(_bytes, first_sample(stream)))
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _bytes(value: Any) -> bytes:
+    """Returns the bytes of a tensor, an array or a number."""
+    if isinstance(value, torch.Tensor):  # of any dtype: NumPy has no bfloat16
+        value = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return np.asarray(value).tobytes()
 
 
 def _check_samples(dataset: Any, what: str) -> tuple[int, ...] | None:

@@ -36,7 +36,9 @@ class Predictions:
         if not classes:
             raise UserError(f"--predictions {path}: the data set has no classes")
         self._path, self._cluster, self._loader, self._classes = path, cluster, loader, classes
-        self._probabilities, self._targets = [torch.empty(0, len(classes))], [torch.empty(0, dtype=torch.int64)]
+        # A rank without samples sends these: they must have the dtypes of the other ranks' parts.
+        self._probabilities = [torch.empty(0, len(classes), dtype=loader.dtype)]
+        self._targets = [torch.empty(0, dtype=torch.int64)]
 
     def add(self, outputs: Any, targets: torch.Tensor, dtype: torch.dtype) -> None:
         """Adds a batch.
@@ -44,7 +46,7 @@ class Predictions:
         Args:
             outputs: of the model.
             targets: as many.
-            dtype: of the probabilities.
+            dtype: of the probabilities; that of the loader.
 
         Raises:
             UserError: the outputs are not logits of the classes, or the targets not labels.
@@ -69,7 +71,7 @@ class Predictions:
         own = {
             "indices": torch.tensor(self._indices(), dtype=torch.int64),
             "targets": torch.cat(self._targets),
-            "probabilities": torch.cat([part.to(self._probabilities[-1].dtype) for part in self._probabilities]),
+            "probabilities": torch.cat(self._probabilities),
         }
         parts = self._cluster.gather(own)
         with raise_on_all_ranks(self._cluster):

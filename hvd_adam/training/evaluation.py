@@ -115,7 +115,8 @@ def load_model(config: EvaluateConfig, trained: Trained, cluster: Cluster) -> tu
     if isinstance(samples, ImageData):
         loader = DeviceLoader(samples, cluster.device, dtype=dtype)
     else:
-        workers = worker_count(None, cluster)
+        # As in the training: a data set that cannot be sent to worker processes needs 0.
+        workers = worker_count(options.get("workers"), cluster)
         unreadable = UnreadableSamples(options.get("max_corrupt", DataConfig.max_corrupt))
         loader = WorkerLoader(samples, cluster.device, workers=workers, dtype=dtype, unreadable=unreadable)
     if any(map(is_lazy, model.parameters())):  # their shapes depend on the inputs
