@@ -10,6 +10,7 @@ from torch import nn
 
 from hvd_adam.checkpoint import storage
 from hvd_adam.errors import UserError
+from hvd_adam.training.weights.batchnorm_guard import BatchNormSnapshot
 from hvd_adam.training.weights.ema import ModelAverage
 from hvd_adam.training.weights.trainable import freeze, keep_frozen_statistics, parameter_groups
 from hvd_adam.training.weights.warm_start import warm_start
@@ -87,3 +88,27 @@ def test_the_average_follows_its_formula_and_skips_skipped_updates(device_decide
             torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-9)
         else:
             assert value == net.state_dict()[name]
+
+
+class Replacing(nn.Module):
+    """A module that assigns a new tensor to its buffer in each forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("running", torch.zeros(1))
+
+    def forward(self, x):
+        self.running = 0.5 * self.running + 0.5 * x.mean()
+        return x - self.running
+
+
+def test_buffers_that_a_module_replaces_are_averaged_and_restored():
+    net = Replacing()
+    average, snapshot = ModelAverage(net, 0.5), BatchNormSnapshot(net)
+    net(torch.full((4, 1), 8.0))
+    average.update(None)
+    assert net.running == 4 and average.model.running == 2
+    snapshot.save()
+    net(torch.full((4, 1), float("nan")))
+    snapshot.restore(torch.tensor(True))
+    assert net.running == 4

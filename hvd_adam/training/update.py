@@ -10,9 +10,9 @@ import torch
 from hvd_adam.data.protocols import Batch
 from hvd_adam.models.precision import autocast
 from hvd_adam.schedule import learning_rate
-from hvd_adam.training.batchnorm_guard import BatchNormSnapshot
 from hvd_adam.training.meters import RunningMean
 from hvd_adam.training.run import Run
+from hvd_adam.training.weights.batchnorm_guard import BatchNormSnapshot
 
 
 class Updater:

@@ -12,6 +12,7 @@ from torch import Tensor
 from hvd_adam.distributed.broadcast.tensors import broadcast_tensors
 from hvd_adam.distributed.context import Cluster
 from hvd_adam.errors import UserError
+from hvd_adam.training.weights.buffers import Buffers
 
 
 class ModelAverage:
@@ -37,9 +38,8 @@ class ModelAverage:
         except Exception as error:
             raise UserError(f"--ema cannot copy the model, as copy.deepcopy does: {error!r}") from None
         self._decay = decay
-        pairs = list(zip(_tensors(self.model), _tensors(model), strict=True))
-        self._averaged = [pair for pair in pairs if pair[0].is_floating_point()]
-        self._copied = [pair for pair in pairs if not pair[0].is_floating_point()]
+        self._parameters = [*self.model.parameters()], [*model.parameters()]
+        self._buffers = Buffers(self.model), Buffers(model)
 
     @torch.no_grad()
     def start(self, cluster: Cluster, saved: bool) -> None:
@@ -49,11 +49,12 @@ class ModelAverage:
             cluster: this process.
             saved: rank 0 has loaded averages. Otherwise they start as the weights of the model.
         """
+        averages, own = self._tensors()
         if not saved:
-            for average, own in [*self._averaged, *self._copied]:
-                average.copy_(own)
+            for average, value in zip(averages, own, strict=True):
+                average.copy_(value)
         elif cluster.size > 1:
-            broadcast_tensors(_tensors(self.model), "hvd_adam.ema")
+            broadcast_tensors(averages, "hvd_adam.ema")
 
     @torch.no_grad()
     def update(self, skipped: Tensor | None) -> None:
@@ -62,7 +63,8 @@ class ModelAverage:
         Args:
             skipped: `DistributedAdam.skipped`.
         """
-        averages, own = ([pair[side].detach() for pair in self._averaged] for side in (0, 1))
+        pairs = [*zip(*self._tensors(), strict=True)]
+        averages, own = ([pair[side] for pair in pairs if pair[0].is_floating_point()] for side in (0, 1))
         if skipped is None or skipped.is_cpu:
             if skipped:
                 return
@@ -71,8 +73,9 @@ class ModelAverage:
             changes = torch._foreach_sub(own, averages)
             torch._foreach_mul_(changes, torch.where(skipped, 0.0, 1 - self._decay))
             torch._foreach_add_(averages, changes)
-        for average, weight in self._copied:
-            average.copy_(weight)
+        for average, count in pairs:
+            if not average.is_floating_point():
+                average.copy_(count)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the averages under the names of the model's `state_dict`."""
@@ -82,6 +85,10 @@ class ModelAverage:
         """Loads what `state_dict` returned."""
         self.model.load_state_dict(state)
 
-
-def _tensors(model: torch.nn.Module) -> list[Tensor]:
-    return [*model.parameters(), *model.buffers()]
+    def _tensors(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Returns parameters and buffers of the averages, and of the model."""
+        averages, own = (
+            [*(p.detach() for p in parameters), *buffers.now()]
+            for parameters, buffers in zip(self._parameters, self._buffers, strict=True)
+        )
+        return averages, own

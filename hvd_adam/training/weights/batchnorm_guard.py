@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hvd_adam.training.weights.buffers import Buffers
+
 
 class BatchNormSnapshot:
     """A copy of a model's floating-point buffers from before an update.
@@ -17,13 +19,13 @@ class BatchNormSnapshot:
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self._buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+        self._buffers = Buffers(model)
         self._saved: Tensor | None = None
 
     def save(self) -> None:
         """Copies the buffers; call it before the first forward pass of an update."""
-        if self._buffers:
-            self._saved = self._flat_copy()
+        if buffers := self._floating():
+            self._saved = _flat_copy(buffers)
 
     @torch.no_grad()
     def restore(self, skipped: Tensor | None) -> None:
@@ -36,12 +38,16 @@ class BatchNormSnapshot:
             return
         # The device selects, for all buffers at once: one launch per buffer takes longer than the forward pass of
         # a small model.
-        selected = torch.where(skipped.to(self._saved.device), self._saved, self._flat_copy())
-        pieces = torch.split(selected, [buffer.numel() for buffer in self._buffers])
-        torch._foreach_copy_(
-            self._buffers, [piece.view_as(buffer) for piece, buffer in zip(pieces, self._buffers, strict=True)]
-        )
+        buffers = self._floating()
+        selected = torch.where(skipped.to(self._saved.device), self._saved, _flat_copy(buffers))
+        pieces = torch.split(selected, [buffer.numel() for buffer in buffers])
+        views = [piece.view_as(buffer) for piece, buffer in zip(pieces, buffers, strict=True)]
+        torch._foreach_copy_([buffer.detach() for buffer in buffers], views)
 
-    def _flat_copy(self) -> Tensor:
-        """Returns all buffers in one flat tensor of their widest dtype."""
-        return torch.cat([buffer.reshape(-1) for buffer in self._buffers])
+    def _floating(self) -> list[Tensor]:
+        return [buffer for buffer in self._buffers.now() if buffer.is_floating_point()]
+
+
+def _flat_copy(buffers: list[Tensor]) -> Tensor:
+    """Returns all buffers in one flat tensor of their widest dtype."""
+    return torch.cat([buffer.detach().reshape(-1) for buffer in buffers])
