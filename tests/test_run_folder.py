@@ -17,6 +17,7 @@ from contextlib import contextmanager
 import pytest
 from helpers.training_runs import checkpoint, events, one_line, train
 
+from hvd_adam.config import TrainConfig
 from hvd_adam.training import run_dir
 
 # With STOP, stops its process in the fifth training forward pass. WAIT sets the seconds to wait for another job.
@@ -128,6 +129,14 @@ def test_a_lock_lasts_exactly_as_long_as_its_process(tmp_path):
         assert [process.stdout.readline() for _ in range(2)] == ["locked\n", "locked again\n"]
         assert not can_lock(folder)
     assert can_lock(folder)
+
+
+def test_runs_that_start_in_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_dir.time, "strftime", lambda form: "20260101-120000")
+    opened = [run_dir.open_run(TrainConfig(), 1, None, {})[0] for _ in range(3)]
+    assert [folder.name for folder in opened] == [f"20260101-120000-digits-cnn{n}" for n in ("", "-2", "-3")]
+    assert all((folder / "config.yaml").exists() for folder in opened)
 
 
 def test_a_waiting_job_can_be_stopped(tmp_path):

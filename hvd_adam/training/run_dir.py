@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
@@ -183,7 +184,7 @@ def open_run(
         if resume is None and not folder.exists():
             # Before mkdir: an error leaves no folder behind.
             resume = find_resume_point(config, folder, batch, data)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = _made(folder, is_new=config.output_dir is None)
         # After a change of ranks, the rank that holds the lock may be cut off from this one and still running.
         lock(folder, wait=in_memory is None)
         if resume is None or (in_memory is None and holds_run(folder)):
@@ -197,6 +198,21 @@ def open_run(
             f"cannot write to the run folder {folder} ({error.strerror}): choose another --output-dir"
         ) from None
     return folder, resume
+
+
+def _made(folder: Path, *, is_new: bool) -> Path:
+    """Makes the run folder; a new one gets a number if another run has made it in the same second."""
+    if not is_new:
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    made, numbers = folder, count(2)
+    while True:
+        try:
+            made.mkdir(parents=True)
+        except FileExistsError:
+            made = folder.with_name(f"{folder.name}-{next(numbers)}")
+        else:
+            return made
 
 
 def _require_writable(checkpoints: Path) -> None:
