@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import shutil
 import tarfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -220,6 +221,20 @@ def test_an_existing_archive_is_unpacked_without_a_download(tmp_path, server, ar
     (tmp_path / archive.name).write_bytes(archive_bytes)
     assert len(cifar10.load(tmp_path, download=False, archive=archive).train_images) == 200
     assert server.requests == []
+
+
+def test_another_host_that_has_unpacked_the_archive_meanwhile_is_no_error(
+    tmp_path, server, archive_bytes, monkeypatch
+):
+    def slow(source, target):
+        if target.name == "cifar-10-batches-py" and not target.exists():
+            shutil.copytree(source, target)  # by a host whose lock this one does not see
+        replace(source, target)
+
+    replace = os.replace
+    monkeypatch.setattr("hvd_adam.data.cifar10_archive.os.replace", slow)
+    assert len(cifar10.load(tmp_path, archive=offered(server, archive_bytes)).train_labels) == 200
+    assert not [path for path in tmp_path.iterdir() if path.name.endswith(f".{os.getpid()}")]
 
 
 def test_a_damaged_archive_is_named_and_kept(tmp_path, archive_bytes):

@@ -74,7 +74,7 @@ def fetch(data_dir: Path, *, download: bool, archive: Archive) -> None:
             _unpack(_whole_archive(data_dir, download, archive), data_dir / FOLDER)
         finally:
             lock.release()
-    except OSError as error:
+    except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
         remedy = _remedy(data_dir, archive)
         raise UserError(f"CIFAR-10 cannot be put into {data_dir} ({error}): {remedy}") from error
 
@@ -138,7 +138,11 @@ def _unpack(path: Path, folder: Path) -> None:
         with tarfile.open(path, "r:gz") as tar:
             for member in tar:
                 _extract(tar, member, scratch)
-        os.replace(scratch, folder)
+        try:
+            os.replace(scratch, folder)
+        except OSError:
+            if not folder.is_dir():  # else another host, which may not see this lock, was faster
+                raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
