@@ -2,10 +2,12 @@
 
 Hazards: order or augmentation that depends on ranks, micro-batches or workers; an epoch that resumes elsewhere
 than it stopped; augmentation that disturbs the generator of dropout; a test sample counted twice or never; a
-sample that fails, or a worker that is killed, without a message that names it; a signal to the job that ends its
-workers before the last update; workers that outlive their rank.
+sample that fails, or a worker that is killed, without a message that names it; a sample that is dropped silently;
+a signal to the job that ends its workers before the last update; workers that outlive their rank, or keep it from
+ending; processes of other code that inherit blocked signals; callbacks that accumulate.
 """
 
+import atexit
 import multiprocessing
 import os
 import random
@@ -20,6 +22,7 @@ import pytest
 import torch
 from helpers.noisy_samples import NoisySamples, noisy
 from helpers.training_runs import ROOT
+from torch.utils.data import IterableDataset
 
 from hvd_adam.data import Datasets
 from hvd_adam.data.normalize import Normalization
@@ -145,6 +148,56 @@ def test_a_sample_that_fails_is_named(datasets, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_sample_that_is_none_is_named_and_is_no_unreadable_file(workers):
+    samples = [(torch.zeros(1), 0), None, (torch.zeros(1), 0), None]
+    source = loader(Datasets(samples, samples, (), "own"), workers, unreadable=UnreadableSamples(9))
+    with pytest.raises(UserError, match=r"data set own: training sample [13] is None: return \(input, target\)"):
+        list(source.train_batches(0, 0, global_batch_size=2))
+    with pytest.raises(UserError) as caught:
+        list(source.test_batches(2))
+    assert "test sample 1 is None" in str(caught.value) and "\n" not in str(caught.value)
+    source.close()
+
+
+class GivenStream(IterableDataset):
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __iter__(self):
+        return iter(self.samples)
+
+
+def test_a_sample_of_a_stream_that_is_none_is_named_on_every_rank():
+    samples = GivenStream([(torch.zeros(1), 0), None, (torch.zeros(1), 0), (torch.zeros(1), 0)])
+    source = loader(Datasets(samples, samples, (), "own"))
+    for rank in range(2):
+        with pytest.raises(UserError, match=r"set own: train: sample 1 is None: yield \(input, target\) only"):
+            list(source.train_batches(0, 0, global_batch_size=2, rank=rank, size=2))
+    with pytest.raises(UserError, match="set own: test: sample 1 is None"):
+        list(source.test_batches(4))
+
+
+def test_passes_over_a_stream_leave_no_callbacks_behind():
+    samples = GivenStream([(torch.zeros(1), 0)] * 2)
+    source = loader(Datasets(samples, samples, ()))
+    list(source.test_batches(2))
+    before = atexit._ncallbacks()
+    for number in range(3):
+        list(source.train_batches(0, number, global_batch_size=2))
+    assert atexit._ncallbacks() == before
+
+
+def test_bytes_without_statistics_get_the_dtype_and_keep_their_values():
+    samples = [(torch.tensor([0, 255], dtype=torch.uint8), torch.tensor([7], dtype=torch.uint8))]
+    ((inputs, targets),) = loader(Datasets(samples, samples, ())).test_batches(1)
+    assert inputs.dtype == torch.float64 and inputs.tolist() == [[0, 255]]
+    assert targets.dtype == torch.uint8
+
+
 def labelled(labels, classes=("a", "b")):
     samples = [(torch.zeros(1), label) for label in labels]
     return Datasets(samples, samples, classes, name="own")
@@ -218,6 +271,34 @@ def test_workers_ignore_the_signals_of_a_job_and_end_when_their_rank_is_killed()
         assert rank.stdout.readline() == "read 100 batches\n"
         rank.kill()
         assert not psutil.wait_procs(family, timeout=250)[1]
+
+
+HOLDS_AN_ITERATOR = """
+import torch
+from helpers.noisy_samples import noisy
+from hvd_adam.data.worker_loader import WorkerLoader
+batches = WorkerLoader(noisy(), torch.device("cpu"), workers=1).train_batches(0, 0, global_batch_size=4)
+next(batches)
+raise ValueError("in the loop")
+"""
+
+
+def test_a_rank_that_holds_an_iterator_ends():
+    environ = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    command = [sys.executable, "-c", HOLDS_AN_ITERATOR]
+    done = subprocess.run(command, env=environ, text=True, capture_output=True, timeout=250)  # or hangs for ever
+    assert done.returncode == 1 and done.stderr.endswith("ValueError: in the loop\n"), done.stderr
+
+
+def test_signals_end_the_processes_of_other_code():
+    loader(workers=1)  # starts its server
+    other = multiprocessing.get_context("forkserver").Process(target=time.sleep, args=(250,), daemon=True)
+    other.start()
+    other.terminate()
+    other.join(20)
+    ended_with = other.exitcode
+    other.kill()
+    assert ended_with == -signal.SIGTERM
 
 
 def test_closing_ends_the_workers():

@@ -27,6 +27,8 @@ from hvd_adam.data.workers.stream import Stream
 from hvd_adam.data.workers.unreadable import UnreadableSamples
 from hvd_adam.errors import RankError, UserError
 
+_open_loaders: weakref.WeakSet[WorkerLoader] = weakref.WeakSet()
+
 
 class WorkerLoader:
     """Training and test batches of PyTorch data sets, on a device.
@@ -35,8 +37,9 @@ class WorkerLoader:
     and keeps those of its share. The random numbers of a sample depend on the seed, the epoch and its place in the
     epoch: at any number of ranks and workers the batches are the same bit for bit.
 
-    Inputs of dtype uint8 are normalized on the device, if the data sets have statistics. These and all
-    floating-point inputs and targets get the loader's dtype; integers of other dtypes keep theirs.
+    Inputs of dtype uint8 are normalized on the device if the data sets have statistics; otherwise they keep their
+    values, 0 to 255. Inputs of dtype uint8 or floating-point get the loader's dtype, and so do floating-point
+    targets; all other inputs and targets keep theirs.
 
     Args:
         datasets: the samples.
@@ -164,6 +167,7 @@ class WorkerLoader:
     def close(self) -> None:
         """Ends the worker processes; the next batch would start new ones."""
         self._loader = None  # torch's iterator ends them when it is deleted
+        _open_loaders.discard(self)
 
     def _stream(
         self, part: str, ranges: list[range], epoch: int, words: Callable[[int], np.ndarray], group: int
@@ -225,7 +229,7 @@ class WorkerLoader:
             ) from error
 
     def _make_loader(self, samples: Dataset[Answer], workers: int, **options: Any) -> DataLoader[Answer]:
-        atexit.register(_close, weakref.ref(self))  # before multiprocessing ends workers by its own means
+        _open_loaders.add(self)
         return DataLoader(
             samples,
             num_workers=workers,
@@ -292,7 +296,9 @@ def _same_for_every_group(words: np.ndarray, group: int) -> np.ndarray:
     return words
 
 
-def _close(loader: weakref.ref[WorkerLoader]) -> None:
-    alive = loader()
-    if alive is not None:
-        alive.close()
+# One callback for all: Python keeps a place for each one that was ever registered.
+@atexit.register
+def _close_all() -> None:
+    """Ends the workers before multiprocessing, whose callback is older and so runs later, kills them."""
+    for loader in list(_open_loaders):
+        loader.close()

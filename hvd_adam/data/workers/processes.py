@@ -3,19 +3,70 @@
 They are forked by a server, a process without threads that the rank starts with exec. A process that has started
 MPI must not fork workers itself: on kernels before 5.12 InfiniBand then reads stale memory, or the child crashes
 (Horovod issue 1215).
+
+Server and workers block the signals that the rank handles. All other code of a rank shares Python's server of the
+start method "forkserver". This module starts one of its own, so that the processes of other code receive signals.
 """
 
+import io
 import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import connection, forkserver, get_context, parent_process, resource_tracker
+from multiprocessing import connection, parent_process, popen_forkserver, reduction, resource_tracker, spawn, util
+from multiprocessing.context import ForkServerContext, ForkServerProcess, set_spawning_popen
+from multiprocessing.forkserver import ForkServer, read_signed
+from multiprocessing.process import BaseProcess
 
 # The rank decides what these signals mean, which schedulers and terminals send to all processes of a job.
 _SIGNALS_OF_THE_RANK = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
-context = get_context("forkserver")
+_server = ForkServer()
+
+
+class _Popen(popen_forkserver.Popen):
+    """Starts a worker by the server of this module, and can end it although it blocks SIGTERM."""
+
+    _fds: list[int]  # of the base class: those that the worker inherits
+
+    def _launch(self, process_obj: BaseProcess) -> None:
+        # As the base class, whose server is a global variable.
+        data = io.BytesIO()
+        set_spawning_popen(self)
+        try:
+            reduction.dump(spawn.get_preparation_data(process_obj.name), data)
+            reduction.dump(process_obj, data)
+        finally:
+            set_spawning_popen(None)
+        self.sentinel, writer = _server.connect_to_new_process(self._fds)
+        kept = os.dup(writer)  # `end_with_rank` waits until this end of the pipe is closed
+        self.finalizer = util.Finalize(self, _close_files, (kept, self.sentinel))
+        with open(writer, "wb") as file:
+            file.write(data.getbuffer())
+        self.pid = read_signed(self.sentinel)
+
+    def terminate(self) -> None:
+        """Sends SIGKILL: multiprocessing calls this at exit and then waits without a limit."""
+        self.kill()
+
+
+def _close_files(*descriptors: int) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+class _Worker(ForkServerProcess):
+    @staticmethod
+    def _Popen(process_obj: BaseProcess) -> _Popen:
+        return _Popen(process_obj)
+
+
+class _Context(ForkServerContext):
+    Process = _Worker
+
+
+context = _Context()
 
 
 def start_server(*modules: str) -> None:
@@ -24,9 +75,9 @@ def start_server(*modules: str) -> None:
     Args:
         modules: what it imports before it forks the first worker, so that no worker has to.
     """
-    context.set_forkserver_preload(list(modules))
+    _server.set_forkserver_preload(list(modules))
     with starting():
-        forkserver.ensure_running()
+        _server.ensure_running()
 
 
 @contextmanager

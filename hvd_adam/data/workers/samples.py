@@ -35,7 +35,8 @@ class Answer(NamedTuple):
     """What a worker returns for a `Request`, or for all requests of a batch.
 
     Attributes:
-        value: the sample, or the batch `(inputs, targets)`; None if there is none.
+        value: the sample, or the batch `(inputs, targets)`; None if there is none. A sample that is None itself is
+            a failure, so that no batch lacks it silently.
         unreadable: messages of the samples that cannot be read.
         failure: why the run must end; empty if it need not.
         left_out: indices of the test samples that cannot be read.
@@ -73,6 +74,9 @@ class RequestedSamples(Dataset[Answer]):
             what = f"data set {self.datasets.name}: {part} sample {index}"
             try:
                 sample = samples[index]
+                if sample is None:
+                    advice = "for every index, or raise hvd_adam.data.UnreadableSample for a file that is damaged"
+                    return Answer(failure=f"{what} is None: return (input, target) {advice}")
                 is_checked = self.checks_training_labels or not request.training
                 failure = wrong_label(sample, len(self.datasets.classes), what) if is_checked else ""
                 return Answer(sample, tuple(unreadable), failure)

@@ -71,7 +71,7 @@ class Stream(IterableDataset[Answer]):
                     sample = next(source)
                 except StopIteration:
                     break
-                yield Answer(sample, failure=wrong_label(sample, self.classes, f"{self.name}: sample {place}"))
+                yield Answer(sample, failure=self._wrong_sample(sample, f"{self.name}: sample {place}"))
                 place += 1
         except (Exception, SystemExit) as error:  # sys.exit() would end the process without a reason
             yield Answer(failure=f"{self.name}: sample {place} cannot be read: {describe(error)}")
@@ -80,3 +80,9 @@ class Stream(IterableDataset[Answer]):
             failure=f"{self.name} has ended after {place} of the {promised} samples of its __len__: let it return "
             "how many the stream yields"
         )
+
+    def _wrong_sample(self, sample: Any, what: str) -> str:
+        """Returns what is wrong with a sample; empty if nothing is."""
+        if sample is None:
+            return f"{what} is None: yield (input, target) only, as many as __len__ returns"
+        return wrong_label(sample, self.classes, what)
