@@ -21,8 +21,8 @@ from helpers.forked_commands import ForkedCommands
 from helpers.forked_python import forked_python
 from helpers.training_runs import ROOT, checkpoint, events, one_line, succeeded, train
 
-# A model that draws from all random generators, unless DROPOUT is 0, and sends a signal to its process in a training
-# forward pass: STOP is SIGNAL:RANK:PASS.
+# A model that draws from all random generators, unless DROPOUT is 0, and sends a signal to its process in a
+# training forward pass: STOP is SIGNAL:RANK:PASS.
 MODEL = """
 import os, random, signal
 import numpy, torch, horovod.torch as hvd
