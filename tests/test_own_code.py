@@ -172,6 +172,29 @@ def test_evaluate_reads_data_that_cannot_be_sent_to_workers_as_the_training_did(
     assert json.loads(done.stdout)["test_loss"] == pytest.approx(last["test_loss"])
 
 
+SIZES = """
+import torch
+
+class Model(torch.nn.Linear):
+    def forward(self, images):
+        if not self.training:
+            print("evaluates", len(images))
+        return super().forward(images.flatten(1))
+
+def build(in_channels, num_classes, image_size):
+    return Model(in_channels * image_size[0] * image_size[1], num_classes)
+"""
+
+
+def test_an_evaluation_has_batches_of_the_size_that_is_asked_for(commands):
+    (commands.folder / "sizes.py").write_text(SIZES)
+    argv = "--dataset digits --model sizes:build --max-steps 2 --eval-batch-size 100 --output-dir sizes".split()
+    done = succeeded(commands.run("hvd_adam.train", *argv))
+    sizes = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("evaluates")]
+    assert sizes[-4:] == [100, 100, 100, 55]  # after what looks at the outputs of the model
+    assert set(sizes[:-4]) <= {1}
+
+
 def test_a_first_sample_that_cannot_be_read_is_one_of_those_that_are_tolerated(commands):
     (commands.folder / "unsendable.py").write_text(UNSENDABLE)
     argv = ["--dataset", "unsendable:damaged", *SMALL, "--output-dir", "tolerated", "--max-corrupt"]

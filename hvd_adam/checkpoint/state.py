@@ -25,8 +25,9 @@ CHANGEABLE_OPTIONS = frozenset(
     "epochs max_steps batch_size global_batch_size accumulate implementation state_format strategy local_steps "
     "islands outer_lr outer_momentum compression bucket_mib release_gradients tune threads "
     "channels_last compile deterministic device data_dir download output_dir resume checkpoint_every keep "
-    "max_time log_every eval_every metrics init_from check_consistency_every max_skipped allow_data_change "
-    "elastic commit_every stall_timeout cache max_corrupt workers noise_scale noise_scale_form".split()
+    "max_time log_every eval_every eval_batch_size metrics init_from check_consistency_every max_skipped "
+    "allow_data_change elastic commit_every stall_timeout cache max_corrupt workers noise_scale "
+    "noise_scale_form".split()
 )
 
 # Entries of `TrainingState.data` that a resumed run must find again, and their names in messages.

@@ -39,7 +39,7 @@ class TrainConfig(DataConfig):
         "check_consistency_every",
         "precision and device": "precision device threads deterministic",
         "checkpoints": "resume checkpoint_every keep allow_data_change",
-        "logging": "log_every eval_every noise_scale noise_scale_form",
+        "logging": "log_every eval_every eval_batch_size noise_scale noise_scale_form",
     }
     EXAMPLES: ClassVar[str] = f"""examples:
   python -m hvd_adam.train --epochs 3
@@ -205,6 +205,7 @@ recipes for --config recipe:NAME: {", ".join(recipes.names())}"""
     )
     log_every: int = option(10, "updates between lines of metrics, ≥ 1")
     eval_every: int = option(1, "epochs between evaluations, ≥ 1; the last epoch is always evaluated")
+    eval_batch_size: int = option(256, "samples per rank and batch of an evaluation, ≥ 1")
     noise_scale: int | None = option(
         None, "updates between measurements of the gradient noise scale, ≥ 1 (default: never)"
     )
@@ -227,7 +228,7 @@ recipes for --config recipe:NAME: {", ".join(recipes.names())}"""
             require(
                 getattr(self, name) is None or getattr(self, name) >= 1, name, getattr(self, name), "at least 1"
             )
-        for name in ("log_every", "eval_every", "keep", "max_skipped", "commit_every", "local_steps"):
+        for name in "log_every eval_every eval_batch_size keep max_skipped commit_every local_steps".split():
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("checkpoint_every", "check_consistency_every", "noise_scale"):
             every = getattr(self, name)

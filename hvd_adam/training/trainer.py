@@ -206,12 +206,12 @@ class Trainer:
 
     def _evaluate(self) -> bool:
         """Evaluates the model, or its moving average; returns whether it is the best so far."""
-        progress = self.progress
-        model = self.model if self.ema is None else self.ema.model
+        progress, model = self.progress, self.model if self.ema is None else self.ema.model
         model.eval()
         predict = partial(self._predict, model)
         with local_training.shared_weights(self.optimizer, model, self.cluster):
-            scores = score(predict, self.loader, self.cluster, self.objective, mistakes=MOST_MISTAKES)
+            size = self.config.eval_batch_size
+            scores = score(predict, self.loader, self.cluster, self.objective, size, mistakes=MOST_MISTAKES)
         if scores.test_accuracy is None and not self.has_evaluated:
             logger.info(messages.NO_ACCURACY)
         progress.scores, self.has_evaluated = scores.as_dict(), True
