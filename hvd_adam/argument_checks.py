@@ -111,6 +111,7 @@ def unknown_option(given: str, known: Iterable[str]) -> str:
     name = re.sub(r"^[-–—]+", "", given).replace("_", "-").lower().split("=")[0]
     names = list(known)
     near = [option for option in (SYNONYMS.get(name), name) if option in names]
+    near = near or [option for option in names if option.replace("-", "") == name.replace("-", "")]
     near = near or difflib.get_close_matches(name, names, n=3, cutoff=0.7)
     if not re.match(r"[-–—]", given):
         return f"{given} is not an option" + (f": did you mean {' or '.join(near)}?" if near else "")
