@@ -53,7 +53,7 @@ def run(
         starting = False
         main(values)
     except SystemExit as done:  # of --help, --version and --print-config, or of a command with a result of its own
-        code = int(done.code or 0)
+        code = _exit_code(done)
     except (Exception, KeyboardInterrupt) as error:
         _end(error, name, starting)
     ignore_signals()
@@ -63,6 +63,14 @@ def run(
         code = code or 2
     leave_later(code, SHUTDOWN_SECONDS)
     sys.exit(code)
+
+
+def _exit_code(done: SystemExit) -> int:
+    """Returns the exit code of a `sys.exit`; prints what it was given in place of one, as Python does."""
+    if done.code is None or isinstance(done.code, int):
+        return int(done.code or 0)
+    print(done.code, file=sys.stderr)
+    return 1
 
 
 def subcommand(

@@ -182,6 +182,18 @@ def test_a_rank_that_is_stopped_while_it_starts_leaves_a_bad_argument_to_rank_0(
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
 
 
+@pytest.mark.parametrize(
+    ("given", "printed", "code"), [("'no data here'", "no data here\n", 1), ("3", "", 3), ("None", "", 0)]
+)
+def test_the_exit_that_a_function_of_ones_own_asks_for_is_pythons(given, printed, code):
+    script = (
+        "import sys; from hvd_adam.cli import run; from hvd_adam.config import TrainConfig; "
+        f"run(lambda config: sys.exit({given}), TrainConfig, 'hvd_adam.train', [])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.stderr, done.returncode) == (printed, code)
+
+
 def test_a_finished_command_exits_even_if_horovods_shutdown_hangs():
     # As Horovod's shutdown does if a rank was killed.
     script = (

@@ -139,6 +139,12 @@ def test_runs_that_start_in_the_same_second_have_folders_of_their_own(tmp_path, 
     assert all((folder / "config.yaml").exists() for folder in opened)
 
 
+@pytest.mark.parametrize("line", ['{"loss": 1}', "[1]", '{"event": "st'])
+def test_metrics_of_another_program_name_no_checkpoint_to_start_from(line, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(f"{line}\n")
+    assert run_dir.starting_checkpoint(tmp_path) is None
+
+
 def test_a_waiting_job_can_be_stopped(tmp_path):
     with locking(tmp_path, STAY) as first:
         assert first.stdout.readline() == "locked\n"

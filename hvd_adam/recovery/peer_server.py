@@ -20,11 +20,11 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 # What a connection can end in if the other side is gone, or is none of this job's processes.
-BAD_MESSAGE = (OSError, ValueError, TypeError, KeyError)
+BAD_MESSAGE = (OSError, ValueError, TypeError, KeyError, RecursionError)
 
 LONGEST_REQUEST = 1000  # bytes
 _CLOSE_SECONDS = 5.0  # for the thread that listens to end
-_RETRY_SECONDS = 1.0  # after a failed accept, for instance without a free file descriptor
+_RETRY_SECONDS = 1.0  # after a failed accept, for instance without a free file descriptor or thread
 
 Request = dict[str, Any]  # what JSON can hold
 
@@ -101,7 +101,7 @@ class PeerServer:
                 try:
                     connection, _ = self._listener.accept()
                     _start_thread(self._serve, connection)
-                except OSError:
+                except (OSError, RuntimeError):  # the latter: no more threads
                     time.sleep(0 if self._closed else _RETRY_SECONDS)
 
     def _serve(self, connection: socket.socket) -> None:

@@ -59,7 +59,11 @@ class Peers:
         here = _Peer(socket.gethostname(), addresses, self.server.port, self.server.token)
         self._peers = [here]
         if cluster.size > 1:
-            self._peers = horovod().allgather_object(here, name=name)
+            try:
+                self._peers = horovod().allgather_object(here, name=name)
+            except BaseException:  # in an elastic job other peers follow
+                self.server.close()
+                raise
         self.hosts = [peer.host for peer in self._peers]
 
     def __len__(self) -> int:

@@ -118,7 +118,7 @@ def resumes(config: TrainConfig) -> bool:
 def has_ended(folder: Path) -> bool:
     """Returns whether the folder's run has recorded its end."""
     metrics = folder / METRICS_FILE
-    return metrics.exists() and any(event["event"] == "end" for event in read_events(metrics))
+    return metrics.exists() and any(event.get("event") == "end" for event in read_events(metrics))
 
 
 def starting_checkpoint(folder: Path) -> Path | None:
@@ -128,7 +128,7 @@ def starting_checkpoint(folder: Path) -> Path | None:
             first = json.loads(lines.readline())
     except (ValueError, FileNotFoundError):
         return None  # a killed process left an incomplete line, or the user has removed the file
-    return Path(first["path"]) if first["event"] == "resume" else None
+    return Path(first["path"]) if isinstance(first, dict) and first.get("event") == "resume" else None
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,8 @@ def earlier_choice(config: TrainConfig, cluster: Cluster) -> Choice | None:
     """Returns what the run that is resumed has chosen with as many ranks, or None. Every rank must call it."""
     choice = None
     if cluster.rank == ROOT and run_dir.resumes(config):
-        events = read_events(Path(str(config.output_dir)) / METRICS_FILE)
+        metrics = Path(str(config.output_dir)) / METRICS_FILE
+        events = read_events(metrics) if metrics.exists() else []  # the user may have removed the file
         choices = [Choice(**event["tune"]) for event in events if event.get("tune") is not None]
         choice = choices[-1] if choices else None
         if choice is not None and (choice.ranks, choice.allowed) != (cluster.size, config.tune):
