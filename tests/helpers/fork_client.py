@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import struct
+from contextlib import suppress
 
 NAMESPACES = ("net", "uts", "ipc", "pid", "mnt")  # the last one changes what /proc shows
 FORWARDED = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -21,8 +22,13 @@ def run(address: str, argv: list[str]) -> None:
     namespaces = [os.open(f"/proc/self/ns/{name}", os.O_RDONLY) for name in NAMESPACES]
     socket.send_fds(server, [b"-"], [0, 1, 2, *namespaces])
     server.sendall(json.dumps(request).encode() + b"\n")
+
+    def forward(number: int, _: object) -> None:
+        with suppress(BrokenPipeError):  # the fork has ended: how, is read below
+            server.sendall(bytes([number]))
+
     for number in FORWARDED:
-        signal.signal(number, lambda number, _: server.sendall(bytes([number])))
+        signal.signal(number, forward)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
     end = server.recv(4)
     (code,) = struct.unpack("i", end) if end else (-signal.SIGKILL,)

@@ -171,6 +171,8 @@ class Forks:
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         with suppress(OSError):  # the client was killed
             connection.sendall(struct.pack("i", code))
+            connection.shutdown(socket.SHUT_RD)  # signals that the client sends from now on fail there
+            connection.recv(64)  # those from before, with which unread the client could not read the code
         with suppress(KeyError):
             self._selector.unregister(connection)
         self._selector.unregister(end)
