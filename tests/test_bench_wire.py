@@ -209,8 +209,9 @@ def test_bytes_over_a_real_link_agree_with_the_formula_and_errors_with_the_forma
     variants = [f"hvd_adam-{name}" for name in strategies]
     argv = ("--link", "3Gbit", "--models", "cnn", "--batch-size", 2, "--steps", 2, "--repeats", 1, "--json")
     argv = (*argv, "--variants", ",".join(variants), "--plot", tmp_path / "wire.png")
-    # Horovod's ranks exchange messages every cycle, which the formula leaves out: at 1 ms up to 5 % of int4's.
-    done = bench_wire(*argv, HOROVOD_CYCLE_TIME="20")
+    # Horovod's ranks exchange messages every cycle, which the formula leaves out: at 1 ms up to 5 % of int4's,
+    # and at 20 ms, on a machine that does other work, 6 %.
+    done = bench_wire(*argv, HOROVOD_CYCLE_TIME="60")
     output, errors = done.communicate(timeout=280)
     assert done.returncode == 0, errors
     rows = {row["variant"]: row for row in json.loads(output)["rows"]}
