@@ -16,6 +16,11 @@ def printable(text: str) -> str:
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message; its type if it has none."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def shown(name: str, longest: int = LONGEST_NAME) -> str:
     """Returns a name for a line of text: printable, and shortened.
 

@@ -35,6 +35,7 @@ from hvd_adam.distributed.local.optimizer import LocalAdam
 from hvd_adam.errors import UserError
 from hvd_adam.log import logger
 from hvd_adam.optim.adam import Adam
+from hvd_adam.text import first_line
 
 # Keys of a checkpoint beside the names of its parts.
 _EXTRA, _RANDOM, _RESIDUALS = _OWN_KEYS = "extra", "random_states", "gradient_residuals"
@@ -275,7 +276,7 @@ def _state_of(name: str, part: Any) -> Any:
     try:
         return part.held_state_dict() if isinstance(part, Adam) else part.state_dict()
     except Exception as error:  # whatever the class of the part raises
-        raise UserError(f"{name}.state_dict() has failed: {_reason(error)}") from error
+        raise UserError(f"{name}.state_dict() has failed: {first_line(error)}") from error
 
 
 def _load(name: str, part: Stateful, state: Any, folder: Path) -> None:
@@ -289,8 +290,4 @@ def _load(name: str, part: Stateful, state: Any, folder: Path) -> None:
     try:
         part.load_state_dict(state)
     except Exception as error:  # whatever the class of the part raises
-        raise UserError(f"{name} of checkpoint {folder} does not fit: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{name} of checkpoint {folder} does not fit: {first_line(error)}") from error

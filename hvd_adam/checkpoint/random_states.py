@@ -13,17 +13,6 @@ import torch
 RandomState = dict[str, torch.Tensor]
 
 
-def seed_generators(seed: int) -> None:
-    """Seeds PyTorch's generators, on the CPU and on GPUs, NumPy's and Python's.
-
-    Args:
-        seed: in [0, 2⁶³).
-    """
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
-
-
 def random_state(device: torch.device) -> RandomState:
     """Returns the states of this process's global generators as uint8 tensors, "cuda" without elements on CPUs.
 

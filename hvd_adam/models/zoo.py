@@ -10,6 +10,7 @@ from torch import nn
 from hvd_adam.errors import UserError
 from hvd_adam.import_path import call, is_reference, unknown
 from hvd_adam.models.torchvision_compat import import_torchvision
+from hvd_adam.text import first_line
 
 OWN_MODELS = ("cnn", "mlp")
 
@@ -179,7 +180,7 @@ def _try_out(model: nn.Module, name: str, sample_shape: tuple[int, ...], num_cla
         with torch.no_grad():
             logits = model.eval()(image)
     except (RuntimeError, ValueError, AssertionError, TypeError) as error:
-        raise UserError(f"{what} fails ({_first_line(error)}): choose another model or larger images") from error
+        raise UserError(f"{what} fails ({first_line(error)}): choose another model or larger images") from error
     finally:
         model.train(training)
     if not isinstance(logits, torch.Tensor) or logits.shape != (1, num_classes):
@@ -204,7 +205,7 @@ def _torchvision_model(name: str, sample_shape: tuple[int, ...], num_classes: in
     except (RuntimeError, ValueError, AssertionError) as error:
         raise UserError(
             f"model {name!r} cannot be built for images of {image_size[0]}x{image_size[1]} pixels "
-            f"({_first_line(error)}): choose another model or size"
+            f"({first_line(error)}): choose another model or size"
         ) from error
     if isinstance(model, models.ResNet) and max(image_size) <= _SMALL_IMAGE:
         model.conv1 = nn.Conv2d(in_channels, model.conv1.out_channels, 3, padding=1, bias=False)
@@ -226,7 +227,3 @@ def _replace_first_convolution(model: nn.Module, in_channels: int) -> None:
     new = nn.Conv2d(in_channels, old.out_channels, **geometry, bias=old.bias is not None)
     parent, _, attribute = path.rpartition(".")
     setattr(model.get_submodule(parent), attribute, new)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -19,6 +19,7 @@ from hvd_adam.distributed.context import Cluster, current_rank, horovod, init, r
 from hvd_adam.distributed.launch_env import is_elastic
 from hvd_adam.errors import MembershipChanged, UserError
 from hvd_adam.log import ALL_RANKS, logger
+from hvd_adam.text import first_line
 
 # Another rank may be lost while the remaining ranks restart.
 ATTEMPTS = 5
@@ -129,7 +130,7 @@ def run(train: Callable[[InMemoryCheckpoint], None], device: str) -> None:
             pass
         except HorovodInternalError as error:
             where = f"rank {current_rank()} on {socket.gethostname()}"
-            logger.warning(f"{where} lost other ranks ({_first_line(error)}); restarts", extra=ALL_RANKS)
+            logger.warning(f"{where} lost other ranks ({first_line(error)}); restarts", extra=ALL_RANKS)
             connections.shut_down()
         # Outside the except clause, because the traceback would keep the old model and optimizer alive.
         memory.clear_hosts_changed()
@@ -148,9 +149,5 @@ def _start(begin: Callable[[str], Cluster], device: str, connections: Connection
         except HorovodInternalError as error:
             if attempt == ATTEMPTS:
                 raise
-            logger.warning(f"the start failed ({_first_line(error)}); tries again", extra=ALL_RANKS)
+            logger.warning(f"the start failed ({first_line(error)}); tries again", extra=ALL_RANKS)
             begin = restart
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -13,7 +13,6 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hvd_adam import data
-from hvd_adam.checkpoint.random_states import seed_generators
 from hvd_adam.config import DataConfig, TrainConfig
 from hvd_adam.data.datasets import is_stream
 from hvd_adam.data.loader import DeviceLoader
@@ -22,6 +21,7 @@ from hvd_adam.data.own import checked_datasets
 from hvd_adam.data.protocols import Data, Loader
 from hvd_adam.data.transforms import transformed
 from hvd_adam.data.worker_loader import WorkerLoader
+from hvd_adam.data.workers.random_state import seed_generators
 from hvd_adam.data.workers.unreadable import UnreadableSamples
 from hvd_adam.distributed.api import distribute
 from hvd_adam.distributed.context import Cluster, horovod

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from hvd_adam.checkpoint import storage
-from hvd_adam.checkpoint.random_states import restore_random_state, seed_generators
+from hvd_adam.checkpoint.random_states import restore_random_state
 from hvd_adam.checkpoint.state import Progress, TrainingState, rank_state
 from hvd_adam.checkpoint.writer import CheckpointWriter
 from hvd_adam.config import TrainConfig
 from hvd_adam.data.protocols import Batch
+from hvd_adam.data.workers.random_state import seed_generators
 from hvd_adam.distributed.agreement import raise_on_all_ranks
-from hvd_adam.distributed.broadcast.tensors import ROOT
 from hvd_adam.distributed.consistency import require_consistent
 from hvd_adam.distributed.local import training as local_training
 from hvd_adam.errors import MembershipChanged, Preempted, UserError
@@ -94,7 +94,7 @@ class Trainer:
             self.loss.load_state(*state.ranks[cluster.rank]["loss"])
             return
         seed_generators((self.config.seed + 1 + cluster.rank + progress.step * 2**20) % 2**63)
-        if cluster.rank == ROOT:
+        if cluster.is_root:
             self.loss.load_state(*map(sum, zip(*(rank["loss"] for rank in state.ranks), strict=True)))
 
     def run(self) -> None:

@@ -20,6 +20,16 @@ def seed_all(word: int) -> None:
     random.seed(word)
 
 
+def seed_generators(seed: int) -> None:
+    """Seeds those of `seed_all`, and PyTorch's of all GPUs.
+
+    Args:
+        seed: in [0, 2⁶⁴).
+    """
+    torch.manual_seed(seed)
+    seed_all(seed)
+
+
 @contextmanager
 def preserved() -> Iterator[None]:
     """Restores the three generators at the end of the block."""
