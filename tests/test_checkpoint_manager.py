@@ -292,6 +292,17 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_restored(tmp_pat
     assert "step-00000002 is damaged" in caplog.text
 
 
+def test_later_checkpoints_of_an_earlier_training_are_reported_once(tmp_path, caplog):
+    model = torch.nn.Linear(2, 2)
+    with caplog.at_level(logging.WARNING):
+        for steps in ((400, 500), (100, 200)):  # the second training does not restore
+            with CheckpointManager(SINGLE, tmp_path) as manager:
+                for step in steps:
+                    manager.save(step, model=model)
+    (record,) = caplog.records
+    assert "step-00000500, of a later step than this one (100): restore() takes it" in record.message
+
+
 @pytest.mark.parametrize("keep", [0, 1.5, "2", None])
 def test_keep_must_be_a_whole_number_above_0(keep, tmp_path):
     with pytest.raises(UserError, match=r"keep is .* whole number of at least 1"):

@@ -148,6 +148,7 @@ def test_a_disk_that_becomes_read_only_is_logged_and_the_run_continues_to_its_en
         assert f"cannot write the checkpoint {folder}/checkpoints/step-{STEPS:08d}" in line
         assert "Read-only file system" in line
         assert f"warning: cannot write to {folder}: Read-only file system; training continues" in ended.stderr
+        assert f"warning: {folder}/metrics.jsonl lacks the last records: Read-only file system" in ended.stderr
         assert f"step {STEPS}/{STEPS}" in ended.stdout
     with mounted(tmp_path / "again", "-o", "loop", str(image)) as disk:
         found, state, damaged = storage.load_newest(disk / "run" / "checkpoints")

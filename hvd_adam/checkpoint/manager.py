@@ -75,6 +75,7 @@ class CheckpointManager:
 
     def __init__(self, cluster: Cluster, folder: str | Path, *, keep: int = 3) -> None:
         self._cluster, self._folder, self._closed = cluster, Path(folder), False
+        self._has_saved = False
         with raise_on_all_ranks(cluster):
             keep = _whole("keep", keep, at_least=1)
             self._writer = CheckpointWriter(self._folder if cluster.is_root else None, keep)
@@ -138,7 +139,20 @@ class CheckpointManager:
                 own_values = {_EXTRA: loadable(dict(extra or {}), _EXTRA), _RANDOM: random_states}
                 if residuals:
                     own_values[_RESIDUALS] = residuals
+                self._warn_of_later(step)
                 self._writer.save(step, {**states, **others, **own_values}, best=best)
+
+    def _warn_of_later(self, step: int) -> None:
+        """Warns, at the first checkpoint, of those of a training before that `restore` would prefer."""
+        if self._has_saved:
+            return
+        self._has_saved = True
+        later = [path.name for path in storage.newest_first(self._folder) if storage.step_of(path) > step]
+        if later:
+            logger.warning(
+                f"{self._folder} has {later[0]}, of a later step than this one ({step}): restore() takes it if it "
+                "is intact; remove the checkpoints of an earlier training, or use another folder"
+            )
 
     def restore(self, **parts: Stateful | None) -> dict[str, Any] | None:
         """Restores the newest intact checkpoint on all ranks. Every rank must call it.

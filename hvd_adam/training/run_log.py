@@ -118,6 +118,8 @@ class RunLog:
             self._bar.close()
             self._board.close()
             self._lines.close()
+            if error := self._lines.error:
+                logger.warning(f"{self._folder / METRICS_FILE} lacks the last records: {error.strerror}")
 
     def _log_disk_error(self) -> None:
         """Logs, once for each time that the disk fails, that records are held in memory."""
