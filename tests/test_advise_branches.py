@@ -24,6 +24,7 @@ from hvd_adam.advise.branches import Branch, Branches, Launcher, Point, changed
 from hvd_adam.advise.choice import Row, Setting
 from hvd_adam.advise.confirm import curve, next_batch, settings_by_batch, time_to, verdict
 from hvd_adam.advise.measure import speed, spread
+from hvd_adam.advise.report import _verdict
 from hvd_adam.checkpoint import storage
 from hvd_adam.errors import UserError
 from hvd_adam.simulate.calibration import Calibration
@@ -172,6 +173,15 @@ def test_the_branch_that_reaches_the_common_loss_first_is_soonest():
     assert [each.to_loss for each in found.branches] == pytest.approx([4.0, 1.0 + 0.5 * 0.2 / 0.5])
     assert not verdict(branches, 256, advised=32).agrees
     assert [each.seconds for each in found.branches] == [1.0, 0.5]
+
+
+def test_branches_too_short_to_measure_the_loss_on_the_way_are_not_compared():
+    long = {32: branch(32, 32.0, [2.0, 1.5, 0.8]), 64: branch(64, 64.0, [2.0, 1.0, 0.5])}
+    assert not verdict(long, 96, advised=64).is_early
+    short = {**long, 64: branch(64, 64.0, [0.7, 0.6])}
+    found = verdict(short, 96, advised=32)
+    assert found.is_early
+    assert _verdict(found)[-1].endswith("too short to compare; use --samples with more than 96")
 
 
 def test_a_branch_that_diverges_is_not_soonest():

@@ -92,6 +92,26 @@ def test_measurements_that_are_not_finite_do_not_count():
     assert running.state()[0] == 5
 
 
+def test_an_interval_that_has_no_upper_end_contains_0_and_the_value_where_the_noise_may_be_0():
+    running = RunningEstimate()
+    for own, mean in [(1.06, 1.0), (0.83, 0.7), (7.14, 5.8), (1.41, 1.3), (0.65, 0.5)]:
+        running.add(own, mean, 2)
+    estimate = running.read()
+    assert (estimate.low, estimate.high) == (0.0, math.inf) and estimate.value > 0
+
+
+def test_the_interval_always_contains_the_value():
+    generator = np.random.default_rng(0)
+    for _ in range(3000):
+        running = RunningEstimate()
+        for norm in generator.lognormal(0, 1, generator.integers(5, 12)):
+            x, y = generator.normal(size=(2, 4)) + 0.3
+            own, mean = norm * ((x @ x + y @ y) / 2), norm * (((x + y) / 2) @ ((x + y) / 2))
+            running.add(own, mean, 2)
+        estimate = running.read()
+        assert 0 <= estimate.low <= estimate.value <= estimate.high
+
+
 def test_a_meter_continues_from_its_state_in_the_same_updates_bit_for_bit():
     def run(meter, updates):
         for update in updates:

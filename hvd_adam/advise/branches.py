@@ -133,7 +133,7 @@ class Branches:
                 "output_dir": str(folder / "run"),
                 "max_steps": start + updates,
                 "epochs": -(-(start + updates) // length) + 1,
-                "log_every": max(1, updates // events),
+                "log_every": max(1, round(updates / events)),
             }
             (folder / "config.yaml").write_text(yaml.safe_dump(options))
             _finish([*self._command, "hvd_adam.train", "--config", str(folder / "config.yaml")], setting)

@@ -24,6 +24,7 @@ from hvd_adam.loading import loading_modules
 from hvd_adam.simulate.config import MOST_RANKS
 from hvd_adam.simulate.config import PredictConfig as ScalingConfig
 from hvd_adam.simulate.predict import job_of
+from hvd_adam.simulate.step import WIRE_BYTES
 
 if TYPE_CHECKING:
     from hvd_adam.advise.branches import Branches
@@ -171,6 +172,8 @@ def _scaling(config: AdviseConfig, record: Record) -> ScalingConfig | None:
     if config.calibration is None:
         return None
     strategy = str(record.config.get("strategy", "allreduce"))
+    if record.compression not in WIRE_BYTES:
+        raise UserError(f"{record.folder}/metrics.jsonl has compression {record.compression!r}: give another run")
     scaling = ScalingConfig(
         calibration=config.calibration,
         model=str(record.config.get("model")),

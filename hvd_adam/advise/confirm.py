@@ -52,6 +52,7 @@ class Verdict:
         soonest: the global batch that reached it first.
         advised: the one that was advised on so many ranks.
         agrees: whether they are the same, or differ by less than `LEAST_GAIN` of the time.
+        is_early: whether the first one reached it before its first event, so that the branches are too short.
     """
 
     samples: int
@@ -60,6 +61,7 @@ class Verdict:
     soonest: int
     advised: int
     agrees: bool
+    is_early: bool
 
 
 def settings_by_batch(rows: Sequence[Row], own: Setting) -> dict[int, Setting]:
@@ -157,7 +159,8 @@ def verdict(branches: Mapping[int, Branch], samples: int, advised: int) -> Verdi
     ]
     first = min(times, key=times.__getitem__)
     agrees = times[advised] * (1 - LEAST_GAIN) <= times[first]
-    return Verdict(samples, common, rows, first, advised, agrees)
+    is_early = times[first] == curves[first][0][0]
+    return Verdict(samples, common, rows, first, advised, agrees, is_early)
 
 
 def curve(branch: Branch) -> Curve:

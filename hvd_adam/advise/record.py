@@ -13,6 +13,7 @@ from hvd_adam.errors import UserError
 from hvd_adam.report.runs import Run, load_runs, number
 
 LAST = 0.5  # the part of the measurements, from the end, that counts
+MOST = 1e15  # of any number that a run can have; a larger one is damage
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,13 @@ def read(path: str) -> Record:
     if run.config is None:
         raise UserError(f"{path} has no config.yaml: give a run folder of hvd_adam.train")
     facts = {name: run.start.get(name) for name in ("world_size", "global_batch_size")}
-    missing = [name for name, value in facts.items() if not isinstance(value, int) or value < 1]
+    missing = [name for name, value in facts.items() if not isinstance(value, int) or not 1 <= value < MOST]
     if missing:
         raise UserError(f"{path}/metrics.jsonl has no start event with {missing[0]}: give another run")
     ranks, batch = int(facts["world_size"] or 0), int(facts["global_batch_size"] or 0)
     job = run.events[max(i for i, event in enumerate(run.events) if event["event"] in ("start", "resume")) :]
-    rates = [rate for event in job if event["event"] == "step" and (rate := number(event, "images_per_second"))]
+    logged = [number(event, "images_per_second") for event in job if event["event"] == "step"]
+    rates = [rate for rate in logged if rate is not None and 0 < rate < MOST]
     if not rates:
         raise UserError(f"{path} has logged no updates since it last started: train for some updates more")
     noise = _noise(run, path)
@@ -105,14 +107,24 @@ def read(path: str) -> Record:
     )
 
 
+def _of_last_form(run: Run) -> list[dict[str, Any]]:
+    """Returns the events since the form of the noise scale has changed, which restarts the estimate."""
+    form, first = run.start.get("noise_scale_form"), 0
+    for index, event in enumerate(run.events):
+        if event["event"] in ("start", "resume") and event.get("noise_scale_form") != form:
+            first = index + 1
+    return run.events[first:]
+
+
 def _noise(run: Run, path: str) -> NoiseScale:
-    steps = [event for event in run.of("step") if "noise_scale" in event]
+    steps = [event for event in _of_last_form(run) if event["event"] == "step" and "noise_scale" in event]
     if not steps:
         raise UserError(
             f"{path} has no measurements of the noise scale: resume the run for some hundred updates with "
             "--noise-scale 2, and a larger --epochs if it has ended"
         )
-    known = [event for event in steps[-math.ceil(LAST * len(steps)) :] if number(event, "noise_scale") is not None]
+    last = steps[-math.ceil(LAST * len(steps)) :]
+    known = [event for event in last if (value := number(event, "noise_scale")) is not None and value >= 0]
     if not known:
         low = number(steps[-1], "noise_scale_low")
         if low is None:
@@ -121,7 +133,6 @@ def _noise(run: Run, path: str) -> NoiseScale:
                 "--noise-scale 1"
             )
         return NoiseScale(math.inf, low, math.inf, steps[-1]["step"])
-    last = known[-1]
-    value, low, high = (number(last, f"noise_scale{end}") for end in ("", "_low", "_high"))
+    value, low, high = (number(known[-1], f"noise_scale{end}") for end in ("", "_low", "_high"))
     assert value is not None
-    return NoiseScale(value, low or 0.0, math.inf if high is None else high, last["step"])
+    return NoiseScale(value, low or 0.0, math.inf if high is None else high, known[-1]["step"])

@@ -180,8 +180,10 @@ def _verdict(verdict: Verdict) -> list[str]:
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     how = "which agrees with" if verdict.agrees else "which contradicts"
     within = f", within {LEAST_GAIN:.0%}" if verdict.agrees and verdict.soonest != verdict.advised else ""
-    return [
-        f"branches of {verdict.samples} samples from the newest checkpoint:",
-        *lines,
-        f"{verdict.soonest} samples reached the loss first, {how} the advice ({verdict.advised}{within})",
-    ]
+    said = f"{verdict.soonest} samples reached the loss first, {how} the advice ({verdict.advised}{within})"
+    if verdict.is_early:
+        said = (
+            f"{verdict.soonest} samples reached the loss before it was measured once: too short to compare; use "
+            f"--samples with more than {verdict.samples}"
+        )
+    return [f"branches of {verdict.samples} samples from the newest checkpoint:", *lines, said]

@@ -99,10 +99,12 @@ def _train(config: CheckpointConfig, device: str, model: str, variant: str, fold
             "error": f"{model} {variant} checkpoints ended with code {done.returncode}:\n{done.stderr.strip()}"
         }
     events = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    rates = [event["images_per_second"] for event in events if event["event"] == "step"]
+    # Of whole intervals: the last one may be shorter. The first one is not counted.
+    whole = config.steps // config.every
+    rates = [event["images_per_second"] for event in events if event["event"] == "step"][1:whole]
     images = config.np * config.batch_size
     state = storage.checkpoint_path(folder / "checkpoints", config.steps) / storage.STATE
-    return {"seconds": [images / rate for rate in rates[1:]], "megabytes": state.stat().st_size / 1e6}
+    return {"seconds": [images / rate for rate in rates], "megabytes": state.stat().st_size / 1e6}
 
 
 def summarize(model: str, runs: dict[str, list[Row]]) -> list[Row]:

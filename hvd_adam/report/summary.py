@@ -43,12 +43,13 @@ def scores(run: Run) -> dict[str, str]:
 def happenings(run: Run) -> list[str]:
     """Returns lines in the order of the events: starts, resumes and failures; then the checkpoints together."""
     lines, seen = [], Counter[str]()
+    total = Counter(event["event"] for event in run.events)
     for event in run.events:
         kind = event["event"]
         seen[kind] += 1
         if kind in _HAPPENINGS and seen[kind] <= MOST_LISTED:
             lines.append(_HAPPENINGS[kind](event))
-        elif kind in _HAPPENINGS and seen[kind] == len(run.of(kind)):
+        elif kind in _HAPPENINGS and seen[kind] == total[kind]:
             lines.append(f"… {seen[kind] - MOST_LISTED:,} more, the last: {_HAPPENINGS[kind](event)}")
     if written := run.of("checkpoint"):
         lines.append(f"{_count(len(written), 'checkpoint')} written, the last of update {written[-1]['step']:,}")
@@ -131,7 +132,10 @@ def _text(value: Any) -> str:
         return ", ".join(map(_text, value))
     if value is None or isinstance(value, bool):
         return str(value).lower().replace("none", "null")
-    return f"{value:g}" if isinstance(value, float) else str(value) or "''"
+    if isinstance(value, float):
+        short = f"{value:g}"
+        return short if float(short) == value else repr(value)  # all digits, so that two values are two texts
+    return str(value) or "''"
 
 
 def _seconds(run: Run) -> float | None:

@@ -162,8 +162,7 @@ class _Program:
     def run(self) -> Step:
         """Runs the step. Stragglers and overhead are not part of it."""
         work, several = self._workload, self._ranks.total > 1
-        for _ in range(self._setting.accumulate - 1):
-            self._do("computing", work.forward + work.backward)
+        self._do("computing", (self._setting.accumulate - 1) * (work.forward + work.backward))
         self._do("computing", work.forward)
         passed = 0.0
         for bucket in work.buckets:

@@ -42,6 +42,7 @@ def start_facts(
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "versions": {"hvd_adam": __version__, "torch": torch.__version__},
         "data": {key: data[key] for key in ("classes", "train_images", "test_images", "fingerprint")},
+        "noise_scale_form": None if config.noise_scale is None else config.noise_scale_form,
         "tune": None if choice is None else asdict(choice),
     }
 

@@ -109,7 +109,7 @@ def _fieller(x: float, y: float, vxx: float, vxy: float, vyy: float) -> tuple[fl
     """Returns the ends, ≥ 0, of the R for which (x − R·y)² ≤ vxx − 2·R·vxy + R²·vyy.
 
     That is a·R² − 2·p·R + c ≤ 0. If y differs significantly from 0, a > 0 and R lies between the roots. If not, R
-    may be infinite, and is at least the larger root, if there are any.
+    may be infinite, and is at least the larger root, if there are any and 0 is not one of the R.
     """
     a, p, c = y * y - vyy, x * y - vxy, x * x - vxx
     discriminant = p * p - a * c
@@ -118,4 +118,6 @@ def _fieller(x: float, y: float, vxx: float, vxy: float, vyy: float) -> tuple[fl
         return max(0.0, (p - root) / a), max(0.0, (p + root) / a)
     if a == 0 or discriminant <= 0 or y * y > vyy:
         return (0.0, math.inf) if y * y <= vyy else (math.inf, math.inf)
+    if c <= 0:  # x does not differ significantly from 0, nor does R
+        return 0.0, math.inf
     return max(0.0, (p - math.sqrt(discriminant)) / a), math.inf  # the larger root, as a < 0
