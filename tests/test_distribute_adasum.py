@@ -48,6 +48,20 @@ def test_adasum_of_equal_updates_is_that_update_and_unused_parameters_are_not_up
 
 
 @on_ranks(2, "mpi")
+def test_ranks_may_use_different_parameters_and_a_rank_may_have_no_loss(cluster):
+    model = Branches()
+    optimizer = distribute(Adam(model.parameters()), model, op="adasum")
+    before = digest(model.state_dict())
+    for update, (inputs, _) in enumerate(batches(3, 8)):
+        optimizer.zero_grad()
+        if update or cluster.rank == 0:
+            model(inputs, "left" if cluster.rank else "right").square().mean().backward()
+        optimizer.step()
+        assert same_everywhere(digest(model.state_dict()))
+    assert digest(model.state_dict()) != before
+
+
+@on_ranks(2, "mpi")
 def test_adasum_refuses_synchronize(cluster):
     model = small_model()
     optimizer = distribute(Adam(model.parameters()), model, op="adasum")

@@ -90,6 +90,30 @@ def test_clipping_accumulation_and_several_passes_work_in_the_block(cluster, str
     assert same_everywhere(everything(model, optimizer))
 
 
+@on_ranks(2, 3)
+@each_strategy
+@pytest.mark.parametrize("deferred", [False, True])
+def test_a_second_round_of_reductions_has_the_mean_of_the_ranks_that_are_left(cluster, strategy, deferred):
+    model = small_model()
+    options = {"strategy": strategy, "defer_averaging": deferred, "bucket_mib": 1e-6}
+    optimizer = distribute(Adam(model.parameters(), lr=0.0), model, **options)
+    inputs = torch.full((2, 6), 1.0 + cluster.rank, dtype=torch.float64)
+    with optimizer.join(divide_by_initial_world_size=False):
+        for update in range(1 + cluster.rank):
+            optimizer.zero_grad()
+            model(inputs).sum().backward()
+            model(inputs).sum().backward()  # after the buckets were sent
+            optimizer.step()
+            left = range(update, cluster.size)
+            oracle = small_model()
+            for rank in left:
+                (2 / len(left) * oracle(torch.full((2, 6), 1.0 + rank, dtype=torch.float64)).sum()).backward()
+            if strategy == "allreduce":
+                for p, q in zip(model.parameters(), oracle.parameters(), strict=True):
+                    torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-12)
+    assert same_everywhere(everything(model, optimizer))
+
+
 @on_ranks(2)
 @each_strategy
 def test_micro_batches_work_in_the_block(cluster, strategy):

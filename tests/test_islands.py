@@ -192,6 +192,15 @@ def test_a_gradient_that_one_rank_lacks_counts_as_zero_and_one_that_all_lack_sta
     assert same_in_island(cluster, digest([*model.parameters()]))
 
 
+@on_ranks(4, **SETS)
+def test_sparse_gradients_are_refused_with_the_remedy(cluster):
+    model = torch.nn.Embedding(4, 2, sparse=True)
+    optimizer = local(model, 10, islands=2)
+    model(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match=r"does not support sparse gradients: use Embedding\(…, sparse=False\)"):
+        optimizer.step()
+
+
 # Resuming.
 
 

@@ -105,6 +105,43 @@ def test_buffers_are_averaged_and_constant_ones_keep_their_bits(cluster):
     assert torch.equal(model.mask, mask) and model[1].num_batches_tracked == 2
 
 
+@on_ranks(2)
+def test_buffers_that_the_model_replaces_are_averaged_and_saved(cluster):
+    model = wide_model()
+    optimizer = local(model, 2, outer_lr=1.0)
+    model.register_buffer("added", torch.zeros(1))
+    model[1].double()  # makes other buffers
+    model[1].running_mean = torch.full_like(model[1].running_mean, float(cluster.rank))
+    model.added = torch.full((1,), 2.0 * cluster.rank)
+    train(model.double(), optimizer, cluster, 0)
+    optimizer._buffers.average()
+    assert model.added.item() == 1.0 and model[1].running_mean.eq(0.5).all()
+    with optimizer.outer_weights():
+        assert model.added.item() == 1.0
+    saved = optimizer.islands_on_root()
+    assert not cluster.is_root or saved["islands"][0]["buffers"]["added"].item() == 1.0
+
+
+@on_ranks(2)
+def test_micro_batches_that_failed_or_were_cleared_are_refused(cluster):
+    model, inputs = small_model(), torch.ones(2, 6, dtype=torch.float64)
+    optimizer = local(model, 2, accumulate=2)
+    for after_clearing in (False, True):
+        optimizer.zero_grad()
+        model(inputs).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()  # nothing: between two micro-batches
+        model(inputs).sum().backward()
+        if after_clearing:
+            model.zero_grad()
+            with pytest.raises(RuntimeError, match="was cleared after 1 of 2 micro-batches"):
+                optimizer.step()
+        else:
+            with pytest.raises(RuntimeError, match=r"changed after 1 of 2 .* by a backward pass without step\(\)"):
+                optimizer.zero_grad()
+            optimizer.step()
+
+
 # Updates that are not finite.
 
 

@@ -67,6 +67,30 @@ def test_ranks_with_different_numbers_of_samples_are_weighted_by_samples(cluster
 
 
 @on_ranks(2)
+def test_a_mean_that_is_large_next_to_the_deviation_loses_no_more_digits_than_in_one_process(cluster):
+    batch = torch.randn(64, 3, generator=torch.Generator().manual_seed(0))
+    for offset in (100.0, 1e4):
+        shifted = batch + offset
+        expected, layer = torch.nn.BatchNorm1d(3).double(), convert(torch.nn.BatchNorm1d(3))
+        wanted, found = expected(shifted.double()).chunk(2)[cluster.rank], layer(shifted.chunk(2)[cluster.rank])
+        # Subtracting the mean is exact to half a unit in the last place of the offset.
+        torch.testing.assert_close(found.double(), wanted, rtol=0, atol=offset * torch.finfo(torch.float32).eps)
+        torch.testing.assert_close(layer.running_var.double(), expected.running_var, rtol=1e-5, atol=0)
+
+
+@on_ranks(2)
+def test_a_rank_without_samples_adds_nothing(cluster):
+    layer, oracle = convert(torch.nn.BatchNorm1d(3)).double(), torch.nn.BatchNorm1d(3).double()
+    batch = torch.randn(8, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = oracle(batch)
+    found = layer(batch[:0] if cluster.rank else batch)
+    torch.testing.assert_close(found, expected[:0] if cluster.rank else expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(layer.running_var, oracle.running_var, rtol=1e-12, atol=1e-12)
+    found.sum().backward()
+    assert layer.weight.grad.isfinite().all()
+
+
+@on_ranks(2)
 def test_bfloat16_images_are_normalized_in_float32(cluster):
     layer = convert(torch.nn.BatchNorm2d(3))
     output = layer(torch.randn(4, 3, 5, 5, dtype=torch.bfloat16) + 100)

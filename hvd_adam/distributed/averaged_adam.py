@@ -288,7 +288,7 @@ class AveragedAdam(Adam):
 
     def _facts(self) -> dict[str, object]:
         states = filter(None, map(self.state.get, self._parameters()))  # other keys are the user's
-        steps = sum(float(state.get("step", 0.0)) for state in states)
+        steps = 0.0 if self._adasum else sum(float(state.get("step", 0.0)) for state in states)  # Adasum: own
         return {UPDATES: self._updates, LOADED: self._loads, STEPS: steps} | facts_of_groups(self.param_groups)
 
     def _backward_ended(self) -> None:

@@ -294,12 +294,15 @@ def _constructible(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 
 def _tolerant_hook(wrapper: Any, parameter: Tensor) -> Callable[..., None]:
-    """Returns Horovod's hook for a parameter, not called where a hook of the user has set the gradient to None."""
+    """Returns Horovod's hook, not called where a user has dropped the gradient or the parameter."""
     hook = type(wrapper)._make_hook(wrapper, parameter)
 
     @not_compiled
     def call_with_gradient(*gradients: object) -> None:
-        if parameter.grad is not None:
+        if parameter.grad is None:
+            return
+        in_bucket = parameter in getattr(wrapper, "_p_to_group", (parameter,))  # Adasum has no buckets
+        if in_bucket or any(p is parameter for group in wrapper.param_groups for p in group["params"]):
             hook(*gradients)
 
     return call_with_gradient

@@ -283,9 +283,10 @@ class DistributedAdam(AveragedAdam):
             self._layout.divide_by(self._ranks)
 
     def _reduce_after_leaving(self) -> None:
-        if self._join is not None and not self._join.divides_by_all:
+        adds_nothing = self._join is not None and not self._join.divides_by_all
+        if adds_nothing:
             self._clear()  # the others divide by their own number
-        self._averager.finish(again=True)
+        self._averager.finish_after_leaving(adds_nothing=adds_nothing)
 
     @torch.no_grad()
     def _step_after_leaving(self) -> None:

@@ -165,11 +165,14 @@ class _Normalize(torch.autograd.Function):
         others = [d for d in range(x.dim()) if d != 1]
         variance, mean = torch.var_mean(wide, dim=others, correction=0)
         samples = x.numel() // x.shape[1]
+        if not samples:  # NaN of both, which would be NaN in all sums
+            mean, variance = torch.zeros_like(mean), torch.zeros_like(variance)
         # Sums in float64: the variance is a small difference of large numbers.
-        sums = torch.cat([mean.double(), (variance + mean * mean).double(), mean.new_ones(1).double()]) * samples
+        mean, variance = mean.double(), variance.double()
+        sums = torch.cat([mean, variance + mean * mean, mean.new_ones(1)]) * samples
         sums = horovod().allreduce(sums, op=horovod().Sum, name=f"{name}.forward")
         total_mean, total_square = (sums[:-1] / sums[-1]).chunk(2)
-        total_variance = total_square - total_mean * total_mean
+        total_variance = (total_square - total_mean * total_mean).clamp_(min=0)
         shape = [1, -1] + [1] * (x.dim() - 2)
         inverse = (total_variance + eps).rsqrt().to(wide.dtype).view(shape)
         normalized = (wide - total_mean.to(wide.dtype).view(shape)) * inverse

@@ -194,6 +194,16 @@ class GradientAverager(Rounds):
             self._reduce()
         self._end_last_round()
 
+    def finish_after_leaving(self, *, adds_nothing: bool) -> None:
+        """Takes part in the reductions of the others, on a rank that has left `join`.
+
+        Args:
+            adds_nothing: the mean is over the others only.
+        """
+        self._adds_nothing = adds_nothing
+        self.finish(again=True)
+        self._adds_nothing = False
+
     def start_meeting(self, call: str) -> Callable[[], None]:
         """Called before other collectives of the optimizer: ranks that wait for gradients then fail, not hang.
 

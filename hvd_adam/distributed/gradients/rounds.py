@@ -44,9 +44,10 @@ class Rounds:
         self._averaged = False  # whether every gradient is the mean
         self._divided = False  # whether gradients have been divided by the numbers of ranks and micro-batches
         self._moved = False  # whether their buckets have changed since, of which each rank has the mean of a shard
+        self._adds_nothing = False  # whether this rank has left `join`, and means are over the others only
         self._aborted = 0  # passes that ended with an exception, since the last update
         self._total: Tensor | None = None
-        self._seen = SeenGradients(optimizer)
+        self._seen = SeenGradients(optimizer.parameters, optimizer.names)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -123,6 +124,11 @@ class Rounds:
 
     def _take_late(self, reducer: Reducer) -> None:
         """Adds the gradients that came after their bucket was sent to the mean, to be reduced in another round."""
+        if self._adds_nothing:  # nor the mean, of which each of the others sends its part
+            for p in self._optimizer.parameters():
+                p.grad = None
+            self._late.clear()
+            return
         late = {p: p.grad for p in self._late}
         for p in self._late:
             p.grad = reducer.place(p)

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Callable, Iterable, Mapping
 
-from hvd_adam.distributed.gradients.backward_pass import Callbacks
+from torch import Tensor
 
 
 class SeenGradients:
     """The gradients of an optimizer and their versions, when they were last looked at.
 
     Args:
-        optimizer: see `Callbacks`.
+        parameters: returns all parameters.
+        names: returns a name for every parameter.
     """
 
-    def __init__(self, optimizer: Callbacks) -> None:
-        self._optimizer = optimizer
+    def __init__(
+        self, parameters: Callable[[], Iterable[Tensor]], names: Callable[[], Mapping[Tensor, str]]
+    ) -> None:
+        self._parameters, self._names = parameters, names
         self._seen: list[tuple[Tensor, Tensor, int]] = []  # parameter, gradient and version
 
     def look(self) -> None:
         """Remembers gradients and their versions."""
-        self._seen = [
-            (p, grad, grad._version) for p in self._optimizer.parameters() if (grad := p.grad) is not None
-        ]
+        self._seen = [(p, grad, grad._version) for p in self._parameters() if (grad := p.grad) is not None]
 
     def forget(self) -> None:
         """Forgets, and no longer holds, the gradients: from now on they may be changed."""
@@ -41,7 +42,7 @@ class SeenGradients:
         p = self.changed()
         if p is not None:
             raise RuntimeError(
-                f"the gradient of {self._optimizer.names()[p]} was changed between backward() and step(), where "
+                f"the gradient of {self._names()[p]} was changed between backward() and step(), where "
                 f"it {state}: call optimizer.synchronize() first, or clip with optimizer.clip_grad_norm_()"
             )
 
@@ -56,7 +57,7 @@ class SeenGradients:
             zeroed = p.grad is grad and grad._version != version and not grad.any()
             if p.grad is None or zeroed:
                 raise RuntimeError(
-                    f"the gradient of {self._optimizer.names()[p]} was cleared after {micro_batch} of "
+                    f"the gradient of {self._names()[p]} was cleared after {micro_batch} of "
                     f"{accumulate} micro-batches: call optimizer.zero_grad(), which keeps gradients until "
                     "the update, instead of model.zero_grad()"
                 )

@@ -22,8 +22,13 @@ class OuterBuffers:
     """
 
     def __init__(self, model: torch.nn.Module, islands: Islands, name: str) -> None:
-        self._buffers, self._islands, self._name = dict(model.named_buffers()), islands, name
+        self._model, self._islands, self._name = model, islands, name
         self.values = self.local()
+
+    @property
+    def _buffers(self) -> dict[str, Tensor]:
+        """The buffers by name, those of today: a model may replace them."""
+        return dict(self._model.named_buffers())
 
     def local(self) -> dict[str, Tensor]:
         """Returns copies of this island's own buffers, by name."""
@@ -35,7 +40,8 @@ class OuterBuffers:
         An element whose mean is NaN keeps the value of the last meeting. The mean is computed in float64, so that
         a buffer that is constant keeps its bits.
         """
-        real = {name: buffer for name, buffer in self._buffers.items() if buffer.is_floating_point()}
+        buffers = self._buffers
+        real = {name: buffer for name, buffer in buffers.items() if buffer.is_floating_point()}
         if real:
             flat = torch.cat([buffer.detach().reshape(-1).double() for buffer in real.values()])
             if self._islands.is_leader:
@@ -45,12 +51,15 @@ class OuterBuffers:
             pieces = torch.split(flat, [buffer.numel() for buffer in real.values()])
             for (name, buffer), piece in zip(real.items(), pieces, strict=True):
                 mean = piece.view_as(buffer).to(buffer.dtype)
-                buffer.copy_(torch.where(mean.isnan(), self.values[name], mean))
-        others = [buffer for name, buffer in self._buffers.items() if name not in real]
+                before = self.values.get(name, buffer)
+                buffer.copy_(torch.where(mean.isnan(), before.to(buffer.dtype), mean))
+        others = [buffer for name, buffer in buffers.items() if name not in real]
         broadcast_tensors(others, f"{self._name}.others")
         self.values = self.local()
 
     def write(self, values: dict[str, Tensor] | None = None) -> None:
         """Gives the model the buffers of the last meeting, or other ones, by name."""
+        buffers = self._buffers
         for name, value in (self.values if values is None else values).items():
-            self._buffers[name].copy_(value)
+            if name in buffers:
+                buffers[name].copy_(value)

@@ -13,6 +13,7 @@ from hvd_adam.distributed.collectives.pieces import start_allreduce
 from hvd_adam.distributed.gradients.lockstep import difference
 from hvd_adam.distributed.local.islands import Islands
 from hvd_adam.errors import JobError, RankError
+from hvd_adam.optim.validation import check_gradient
 
 
 class IslandGradients:
@@ -44,6 +45,9 @@ class IslandGradients:
         Raises:
             JobError: on every rank of the island: they differ.
         """
+        for p in self._parameters:
+            if p.grad is not None:
+                check_gradient(p)
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
         self._flat = torch.cat([g.reshape(-1) for g in gradients], out=self._flat).mul_(self._scale)
         checksum = zlib.crc32(repr([*facts.items()]).encode())

@@ -291,13 +291,16 @@ class IslandAdam(Adam):
                     f"and {here.get(name, 'absent')} in the model"
                 )
 
+    def _names(self) -> Mapping[Tensor, str]:
+        return parameter_names(self._model, self.param_groups)
+
     def _by_name(self, flat: Tensor) -> dict[str, Tensor]:
-        names = parameter_names(self._model, self.param_groups)
+        names = self._names()
         pieces = torch.split(flat, [p.numel() for p in self._parameters])
         return {names[p]: piece.view_as(p) for p, piece in zip(self._parameters, pieces, strict=True)}
 
     def _flat(self, values: Mapping[str, Tensor]) -> Tensor:
-        names = parameter_names(self._model, self.param_groups)
+        names = self._names()
         return torch.cat([values[names[p]].reshape(-1) for p in self._parameters]).to(self._outer.values)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from hvd_adam.distributed.context import current_cluster
 from hvd_adam.distributed.gradients.grad_scaling import is_nonfinite, probe_of, total_norm
 from hvd_adam.distributed.gradients.lockstep import STEPS, UPDATES, facts_of_groups
+from hvd_adam.distributed.gradients.seen_gradients import SeenGradients
 from hvd_adam.distributed.local.island_adam import IslandAdam
 from hvd_adam.errors import JobError, UserError
 from hvd_adam.optim.adam import Adam
@@ -47,6 +48,7 @@ class LocalAdam(IslandAdam):
         super().__init__(optimizer, model, accumulate=accumulate, **options)
         self._local_steps, self._accumulate = local_steps, accumulate
         self._micro_batch = 0
+        self._seen = SeenGradients(lambda: self._parameters, self._names)
         self.grad_norm: Tensor | None = None
         self.skipped: Tensor | None = None
         self.dropped_rounds = self._dropped_in_a_row = 0
@@ -72,9 +74,20 @@ class LocalAdam(IslandAdam):
 
         Args:
             set_to_none: set gradients to None instead of zero.
+
+        Raises:
+            RuntimeError: a backward pass between two micro-batches was not followed by `step`.
         """
         if not self._micro_batch:
             super().zero_grad(set_to_none)
+            return
+        changed = self._seen.changed()
+        if changed is not None:
+            raise RuntimeError(
+                f"the gradient of {self._names()[changed]} was changed after {self._micro_batch} of "
+                f"{self._accumulate} micro-batches, by a backward pass without step(): with strategy='local' an "
+                "update whose micro-batch has failed cannot start again; end the job, and resume it"
+            )
 
     @torch.inference_mode(False)  # what is received in it could not be used outside
     @torch.no_grad()
@@ -91,7 +104,8 @@ class LocalAdam(IslandAdam):
 
         Raises:
             RuntimeError: `distribute` has been called again for these parameters; a parameter is trained that was
-                frozen when it was called; a GradScaler calls it that was given to `distribute`.
+                frozen when it was called; a GradScaler calls it that was given to `distribute`; gradients were
+                cleared between two micro-batches.
             JobError: on every rank, at a meeting: hyper-parameters differ between ranks. In an island of several
                 ranks, on all of them in the first such update.
         """
@@ -105,9 +119,13 @@ class LocalAdam(IslandAdam):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._micro_batch:
+            self._seen.refuse_cleared(self._micro_batch, self._accumulate)
         self._micro_batch += 1
         if self._micro_batch < self._accumulate:
+            self._seen.look()
             return loss
+        self._seen.forget()
         self._micro_batch = 0
         self._step_locally()
         self._updates, self._updates_in_round = self._updates + 1, self._updates_in_round + 1

@@ -88,6 +88,7 @@ class ReleasingAdam(DistributedAdam):
             self._refuse_changed_options()
         self._averager.finish()
         self._store.sections_updated(self.param_groups, released=True)
+        self._horovod.step(lambda: None)  # weights are updated; a scheduler looks whether step() was called
 
     def _refuse_changed_options(self) -> None:
         before, now = self._began_with, facts_of_groups(self.param_groups)
