@@ -199,6 +199,25 @@ def test_the_last_finite_noise_scale_and_the_speed_of_the_last_job_count(tmp_pat
     assert read.seconds == 32 / 1600
 
 
+def test_a_noise_scale_of_another_form_does_not_count(tmp_path):
+    facts = {"world_size": 2, "global_batch_size": 32}
+    rows = [{"event": "start", "step": 0, **facts, "noise_scale_form": "gradient"}, step(9, 9.0, 190.0, 90.0, None)]
+    resumed = {"event": "resume", "step": 9, **facts, "noise_scale_form": "adam"}
+    with pytest.raises(UserError, match="has no finite noise scale"):
+        records.read(str(write_run(tmp_path / "early", [*rows, resumed, step(10, 9.0, None, None, None)])))
+    rows += [resumed, step(10, 9.0, 40.0, 30.0, 50.0), {**resumed, "step": 10}, step(11, 9.0, None, None, None)]
+    assert records.read(str(write_run(tmp_path / "run", rows))).noise == NoiseScale(40.0, 30.0, 50.0, 10)
+
+
+def test_numbers_that_no_run_can_have_do_not_count(tmp_path):
+    facts = {"event": "start", "step": 0, "world_size": 2, "global_batch_size": 32}
+    rows = [facts, step(1, -5.0, 7.0, 6.0, 8.0), step(2, 8.0, -5.0, None, 1.0), step(3, 1.7e308, 9.0, 6.0, 9.0)]
+    found = records.read(str(write_run(tmp_path / "run", rows)))
+    assert (found.seconds, found.noise.value) == (4.0, 9.0)
+    with pytest.raises(UserError, match="no start event with global_batch_size"):
+        records.read(str(write_run(tmp_path / "huge", [{**facts, "global_batch_size": 10**400}, *rows[1:]])))
+
+
 @pytest.mark.parametrize(
     ("events", "message"),
     [

@@ -26,6 +26,7 @@ from hvd_adam.report.command import write_report
 from hvd_adam.report.curves import chart_data, thin
 from hvd_adam.report.page import render
 from hvd_adam.report.runs import MOST_PICTURES, Run, load_runs
+from hvd_adam.report.summary import options
 from hvd_adam.training.scores import mistakes_file
 from hvd_adam.training.scores.mistakes import Mistake
 
@@ -226,6 +227,13 @@ def test_the_differences_between_the_configurations_are_listed_and_nothing_else(
     names = [part.partition("<")[0] for part in section.split('<th scope="row"><code>')[1:]]
     assert names == ["lr"]
     assert "<code>0.001</code>" in section and "<code>0.003</code>" in section
+
+
+def test_options_that_differ_in_a_late_digit_differ(tmp_path):
+    runs = [str(write_run(tmp_path / name, lr=lr)) for name, lr in (("a", 0.00123456711), ("b", 0.00123456712))]
+    rows = {row["name"]: row for row in options(load_runs(runs))}
+    assert rows["lr"]["different"] and rows["lr"]["values"] == ["0.00123456711", "0.00123456712"]
+    assert not rows["betas"]["different"] and rows["betas"]["values"][0] == "0.9, 0.999"
 
 
 def test_scores_events_and_confusion_of_each_run_are_shown(page):

@@ -330,6 +330,8 @@ def test_one_rank_computes_and_updates_only():
     machine = replace(PLAIN, update_bandwidth=UPDATE_BYTES * 1.5e6)
     step = simulate(TWO, Setting(Ranks(1, 1), accumulate=3), machine)
     assert (step.seconds, step.sent) == (pytest.approx(3 * 0.3 + 1.0), 0)
+    step = simulate(TWO, Setting(Ranks(1, 1), accumulate=10**9), machine)  # in no time
+    assert step.seconds == pytest.approx(10**9 * 0.3 + 1.0)
 
 
 def test_sharded_ranks_share_the_update():
