@@ -10,7 +10,8 @@ set -euo pipefail
 
 folder=/run/hvd_adam
 if [[ -e /dev/nvidiactl ]]; then
-  nvidia-smi --list-gpus | grep -q '^GPU ' || { echo "the GPUs are gone: restart the container" && exit 1; }
+  nvidia-smi --list-gpus | grep '^GPU ' >/dev/null ||
+    { echo "the GPUs are gone: restart the container" && exit 1; }
 fi
 if [[ -e $folder/sshd.pid ]]; then
   port=$(awk '$1 == "Port" { print $2 }' "$folder/sshd_config")
@@ -19,5 +20,5 @@ if [[ -e $folder/sshd.pid ]]; then
 fi
 if [[ ! -e $folder/loads ]]; then
   python -c 'from hvd_adam.distributed.context import horovod; horovod()'
-  touch "$folder/loads"
+  touch "$folder/loads" 2>/dev/null || true # with --user, the folder belongs to another user: check again then
 fi

@@ -98,6 +98,14 @@ def subcommand(
     return chosen
 
 
+def _own_rank() -> int:
+    """Returns this process's rank; 0 if the launcher's variables are wrong, which every rank then reports."""
+    try:
+        return current_rank()
+    except UserError:
+        return 0
+
+
 def _end(error: BaseException, name: str, starting: bool) -> NoReturn:
     """Prints the error once for the job and exits with its code.
 
@@ -106,7 +114,7 @@ def _end(error: BaseException, name: str, starting: bool) -> NoReturn:
     """
     if isinstance(error, ModuleNotFoundError) and (command := _install_command(error.name or "")):
         error = UserError(f"{error.name} is not installed: {command}")
-    failure, rank = Failure.of(error), current_rank()
+    failure, rank = Failure.of(error), _own_rank()
     where = f"rank {rank} on {socket.gethostname()}"
     if failure.traceback:
         grace = GRACE_SECONDS * (1 + rank / max(detect_launcher().size, rank + 1))

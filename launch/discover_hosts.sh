@@ -34,7 +34,7 @@ case ${1:-} in
     fi
     hosts=$(job_hosts)
     ;;
-  *) hostfile=$1; read_hostfile ;;
+  *) hostfile=$1; read_hostfile; name_hosts_once ;;
 esac
 
 for host in ${hosts//,/ }; do

@@ -5,7 +5,7 @@
 #   launch/elastic.sh -np 4 --min-np 2 --hostfile hosts -- --epochs 20
 #   launch/elastic.sh -np 4 --min-np 2 --max-np 8 --discovery ./my_hosts.sh -- --epochs 20
 #
-#   -np N                 number of ranks at the start (default: all slots of the hosts)
+#   -np N                 number of ranks at the start (default: all slots of the hosts, at most --max-np)
 #   --min-np N            pause while fewer ranks are left (default: 1)
 #   --max-np N            maximum number of ranks (default: all slots of the hosts)
 #   --hostfile FILE       lines "HOST slots=N"; the file may change while the job runs. Default without --discovery: the
@@ -43,6 +43,21 @@ require_positive() { [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || fail "$1 ${2:-}: must be a
 # set_rank_count: replaces the function of options.sh, because the hosts change while the job runs.
 set_rank_count() { [[ -z $hosts || -n $hostfile ]] || fail "-H cannot change while the job runs: use --hostfile"; }
 
+# find_hosts: set `found` to the lines that the discovery prints. Wrong ones are internal errors in horovodrun.
+find_hosts() {
+  local line host named=' '
+  found=$(bash -c "$discovery") || fail "the discovery command failed with exit code $?: $discovery"
+  found=$(sed '/^$/d' <<<"$found")
+  [[ -n $found ]] || return 0
+  while IFS= read -r line; do
+    [[ $line =~ ^([A-Za-z0-9_.-]+)(:[0-9]+)?[[:space:]]*$ ]] ||
+      fail "the discovery command prints '$line', which is not of the form HOST or HOST:SLOTS: $discovery"
+    host=${BASH_REMATCH[1]}
+    [[ $named != *" $host "* ]] || fail "the discovery command prints the host $host twice: $discovery"
+    named+="$host "
+  done <<<"$found"
+}
+
 while (($#)); do
   case $1 in
     --min-np) require_positive "${@:1:2}"; min_ranks=$2; shift ;;
@@ -62,12 +77,14 @@ if [[ -z $discovery ]]; then
     fail "no hosts given: use --hostfile or --discovery, or start it in a Slurm allocation"
   printf -v discovery '%q ' bash "$here/discover_hosts.sh" "${hostfile:-slurm}" "${ssh_port:-22}"
 fi
-if [[ -z $ranks || (-z $interface && $dry_run == false) ]]; then
-  found=$(bash -c "$discovery" | grep . || true)
-  [[ -n $found || -n $ranks ]] || fail "no host is reachable: $discovery prints none"
-  ranks=${ranks:-$(awk -F: '{ sum += NF > 1 ? $2 : 1 } END { print sum + 0 }' <<<"$found")}
+if [[ -z $ranks || $dry_run == false ]]; then find_hosts; fi
+if [[ -z $ranks ]]; then
+  [[ -n $found ]] || fail "no host is reachable: $discovery prints none"
+  ranks=$(awk -F: '{ sum += NF > 1 ? $2 : 1 } END { print sum }' <<<"$found")
+  if [[ -n $max_ranks ]] && ((max_ranks < ranks)); then ranks=$max_ranks; fi
 fi
 ((min_ranks <= ranks)) || fail "--min-np $min_ranks is more than the $ranks ranks at the start"
+((ranks <= ${max_ranks:-ranks})) || fail "--max-np $max_ranks is less than the $ranks ranks at the start"
 if [[ -z $interface && $dry_run == false && $(wc -l <<<"$found") == 1 ]]; then
   echo "elastic.sh: waiting for a second host, to find a network interface that both have; to start with" \
     "${found:-the first host} alone, name the interface, as in -i eth0 (on one machine: -i lo)" >&2
@@ -78,8 +95,8 @@ if [[ $module == hvd_adam.train ]]; then module_arguments=(--elastic "${module_a
 
 command=("$python" "$ROOT/hvd_adam/launch/horovodrun.py" -np "$ranks" --min-np "$min_ranks")
 if [[ -n $max_ranks ]]; then command+=(--max-np "$max_ranks"); fi
-command+=(--host-discovery-script "$discovery" --blacklist-cooldown-range "${cooldown[@]}")
-command+=(--gloo-timeout-seconds "$gloo_timeout")
+command+=(--host-discovery-script "$discovery" --slots-per-host 1)
+command+=(--blacklist-cooldown-range "${cooldown[@]}" --gloo-timeout-seconds "$gloo_timeout")
 if [[ -n $interface ]]; then command+=(--network-interfaces "$interface"); fi
 if [[ -n $ssh_port ]]; then command+=(--ssh-port "$ssh_port"); fi
 if [[ -n $ssh_key ]]; then command+=(--ssh-identity-file "$ssh_key"); fi

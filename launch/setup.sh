@@ -137,7 +137,8 @@ make_venv() {
   if has_pip "$venv_python"; then return; fi
   "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
     fail "$base is $("$base" -V), but Python 3.10 or newer is needed: set PYTHON to another one"
-  if [[ -e $VENV && ! -e $VENV/pyvenv.cfg ]] && find "$VENV" -mindepth 1 -maxdepth 1 ! -name log | grep -q .; then
+  if [[ -e $VENV && ! -e $VENV/pyvenv.cfg &&
+    -n $(find "$VENV" -mindepth 1 -maxdepth 1 ! -name log -print -quit) ]]; then
     fail "$VENV is not a virtual environment: move it away, or set HVD_ADAM_VENV to another folder"
   fi
   if has_torch "$base"; then
@@ -296,7 +297,7 @@ fingerprint() {
   echo "options $device $dev $mpi"
   cat "$ROOT"/{setup.cfg,pyproject.toml,launch/setup.sh,launch/lib/{common,torchvision}.sh} \
     "$ROOT"/hvd_adam/{build_horovod/*.{sh,cmake},models/torchvision_operators.py} | sha256sum
-  if has_command mpirun; then mpirun --version 2>&1 | grep -m1 '[0-9]'; fi
+  if has_command mpirun; then grep -m1 '[0-9]' <<<"$(mpirun --version 2>&1)"; fi
   command -v mpirun mpicxx || true
   count_gpus
   "$venv_python" -I "$here/lib/describe_environment.py"
@@ -309,6 +310,8 @@ is_up_to_date() {
 main() {
   parse_arguments "$@"
   base=${PYTHON:-python3} venv_python=$VENV/bin/python
+  # A missing python3 is installed with the other packages.
+  [[ -z ${PYTHON:-} ]] || has_command "$base" || fail "PYTHON=$PYTHON is not a program"
   mkdir -p "$CACHE"
   exec 8>"$CACHE/setup-$(sha256sum <<<"$VENV" | cut -c1-12).lock"
   flock --nonblock 8 || { echo "Waiting for another set-up of $VENV." && flock 8; }

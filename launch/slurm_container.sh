@@ -51,7 +51,7 @@ while (($#)); do
 done
 
 python=${HVD_ADAM_CONTAINER_PYTHON:-/opt/hvd_adam/.venv/bin/python}
-if srun --help 2>/dev/null | grep -q -- --container-image; then
+if srun --help 2>/dev/null | grep -- --container-image >/dev/null; then
   binds=
   for folder in "${mounts[@]}"; do binds+=${binds:+,}$folder:$folder; done
   container_options=(--container-image="$image" --container-mounts="$binds" --container-workdir="$home")

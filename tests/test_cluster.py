@@ -61,10 +61,31 @@ DISTRIBUTE = (
             },
             LaunchInfo("mpirun", 3, 4),
         ),
+        # an empty variable counts as unset
+        ({"RANK": "", "WORLD_SIZE": ""}, LaunchInfo("none", 0, 1)),
+        (
+            {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "", "RANK": "1", "WORLD_SIZE": "2"},
+            LaunchInfo("torchrun", 1, 2),
+        ),
     ],
 )
 def test_the_launcher_is_detected_from_its_variables(environ, expected):
     assert detect_launcher(environ) == expected
+
+
+@pytest.mark.parametrize("value", ["x", "-1", "1.5"])
+def test_a_world_size_that_is_no_whole_number_is_named(value):
+    message = f"WORLD_SIZE is {value!r} in the environment: it must be a whole number"
+    with pytest.raises(UserError, match=re.escape(message)):
+        detect_launcher({"RANK": "0", "WORLD_SIZE": value})
+
+
+def test_a_command_says_so_in_one_line():
+    command = [forked_python(), "-m", "hvd_adam.train", "--epochs", "1"]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "RANK": "0", "WORLD_SIZE": "x"}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 2
+    assert done.stderr.startswith("hvd_adam.train: error: WORLD_SIZE is 'x'") and done.stderr.count("\n") == 1
 
 
 def run(code, environ=None, python=None):
@@ -392,6 +413,8 @@ def test_a_job_with_more_ranks_than_cores_gets_one_warning():
     [
         ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, True),  # sbatch --wrap "python ..."
         ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "1"}, False),
+        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": ""}, False),
+        ({"SLURM_JOB_ID": "", "SLURM_NTASKS": "4"}, False),
         (
             {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4", "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4"},
             False,

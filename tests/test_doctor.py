@@ -25,7 +25,7 @@ from hvd_adam.distributed.launch_env import BUILD_COMMAND, SETUP_COMMAND
 from hvd_adam.doctor import job_checks, links, machine, measurement_checks
 from hvd_adam.doctor.config import DoctorConfig
 from hvd_adam.doctor.gpu import driver
-from hvd_adam.doctor.machine import interfaces, limits, loaded_libraries, shared_memory
+from hvd_adam.doctor.machine import interfaces, limits, loaded_libraries, output_folder, shared_memory
 from hvd_adam.doctor.remote import explain
 from hvd_adam.doctor.report import Check, Report, fail, from_error_message, ok, warn
 from hvd_adam.doctor.software import (
@@ -37,7 +37,7 @@ from hvd_adam.doctor.software import (
     torchvision_release,
 )
 from hvd_adam.doctor.worker import measured_ranks
-from hvd_adam.doctor.worker_process import error_line
+from hvd_adam.doctor.worker_process import Findings, error_line, job_ended, process_ended
 from hvd_adam.errors import UserError
 from hvd_adam.versions import code_hash
 
@@ -425,6 +425,21 @@ def test_a_full_or_read_only_output_folder_is_reported(hosts, workdir):
     assert "status='fail'" in outputs[1] and "Read-only file system" in outputs[1] and "--output-dir" in outputs[1]
 
 
+def test_an_output_folder_in_which_training_cannot_start_fails(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    for folder in (tmp_path / "link", tmp_path / "link" / "run"):
+        check = output_folder(folder)
+        assert check.status == "fail" and f"link is a link to {tmp_path}/gone, which does not exist" in check.found
+    closed = tmp_path / "closed"
+    (closed / "runs").mkdir(parents=True)
+    closed.chmod(0o600)
+    code = "import os, sys; from pathlib import Path; from hvd_adam.doctor.machine import output_folder; "
+    code += "os.geteuid() or os.seteuid(65534); print(output_folder(Path(sys.argv[1])))"
+    command = [sys.executable, "-c", code, closed / "runs" / "a"]
+    done = subprocess.run(command, env=environment(tmp_path), capture_output=True, text=True, check=True)
+    assert "status='fail'" in done.stdout and "Permission denied in" in done.stdout
+
+
 def config(*argv):
     return parse(DoctorConfig, "hvd_adam.doctor", argv)
 
@@ -682,6 +697,11 @@ def test_shared_memory_is_checked_by_its_free_space(total, free, status):
     assert shared_memory((total * MIB, 0, free * MIB)).status == status
 
 
+def test_shared_memory_must_be_writable():
+    check = shared_memory((2048 * MIB, 0, 2048 * MIB), writable=False)
+    assert (check.status, check.found) == ("fail", "not writable")
+
+
 def test_the_interface_named_by_the_environment_must_exist_and_be_up():
     states = {"lo": True, "ib0": False, "eth0": True}
     assert interfaces(states, "eth", ["10.0.0.1"]).status == "ok"  # NCCL accepts a prefix
@@ -764,6 +784,43 @@ def test_one_line_of_a_librarys_output_is_reported():
         == " (It looks like MPI_INIT failed)"
     )
     assert error_line(["----\n"]) == ""
+
+
+def test_lines_of_open_mpi_that_name_no_cause_are_not_reported():
+    cause = "MPI_INIT has failed because at least one MPI process is unreachable"
+    noise = [
+        "[vm:1] [[1,0],0] ORTE_ERROR_LOG: Data unpack would read past end of buffer in file show_help.c",
+        "*** An error occurred in MPI_Init_thread",
+        "*** Unknown error",
+        "*** MPI_ERRORS_ARE_FATAL (processes in this communicator will now abort,",
+        "***    and potentially your MPI job)",
+        "[vm:1] Local abort before MPI_INIT completed completed successfully, but am not able to aggregate",
+    ]
+    assert error_line([cause, *noise]) == f" ({cause})"
+    assert error_line(noise) == ""
+
+
+def test_the_remedy_of_a_horovod_that_does_not_start_names_the_choices_of_mpi(monkeypatch):
+    for name in [name for name in os.environ if name.startswith("OMPI_")]:
+        monkeypatch.delenv(name)
+    one, two = ([Report(rank, "a") for rank in range(ranks)] for ranks in (1, 2))
+    assert "put ssh and Open MPI's programs on PATH" in process_ended(Findings(one, stage="start"), 1).remedy
+    monkeypatch.setenv("OMPI_MCA_btl", "tcp")
+    monkeypatch.setenv("OMPI_MCA_orte_launch", "1")  # as mpirun sets it
+    alone = process_ended(Findings(one, stage="start"), 1).remedy
+    assert alone == "correct or unset OMPI_MCA_btl=tcp; if it is only slow, use a longer --timeout"
+    together = process_ended(Findings(two, stage="start"), 1).remedy
+    assert "firewall" in together and "OMPI_MCA_btl=tcp" in together
+
+
+@pytest.mark.parametrize(
+    ("size", "found"), [("1", "the doctor received SIGTERM"), ("2", "the launcher ended the job")]
+)
+def test_sigterm_is_the_launchers_only_where_there_are_other_ranks(size, found, monkeypatch):
+    monkeypatch.setenv("HOROVOD_RANK", "0")
+    monkeypatch.setenv("HOROVOD_SIZE", size)
+    check = job_ended(Findings(stage="software"))
+    assert check.status == "fail" and found in check.found and check.found.endswith(" at: torch")
 
 
 def test_links_are_measured_between_hosts_or_between_the_ranks_of_one_host():

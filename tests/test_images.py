@@ -50,6 +50,18 @@ def docker_run(image, *arguments, **options):
 # --- the files ----------------------------------------------------------------------------------------------
 
 
+def test_health_check_passes_for_a_user_who_may_not_write_its_folder(tmp_path):
+    for name, line in (("python", ""), ("nvidia-smi", "GPU 0: a")):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho '{line}'\n")
+        (tmp_path / name).chmod(0o755)
+    # Outside the image there is no such folder, so that a file cannot be made there either.
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    checked = subprocess.run(
+        ["bash", DOCKER / "healthcheck.sh"], env=env, capture_output=True, text=True, check=False
+    )
+    assert (checked.returncode, checked.stderr) == (0, "")
+
+
 def test_hadolint_finds_nothing():
     hadolint = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if hadolint is None:

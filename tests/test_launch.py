@@ -417,6 +417,23 @@ def test_host_file_sets_the_number_of_ranks_and_may_have_comments(script, enviro
 
 
 @pytest.mark.parametrize("script", ["mpirun.sh", "horovodrun.sh"])
+def test_slots_of_a_host_that_is_named_twice_add_up(script, environment, tmp_path):
+    (tmp_path / "hosts").write_text("node1 slots=1\nnode2 slots=08\nnode1 slots=2\n")
+    for hosts in (["--hostfile", tmp_path / "hosts"], ["-H", "node1:1,node2:08,node1:2"]):
+        assert " -np 11 -H node1:3\\,node2:8 " in dry_run(script, *hosts, env=environment)
+
+
+def test_a_relative_environment_is_an_absolute_path_for_the_ranks(environment, tmp_path):
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "venv" / "bin" / "python").symlink_to(sys.executable)
+    env = {name: value for name, value in environment.items() if name != "HVD_ADAM_PYTHON"}
+    command = ["bash", LAUNCH / "horovodrun.sh", "-np", "1", "--dry-run"]
+    env |= {"HVD_ADAM_VENV": "venv"}
+    shown = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout
+    assert shown.startswith(f"{tmp_path}/venv/bin/python ")
+
+
+@pytest.mark.parametrize("script", ["mpirun.sh", "horovodrun.sh"])
 @pytest.mark.parametrize(
     "arguments, named",
     [
@@ -431,6 +448,7 @@ def test_host_file_sets_the_number_of_ranks_and_may_have_comments(script, enviro
         (["-H", "a:1", "--hostfile", "/dev/null"], "exclude"),
         (["--hostfile", "/no/such"], "/no/such"),
         (["--hostfile", "/dev/null"], "names no host"),
+        (["--hostfile", "/usr"], "/usr: no such readable file"),
         (["-x", "NO_SUCH_VARIABLE"], "NO_SUCH_VARIABLE"),
         (["-x", "1A=2"], "1A"),
         (["-x", "A.B=2"], "A.B"),
@@ -589,6 +607,9 @@ def slurm(environment, tmp_path):
         (["--launcher", "srun"], "2", "--launcher srun: this Slurm has no PMIx"),
         (["--launcher", "torchrun"], "2", "--launcher torchrun: must be srun, mpirun or horovodrun"),
         (["--epochs", "2"], "2", "unknown option --epochs; options of the training go after --"),
+        (["-i"], "2", "-i needs a value"),
+        (["-i", "--", "--epochs", "2"], "2", "-i needs a value"),
+        (["--module"], "2", "--module needs a value"),
     ],
 )
 def test_slurm_script_refuses_wrong_resources_and_options(arguments, gpus, message, slurm):
@@ -633,8 +654,11 @@ def test_elastic_script_passes_the_hosts_and_limits_to_horovodrun(environment, t
     shown = dry_run(
         "elastic.sh", "--discovery", "echo a:2; echo b", "--cooldown", 5, 9, "--max-np", 8, env=environment
     )
-    assert "-np 3 --min-np 1 --max-np 8 --host-discovery-script echo\\ a:2\\;\\ echo\\ b" in shown
+    script = "--host-discovery-script echo\\ a:2\\;\\ echo\\ b"
+    assert f"-np 3 --min-np 1 --max-np 8 {script} --slots-per-host 1 " in shown
     assert "--blacklist-cooldown-range 5 9" in shown
+    shown = dry_run("elastic.sh", "--discovery", "echo a:2; echo b", "--max-np", 2, env=environment)
+    assert "-np 2 --min-np 1 --max-np 2 " in shown
 
 
 @pytest.mark.parametrize(
@@ -647,10 +671,18 @@ def test_elastic_script_passes_the_hosts_and_limits_to_horovodrun(environment, t
         ("--discovery true", "no host is reachable"),
         ("-np 2 --min-np 3 --discovery true", "--min-np 3 is more than the 2 ranks"),
         ("--discovery true --hostfile /none", "no such readable file"),
+        ("-np 2 --min-np 2 --max-np 1 --discovery true", "--max-np 1 is less than the 2 ranks at the start"),
+        ("-np 2 -i lo --discovery false", "the discovery command failed with exit code 1: false"),
+        (
+            "-np 2 -i lo --discovery 'echo a; echo a 2'",
+            "prints 'a 2', which is not of the form HOST or HOST:SLOTS",
+        ),
+        ("-np 2 --discovery 'echo a:x'", "prints 'a:x', which is not of the form HOST or HOST:SLOTS"),
+        ("--discovery 'echo a:2; echo b; echo a:1'", "prints the host a twice"),
     ],
 )
 def test_bad_options_of_the_elastic_script_get_one_line(arguments, message, environment):
-    ended = run("elastic.sh", *arguments.split(), env=environment)
+    ended = run("elastic.sh", *shlex.split(arguments), env=environment)
     assert ended.returncode == 2
     assert message in ended.stderr
     assert ended.stderr.count("\n") == 1
@@ -680,6 +712,8 @@ def test_unreachable_hosts_are_not_discovered(environment, tmp_path):
         (tmp_path / "hosts").write_text("# a comment\n127.0.0.2 slots=3\n127.0.0.3 slots=1\n\nlocalhost slots=2\n")
         found = run("discover_hosts.sh", tmp_path / "hosts", server.getsockname()[1], env=environment)
     assert sorted(found.stdout.splitlines()) == ["127.0.0.2:3", "localhost:2"]
+    (tmp_path / "hosts").write_text("localhost slots=1\n" * 2)
+    assert run("discover_hosts.sh", tmp_path / "hosts", env=environment).stdout == "localhost:2\n"
     (tmp_path / "hosts").write_text("a 2\n")
     assert "not of the form" in run("discover_hosts.sh", tmp_path / "hosts", env=environment).stderr
 

@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
 FOLDERS = ("launch/*.sh", "hvd_adam/*/build_horovod.sh", "docker/*.sh", "tests/**/run.sh")
 SCRIPTS = sorted([*(path for pattern in FOLDERS for path in ROOT.glob(pattern)), ROOT / ".ci" / "run"])
+SOURCED = [*ROOT.glob("launch/lib/*.sh"), *ROOT.glob("hvd_adam/build_horovod/shell.sh")]
 
 
 @pytest.fixture
@@ -50,6 +51,19 @@ def test_shellcheck_finds_nothing(script):
         pytest.skip("shellcheck is not installed: bash launch/setup.sh --dev")
     checked = subprocess.run(["shellcheck", "-x", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stdout
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, *SOURCED], ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_pipe_ends_in_a_command_that_stops_reading(script):
+    # With pipefail, the command before it then fails by SIGPIPE, if it has not finished by chance.
+    assert re.findall(r"\|\s*(?:grep +(?:-\S+ +)*-\w*[qm].*|head\b.*)", script.read_text()) == []
+
+
+@pytest.mark.parametrize("script", ["setup.sh", "build_horovod.sh", "horovodrun.sh"])
+def test_scripts_need_no_home(script, environment):
+    env = {name: value for name, value in environment.items() if name not in ("HOME", "XDG_CACHE_HOME")}
+    code, out, error = run("bash", LAUNCH / script, "--help", env=env)
+    assert (code, error) == (0, "") and "launch/" in out
 
 
 @pytest.mark.parametrize("script", ["setup.sh", "build_horovod.sh", "quickstart.sh", "../tests/gpu/run.sh"])
@@ -110,6 +124,13 @@ def path_without(tmp_path, environment):
 def test_missing_packages_are_listed_without_apt(path_without):
     code, _, error = run("bash", LAUNCH / "setup.sh", env=path_without("apt-get", "cmake", "g++"))
     assert code == 2 and error.count("\n") == 1 and "missing: cmake g++ (Debian's names)" in error
+
+
+def test_a_python_that_does_not_exist_is_refused_before_anything_is_installed(path_without, tmp_path):
+    env = path_without("apt-get", "cmake") | {"PYTHON": "/nope/python"}
+    code, out, error = run("bash", LAUNCH / "setup.sh", env=env)
+    assert (code, out, error) == (2, "", "setup.sh: PYTHON=/nope/python is not a program\n")
+    assert not (tmp_path / "cache").exists()
 
 
 def test_users_other_than_root_get_the_command_that_installs_missing_packages(path_without):

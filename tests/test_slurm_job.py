@@ -111,6 +111,31 @@ def test_number_of_ranks_is_that_of_the_allocated_tasks(tasks, ranks, slurm):
     )
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [["--module", "mine"], ["--", "--device", "cpu"], ["--", "--dev=cpu", "--epochs", "2"]],
+    ids=" ".join,
+)
+def test_a_partition_with_gpus_runs_programs_of_ones_own_and_trainings_on_cpus(arguments, slurm, tmp_path):
+    (tmp_path / "sinfo").write_text("#!/bin/sh\necho gpu:a100:4\n")
+    job = slurm | {"SLURM_NTASKS": "2", "SLURM_JOB_PARTITION": "p"}
+    done = run("slurm.sh", *arguments, **job)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "has GPUs, but this job has none" in run("slurm.sh", "--", "--epochs", "2", **job).stderr
+
+
+@pytest.mark.parametrize(
+    "task", [{}, {"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"}], ids=["job", "array"]
+)
+@pytest.mark.parametrize(
+    "arguments", [["--output-dir", ""], ["--ou="], ["--epochs", "2", "--output-dir"]], ids=str
+)
+def test_an_empty_output_folder_is_refused(arguments, task, slurm):
+    done = run("slurm.sh", "--", *arguments, **slurm | task | {"SLURM_NTASKS": "2"})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "slurm.sh: --output-dir has an empty value: name a folder, or leave it out\n"
+
+
 def test_one_rank_by_default_is_reported(slurm):
     done = run("slurm.sh", **slurm)
     assert "Starting 1 ranks" in done.stdout and "use sbatch --ntasks-per-node=N" in done.stderr

@@ -71,7 +71,7 @@ describe_mpi() {
     printf 'nompi'
     return
   fi
-  line=$(mpirun --version 2>&1 | grep -m1 '[0-9]') || line=unknown
+  line=$(grep -m1 '[0-9]' <<<"$(mpirun --version 2>&1)") || line=unknown
   line=$(sed -E 's/mpirun \(Open MPI\) ?/openmpi/; s/[^A-Za-z0-9.]+/_/g' <<<"$line")
   printf '%s-%s' "$line" "$(command -v mpicxx | sha256sum | cut -c1-6)"
 }

@@ -5,13 +5,13 @@
 # With CDPATH, `cd` prints the folder that it finds, which would end up in $(cd FOLDER && pwd).
 unset CDPATH
 
-CACHE=${XDG_CACHE_HOME:-$HOME/.cache}/hvd_adam
+CACHE=${XDG_CACHE_HOME:-${HOME:-/tmp}/.cache}/hvd_adam # cron and systemd may set no HOME
 HOROVOD_VERSION=0.28.1
 
 # fail MESSAGE [STATUS]: print one line on stderr and exit. The default status, 2, means bad arguments or a missing
 # prerequisite.
 fail() {
-  printf '%s: %s\n' "$(basename "$0")" "$1" >&2
+  printf '%s: %s\n' "${0##*/}" "$1" >&2
   exit "${2:-2}"
 }
 

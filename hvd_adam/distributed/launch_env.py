@@ -60,12 +60,22 @@ def detect_launcher(environ: Mapping[str, str] = os.environ) -> LaunchInfo:
         environ: the process's environment variables.
 
     Returns:
-        ("none", 0, 1) if no known launcher started the process.
+        ("none", 0, 1) if no known launcher started the process. An empty variable counts as unset.
+
+    Raises:
+        UserError: a rank or world size is not a whole number.
     """
     for launcher, rank, size in _LAUNCHERS:
-        if rank in environ and size in environ:
-            return LaunchInfo(launcher, int(environ[rank]), int(environ[size]))
+        if environ.get(rank) and environ.get(size):
+            return LaunchInfo(launcher, _whole_number(rank, environ), _whole_number(size, environ))
     return LaunchInfo("none", 0, 1)
+
+
+def _whole_number(name: str, environ: Mapping[str, str]) -> int:
+    value = environ[name]
+    if not value.isdecimal():
+        raise UserError(f"{name} is {value!r} in the environment: it must be a whole number; unset it")
+    return int(value)
 
 
 def require_no_launcher() -> None:
@@ -83,7 +93,7 @@ def is_elastic() -> bool:
 def is_on_one_host() -> bool:
     """Returns whether horovodrun has started all ranks on this host; False if it does not tell, or is elastic."""
     size = os.environ.get("HOROVOD_SIZE")
-    return size is not None and size == os.environ.get("HOROVOD_LOCAL_SIZE") and not is_elastic()
+    return bool(size) and size == os.environ.get("HOROVOD_LOCAL_SIZE") and not is_elastic()
 
 
 @contextmanager
@@ -121,8 +131,8 @@ def describe_unused_tasks(launch: LaunchInfo, environ: Mapping[str, str] = os.en
         launch: of this process.
         environ: the process's environment variables.
     """
-    tasks = environ.get("SLURM_NTASKS", "1")
-    if launch.launcher != "none" or "SLURM_JOB_ID" not in environ or tasks == "1":
+    tasks = environ.get("SLURM_NTASKS") or "1"
+    if launch.launcher != "none" or not environ.get("SLURM_JOB_ID") or tasks == "1":
         return ""
     return (
         f"the Slurm job has {tasks} tasks, but no launcher started this process, which is the only rank: use "
@@ -141,4 +151,4 @@ def size_mismatch(launch: LaunchInfo, seen: int) -> UserError:
 def gloo_store_address() -> str | None:
     """Returns HOST:PORT of horovodrun's key-value store, through which Gloo connects ranks; None under MPI."""
     names = ("HOROVOD_GLOO_RENDEZVOUS_ADDR", "HOROVOD_GLOO_RENDEZVOUS_PORT")
-    return ":".join(os.environ[name] for name in names) if all(name in os.environ for name in names) else None
+    return ":".join(os.environ[name] for name in names) if all(map(os.environ.get, names)) else None

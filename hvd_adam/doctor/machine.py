@@ -39,7 +39,7 @@ def examine(report: Report, output_dir: str) -> None:
     """
     report.checks += [
         attempt("Python", _python),
-        attempt("/dev/shm", lambda: shared_memory(shutil.disk_usage("/dev/shm"))),
+        attempt("/dev/shm", lambda: shared_memory(shutil.disk_usage("/dev/shm"), os.access("/dev/shm", os.W_OK))),
         attempt("ulimits", _limits),
         attempt("interfaces", _interfaces),
     ]
@@ -65,13 +65,18 @@ def _python() -> Check:
     return ok("Python", found)
 
 
-def shared_memory(usage: tuple[int, int, int]) -> Check:
-    """Checks the size of /dev/shm.
+def shared_memory(usage: tuple[int, int, int], writable: bool = True) -> Check:
+    """Checks the size of /dev/shm, and that this process may write there.
 
     Args:
         usage: total, used and free bytes.
+        writable: whether files can be made there, as the semaphores of horovodrun and of data loader workers.
     """
     total, _, free = usage
+    if not writable:
+        return fail(
+            "/dev/shm", "not writable", "mount it writable: mount -o remount,rw /dev/shm; chmod 1777 /dev/shm"
+        )
     found = f"{total // MIB} MiB, {free // MIB} MiB free"
     remedy = "make it larger: docker run --shm-size=2g, or mount -o remount,size=2g /dev/shm"
     if free < SHM_REQUIRED:
@@ -177,9 +182,12 @@ def interfaces(states: dict[str, bool], chosen: str, addresses: list[str]) -> Ch
 def output_folder(folder: Path) -> Check:
     """Checks that a directory, which need not exist yet, can be written to, its free space and its speed."""
     name, existing = "output folder", folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
     other = "choose another --output-dir"
+    while not os.path.lexists(existing):  # False where the parent may not be searched: it is the one to test then
+        existing = existing.parent
+    if not os.path.exists(existing):
+        found = f"{existing} is a link to {os.readlink(existing)}, which does not exist or cannot be reached"
+        return fail(name, found, f"make that folder, or {other}")
     if not existing.is_dir():
         return fail(name, f"{existing} is a file", other)
     free = shutil.disk_usage(existing).free

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import queue
 import re
 import signal
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import IO, Any
 
-from hvd_adam.distributed.launch_env import BUILD_COMMAND
+from hvd_adam.distributed.launch_env import BUILD_COMMAND, detect_launcher
 from hvd_adam.doctor.report import INSTALL_COMMAND, Check, Report, fail
 from hvd_adam.doctor.worker import LOAD_SECONDS, PREFIX
 
@@ -26,6 +27,14 @@ KILL_SECONDS = 5.0
 EXIT_SECONDS = 30.0  # MPI's finalization waits for all ranks
 STDERR_SECONDS = 0.2  # for the rest of stderr to arrive after the process has ended
 WORKER = (sys.executable, "-m", "hvd_adam.doctor.worker")
+
+# Lines of Open MPI that name no cause.
+_NO_CAUSE = re.compile(
+    "MPI_ERRORS_ARE_FATAL|Local abort before MPI_INIT|your MPI job|An error occurred in MPI_|Unknown error|"
+    "ORTE_ERROR_LOG"
+)
+# Variables that choose how Open MPI works, without those that mpirun sets itself.
+_CHOICES_OF_MPI = re.compile("OMPI_MCA_(?!ess|orte_|pmix|initial_wdir|mpi_oversubscribe|shmem_RUNTIME)")
 
 _CHECK_NETWORK = "check that the hosts reach each other on any port (firewall), and name the interface (-i)"
 
@@ -44,13 +53,13 @@ STAGES = {
         "longer --timeout",
     ),
     "links": ("network", _CHECK_NETWORK),
-    "start": ("Horovod starts", f"{_CHECK_NETWORK}; if it is only slow, use a longer --timeout"),
+    "start": ("Horovod starts", "if it is only slow, use a longer --timeout"),  # `_remedy` adds to it
     "speed": ("sums", _CHECK_NETWORK),
 }
 
 
 class JobEndedError(Exception):
-    """The launcher sent SIGTERM to this rank."""
+    """The launcher, or another process, sent SIGTERM to this rank."""
 
 
 @dataclass
@@ -195,7 +204,7 @@ def _sigterm_raises() -> Iterator[None]:
 
 def overdue(findings: Findings, seconds: float) -> Check:
     """Returns the failure of a stage that exceeded its time limit after `seconds`."""
-    name, remedy = STAGES[findings.stage]
+    name, remedy = STAGES[findings.stage][0], _remedy(findings)
     if findings.stage == "arrival":
         return fail(name, f"not all ranks called MPI_Init within {seconds:.0f} s", remedy)
     return fail(name, f"not completed within {seconds:.0f} s", remedy)
@@ -208,22 +217,37 @@ def process_ended(findings: Findings, code: int | None) -> Check:
         findings: the results so far.
         code: exit code of the process; negative for a signal.
     """
-    name, remedy = STAGES[findings.stage]
+    name, remedy = STAGES[findings.stage][0], _remedy(findings)
     how = f"with exit code {code}"
     if code is not None and code < 0:
         how = f"by {signal.Signals(-code).name}" if -code in set(signal.Signals) else f"by signal {-code}"
     return fail(name, f"the process ended {how}{error_line(findings.stderr)}", remedy)
 
 
+def _remedy(findings: Findings) -> str:
+    """Returns what to do about the current stage. What can keep Horovod from starting depends on the job."""
+    remedy = STAGES[findings.stage][1]
+    if findings.stage != "start":
+        return remedy
+    causes = [_CHECK_NETWORK] if len(findings.reports) > 1 else []
+    if choices := sorted(f"{name}={value}" for name, value in os.environ.items() if _CHOICES_OF_MPI.match(name)):
+        causes.append(f"correct or unset {', '.join(choices)}")
+    causes = causes or ["put ssh and Open MPI's programs on PATH, which MPI needs even for one process"]
+    return "; ".join([*causes, remedy])
+
+
 def job_ended(findings: Findings) -> Check:
-    """Returns the failure of a job that the launcher ended before the worker had completed."""
-    found = f"the launcher ended the job while this rank was at: {STAGES[findings.stage][0]}"
+    """Returns the failure of a job that SIGTERM ended before the worker had completed."""
+    where = STAGES[findings.stage][0]
+    if detect_launcher().size == 1:
+        return fail("ranks", f"the doctor received SIGTERM while it was at: {where}", "start it again")
+    found = f"the launcher ended the job while this rank was at: {where}"
     return fail("ranks", found, "read the messages of the other ranks and of the launcher")
 
 
 def error_line(stderr: Sequence[str]) -> str:
     """Returns the most informative line of a library's output, in parentheses; "" if there is none."""
     lines = [re.sub(r"\s+", " ", line).strip() for line in tuple(stderr)]
-    lines = [line for line in lines if re.search(r"\w", line)]
+    lines = [line for line in lines if re.search(r"\w", line) and not _NO_CAUSE.search(line)]
     errors = [line for line in lines if re.search(r"error|fail|not able|cannot|unable", line, re.IGNORECASE)]
     return f" ({(errors or lines)[-1][:200]})" if lines else ""

@@ -5,8 +5,12 @@
 # Symbolic links in the path stay as they are: on another host they may point elsewhere.
 ROOT=$(CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 VENV=${HVD_ADAM_VENV:-$ROOT/.venv}
+if [[ $VENV != /* ]]; then VENV=$PWD/$VENV; fi # other hosts and folders start the same Python
 # shellcheck source=hvd_adam/build_horovod/shell.sh
 source "$ROOT/hvd_adam/build_horovod/shell.sh"
+
+# require_value OPTION ARGUMENTS...: check that the option is followed by a value.
+require_value() { [[ $# -ge 2 && -n $2 && $2 != -- ]] || fail "$1 needs a value; see --help"; }
 
 # find_python: print the absolute path of the Python that trains, so that other hosts start the same one.
 find_python() {

@@ -7,9 +7,6 @@ module=hvd_adam.train
 dry_run=false check=true
 pass_variables=() module_arguments=()
 
-# require_value OPTION ARGUMENTS...: check that the option is followed by a value.
-require_value() { [[ $# -ge 2 && -n $2 && $2 != -- ]] || fail "$1 needs a value; see --help"; }
-
 # parse_options ALLOWED_CONTROLLERS ARGUMENTS...
 parse_options() {
   local controllers=$1
@@ -61,6 +58,7 @@ check_options() {
   [[ -z $ssh_port || $ssh_port =~ ^[0-9]+$ ]] || fail "--ssh-port $ssh_port is not a port number"
   [[ -z $ssh_key || -r $ssh_key ]] || fail "--ssh-key $ssh_key: no such readable file"
   [[ -z $hostfile ]] || read_hostfile
+  name_hosts_once
   export_variables
   set_rank_count
 }
@@ -68,7 +66,7 @@ check_options() {
 # read_hostfile: convert the lines "host slots=N" to the value of -H, because the launchers disagree on the format of a
 # host file. Blank lines and comments are skipped.
 read_hostfile() {
-  [[ -r $hostfile ]] || fail "--hostfile $hostfile: no such readable file"
+  [[ -r $hostfile && ! -d $hostfile ]] || fail "--hostfile $hostfile: no such readable file"
   local line
   while read -r line || [[ -n $line ]]; do
     line=${line%%#*}
@@ -78,6 +76,20 @@ read_hostfile() {
     hosts+=${hosts:+,}${BASH_REMATCH[1]}:${BASH_REMATCH[2]}
   done <"$hostfile"
   [[ -n $hosts ]] || fail "--hostfile $hostfile names no host"
+}
+
+# name_hosts_once: add up the slots of a host that is named several times, as in the node file of PBS. horovodrun
+# with Gloo would fail, and an elastic one wait for ever.
+name_hosts_once() {
+  local host name names=()
+  local -A slots=()
+  for host in ${hosts//,/ }; do
+    name=${host%%:*}
+    [[ -n ${slots[$name]:-} ]] || names+=("$name")
+    slots[$name]=$((${slots[$name]:-0} + 10#${host##*:}))
+  done
+  hosts=
+  for name in "${names[@]}"; do hosts+=${hosts:+,}$name:${slots[$name]}; done
 }
 
 # export_variables: -x NAME=VALUE sets the variable, -x NAME passes on the current value; both reach all ranks.

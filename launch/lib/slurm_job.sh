@@ -32,8 +32,8 @@ parse_job() {
   while (($#)); do
     case $1 in
       --launcher) set_launcher "${2:-}"; shift ;;
-      -i | --network-interface) interface=${2:?"$1 needs a value"}; shift ;;
-      --module) module=${2:?"$1 needs a value"}; shift ;;
+      -i | --network-interface) require_value "$@"; interface=$2; shift ;;
+      --module) require_value "$@"; module=$2; shift ;;
       -h | --help) print_usage; exit 0 ;;
       --) shift; arguments=("$@"); break ;;
       *) fail "unknown option $1; options of the training go after --" ;;
@@ -66,25 +66,31 @@ require_job() {
   SLURM_JOB_NODELIST=${SLURM_JOB_NODELIST:-this node}
   ((gpus == 0 || gpus == per_node)) ||
     fail "$gpus GPUs but $per_node tasks per node: use sbatch --ntasks-per-node=$gpus, for one rank per GPU"
-  if ((gpus == 0)) && [[ " ${arguments[*]} " != *" --device"[\ =]"cpu "* ]] && partition_has_gpus; then
+  # Of programs of one's own, it is not known whether they use GPUs. --device may be abbreviated.
+  if [[ $module == hvd_adam.train && ! " ${arguments[*]} " =~ \ --dev(i|ic|ice)?[\ =]cpu\  ]] &&
+    ((gpus == 0)) && partition_has_gpus; then
     fail "partition $SLURM_JOB_PARTITION has GPUs, but this job has none: use sbatch --gpus-per-node=N, or -- --device cpu"
   fi
 }
 
-partition_has_gpus() { sinfo --noheader --partition "${SLURM_JOB_PARTITION:-}" --format %G 2>/dev/null | grep -q gpu; }
+partition_has_gpus() {
+  # Not grep -q, here and elsewhere: it ends at the first match, and the command in front of it then fails by SIGPIPE.
+  sinfo --noheader --partition "${SLURM_JOB_PARTITION:-}" --format %G 2>/dev/null | grep gpu >/dev/null
+}
 
 # set_output_dir: use the same run folder at every start of the job, and one for every task of an array.
 set_output_dir() {
-  local task=${SLURM_ARRAY_TASK_ID:-} folder i
+  local task=${SLURM_ARRAY_TASK_ID:-} folder value i
   [[ $module == hvd_adam.train ]] || return 0
-  if [[ -n $task ]]; then
-    for ((i = 0; i < ${#arguments[@]}; i++)); do
-      case ${arguments[i]} in
-        --ou*=*) arguments[i]+=/$task ;; # may be abbreviated
-        --ou*) i=$((i + 1)); arguments[i]+=/$task ;;
-      esac
-    done
-  fi
+  for ((i = 0; i < ${#arguments[@]}; i++)); do
+    case ${arguments[i]} in # the option may be abbreviated
+      --ou*=*) value=${arguments[i]#*=} ;;
+      --ou*) i=$((i + 1)); value=${arguments[i]:-} ;;
+      *) continue ;;
+    esac
+    [[ -n $value ]] || fail "--output-dir has an empty value: name a folder, or leave it out"
+    arguments[i]+=${task:+/$task}
+  done
   folder=runs/slurm-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${task:+/$task}
   # If an option is given twice, the last value counts. A value in a --config file counts less than either.
   arguments=(--output-dir "$folder" ${task:+--seed "$task"} "${arguments[@]}")
@@ -92,7 +98,7 @@ set_output_dir() {
 
 choose_launcher() {
   local pmix=false
-  if srun --mpi=list 2>&1 | grep -qw pmix; then pmix=true; fi
+  if srun --mpi=list 2>&1 | grep -w pmix >/dev/null; then pmix=true; fi
   if [[ -z $launcher ]]; then
     if [[ $pmix == true ]]; then launcher=srun; elif has_command mpirun; then launcher=mpirun; else launcher=horovodrun; fi
   elif [[ $launcher == srun && $pmix == false ]]; then
