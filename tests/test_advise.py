@@ -162,6 +162,21 @@ def test_a_batch_that_the_rule_cannot_scale_to_is_refused():
         options_for(record(lr_scaling="sqrt"), Row(2, 512, 1, 1024, 1.0, 1.0, 1.0, 1.0, 1.0))
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        *(("lr", value, r"a number in \[0, inf\)") for value in ("abc", None, -1, math.nan, [1, 2], 10**400)),
+        *(("betas", value, r"two numbers in \[0, 1\)") for value in (3, "x", [0.9], [0.9, None], [0.9, 1])),
+        ("eps", {}, r"a number in \[0, inf\)"),
+    ],
+)
+def test_an_option_of_the_run_that_is_no_number_is_named_with_its_file(tmp_path, name, value, wanted):
+    run = write_run(tmp_path / "run", **{name: value})
+    with pytest.raises(UserError, match=rf"run/config\.yaml: {name} is .*: it must be {wanted}") as refusal:
+        ask(run)
+    assert "\n" not in str(refusal.value)
+
+
 # The run folder and the command.
 
 
@@ -201,7 +216,10 @@ def test_the_last_finite_noise_scale_and_the_speed_of_the_last_job_count(tmp_pat
 
 def test_a_noise_scale_of_another_form_does_not_count(tmp_path):
     facts = {"world_size": 2, "global_batch_size": 32}
-    rows = [{"event": "start", "step": 0, **facts, "noise_scale_form": "gradient"}, step(9, 9.0, 190.0, 90.0, None)]
+    rows = [
+        {"event": "start", "step": 0, **facts, "noise_scale_form": "gradient"},
+        step(9, 9.0, 190.0, 90.0, None),
+    ]
     resumed = {"event": "resume", "step": 9, **facts, "noise_scale_form": "adam"}
     with pytest.raises(UserError, match="has no finite noise scale"):
         records.read(str(write_run(tmp_path / "early", [*rows, resumed, step(10, 9.0, None, None, None)])))
@@ -262,14 +280,17 @@ def ask(*argv):
         (["a", "--batches", "8,x"], "--batches is '8,x': it must be 1 to 64 numbers"),
         (["a", "--batches", ","], "--batches is ','"),
         (["a", "--calibration", "c", "--ranks", "0"], "--ranks is '0'"),
+        (["a", "--batches", "1" * 5000], "--batches is '111"),
+        (["a", "--calibration", "c", "--ranks", "1" * 5000], "--ranks is '111"),
         (["a", "--price", "-1"], "--price is -1"),
+        (["a", "--price", "1e308"], r"--price is 1e\+308: it must be from 0 to 1e\+09"),
         (["a", "--confirm", "--candidates", "1"], "--candidates is 1: it must be at least 2"),
     ],
 )
 def test_bad_options_are_refused_in_one_line(argv, message):
     with pytest.raises(UserError, match=message) as refusal:
         ask(*argv)
-    assert "\n" not in str(refusal.value)
+    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 500
 
 
 def test_batches_beyond_an_epoch_and_ranks_that_do_not_divide_the_batch_are_refused(tmp_path):

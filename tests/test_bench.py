@@ -162,6 +162,7 @@ def test_the_table_has_columns_of_fixed_width():
             "--workloads is 1M,vgg: it must be numbers of parameters, as in 16M,1G",
         ),
         (AdamConfig, "--workloads 0", "--workloads is 0: it must be numbers of parameters"),
+        pytest.param(AdamConfig, f"--workloads {'1' * 5000}", "--workloads is 111", id="5000 digits"),
         (AdamConfig, "--workloads ,", "--workloads is ,: it must be numbers of parameters"),
         (AdamConfig, "--dtype float32-master", "--dtype is float32-master: it must be one of float32"),
         (AdamConfig, "--repeats 0", "--repeats is 0: it must be at least 1"),
@@ -678,7 +679,9 @@ def test_checkpoint_times_runs_with_and_without_checkpoints(tmp_path, mark):
     output = bench_json("checkpoint", *argv, "--launcher", "gloo", "--device", "cpu", forked=True)
     without, with_them = output["rows"]
     assert (without["variant"], with_them["variant"]) == ("without", "with")
-    assert without["samples"] == with_them["samples"] == 2  # without the first interval, and the update after the last one
+    assert (
+        without["samples"] == with_them["samples"] == 2
+    )  # without the first interval, and the update after the last one
     assert without["to_without"] == 1
     assert with_them["to_without"] == pytest.approx(with_them["median_ms"] / without["median_ms"])
     assert with_them["megabytes"] > 1

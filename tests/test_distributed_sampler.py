@@ -180,6 +180,22 @@ def test_a_loader_leaves_pytorchs_generator_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_a_loader_of_ones_own_draws_its_seed_once_in_an_epoch_that_resumes():
+    sampler, drawn = make(), []
+    for number, _ in enumerate(sampler.track(DataLoader(DATA, batch_sampler=sampler))):
+        drawn.append(torch.rand(()))  # dropout
+        if number == 1:
+            state, generator = sampler.state_dict(), torch.get_rng_state()
+    resumed = make()
+    resumed.load_state_dict(state)
+    torch.set_rng_state(generator)
+    loader = DataLoader(DATA, batch_sampler=resumed)
+    assert [torch.rand(()) for _ in resumed.track(loader)] == drawn[2:]
+    torch.set_rng_state(generator)
+    list(resumed.track(loader))
+    assert not torch.equal(torch.get_rng_state(), generator)  # an epoch from its start draws, as ever
+
+
 def test_workers_have_other_seeds_in_each_epoch_and_rank_and_the_same_ones_again():
     class Seeds(torch.utils.data.Dataset):
         def __len__(self):

@@ -266,7 +266,7 @@ def test_damaged_files_are_left_out_of_the_cache_and_reported_at_every_use(tmp_p
         caplog.clear()
         data = pack(damaged, tmp_path / "cache", max_unreadable=2)
         assert (len(data.train_images), len(data.test_images)) == (23, 7)
-        assert sum("train/dog/003.jpg" in line for line in caplog.messages) >= 1
+        assert sum("train/dog/003.jpg" in line for line in caplog.messages) == 1
     with pytest.raises(UserError, match="--max-corrupt 1"):
         pack(damaged, tmp_path / "cache")
 

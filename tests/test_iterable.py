@@ -2,7 +2,7 @@
 
 Hazards: an item that two ranks or workers have, or none; a rank that waits for one that has no more batches, or
 whose loader has failed; ranks with different numbers of updates, or with half of one; a batch that a resume loses
-or repeats.
+or repeats; random numbers that a resume draws twice.
 """
 
 from itertools import chain
@@ -160,6 +160,25 @@ def test_a_pass_resumes_after_the_batches_of_complete_updates(cluster):
     second.load_state_dict(states[-1][1])
     assert list(second) == [4, 5, 6, 7]
     assert list(second) == list(range(8))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_resumed_pass_draws_the_random_numbers_of_an_uninterrupted_one(accumulate):
+    def steps():
+        return equal_steps(DataLoader(range(12)), SINGLE, accumulate=accumulate)  # iter(DataLoader) draws a seed
+
+    drawn, resumed = [], steps()
+    first = steps()
+    for _ in first:
+        drawn.append(torch.rand(()))  # dropout
+        if len(drawn) == 4:
+            state, generator = first.state_dict(), torch.get_rng_state()
+    after = torch.rand(())
+    resumed.load_state_dict(state)
+    torch.set_rng_state(generator)
+    assert [torch.rand(()) for _ in resumed] == drawn[4:] and torch.rand(()) == after
+    torch.set_rng_state(generator)
+    assert [torch.rand(()) for _ in resumed][:8] != drawn[4:]  # a pass from the start draws, as ever
 
 
 @on_ranks(2)

@@ -229,10 +229,15 @@ class Texts(Single):
     def __getitem__(self, index):
         return "text", 0
 
+class Halves(Single):
+    def __len__(self):
+        return 3.5
+
 class Fails(Single):
     def __getitem__(self, index):
         return self.missing
 
+rows = TensorDataset(torch.zeros(8, 3), torch.zeros(8))
 without_train = lambda: Parts(train=None)
 without_test = lambda: Parts(test=None)
 without_classes = lambda: Parts(classes=None)
@@ -244,6 +249,10 @@ empty = lambda: Parts(train=TensorDataset(torch.zeros(0, 3), torch.zeros(0)))
 single = lambda: Parts(train=Single())
 texts = lambda: Parts(train=Texts())
 fails = lambda: Parts(train=Fails())
+unsized = lambda: Datasets(Stream(), rows, (), name="own")
+absent = lambda: Datasets(rows, None, (), name="own")
+halves = lambda: Datasets(Halves(), rows, (), name="own")
+halves_of_parts = lambda: Parts(train=Halves())
 shapes = lambda: Parts(test=TensorDataset(torch.zeros(8, 4), torch.zeros(8)))
 parts = lambda: Parts()
 
@@ -274,6 +283,14 @@ WRONG_OWN = {
     "--dataset wrong:single": ["train[0] is a Tensor", "(input, target)"],
     "--dataset wrong:texts": ["a str as its input"],
     "--dataset wrong:fails": ["train[0] fails: AttributeError", "wrong.py, line"],
+    "--dataset wrong:unsized": ["data set own: train is a Stream without __len__", "a length"],
+    "--dataset wrong:absent": ["data set own: test is a NoneType without __len__", "map-style"],
+    "--dataset wrong:halves": [
+        "data set own: train is a Halves whose __len__ fails",
+        "'float'",
+        "number of samples",
+    ],
+    "--dataset wrong:halves_of_parts": ["'wrong:halves_of_parts': train is a Halves whose __len__ fails"],
     "--dataset wrong:shapes": ["(3,)", "(4,)", "the same"],
     "--dataset wrong:parts --positive-class a": ["--positive-class", "ImageData"],
     "--dataset wrong:parts --data-dir photos": ["--data-dir photos has no effect", "no parameter data_dir"],

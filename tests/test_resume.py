@@ -225,14 +225,29 @@ def test_a_closed_terminal_saves_a_checkpoint_unless_the_job_ignores_it(place):
     assert events(place / "nohup")[-1]["step"] == STEPS
 
 
-def test_a_run_ended_by_max_steps_resumes_within_the_epoch_with_a_larger_max_steps(alone, place):
-    argv = ["--lr-decay", "constant"]  # does not depend on the number of updates
-    succeeded(alone("long", *argv))
+@pytest.mark.parametrize("decay", ["constant", "step --lr-decay-epochs 1,2"])  # independent of the run's length
+def test_a_run_ended_by_max_steps_resumes_within_the_epoch_with_a_larger_max_steps(alone, place, decay):
+    argv, name = ["--lr-decay", *decay.split()], decay[:4]
+    succeeded(alone(f"long-{name}", *argv))
     for steps in (3, 9):
-        succeeded(alone("longer", *argv, "--max-steps", steps))
-    succeeded(alone("longer", *argv))
-    one, other = (checkpoint(place / name)["model"] for name in ("long", "longer"))
+        succeeded(alone(f"longer-{name}", *argv, "--max-steps", steps))
+    assert "--lr-decay" not in succeeded(alone(f"longer-{name}", *argv)).stdout
+    one, other = (checkpoint(place / f"{length}-{name}")["model"] for length in ("long", "longer"))
     assert all(torch.equal(weight, other[name]) for name, weight in one.items())
+
+
+def test_a_resume_with_another_length_says_that_the_decay_is_stretched(alone, place):
+    lengths = (["--max-steps", 3], ["--max-steps", 3], ["--epochs", 2], ["--max-steps", 6])
+    said = [
+        line
+        for length in lengths
+        for line in succeeded(alone("stretched", *length)).stdout.splitlines()
+        if "--lr-decay" in line
+    ]
+    assert said == [
+        "the run has 12 updates, and had 3: --lr-decay cosine now ends after 12, so the result is not that of a "
+        "run of 12 updates from the start"
+    ]
 
 
 def test_a_run_killed_before_its_first_checkpoint_restarts_from_the_beginning(alone, place):

@@ -1,7 +1,7 @@
 """Iterable data sets in `train`: every rank reads the stream, and all ranks together have its samples once.
 
 Hazards: a sample that two ranks have or none; random numbers that depend on the rank, the worker or a resume; a
-stream that ends early; a stream that each rank has divided itself; options that a stream cannot follow.
+stream that ends early or late; a stream that each rank has divided itself; options that a stream cannot follow.
 """
 
 import hashlib
@@ -149,6 +149,23 @@ def test_a_read_of_the_stream_leaves_the_generators_of_the_rank_alone():
 def test_a_stream_that_is_shorter_than_its_length_is_refused(workers):
     with pytest.raises(UserError, match="train has ended after 20 of the 50 samples of its __len__"):
         batches(workers, count=20)
+
+
+@pytest.mark.parametrize(("workers", "length"), [(0, 48), (1, 48), (0, 49), (0, 40)])  # updates have 12 samples
+def test_a_stream_that_is_longer_than_its_length_is_refused_by_the_last_rank(workers, length):
+    with pytest.raises(UserError, match=f"train yields more than the {length} samples of its __len__: let it"):
+        batches(workers, ranks=2, length=length)
+    test = Datasets(Numbers(), Numbers(length), ())
+    loaders = [WorkerLoader(test, CPU, workers=workers).test_batches(8, rank=rank, size=2) for rank in range(2)]
+    assert sum(len(numbers) for _, numbers in loaders[0]) == length // 2
+    with pytest.raises(UserError, match=f"test yields more than the {length} samples"):
+        list(loaders[1])
+
+
+def test_a_run_on_a_stream_that_is_longer_than_its_length_is_refused(tmp_path):
+    (tmp_path / "mine.py").write_text(MINE.replace("return self.count", "return self.count - 8"))
+    done = train("--dataset", "mine:data", "--model", "mlp", folder=tmp_path / "run", cwd=tmp_path)
+    assert "rows: train yields more than the 120 samples of its __len__: let it return how many" in one_line(done)
 
 
 @pytest.fixture(scope="module")

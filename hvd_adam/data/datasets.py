@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from hvd_adam.data.images import require_statistics
 from hvd_adam.errors import UserError
+from hvd_adam.import_path import failure
 
 _MOST_TRIED = 32  # samples that are read for the shape: where a whole folder is missing, none can be
 
@@ -51,7 +52,7 @@ class StreamDataset(Sized, Protocol):
     """
 
     def __iter__(self) -> Iterator[Any]:
-        """Yields len samples: pairs of an input and a target."""
+        """Yields len samples, no more and no fewer: pairs of an input and a target."""
 
 
 def is_stream(dataset: object) -> bool:
@@ -83,6 +84,28 @@ def _first_readable(dataset: Any) -> Any:
         raise
 
 
+def number_of_samples(dataset: Any, what: str) -> int:
+    """Returns the length of a data set of either style.
+
+    Args:
+        dataset: of any class.
+        what: the data set and its part, for messages.
+
+    Raises:
+        UserError: it has no `__len__`, or that does not return a number of samples.
+    """
+    kind = type(dataset).__name__
+    if not hasattr(type(dataset), "__len__"):
+        kinds = "map-style torch Dataset, or an IterableDataset with a length"
+        raise UserError(f"{what} is a {kind} without __len__ (the number of samples): give a {kinds}")
+    try:
+        return len(dataset)
+    except Exception as error:
+        raise UserError(
+            f"{what} is a {kind} whose __len__ fails: {failure(error)}: let it return the number of samples"
+        ) from error
+
+
 @dataclass(frozen=True)
 class Datasets:
     """Training and test samples as PyTorch data sets, each map-style or iterable.
@@ -93,8 +116,8 @@ class Datasets:
     Python.
 
     Raises:
-        UserError: a part has no samples, `mean` and `std` do not fit each other, or `resize` is not a height and
-            a width.
+        UserError: a part has no length or no samples, `mean` and `std` do not fit each other, or `resize` is not
+            a height and a width.
     """
 
     train: MapDataset | StreamDataset
@@ -121,7 +144,7 @@ class Datasets:
 
     def __post_init__(self) -> None:
         for part in ("train", "test"):
-            if not len(getattr(self, part)):
+            if not number_of_samples(getattr(self, part), f"data set {self.name}: {part}"):
                 raise UserError(f"data set {self.name}: there are no {part} samples")
         require_statistics(self.mean, self.std, f"data set {self.name}")
         sides = self.resize if isinstance(self.resize, tuple | list) else ()

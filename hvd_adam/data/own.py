@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hvd_adam.data.datasets import Datasets, UnreadableSample, first_sample, is_stream
+from hvd_adam.data.datasets import Datasets, UnreadableSample, first_sample, is_stream, number_of_samples
 from hvd_adam.data.images import ImageData, require_class_names
 from hvd_adam.data.workers.random_state import preserved, seed_all
 from hvd_adam.errors import UserError
@@ -91,7 +91,7 @@ def _check_samples(dataset: Any, what: str) -> tuple[int, ...] | None:
         if not hasattr(type(dataset), method):
             kinds = "map-style torch Dataset, or an IterableDataset with a length"
             raise UserError(f"{what} is a {type(dataset).__name__} without {method} ({meaning}): give a {kinds}")
-    if not len(dataset):
+    if not number_of_samples(dataset, what):
         raise UserError(f"{what} is empty: it has no samples")
     try:
         with preserved():  # it may be augmented

@@ -134,7 +134,8 @@ class WorkerLoader:
             starts = ((step * global_batch_size, share) for step in steps for share in shares)
             ranges = [range(start + share.start, start + share.stop) for start, share in starts]
             words = partial(sampling.augmentation_bits, seed, epoch, global_batch_size=global_batch_size)
-            return self._batches(self._stream("train", ranges, epoch, words, global_batch_size), rank)
+            stream = self._stream("train", ranges, epoch, words, global_batch_size, to_end=rank == size - 1)
+            return self._batches(stream, rank)
 
         def requests() -> Iterator[list[Request]]:
             order = sampling.epoch_order(len(self.data.train), seed, epoch)
@@ -161,7 +162,8 @@ class WorkerLoader:
         ranges = [range(start, min(start + batch_size, mine.stop)) for start in starts]
         if is_stream(self.data.test):
             every = partial(_same_for_every_group, words)
-            return self._batches(self._stream("test", ranges, 0, every, len(words)), rank)
+            stream = self._stream("test", ranges, 0, every, len(words), to_end=rank == size - 1)
+            return self._batches(stream, rank)
         return self._batches(([Request(i, int(words[i]), False) for i in indices] for indices in ranges), rank)
 
     def close(self) -> None:
@@ -170,11 +172,18 @@ class WorkerLoader:
         _open_loaders.discard(self)
 
     def _stream(
-        self, part: str, ranges: list[range], epoch: int, words: Callable[[int], np.ndarray], group: int
+        self,
+        part: str,
+        ranges: list[range],
+        epoch: int,
+        words: Callable[[int], np.ndarray],
+        group: int,
+        *,
+        to_end: bool,  # the last rank does, which has the least to read on
     ) -> Stream:
         name = f"data set {self.data.name}: {part}"
         classes = len(self.data.classes) if part == "test" or self._checks_training_labels else 0
-        return Stream(getattr(self.data, part), name, ranges, epoch, words, group, classes)
+        return Stream(getattr(self.data, part), name, ranges, epoch, words, group, classes, to_end)
 
     def _batches(self, requests: Iterable[list[Request]] | Stream, rank: int) -> Iterator[Batch]:
         batches = self._fetched(requests, rank)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import os
 import platform
 import shlex
@@ -25,6 +26,7 @@ from hvd_adam.checkpoint import storage
 from hvd_adam.checkpoint.files import write_atomically
 from hvd_adam.checkpoint.state import TrainingState
 from hvd_adam.config import TrainConfig
+from hvd_adam.data.sampling import steps_per_epoch
 from hvd_adam.errors import Preempted, UserError
 from hvd_adam.log import logger
 from hvd_adam.recovery.preemption import stop_requested
@@ -197,7 +199,26 @@ def open_run(
         raise UserError(
             f"cannot write to the run folder {folder} ({error.strerror}): choose another --output-dir"
         ) from None
+    if resume is not None:
+        _note_length(config, resume.state, data)
     return folder, resume
+
+
+def _note_length(config: TrainConfig, state: TrainingState, data: Mapping[str, Any]) -> None:
+    """Logs that a run which resumes has another length, where its learning rates depend on that."""
+    batch = state.progress["global_batch_size"]
+    now, before = (
+        min(length["epochs"] * steps_per_epoch(images, batch), length["max_steps"] or math.inf)
+        for length, images in (
+            (asdict(config), data["train_images"]),
+            (state.config, state.data.get("train_images", data["train_images"])),
+        )
+    )
+    if config.lr_decay in ("cosine", "linear") and now != before and state.progress["step"] < now:
+        logger.info(
+            f"the run has {now} updates, and had {before}: --lr-decay {config.lr_decay} now ends after {now}, so "
+            f"the result is not that of a run of {now} updates from the start"
+        )
 
 
 def _made(folder: Path, *, is_new: bool) -> Path:

@@ -65,6 +65,7 @@ def open_cache(
     # A file may change and keep its size. Times are no part of the checksum: hosts may have copies of the files.
     times = b"".join(part.modified.astype("<i8").tobytes() for part in (files.train, files.test))
     folder = cache / f"{NAME}-{_checksum(content.encode() + times)}"
+    unreadable = UnreadableSamples(max_unreadable)
     try:
         cache.mkdir(parents=True, exist_ok=True)
         manifest = _read_manifest(folder, side)
@@ -72,7 +73,7 @@ def open_cache(
             with _locked(cache / f".{folder.name}.lock", progress):
                 manifest = _read_manifest(folder, side)  # another rank of this host may have made it meanwhile
                 if manifest is None:
-                    manifest = _make(files, folder, side, workers, max_unreadable, progress)
+                    manifest = _make(files, folder, side, workers, unreadable, progress)
     except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
         needed = (len(files.train) + len(files.test)) * 3 * side**2
         reason = getattr(error, "strerror", None) or error
@@ -80,7 +81,7 @@ def open_cache(
             f"cannot write the cache {cache}: {reason} (it needs {needed / 1e9:.2f} GB): choose another "
             "--cache, or leave the option out"
         ) from None
-    UnreadableSamples(max_unreadable).add(manifest["unreadable"])
+    unreadable.add(manifest["unreadable"])  # the rank that has made the cache has reported them
     images = {
         part: np.memmap(
             folder / f"{part}.images", dtype=np.uint8, mode="r", shape=(manifest["counts"][part], 3, side, side)
@@ -140,7 +141,7 @@ class _locked:
 
 
 def _make(
-    files: ImageFolder, folder: Path, side: int, workers: int, max_unreadable: int, progress: Progress
+    files: ImageFolder, folder: Path, side: int, workers: int, unreadable: UnreadableSamples, progress: Progress
 ) -> dict[str, Any]:
     """Makes a cache and returns its manifest."""
     draft = folder.with_name(f".{folder.name}.new")
@@ -148,7 +149,6 @@ def _make(
         shutil.rmtree(stale, ignore_errors=True)
     draft.mkdir()
     try:
-        unreadable = UnreadableSamples(max_unreadable)
         counts = {
             part: _pack(getattr(files, part), draft / part, side, workers, unreadable, progress) for part in PARTS
         }

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from hvd_adam.data.samplers.ranks import rank_and_size
 from hvd_adam.data.sampling import batch_share, epoch_order, steps_per_epoch
+from hvd_adam.data.workers.random_state import preserved
 from hvd_adam.distributed.agreement import raise_on_all_ranks, require_same
 from hvd_adam.distributed.context import running_cluster
 from hvd_adam.errors import UserError
@@ -161,7 +162,10 @@ class StatefulDistributedSampler(Sampler[list[int]]):
         """
         epoch, taken = self._epoch, self._first_step * self.accumulate
         self._taken = taken
-        for batch in batches:
+        # In the middle of an epoch, iter(DataLoader) had drawn its seed before the state was saved.
+        with preserved() if self._first_step else nullcontext():
+            opened = iter(batches)
+        for batch in opened:
             self._repeats |= taken > self._first_step * self.accumulate  # one batch may be a look at its shape
             taken += 1
             self._taken, self._untracked = taken, False

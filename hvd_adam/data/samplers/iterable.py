@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from itertools import islice
 from typing import Any, Generic, NoReturn, TypeVar
 
@@ -12,6 +13,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from hvd_adam.data.samplers.ranks import rank_and_size
+from hvd_adam.data.workers.random_state import preserved
 from hvd_adam.distributed.agreement import raise_on_all_ranks, require_same
 from hvd_adam.distributed.context import Cluster, collective_prefix, horovod
 from hvd_adam.distributed.join import refuse_in_join
@@ -107,6 +109,7 @@ class EqualSteps(Generic[T]):
         """Lets the next pass skip the batches of a saved state, on the same number of ranks.
 
         The loader reads and drops them, so this takes as long as loading them; and its order must be what it was.
+        Meanwhile PyTorch's generator of the CPU, NumPy's and Python's stay as they are.
 
         Args:
             state: from `state_dict`.
@@ -123,10 +126,13 @@ class EqualSteps(Generic[T]):
         if self._cluster.size > 1:
             refuse_in_join()
         source, agreement = _Source(self._loader), _Agreement(self._cluster)
-        for _ in range(self._skip):
-            source.read()
+        # What opening the loader and reading so far draws, the seed of `iter(DataLoader)` for example, was drawn
+        # before the state was saved, with the update ahead: restored generators must not advance by it again.
+        with preserved() if self._skip else nullcontext():
+            for _ in range(self._skip):
+                source.read()
+            upcoming = [source.read() for _ in range(self._accumulate)]
         self._taken, self._skip = self._skip, 0
-        upcoming = [source.read() for _ in range(self._accumulate)]
         agreement.start(self._has(upcoming), source.error)
         while self._continues(agreement.ranks_with_batches()):
             current, upcoming = upcoming, []

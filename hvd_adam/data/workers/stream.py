@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ class Stream(IterableDataset[Answer]):
         words: returns the seeds, uint64, of the places of a group, by its number.
         group: places in a group.
         classes: number of classes of which labels must be; 0: they are not checked.
+        to_end: whether to read on after the last range, to see that the stream ends where its `__len__` says.
     """
 
     samples: IterableDataset[Any]
@@ -38,25 +40,27 @@ class Stream(IterableDataset[Answer]):
     words: Callable[[int], np.ndarray]
     group: int
     classes: int
+    to_end: bool
 
     def __iter__(self) -> Iterator[Answer]:
-        """Reads the stream up to the end of the last range."""
+        """Reads the stream up to the end of the last range, or to its own."""
         collate, source, start = Collate(self.name), self._answers(), 0
         for wanted in self.ranges:
             answers = []
-            for place in range(start, wanted.stop):
-                answer = next(source)
+            # To the end with the last batch, not after it: no one may ask for what comes then.
+            stop = None if self.to_end and wanted == self.ranges[-1] else wanted.stop - start
+            for place, answer in enumerate(islice(source, stop), start):
                 if answer.failure:
                     yield answer
                     return
-                if place >= wanted.start:
+                if wanted.start <= place < wanted.stop:
                     answers.append(answer)
             start = wanted.stop
             yield collate(answers)
 
     def _answers(self) -> Iterator[Answer]:
-        """Yields every sample, or the failure to read one."""
-        place = 0
+        """Yields every sample, or the failure to read one; also that there are too few or too many."""
+        place, promised = 0, len(self.samples)  # type: ignore[arg-type]  # checked by `Datasets`
         words = self.words(0)
         seed_all(int(words[0]))  # `iter` may draw, too
         try:
@@ -71,15 +75,18 @@ class Stream(IterableDataset[Answer]):
                     sample = next(source)
                 except StopIteration:
                     break
+                if place == promised:
+                    yield self._miscounted(f"yields more than the {promised} samples")
+                    return
                 yield Answer(sample, failure=self._wrong_sample(sample, f"{self.name}: sample {place}"))
                 place += 1
         except (Exception, SystemExit) as error:  # sys.exit() would end the process without a reason
             yield Answer(failure=f"{self.name}: sample {place} cannot be read: {describe(error)}")
-        promised = len(self.samples)  # type: ignore[arg-type]  # checked by `data.own`
-        yield Answer(
-            failure=f"{self.name} has ended after {place} of the {promised} samples of its __len__: let it return "
-            "how many the stream yields"
-        )
+        if place < promised:
+            yield self._miscounted(f"has ended after {place} of the {promised} samples")
+
+    def _miscounted(self, what: str) -> Answer:
+        return Answer(failure=f"{self.name} {what} of its __len__: let it return how many the stream yields")
 
     def _wrong_sample(self, sample: Any, what: str) -> str:
         """Returns what is wrong with a sample; empty if nothing is."""
