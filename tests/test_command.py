@@ -114,6 +114,7 @@ def test_a_printed_configuration_can_be_read_back(tmp_path):
         ("--lr-decay step --lr-decay-epochs 3,2", "--lr-decay-epochs is 3,2: it must be ascending epochs"),
         ("--lr-decay step --lr-decay-epochs x", "--lr-decay-epochs is x: it must be ascending epochs"),
         ("--synthetic-shape ²x3x3", "--synthetic-shape is ²x3x3"),
+        pytest.param(f"--synthetic-shape 3x3x{'1' * 5000}", "--synthetic-shape is 3x3x111", id="5000 digits"),
         ("--synthetic-shape 3x32", "--synthetic-shape is 3x32: it must be CHANNELSxHEIGHTxWIDTH"),
         ("--config nowhere.yaml", "--config nowhere.yaml: no such file"),
     ],

@@ -21,7 +21,7 @@ from helpers.training_runs import one_line, succeeded, train
 from scipy import stats
 
 from hvd_adam.arguments import parse
-from hvd_adam.compare.cells import Cell, CellStore
+from hvd_adam.compare.cells import RESULT_KEYS, Cell, CellStore
 from hvd_adam.compare.config import BETAS, EPS, OPTIMIZERS, SCALING_RULES, CompareConfig
 from hvd_adam.compare.networks import DEEP, INITIALIZATIONS, build, weights
 from hvd_adam.compare.runner import Loaders, evaluate, hold_out, make_optimizer
@@ -145,6 +145,7 @@ def test_a_run_repeats_its_bits_and_learns():
         assert run["seconds"] == pytest.approx(run["curve"][-1][1], abs=1e-5) and run["seconds"] > 0
     assert without_seconds(first) == without_seconds(second)
     assert first["test_accuracy"] > 0.8 and first["updates"] == 60 and len(first["curve"]) == 20
+    assert first.keys() == RESULT_KEYS
     assert len(first["gradient_norms"][0]) == 2 and json.loads(json.dumps(first, allow_nan=False)) == first
 
 
@@ -249,6 +250,7 @@ def test_batch_sizes_scale_the_hyper_parameters_by_each_rule_and_share_the_base(
         ("--study batch-size --lrs 0.1,0.2", "--lrs is 0.1,0.2: it must be one rate for adam"),
         ("--study batch-size --batch-size 1 --batch-sizes 64", "sqrt scaling by a factor of 64 turns beta1"),
         ("--study batch-size --batch-sizes 4,x", "--batch-sizes is '4,x': it must be whole numbers"),
+        pytest.param(f"--study batch-size --batch-sizes {'1' * 5000}", "--batch-sizes is '111", id="5000 digits"),
         ("--study optimizer", "--study is optimizer: it must be one of optimizers, initialization"),
     ],
 )
@@ -265,12 +267,19 @@ def test_learning_rates_are_for_all_optimizers_or_for_each():
 
 
 def test_a_result_is_read_for_the_same_run_and_settings_only(tmp_path):
-    store = CellStore(tmp_path, {"epochs": 1})
-    store.write(CELL, {"x": 1.5})
-    assert store.read(CELL) == {"x": 1.5}
+    store, whole = CellStore(tmp_path, {"epochs": 1}), dict.fromkeys(RESULT_KEYS, 1.5)
+    store.write(CELL, whole)
+    assert store.read(CELL) == whole
     assert store.read(replace(CELL, seed=1)) is None
     assert CellStore(tmp_path, {"epochs": 2}).read(CELL) is None
     store.path(CELL).write_text(store.path(CELL).read_text()[:-9])
+    assert store.read(CELL) is None
+
+
+@pytest.mark.parametrize("damaged", [{}, {"updates": 6}, [], None, "result"], ids=repr)
+def test_a_result_that_lacks_values_counts_as_none(tmp_path, damaged):
+    store = CellStore(tmp_path, {})
+    store.write(CELL, damaged)
     assert store.read(CELL) is None
 
 

@@ -376,6 +376,44 @@ def test_names_and_numbers_of_any_kind_are_shown(tmp_path):
     assert "this is not valid YAML" in refused(folder, "--output", tmp_path / "other.html")
 
 
+@pytest.mark.parametrize(
+    "value",
+    ['!!int ""', '!!float ""', '!!bool "x"', '!!timestamp "x"', "0x" + "f" * 20_000, "9" * 5000],
+    ids=lambda value: value[:14],
+)
+def test_an_option_that_cannot_be_read_or_shown_is_refused_by_its_line(tmp_path, value):
+    folder = write_run(tmp_path / "run")
+    (folder / "config.yaml").write_text(f"lr: 0.1\na: {value}\n")
+    message = refused(folder, "--output", tmp_path / "report.html")
+    assert "config.yaml, line 2: this is not valid YAML (this value is not of its kind" in message
+    assert "repair or remove the file" in message and len(message) < 400
+
+
+def test_a_loop_of_symbolic_links_is_refused(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    message = refused(tmp_path / "loop", "--output", tmp_path / "report.html")
+    assert f"{tmp_path / 'loop'}" in message and "give a run folder of hvd_adam.train" in message
+
+
+def test_a_picture_that_is_a_named_pipe_is_left_out_without_waiting_for_it(tmp_path):
+    folder = write_mistakes(write_run(tmp_path / "run"))
+    (picture,) = folder.glob("mistakes-*.png")
+    picture.unlink()
+    os.mkfifo(picture)
+    argv = ["-m", "hvd_adam.report", folder, "--output", tmp_path / "report.html"]
+    done = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "is not a file" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("name", ["test_images", "fingerprint"])
+def test_facts_of_the_data_of_another_kind_are_compared(tmp_path, name):
+    rows = events_of_a_run()
+    for row in rows:
+        row |= {"data": {**row["data"], name: [1]}} if "data" in row else {}
+    others = [write_run(tmp_path / "first"), write_run(tmp_path / "second", rows)]
+    assert "may not be comparable" in render(load_runs(list(map(str, others))))
+
+
 def test_a_page_that_exists_or_cannot_be_written_is_refused_before_runs_are_read(tmp_path):
     (tmp_path / "report.html").write_text("kept")
     assert "exists" in refused("no-run", "--output", tmp_path / "report.html")

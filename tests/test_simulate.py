@@ -454,6 +454,41 @@ def test_a_calibration_with_an_impossible_or_missing_value_is_refused_by_its_pla
     assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 400
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("unexplained", "sharded-int8"), -1, "m.unexplained.sharded-int8 is -1: more than a step takes"),
+        (("unexplained", "sharded-int8"), -1e6, r"m.unexplained.sharded-int8 is -1e\+06: more than a step takes"),
+        (("unexplained", "sharded-zip"), 0.1, "m.unexplained has an unknown sharded-zip"),
+        (("buckets", 0, "elements"), 10**9, r"buckets\[0\].elements is 1000000000: not from 1 to 536870912"),
+    ],
+)
+def test_a_calibration_of_steps_that_take_no_time_or_are_never_simulated_is_refused(
+    tmp_path, path, value, message
+):
+    write(tmp_path / "c.json")
+    content = json.loads((tmp_path / "c.json").read_text())
+    place = content["workloads"]["m"]
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    (tmp_path / "c.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        calibration.read(str(tmp_path / "c.json"))
+
+
+def test_a_step_that_would_take_no_time_on_a_faster_network_is_refused(tmp_path):
+    workload = replace(TWO, forward=1e-4, backward=1e-4, unexplained={"allreduce-none": -0.05})
+    workload = replace(workload, buckets=(Bucket(1_500_000, 0, 1e-4),))  # 60 ms over 100 MB/s
+    (tmp_path / "c.json").write_text(Calibration(PLAIN, {"m": workload}, 1, {"device": "none"}).to_json())
+    options = {"calibration": str(tmp_path / "c.json"), "ranks": "2"}
+    assert forecasts_of(PredictConfig(**options))[0][0].step.seconds > 0
+    with pytest.raises(
+        UserError, match=r"a step of 2 rank\(s\) would take -4\S+ ms, since measured steps took less"
+    ):
+        forecasts_of(PredictConfig(**options, network="ndr400"))
+
+
 def test_another_network_changes_the_step_and_not_what_processors_spend(tmp_path):
     write(tmp_path / "c.json")
 
@@ -480,6 +515,12 @@ def test_another_network_changes_the_step_and_not_what_processors_spend(tmp_path
         ({"calibration": "c", "bandwidth": "1GB"}, "--bandwidth is 1GB: it must be a rate, as in 300Mbit"),
         ({"calibration": "c", "latency": "5"}, "--latency is 5: it must be a time"),
         ({"calibration": "c", "ranks": "2,x"}, "--ranks is '2,x'"),
+        ({"calibration": "c", "ranks": "1" * 5000}, "--ranks is '111"),
+        ({"calibration": "c", "bandwidth": f"0.{'0' * 310}1Gbit"}, "--bandwidth is 0.000"),
+        ({"calibration": "c", "latency": f"1{'0' * 300}s"}, "--latency is 1000"),
+        ({"calibration": "c", "cores_per_host": 1e-320}, "--cores-per-host is 1e-320: it must be from 0.01 to"),
+        ({"calibration": "c", "price": 1e308}, r"--price is 1e\+308: it must be from 0 to 1e\+09"),
+        ({"preset": "p100-roce25", "model": "vgg16", "throughput": 1e-320}, "--throughput is 1e-320"),
         ({"calibration": "c", "network": "x"}, "--network is x"),
         ({"calibration": "c", "plot": "x.pdf"}, "--plot is x.pdf"),
         ({"calibration": "c", "html": "x.png"}, "--html is x.png"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -18,7 +19,10 @@ from hvd_adam.advise.choice import (
 )
 from hvd_adam.advise.record import Record
 from hvd_adam.advise.step_time import StepTime
+from hvd_adam.errors import UserError
+from hvd_adam.report.runs import CONFIG_FILE
 from hvd_adam.schedule import Scaled, scale
+from hvd_adam.text import shown
 
 Basis = Literal["run", "measured", "calibration", "calibration and measured"]
 
@@ -94,12 +98,12 @@ def options_for(record: Record, setting: Setting | Row) -> Mapping[str, float | 
     such that both together scale them by the global batch. Betas and ε are left out if they do not change.
 
     Raises:
-        UserError: the rule cannot scale them by so much.
+        UserError: the rule cannot scale them by so much, or those of the run are not valid.
     """
-    config, defaults = record.config, Scaled(1e-3, (0.9, 0.999), 1e-8)
-    first, second = config.get("betas", defaults.betas)
-    plain = Scaled(float(config.get("lr", defaults.lr)), (first, second), float(config.get("eps", defaults.eps)))
-    rule = str(config.get("lr_scaling", "none"))
+    (lr,), (eps,) = _numbers(record, "lr", [1e-3]), _numbers(record, "eps", [1e-8])
+    first, second = _numbers(record, "betas", [0.9, 0.999], below=1.0)
+    plain = Scaled(lr, (first, second), eps)
+    rule = str(record.config.get("lr_scaling", "none"))
     factor = setting.micro_batch / record.micro_batch
     scale(factor * setting.ranks * setting.accumulate, rule, **plain._asdict())  # what both make of them together
     base = scale(factor, rule, **plain._asdict())
@@ -108,6 +112,19 @@ def options_for(record: Record, setting: Setting | Row) -> Mapping[str, float | 
         found["betas"] = base.betas
     if base.eps != plain.eps:
         found["eps"] = base.eps
+    return found
+
+
+def _numbers(record: Record, name: str, default: list[float], below: float = math.inf) -> list[float]:
+    """Returns the numbers of an option of the run, as many as it has by default."""
+    value = record.config.get(name, default)
+    try:
+        found = [float(each) for each in (value if isinstance(value, list) else [value])]
+    except (TypeError, ValueError, OverflowError):
+        found = []
+    if len(found) != len(default) or not all(0 <= number < below for number in found):
+        wanted = f"{'a number' if len(default) == 1 else 'two numbers'} in [0, {below:g})"
+        raise UserError(f"{record.folder / CONFIG_FILE}: {name} is {shown(str(value))}: it must be {wanted}")
     return found
 
 

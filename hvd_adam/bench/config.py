@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from hvd_adam.config import option, require
+from hvd_adam.config import option, positive_integer, require
 from hvd_adam.distributed.placement import cores
 from hvd_adam.errors import UserError
 
@@ -286,7 +286,7 @@ class DataConfig(BenchConfig):
 def flat_elements(workload: str) -> int | None:
     """Returns the number of parameters of a workload such as "16M" or "1G"; None for other names."""
     match = re.fullmatch("([1-9][0-9]*)([KMG]?)", workload)
-    return int(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[match[2]] if match else None
+    return match and (positive_integer(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[match[2]] or None)
 
 
 def require_training(config: Any, *, least_ranks: int, peers: Sequence[str], ours: str) -> None:

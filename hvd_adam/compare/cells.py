@@ -13,6 +13,12 @@ from hvd_adam.checkpoint.files import write_atomically
 
 Result = dict[str, Any]
 
+# What `runner.train` returns, and the table is made of.
+RESULT_KEYS = frozenset(
+    "validation_accuracy validation_loss test_accuracy test_loss updates seconds diverged curve "
+    "gradient_norms".split()
+)
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -64,8 +70,9 @@ class CellStore:
         """Returns the result of a cell; None if it is not finished, or its file is damaged."""
         try:
             stored = json.loads(self.path(cell).read_text())
-            return stored["result"] if stored["run"] == json.loads(self._key(cell)) else None
-        except (OSError, ValueError, KeyError, TypeError):
+            is_whole = stored["run"] == json.loads(self._key(cell)) and stored["result"].keys() >= RESULT_KEYS
+            return stored["result"] if is_whole else None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
 
     def write(self, cell: Cell, result: Result) -> None:

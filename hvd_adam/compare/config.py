@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from hvd_adam import schedule
-from hvd_adam.config import DataConfig, option, require
+from hvd_adam.config import DataConfig, option, positive_integer, require
 from hvd_adam.config.effects import require_effect
 from hvd_adam.errors import UserError
 
@@ -171,10 +171,10 @@ The second command, repeated, continues where it was stopped."""
         """Returns the batch sizes of the study, ascending; --batch-size is always among them."""
         if self.batch_sizes is None:
             return tuple(self.batch_size * factor for factor in (1, 2, 4, 8))
-        parts = [part.strip() for part in self.batch_sizes.split(",") if part.strip()]
-        valid = bool(parts) and all(part.isascii() and part.isdecimal() and int(part) > 0 for part in parts)
+        sizes = [positive_integer(part.strip()) for part in self.batch_sizes.split(",") if part.strip()]
+        valid = bool(sizes) and all(sizes)
         require(valid, "batch-sizes", repr(self.batch_sizes), "whole numbers above 0, as in 32,64,128")
-        return tuple(sorted({self.batch_size, *map(int, parts)}))
+        return tuple(sorted({self.batch_size, *sizes}))
 
 
 def _require_known(name: str, where: str) -> None:

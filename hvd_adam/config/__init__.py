@@ -6,7 +6,7 @@ from hvd_adam.config.data import DataConfig
 from hvd_adam.config.evaluate import EvaluateConfig
 from hvd_adam.config.export import ExportConfig
 from hvd_adam.config.functions import metric_names
-from hvd_adam.config.options import option, require
+from hvd_adam.config.options import option, positive_integer, require
 from hvd_adam.config.predict import PredictConfig
 from hvd_adam.config.report import ReportConfig
 from hvd_adam.config.train import PRECISIONS, TrainConfig
@@ -23,5 +23,6 @@ __all__ = [
     "TrainConfig",
     "metric_names",
     "option",
+    "positive_integer",
     "require",
 ]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from hvd_adam.config.options import option, require
+from hvd_adam.config.options import option, positive_integer, require
 from hvd_adam.errors import UserError
 
 MOST_NUMBERS = 64  # of ranks or batches in a list
+MOST_PRICE = 1e9  # of a rank and hour: the price of a job stays finite
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,9 @@ class AdviseConfig:
         None, "with --calibration: the network between hosts, as in hvd_adam.simulate predict"
     )
     bandwidth: str | None = option(None, "with --calibration: the bandwidth of a host, as in 1Gbit")
-    price: float | None = option(None, "price of a rank and hour, ≥ 0, for the price of the run's progress so far")
+    price: float | None = option(
+        None, "price of a rank and hour, 0 to 1e9, for the price of the run's progress so far"
+    )
     json: bool = option(False, "print one JSON object instead of a table")
 
     def __post_init__(self) -> None:
@@ -68,7 +70,8 @@ class AdviseConfig:
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "at least 1")
         require(self.candidates >= 2, "candidates", self.candidates, "at least 2")
-        require(self.price is None or 0 <= self.price < math.inf, "price", self.price, "at least 0 and finite")
+        in_range = self.price is None or 0 <= self.price <= MOST_PRICE
+        require(in_range, "price", self.price, f"from 0 to {MOST_PRICE:g}")
         self.batch_list()
         self.rank_list()
         self._check_effects()
@@ -100,7 +103,8 @@ class AdviseConfig:
 
 def _numbers(name: str, text: str | None) -> tuple[int, ...]:
     words = [] if text is None else [word.strip() for word in text.split(",") if word.strip()]
-    valid = all(word.isascii() and word.isdecimal() and 0 < int(word) < 2**31 for word in words)
-    valid = valid and (text is None or 0 < len(words) <= MOST_NUMBERS)
+    numbers = [positive_integer(word) for word in words]
+    valid = all(0 < number < 2**31 for number in numbers)
+    valid = valid and (text is None or 0 < len(numbers) <= MOST_NUMBERS)
     require(valid, name, repr(text), f"1 to {MOST_NUMBERS} numbers from 1, as in 2,4,8")
-    return tuple(sorted({int(word) for word in words}))
+    return tuple(sorted({*numbers}))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from hvd_adam.config.functions import require_plain
-from hvd_adam.config.options import option, require
+from hvd_adam.config.options import option, positive_integer, require
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class DataConfig:
 
     def synthetic_size(self) -> tuple[int, int, int]:
         """Returns the channels, height and width of the synthetic images."""
-        parts = self.synthetic_shape.lower().split("x")
-        valid = len(parts) == 3 and all(part.isascii() and part.isdecimal() and int(part) > 0 for part in parts)
+        sizes = [positive_integer(part) for part in self.synthetic_shape.lower().split("x")]
+        valid = len(sizes) == 3 and all(sizes)
         require(valid, "synthetic-shape", self.synthetic_shape, "CHANNELSxHEIGHTxWIDTH, as in 3x32x32")
-        channels, height, width = (int(part) for part in parts)
+        channels, height, width = sizes
         return channels, height, width

@@ -10,6 +10,10 @@ from dataclasses import field
 from typing import Any
 
 from hvd_adam.errors import UserError
+from hvd_adam.text import shown
+
+LONGEST_VALUE = 300  # characters of a value in a message
+MOST_DIGITS = 18  # of a number that is below 2⁶³
 
 
 def option(default: Any, help: str, *, path: bool = False, positional: str = "") -> Any:
@@ -38,4 +42,13 @@ def require(holds: bool, name: str, value: object, wanted: str) -> None:
         UserError: the value is not valid.
     """
     if not holds:
-        raise UserError(f"--{name.replace('_', '-')} is {value}: it must be {wanted}")
+        raise UserError(f"--{name.replace('_', '-')} is {shown(str(value), LONGEST_VALUE)}: it must be {wanted}")
+
+
+def positive_integer(text: str) -> int:
+    """Returns a whole number above 0 that is part of an option; 0 for any other text, and above `MOST_DIGITS`.
+
+    Args:
+        text: ASCII digits. Python reads other digits, too, and raises ValueError for thousands of them.
+    """
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= MOST_DIGITS else 0

@@ -23,6 +23,9 @@ CONFIG_FILE = "config.yaml"
 BUILT_IN_SCORES = ("test_loss", "test_accuracy", "test_balanced_accuracy", "test_ece")
 MOST_PICTURES = 96  # on a page: each takes up to 17 kB
 
+# What PyYAML raises for a text that does not fit its tag, as in `!!int ""`, besides its own errors.
+_MISFITS = (ValueError, LookupError, AttributeError, TypeError, ArithmeticError)
+
 
 @dataclass(frozen=True)
 class Run:
@@ -124,7 +127,7 @@ def load_runs(paths: Sequence[str]) -> list[Run]:
         UserError: one is no run folder, cannot be read, is damaged, or is given twice; or the classes differ.
     """
     folders = [Path(path) for path in paths]
-    resolved = [folder.resolve() for folder in folders]
+    resolved = [_resolved(folder) for folder in folders]
     for folder, place in zip(folders, resolved, strict=True):
         if resolved.count(place) > 1:
             raise UserError(f"{folder} is given twice: give each run once")
@@ -135,6 +138,14 @@ def load_runs(paths: Sequence[str]) -> list[Run]:
     ]
     _require_same_classes(runs)
     return runs
+
+
+def _resolved(folder: Path) -> Path:
+    try:
+        return folder.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of symbolic links, before Python 3.13
+        reason = error.strerror if isinstance(error, OSError) else "its symbolic links form a loop"
+        raise UserError(f"{folder} cannot be read ({reason}): give a run folder of hvd_adam.train") from None
 
 
 def _load(folder: Path, name: str, pictures: int) -> Run:
@@ -171,6 +182,20 @@ def _no_metrics(folder: Path) -> str:
     return f"{folder} has no {METRICS_FILE}: {hint}"
 
 
+class _Loader(yaml.SafeLoader):
+    """Names the line of a value that does not fit its tag, or is a number of thousands of digits."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            value = super().construct_object(node, deep)
+            if isinstance(value, int):
+                str(value)  # as the page shows it: Python writes no more than 4300 digits
+        except _MISFITS:
+            problem = "this value is not of its kind, or has too many digits"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
+        return value
+
+
 def _load_config(path: Path) -> tuple[dict[str, Any] | None, dict[str, str]]:
     """Returns the options and the comments in front of them."""
     if not path.is_file():
@@ -179,11 +204,12 @@ def _load_config(path: Path) -> tuple[dict[str, Any] | None, dict[str, str]]:
     try:
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
             raise ValueError("aliases repeat values, without end or too often")
-        config = yaml.safe_load(text)
+        config = yaml.load(text, _Loader)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{place}: this is not valid YAML: repair or remove the file") from None
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise UserError(f"{path}{place}: this is not valid YAML ({problem}): repair or remove the file") from None
     if not isinstance(config, dict):
         raise UserError(f"{path} has no options: repair or remove the file")
     head = re.findall(r"^# ([A-Z][a-z ]*): (.*)$", text, re.MULTILINE)
@@ -206,9 +232,9 @@ def _require_same_classes(runs: list[Run]) -> None:
 def data_differences(runs: Sequence[Run]) -> list[str]:
     """Returns why the test scores of the runs are not comparable; empty if they are, as far as is recorded."""
     reasons = []
-    if len({run.data.get("test_images") for run in runs if run.data}) > 1:
+    if len({number(run.data, "test_images") for run in runs if run.data}) > 1:
         reasons.append("the numbers of test images differ")
-    if len({run.data.get("fingerprint") for run in runs if run.data}) > 1:
+    if len({str(run.data.get("fingerprint")) for run in runs if run.data}) > 1:
         reasons.append("the training images differ")
     options = ("dataset", "positive_class", "synthetic_shape", "synthetic_samples")
     values = [[repr((run.config or {}).get(name)) for name in options] for run in runs if run.config]

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 from hvd_adam.errors import UserError
 from hvd_adam.simulate.machine import Codec, Link, Machine
+from hvd_adam.simulate.step import STRATEGIES, WIRE_BYTES, Setting, simulate
+from hvd_adam.simulate.traffic import Ranks
 from hvd_adam.simulate.workload import Bucket, Workload
 from hvd_adam.text import shown
 
@@ -24,11 +26,12 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     **dict.fromkeys(("latency", "cycle", "negotiation", "slice", "forward", "backward", "ready"), _SECONDS),
     **dict.fromkeys(("cpu", "encode", "add", "decode", "copies"), (0.0, 1.0)),  # seconds for a byte or an element
     **dict.fromkeys(("bandwidth", "update_bandwidth", "copy_bandwidth"), _RATE),
-    **dict.fromkeys(("samples", "elements", "threads", "ranks_per_host"), _COUNT),
+    **dict.fromkeys(("samples", "threads", "ranks_per_host"), _COUNT),
+    "elements": (1, 2**29),  # of a bucket: larger than any parameter that was measured, and simulated in seconds
     **dict.fromkeys(("jitter", "uncertainty"), (0.0, 100.0)),  # relative
     "exact": (0, 10**12),
     "cores": (0.01, 1e6),
-    "message_bytes": (1024.0, 1e18),
+    "message_bytes": (2.0**20, 1e18),  # a bucket becomes so many messages, which are simulated one by one
     "unexplained": (-1e6, 1e6),
     "sharing": (1.0, 100.0),
 }
@@ -89,7 +92,20 @@ def _calibration(values: Any) -> Calibration:
             raise ValueError(f"{name} is empty")
     workloads = {name: _workload(each, f"workloads.{shown(name)}") for name, each in values["workloads"].items()}
     local = _number(values["ranks_per_host"], "ranks_per_host", "ranks_per_host")
-    return Calibration(_machine(values["machine"]), workloads, int(local), values["description"])
+    machine = _machine(values["machine"])
+    for name, workload in workloads.items():
+        _require_positive_steps(workload, machine, int(local), f"workloads.{shown(name)}.unexplained")
+    return Calibration(machine, workloads, int(local), values["description"])
+
+
+def _require_positive_steps(workload: Workload, machine: Machine, local: int, place: str) -> None:
+    """Checks that no more is subtracted from a simulated step of two hosts than it takes."""
+    for name, seconds in workload.unexplained.items():
+        strategy, _, compression = name.partition("-")
+        if strategy not in STRATEGIES or compression not in WIRE_BYTES:
+            raise ValueError(f"{place} has an unknown {shown(name)}")
+        if simulate(workload, Setting(Ranks(2 * local, local), strategy, compression), machine).seconds <= 0:
+            raise ValueError(f"{place}.{shown(name)} is {seconds:g}: more than a step takes is subtracted")
 
 
 # What makes a field of a dataclass from a value of the file, given its name and its place in the file.

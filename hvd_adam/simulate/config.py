@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from hvd_adam.config import option, require
+from hvd_adam.config import option, positive_integer, require
+from hvd_adam.config.advise import MOST_PRICE
 from hvd_adam.errors import UserError
 from hvd_adam.simulate.machine import NETWORKS, PRESETS
 from hvd_adam.simulate.workload import PUBLISHED
 
 _RATES = {"k": 1e3, "m": 1e6, "g": 1e9}
+_LEAST_RATE, _LONGEST_TIME = 1.0, 1e6  # bit/s and seconds: beyond them a step could be infinite
 _TIMES = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
 MOST_RANKS = 1 << 20
 
@@ -91,9 +93,10 @@ class JobConfig:
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         local = self.ranks_per_host
         require(local is None or local >= 1, "ranks-per-host", local, "at least 1")
-        for name in ("throughput", "cores_per_host"):
+        # Beyond these bounds a time of the model could be 0 or infinite.
+        for name, least, most in (("throughput", 1e-6, 1e12), ("cores_per_host", 0.01, 1e6)):
             value = getattr(self, name)
-            require(value is None or 0 < value < math.inf, name, value, "above 0 and finite")
+            require(value is None or least <= value <= most, name, value, f"from {least:g} to {most:g}")
         self._check_effects()
         self.numbers_of_ranks()
         self.bits_per_second()
@@ -116,18 +119,24 @@ class JobConfig:
 
     def numbers_of_ranks(self) -> tuple[int, ...]:
         """Returns the numbers of ranks, ascending."""
-        words = [word.strip() for word in self.ranks.split(",") if word.strip()]
-        valid = bool(words) and all(word.isdecimal() and 1 <= int(word) <= MOST_RANKS for word in words)
+        numbers = [positive_integer(word.strip()) for word in self.ranks.split(",") if word.strip()]
+        valid = bool(numbers) and all(1 <= number <= MOST_RANKS for number in numbers)
         require(valid, "ranks", repr(self.ranks), f"numbers from 1 to {MOST_RANKS:,}, as in 2,4,8")
-        return tuple(sorted({int(word) for word in words}))
+        return tuple(sorted({*numbers}))
 
     def bits_per_second(self) -> float | None:
         """Returns the bandwidth that was given in bit/s."""
-        return _quantity("bandwidth", self.bandwidth, r"([kmg])bit", _RATES, "a rate, as in 300Mbit or 25Gbit")
+        value = _quantity(self.bandwidth, r"([kmg])bit", _RATES)
+        valid = value is None or _LEAST_RATE <= value < math.inf
+        require(valid, "bandwidth", self.bandwidth, "a rate, as in 300Mbit or 25Gbit")
+        return value
 
     def seconds_of_latency(self) -> float | None:
         """Returns the latency that was given in seconds."""
-        return _quantity("latency", self.latency, r"(ns|us|ms|s)", _TIMES, "a time, as in 50us or 1ms")
+        value = _quantity(self.latency, r"(ns|us|ms|s)", _TIMES)
+        valid = value is None or 0 < value <= _LONGEST_TIME
+        require(valid, "latency", self.latency, "a time, as in 50us or 1ms")
+        return value
 
 
 @dataclass(frozen=True)
@@ -140,14 +149,15 @@ class PredictConfig(JobConfig):
 
     strategy: Literal["allreduce", "sharded"] = option("allreduce", "as in hvd_adam.train")
     compression: Literal["none", "fp16", "bf16", "int8", "int4"] = option("none", "as in hvd_adam.train")
-    price: float | None = option(None, "price of a rank and hour, ≥ 0, for the price of a million samples")
+    price: float | None = option(None, "price of a rank and hour, 0 to 1e9, for the price of a million samples")
     plot: str | None = option(None, "also draw the result into this PNG file", path=True)
     html: str | None = option(None, "also write one HTML page, for proposals", path=True)
     force: bool = option(False, "replace files that exist")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.price is None or 0 <= self.price < math.inf, "price", self.price, "at least 0 and finite")
+        in_range = self.price is None or 0 <= self.price <= MOST_PRICE
+        require(in_range, "price", self.price, f"from 0 to {MOST_PRICE:g}")
         is_png = self.plot is None or Path(self.plot).suffix == ".png"
         require(is_png, "plot", self.plot, "a file name that ends in .png")
         is_html = self.html is None or Path(self.html).suffix in (".html", ".htm")
@@ -167,10 +177,9 @@ class TuneConfig(JobConfig):
     )
 
 
-def _quantity(name: str, text: str | None, unit: str, units: dict[str, float], wanted: str) -> float | None:
+def _quantity(text: str | None, unit: str, units: dict[str, float]) -> float | None:
+    """Returns a number with a unit; 0 for any other text, None without one."""
     if text is None:
         return None
     match = re.fullmatch(rf"(\d+(?:\.\d+)?){unit}", text.lower())
-    value = float(match[1]) * units[match[2]] if match else 0.0
-    require(0 < value < math.inf, name, text, wanted)
-    return value
+    return float(match[1]) * units[match[2]] if match else 0.0

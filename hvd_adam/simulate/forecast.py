@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from hvd_adam.errors import UserError
 from hvd_adam.simulate.machine import Link, Machine
 from hvd_adam.simulate.step import ADVISED, CODED, STRATEGIES, Setting, Step, simulate
 from hvd_adam.simulate.traffic import Ranks
@@ -59,9 +60,17 @@ def forecast(workload: Workload, setting: Setting, machine: Machine, price: floa
         setting: how the job is run.
         machine: on which machines.
         price: of a rank and hour, or None.
+
+    Raises:
+        UserError: the step would take no time: measured ones took so much less than simulated ones.
     """
     step = simulate(workload, setting, machine)
     total = setting.ranks.total
+    if step.seconds <= 0:
+        raise UserError(
+            f"--calibration: a step of {total:,} rank(s) would take {step.seconds * 1e3:.3g} ms, since measured "
+            "steps took less than simulated ones: calibrate on such ranks and such a network"
+        )
     speed = _throughput(workload, setting, step)
     alone_setting = replace(setting, ranks=Ranks(1, 1))
     alone = simulate(workload, alone_setting, machine)

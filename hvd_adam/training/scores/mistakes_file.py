@@ -151,6 +151,8 @@ def _open(folder: Path, name: str) -> Image:
 
     if Path(name).name != name:
         raise ValueError(f"{name!r} is not in the run folder")
+    if not (folder / name).is_file():  # a named pipe would be waited for
+        raise ValueError(f"{name!r} is not a file")
     try:
         sprite = Image.open(folder / name, formats=["PNG"])
     except Image.DecompressionBombError as error:
