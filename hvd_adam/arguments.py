@@ -78,7 +78,8 @@ def _checked(item: Field[Any], value: Any, types: dict[str, Any]) -> Any:
     if value is None and type(None) not in get_args(types[item.name]):
         raise UserError(f"{_option(item.name)} is null: it must be {_expected(types[item.name])}")
     if isinstance(value, int) and abs(value) >= 2**63:
-        raise UserError(f"{_option(item.name)} is {value:.3g}: it must be below 2⁶³")
+        shown = f"{value:.3g}" if abs(value) < 10**300 else "too large"  # for a float, and for a line
+        raise UserError(f"{_option(item.name)} is {shown}: it must be below 2⁶³")
     if isinstance(value, str) and item.metadata.get("path"):
         return expand_path(value, _option(item.name))
     if isinstance(value, list) and (name := item.metadata.get("positional")):

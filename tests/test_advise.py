@@ -232,6 +232,9 @@ def test_numbers_that_no_run_can_have_do_not_count(tmp_path):
     rows = [facts, step(1, -5.0, 7.0, 6.0, 8.0), step(2, 8.0, -5.0, None, 1.0), step(3, 1.7e308, 9.0, 6.0, 9.0)]
     found = records.read(str(write_run(tmp_path / "run", rows)))
     assert (found.seconds, found.noise.value) == (4.0, 9.0)
+    rows = [facts, step(1, 5e-324, 7.0, 6.0, 8.0), step(2, 8.0, 9.0, 6.0, 9.0)]
+    found = records.read(str(write_run(tmp_path / "slow", rows, accumulate=10**400)))
+    assert (found.seconds, found.accumulate) == (4.0, 1)
     with pytest.raises(UserError, match="no start event with global_batch_size"):
         records.read(str(write_run(tmp_path / "huge", [{**facts, "global_batch_size": 10**400}, *rows[1:]])))
 

@@ -26,7 +26,7 @@ from hvd_adam.report.command import write_report
 from hvd_adam.report.curves import chart_data, thin
 from hvd_adam.report.page import render
 from hvd_adam.report.runs import MOST_PICTURES, Run, load_runs
-from hvd_adam.report.summary import options
+from hvd_adam.report.summary import options, scores
 from hvd_adam.training.scores import mistakes_file
 from hvd_adam.training.scores.mistakes import Mistake
 
@@ -227,6 +227,12 @@ def test_the_differences_between_the_configurations_are_listed_and_nothing_else(
     names = [part.partition("<")[0] for part in section.split('<th scope="row"><code>')[1:]]
     assert names == ["lr"]
     assert "<code>0.001</code>" in section and "<code>0.003</code>" in section
+
+
+def test_times_that_no_clock_has_give_no_duration(tmp_path):
+    rows = [{**row, "time": -1.7e308 if row["event"] == "start" else 1.7e308} for row in events_of_a_run()]
+    (run,) = load_runs([str(write_run(tmp_path / "run", rows))])
+    assert scores(run)["training time"] == "–"
 
 
 def test_options_that_differ_in_a_late_digit_differ(tmp_path):

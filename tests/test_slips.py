@@ -75,6 +75,7 @@ TRAIN = {
     "--epochs 0": ["--epochs is 0", "at least 1"],
     "--epochs 1 2": ["2 belongs to no option", "--epochs takes one value"],
     "--epochs 99999999999999999999": ["--epochs is 1e+20", "below 2⁶³"],
+    f"--seed {10**400}": ["--seed is too large: it must be below 2⁶³"],
     "--batch-size 1e2": ["--batch-size is 1", "it must be a whole number"],
     "--betas 0.9": ["--betas is 0.9: it must be two numbers"],
     "--betas 0.9 0.999": ["--betas is 0.9"],

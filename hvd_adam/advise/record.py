@@ -86,7 +86,7 @@ def read(path: str) -> Record:
     ranks, batch = int(facts["world_size"] or 0), int(facts["global_batch_size"] or 0)
     job = run.events[max(i for i, event in enumerate(run.events) if event["event"] in ("start", "resume")) :]
     logged = [number(event, "images_per_second") for event in job if event["event"] == "step"]
-    rates = [rate for rate in logged if rate is not None and 0 < rate < MOST]
+    rates = [rate for rate in logged if rate is not None and 1 / MOST < rate < MOST]
     if not rates:
         raise UserError(f"{path} has logged no updates since it last started: train for some updates more")
     noise = _noise(run, path)
@@ -97,7 +97,7 @@ def read(path: str) -> Record:
         run.config,
         ranks,
         batch,
-        accumulate if isinstance(accumulate, int) and accumulate > 0 else 1,
+        accumulate if isinstance(accumulate, int) and 0 < accumulate < MOST else 1,
         None if samples is None else int(samples),
         None if parameters is None else int(parameters),
         max(event["step"] for event in run.events),
