@@ -56,7 +56,7 @@ mkdir -p "$folder"
   nproc
   python -c 'import torch; print("torch", torch.__version__)'
   python -c 'import horovod; print("Horovod", horovod.__version__)'
-  mpirun --version | head -1
+  sed -n 1p <<<"$(mpirun --version)"
 } >"$folder/machine.txt"
 
 failed=0

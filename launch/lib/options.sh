@@ -82,14 +82,14 @@ read_hostfile() {
 # with Gloo would fail, and an elastic one wait for ever.
 name_hosts_once() {
   local host name names=()
-  local -A slots=()
+  local -A slots_of=()
   for host in ${hosts//,/ }; do
     name=${host%%:*}
-    [[ -n ${slots[$name]:-} ]] || names+=("$name")
-    slots[$name]=$((${slots[$name]:-0} + 10#${host##*:}))
+    [[ -n ${slots_of[$name]:-} ]] || names+=("$name")
+    slots_of[$name]=$((${slots_of[$name]:-0} + 10#${host##*:}))
   done
   hosts=
-  for name in "${names[@]}"; do hosts+=${hosts:+,}$name:${slots[$name]}; done
+  for name in "${names[@]}"; do hosts+=${hosts:+,}$name:${slots_of[$name]}; done
 }
 
 # export_variables: -x NAME=VALUE sets the variable, -x NAME passes on the current value; both reach all ranks.
