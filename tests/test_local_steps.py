@@ -142,6 +142,17 @@ def test_micro_batches_that_failed_or_were_cleared_are_refused(cluster):
             optimizer.step()
 
 
+@on_ranks(0)
+def test_micro_batches_whose_gradients_are_zero_are_not_taken_for_cleared(cluster):
+    model, inputs = small_model(), torch.zeros(2, 6, dtype=torch.float64)  # the first weight's gradient is zero
+    optimizer = local(model, 2, accumulate=2)
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(inputs).sum().backward()
+        optimizer.step()
+    assert not model[0].weight.grad.any()
+
+
 # Updates that are not finite.
 
 

@@ -46,16 +46,17 @@ class SeenGradients:
                 f"it {state}: call optimizer.synchronize() first, or clip with optimizer.clip_grad_norm_()"
             )
 
-    def refuse_cleared(self, micro_batch: int, accumulate: int) -> None:
+    def refuse_cleared(self, micro_batch: int, accumulate: int, *, after_pass: bool = False) -> None:
         """Refuses gradients that something else than the optimizer has cleared between two micro-batches.
 
         Args:
             micro_batch: number of micro-batches before.
             accumulate: micro-batches per update.
+            after_pass: called after the next backward pass, which adds in place to gradients that are there.
         """
         for p, grad, version in self._seen:
-            zeroed = p.grad is grad and grad._version != version and not grad.any()
-            if p.grad is None or zeroed:
+            zeroed = not after_pass and p.grad is grad and grad._version != version and not grad.any()
+            if p.grad is None or zeroed or (after_pass and p.grad is not grad):
                 raise RuntimeError(
                     f"the gradient of {self._names()[p]} was cleared after {micro_batch} of "
                     f"{accumulate} micro-batches: call optimizer.zero_grad(), which keeps gradients until "

@@ -120,7 +120,7 @@ class LocalAdam(IslandAdam):
             with torch.enable_grad():
                 loss = closure()
         if self._micro_batch:
-            self._seen.refuse_cleared(self._micro_batch, self._accumulate)
+            self._seen.refuse_cleared(self._micro_batch, self._accumulate, after_pass=True)
         self._micro_batch += 1
         if self._micro_batch < self._accumulate:
             self._seen.look()
