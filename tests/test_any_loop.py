@@ -76,11 +76,14 @@ def test_a_retired_optimizer_frees_its_state_and_leaves_one_hook_with_each_param
 
 
 @on_ranks(1, 2)
-def test_the_optimizer_given_to_distribute_must_not_step_and_its_scheduler_continues(cluster):
+@pytest.mark.parametrize(
+    "options", [{}, {"defer_averaging": True}, {"release_gradients": True, "skip_nonfinite": False}]
+)
+def test_the_optimizer_given_to_distribute_must_not_step_and_its_scheduler_continues(cluster, options):
     model = small_model()
     adam = Adam(model.parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.StepLR(adam, 1, gamma=0.5)
-    optimizer = distribute(adam, model)
+    optimizer = distribute(adam, model, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         one_update(model, optimizer, cluster)

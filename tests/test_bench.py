@@ -679,9 +679,8 @@ def test_checkpoint_times_runs_with_and_without_checkpoints(tmp_path, mark):
     output = bench_json("checkpoint", *argv, "--launcher", "gloo", "--device", "cpu", forked=True)
     without, with_them = output["rows"]
     assert (without["variant"], with_them["variant"]) == ("without", "with")
-    assert (
-        without["samples"] == with_them["samples"] == 2
-    )  # without the first interval, and the update after the last one
+    # Without the first interval, and the update after the last one.
+    assert without["samples"] == with_them["samples"] == 2
     assert without["to_without"] == 1
     assert with_them["to_without"] == pytest.approx(with_them["median_ms"] / without["median_ms"])
     assert with_them["megabytes"] > 1

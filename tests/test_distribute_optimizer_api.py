@@ -53,21 +53,6 @@ def test_hooks_registered_before_distribute_are_called(cluster, strategy):
 
 
 @on_ranks(1, 2)
-@pytest.mark.parametrize(
-    "options", [{}, {"defer_averaging": True}, {"release_gradients": True, "skip_nonfinite": False}]
-)
-def test_a_scheduler_from_before_distribute_knows_of_the_step(cluster, options):
-    model = small_model()
-    adam = Adam(model.parameters(), lr=1.0)
-    scheduler = torch.optim.lr_scheduler.StepLR(adam, 1, gamma=0.5)
-    optimizer = distribute(adam, model, **options)
-    train(model, optimizer, cluster, steps=1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # "lr_scheduler.step() before optimizer.step()"
-        scheduler.step()
-
-
-@on_ranks(1, 2)
 @each_strategy
 def test_a_parameter_that_is_removed_from_its_group_is_no_longer_updated(cluster, strategy):
     model = small_model()

@@ -18,6 +18,7 @@ from hvd_adam.compare.networks import build, weights
 from hvd_adam.data import ImageData
 from hvd_adam.data.loader import DeviceLoader
 from hvd_adam.data.protocols import Batch
+from hvd_adam.data.sampling import number_of_updates
 from hvd_adam.distributed.context import Cluster
 from hvd_adam.errors import UserError
 from hvd_adam.optim.adam import Adam
@@ -120,7 +121,7 @@ def train(cell: Cell, config: CompareConfig, loaders: Loaders, beat: Callable[[]
     model = build(cell, config.model, config.depth, loaders.train.data).to(loaders.train.device)
     optimizer = make_optimizer(cell, model.parameters())
     per_epoch = loaders.train.steps_per_epoch(cell.batch_size)
-    total = min(config.epochs * per_epoch, config.max_steps or config.epochs * per_epoch)
+    total = number_of_updates(config.epochs, per_epoch, config.max_steps)
     schedule = LearningRateSchedule(peak=cell.lr, total_steps=total, decay=config.lr_decay)
     record = _Record()
     batches = _batches(loaders.train, cell)

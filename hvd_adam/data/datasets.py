@@ -15,6 +15,7 @@ from hvd_adam.data.images import require_statistics
 from hvd_adam.errors import UserError
 from hvd_adam.import_path import failure
 
+KINDS = "map-style torch Dataset, or an IterableDataset with a length"
 _MOST_TRIED = 32  # samples that are read for the shape: where a whole folder is missing, none can be
 
 
@@ -96,8 +97,7 @@ def number_of_samples(dataset: Any, what: str) -> int:
     """
     kind = type(dataset).__name__
     if not hasattr(type(dataset), "__len__"):
-        kinds = "map-style torch Dataset, or an IterableDataset with a length"
-        raise UserError(f"{what} is a {kind} without __len__ (the number of samples): give a {kinds}")
+        raise UserError(f"{what} is a {kind} without __len__ (the number of samples): give a {KINDS}")
     try:
         return len(dataset)
     except Exception as error:

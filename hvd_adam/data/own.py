@@ -9,7 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from hvd_adam.data.datasets import Datasets, UnreadableSample, first_sample, is_stream, number_of_samples
+from hvd_adam.data.datasets import (
+    KINDS,
+    Datasets,
+    UnreadableSample,
+    first_sample,
+    is_stream,
+    number_of_samples,
+)
 from hvd_adam.data.images import ImageData, require_class_names
 from hvd_adam.data.workers.random_state import preserved, seed_all
 from hvd_adam.errors import UserError
@@ -21,8 +28,6 @@ _PARTS = {
     "classes": "the names of the classes, empty if there are none",
     "name": "its name in messages and run folders",
 }
-_METHODS = {"__len__": "the number of samples", "__getitem__": "a sample (input, target) by its index"}
-_STREAM_METHODS = {"__len__": "the number of samples", "__iter__": "the samples (input, target)"}
 
 
 def checked(value: Any, what: str) -> ImageData | Datasets:
@@ -87,11 +92,11 @@ def _bytes(value: Any) -> bytes:
 
 def _check_samples(dataset: Any, what: str) -> tuple[int, ...] | None:
     """Checks one part and its first sample; returns the shape of its input, or None if it cannot be read."""
-    for method, meaning in (_STREAM_METHODS if is_stream(dataset) else _METHODS).items():
-        if not hasattr(type(dataset), method):
-            kinds = "map-style torch Dataset, or an IterableDataset with a length"
-            raise UserError(f"{what} is a {type(dataset).__name__} without {method} ({meaning}): give a {kinds}")
-    if not number_of_samples(dataset, what):
+    samples = number_of_samples(dataset, what)
+    if not is_stream(dataset) and not hasattr(type(dataset), "__getitem__"):
+        meaning = "a sample (input, target) by its index"
+        raise UserError(f"{what} is a {type(dataset).__name__} without __getitem__ ({meaning}): give a {KINDS}")
+    if not samples:
         raise UserError(f"{what} is empty: it has no samples")
     try:
         with preserved():  # it may be augmented

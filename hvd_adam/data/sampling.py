@@ -86,6 +86,12 @@ def _stream(seed: int, purpose: int, epoch: int, step: int) -> np.random.Philox:
     return np.random.Philox(counter=counter, key=key)
 
 
+def number_of_updates(epochs: int, steps_per_epoch: int, max_steps: int | None) -> int:
+    """Returns the number of updates of a run; `max_steps` limits it unless it is None."""
+    updates = epochs * steps_per_epoch
+    return updates if max_steps is None else min(updates, max_steps)
+
+
 def steps_per_epoch(num_samples: int, global_batch_size: int) -> int:
     """Returns the number of complete global batches in an epoch.
 

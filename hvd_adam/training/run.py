@@ -11,6 +11,7 @@ import torch
 from hvd_adam.checkpoint.state import Progress
 from hvd_adam.config import TrainConfig
 from hvd_adam.data.protocols import Loader
+from hvd_adam.data.sampling import number_of_updates
 from hvd_adam.distributed.context import Cluster
 from hvd_adam.distributed.local.optimizer import LocalAdam
 from hvd_adam.distributed.optimizer import DistributedAdam
@@ -56,9 +57,7 @@ class BatchSizes:
             micro_batch = resume.state.progress["micro_batch_size"]
             accumulate = -(-global_batch // (ranks * micro_batch))
         steps_per_epoch = loader.steps_per_epoch(global_batch)
-        total_steps = config.epochs * steps_per_epoch
-        if config.max_steps is not None:
-            total_steps = min(total_steps, config.max_steps)
+        total_steps = number_of_updates(config.epochs, steps_per_epoch, config.max_steps)
         return cls(global_batch, micro_batch, accumulate, steps_per_epoch, total_steps)
 
     def epoch_of(self, step: int) -> int:

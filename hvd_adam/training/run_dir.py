@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
-import math
 import os
 import platform
 import shlex
@@ -26,7 +25,7 @@ from hvd_adam.checkpoint import storage
 from hvd_adam.checkpoint.files import write_atomically
 from hvd_adam.checkpoint.state import TrainingState
 from hvd_adam.config import TrainConfig
-from hvd_adam.data.sampling import steps_per_epoch
+from hvd_adam.data.sampling import number_of_updates, steps_per_epoch
 from hvd_adam.errors import Preempted, UserError
 from hvd_adam.log import logger
 from hvd_adam.recovery.preemption import stop_requested
@@ -208,7 +207,7 @@ def _note_length(config: TrainConfig, state: TrainingState, data: Mapping[str, A
     """Logs that a run which resumes has another length, where its learning rates depend on that."""
     batch = state.progress["global_batch_size"]
     now, before = (
-        min(length["epochs"] * steps_per_epoch(images, batch), length["max_steps"] or math.inf)
+        number_of_updates(length["epochs"], steps_per_epoch(images, batch), length["max_steps"])
         for length, images in (
             (asdict(config), data["train_images"]),
             (state.config, state.data.get("train_images", data["train_images"])),

@@ -55,8 +55,11 @@ class SeenGradients:
             after_pass: called after the next backward pass, which adds in place to gradients that are there.
         """
         for p, grad, version in self._seen:
-            zeroed = not after_pass and p.grad is grad and grad._version != version and not grad.any()
-            if p.grad is None or zeroed or (after_pass and p.grad is not grad):
+            if after_pass:  # zeros may be what the pass has computed
+                cleared = p.grad is not grad
+            else:
+                cleared = p.grad is None or (p.grad is grad and grad._version != version and not grad.any())
+            if cleared:
                 raise RuntimeError(
                     f"the gradient of {self._names()[p]} was cleared after {micro_batch} of "
                     f"{accumulate} micro-batches: call optimizer.zero_grad(), which keeps gradients until "
