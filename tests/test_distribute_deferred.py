@@ -70,6 +70,7 @@ def changes():
         "scale": lambda model: model[0].weight.grad.mul_(2),
         "replace": lambda model: setattr(model[0].weight, "grad", torch.zeros_like(model[0].weight)),
         "clear": lambda model: model.zero_grad(),
+        "move": lambda model: setattr(model[0].weight.grad, "data", model[0].weight.grad.clone()),  # as Module.to
     }
 
 

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
+class _State(NamedTuple):
+    """What differs after a change in place, or after `gradient.data = ...`, as `Module.to` makes it."""
+
+    version: int
+    address: int
+
+    @classmethod
+    def of(cls, gradient: Tensor) -> _State:
+        """Returns the state of a gradient; a sparse one has no address."""
+        return cls(gradient._version, gradient.data_ptr() if gradient.layout is torch.strided else 0)
+
+
 class SeenGradients:
-    """The gradients of an optimizer and their versions, when they were last looked at.
+    """The gradients of an optimizer and their states, when they were last looked at.
 
     Args:
         parameters: returns all parameters.
@@ -19,11 +33,11 @@ class SeenGradients:
         self, parameters: Callable[[], Iterable[Tensor]], names: Callable[[], Mapping[Tensor, str]]
     ) -> None:
         self._parameters, self._names = parameters, names
-        self._seen: list[tuple[Tensor, Tensor, int]] = []  # parameter, gradient and version
+        self._seen: list[tuple[Tensor, Tensor, _State]] = []  # parameter, gradient and its state
 
     def look(self) -> None:
-        """Remembers gradients and their versions."""
-        self._seen = [(p, grad, grad._version) for p in self._parameters() if (grad := p.grad) is not None]
+        """Remembers gradients and their states."""
+        self._seen = [(p, grad, _State.of(grad)) for p in self._parameters() if (grad := p.grad) is not None]
 
     def forget(self) -> None:
         """Forgets, and no longer holds, the gradients: from now on they may be changed."""
@@ -31,7 +45,7 @@ class SeenGradients:
 
     def changed(self) -> Tensor | None:
         """Returns a parameter whose gradient was replaced or changed in place, or None."""
-        return next((p for p, grad, version in self._seen if p.grad is not grad or grad._version != version), None)
+        return next((p for p, grad, state in self._seen if p.grad is not grad or _State.of(grad) != state), None)
 
     def refuse_changed(self, state: str) -> None:
         """Refuses gradients that were changed while they were not the mean.
@@ -54,11 +68,11 @@ class SeenGradients:
             accumulate: micro-batches per update.
             after_pass: called after the next backward pass, which adds in place to gradients that are there.
         """
-        for p, grad, version in self._seen:
+        for p, grad, state in self._seen:
             if after_pass:  # zeros may be what the pass has computed
                 cleared = p.grad is not grad
             else:
-                cleared = p.grad is None or (p.grad is grad and grad._version != version and not grad.any())
+                cleared = p.grad is None or (p.grad is grad and grad._version != state.version and not grad.any())
             if cleared:
                 raise RuntimeError(
                     f"the gradient of {self._names()[p]} was cleared after {micro_batch} of "
