@@ -61,7 +61,7 @@ class Rounds:
         self._seen.refuse_changed(state)
 
     def look(self) -> None:
-        """Remembers gradients and their versions."""
+        """Remembers gradients and their states."""
         if self.reducer is not None or self._accumulate > 1 or self._watch:  # else nothing depends on them
             self._seen.look()
 

@@ -44,7 +44,7 @@ class SeenGradients:
         self._seen = []
 
     def changed(self) -> Tensor | None:
-        """Returns a parameter whose gradient was replaced or changed in place, or None."""
+        """Returns a parameter whose gradient was replaced, moved or changed in place, or None."""
         return next((p for p, grad, state in self._seen if p.grad is not grad or _State.of(grad) != state), None)
 
     def refuse_changed(self, state: str) -> None:
