@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from hvd_adam.distributed.launch_env import LaunchInfo, describe_unused_tasks, d
 from hvd_adam.distributed.placement import (
     RankPlacement,
     assign_gpus,
-    batch_threads,
+    batch_policy,
     describe_oversubscription,
 )
 from hvd_adam.errors import CollectiveError, UserError
@@ -261,12 +262,44 @@ def test_under_gloo_the_threads_of_horovod_do_not_interrupt_others(cluster):
     assert list(policies.values()).count(os.SCHED_BATCH) >= 2  # Horovod's own thread and Gloo's loop
 
 
+def policies_during_a_wait(cluster):
+    """Returns the policies of this thread while it waits for rank 1, which comes after 0.5 s; none on rank 1."""
+    seen, waiter, done = set(), threading.get_native_id(), threading.Event()
+
+    def watch():
+        while not done.wait(0.01):
+            seen.add(os.sched_getscheduler(waiter))
+
+    if cluster.rank == 1:
+        time.sleep(0.5)
+    else:
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+    cluster_module.horovod().allreduce(torch.ones(1), name="late")
+    if cluster.rank == 0:
+        done.set()
+        watcher.join()
+    return seen
+
+
+@on_ranks(2, "mpi")
+def test_under_mpi_a_waiting_rank_does_not_interrupt_others(cluster):
+    seen = policies_during_a_wait(cluster)
+    assert (os.SCHED_BATCH in seen) == (cluster.rank == 0)
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
+
+
+@on_ranks(2, "gloo")
+def test_under_gloo_a_waiting_rank_keeps_its_policy(cluster):
+    assert policies_during_a_wait(cluster) <= {os.SCHED_OTHER}
+
+
 @pytest.mark.parametrize("policy", [os.SCHED_BATCH, os.SCHED_IDLE])
 def test_a_policy_that_the_user_has_chosen_is_kept(policy):
     code = (
         f"import os; os.sched_setscheduler(0, {policy}, os.sched_param(0)); "
-        "from hvd_adam.distributed.placement import batch_threads\n "
-        "with batch_threads(): inside = os.sched_getscheduler(0)\n "
+        "from hvd_adam.distributed.placement import batch_policy\n "
+        "with batch_policy(): inside = os.sched_getscheduler(0)\n "
         "print(inside, os.sched_getscheduler(0))"
     )
     assert run(code) == f"{policy} {policy}"
@@ -277,7 +310,7 @@ def test_a_system_that_forbids_the_policy_is_left_as_it_is(monkeypatch):
         raise PermissionError
 
     monkeypatch.setattr(os, "sched_setscheduler", forbid)
-    with batch_threads():
+    with batch_policy():
         assert os.sched_getscheduler(0) == os.SCHED_OTHER
 
 

@@ -43,7 +43,7 @@ from hvd_adam.distributed.launch_env import (
 from hvd_adam.distributed.placement import (
     RankPlacement,
     assign_gpus,
-    batch_threads,
+    batch_policy,
     computes_on_cpus,
     describe_oversubscription,
     keep_freed_memory,
@@ -239,7 +239,11 @@ def _start(device: str, cycle_time_ms: float | None = None, *, restarting: bool 
         if restarting:  # else Horovod would request a rank itself
             stack.enter_context(elastic_disabled())
         if gloo_store_address() is not None and computes_on_cpus(device):
-            stack.enter_context(batch_threads())
+            # For the threads of Horovod and Gloo. While a thread sends to a rank, it holds a lock that Gloo's loop
+            # needs for what arrives from there. The loop does not wait for the lock, but looks again and again, so
+            # where it interrupts the sender it takes its core for nothing (`Pair::handleEvents` in
+            # transport/tcp/pair.cc, `Loop::run`).
+            stack.enter_context(batch_policy())
         hvd.init()
     sleep_while_waiting()
     launch = detect_launcher()

@@ -169,13 +169,10 @@ def share_cores(own: RankPlacement, placements: Sequence[RankPlacement]) -> None
 
 
 @contextmanager
-def batch_threads() -> Iterator[None]:
-    """Gives threads that are started in this block, and those that they start, the policy SCHED_BATCH.
+def batch_policy() -> Iterator[None]:
+    """Gives this thread the policy SCHED_BATCH within this block, and threads that it starts there for good.
 
-    Such a thread has the same share of a core, but does not interrupt another one when it wakes up. For Gloo:
-    while a thread sends to a rank, it holds a lock that Gloo's loop needs for what arrives from there. The loop
-    does not wait for the lock, but looks again and again, so where it interrupts the sender it takes its core for
-    nothing (`Pair::handleEvents` in transport/tcp/pair.cc, `Loop::run`).
+    Such a thread has the same share of a core, but does not interrupt another one when it wakes up.
 
     Nothing changes on systems without this policy or that forbid it, as a container may, or if the user has chosen
     another one.
@@ -185,7 +182,6 @@ def batch_threads() -> Iterator[None]:
     changes = hasattr(os, "SCHED_BATCH") and os.sched_getscheduler(0) == os.SCHED_OTHER
     if changes:
         try:
-            # Of this thread; those that it starts inherit it.
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         except OSError:
             changes = False

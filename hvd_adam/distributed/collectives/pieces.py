@@ -22,7 +22,7 @@ from hvd_adam.errors import JobError
 # Two ranks send halves of a piece of an all-reduce.
 ALLREDUCE_BYTES = 2 * MESSAGE_BYTES
 # Of two ranks of one host under Gloo. Horovod's thread waits at the end of each piece, and does not interrupt
-# threads that compute (placement.batch_threads): the MLP's step takes 61 ms with these pieces, and 64 with those
+# threads that compute (placement.batch_policy): the MLP's step takes 61 ms with these pieces, and 64 with those
 # above. Two ranks add in one order however a sum is divided. With more, the order depends on the pieces, and
 # released gradients, which have those above, would get other bits.
 PAIR_BYTES = 64 * 2**20
