@@ -263,7 +263,7 @@ def test_under_gloo_the_threads_of_horovod_do_not_interrupt_others(cluster):
 
 
 def policies_during_a_wait(cluster):
-    """Returns the policies of this thread while it waits for rank 1, which comes after 0.5 s; none on rank 1."""
+    """Returns the policies of rank 0's thread while it waits for rank 1, which is late; none on rank 1."""
     seen, waiter, done = set(), threading.get_native_id(), threading.Event()
 
     def watch():
@@ -291,7 +291,7 @@ def test_under_mpi_a_waiting_rank_does_not_interrupt_others(cluster):
 
 @on_ranks(2, "gloo")
 def test_under_gloo_a_waiting_rank_keeps_its_policy(cluster):
-    assert policies_during_a_wait(cluster) <= {os.SCHED_OTHER}
+    assert policies_during_a_wait(cluster) == ({os.SCHED_OTHER} if cluster.rank == 0 else set())
 
 
 @pytest.mark.parametrize("policy", [os.SCHED_BATCH, os.SCHED_IDLE])

@@ -64,6 +64,9 @@ def sleep_while_waiting() -> None:
 
     def wait(handle: int) -> None:
         global _waited
+        if is_done(handle):  # else the policy would be set for nothing
+            finish(handle)  # raises what has gone wrong
+            return
         start, worked, pause = time.perf_counter(), 0.0, _FIRST
         work = _meanwhile.work
         try:
@@ -76,7 +79,7 @@ def sleep_while_waiting() -> None:
                     else:
                         time.sleep(pause)
                         pause = min(_GROWTH * pause, _LONGEST)
-            finish(handle)  # raises what has gone wrong
+            finish(handle)
         finally:
             _waited += time.perf_counter() - start - worked
 
