@@ -165,12 +165,23 @@ void divide(const float* __restrict__ values, float unit, float* __restrict__ re
   }
 }
 
+// Fetches memory before it is needed: the blocks before are computed meanwhile, without other accesses. From 16 MB,
+// 0.75 to 0.95 of the time.
+template <int ELEMENTS, bool WRITES = false>
+void fetch(const float* place) {
+  constexpr int AHEAD = 2 * ELEMENTS, LINE = 16;
+  for (int i = 0; i < ELEMENTS; i += LINE) __builtin_prefetch(place + AHEAD + i, WRITES);
+}
+
 template <int BLOCKS>
 void encode_blocks(const float* gradients, const float* residual, float* new_residual, float factor, float unit,
                    const Payload& payload) {
   constexpr int ELEMENTS = BLOCKS * BLOCK;
   float h[ELEMENTS], t[ELEMENTS];
   bool keep[BLOCKS];
+  fetch<ELEMENTS>(gradients);
+  fetch<ELEMENTS>(residual);
+  fetch<ELEMENTS, true>(new_residual);
   for (int block = 0; block < BLOCKS; ++block) {
     int32_t any = 0;
     for (int i = block * BLOCK; i < (block + 1) * BLOCK; ++i) any |= magnitude_bits(gradients[i]);
@@ -243,8 +254,10 @@ extern "C" void hvd_adam_add_and_encode(const uint8_t* payloads, int64_t ranks, 
   for_each_block(1, blocks, threads, [=](int64_t, int64_t first, auto number) {
     constexpr int ELEMENTS = number * BLOCK;
     float sum[ELEMENTS] = {}, t[ELEMENTS];
-    for (int64_t rank = 0; rank < ranks; ++rank) add_decoded<number>(Payload(payloads, rank, blocks, first), sum);
     const float* old = residual + first * BLOCK;
+    fetch<ELEMENTS>(old);
+    fetch<ELEMENTS, true>(new_residual + first * BLOCK);
+    for (int64_t rank = 0; rank < ranks; ++rank) add_decoded<number>(Payload(payloads, rank, blocks, first), sum);
     for (int i = 0; i < ELEMENTS; ++i) {
       const float e = old[i] * unit;
       sum[i] += e;
@@ -268,6 +281,7 @@ extern "C" void hvd_adam_decode(const uint8_t* payloads, int64_t parts, int64_t 
     constexpr int ELEMENTS = number * BLOCK;
     const int64_t start = (part * blocks + first) * BLOCK;
     const Payload from(payloads, part, blocks, first);
+    fetch<ELEMENTS, true>(out + start);
     float t[ELEMENTS];
     read_codes<number>(from.codes, t);
     for (int block = 0; block < number; ++block) {
