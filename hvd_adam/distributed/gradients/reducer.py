@@ -13,13 +13,12 @@ from hvd_adam.distributed.context import horovod
 from hvd_adam.distributed.gradients.buckets import Buckets
 from hvd_adam.distributed.gradients.compression import Reduction, Scaling, is_half, start_reduction
 from hvd_adam.distributed.gradients.flags import Reduced, finite_or_nan, flags_of, message_of, read_flags
-from hvd_adam.distributed.gradients.grad_scaling import element_sum
 from hvd_adam.distributed.gradients.gradient_buffer import GradientBuffer
 from hvd_adam.distributed.gradients.header import Header, square_of, sums_are_finite
 from hvd_adam.distributed.gradients.missing_ranks import arrivals, explained, start_meeting
 from hvd_adam.distributed.noise.buckets import BucketNoise
 from hvd_adam.distributed.noise.meter import NoiseMeter
-from hvd_adam.distributed.wire.coded_allreduce import CodedAllReduce, exact_name
+from hvd_adam.distributed.wire.coded_allreduce import CodedAllReduce, exact_name, sum_of
 from hvd_adam.distributed.wire.error_feedback import ErrorFeedback
 from hvd_adam.optim.update_rows import Arrival
 
@@ -259,7 +258,7 @@ class Reducer(Buckets):
         for number in self._in_flight:
             for start, end in self._arrivals(number):
                 if add:
-                    sums.append(element_sum(self._buckets[number][0].grad[start:end]))
+                    sums.append(sum_of(self._in_flight[number], self._buckets[number][0].grad[start:end]))
         with explained():
             reduced = self._read(len(message), torch.stack(sums).mul(0).sum() if add else None)
         self._end_round()

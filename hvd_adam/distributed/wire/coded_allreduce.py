@@ -11,8 +11,9 @@ from torch import Tensor
 from hvd_adam.distributed.collectives.pieces import start_allgather, start_alltoall, sum_in_rank_order
 from hvd_adam.distributed.collectives.started import Chain, Sent, Started
 from hvd_adam.distributed.context import horovod
-from hvd_adam.distributed.gradients.compression import AllReduce, Scaling
-from hvd_adam.distributed.wire.codec import largest_scale
+from hvd_adam.distributed.gradients.compression import AllReduce, Reduction, Scaling
+from hvd_adam.distributed.gradients.grad_scaling import element_sum
+from hvd_adam.distributed.wire.codec import GROUP, largest_scale
 from hvd_adam.distributed.wire.coded_bucket import CodedBucket, Piece
 
 
@@ -54,6 +55,7 @@ class CodedAllReduce:
         self._server = coded.server.advance()
         self._elsewhere = [(coded.params[p][0], values) for p, values in (elsewhere or {}).items()]
         self._sent = Sent[Tensor]()
+        self._scales: list[Tensor] = []  # the largest of each piece of the sum
         for number, piece in enumerate(coded.pieces):
             while meanwhile() or self.advance():
                 pass
@@ -105,6 +107,19 @@ class CodedAllReduce:
 
         return Chain(received, start_gather)
 
+    def probe(self) -> Tensor | None:
+        """Returns what `element_sum` does for the sum of the bucket, once it is there, without a pass over it.
+
+        Returns:
+            None if only a pass can tell: on a GPU, or if the sums are so large that decoding may have overflowed.
+        """
+        if not self._scales:
+            return None
+        largest = torch.stack(self._scales).amax()  # NaN if the sum of a block is not finite
+        if largest * (GROUP * self._coded.codec.levels) >= torch.finfo(self._gradients.dtype).max:
+            return None
+        return element_sum(self._exact) + largest
+
     def advance(self) -> bool:
         """Adds the codes of a piece and sends the sum, or decodes the sum of one, if it has arrived."""
         return self._sent.advance()
@@ -132,6 +147,8 @@ class CodedAllReduce:
         coded = self._coded
         for rows, elements in coded.runs(piece):
             coded.functions.decode(coded.codec, codes[rows], self._gradients[elements])
+        if codes.is_cpu:
+            self._scales.append(largest_scale(coded.codec, codes))
 
 
 class CodedReduceScatter(CodedAllReduce):
@@ -146,6 +163,17 @@ class CodedReduceScatter(CodedAllReduce):
         coded.functions.decode(coded.codec, codes, parts)
         own = self._gradients.view(ranks, -1)[horovod().rank()]
         own[piece.start : piece.end] = sum_in_rank_order(parts.view(ranks, -1))
+
+
+def sum_of(reduction: Reduction, gradients: Tensor) -> Tensor:
+    """Returns what `element_sum` does for gradients that a reduction has added.
+
+    Args:
+        reduction: has arrived.
+        gradients: all of its bucket, or a part that is there.
+    """
+    known = reduction.probe() if isinstance(reduction, CodedAllReduce) else None
+    return element_sum(gradients) if known is None else known
 
 
 def exact_name(name: str) -> str:

@@ -15,8 +15,8 @@ from hvd_adam.optim.kernels.kernel_cache import COMPILE_SECONDS, cached
 # No option changes results: each operation is rounded by itself, infinities and NaN keep their meaning.
 _OPTIONS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-ffp-contract=off")
 _OPTIONS_FOR_SPEED = ("-fno-math-errno", "-fno-trapping-math")  # square roots and selections in vector registers
-# Of processors with AVX-512, GCC and Clang use vectors of 256 bits unless told otherwise. With 512 an update takes 0.77
-# of the time with float16 parameters, 0.82 with bfloat16, and 0.98 to 1.03 where memory is the limit.
+# On processors with AVX-512, GCC and Clang use vectors of 256 bits unless told otherwise. With 512 an update takes
+# 0.77 of the time with float16 parameters, 0.82 with bfloat16, and 0.98 to 1.03 where memory is the limit.
 _OPTIONS_FOR_X86 = ("-mprefer-vector-width=512",)
 
 
