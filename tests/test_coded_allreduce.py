@@ -6,6 +6,7 @@ that do not repeat; residuals that are lost when buckets change, or are used twi
 """
 
 import copy
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from hvd_adam import Adam, distribute
 from hvd_adam.data import load
 from hvd_adam.distributed.collectives import pieces
 from hvd_adam.distributed.gradients.gradient_buffer import GradientBuffer
+from hvd_adam.distributed.wire import coded_allreduce
 from hvd_adam.distributed.wire.saved_residuals import SavedResiduals, as_saved
 from hvd_adam.errors import UserError
 
@@ -231,6 +233,7 @@ def step(model, optimizer):
         ("int8", 1.0, clear_to_zero_by_model),
         ("int8", 1.0, clear_by_optimizer),
         ("int4", float("-inf"), step),
+        ("int4", 2e38, step),  # the codes are finite, but not what they decode to
         ("int4", float("nan"), clear_by_model),
         ("int4", 1.0, clear_by_model),
     ],
@@ -259,6 +262,18 @@ def test_gradients_that_are_not_finite_or_are_cleared_change_no_residual(cluster
         optimizer.step()
     assert torch.equal(model.other.grad, plain.other.grad)
     assert residuals(optimizers[0]) == residuals(optimizers[1])
+
+
+@on_ranks(2)
+@each_code
+def test_codes_tell_that_sums_are_finite_without_a_pass_over_them(cluster, compression):
+    model = Weights(weight=(30, 40), bias=(40,), other=(20, 64))
+    optimizer = distribute(Adam(model.parameters()), model, compression=compression)
+    with mock.patch.object(coded_allreduce, "element_sum", wraps=coded_allreduce.element_sum) as passes:
+        backward(model, random_gradients(model, 1, cluster.rank))
+        optimizer.step()
+    added = sum(len(call.args[0]) for call in passes.call_args_list)
+    assert len(model.bias) <= added < model.weight.numel()
 
 
 @on_ranks(2)
