@@ -277,6 +277,21 @@ def test_codes_tell_that_sums_are_finite_without_a_pass_over_them(cluster, compr
 
 
 @on_ranks(2)
+def test_a_gradient_that_overflows_in_the_transform_alone_stays_in_no_residual(cluster):
+    model = Weights(weight=(32, 32))
+    optimizer = distribute(Adam(model.parameters()), model, compression="int4")
+    skipped = []
+    for element in (3e37, 1e-3, 1e-3):  # the sum is 0
+        gradient = torch.full((32, 32), 1e-3)
+        gradient[0, 0] = element * (1 - 2 * cluster.rank)
+        backward(model, {"weight": gradient})
+        optimizer.step()
+        skipped.append(optimizer.skipped)
+        optimizer.zero_grad()
+    assert skipped == [True, False, False]
+
+
+@on_ranks(2)
 def test_without_skipping_residuals_stay_finite_too(cluster):
     model = Weights(weight=(30, 40), other=(20, 64))
     optimizer = distribute(Adam(model.parameters()), model, compression="int8", skip_nonfinite=False)

@@ -88,8 +88,9 @@ def encode(
     It is what the codes miss of h = gradients · scale + residual · unit; t is h − (1 − SENT) · residual · unit, in
     this order of operations.
 
-    A block that is not finite gets the scale NaN and decodes to NaN. A block whose gradients are all 0, or whose
-    magnitudes are less than `SMALLEST`, gets the scale 0: nothing of it is sent, and its residual keeps all of h.
+    A block that is not finite, or would not be when it is decoded, gets the scale NaN and decodes to NaN. A block
+    whose gradients are all 0, or whose magnitudes are less than `SMALLEST`, gets the scale 0: nothing of it is
+    sent, and its residual keeps all of h.
 
     Args:
         codec: the format.
@@ -172,7 +173,7 @@ def _quantize(codec: Codec, t: Tensor, keep: Tensor, payload: Tensor) -> Tensor:
     """
     blocks = t.view(-1, codec.block)
     largest = blocks.abs().amax(dim=1, keepdim=True)  # NaN if any is
-    finite = largest.isfinite()
+    finite = (largest * GROUP if codec.rotated else largest).isfinite()  # else rotating back might overflow
     sent = finite & (largest >= SMALLEST) & ~keep
     cells = torch.full_like(largest, codec.levels + 0.5)  # tensors: torch multiplies by the reciprocal of a number
     stored = _rounded_up(torch.where(sent, largest / cells, 0.0).where(finite, torch.nan))

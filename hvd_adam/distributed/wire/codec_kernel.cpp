@@ -96,7 +96,7 @@ void quantize(float* __restrict__ t, const bool* keep, const Payload& payload) {
     const float largest = from_bits(static_cast<uint32_t>(largest_bits));
 
     float scale = 0, inverse = 0;
-    if (!(largest < INFINITE)) {
+    if (!(largest * (ROTATED ? GROUP : 1) < INFINITE)) {  // else rotating back might overflow
       scale = std::numeric_limits<float>::quiet_NaN();
       std::fill_n(of_block, BLOCK, 0.0f);
     } else if (!keep[block] && largest >= SMALLEST) {

@@ -64,11 +64,11 @@ def _part(payload, block, blocks, CODE_BYTES: tl.constexpr):
 @triton.jit
 def _quantize(
     t, keep, payload, block, blocks, inside,
-    ROWS: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr,
+    ROWS: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr, ROTATED: tl.constexpr,
 ):  # fmt: skip
     """Writes codes and scales of the rows of t, and returns what they decode to, still rotated."""
     largest = tl.max(_magnitude_bits(t), axis=1).to(tl.float32, bitcast=True)  # as bits, NaN is the largest
-    finite = largest < float("inf")
+    finite = largest * (_GROUP if ROTATED else 1) < float("inf")  # else rotating back might overflow
     sent = finite & (largest >= _SMALLEST) & ~keep
     exact = tl.div_rn(tl.where(sent, largest, 1.0), tl.full((ROWS,), LEVELS + 0.5, tl.float32))
     rounded_up = (exact.to(tl.int32, bitcast=True) + 0xFFFF) >> 16
@@ -123,7 +123,7 @@ def encode_blocks(
     if ROTATED:
         t = _rotate(t, ROWS, BLOCK)
     keep = tl.max(_magnitude_bits(g), axis=1) == 0
-    decoded = _quantize(t, keep, payload, block, blocks, inside, ROWS, BITS, BLOCK, LEVELS)
+    decoded = _quantize(t, keep, payload, block, blocks, inside, ROWS, BITS, BLOCK, LEVELS, ROTATED)
     if ROTATED:
         decoded = _rotate(decoded, ROWS, BLOCK) * (1 / _GROUP)
     tl.store(
@@ -146,7 +146,8 @@ def add_and_encode_blocks(
         h += _dequantize(payloads, rank * blocks + block, blocks, inside, ROWS, BITS, BLOCK)
     e = tl.load(residual + places, inside[:, None], other=0.0) * unit
     h += e
-    decoded = _quantize(h - e * _WITHHELD, block < 0, payload, block, blocks, inside, ROWS, BITS, BLOCK, LEVELS)
+    t = h - e * _WITHHELD
+    decoded = _quantize(t, block < 0, payload, block, blocks, inside, ROWS, BITS, BLOCK, LEVELS, ROTATED)
     tl.store(
         new_residual + places, tl.div_rn(h - decoded, tl.full((ROWS, BLOCK), unit, tl.float32)), inside[:, None]
     )
