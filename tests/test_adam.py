@@ -479,6 +479,18 @@ def test_stochastic_rounding_is_reproducible_and_differs_between_steps_and_eleme
     assert moved[0] != moved[1] != moved[2]
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_the_bits_of_stochastic_rounding_follow_the_order_of_memory(implementation):
+    start = torch.randn(8, 8, 3, 3, generator=torch.Generator().manual_seed(1))
+    images = parameter(start, torch.bfloat16)
+    images.data = images.data.to(memory_format=torch.channels_last)
+    flat = parameter(start.permute(0, 2, 3, 1).reshape(-1), torch.bfloat16)
+    for p in (images, flat):
+        optimizer = Adam([p], lr=2**-9, stochastic_rounding=True, implementation=implementation)
+        run(optimizer, [p], [[torch.ones(p.shape)]] * 3)
+    assert torch.equal(images.permute(0, 2, 3, 1).reshape(-1), flat)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("option", LOSSLESS)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

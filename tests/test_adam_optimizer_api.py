@@ -13,6 +13,7 @@ Hazards covered:
 import copy
 import inspect
 import io
+import math
 import pickle
 import subprocess
 import sys
@@ -396,6 +397,46 @@ def test_frozen_parameter_gets_state_with_its_first_gradient():
     optimizer.step()
     assert optimizer.state[frozen]["step"].item() == 1
     assert optimizer.state[p]["step"].item() == 2
+
+
+@pytest.mark.parametrize("implementation", ["reference", "foreach", "fused"])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        *({"eps": None}, {"weight_decay": None}, {"weight_decay": "0.1"}, {"betas": (1.0, 0.999)}),
+        *({"betas": (0.9, 1.5)}, {"betas": (math.nan, 0.999)}),
+    ],
+)
+def test_hyper_parameters_that_a_loop_makes_invalid_are_refused_before_anything_changes(changed, implementation):
+    p = torch.nn.Parameter(torch.ones(64, 64))
+    optimizer = Adam([p], implementation=implementation)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    before, weights = copy.deepcopy(optimizer.state[p]), p.detach().clone()
+    optimizer.param_groups[0].update(changed)
+    with pytest.raises((TypeError, ValueError), match=next(iter(changed))):
+        optimizer.step()
+    assert torch.equal(p, weights)
+    assert all(torch.equal(value, before[name]) for name, value in optimizer.state[p].items())
+
+
+@pytest.mark.parametrize("implementation", ["reference", "foreach", "fused"])
+def test_eps_and_weight_decay_may_be_tensors_of_one_element(implementation):
+    results = []
+    for make in (float, lambda number: torch.tensor([number])):
+        p = torch.nn.Parameter(torch.ones(64, 64))
+        optimizer = Adam([p], implementation=implementation, eps=make(2.0**-20), weight_decay=make(0.125))
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        results.append(p.detach().clone())
+    assert torch.equal(*results)
+
+
+def test_a_group_that_is_refused_is_not_added():
+    optimizer = Adam([torch.nn.Parameter(torch.zeros(3))])
+    with pytest.raises(ValueError, match="Tensor weight_decay must be 1-element"):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(3))], "weight_decay": torch.ones(2)})
+    assert len(optimizer.param_groups) == len(optimizer.state) == 1
 
 
 def test_amsgrad_may_be_switched_on_between_steps():

@@ -372,6 +372,75 @@ def test_codes_without_their_scales_are_refused_before_anything_changes(name):
         assert all(torch.equal(value, before["state"][i][key]) for key, value in entry.items())
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"master_param": torch.zeros(3, 3)}, r"loaded master_param of parameter 0 has shape \(3, 3\), but the"),
+        ({"master_param": torch.zeros(1, 64)}, r"loaded master_param of parameter 0 has shape \(1, 64\), but the"),
+        ({"exp_avg_codes": None}, "loaded exp_avg_codes of parameter 0 must be a dense tensor, but is a NoneType"),
+        ({"exp_avg": torch.zeros(64, 64)}, "loaded moments of parameter 0 have two formats"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused_before_anything_changes(damage, message):
+    p = torch.nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
+    optimizer = Adam([p], state_format="8bit", master_weights=True)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    held, before = (copy.deepcopy(optimizer.held_state_dict()) for _ in range(2))
+    held["state"][0].update(damage)
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(held)
+    for name, value in optimizer.held_state_dict()["state"][0].items():
+        assert torch.equal(value, before["state"][0][name])
+    optimizer.step()
+
+
+@pytest.mark.parametrize("state_format", ["8bit", "float32"])
+@pytest.mark.parametrize("loads", [False, True])
+def test_codes_follow_a_parameter_whose_order_in_memory_changes(loads, state_format):
+    p = torch.nn.Parameter(torch.zeros(64, 64, 3, 3))
+    optimizer = Adam([p], state_format="8bit")
+    sizes = torch.logspace(-3, 1, 64).view(
+        1, 64, 1, 1
+    )  # of neighbours with channels_last, which share a scale then
+    for seed in range(10):
+        p.grad = torch.randn(64, 64, 3, 3, generator=torch.Generator().manual_seed(seed)) * sizes
+        optimizer.step()
+    before = optimizer.state_dict()["state"][0]
+    if loads:
+        q = torch.nn.Parameter(p.detach().clone(memory_format=torch.channels_last))
+        changed = Adam([q], state_format=state_format)
+        changed.load_state_dict(optimizer.held_state_dict())
+    else:
+        p.data = p.data.to(memory_format=torch.channels_last)
+        optimizer.param_groups[0]["state_format"] = state_format
+        changed = optimizer
+        p.grad = None
+        changed.step()  # reads the state, and changes nothing
+    found = changed.state_dict()["state"][0]
+    bounds = {"exp_avg": 1 / 79, "exp_avg_sq": 1 / 20} if state_format == "8bit" else dict.fromkeys(before, 0.0)
+    # Elements with one scale: 32 in the order of memory, a row of `LANES` apart.
+    for moment in ("exp_avg", "exp_avg_sq"):
+        groups = [
+            t[moment].permute(0, 2, 3, 1).reshape(-1, BLOCK // LANES, LANES).transpose(1, 2)
+            for t in (found, before)
+        ]
+        largest = groups[1].abs().amax(dim=-1, keepdim=True)
+        assert ((groups[0] - groups[1]).abs() <= bounds[moment] * largest).all(), moment
+
+
+@pytest.mark.parametrize("state_format", FORMATS)
+def test_a_state_dict_of_decoded_moments_does_not_change_when_training_continues(state_format):
+    params, optimizer = trained({"state_format": state_format})
+    saved = optimizer.state_dict()["state"]
+    before = copy.deepcopy(saved)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    for i, entry in before.items():
+        assert all(torch.equal(saved[i][name], value) for name, value in entry.items())
+
+
 def test_a_format_that_is_changed_between_steps_is_converted():
     params, optimizer = trained({"state_format": "8bit"})
     optimizer.param_groups[0]["state_format"] = "float32"

@@ -127,7 +127,7 @@ class Adam(PlainOptimizer):
         try:
             validation.check_hyper_parameters(group)
             validation.check_parameters(group["params"])
-        except (TypeError, ValueError):
+        except Exception:
             self.param_groups.pop()
             raise
         self._make_missing_state(group)
@@ -182,7 +182,8 @@ class Adam(PlainOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dictionary of this class, or of ``torch.optim.Adam`` or ``AdamW``.
 
-        The format that the state is held in remains this optimizer's: what has another one is converted.
+        The format of the moments remains this optimizer's: what has another one is converted. Whether there are
+        master weights, and in which form, is one of the options that the dictionary has.
 
         Raises:
             ValueError: it is not Adam's or does not fit the parameters; nothing has been changed.
@@ -222,17 +223,20 @@ class Adam(PlainOptimizer):
             loaded["state_format"] = own["state_format"]
         validation.check_loaded_state(state)
         exact = saved_states(self._source, self.param_groups)
+        copies = {}
+        for group in state["param_groups"]:
+            arena = arena_for((p, group) for p in group["params"])
+            for p in group["params"]:
+                loaded = state["state"].get(p, {})
+                if is_adams_state(loaded):
+                    copied = copy_loaded_state(p, exact.get(p, loaded), group, arena)
+                    copies[p] = {**without_other_formats(loaded, copied), **copied}
         had = "differentiable" in self.defaults
         super().__setstate__(state)
+        self.state.update(copies)
         if not had:  # PyTorch has added it, and the groups that are saved next would have it
             self.defaults.pop("differentiable", None)
         for group in self.param_groups:
-            arena = arena_for((p, group) for p in group["params"])
-            for p in group["params"]:
-                loaded = self.state.get(p, {})
-                if is_adams_state(loaded):
-                    copied = copy_loaded_state(p, exact.get(p, loaded), group, arena)
-                    self.state[p] = {**without_other_formats(loaded, copied), **copied}
             self._make_missing_state(group)
 
     @torch.inference_mode(False)  # state that is created in that mode could not be updated outside of it

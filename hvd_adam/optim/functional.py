@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hvd_adam.optim.expression import current_master
 from hvd_adam.optim.formats.random_bits import round_stochastically, rounding_seed
+from hvd_adam.optim.memory import memory_order
 from hvd_adam.optim.optimizer_state import Group
 from hvd_adam.optim.reference import adam_update
 from hvd_adam.optim.tensor_lists import TensorLists
@@ -37,8 +38,8 @@ def update_reference(lists: TensorLists, group: Group, grad_scale: Tensor | None
             alpha=float(group["lr"]),
             beta1=beta1,
             beta2=beta2,
-            epsilon=group["eps"],
-            lambda_=group["weight_decay"],
+            epsilon=float(group["eps"]),
+            lambda_=float(group["weight_decay"]),
             decoupled=group["decoupled_weight_decay"],
             maximize=group["maximize"],
         )
@@ -58,7 +59,7 @@ def update_foreach(lists: TensorLists, group: Group, grad_scale: Tensor | None) 
         group: the hyper-parameters.
         grad_scale: multiplies the gradients; 0-dimensional; None for 1.
     """
-    lr, weight_decay = float(group["lr"]), group["weight_decay"]
+    lr, weight_decay, eps = (float(group[name]) for name in ("lr", "weight_decay", "eps"))
     beta1, beta2 = map(float, group["betas"])
     thetas = _thetas(lists, group, torch.float32)
     dtype = lists.exp_avgs[0].dtype
@@ -85,7 +86,7 @@ def update_foreach(lists: TensorLists, group: Group, grad_scale: Tensor | None) 
 
     denominators = torch._foreach_sqrt(second_moments)
     torch._foreach_div_(denominators, [(1 - beta2**t) ** 0.5 for t in lists.steps])
-    torch._foreach_add_(denominators, group["eps"])
+    torch._foreach_add_(denominators, eps)
     step_sizes = [-(lr / (1 - beta1**t)) for t in lists.steps]
     torch._foreach_addcdiv_(thetas, lists.exp_avgs, denominators, step_sizes)
     _store(lists, group, thetas)
@@ -127,7 +128,9 @@ def _store(lists: TensorLists, group: Group, thetas: list[Tensor]) -> None:
     if lists.rounding == "stochastic":
         for p, theta, step, position in zip(lists.params, thetas, lists.steps, lists.positions, strict=True):
             seed = torch.tensor(rounding_seed(int(step), position), dtype=torch.int64, device="cpu")
-            p.copy_(round_stochastically(theta.float().contiguous().reshape(-1), seed).view(p.shape))
+            placed = torch.empty_like(p, dtype=torch.float32).copy_(theta)  # bits follow the order of memory
+            rounded = round_stochastically(memory_order(placed, 0, p.numel()), seed)
+            p.copy_(rounded.as_strided(p.shape, placed.stride()))
     elif lists.rounding == "nearest" and lists.in_few_bits:
         for p, theta in zip(lists.params, thetas, strict=True):
             p.copy_(theta)

@@ -18,6 +18,7 @@ from hvd_adam.optim.formats.held import (
     convert,
     decoded,
     entries,
+    fits,
     is_in_few_bits,
     part_of_scales,
 )
@@ -108,7 +109,7 @@ def ensure_state(
     used = {"step": state["step"]}
     dense = torch.empty_like(p, device="meta")
     wanted = entries(group, p)
-    if not wanted.keys() <= state.keys() and IN_FEW_BITS & {*wanted, *state}:
+    if not fits(state, p, wanted):
         convert(state, p, wanted, _own_elements(state, p, part))
     for name, entry in wanted.items():
         dtype = entry.dtype
@@ -216,13 +217,29 @@ def copy_of_states(states: States) -> dict[Any, Any]:
 
 
 def decoded_states(states: States) -> States:
-    """Returns a whole state with float32 tensors in place of what is held in few bits."""
+    """Returns a whole state with float32 tensors in place of what is held in few bits.
+
+    If there are any, all of Adam's tensors are copies: what is decoded does not change with the next step, either.
+    """
     found = {
         key: decoded(state, key)
         for key, state in states.items()
         if isinstance(key, Tensor) and is_adams_state(state) and is_in_few_bits(state, key)
     }
-    return {**states, **found} if found else states
+    if not found:
+        return states
+    return {
+        key: _copied(state, found.get(key)) if is_adams_state(state) else state for key, state in states.items()
+    }
+
+
+def _copied(state: State, decoded: dict[str, Any] | None) -> dict[str, Any]:
+    """Returns a state, decoded if it is given so, with copies of Adam's tensors that it shares with the other."""
+    copied = dict(state if decoded is None else decoded)
+    for name in {"step", *STATE_NAMES} & copied.keys():
+        if isinstance(copied[name], Tensor) and copied[name] is state.get(name):
+            copied[name] = copied[name].clone()
+    return copied
 
 
 def without_other_formats(loaded: dict[str, Any], copied: State) -> dict[str, Any]:
@@ -272,7 +289,7 @@ def copy_loaded_state(p: Tensor, loaded: dict[str, Any], group: Group, arena: Ar
     state = {"step": torch.tensor(float(loaded["step"]), dtype=torch.float32, device="cpu")}
     wanted = entries({**group, "amsgrad": "max_exp_avg_sq" in loaded}, p)
     converted = {key: value for key, value in loaded.items() if key in STATE_NAMES}
-    if not wanted.keys() <= converted.keys() and IN_FEW_BITS & {*wanted, *converted}:
+    if not fits(converted, p, wanted):
         on_device = {key: value.to(p.device) for key, value in converted.items()}
         convert(on_device, p, wanted, memory_order(p.detach(), 0, p.numel()))
         converted = on_device

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -115,15 +116,27 @@ class Kernel(NamedTuple):
 
 
 def hyper_parameters(groups: Iterable[Group]) -> list[HyperParameters]:
-    """Returns the hyper-parameters of all groups."""
+    """Returns the hyper-parameters of all groups, which may have been changed since the groups were added.
+
+    Raises:
+        TypeError: one is no number.
+        ValueError: a beta is out of range.
+    """
     found = []
     for group in groups:
-        beta1, beta2 = group["betas"]
-        betas = float(beta1), float(beta2)
-        decay = group["weight_decay"], group["decoupled_weight_decay"]
-        sign = -1 if group["maximize"] else 1
-        found.append(HyperParameters(float(group["lr"]), betas, group["eps"], *decay, sign))
+        beta1, beta2 = map(float, group["betas"])
+        if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
+            raise ValueError(f"betas is {group['betas']!r}; each must be at least 0 and less than 1")
+        lr, eps, weight_decay = (_number(group, name) for name in ("lr", "eps", "weight_decay"))
+        decay = weight_decay, group["decoupled_weight_decay"]
+        found.append(HyperParameters(lr, (beta1, beta2), eps, *decay, -1 if group["maximize"] else 1))
     return found
+
+
+def _number(group: Group, name: str) -> float:
+    if not isinstance(group[name], Real | Tensor):
+        raise TypeError(f"{name} is {group[name]!r}; it must be a number")
+    return float(group[name])
 
 
 class UpdateRows:

@@ -12,11 +12,12 @@ from torch.nn.parameter import is_lazy
 from hvd_adam.optim.formats.choice import STATE_FORMATS
 from hvd_adam.optim.formats.eight_bit import scales_of
 from hvd_adam.optim.formats.held import FIRST_CODES, SCALES, SECOND_CODES
-from hvd_adam.optim.optimizer_state import REQUIRED_STATE, Group, is_adams_state
+from hvd_adam.optim.optimizer_state import REQUIRED_STATE, STATE_NAMES, Group, is_adams_state
 
 IMPLEMENTATIONS = ("reference", "foreach", "fused", "auto")
-_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master_param")
 _CODES = ("exp_avg_codes", "exp_avg_sq_codes", "param_correction")
+_PAIRS = (("exp_avg", "exp_avg_sq"), (FIRST_CODES[0], SECOND_CODES[0]))
 
 
 def check_hyper_parameters(group: Group) -> None:
@@ -28,12 +29,13 @@ def check_hyper_parameters(group: Group) -> None:
     """
     lr, betas = group["lr"], group["betas"]
     for name in ("lr", "eps", "weight_decay"):
-        if not isinstance(group[name], Real | Tensor):
-            raise TypeError(f"{name} is {group[name]!r}; it must be a number")
+        value = group[name]
+        if not isinstance(value, Real | Tensor):
+            raise TypeError(f"{name} is {value!r}; it must be a number")
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(f"Tensor {name} must be 1-element, but has {value.numel()} elements")
     if not isinstance(betas, tuple | list):
         raise TypeError(f"betas is {betas!r}; it must be two numbers, such as (0.9, 0.999)")
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"Tensor lr must be 1-element, but has {lr.numel()} elements")
     if not lr >= 0.0:
         raise ValueError(f"Invalid learning rate: {lr}")
     if not group["eps"] >= 0.0:
@@ -155,6 +157,12 @@ def check_loaded_state(state: dict[str, Any]) -> None:
         missing += [key for codes, key in (FIRST_CODES, SECOND_CODES) if codes in loaded and key not in loaded]
         if missing:
             raise ValueError(f"loaded state of parameter {i} is not Adam's: {missing[0]} is missing")
+        if any(first in loaded and second not in loaded for first, second in _PAIRS):
+            raise ValueError(f"loaded moments of parameter {i} have two formats: save both in one")
+        for key in loaded.keys() & {*STATE_NAMES}:
+            if not isinstance(loaded[key], Tensor) or loaded[key].layout != torch.strided:
+                kind = type(loaded[key]).__name__
+                raise ValueError(f"loaded {key} of parameter {i} must be a dense tensor, but is a {kind}")
         for key in (*_MOMENTS, *_CODES):
             if key in loaded and loaded[key].shape != p.shape:
                 raise ValueError(

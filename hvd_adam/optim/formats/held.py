@@ -20,7 +20,7 @@ from hvd_adam.optim.formats.eight_bit import (
     scales_of,
 )
 from hvd_adam.optim.formats.random_bits import BLOCK, LANES
-from hvd_adam.optim.memory import memory_order
+from hvd_adam.optim.memory import is_dense, memory_order
 
 FIRST_CODES, SECOND_CODES = ("exp_avg_codes", "exp_avg_scales"), ("exp_avg_sq_codes", "exp_avg_sq_scales")
 SCALES = frozenset({FIRST_CODES[1], SECOND_CODES[1]})
@@ -82,26 +82,52 @@ def convert(state: dict[str, Any], p: Tensor, wanted: Mapping[str, Entry], own: 
         wanted: as `entries` returns it.
         own: the elements of the parameter that the state belongs to, 1-dimensional.
     """
+    if FIRST_CODES[0] in wanted and not codes_are_in_order(state, p):  # scales belong to elements that follow
+        _decode(state, p)
     if FIRST_CODES[0] in wanted and "exp_avg" in state:
         first, second = (_flat(state.pop(name), p) for name in ("exp_avg", "exp_avg_sq"))
         state.pop("max_exp_avg_sq", None)
         _put(state, FIRST_CODES, *encode_exp_avg(first), p)
         _put(state, SECOND_CODES, *encode_exp_avg_sq(exact_sqrt(second)), p)
     elif "exp_avg" in wanted and FIRST_CODES[0] in state:
-        for name, names, decode in zip(
-            ("exp_avg", "exp_avg_sq"),
-            (FIRST_CODES, SECOND_CODES),
-            (decode_exp_avg, decode_exp_avg_sq),
-            strict=True,
-        ):
-            codes, scales = (state.pop(key) for key in names)
-            state[name] = _shaped(decode(_in_memory(codes, p), scales), codes, p)
+        _decode(state, p)
     if CORRECTION in wanted and "master_param" in state:
         master = _flat(state.pop("master_param"), p)
         state[CORRECTION] = _shaped(correction_of(own, current_master(own, master)), None, p)
     elif "master_param" in wanted and CORRECTION in state:
         correction = state.pop(CORRECTION)
         state["master_param"] = _shaped(decode_parameter(own, _in_memory(correction, p)), correction, p)
+
+
+def _decode(state: dict[str, Any], p: Tensor) -> None:
+    """Replaces the codes of both moments."""
+    for name, names, decode in zip(
+        ("exp_avg", "exp_avg_sq"), (FIRST_CODES, SECOND_CODES), (decode_exp_avg, decode_exp_avg_sq), strict=True
+    ):
+        codes, scales = (state.pop(key) for key in names)
+        dense = codes if is_dense(codes) else torch.empty_like(codes).copy_(codes)
+        moment = decode(memory_order(dense, 0, dense.numel()), scales).as_strided(dense.shape, dense.stride())
+        state[name] = _shaped(_in_memory(moment, p), codes, p)
+
+
+def fits(state: Mapping[str, Any], p: Tensor, wanted: Mapping[str, Entry]) -> bool:
+    """Returns whether a state need not be converted to have the names that are wanted."""
+    named = wanted.keys() <= state.keys() or not IN_FEW_BITS & {*wanted, *state}
+    return named and codes_are_in_order(state, p)
+
+
+def codes_are_in_order(state: Mapping[str, Any], p: Tensor) -> bool:
+    """Returns whether the codes of a state lie in memory as the parameter's elements do, if there are any.
+
+    They no longer do after `Module.to(memory_format=…)`, or if they have been saved with another format.
+    """
+    found = [state[name] for name, _ in (FIRST_CODES, SECOND_CODES) if name in state]
+    strides = torch.empty_like(p, device="meta").stride() if found else ()
+    return all(
+        codes.shape != p.shape
+        or all(own == other for own, other, size in zip(codes.stride(), strides, p.shape, strict=True) if size > 1)
+        for codes in found
+    )
 
 
 def is_in_few_bits(state: Mapping[str, Any], p: Tensor) -> bool:

@@ -129,8 +129,8 @@ void update_block(const Block& block, const Numbers& n, uint32_t seed, Updated& 
   float* theta = wide;
   const float* grad = gradients;
   if constexpr (std::is_same_v<Param, float>) {
-    theta = block.param;
-    grad = block.grad;
+    theta = reinterpret_cast<float*>(block.param);  // Clang compiles this for other types, too
+    grad = reinterpret_cast<const float*>(block.grad);
   } else {
     load_block(block, wide, gradients);
   }
