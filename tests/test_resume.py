@@ -275,6 +275,19 @@ def test_a_run_started_from_a_checkpoint_resumes_from_its_own_checkpoints(alone,
     assert not (place / "new").exists()
 
 
+def test_a_run_killed_before_its_first_checkpoint_loads_the_weights_of_another_run_again(alone, place):
+    succeeded(alone("trained", "--max-steps", 1))
+    argv = ["--init-from", place / "trained"]
+    assert alone("warm", *argv, stop="SIGKILL:0:2").returncode == -signal.SIGKILL
+    assert [event["event"] for event in events(place / "warm")] == ["start"]
+    again = alone("warm", *argv, stop="SIGTERM:0:5")
+    assert again.returncode == 75 and "weights: 4 of 4 tensors from" in again.stdout, again.stdout + again.stderr
+    # From then on its own checkpoints are loaded: those weights, which may be gone, are not read.
+    (place / "trained").rename(place / "removed")
+    assert "weights:" not in succeeded(alone("warm", *argv)).stdout
+    assert "no checkpoint in" in one_line(alone("new", *argv)) and not (place / "new").exists()
+
+
 NEW_PROCESSES = (("mpirun.sh", signal.SIGTERM), ("horovodrun.sh --gloo", signal.SIGUSR1))
 
 

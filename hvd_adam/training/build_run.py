@@ -161,9 +161,13 @@ def _open_run(
     residuals = islands = None
     with raise_on_all_ranks(cluster):
         if cluster.rank == ROOT:
+            loaded = None
             if config.init_from is not None and in_memory is None and not run_dir.resumes(config):
-                logger.info(warm_start(parts.model, config.init_from))  # first: an error leaves no folder behind
+                loaded = warm_start(parts.model, config.init_from)  # first: an error leaves no folder behind
             folder, resume = run_dir.open_run(config, cluster.size, in_memory, data)
+            if config.init_from is not None and resume is None:
+                # The folder may hold a run that was killed before its first checkpoint.
+                logger.info(loaded or warm_start(parts.model, config.init_from))
         if resume is not None:
             before = resume.state.config.get("state_format", config.state_format)
             if before != config.state_format and cluster.rank == ROOT:
