@@ -68,12 +68,35 @@ def test_a_finished_run_that_is_started_again_reports_it_and_keeps_its_record(mo
     assert (folder / "run" / "metrics.jsonl").read_text() == before
 
 
+def test_a_run_that_ended_within_an_epoch_beyond_a_smaller_length_has_finished(commands, tmp_path):
+    argv = ["hvd_adam.train", *OPTIONS, "--output-dir", "run", "--epochs"]
+    succeeded(commands.run(*argv, 3, "--max-steps", 4, cwd=tmp_path))
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    done = succeeded(commands.run(*argv, 1, cwd=tmp_path))
+    assert "already finished: 4 of 3 updates" in done.stdout and "epoch 2" not in done.stdout
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_a_run_that_was_stopped_within_an_epoch_beyond_a_smaller_length_is_evaluated_once(commands, tmp_path):
+    argv = ["hvd_adam.train", *OPTIONS, "--output-dir", "run", "--epochs"]
+    stopped = [1000, "--checkpoint-every", 1, "--lr-decay", "constant", "--max-time", "0.01"]
+    assert commands.run(*argv, *stopped, cwd=tmp_path).returncode == 75
+    step = events(tmp_path / "run", "checkpoint")[-1]["step"]
+    shorter = [1000, "--lr-decay", "constant", "--max-steps", max(1, step - 1)]
+    done = succeeded(commands.run(*argv, *shorter, cwd=tmp_path))
+    assert "no longer finite" not in done.stdout + done.stderr
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "already finished" in succeeded(commands.run(*argv, *shorter, cwd=tmp_path)).stdout
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
 def test_a_run_that_was_killed_before_its_end_was_recorded_records_it(commands, finished, tmp_path):
     _, folder = finished
     metrics = folder / "run" / "metrics.jsonl"
     before = metrics.read_text()
     metrics.write_text("".join(line for line in before.splitlines(True) if json.loads(line)["event"] != "end"))
-    succeeded(commands.run("hvd_adam.train", *OPTIONS, "--epochs", 3, "--output-dir", "run", cwd=folder))
+    done = succeeded(commands.run("hvd_adam.train", *OPTIONS, "--epochs", 3, "--output-dir", "run", cwd=folder))
+    assert "no longer finite" not in done.stdout + done.stderr
     end = events(folder / "run")[-1]
     assert (end["event"], end["images_per_second"]) == ("end", None)
     assert end["test_accuracy"] == json.loads(before.splitlines()[-1])["test_accuracy"]

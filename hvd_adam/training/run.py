@@ -77,7 +77,8 @@ class BatchSizes:
         if not end - self.steps_per_epoch <= saved.step <= end:  # the size of the data set has changed
             return replace(saved, epoch=self.epoch_of(saved.step), epoch_done=False)
         # --max-steps may have ended that run within an epoch, and may now allow more updates.
-        return replace(saved, epoch_done=saved.epoch_done and saved.step in (end, self.total_steps))
+        done = saved.epoch_done and (saved.step == end or saved.step >= self.total_steps)
+        return replace(saved, epoch_done=done)
 
 
 @dataclass(frozen=True)

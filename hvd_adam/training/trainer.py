@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -304,7 +303,7 @@ class Trainer:
         )
 
     def _finish(self) -> None:
-        scores, rate, size = self.progress.scores or {}, self.throughput.total() or math.nan, self.cluster.size
+        scores, rate, size = self.progress.scores or {}, self.throughput.total() or None, self.cluster.size
         self.watchdog.beat("the end of the training")
         with raise_on_all_ranks(self.cluster):
             self._record_checkpoint(wait=True)
@@ -315,6 +314,6 @@ class Trainer:
             path = storage.checkpoint_path(self.folder / "checkpoints", self.progress.step)
             if not self.has_evaluated:
                 logger.info("  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in result.items()))
-            if math.isfinite(rate):
+            if rate is not None:
                 logger.info(f"throughput {rate:.0f} images/s over {size} rank(s)")
             logger.info(f"checkpoint {path}\nplot {try_plot(self.folder)}\nrun folder {self.folder}")
