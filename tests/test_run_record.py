@@ -90,7 +90,7 @@ def test_the_ticks_of_the_loss_are_plain_numbers(tmp_path, losses, scale, labels
     assert plots.plot(folder).read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("name", ["run$1$", "a_{b}^", "実行"])
+@pytest.mark.parametrize("name", ["run$1$", "a_{b}^", "実行", "a\udcff b"])
 def test_any_name_of_a_folder_is_a_title(tmp_path, name):
     folder = run_folder(tmp_path, name=name)
     with warnings.catch_warnings():

@@ -69,7 +69,7 @@ def figure(folder: Path) -> Any:
 def _title(folder: Path, events: list[dict[str, Any]]) -> str:
     """Returns the run's name, and its ranks and images per update where the events have them."""
     starts = [event for event in events if event["event"] in ("start", "resume")]
-    name = folder.resolve().name
+    name = folder.resolve().name.encode(errors="replace").decode()  # fonts draw valid Unicode only
     if not starts:
         return name
     ranks = starts[-1]["world_size"]
