@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from hvd_adam.checkpoint import storage
-from hvd_adam.checkpoint.state import Progress
+from hvd_adam.checkpoint.state import Progress, TrainingState
 from hvd_adam.checkpoint.writer import CheckpointWriter
 from hvd_adam.errors import UserError
 from hvd_adam.training.run_dir import holds_run
@@ -97,6 +97,51 @@ def test_a_change_of_any_byte_of_the_manifest_is_detected(tmp_path):
         manifest.write_bytes(content)
         flip(place)(manifest)
         refused(tmp_path)
+
+
+def test_a_state_that_is_not_a_dictionary_of_pytorch_is_refused_although_its_checksum_fits(tmp_path, monkeypatch):
+    save_steps(tmp_path, 1)
+    states = [b"", b"text", b"\x80\x02]q\x00.", torch.ones(3), [1, 2]]
+    for step, state in enumerate(states, start=2):
+        write = (lambda _, file, s=state: file.write(s)) if isinstance(state, bytes) else real_save(state)
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "save", write)
+            storage.save(tmp_path, step, {})
+        assert "cannot be read" in refused(tmp_path / f"step-{step:08d}")
+    found, _, damaged = storage.load_newest(tmp_path)
+    assert found.name == "step-00000001" and len(damaged) == len(states)
+
+
+def real_save(value, save=torch.save):
+    return lambda _, file: save(value, file)
+
+
+def whole_state():
+    progress = {"step": 1, "epoch": 1, "global_batch_size": 8}
+    parts = {"progress": progress, "schedule": {"initial": 0.0, "peak": 1}, "ranks": [{"loss": [0.0, 0]}]}
+    return {"model": {}, "optimizer": {}, "loss_scaler": None, "config": {}, "data": {}, **parts}
+
+
+PARTS = whole_state()
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "words"),
+    [
+        *((part, torch.ones(2), f"{part} is of type Tensor, not dict") for part in PARTS if part != "ranks"),
+        *((part, [1], f"{part} is of type list, not dict") for part in ("ema", "residuals", "islands")),
+        ("model", None, "model is of type NoneType, not dict"),
+        ("ranks", {}, "ranks is of type dict, not list"),
+        ("ranks", [{}, 3], "the state of rank 1 is of type int, not dict"),
+        ("progress", {"step": "1"}, "progress.step is of type str, not int"),
+        ("schedule", {"initial": 0.0}, "schedule.peak is of type NoneType, not float"),
+    ],
+)
+def test_a_part_of_a_wrong_type_is_refused_by_its_name(part, value, words):
+    TrainingState.from_dict(PARTS, "here")
+    with pytest.raises(UserError) as error:
+        TrainingState.from_dict(PARTS | {part: value}, "here")
+    assert str(error.value) == f"checkpoint here cannot be resumed: {words}"
 
 
 POINTERS = [

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -92,6 +92,9 @@ class Progress:
         return cls(**{f.name: saved[f.name] for f in fields(cls) if f.name in saved})
 
 
+OPTIONAL_PARTS = frozenset(("loss_scaler", "ema", "residuals", "islands"))
+
+
 @dataclass
 class TrainingState:
     """The state that rank 0 saves.
@@ -141,11 +144,15 @@ class TrainingState:
             where: the checkpoint, for the message.
 
         Raises:
-            UserError: a part that a resume needs is missing; the message names it.
+            UserError: a part that a resume needs is missing or has a wrong type; the message names it.
         """
         for part in fields(cls):
             if part.name not in saved and part.name not in ("ema", "residuals", "islands"):
                 raise UserError(f"checkpoint {where} cannot be resumed: it has no {part.name}")
+        for name, value, expected in _typed(saved):
+            if not isinstance(value, expected):
+                wrong = f"{name} is of type {type(value).__name__}, not {expected[0].__name__}"
+                raise UserError(f"checkpoint {where} cannot be resumed: {wrong}")
         return cls(**{f.name: saved[f.name] for f in fields(cls) if f.name in saved})
 
     def require_same_run(self, config: Mapping[str, Any], global_batch_size: int | None, where: str) -> None:
@@ -186,6 +193,20 @@ class TrainingState:
             if name != "classes":
                 remedy += "; --allow-data-change continues with the data as it is now"
             raise UserError(f"{what} is {own}, but {saved} in checkpoint {where}: {remedy}")
+
+
+def _typed(saved: Mapping[str, Any]) -> Iterator[tuple[str, Any, tuple[type, ...]]]:
+    """Yields the name, the value and the required types of each part, then of entries that every resume reads."""
+    for part in fields(TrainingState):
+        value = saved.get(part.name)
+        if value is not None or part.name not in OPTIONAL_PARTS:
+            yield part.name, value, (list,) if part.name == "ranks" else (dict,)
+    for number, rank in enumerate(saved["ranks"]):
+        yield f"the state of rank {number}", rank, (dict,)
+    for name in ("step", "epoch", "global_batch_size"):
+        yield f"progress.{name}", saved["progress"].get(name), (int,)
+    for name in ("initial", "peak"):
+        yield f"schedule.{name}", saved["schedule"].get(name), (float, int)
 
 
 def require_same_tensors(own: Mapping[str, Any], saved: Mapping[str, Any], where: str) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 import re
 import shutil
 import time
@@ -215,9 +214,13 @@ def load(path: str | Path) -> dict[str, Any]:
         _verify(folder)
         with warnings.catch_warnings():  # PyTorch 2.1 warns of a class of its own
             warnings.filterwarnings("ignore", "TypedStorage is deprecated")
-            state: dict[str, Any] = torch.load(folder / STATE, map_location="cpu", weights_only=True)
-    except (OSError, UnicodeDecodeError, RuntimeError, pickle.UnpicklingError) as error:
-        raise UserError(f"checkpoint {path} cannot be read: {error}; use another checkpoint") from None
+            state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except Exception as error:  # of a file that is not PyTorch's, torch.load raises whatever its bytes lead to
+        raise UserError(f"checkpoint {path} cannot be read: {_reason(error)}; use another checkpoint") from None
+    if not isinstance(state, dict):
+        raise UserError(f"checkpoint {path} cannot be read: {STATE} holds a {type(state).__name__}, not a dict")
     return state
 
 
