@@ -52,6 +52,7 @@ class Progress:
         skipped_in_a_row: skipped updates since the last one that was applied.
         best_accuracy: the highest test accuracy so far, in [0, 1]; None without one.
         best_loss: the test loss of that evaluation, or the lowest without accuracies; None without one.
+        best_step: the updates before that evaluation; None without one, and of older checkpoints.
         scores: the last evaluation (`training.scores.scoring.Scores.as_dict`), or None.
         global_batch_size: images per update, over all ranks.
         micro_batch_size: the largest number of images in a micro-batch of one rank.
@@ -65,6 +66,7 @@ class Progress:
     skipped_in_a_row: int = 0
     best_accuracy: float | None = None
     best_loss: float | None = None
+    best_step: int | None = None
     scores: dict[str, Any] | None = None
     global_batch_size: int = 0
     micro_batch_size: int = 0
@@ -84,6 +86,7 @@ class Progress:
             is_best = accuracy == self.best_accuracy and self.best_loss is not None and lower_loss
         if is_best:
             self.best_accuracy, self.best_loss = accuracy, loss if math.isfinite(loss) else math.inf
+            self.best_step = self.step
         return is_best
 
     @classmethod

@@ -22,7 +22,15 @@ from typing import IO, Any, cast
 import torch
 
 from hvd_adam._version import __version__
-from hvd_adam.checkpoint.files import HashingFile, errors_of_writes, fsync, publish, sha256, write_draft
+from hvd_adam.checkpoint.files import (
+    HashingFile,
+    errors_of_writes,
+    fsync,
+    publish,
+    sha256,
+    write_atomically,
+    write_draft,
+)
 from hvd_adam.checkpoint.loadable import loadable
 from hvd_adam.errors import UserError
 from hvd_adam.log import logger
@@ -263,6 +271,22 @@ def _read_pointer(pointer: Path) -> Path:
     if not NAME.fullmatch(name):
         raise UserError(f"{pointer} is damaged: it names no checkpoint; give a path in {pointer.parent} itself")
     return pointer.with_name(name)
+
+
+def marked_best(checkpoints: Path) -> Path | None:
+    """Returns the checkpoint that `best` names; None if there is no such file, or it cannot be read."""
+    try:
+        return _read_pointer(checkpoints / BEST)
+    except (OSError, UserError):
+        return None
+
+
+def mark_best(folder: Path) -> None:
+    """Makes `best` name a checkpoint; raises UserError if it cannot be written."""
+    try:
+        write_atomically(folder.with_name(BEST), folder.name + "\n")
+    except OSError as error:
+        raise UserError(f"checkpoint {folder} is written, but cannot be marked as the best: {error}") from None
 
 
 def _sealed(manifest: dict[str, Any], seal: str = "") -> str:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from hvd_adam.checkpoint import storage
-from hvd_adam.checkpoint.files import write_atomically
 from hvd_adam.checkpoint.loadable import loadable
 from hvd_adam.checkpoint.state import copy_to_cpu
 from hvd_adam.errors import UserError
@@ -85,18 +84,12 @@ class CheckpointWriter:
     def _write(self, checkpoints: Path, step: int, state: dict[str, Any], best: bool) -> Path:
         path = storage.save(checkpoints, step, state)
         if best:
-            self._mark_best(checkpoints / storage.BEST, path)
+            storage.mark_best(path)
         try:
             self._remove_old(checkpoints, path)
         except OSError as error:
             raise UserError(f"cannot remove old checkpoints in {checkpoints}: {error}") from None
         return path
-
-    def _mark_best(self, pointer: Path, path: Path) -> None:
-        try:
-            write_atomically(pointer, path.name + "\n")
-        except OSError as error:
-            raise UserError(f"checkpoint {path} is written, but cannot be marked as the best: {error}") from None
 
     def _remove_old(self, checkpoints: Path, written: Path) -> None:
         best = checkpoints / storage.BEST

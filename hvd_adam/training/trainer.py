@@ -27,6 +27,7 @@ from hvd_adam.recovery.elastic import InMemoryCheckpoint
 from hvd_adam.recovery.failure import Failure
 from hvd_adam.recovery.preemption import exit_on_second_signal
 from hvd_adam.training import messages
+from hvd_adam.training.best import BestCheckpoint
 from hvd_adam.training.build_run import build_run
 from hvd_adam.training.meters import ThroughputMeter
 from hvd_adam.training.plots import try_plot
@@ -34,7 +35,7 @@ from hvd_adam.training.run_dir import ResumePoint, has_ended
 from hvd_adam.training.run_log import RunLog, shown_scores
 from hvd_adam.training.scores import mistakes_file
 from hvd_adam.training.scores.mistakes import MOST_MISTAKES
-from hvd_adam.training.scores.scoring import Scores, score
+from hvd_adam.training.scores.scoring import score
 from hvd_adam.training.skip_tracker import SkipTracker
 from hvd_adam.training.slow_ranks.monitor import SlowRankMonitor
 from hvd_adam.training.update import Updater
@@ -74,7 +75,9 @@ class Trainer:
                 recent = [] if self.resume is None else self.resume.state.progress.get("events", [])
                 classes = self.loader.data.classes
                 self.log = RunLog(folder, self.sizes.total_steps, first_step, asdict(config), classes, recent)
-                self.checkpoints = CheckpointWriter(self.folder and self.folder / "checkpoints", config.keep)
+                checkpoints = self.folder and self.folder / "checkpoints"
+                self.checkpoints = CheckpointWriter(checkpoints, config.keep)
+                self.best = BestCheckpoint(self.cluster, checkpoints, self.progress)
             resources.callback(self.log.close)
             self.skips = SkipTracker(self.cluster, self.optimizer, self.progress, self.log, config.max_skipped)
             self.slow_ranks = SlowRankMonitor(self.cluster, self.optimizer, self.watchdog.hosts, self._event)
@@ -123,8 +126,7 @@ class Trainer:
             for damage in self.resume.damaged:
                 logger.warning(damage)
             resumed = f"resuming after {self.progress.step} updates from {self.resume.path}"
-            done = self.is_finished
-            logger.info(messages.finished(config, sizes, self.progress.step) if done else resumed)
+            logger.info(messages.finished(config, sizes, self.progress.step) if self.is_finished else resumed)
 
     def _event(self, event: str, **values: object) -> None:
         """Records an event at the current step."""
@@ -215,15 +217,12 @@ class Trainer:
             logger.info(messages.NO_ACCURACY)
         progress.scores, self.has_evaluated = scores.as_dict(), True
         self._event("eval", world_size=self.cluster.size, **progress.scores)
-        self._write_mistakes(scores)
-        return progress.is_best(scores.test_accuracy, scores.test_loss)
-
-    def _write_mistakes(self, scores: Scores) -> None:
-        if self.folder is None or scores.mistakes is None:
-            return
-        classes, step = self.loader.data.classes, self.progress.step
-        if problem := mistakes_file.try_write(self.folder, step, scores.mistakes, classes):
-            logger.warning(problem)
+        if self.folder is not None and scores.mistakes is not None:
+            classes = self.loader.data.classes
+            if problem := mistakes_file.try_write(self.folder, progress.step, scores.mistakes, classes):
+                logger.warning(problem)
+        self._report_checkpoint(wait=True)
+        return self.best.is_best(scores.test_accuracy, scores.test_loss)
 
     def _predict(self, model: torch.nn.Module, inputs: torch.Tensor) -> Any:
         self.watchdog.beat(f"the evaluation after update {self.progress.step}")
@@ -245,8 +244,8 @@ class Trainer:
         """Starts to write a checkpoint, after the previous one is written; every rank calls it."""
         self.watchdog.beat(f"the checkpoint after update {self.progress.step}")
         with self.slow_ranks.checkpoint():
+            self._report_checkpoint(wait=True)  # first: a failure changes the best scores in the state
             state = self._state().as_dict()
-            self._report_checkpoint(wait=True)
             self.checkpoints.save(self.progress.step, state, best=best)
 
     def _report_checkpoint(self, *, wait: bool = False) -> None:
@@ -254,6 +253,7 @@ class Trainer:
         try:
             self._record_checkpoint(wait=wait)
         except UserError as error:
+            self.best.failed()
             self._event("checkpoint_failed", reason=str(error))
             logger.warning(f"{error}; training continues")
 
@@ -261,6 +261,7 @@ class Trainer:
         """Records a completed checkpoint and returns its folder; raises UserError if it was not written."""
         path = self.checkpoints.result(wait=wait)
         if path is not None and self.folder is not None:
+            self.best.written()
             step = storage.step_of(path)  # training has continued meanwhile
             self.log.event("checkpoint", step, self.sizes.epoch_of(step), path=str(path.relative_to(self.folder)))
         return path
