@@ -288,6 +288,16 @@ def test_a_run_killed_before_its_first_checkpoint_loads_the_weights_of_another_r
     assert "no checkpoint in" in one_line(alone("new", *argv)) and not (place / "new").exists()
 
 
+def test_a_run_folder_to_start_from_stands_for_its_checkpoint_of_the_first_start(alone, place):
+    assert alone("moving", "--keep", 99, stop="SIGTERM:0:9").returncode == 75
+    argv = ["--resume", place / "moving"]
+    assert alone("pinned", *argv, stop="SIGKILL:0:2").returncode == -signal.SIGKILL
+    succeeded(alone("moving", "--keep", 99))
+    assert alone("pinned", *argv, stop="SIGTERM:0:5").returncode == 75
+    first, second = events(place / "pinned", "resume")
+    assert first["step"] == second["step"] < STEPS and first["checkpoint"] == second["checkpoint"]
+
+
 NEW_PROCESSES = (("mpirun.sh", signal.SIGTERM), ("horovodrun.sh --gloo", signal.SIGUSR1))
 
 

@@ -122,14 +122,15 @@ def has_ended(folder: Path) -> bool:
     return metrics.exists() and any(event.get("event") == "end" for event in read_events(metrics))
 
 
-def starting_checkpoint(folder: Path) -> Path | None:
-    """Returns the checkpoint that the folder's run started from (`--resume PATH`), or None."""
+def starting_checkpoint(folder: Path, key: str = "path") -> Path | None:
+    """Returns the PATH of `--resume` that the folder's run started from, or with "checkpoint" what that was."""
     try:
         with (folder / METRICS_FILE).open() as lines:
             first = json.loads(lines.readline())
     except (ValueError, FileNotFoundError):
         return None  # a killed process left an incomplete line, or the user has removed the file
-    return Path(first["path"]) if isinstance(first, dict) and first.get("event") == "resume" else None
+    resumed = isinstance(first, dict) and first.get("event") == "resume" and key in first
+    return Path(first[key]) if resumed else None
 
 
 @dataclass(frozen=True)
@@ -137,14 +138,16 @@ class ResumePoint:
     """The state from which a run resumes.
 
     Attributes:
-        path: the checkpoint's folder, or "memory".
+        path: the checkpoint's folder, the PATH of `--resume`, or "memory".
         state: the saved state.
         damaged: one message for each newer checkpoint that is damaged.
+        checkpoint: the checkpoint's folder also where `path` is a run folder or a pointer.
     """
 
     path: str
     state: TrainingState
     damaged: list[str]
+    checkpoint: str
 
     def without_tensors(self) -> ResumePoint:
         """Returns it without model, optimizer, loss scaler, averages and residuals: each is sent by itself."""
@@ -181,7 +184,7 @@ def open_run(
     folder = run_folder(config)
     try:
         batch = None if config.elastic else config.global_batch(size)
-        resume = None if in_memory is None else ResumePoint("memory", in_memory, [])
+        resume = None if in_memory is None else ResumePoint("memory", in_memory, [], "memory")
         if resume is None and not folder.exists():
             # Before mkdir: an error leaves no folder behind.
             resume = find_resume_point(config, folder, batch, data)
@@ -305,11 +308,13 @@ def find_resume_point(
         if damaged and path is None:
             raise UserError(f"{folder} has no intact checkpoint: {damaged[0]}")
         given = started_from
-    if path is None and given is not None:
-        path, saved = given, storage.load(given)
+    checkpoint = path
+    if path is None and given is not None:  # the same as at the first start, whatever that run has written since
+        checkpoint = starting_checkpoint(folder, "checkpoint") or storage.resolve(given)
+        path, saved = given, storage.load(checkpoint)
     if path is None:
         return None  # a new run, or one that was killed before its first checkpoint
     state = TrainingState.from_dict(saved, str(path))
     state.require_same_run(asdict(config), global_batch_size, str(path))
     state.require_same_data(data, str(path), allow_change=config.allow_data_change)
-    return ResumePoint(str(path), state, damaged)
+    return ResumePoint(str(path), state, damaged, str(checkpoint))

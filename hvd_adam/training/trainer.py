@@ -120,7 +120,7 @@ class Trainer:
         if self.resume is None:
             self.log.event("start", 0, 0, **facts)
         else:
-            self._event("resume", path=self.resume.path, **facts)
+            self._event("resume", path=self.resume.path, checkpoint=self.resume.checkpoint, **facts)
         logger.info(messages.first_line(config, self.loader.data, cluster, sizes))
         if self.resume is not None:
             for damage in self.resume.damaged:
