@@ -166,6 +166,8 @@ BAD = [
     (["--output", "m" * 300], "cannot be written (File name too long)"),
     (["--output", "null", "--force"], "--output null is not a regular file"),
     (["--output", "digits/checkpoints/step-00000003/state.pt", "--force"], "is a file of the checkpoint itself"),
+    (["--output", "digits/checkpoints/latest", "--force"], "is a file of the run's checkpoints folder"),
+    (["--output", "digits/metrics.jsonl", "--force"], "--output digits/metrics.jsonl is a file of the run itself"),
     (["--output", "m", "--checkpoint", "nan"], "--format torch: logits are not finite"),
     (["--output", "m", "--format", "tflite"], "--format is tflite: it must be one of torch, onnx, safetensors"),
     (["--output", "m", "--checkpoint", "nowhere"], "no checkpoint in nowhere"),

@@ -190,6 +190,20 @@ def test_predictions_of_an_evaluation_do_not_replace_a_file_and_need_classes(com
     assert not (folder / "sums.jsonl").exists()
 
 
+def test_an_evaluation_replaces_no_file_of_a_run_and_writes_two_files_to_two_paths(commands, folder):
+    state = folder / "digits/checkpoints/step-00000003/state.pt"
+    before = state.read_bytes()
+    for argv, message in (
+        (["--predictions", state, "--force"], f"--predictions {state} is a file of the checkpoint itself"),
+        (["--predictions", "digits/checkpoints/best", "--force"], "is a file of the run's checkpoints folder"),
+        (["--predictions", "digits/config.yaml", "--force"], "digits/config.yaml is a file of the run itself"),
+        (["--plot", "a.png", "--predictions", "digits/../a.png"], "a.png is also the file of --plot"),
+    ):
+        done = commands.run(EVALUATE, "--checkpoint", "digits", *argv)
+        assert message in one_line(done) and not done.stdout
+    assert state.read_bytes() == before and not (folder / "a.png").exists()
+
+
 def test_a_loaded_model_has_all_that_inference_needs(folder, whole):
     model = load_model(folder / "digits")
     data = load("digits")

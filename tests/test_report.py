@@ -430,6 +430,18 @@ def test_a_page_that_exists_or_cannot_be_written_is_refused_before_runs_are_read
     assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml", "checkpoints/step-00000001/state.pt"])
+def test_a_file_of_a_run_is_not_replaced(tmp_path, name):
+    run = write_run(tmp_path / "run")
+    (run / "checkpoints" / "step-00000001").mkdir(parents=True)
+    for file in ("state.pt", "manifest.json"):
+        (run / "checkpoints" / "step-00000001" / file).write_text("kept")
+    before = (run / name).read_text()
+    assert f"--output {run / name} is a file of the " in refused(run, "--output", run / name, "--force")
+    assert (run / name).read_text() == before
+    report(run, "--output", run / "report.html")  # as other files in its folder
+
+
 def test_runs_with_other_classes_are_refused_and_those_with_other_images_get_a_warning(tmp_path):
     pets = write_run(tmp_path / "pets")
     digits = write_run(tmp_path / "digits", events_of_a_run(classes="012"))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hvd_adam.checkpoint.output import require_free, whole_file
+from hvd_adam.checkpoint.output import whole_file
 from hvd_adam.config import ExportConfig
 from hvd_adam.distributed.launch_env import require_no_launcher
 from hvd_adam.errors import UserError
@@ -19,6 +19,7 @@ from hvd_adam.inference.classifier import ImageClassifier
 from hvd_adam.inference.load import build
 from hvd_adam.inference.trained import Trained
 from hvd_adam.log import logger, write_result
+from hvd_adam.training.outputs import require_outputs
 
 
 def export(config: ExportConfig) -> None:
@@ -33,10 +34,8 @@ def export(config: ExportConfig) -> None:
     require_no_launcher()
     formats.require_release(config.format)
     path = Path(config.output)
-    require_free("--output", path, replace=config.force)
+    require_outputs({"--output": config.output}, replace=config.force)
     trained = Trained.of_options(config)
-    if path.exists() and path.resolve().parent == trained.path.resolve():
-        raise UserError(f"--output {path} is a file of the checkpoint itself: choose another name")
     model = build(trained, torch.device("cpu"))
     with whole_file("--output", path) as draft:
         difference = _write(model, trained, config.format, draft)

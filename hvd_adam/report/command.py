@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hvd_adam.checkpoint.output import require_free, whole_file
+from hvd_adam.checkpoint.output import whole_file
 from hvd_adam.config import ReportConfig
 from hvd_adam.distributed.launch_env import require_no_launcher
 from hvd_adam.log import logger, write_result
 from hvd_adam.report.page import render
 from hvd_adam.report.runs import load_runs
+from hvd_adam.training.outputs import require_outputs
 
 
 def write_report(config: ReportConfig) -> None:
@@ -21,7 +22,7 @@ def write_report(config: ReportConfig) -> None:
     """
     require_no_launcher()
     path = Path(config.output)
-    require_free("--output", path, replace=config.force)
+    require_outputs({"--output": config.output}, replace=config.force)
     runs = load_runs(config.runs)
     for run in runs:
         if run.damaged_lines:

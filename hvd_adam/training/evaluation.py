@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn.parameter import is_lazy
 
-from hvd_adam.checkpoint.output import require_free, whole_file
+from hvd_adam.checkpoint.output import whole_file
 from hvd_adam.config import DataConfig, EvaluateConfig
 from hvd_adam.config.effects import reads_files
 from hvd_adam.data import Datasets, ImageData
@@ -32,6 +32,7 @@ from hvd_adam.models.precision import autocast, parameter_dtype
 from hvd_adam.text import described
 from hvd_adam.training.builders import load_data, model_of, worker_count
 from hvd_adam.training.objective import Objective
+from hvd_adam.training.outputs import require_outputs
 from hvd_adam.training.scores import plots, tables
 from hvd_adam.training.scores.scoring import Forward, Scores, score
 
@@ -42,7 +43,8 @@ def evaluate(config: EvaluateConfig) -> None:
     require_same(cluster, "arguments", asdict(config))
     with raise_on_all_ranks(cluster):
         if cluster.rank == 0:
-            _require_free(config)
+            outputs = {"--plot": config.plot, "--predictions": config.predictions}
+            require_outputs(outputs, replace=config.force)
         trained = Trained.of_options(config)
         forward, loader, objective = load_model(config, trained, cluster)
         log = None if config.predictions is None else Predictions(Path(config.predictions), cluster, loader)
@@ -66,13 +68,6 @@ def evaluate(config: EvaluateConfig) -> None:
         with raise_on_all_ranks(cluster):
             if cluster.rank == 0:
                 _plot(Path(config.plot), scores, loader.data, checkpoint)
-
-
-def _require_free(config: EvaluateConfig) -> None:
-    """Refuses files that cannot be written, or may not be replaced, before the evaluation."""
-    for option, path in (("--plot", config.plot), ("--predictions", config.predictions)):
-        if path is not None:
-            require_free(option, Path(path), replace=config.force)
 
 
 def _plot(path: Path, scores: Scores, data: Data, checkpoint: Path) -> None:
