@@ -330,7 +330,24 @@ def data(mean=None):
 def brighter(): return data(0.9)
 
 def unknown(): return data()
+
+class Floats(Images):
+    def __getitem__(self, index):
+        image, label = super().__getitem__(index)
+        return image / 255, label
+
+def floats():
+    digits = data()
+    test = Floats(digits.test.images, digits.test.labels)
+    return Datasets(test, test, digits.classes, name="floats")
 """
+
+
+def test_samples_that_the_normalization_of_the_training_leaves_out_are_refused(commands, folder):
+    (folder / "scaled.py").write_text(OTHER_STATISTICS)
+    done = commands.run(EVALUATE, "--checkpoint", "digits", "--dataset", "scaled:floats")
+    assert "scaled:floats: test[0] has an input of dtype float32, but checkpoint digits" in one_line(done)
+    assert not done.stdout
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from functools import partial
 from itertools import zip_longest
@@ -16,14 +17,16 @@ from hvd_adam.checkpoint.output import whole_file
 from hvd_adam.config import DataConfig, EvaluateConfig
 from hvd_adam.config.effects import reads_files
 from hvd_adam.data import Datasets, ImageData
+from hvd_adam.data.datasets import UnreadableSample, first_sample
 from hvd_adam.data.loader import DeviceLoader
 from hvd_adam.data.protocols import Data, Loader
 from hvd_adam.data.worker_loader import WorkerLoader
+from hvd_adam.data.workers.random_state import preserved
 from hvd_adam.data.workers.unreadable import UnreadableSamples
 from hvd_adam.distributed.agreement import raise_on_all_ranks, require_same
 from hvd_adam.distributed.context import Cluster, init
 from hvd_adam.errors import UserError
-from hvd_adam.import_path import failure
+from hvd_adam.import_path import failure, is_reference
 from hvd_adam.inference.one_by_one import one_by_one
 from hvd_adam.inference.predictions import Predictions
 from hvd_adam.inference.trained import Trained
@@ -91,6 +94,8 @@ def load_model(config: EvaluateConfig, trained: Trained, cluster: Cluster) -> tu
     # Test images are the same with and without a cache, which this host may not have.
     samples = load_data(replace(_data_config(config, options), cache=None))
     _require_same_classes(trained, samples)
+    if config.dataset is not None and is_reference(config.dataset) and not is_reference(options["dataset"]):
+        _require_uint8(trained, samples, config.dataset)  # the inputs of the training were uint8 for certain
     samples = _normalized(trained, samples)
     model = model_of(options, samples)
     dtype = parameter_dtype(options["precision"])
@@ -129,6 +134,23 @@ def _require_same_classes(trained: Trained, samples: Data) -> None:
             f"checkpoint {trained.path} is of another model or data set: its classes are not those of "
             f"{samples.name} from number {other} on: {saved}, not {own}"
         )
+
+
+def _require_uint8(trained: Trained, samples: ImageData | Datasets, dataset: str) -> None:
+    """Checks that the test samples of a function of one's own are normalized as the training's images were.
+
+    Raises:
+        UserError: they are not uint8, so the statistics of the checkpoint would have no effect.
+    """
+    if trained.statistics is None or isinstance(samples, ImageData):
+        return
+    with suppress(UnreadableSample), preserved():  # an unreadable sample is counted when it is read
+        dtype = str(first_sample(samples.test)[0].dtype).removeprefix("torch.")
+        if dtype != "uint8":
+            raise UserError(
+                f"{dataset}: test[0] has an input of dtype {dtype}, but checkpoint {trained.path} was trained on "
+                "uint8 images, which alone are normalized: return uint8 images, 0 to 255"
+            )
 
 
 def _normalized(trained: Trained, samples: ImageData | Datasets) -> ImageData | Datasets:
