@@ -406,6 +406,7 @@ def test_options_without_effect_and_pictures_that_cannot_be_drawn_are_one_line(c
     assert not list((commands.folder / "own").glob("mistakes*"))
     done = commands.run("hvd_adam.evaluate", "--checkpoint", "own", "--plot", "own.png")
     assert "--plot own.png: there is nothing to draw" in one_line(done) and "test loss" in done.stdout
+    assert "plot own.png" not in done.stdout and not (commands.folder / "own.png").exists()
 
 
 def test_which_is_named_for_one_checkpoint_only(commands):

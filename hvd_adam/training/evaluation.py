@@ -65,12 +65,15 @@ def evaluate(config: EvaluateConfig) -> None:
             if config.json
             else tables.as_text(scores, loader.data, checkpoint, config.per_class)
         )
-        files = {} if config.json else {"plot": config.plot, "predictions": config.predictions}
-        write_result("\n".join([text, *(f"{name} {path}" for name, path in files.items() if path), ""]))
+        write_result(text + "\n")
+        if config.predictions is not None and not config.json:
+            write_result(f"predictions {config.predictions}\n")
     if config.plot is not None:
         with raise_on_all_ranks(cluster):
             if cluster.rank == 0:
                 _plot(Path(config.plot), scores, loader.data, checkpoint)
+                if not config.json:
+                    write_result(f"plot {config.plot}\n")
 
 
 def _plot(path: Path, scores: Scores, data: Data, checkpoint: Path) -> None:
