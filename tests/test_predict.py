@@ -115,6 +115,15 @@ def test_photos_are_prepared_as_in_the_evaluation_and_damaged_ones_are_left_out(
     agree(evaluated, [line["predictions"] for line in lines(done.stdout)], ["cat", "dog", "eel", "fox"])
 
 
+def test_an_evaluation_may_skip_more_unreadable_files_than_the_training(commands, folder):
+    command = [EVALUATE, "--checkpoint", "photos", "--json", "--max-corrupt"]
+    assert "or tolerate more with --max-corrupt 1 or above" in one_line(commands.run(*command, 0))
+    assert json.loads(succeeded(commands.run(*command, 1)).stdout)["images"] == 19
+    assert "--max-corrupt is -1: it must be 0 or above" in one_line(commands.run(*command, -1))
+    line = one_line(commands.run(EVALUATE, "--checkpoint", "digits", "--max-corrupt", 1))
+    assert "--max-corrupt 1 has no effect: the images of digits are in memory" in line
+
+
 @pytest.mark.parametrize("size", [(40, 50), (91, 50), (37, 37), (20, 33), (256, 301), (9, 400)])
 def test_an_image_is_fitted_as_the_test_images_of_a_folder(size):
     pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)

@@ -22,6 +22,9 @@ class EvaluateConfig(CheckpointConfig):
         None, "data set to evaluate on, with the same classes (default: the one trained on)"
     )
     data_dir: str | None = option(None, "folder of the data set (default: as for training)", path=True)
+    max_corrupt: int | None = option(
+        None, "unreadable image files that each rank skips before it ends, ≥ 0 (default: as for training)"
+    )
     batch_size: int = option(256, "samples per rank and batch, ≥ 1")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: a GPU where there is one, else the CPU")
     per_class: int = option(20, "the most classes to list, those with the lowest recall; 0: none")
@@ -39,6 +42,8 @@ class EvaluateConfig(CheckpointConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.batch_size >= 1, "batch-size", self.batch_size, "at least 1")
+        corrupt = self.max_corrupt
+        require(corrupt is None or corrupt >= 0, "max-corrupt", corrupt, "0 or above")
         require(self.per_class >= 0, "per-class", self.per_class, "0 or above")
         if self.plot is not None:
             require(self.plot.lower().endswith(".png"), "plot", self.plot, "a file name that ends in .png")

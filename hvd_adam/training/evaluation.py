@@ -95,7 +95,13 @@ def load_model(config: EvaluateConfig, trained: Trained, cluster: Cluster) -> tu
     """
     options = trained.config
     # Test images are the same with and without a cache, which this host may not have.
-    samples = load_data(replace(_data_config(config, options), cache=None))
+    data_config = replace(_data_config(config, options), cache=None)
+    samples = load_data(data_config)
+    if config.max_corrupt is not None and isinstance(samples, ImageData):
+        raise UserError(
+            f"--max-corrupt {config.max_corrupt} has no effect: the images of {samples.name} are in memory; "
+            "leave the option out"
+        )
     _require_same_classes(trained, samples)
     if config.dataset is not None and is_reference(config.dataset) and not is_reference(options["dataset"]):
         _require_uint8(trained, samples, config.dataset)  # the inputs of the training were uint8 for certain
@@ -120,7 +126,7 @@ def load_model(config: EvaluateConfig, trained: Trained, cluster: Cluster) -> tu
     else:
         # As in the training: a data set that cannot be sent to worker processes needs 0.
         workers = worker_count(options.get("workers"), cluster)
-        unreadable = UnreadableSamples(options.get("max_corrupt", DataConfig.max_corrupt))
+        unreadable = UnreadableSamples(data_config.max_corrupt)
         loader = WorkerLoader(samples, cluster.device, workers=workers, dtype=dtype, unreadable=unreadable)
     if any(map(is_lazy, model.parameters())):  # their shapes depend on the inputs
         forward(next(loader.test_batches(1))[0])
@@ -181,5 +187,5 @@ def _data_config(config: EvaluateConfig, trained: Mapping[str, Any]) -> DataConf
     values = {item.name: trained.get(item.name, item.default) for item in fields(DataConfig)}
     if dataset != trained["dataset"]:
         values["data_args"] = None  # they are for the other function
-    given = {"dataset": config.dataset, "data_dir": config.data_dir}
+    given = {name: getattr(config, name) for name in ("dataset", "data_dir", "max_corrupt")}
     return DataConfig(**values | {name: value for name, value in given.items() if value is not None})
