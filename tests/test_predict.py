@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -245,8 +246,27 @@ def test_the_moving_average_is_loaded_unless_the_weights_are_asked_for(folder):
     [torch.zeros(2, 1, 8, 8), torch.zeros(2, 1, 8, 9, dtype=torch.uint8), torch.zeros(1, 8, 8, dtype=torch.uint8)],
 )
 def test_tensors_of_another_dtype_or_shape_are_refused(folder, images):
-    with pytest.raises(UserError, match=r"must be torch.uint8 of shape \('n', 1, 8, 8\)"):
+    with pytest.raises(UserError, match=r"must be torch.uint8 of shape \(n, 1, 8, 8\)") as error:
         load_model(folder / "digits").predict(images)
+    assert str(error.value).endswith("; for one image pass image[None]") == (images.ndim == 3)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ("digit.png", "'digit.png', which is not an image: open files with PIL.Image.open"),
+        ([Path("a.png")], "open files with PIL.Image.open"),
+        (np.zeros((2, 1, 8, 8), np.uint8), "make uint8 tensors of shape (n, 1, 8, 8) with torch.from_numpy"),
+        ([np.zeros((8, 8), np.uint8)], "with torch.from_numpy"),
+        (None, "a value of type NoneType: pass a Pillow image, a list of them, or a uint8 tensor"),
+        ([torch.zeros(1, 8, 8, dtype=torch.uint8), torch.zeros(8, 8)], "float32 of shape (8, 8): it must be"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_is_no_image_is_refused_with_the_remedy(folder, images, message):
+    with pytest.raises(UserError) as error:
+        load_model(folder / "digits").predict(images)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_model_of_other_data_is_returned_itself(folder, monkeypatch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from hvd_adam.errors import UserError
 from hvd_adam.inference.one_by_one import one_by_one
 from hvd_adam.inference.preprocessing import MODES, fit
 from hvd_adam.models.precision import autocast
+from hvd_adam.text import shown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -91,7 +92,7 @@ class ImageClassifier(nn.Module):
             Floating-point tensor of shape `(n, classes)`, on the model's device.
 
         Raises:
-            UserError: the images have another dtype or shape, or cannot be fitted.
+            UserError: the images are of another type, dtype or shape, or cannot be fitted.
         """
         batch, device = self._batch(images), self.shift.device
         if not len(batch):
@@ -112,9 +113,11 @@ class ImageClassifier(nn.Module):
             uint8, shape `(channels, height, width)`.
 
         Raises:
-            UserError: images of this number of channels cannot be made, or the data set was one's own and did not
-                declare its `resize`.
+            UserError: it is not a Pillow image, images of this number of channels cannot be made, or the data set
+                was one's own and did not declare its `resize`.
         """
+        if not hasattr(image, "convert"):  # needs no Pillow, as tensors do not
+            raise UserError(self._wrong_type(image))
         self.require_files()
         mode = MODES[self.shape[0]]
         image = image if image.mode == mode else image.convert(mode)
@@ -132,7 +135,7 @@ class ImageClassifier(nn.Module):
         if self.resize is None:
             raise UserError(
                 f"checkpoint {self.checkpoint}: its data set prepares images in a way of its own: pass uint8 "
-                f"tensors of shape {('n', *self.shape)} to predict(), or train with Datasets(resize=…)"
+                f"tensors of shape {self._batch_shape} to predict(), or train with Datasets(resize=…)"
             )
         if self.shape[0] not in MODES:
             raise UserError(
@@ -144,10 +147,43 @@ class ImageClassifier(nn.Module):
     def _batch(self, images: Images) -> torch.Tensor:
         """Returns uint8 images as one tensor."""
         if not isinstance(images, torch.Tensor):
-            several = images if isinstance(images, Sequence) else [images]
-            fitted = [one if isinstance(one, torch.Tensor) else self.preprocess(one) for one in several]
+            several = images if isinstance(images, Sequence) and not isinstance(images, str | bytes) else [images]
+            fitted = [
+                self._checked(one) if isinstance(one, torch.Tensor) else self.preprocess(one) for one in several
+            ]
             images = torch.stack(fitted) if fitted else torch.empty(0, *self.shape, dtype=torch.uint8)
         if images.dtype != torch.uint8 or images.shape[1:] != self.shape:
-            found: Any = f"{images.dtype} of shape {tuple(images.shape)}"
-            raise UserError(f"images are {found}: they must be torch.uint8 of shape {('n', *self.shape)}")
+            hint = "; for one image pass image[None]" if images.shape == self.shape else ""
+            raise UserError(
+                f"images are {images.dtype} of shape {tuple(images.shape)}: they must be torch.uint8 of shape "
+                f"{self._batch_shape}{hint}"
+            )
         return images
+
+    def _checked(self, image: torch.Tensor) -> torch.Tensor:
+        """Returns one image of a sequence."""
+        if image.dtype != torch.uint8 or image.shape != self.shape:
+            raise UserError(
+                f"an image of the sequence is {image.dtype} of shape {tuple(image.shape)}: it must be torch.uint8 "
+                f"of shape {self.shape}"
+            )
+        return image
+
+    def _wrong_type(self, value: object) -> str:
+        """Returns the message for what is neither a Pillow image nor a tensor."""
+        if isinstance(value, str | bytes | Path):
+            return f"images have {shown(repr(value))}, which is not an image: open files with PIL.Image.open"
+        kind = type(value).__name__
+        if kind == "ndarray":
+            return (
+                f"images have a NumPy array: make uint8 tensors of shape {self._batch_shape} with torch.from_numpy"
+            )
+        return (
+            f"images have a value of type {kind}: pass a Pillow image, a list of them, or a uint8 tensor of shape "
+            f"{self._batch_shape}"
+        )
+
+    @property
+    def _batch_shape(self) -> str:
+        """The shape of a batch, for messages."""
+        return f"(n, {', '.join(map(str, self.shape))})"
