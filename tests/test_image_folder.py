@@ -116,6 +116,19 @@ def test_a_link_to_a_folder_that_it_is_in_is_refused(tmp_path, photos):
         scan(folder)
 
 
+def test_a_pipe_is_no_image_and_a_broken_link_is_an_unreadable_file(tmp_path, caplog):
+    folder = write_photos(tmp_path / "photos")
+    os.mkfifo(folder / "val" / "cat" / "fifo.png")
+    (folder / "val" / "dog" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    assert [name for name in paths(scan(folder).test) if name.endswith(".png")] == ["dog/gone.png"]
+    data = load(folder, image_size=SIZE)
+    loader = WorkerLoader(data, CPU, unreadable=UnreadableSamples(1))
+    assert len(joined(loader.test_batches(4))[0]) == 8
+    assert [line.partition("val/")[2] for line in caplog.messages] == [
+        "dog/gone.png (No such file or directory): the file is skipped"
+    ]
+
+
 def test_the_current_folder_may_be_the_folder_of_images(tmp_path, monkeypatch):
     write_photos(tmp_path, test=0)
     write_photo(tmp_path / "cat" / "more" / "x.jpg", seed=0)

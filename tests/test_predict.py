@@ -163,6 +163,8 @@ def test_a_file_on_stdin_keeps_its_place_and_top_lists_the_most_probable(folder,
 
 
 BAD = [
+    (["digits", "-", "png/000.png", "-"], "- is given twice: stdin has one image"),
+    (["digits", ""], "cannot read '' (No such file or directory)"),
     (["digits", "missing.png"], "cannot read missing.png (No such file or directory)"),
     (["digits", "png/000.png", "nets.py"], "cannot read nets.py (not an image)"),
     (["photos", "images/val/dog/001.jpg"], "images/val/dog/001.jpg (image file is truncated"),
@@ -181,6 +183,12 @@ def test_bad_input_is_one_line_and_nothing_is_printed(commands, folder, argv, me
     (folder / "digits" / "tensorboard").mkdir(exist_ok=True)
     done = commands.run(PREDICT, "--checkpoint", *argv)
     assert message in one_line(done) and not done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_refused_by_the_name_of_the_option(commands, folder):
+    line = one_line(commands.run(PREDICT, "--checkpoint", "digits", "--device", "cuda", "png/000.png"))
+    assert "--device is cuda, but there is no GPU" in line
 
 
 def test_a_launcher_with_several_ranks_is_refused(commands, folder):

@@ -29,4 +29,6 @@ class PredictConfig(CheckpointConfig):
         super().__post_init__()
         if not self.files:
             raise UserError("no file given: write image files or folders, as in cat.jpg photos/new")
+        if self.files.count("-") > 1:
+            raise UserError("- is given twice: stdin has one image; name the files of the others")
         require(self.top >= 1, "top", self.top, "at least 1")

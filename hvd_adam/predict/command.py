@@ -40,7 +40,11 @@ def predict(config: PredictConfig) -> None:
     require_no_launcher()
     files = list(_files(config.files))
     trained = Trained.of_options(config)
-    model = build(trained, find_device(config.device))
+    try:
+        device = find_device(config.device)
+    except UserError as error:  # "device is …"
+        raise UserError(f"--{error}") from None
+    model = build(trained, device)
     if not isinstance(model, ImageClassifier):
         raise UserError(f"checkpoint {trained.path} is not of a classifier of images: use hvd_adam.load_model")
     mode = model.require_files()
@@ -81,7 +85,7 @@ def _files(given: Iterable[str]) -> Iterator[str]:
                 getattr(error, "strerror", None) or str(error),
                 getattr(error, "filename", None) or name,
             )
-            raise UserError(f"cannot read {place} ({reason}): check its name") from None
+            raise UserError(f"cannot read {place or repr(place)} ({reason}): check its name") from None
         if not below:
             raise UserError(f"folder {name} has no images: name the files, or another folder")
         yield from below

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -192,8 +193,13 @@ def _images(folder: str, above: Sequence[str | Path]) -> Iterator[tuple[bytes, i
             if entry.is_dir():
                 yield from _images(entry.path, [*above, folder])
             elif entry.name.lower().endswith(EXTENSIONS):
-                stat = entry.stat()
-                yield os.fsencode(entry.path), stat.st_size, stat.st_mtime_ns
+                try:
+                    found = entry.stat()
+                except FileNotFoundError:  # a broken link, which is an unreadable file when it is read
+                    yield os.fsencode(entry.path), 0, 0
+                    continue
+                if stat.S_ISREG(found.st_mode):  # reading a named pipe would wait without end
+                    yield os.fsencode(entry.path), found.st_size, found.st_mtime_ns
 
 
 def _split(classes: tuple[str, ...], files: FileList) -> ImageFolder:
