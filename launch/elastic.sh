@@ -38,14 +38,16 @@ source "$here/lib/options.sh"
 min_ranks=1 max_ranks='' discovery='' cooldown=(10 60) gloo_timeout=30 found='' launcher_arguments=()
 
 # require_positive OPTION VALUE
-require_positive() { [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || fail "$1 ${2:-}: must be a whole number of at least 1"; }
+require_positive() {
+  [[ ${2:-} =~ ^[1-9][0-9]{0,5}$ ]] || fail "$1 ${2:-}: must be a whole number from 1 to $MOST_SLOTS"
+}
 
 # set_rank_count: replaces the function of options.sh, because the hosts change while the job runs.
 set_rank_count() { [[ -z $hosts || -n $hostfile ]] || fail "-H cannot change while the job runs: use --hostfile"; }
 
 # find_hosts: set `found` to the lines that the discovery prints. Wrong ones are internal errors in horovodrun.
 find_hosts() {
-  local line host named=' '
+  local line host slots named=' '
   found=$(bash -c "$discovery") || fail "the discovery command failed with exit code $?: $discovery"
   found=$(sed '/^$/d' <<<"$found")
   [[ -n $found ]] || return 0
@@ -54,6 +56,9 @@ find_hosts() {
       fail "the discovery command prints '$line', which is not of the form HOST or HOST:SLOTS: $discovery"
     host=${BASH_REMATCH[1]}
     [[ $named != *" $host "* ]] || fail "the discovery command prints the host $host twice: $discovery"
+    slots=${BASH_REMATCH[2]#:}
+    [[ ${slots:-1} =~ ^0*[0-9]{1,6}$ ]] ||
+      fail "the discovery command prints $slots slots for the host $host: use at most $MOST_SLOTS: $discovery"
     named+="$host "
   done <<<"$found"
 }

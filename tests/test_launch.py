@@ -416,6 +416,15 @@ def test_host_file_sets_the_number_of_ranks_and_may_have_comments(script, enviro
     assert "-np 6 -H node1:4\\,node2:2 " in shown
 
 
+@pytest.mark.parametrize("script", ["mpirun.sh", "horovodrun.sh", "elastic.sh", "discover_hosts.sh"])
+def test_a_host_file_with_too_many_slots_is_refused(script, environment, tmp_path):
+    (tmp_path / "hosts").write_text(f"a slots=1\nb slots={10**19}\n")
+    option = [] if script == "discover_hosts.sh" else ["--dry-run", "--hostfile"]
+    ended = run(script, *option, tmp_path / "hosts", env=environment)
+    line = f"--hostfile {tmp_path}/hosts: host b has {10**19} slots: use at most 999999\n"
+    assert (ended.returncode, ended.stderr) == (2, f"{script}: {line}")
+
+
 @pytest.mark.parametrize("script", ["mpirun.sh", "horovodrun.sh"])
 def test_slots_of_a_host_that_is_named_twice_add_up(script, environment, tmp_path):
     (tmp_path / "hosts").write_text("node1 slots=1\nnode2 slots=08\nnode1 slots=2\n")
@@ -443,6 +452,9 @@ def test_a_relative_environment_is_an_absolute_path_for_the_ranks(environment, t
         (["-np", "--", "x"], "-np needs a value"),
         (["-np", "two"], "-np two"),
         (["-np", "0"], "-np 0"),
+        (["-np", "1000000"], "-np 1000000: must be a whole number from 1 to 999999"),
+        (["-H", f"a:1,b:{10**19}"], f"-H: host b has {10**19} slots: use at most 999999"),
+        (["-H", "a:999999,b:1"], "the hosts have 1000000 slots: use at most 999999"),
         (["-np", "3", "-H", "a:1,b:1"], "only 2 slot"),
         (["-H", "a,b"], "host1:4"),
         (["-H", "a:1", "--hostfile", "/dev/null"], "exclude"),
@@ -667,6 +679,8 @@ def test_elastic_script_passes_the_hosts_and_limits_to_horovodrun(environment, t
         ("-np 2", "no hosts given"),
         ("-np 2 -H a:2", "use --hostfile"),
         ("--min-np 0", "--min-np 0: must be a whole number"),
+        (f"--max-np {10**19}", "must be a whole number from 1 to 999999"),
+        (f"--discovery 'echo a:{10**19}'", f"prints {10**19} slots for the host a: use at most 999999"),
         ("--cooldown 5", "--cooldown : must be a whole number"),
         ("--discovery true", "no host is reachable"),
         ("-np 2 --min-np 3 --discovery true", "--min-np 3 is more than the 2 ranks"),

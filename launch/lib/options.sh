@@ -5,6 +5,7 @@
 ranks='' hosts='' hostfile='' interface='' ssh_port='' ssh_key='' controller=''
 module=hvd_adam.train
 dry_run=false check=true
+MOST_SLOTS=999999 # of ranks and slots: mpirun takes all memory for huge numbers, and larger ones overflow
 pass_variables=() module_arguments=()
 
 # parse_options ALLOWED_CONTROLLERS ARGUMENTS...
@@ -51,7 +52,7 @@ accept_controller() {
 }
 
 check_options() {
-  [[ -z $ranks || $ranks =~ ^[1-9][0-9]*$ ]] || fail "-np $ranks: must be a whole number of at least 1"
+  [[ -z $ranks || $ranks =~ ^[1-9][0-9]{0,5}$ ]] || fail "-np $ranks: must be a whole number from 1 to $MOST_SLOTS"
   [[ -z $hosts || -z $hostfile ]] || fail "-H and --hostfile exclude each other"
   [[ -z $hosts || $hosts =~ ^[A-Za-z0-9_.-]+:[0-9]+(,[A-Za-z0-9_.-]+:[0-9]+)*$ ]] ||
     fail "-H $hosts: must have the form host1:4,host2:4, each host with its number of ranks"
@@ -81,10 +82,13 @@ read_hostfile() {
 # name_hosts_once: add up the slots of a host that is named several times, as in the node file of PBS. horovodrun
 # with Gloo would fail, and an elastic one wait for ever.
 name_hosts_once() {
-  local host name names=()
+  local host name names=() source=-H
+  if [[ -n $hostfile ]]; then source="--hostfile $hostfile"; fi
   local -A slots_of=()
   for host in ${hosts//,/ }; do
     name=${host%%:*}
+    [[ ${host##*:} =~ ^0*[0-9]{1,6}$ ]] ||
+      fail "$source: host $name has ${host##*:} slots: use at most $MOST_SLOTS"
     [[ -n ${slots_of[$name]:-} ]] || names+=("$name")
     slots_of[$name]=$((${slots_of[$name]:-0} + 10#${host##*:}))
   done
@@ -117,6 +121,7 @@ set_rank_count() {
       echo "$(basename "$0"): starting one rank, because this machine has no GPU; use -np N for more" >&2
     fi
   else
+    ((slots <= MOST_SLOTS)) || fail "the hosts have $slots slots: use at most $MOST_SLOTS"
     ranks=${ranks:-$slots}
     ((ranks <= slots)) || fail "-np $ranks: the hosts have only $slots slot(s) (${hosts})"
     ((ranks > 0)) || fail "-H $hosts has no slots"
