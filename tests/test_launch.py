@@ -257,6 +257,34 @@ def test_an_interface_that_this_host_does_not_have_is_one_line(controller):
     assert done.returncode == 2 and re.fullmatch(line, done.stderr), done.stderr
 
 
+@pytest.mark.parametrize("package", ["Horovod", "psutil"])
+@pytest.mark.parametrize("script", ["horovodrun.sh", "elastic.sh"])
+def test_a_python_without_horovod_is_one_line(script, package, environment, tmp_path):
+    name = package.lower()
+    (tmp_path / "python").write_text(
+        f'#!/bin/bash\n[[ $1 != -I ]] || exec {sys.executable} "$@"\n'
+        f'exec {sys.executable} -c \'import runpy, sys; sys.modules["{name}"] = None; sys.argv = sys.argv[1:]; '
+        'runpy.run_path(sys.argv[0], run_name="__main__")\' "$@"\n'
+    )
+    (tmp_path / "python").chmod(0o755)
+    hosts = ["--discovery", "echo localhost:2", "-i", "lo"] if script == "elastic.sh" else []
+    ended = run(script, "-np", 2, *hosts, env=environment | {"HVD_ADAM_PYTHON": str(tmp_path / "python")})
+    missing = {"Horovod": "Horovod", "psutil": "the package psutil"}[package]
+    line = rf"horovodrun.sh: error: \S+ does not have {missing}: run 'bash launch/setup.sh', or set .*\n"
+    assert ended.returncode == 2 and re.fullmatch(line, ended.stderr), ended.stderr
+
+
+@pytest.mark.parametrize("options", [[], ["--mpi"]], ids=" ".join)
+def test_horovodrun_without_mpirun_is_one_line(options, environment, tmp_path):
+    (tmp_path / "bin").mkdir()
+    for program in ("awk", "basename", "bash", "dirname", "env", "grep", "sed", "sh", "tr"):
+        (tmp_path / "bin" / program).symlink_to(shutil.which(program))
+    environment |= {"PATH": str(tmp_path / "bin")}
+    ended = run("horovodrun.sh", "-np", 2, *options, "--module", "ranks", "--", 0, tmp_path, env=environment)
+    line = "no mpirun found: run 'bash launch/setup.sh', load your cluster's MPI module, or use --gloo"
+    assert (ended.returncode, ended.stderr) == (2, f"horovodrun.sh: error: {line}\n")
+
+
 @pytest.mark.parametrize(
     "start",
     [

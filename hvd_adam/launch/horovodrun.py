@@ -17,6 +17,7 @@ import mmap
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import sys
@@ -27,14 +28,23 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import horovod
-import psutil
-from horovod.runner import gloo_run, launch
-from horovod.runner.common.util.env import is_exportable
-from horovod.runner.driver import driver_service
-from horovod.runner.elastic.registration import WorkerStateRegistry
-from horovod.runner.elastic.worker import WorkerNotificationClient
-from horovod.runner.util import remote
+try:
+    import horovod
+    import psutil
+    from horovod.runner import gloo_run, launch
+    from horovod.runner.common.util.env import is_exportable
+    from horovod.runner.driver import driver_service
+    from horovod.runner.elastic.registration import WorkerStateRegistry
+    from horovod.runner.elastic.worker import WorkerNotificationClient
+    from horovod.runner.util import remote
+except ModuleNotFoundError as error:
+    missing = "Horovod" if error.name == "horovod" else f"the package {error.name}"
+    print(
+        f"horovodrun.sh: error: {sys.executable} does not have {missing}: "
+        "run 'bash launch/setup.sh', or set HVD_ADAM_PYTHON to a Python that has it",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 if not __package__:  # run by its path
     sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -162,6 +172,23 @@ def accept_interfaces_of_local_ranks() -> None:
     patch(driver_service, "get_local_interfaces", get_local_interfaces)
 
 
+def require_mpirun() -> None:
+    """Exits with one line if there is no mpirun, where Horovod raises an exception."""
+    mpi_run: Callable[..., Any] = launch.mpi_run
+
+    def run_or_exit(*arguments: Any) -> Any:
+        if shutil.which("mpirun") is None:
+            print(
+                "horovodrun.sh: error: no mpirun found: run 'bash launch/setup.sh', load your cluster's MPI module, "
+                "or use --gloo",
+                file=sys.stderr,
+            )
+            sys.exit(2)
+        return mpi_run(*arguments)
+
+    patch(launch, "mpi_run", run_or_exit)
+
+
 def let_ranks_save() -> None:
     """Gives ranks time for a checkpoint after SIGTERM and Ctrl-C, which Horovod with Gloo forwards as SIGTERM.
 
@@ -199,6 +226,7 @@ def main() -> None:
     report_losses()
     notify_in_threads()
     accept_interfaces_of_local_ranks()
+    require_mpirun()
     let_ranks_save()
     start_helpers_with_signals_blocked()
     remote.SSH_COMMAND_PREFIX += KEEP_ALIVE
