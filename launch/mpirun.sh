@@ -71,5 +71,9 @@ ssh_arguments=${ssh_port:+-p $ssh_port}${ssh_port:+${ssh_key:+ }}${ssh_key:+-i $
 if [[ -n $ssh_arguments ]]; then command+=(--mca plm_rsh_args "$ssh_arguments"); fi
 variables=$(list_exported_variables)
 while read -r variable; do command+=(-x "$variable"); done <<<"$variables"
+# Open MPI also accepts subnets, as in 10.0.0.0/8.
+if [[ -n $interface && $interface != */* && $dry_run == false ]] && ranks_run_here; then
+  "$python" -I "$ROOT/hvd_adam/launch/interfaces.py" mpirun.sh "$interface" || exit $?
+fi
 check_hosts "$python"
 exec_launcher "$python" "${command[@]}" "$python" -m "$module" "${module_arguments[@]}"

@@ -257,6 +257,26 @@ def test_an_interface_that_this_host_does_not_have_is_one_line(controller):
     assert done.returncode == 2 and re.fullmatch(line, done.stderr), done.stderr
 
 
+def test_mpirun_refuses_an_interface_that_this_host_does_not_have_if_ranks_run_here(environment, tmp_path):
+    # Open MPI itself warns and uses other interfaces. The stub shows what it would get.
+    (tmp_path / "mpirun").write_text("#!/bin/sh\necho started\n")
+    (tmp_path / "mpirun").chmod(0o755)
+    environment |= {"PATH": f"{tmp_path}:{environment['PATH']}"}
+    line = r"mpirun.sh: error: this host has no network interface eth77 with an IPv4 address: use .*\blo\b.*\n"
+    on_node = {"SLURM_JOB_ID": "1", "SLURMD_NODENAME": "a"}
+    for hosts, job in ([], {}), (["-H", f"a:1,{socket.gethostname()}:1"], {}), ([], on_node):
+        ended = run("mpirun.sh", "-np", 2, *hosts, "--no-check", "-i", "eth77", env=environment | job)
+        assert (ended.returncode, ended.stdout) == (2, "") and re.fullmatch(line, ended.stderr), ended.stderr
+    for hosts, interface, job in (
+        (["-H", "a:2"], "eth77", {}),  # other hosts may have it
+        ([], "eth77", {"SLURM_JOB_ID": "1"}),
+        ([], "eth77,lo", {}),
+        ([], "127.0.0.0/8", {}),
+    ):
+        ended = run("mpirun.sh", "-np", 2, *hosts, "--no-check", "-i", interface, env=environment | job)
+        assert (ended.returncode, ended.stdout, ended.stderr) == (0, "started\n", "")
+
+
 @pytest.mark.parametrize("package", ["Horovod", "psutil"])
 @pytest.mark.parametrize("script", ["horovodrun.sh", "elastic.sh"])
 def test_a_python_without_horovod_is_one_line(script, package, environment, tmp_path):

@@ -19,7 +19,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import sys
 import threading
 import time
@@ -57,6 +56,7 @@ from hvd_adam.launch.horovod_helpers import (
     start_helpers_with_signals_blocked,
     wait_without_reaping,
 )
+from hvd_adam.launch.interfaces import usable_interfaces
 from hvd_adam.launch.signal_proxy import ECHO_SECONDS
 
 RANK_FAILED = re.compile(r"one or more processes exited with non-zero status.*Exit code: (-?\d+)", re.DOTALL)
@@ -157,17 +157,7 @@ def accept_interfaces_of_local_ranks() -> None:
     def get_local_interfaces(settings: Any) -> set[str]:
         if not settings.nics:
             return _get_local_interfaces(settings)
-        families = {name: {each.family for each in addresses} for name, addresses in psutil.net_if_addrs().items()}
-        found = sorted(name for name in families if socket.AF_INET in families[name])
-        if not (named := {*settings.nics} & {*found}):
-            wanted, present = ",".join(sorted(settings.nics)), ", ".join(found)
-            print(
-                f"horovodrun.sh: error: this host has no network interface {wanted} with an IPv4 address: "
-                f"use {present}",
-                file=sys.stderr,
-            )
-            sys.exit(2)
-        return named
+        return usable_interfaces(settings.nics, "horovodrun.sh")
 
     patch(driver_service, "get_local_interfaces", get_local_interfaces)
 

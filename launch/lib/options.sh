@@ -136,6 +136,15 @@ check_hosts() {
     exit $?
 }
 
+# ranks_run_here: whether this machine is one of the hosts. Other hosts may have other network interfaces.
+ranks_run_here() {
+  if [[ -n $hosts ]]; then
+    [[ ,$hosts =~ ,(localhost|127\.0\.0\.1): || ,$hosts == *",$HOSTNAME:"* ]]
+  else
+    [[ -z ${SLURM_JOB_ID:-} || -n ${SLURMD_NODENAME:-} ]] # in an allocation: on a node, not where salloc was called
+  fi
+}
+
 # exec_launcher PYTHON COMMAND...: replace this process by the command, so that signals and the exit code are the
 # command's. After exit codes 2 and 75 the filter removes what only repeats a rank's own message from stderr.
 exec_launcher() {
