@@ -5,14 +5,15 @@
 #   launch/elastic.sh -np 4 --min-np 2 --hostfile hosts -- --epochs 20
 #   launch/elastic.sh -np 4 --min-np 2 --max-np 8 --discovery ./my_hosts.sh -- --epochs 20
 #
-#   -np N                 number of ranks at the start (default: all slots of the hosts, at most --max-np)
+#   -np N                 wait at the start until the hosts have N slots (default: all slots of the hosts, at most
+#                         --max-np). Ranks use all slots, up to --max-np
 #   --min-np N            pause while fewer ranks are left (default: 1)
 #   --max-np N            maximum number of ranks (default: all slots of the hosts)
 #   --hostfile FILE       lines "HOST slots=N"; the file may change while the job runs. Default without --discovery: the
 #                         hosts of the Slurm allocation
 #   --discovery COMMAND   a command that prints the current hosts instead, "HOST:SLOTS" per line (see
 #                         launch/discover_hosts.sh)
-#   --cooldown MIN MAX    seconds during which a failed host is not used (default: 10 60)
+#   --cooldown MIN MAX    seconds during which a failed host is not used, at most 3600 (default: 10 60)
 #   --gloo-timeout S      seconds after which a rank that does not respond counts as lost (default: 30)
 #   -i, --network-interface NAME[,NAME]   network interface(s) to use (default: horovodrun probes, for which it waits for
 #                         a second host)
@@ -42,6 +43,14 @@ require_positive() {
   [[ ${2:-} =~ ^[1-9][0-9]{0,5}$ ]] || fail "$1 ${2:-}: must be a whole number from 1 to $MOST_SLOTS"
 }
 
+# set_cooldown MIN MAX: Horovod accepts at most an hour.
+set_cooldown() {
+  local number='^[1-9][0-9]{0,3}$'
+  [[ ${1:-} =~ $number && ${2:-} =~ $number && $1 -le $2 && $2 -le 3600 ]] ||
+    fail "--cooldown $*: needs two whole numbers of seconds, MIN and MAX, with 1 <= MIN <= MAX <= 3600"
+  cooldown=("$1" "$2")
+}
+
 # set_rank_count: replaces the function of options.sh, because the hosts change while the job runs.
 set_rank_count() { [[ -z $hosts || -n $hostfile ]] || fail "-H cannot change while the job runs: use --hostfile"; }
 
@@ -68,7 +77,7 @@ while (($#)); do
     --min-np) require_positive "${@:1:2}"; min_ranks=$2; shift ;;
     --max-np) require_positive "${@:1:2}"; max_ranks=$2; shift ;;
     --gloo-timeout) require_positive "${@:1:2}"; gloo_timeout=$2; shift ;;
-    --cooldown) require_positive "$1" "${2:-}"; require_positive "$1" "${3:-}"; cooldown=("$2" "$3"); shift 2 ;;
+    --cooldown) set_cooldown "${@:2:2}"; shift 2 ;;
     --discovery) require_value "$@"; discovery=$2; shift ;;
     --) launcher_arguments+=("$@"); break ;;
     *) launcher_arguments+=("$1") ;;
@@ -83,13 +92,17 @@ if [[ -z $discovery ]]; then
   printf -v discovery '%q ' bash "$here/discover_hosts.sh" "${hostfile:-slurm}" "${ssh_port:-22}"
 fi
 if [[ -z $ranks || $dry_run == false ]]; then find_hosts; fi
+slots=$(awk -F: 'NF { sum += NF > 1 ? $2 : 1 } END { print sum + 0 }' <<<"$found")
 if [[ -z $ranks ]]; then
   [[ -n $found ]] || fail "no host is reachable: $discovery prints none"
-  ranks=$(awk -F: '{ sum += NF > 1 ? $2 : 1 } END { print sum }' <<<"$found")
+  ranks=$slots
   if [[ -n $max_ranks ]] && ((max_ranks < ranks)); then ranks=$max_ranks; fi
 fi
-((min_ranks <= ranks)) || fail "--min-np $min_ranks is more than the $ranks ranks at the start"
-((ranks <= ${max_ranks:-ranks})) || fail "--max-np $max_ranks is less than the $ranks ranks at the start"
+((min_ranks <= ranks)) || fail "--min-np $min_ranks is more than the $ranks ranks to wait for (-np)"
+((ranks <= ${max_ranks:-ranks})) || fail "--max-np $max_ranks is less than the $ranks ranks to wait for (-np)"
+if [[ $dry_run == false ]] && ((slots < ranks)); then
+  echo "elastic.sh: waiting: the hosts have $slots slot(s), -np needs $ranks" >&2
+fi
 if [[ -z $interface && $dry_run == false && $(wc -l <<<"$found") == 1 ]]; then
   echo "elastic.sh: waiting for a second host, to find a network interface that both have; to start with" \
     "${found:-the first host} alone, name the interface, as in -i eth0 (on one machine: -i lo)" >&2

@@ -729,11 +729,15 @@ def test_elastic_script_passes_the_hosts_and_limits_to_horovodrun(environment, t
         ("--min-np 0", "--min-np 0: must be a whole number"),
         (f"--max-np {10**19}", "must be a whole number from 1 to 999999"),
         (f"--discovery 'echo a:{10**19}'", f"prints {10**19} slots for the host a: use at most 999999"),
-        ("--cooldown 5", "--cooldown : must be a whole number"),
+        ("--cooldown 5", "--cooldown 5: needs two whole numbers of seconds"),
+        ("--cooldown 5 --discovery true", "--cooldown 5 --discovery: needs two whole numbers of seconds"),
+        ("--cooldown", "--cooldown : needs two whole numbers"),
+        ("--cooldown 10 7200 --discovery true", "--cooldown 10 7200: needs two whole numbers of seconds"),
+        ("--cooldown 60 10 --discovery true", "with 1 <= MIN <= MAX <= 3600"),
         ("--discovery true", "no host is reachable"),
         ("-np 2 --min-np 3 --discovery true", "--min-np 3 is more than the 2 ranks"),
         ("--discovery true --hostfile /none", "no such readable file"),
-        ("-np 2 --min-np 2 --max-np 1 --discovery true", "--max-np 1 is less than the 2 ranks at the start"),
+        ("-np 2 --min-np 2 --max-np 1 --discovery true", "--max-np 1 is less than the 2 ranks to wait for (-np)"),
         ("-np 2 -i lo --discovery false", "the discovery command failed with exit code 1: false"),
         (
             "-np 2 -i lo --discovery 'echo a; echo a 2'",
@@ -756,6 +760,13 @@ def test_the_elastic_script_announces_that_horovodrun_waits_for_a_second_host(en
     assert "waiting for a second host" in run("elastic.sh", *one, env=environment).stderr
     for known in ([*one, "-i", "lo"], two):
         assert run("elastic.sh", *known, env=environment).stderr == ""
+
+
+def test_the_elastic_script_announces_that_it_waits_for_slots(environment):
+    environment |= {"HVD_ADAM_PYTHON": shutil.which("true")}  # instead of horovodrun
+    for discovery, slots in (("echo localhost:1", 1), ("echo a; echo b:1", 2), ("true", 0)):
+        ended = run("elastic.sh", "-np", 3, "-i", "lo", "--discovery", discovery, env=environment)
+        assert ended.stderr == f"elastic.sh: waiting: the hosts have {slots} slot(s), -np needs 3\n"
 
 
 def test_a_launcher_of_nohup_continues_when_the_terminal_closes():

@@ -169,8 +169,8 @@ def require_mpirun() -> None:
     def run_or_exit(*arguments: Any) -> Any:
         if shutil.which("mpirun") is None:
             print(
-                "horovodrun.sh: error: no mpirun found: run 'bash launch/setup.sh', load your cluster's MPI module, "
-                "or use --gloo",
+                "horovodrun.sh: error: no mpirun found: run 'bash launch/setup.sh', load your cluster's MPI "
+                "module, or use --gloo",
                 file=sys.stderr,
             )
             sys.exit(2)
