@@ -513,7 +513,13 @@ def test_a_relative_environment_is_an_absolute_path_for_the_ranks(environment, t
         (["-x", "1A=2"], "1A"),
         (["-x", "A.B=2"], "A.B"),
         (["--ssh-port", "ssh"], "--ssh-port ssh"),
+        (["--ssh-port", "65536"], "--ssh-port 65536: must be a port number from 1 to 65535"),
         (["--ssh-key", "/no/such"], "/no/such"),
+        (["--ssh-key", "/usr"], "--ssh-key /usr: no such readable file"),
+        (["--module", "./examples/mine.py"], "name a module, not a file: examples.mine"),
+        (["--module", "/examples/mine.py"], "must be the name of a Python module"),
+        (["--module", "no such"], "must be the name of a Python module"),
+        (["--module", "a..b"], "must be the name of a Python module"),
     ],
     ids=lambda value: "_".join(value) if isinstance(value, list) else None,
 )
@@ -521,6 +527,11 @@ def test_bad_options_get_one_line_and_exit_code_2(script, arguments, named, envi
     answer = run(script, *arguments, env=environment)
     assert (answer.returncode, answer.stdout) == (2, "")
     assert answer.stderr.count("\n") == 1 and named in answer.stderr and answer.stderr.startswith(script)
+
+
+def test_every_name_that_python_takes_for_a_module_is_accepted(environment):
+    for name in ("mine", "a_1.b2.__main__", "my-tool", "examples.01_mine", "größe", "mypackage"):
+        assert dry_run("mpirun.sh", "-np", 1, "--module", name, env=environment).endswith(f" -m {name}\n"), name
 
 
 def test_both_controllers_together_are_refused(environment):
@@ -670,6 +681,11 @@ def slurm(environment, tmp_path):
         (["-i"], "2", "-i needs a value"),
         (["-i", "--", "--epochs", "2"], "2", "-i needs a value"),
         (["--module"], "2", "--module needs a value"),
+        (
+            ["--module", "examples/mine.py"],
+            "2",
+            "--module examples/mine.py: name a module, not a file: examples.mine",
+        ),
     ],
 )
 def test_slurm_script_refuses_wrong_resources_and_options(arguments, gpus, message, slurm):

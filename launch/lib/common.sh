@@ -12,6 +12,19 @@ source "$ROOT/hvd_adam/build_horovod/shell.sh"
 # require_value OPTION ARGUMENTS...: check that the option is followed by a value.
 require_value() { [[ $# -ge 2 && -n $2 && $2 != -- ]] || fail "$1 needs a value; see --help"; }
 
+# check_module NAME: check that `python -m NAME` can work; a file's path is a common slip.
+check_module() {
+  local name=${1#./}
+  name=${name%.py}
+  case $1 in
+    /* | *[[:space:]]* | -* | .[!/]* | *. | *..*) ;;
+    *.py) fail "--module $1: name a module, not a file: ${name//\//.}" ;;
+    */*) ;;
+    *) return 0 ;;
+  esac
+  fail "--module $1: must be the name of a Python module, as in examples.mine"
+}
+
 # find_python: print the absolute path of the Python that trains, so that other hosts start the same one.
 find_python() {
   local path

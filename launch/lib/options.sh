@@ -56,8 +56,10 @@ check_options() {
   [[ -z $hosts || -z $hostfile ]] || fail "-H and --hostfile exclude each other"
   [[ -z $hosts || $hosts =~ ^[A-Za-z0-9_.-]+:[0-9]+(,[A-Za-z0-9_.-]+:[0-9]+)*$ ]] ||
     fail "-H $hosts: must have the form host1:4,host2:4, each host with its number of ranks"
-  [[ -z $ssh_port || $ssh_port =~ ^[0-9]+$ ]] || fail "--ssh-port $ssh_port is not a port number"
-  [[ -z $ssh_key || -r $ssh_key ]] || fail "--ssh-key $ssh_key: no such readable file"
+  [[ -z $ssh_port || $ssh_port =~ ^[1-9][0-9]{0,4}$ && $ssh_port -le 65535 ]] ||
+    fail "--ssh-port $ssh_port: must be a port number from 1 to 65535"
+  [[ -z $ssh_key || -f $ssh_key && -r $ssh_key ]] || fail "--ssh-key $ssh_key: no such readable file"
+  check_module "$module"
   [[ -z $hostfile ]] || read_hostfile
   name_hosts_once
   export_variables

@@ -33,7 +33,7 @@ parse_job() {
     case $1 in
       --launcher) set_launcher "${2:-}"; shift ;;
       -i | --network-interface) require_value "$@"; interface=$2; shift ;;
-      --module) require_value "$@"; module=$2; shift ;;
+      --module) require_value "$@"; check_module "$2"; module=$2; shift ;;
       -h | --help) print_usage; exit 0 ;;
       --) shift; arguments=("$@"); break ;;
       *) fail "unknown option $1; options of the training go after --" ;;
