@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -247,6 +248,66 @@ def test_sshd_starts_only_on_request_and_with_keys(image):
     assert (refused.returncode, refused.stdout) == (2, "")
     assert refused.stderr.count("\n") == 1 and "/home/trainer/.ssh/authorized_keys" in refused.stderr
     assert not (image.rootfs / "run/hvd_adam/sshd.pid").exists()
+
+
+# A rank with a worker that has its handler of SIGUSR1, and one without a handler. Rank 0 takes a second to save.
+RANK = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+folder, rank, own, received = Path(sys.argv[1]), os.environ["OMPI_COMM_WORLD_RANK"], os.getpid(), []
+signal.signal(signal.SIGUSR1, lambda *_: received.append(1))
+os.fork()
+parent = os.getppid()
+other = subprocess.Popen(["sleep", "30"])
+(folder / f"started.{os.getpid()}").touch()
+while os.getppid() == parent and not received:
+    time.sleep(0.02)
+ended = other.poll()
+other.kill()
+if os.getpid() != own:
+    (folder / f"worker.{rank}").write_text("signalled" if received else "")
+    os._exit(0)
+time.sleep(1 - int(rank))
+(folder / f"saved.{rank}").write_text(str(ended))
+os._exit(75)
+"""
+
+# A stub of sshd with two ranks, which a shell starts, as after a login.
+SSHD = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+folder = Path(sys.argv[0]).parent
+def stop(*_):
+    (folder / "stopped").write_text(" ".join(sorted(path.name for path in folder.glob("saved.*"))))
+    os._exit(255)
+signal.signal(signal.SIGTERM, stop)
+command = f"for rank in 0 1; do OMPI_COMM_WORLD_RANK=$rank {sys.executable} {folder}/rank.py {folder} & done; wait"
+subprocess.call(["bash", "-c", command])
+time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize("seconds", [60, 0])
+def test_sshd_asks_ranks_to_save_before_it_ends(seconds, tmp_path):
+    (tmp_path / "rank.py").write_text(RANK)
+    (tmp_path / "sshd").write_text(f"#!{sys.executable}\n{SSHD}")
+    (tmp_path / "sshd").chmod(0o755)
+    (tmp_path / "keys").write_text("a key\n")
+    script = (DOCKER / "sshd.sh").read_text().replace("/run/hvd_adam", str(tmp_path))
+    (tmp_path / "sshd.sh").write_text(script.replace("/usr/sbin/sshd", str(tmp_path / "sshd")))
+    environ = {**os.environ, "AUTHORIZED_KEYS": str(tmp_path / "keys"), "STOP_SECONDS": str(seconds)}
+    with subprocess.Popen(["bash", tmp_path / "sshd.sh"], env=environ, stderr=subprocess.DEVNULL) as running:
+        while len(list(tmp_path.glob("started.*"))) < 4:
+            assert running.poll() is None
+            time.sleep(0.02)
+        running.terminate()
+        assert running.wait(timeout=250) == 255
+    if seconds:
+        assert (tmp_path / "stopped").read_text() == "saved.0 saved.1"
+    while len([*tmp_path.glob("saved.*"), *tmp_path.glob("worker.*")]) < 4:
+        time.sleep(0.02)
+    assert [(tmp_path / f"saved.{rank}").read_text() for rank in (0, 1)] == ["None"] * 2  # no signal to the worker
+    assert [(tmp_path / f"worker.{rank}").read_text() for rank in (0, 1)] == [""] * 2
 
 
 # Files that must not be in any layer.

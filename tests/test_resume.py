@@ -349,8 +349,10 @@ def test_a_second_signal_ends_the_process_at_once(before, code):
     )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as running:
         assert running.stdout.readline() == "ready\n"
-        time.sleep(0.5)
-        running.send_signal(signal.SIGTERM)
+        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):  # the first two only repeat the request
+            time.sleep(0.5)
+            assert running.poll() is None
+            running.send_signal(number)
         assert running.wait(timeout=250) == code
 
 

@@ -43,6 +43,8 @@ def interrupted() -> bool:
 def install_handlers() -> None:
     """Records the signals from now on, which would otherwise end this process; a second one still does.
 
+    A second SIGUSR1 or SIGUSR2 does not: schedulers, launchers and containers may each ask to save and stop.
+
     SIGHUP stays ignored where it is: the user has started the job with `nohup`.
     """
     for number in SIGNALS:
@@ -69,7 +71,8 @@ def ignore_signals() -> None:
 def _record(number: int, _: FrameType | None) -> None:
     global _first_signal, _interrupted
     now = time.monotonic()
-    if _first_signal is not None and now - _first_signal > ECHO_SECONDS:
+    repeated = number in (signal.SIGUSR1, signal.SIGUSR2)
+    if _first_signal is not None and now - _first_signal > ECHO_SECONDS and not repeated:
         os._exit(128 + number if _second_exits_with is None else _second_exits_with)
     if _first_signal is None:
         _first_signal, _interrupted = now, number == signal.SIGINT
