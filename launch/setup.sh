@@ -312,7 +312,8 @@ main() {
   base=${PYTHON:-python3} venv_python=$VENV/bin/python
   # A missing python3 is installed with the other packages.
   [[ -z ${PYTHON:-} ]] || has_command "$base" || fail "PYTHON=$PYTHON is not a program"
-  mkdir -p "$CACHE"
+  { mkdir -p "$CACHE" && [[ -w $CACHE ]]; } 2>/dev/null ||
+    fail "no write access to $CACHE: set XDG_CACHE_HOME to a folder that you may write to"
   exec 8>"$CACHE/setup-$(sha256sum <<<"$VENV" | cut -c1-12).lock"
   flock --nonblock 8 || { echo "Waiting for another set-up of $VENV." && flock 8; }
   # An environment that was set up with --dev keeps these tools.

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import psutil
 import pytest
@@ -488,6 +489,35 @@ def test_a_relative_environment_is_an_absolute_path_for_the_ranks(environment, t
     env |= {"HVD_ADAM_VENV": "venv"}
     shown = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout
     assert shown.startswith(f"{tmp_path}/venv/bin/python ")
+
+
+@pytest.mark.parametrize("script", ["mpirun.sh", "horovodrun.sh", "elastic.sh"])
+def test_an_environment_without_python_is_refused(script, environment, tmp_path):
+    env = {name: value for name, value in environment.items() if name != "HVD_ADAM_PYTHON"}
+    hosts = ["--discovery", "echo a:2"] if script == "elastic.sh" else []
+    ended = run(script, "--dry-run", "-np", 1, *hosts, env=env | {"HVD_ADAM_VENV": str(tmp_path)})
+    line = f"HVD_ADAM_VENV={tmp_path} has no bin/python: run 'bash launch/setup.sh', which makes it, or unset the"
+    assert (ended.returncode, ended.stdout) == (2, "") and ended.stderr == f"{script}: {line} variable\n"
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("setpriv") is None, reason="needs root and setpriv")
+@pytest.mark.parametrize("script", ["mpirun.sh", "horovodrun.sh", "elastic.sh"])
+def test_a_user_without_home_and_name_is_refused(script, environment):
+    # mpirun crashes there.
+    env = {name: value for name, value in environment.items() if name != "HOME"}
+    env |= {"HVD_ADAM_PYTHON": shutil.which("true")}
+    hosts = ["--discovery", "echo a:2"] if script == "elastic.sh" else []
+    user = ["setpriv", "--reuid", "54321", "--regid", "54321", "--clear-groups"]
+    with TemporaryDirectory() as folder:  # not tmp_path, which only root can read
+        for name in ("launch", "hvd_adam/build_horovod"):
+            shutil.copytree(ROOT / name, Path(folder, name))
+        Path(folder).chmod(0o755)
+        command = [*user, "bash", Path(folder, "launch", script), "--dry-run", "-np", "1", *hosts]
+        refused = subprocess.run(command, env=env, cwd="/", capture_output=True, text=True)
+        accepted = subprocess.run(command, env=env | {"HOME": folder}, cwd="/", capture_output=True, text=True)
+    line = "HOME is not set and user 54321 has no entry in passwd: set HOME to a folder of yours"
+    assert (refused.returncode, refused.stderr) == (2, f"{script}: {line}\n")
+    assert accepted.returncode == 0, accepted.stderr
 
 
 @pytest.mark.parametrize("script", ["mpirun.sh", "horovodrun.sh"])

@@ -72,6 +72,15 @@ def test_unknown_option_gets_one_line_and_exit_code_2(script, environment):
     assert (code, out) == (2, "") and error.count("\n") == 1 and "--fast" in error
 
 
+def test_a_cache_that_cannot_be_written_is_one_line(environment, tmp_path):
+    (tmp_path / "file").touch()
+    code, out, error = run(
+        "bash", LAUNCH / "setup.sh", env=environment | {"XDG_CACHE_HOME": str(tmp_path / "file")}
+    )
+    line = f"no write access to {tmp_path}/file/hvd_adam: set XDG_CACHE_HOME to a folder that you may write to"
+    assert (code, out, error) == (2, "", f"setup.sh: {line}\n")
+
+
 def test_cpu_and_cuda_together_are_refused(environment):
     code, _, error = run("bash", LAUNCH / "setup.sh", "--cpu", "--cuda", env=environment)
     assert code == 2 and "exclude" in error

@@ -25,6 +25,13 @@ check_module() {
   fail "--module $1: must be the name of a Python module, as in examples.mine"
 }
 
+# require_home: without HOME and an entry in passwd, Open MPI crashes, and horovodrun writes to a folder "~". A home in /tmp
+# would be another one on each host, so none is chosen here.
+require_home() {
+  [[ -n ${HOME:-} ]] || getent passwd "$EUID" >/dev/null ||
+    fail "HOME is not set and user $EUID has no entry in passwd: set HOME to a folder of yours"
+}
+
 # find_python: print the absolute path of the Python that trains, so that other hosts start the same one.
 find_python() {
   local path
@@ -33,6 +40,8 @@ find_python() {
     printf '%s/%s\n' "$(cd "$(dirname "$path")" && pwd)" "${path##*/}"
   elif [[ -x $VENV/bin/python ]]; then
     printf '%s\n' "$VENV/bin/python"
+  elif [[ -n ${HVD_ADAM_VENV:-} ]]; then
+    fail "HVD_ADAM_VENV=$HVD_ADAM_VENV has no bin/python: run 'bash launch/setup.sh', which makes it, or unset the variable"
   else
     command -v python3 || fail "no python3 found: run 'bash launch/setup.sh', or set HVD_ADAM_PYTHON"
   fi

@@ -52,6 +52,7 @@ accept_controller() {
 }
 
 check_options() {
+  require_home
   [[ -z $ranks || $ranks =~ ^[1-9][0-9]{0,5}$ ]] || fail "-np $ranks: must be a whole number from 1 to $MOST_SLOTS"
   [[ -z $hosts || -z $hostfile ]] || fail "-H and --hostfile exclude each other"
   [[ -z $hosts || $hosts =~ ^[A-Za-z0-9_.-]+:[0-9]+(,[A-Za-z0-9_.-]+:[0-9]+)*$ ]] ||
