@@ -38,11 +38,6 @@ source "$here/lib/options.sh"
 
 min_ranks=1 max_ranks='' discovery='' cooldown=(10 60) gloo_timeout=30 found='' launcher_arguments=()
 
-# require_positive OPTION VALUE
-require_positive() {
-  [[ ${2:-} =~ ^[1-9][0-9]{0,5}$ ]] || fail "$1 ${2:-}: must be a whole number from 1 to $MOST_SLOTS"
-}
-
 # set_cooldown MIN MAX: Horovod accepts at most an hour.
 set_cooldown() {
   local number='^[1-9][0-9]{0,3}$'

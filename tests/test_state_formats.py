@@ -400,9 +400,7 @@ def test_a_state_that_does_not_fit_is_refused_before_anything_changes(damage, me
 def test_codes_follow_a_parameter_whose_order_in_memory_changes(loads, state_format):
     p = torch.nn.Parameter(torch.zeros(64, 64, 3, 3))
     optimizer = Adam([p], state_format="8bit")
-    sizes = torch.logspace(-3, 1, 64).view(
-        1, 64, 1, 1
-    )  # of neighbours with channels_last, which share a scale then
+    sizes = torch.logspace(-3, 1, 64).view(1, 64, 1, 1)  # of neighbours in memory with channels_last
     for seed in range(10):
         p.grad = torch.randn(64, 64, 3, 3, generator=torch.Generator().manual_seed(seed)) * sizes
         optimizer.step()

@@ -95,7 +95,9 @@ class Progress:
         return cls(**{f.name: saved[f.name] for f in fields(cls) if f.name in saved})
 
 
-OPTIONAL_PARTS = frozenset(("loss_scaler", "ema", "residuals", "islands"))
+# Parts that older checkpoints do not have, and those that may be None.
+_NEWER_PARTS = ("ema", "residuals", "islands")
+_OPTIONAL_PARTS = ("loss_scaler", *_NEWER_PARTS)
 
 
 @dataclass
@@ -150,7 +152,7 @@ class TrainingState:
             UserError: a part that a resume needs is missing or has a wrong type; the message names it.
         """
         for part in fields(cls):
-            if part.name not in saved and part.name not in ("ema", "residuals", "islands"):
+            if part.name not in saved and part.name not in _NEWER_PARTS:
                 raise UserError(f"checkpoint {where} cannot be resumed: it has no {part.name}")
         for name, value, expected in _typed(saved):
             if not isinstance(value, expected):
@@ -202,7 +204,7 @@ def _typed(saved: Mapping[str, Any]) -> Iterator[tuple[str, Any, tuple[type, ...
     """Yields the name, the value and the required types of each part, then of entries that every resume reads."""
     for part in fields(TrainingState):
         value = saved.get(part.name)
-        if value is not None or part.name not in OPTIONAL_PARTS:
+        if value is not None or part.name not in _OPTIONAL_PARTS:
             yield part.name, value, (list,) if part.name == "ranks" else (dict,)
     for number, rank in enumerate(saved["ranks"]):
         yield f"the state of rank {number}", rank, (dict,)

@@ -154,10 +154,15 @@ def memory_order(t: Tensor, skip: int, count: int) -> Tensor:
     return t.as_strided((count,), (1,), t.storage_offset() + skip)
 
 
+def in_same_order(t: Tensor, strides: Sequence[int]) -> bool:
+    """Returns whether a tensor's elements lie in memory as those of one with its shape and these strides do."""
+    return all(own == other for own, other, size in zip(t.stride(), strides, t.shape, strict=True) if size > 1)
+
+
 def placed_like(p: Tensor, t: Tensor) -> Tensor:
     """Returns `t`, or a copy of it on the device and, if it is dense, with the strides of `p`."""
     same = type(t) in ORDINARY and t.device == p.device and not t.is_neg()
-    if same and all(a == b for a, b, size in zip(p.stride(), t.stride(), p.shape, strict=True) if size > 1):
+    if same and in_same_order(p, t.stride()):
         return t
     return torch.empty_like(p).copy_(t)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +15,7 @@ from hvd_adam.optim.expression import KernelSpec
 from hvd_adam.optim.formats.held import elements_each
 from hvd_adam.optim.memory import ORDINARY, placed_like, shape_in_memory
 from hvd_adam.optim.optimizer_state import Group, Member, StateReader, States
-from hvd_adam.optim.validation import check_gradient
+from hvd_adam.optim.validation import check_gradient, check_number
 
 # As `Row` in kernels/rows.h. Of a state with codes, their addresses stand in place of the moments'.
 ADDRESSES = (
@@ -127,16 +126,12 @@ def hyper_parameters(groups: Iterable[Group]) -> list[HyperParameters]:
         beta1, beta2 = map(float, group["betas"])
         if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
             raise ValueError(f"betas is {group['betas']!r}; each must be at least 0 and less than 1")
-        lr, eps, weight_decay = (_number(group, name) for name in ("lr", "eps", "weight_decay"))
+        for name in ("lr", "eps", "weight_decay"):
+            check_number(name, group[name])
+        lr, eps, weight_decay = (float(group[name]) for name in ("lr", "eps", "weight_decay"))
         decay = weight_decay, group["decoupled_weight_decay"]
         found.append(HyperParameters(lr, (beta1, beta2), eps, *decay, -1 if group["maximize"] else 1))
     return found
-
-
-def _number(group: Group, name: str) -> float:
-    if not isinstance(group[name], Real | Tensor):
-        raise TypeError(f"{name} is {group[name]!r}; it must be a number")
-    return float(group[name])
 
 
 class UpdateRows:

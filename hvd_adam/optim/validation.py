@@ -17,6 +17,7 @@ from hvd_adam.optim.optimizer_state import REQUIRED_STATE, STATE_NAMES, Group, i
 IMPLEMENTATIONS = ("reference", "foreach", "fused", "auto")
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master_param")
 _CODES = ("exp_avg_codes", "exp_avg_sq_codes", "param_correction")
+_NUMBERS = (float, Real, Tensor)  # the commonest first: every step checks
 _PAIRS = (("exp_avg", "exp_avg_sq"), (FIRST_CODES[0], SECOND_CODES[0]))
 
 
@@ -29,11 +30,7 @@ def check_hyper_parameters(group: Group) -> None:
     """
     lr, betas = group["lr"], group["betas"]
     for name in ("lr", "eps", "weight_decay"):
-        value = group[name]
-        if not isinstance(value, Real | Tensor):
-            raise TypeError(f"{name} is {value!r}; it must be a number")
-        if isinstance(value, Tensor) and value.numel() != 1:
-            raise ValueError(f"Tensor {name} must be 1-element, but has {value.numel()} elements")
+        check_number(name, group[name])
     if not isinstance(betas, tuple | list):
         raise TypeError(f"betas is {betas!r}; it must be two numbers, such as (0.9, 0.999)")
     if not lr >= 0.0:
@@ -51,6 +48,19 @@ def check_hyper_parameters(group: Group) -> None:
         raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
     check_format(group)
     check_implementation(group["implementation"])
+
+
+def check_number(name: str, value: object) -> None:
+    """Checks the value of a hyper-parameter.
+
+    Raises:
+        ValueError: it is a tensor of several elements.
+        TypeError: it is no number.
+    """
+    if not isinstance(value, _NUMBERS):
+        raise TypeError(f"{name} is {value!r}; it must be a number")
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"Tensor {name} must be 1-element, but has {value.numel()} elements")
 
 
 def check_format(group: Group) -> None:

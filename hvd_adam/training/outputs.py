@@ -8,11 +8,13 @@ from pathlib import Path
 
 from hvd_adam.checkpoint.output import require_free
 from hvd_adam.errors import UserError
+from hvd_adam.training.plots import PLOT_FILE
 from hvd_adam.training.run_log import METRICS_FILE
+from hvd_adam.training.scores.mistakes_file import MISTAKES_FILE
 
 _CHECKPOINTS = "checkpoints"
 _CHECKPOINT_FILES = ("state.pt", "manifest.json")
-_RUN_FILES = (METRICS_FILE, "config.yaml", "curves.png", "mistakes*.png", "mistakes.json", "events.out.*", ".lock")
+_RUN_FILES = (METRICS_FILE, "config.yaml", PLOT_FILE, "mistakes*.png", MISTAKES_FILE, "events.out.*", ".lock")
 
 
 def require_outputs(paths: Mapping[str, str | None], *, replace: bool) -> None:

@@ -51,9 +51,14 @@ accept_controller() {
   controller=$2
 }
 
+# require_positive OPTION VALUE
+require_positive() {
+  [[ ${2:-} =~ ^[1-9][0-9]{0,5}$ ]] || fail "$1 ${2:-}: must be a whole number from 1 to $MOST_SLOTS"
+}
+
 check_options() {
   require_home
-  [[ -z $ranks || $ranks =~ ^[1-9][0-9]{0,5}$ ]] || fail "-np $ranks: must be a whole number from 1 to $MOST_SLOTS"
+  if [[ -n $ranks ]]; then require_positive -np "$ranks"; fi
   [[ -z $hosts || -z $hostfile ]] || fail "-H and --hostfile exclude each other"
   [[ -z $hosts || $hosts =~ ^[A-Za-z0-9_.-]+:[0-9]+(,[A-Za-z0-9_.-]+:[0-9]+)*$ ]] ||
     fail "-H $hosts: must have the form host1:4,host2:4, each host with its number of ranks"

@@ -20,7 +20,7 @@ from hvd_adam.optim.formats.eight_bit import (
     scales_of,
 )
 from hvd_adam.optim.formats.random_bits import BLOCK, LANES
-from hvd_adam.optim.memory import is_dense, memory_order
+from hvd_adam.optim.memory import in_same_order, is_dense, memory_order
 
 FIRST_CODES, SECOND_CODES = ("exp_avg_codes", "exp_avg_scales"), ("exp_avg_sq_codes", "exp_avg_sq_scales")
 SCALES = frozenset({FIRST_CODES[1], SECOND_CODES[1]})
@@ -123,11 +123,7 @@ def codes_are_in_order(state: Mapping[str, Any], p: Tensor) -> bool:
     """
     found = [state[name] for name, _ in (FIRST_CODES, SECOND_CODES) if name in state]
     strides = torch.empty_like(p, device="meta").stride() if found else ()
-    return all(
-        codes.shape != p.shape
-        or all(own == other for own, other, size in zip(codes.stride(), strides, p.shape, strict=True) if size > 1)
-        for codes in found
-    )
+    return all(codes.shape != p.shape or in_same_order(codes, strides) for codes in found)
 
 
 def is_in_few_bits(state: Mapping[str, Any], p: Tensor) -> bool:
