@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from scipy.linalg import hadamard
 
 from hvd_adam.distributed.wire import cpu_codec, fused_codec
-from hvd_adam.distributed.wire.codec import CODECS, GROUP, SENT
+from hvd_adam.distributed.wire.codec import CODECS, GROUP, SENT, Own
 from hvd_adam.distributed.wire.fused_codec import PLAIN, functions
 
 NAN_OF_ONES = float(np.uint32(0x7FFFFFFF).view(np.float32))  # whose last bits, as codes, would not be 0
@@ -133,7 +133,8 @@ def test_kernels_neither_read_nor_write_beyond_the_end_of_a_tensor(codec):
         gradients, residual, sent, server, total, mean = (inside for _, inside in around.values())
         sent = sent.view(parts, -1)
         by.encode(codec, gradients, residual, residual, sent, 1.0, 1.0)
-        by.add_and_encode(codec, sent, server, server, total, 1.0)
+        by.add_and_encode(codec, sent, None, server, server, total, 1.0)
+        by.add_and_encode(codec, sent, Own(gradients[part:], 1, 1.0), server, server, total, 1.0)
         by.decode(codec, sent, mean)
         for name, (whole, inside) in around.items():
             ends = torch.cat([whole[:guard], whole[-guard:]])
@@ -178,8 +179,8 @@ def test_codes_mean_the_gradients_within_half_a_level_and_residuals_are_what_the
     kinds = ["ordinary", "of many magnitudes", "one large", "ties"] * parts
     gradients, residual = made_of(kinds, codec, 3)
     results = exchange(by, codec, gradients, residual, parts, scale, unit)
-    sent, missed, mean, server_missed = (results[n] for n in ("sent", "missed", "mean", "server_missed"))
-    total, elements = results["total"], len(residual) // parts
+    sent, missed, mean = (results[name] for name in ("sent", "missed", "mean"))
+    elements = len(residual) // parts
 
     e = residual.double().numpy() * unit
     h = gradients.double().numpy() * scale + e
@@ -192,13 +193,16 @@ def test_codes_mean_the_gradients_within_half_a_level_and_residuals_are_what_the
     ).all()
     assert (np.abs(mean.double().numpy() + missed.double().numpy() * unit - h) <= allowed / 64).all()
 
-    server = residual[:elements].double().numpy() / 16 * unit
-    h = t_sent.reshape(parts, -1).sum(axis=0) + server
-    t = h - (1 - SENT) * server
-    t_total = oracle_decode(codec, total, elements)[1]
-    allowed = bound(codec, t)
-    assert (np.abs(t_total - t) <= allowed).all()
-    assert (np.abs(t_total + server_missed.double().numpy() * unit - h) <= allowed / 64).all()
+    server, t_parts = residual[:elements].double().numpy() / 16 * unit, t_sent.reshape(parts, -1)
+    exact = rotated(codec, gradients[-elements:].double().numpy() * scale)  # which the last rank adds itself
+    for name, added in (("", t_parts), ("own ", [*t_parts[:-1], exact])):
+        h = np.sum(added, axis=0) + server
+        t = h - (1 - SENT) * server
+        t_total = oracle_decode(codec, results[f"{name}total"], elements)[1]
+        allowed = bound(codec, t)
+        assert (np.abs(t_total - t) <= allowed).all()
+        missed = results[f"{name}server_missed"].double().numpy() * unit
+        assert (np.abs(t_total + missed - h) <= allowed / 64).all()
 
 
 @FORMATS

@@ -635,6 +635,30 @@ def test_other_numbers_of_ranks_and_other_codes_get_the_same_sum(cluster, compre
     books.check()
 
 
+@on_ranks(2)
+@each_code
+@each_strategy
+def test_loaded_residuals_of_what_a_rank_adds_itself_are_added_once(cluster, compression, strategy):
+    """Older checkpoints have some: ranks encoded those gradients, too."""
+    books = account(cluster, compression, strategy=strategy)
+    books.update(1)
+    saved = books.optimizer.error_feedback.state_dict_on_root()
+    if cluster.is_root:
+        for bucket in saved["buckets"]:
+            assert not any(part[rank].any() for rank, part in own_parts(bucket, cluster.size))
+            bucket["worker"] += 0.5
+    books.optimizer.error_feedback.load_state_dict(saved)
+    books.missing |= unsent(books.optimizer)
+    for seed in range(2, 5):
+        books.update(seed)
+        books.check()
+
+
+def own_parts(bucket, ranks):
+    """Returns (rank, [ranks, n]) of the part of a saved bucket that each rank adds itself."""
+    return enumerate(torch.chunk(bucket["worker"], ranks, dim=1))
+
+
 def odd_buckets(saved):
     """Returns what was saved with a bucket that is too short, of three ranks, and of another dtype."""
     for change in (lambda t: t[:, :-40], lambda t: torch.cat([t, t[:1]]), torch.Tensor.double):

@@ -7,7 +7,7 @@ import torch
 from hvd_adam.distributed.cluster import Cluster
 from hvd_adam.distributed.gradients.bucket_layout import Layout
 from hvd_adam.distributed.gradients.gradient_buffer import GradientBuffer
-from hvd_adam.distributed.wire.codec import CODECS
+from hvd_adam.distributed.wire.codec import CODECS, Own
 from hvd_adam.distributed.wire.coded_bucket import CodedBucket
 from hvd_adam.simulate.machine import Codec
 from hvd_adam.simulate.profile import timed
@@ -54,13 +54,14 @@ def codec_costs(cluster: Cluster, repeats: int) -> dict[str, Codec]:
 def _of_codes(coded: CodedBucket, buffer: GradientBuffer, cluster: Cluster, repeats: int) -> Codec:
     """Returns the costs of a format of codes."""
     codec, functions, values = coded.codec, coded.functions, buffer.grad[: coded.elements]
+    own = Own(values[: len(coded.server.committed)], 0, 0.5)
     (before, after), (sum_before, sum_after) = coded.worker.advance(), coded.server.advance()
     size = codec.payload_bytes(len(sum_after))
     codes = torch.empty(cluster.size, size, dtype=torch.uint8, device=cluster.device)
     total = torch.empty_like(codes[0])
     calls = [
         lambda: functions.encode(codec, values, before, after, codes, 0.5, 1.0),
-        lambda: functions.add_and_encode(codec, codes, sum_before, sum_after, total, 1.0),
+        lambda: functions.add_and_encode(codec, codes, own, sum_before, sum_after, total, 1.0),
         lambda: functions.decode(codec, codes, values),
     ]
     return Codec(*(timed(call, cluster, repeats) / coded.elements for call in calls))

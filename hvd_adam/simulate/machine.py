@@ -31,7 +31,7 @@ class Codec:
     """Seconds that one core or device spends on an element of a bucket, measured.
 
     Attributes:
-        encode: from gradients to what is sent.
+        encode: from gradients to what is sent, for an element of what is encoded.
         add: the parts of all ranks to what is sent of their sum, for an element of one part.
         decode: from what is received to gradients.
     """

@@ -210,7 +210,9 @@ class _Program:
             while self._coded and self._pipeline.advance():
                 pass
             if self._setting.compression != "none":
-                self._do("coding", elements * self._codec.encode)
+                n = self._ranks.total  # of codes, a rank encodes what the others add
+                encoded = elements * (n - 1) / n if self._coded else elements
+                self._do("coding", encoded * self._codec.encode)
             sent.pieces.append(Piece(elements, self._start_first(elements), not self._two_phases))
 
     def _pieces_of(self, bucket: Bucket) -> list[float]:

@@ -2,7 +2,7 @@
 
 import torch
 
-from hvd_adam.distributed.wire.codec import CODECS, SMALLEST, unrotate
+from hvd_adam.distributed.wire.codec import CODECS, SMALLEST, Own, unrotate
 
 
 def ties(block):
@@ -56,18 +56,24 @@ def made_of(kinds, codec, seed):
 
 
 def exchange(by, codec, gradients, residual, parts, scale, unit, in_place=False, dtype=torch.float32):
-    """Encodes, adds the parts as if each were of one rank, and decodes; returns all results."""
+    """Encodes, adds the parts as if each were of one rank, and decodes; returns all results.
+
+    Those with "own" are of the last rank, which adds the end of the gradients without codes.
+    """
     elements = len(residual) // parts
     sent = torch.full((parts, codec.payload_bytes(elements)), 0xAA, dtype=torch.uint8, device=residual.device)
     residual = residual.clone()
     missed = residual if in_place else torch.full_like(residual, torch.nan)
     by.encode(codec, gradients, residual, missed, sent, scale, unit)
 
-    server = residual[:elements] / 16
-    server_missed = server if in_place else torch.full_like(server, torch.nan)
-    total = torch.full_like(sent[0], 0xAA)
-    by.add_and_encode(codec, sent, server, server_missed, total, unit)
+    added = {}
+    for name, own in (("", None), ("own ", Own(gradients[(parts - 1) * elements :], parts - 1, scale))):
+        server = residual[:elements] / 16
+        server_missed = server if in_place else torch.full_like(server, torch.nan)
+        total = torch.full_like(sent[0], 0xAA)
+        by.add_and_encode(codec, sent, own, server, server_missed, total, unit)
+        added |= {f"{name}server_missed": server_missed, f"{name}total": total}
 
     mean = torch.full_like(gradients, torch.nan, dtype=dtype)
     by.decode(codec, sent, mean)
-    return {"missed": missed, "sent": sent, "server_missed": server_missed, "total": total, "mean": mean}
+    return {"missed": missed, "sent": sent, "mean": mean, **added}

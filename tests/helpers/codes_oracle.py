@@ -43,7 +43,10 @@ class Oracle:
             t = h - (1 - SENT) * self.worker[rank]
             unsent = (padded.reshape(-1, self.block) == 0).all(axis=1)
             decoded[rank] = self._coded(self._rotated(t), unsent)
+            own = np.arange(len(h)).reshape(ranks, -1)[rank]  # what this rank adds itself needs no codes
+            decoded[rank, own] = self._rotated(h[own])
             self.worker[rank] = h - self._back(decoded[rank])
+            self.worker[rank, own] = 0
         parts = decoded.sum(axis=0).reshape(ranks, -1)
         total = parts.copy()
         for rank, part in enumerate([] if scatter else parts):

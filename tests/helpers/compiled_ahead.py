@@ -103,8 +103,8 @@ def compiled_codec(kernel, codec, reads, writes):
         codec: the format.
         reads, writes: numbers of float32 tensors.
     """
-    values = {"payload": torch.uint8, "payloads": torch.uint8, "factor": 0.5, "unit": 2.0}
-    values |= dict.fromkeys(("gradients", "residual", "new_residual", "out"), torch.float32)
+    values = {"payload": torch.uint8, "payloads": torch.uint8, "rank": 1, "factor": 0.5, "unit": 2.0}
+    values |= dict.fromkeys(("gradients", "own", "residual", "new_residual", "out"), torch.float32)
     arguments = {name: values.get(name, 3) for name in kernel.arg_names}
     tensors = {name: torch.zeros(1, dtype=v) for name, v in arguments.items() if isinstance(v, torch.dtype)}
     arguments |= tensors | triton_codec.constants(codec)
@@ -145,7 +145,7 @@ def main():
     }
     kernels = {
         triton_codec.encode_blocks: (2, 1),
-        triton_codec.add_and_encode_blocks: (1, 1),
+        triton_codec.add_and_encode_blocks: (2, 1),
         triton_codec.decode_blocks: (0, 1),
     }
     codecs = {

@@ -147,15 +147,16 @@ class Reducer(Buckets):
         buffer, bucket = self._buckets[number]
         gradients, name = buffer.grad[bucket.start : bucket.end], f"{self._prefix}.{number}"
         compression = self._compression_of(buffer)
+        asks = self.ahead and self._sums_are_finite  # how large its gradients are
         with explained():
             self._pipeline.advance()
             reduction: Reduction
             if self._codes is None:
                 reduction = start_reduction(gradients, name, compression, self.scatters, scaling)
             else:
-                elsewhere = self._elsewhere.pop(number, {})
-                reduction = self._codes.start(number, gradients, name, scaling, elsewhere, self._pipeline.advance)
-        if self.ahead and self._sums_are_finite and isinstance(reduction, CodedAllReduce):
+                rest = self._elsewhere.pop(number, {}), self._pipeline.advance
+                reduction = self._codes.start(number, gradients, name, scaling, *rest, bounded=asks)
+        if asks and isinstance(reduction, CodedAllReduce):
             square = reduction.largest().square()
             self._sums_are_finite = sums_are_finite(square, compression, horovod().size(), buffer.dtype)
         self._in_flight[number] = reduction

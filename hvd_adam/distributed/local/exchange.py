@@ -70,7 +70,7 @@ class IslandMean:
             self._functions.encode(self._codec, own, before, after, self._parts, 1 / islands, 1.0)
             payloads = start_alltoall(self._parts, f"{self._name}.parts", leaders)()
             before, after = self.server.advance()
-            self._functions.add_and_encode(self._codec, payloads, before, after, self._total, 1.0)
+            self._functions.add_and_encode(self._codec, payloads, None, before, after, self._total, 1.0)
             sums = start_allgather(self._total, f"{self._name}.sum", leaders)()
             self._functions.decode(self._codec, sums, own)
         if exact_sum is not None:

@@ -6,6 +6,7 @@ They define the codes bit for bit: every operation is rounded once, in float32, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,6 +75,20 @@ CODECS = {
 }
 
 
+class Own(NamedTuple):
+    """What a rank adds itself, of the part of the sum that it sends: its own gradients, which need no codes.
+
+    Attributes:
+        gradients: [k or less], float32, float16 or bfloat16, contiguous; the rest is padding.
+        rank: of this rank: where in the order they are added.
+        scale: factor of the gradients, rounded to float32.
+    """
+
+    gradients: Tensor
+    rank: int
+    scale: float
+
+
 def encode(
     codec: Codec,
     gradients: Tensor,
@@ -113,7 +128,13 @@ def encode(
 
 
 def add_and_encode(
-    codec: Codec, payloads: Tensor, residual: Tensor, new_residual: Tensor, payload: Tensor, unit: float
+    codec: Codec,
+    payloads: Tensor,
+    own: Own | None,
+    residual: Tensor,
+    new_residual: Tensor,
+    payload: Tensor,
+    unit: float,
 ) -> None:
     """Adds the same part of all ranks in float32, in rank order, and encodes t = sum + SENT · residual · unit.
 
@@ -122,15 +143,15 @@ def add_and_encode(
     Args:
         codec: the format.
         payloads: [ranks, bytes], uint8, contiguous: this rank's part, encoded by each rank.
+        own: added in place of what this rank has encoded; None to add that.
         residual: [k], float32, of the k elements of this part.
         new_residual: [k], float32: receives (h − decoded t) / unit. May be `residual` itself.
         payload: [bytes], uint8, contiguous: receives the codes and scales of the sum.
         unit: as in `encode`.
     """
-    parts = _dequantize(codec, payloads)
-    h = parts[0].clone()
-    for part in parts[1:]:
-        h += part
+    h = torch.zeros_like(residual)
+    for rank, part in enumerate(_dequantize(codec, payloads)):
+        h += part if own is None or rank != own.rank else _transformed(codec, own, len(h))
     e = residual * unit
     h += e
     t = h - e * (1 - SENT)
@@ -160,6 +181,13 @@ def largest_scale(codec: Codec, payload: Tensor) -> Tensor:
 def unrotate(codec: Codec, values: Tensor) -> Tensor:
     """Returns the elements of sums, or of a residual of `add_and_encode`, which are rotated if the codes are."""
     return _rotate(values) * (1 / GROUP) if codec.rotated else values
+
+
+def _transformed(codec: Codec, own: Own, elements: int) -> Tensor:
+    """Returns gradients as if they had been decoded, still rotated."""
+    scaled = own.gradients.float() * own.scale
+    padded = torch.nn.functional.pad(scaled, (0, elements - len(scaled)))
+    return _rotate(padded) if codec.rotated else padded
 
 
 def _quantize(codec: Codec, t: Tensor, keep: Tensor, payload: Tensor) -> Tensor:

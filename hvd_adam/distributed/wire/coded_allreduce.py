@@ -10,19 +10,18 @@ from torch import Tensor
 
 from hvd_adam.distributed.collectives.pieces import start_allgather, start_alltoall, sum_in_rank_order
 from hvd_adam.distributed.collectives.started import Chain, Sent, Started
-from hvd_adam.distributed.context import horovod
 from hvd_adam.distributed.gradients.compression import AllReduce, Reduction, Scaling
 from hvd_adam.distributed.gradients.grad_scaling import element_sum
-from hvd_adam.distributed.wire.codec import GROUP, largest_scale
+from hvd_adam.distributed.wire.codec import GROUP, Own, largest_scale
 from hvd_adam.distributed.wire.coded_bucket import CodedBucket, Piece
 
 
 class CodedAllReduce:
     """The sum over the ranks in two phases, each with a residual of its own.
 
-    Every rank sends the codes of the r-th part of its bucket to rank r, which adds the parts in rank order in
-    float32 and sends the codes of the sum to all ranks: about 2·(N−1)/N·n·bits/8 bytes per rank. All ranks decode
-    the same codes, so they get the same bits.
+    Every rank sends the codes of the r-th part of its bucket to rank r, which adds them in rank order in float32,
+    its own gradients in their place without codes, and sends the codes of the sum to all ranks: about
+    2·(N−1)/N·n·bits/8 bytes per rank. All ranks decode the same codes, so they get the same bits.
 
     Args:
         gradients: the bucket, with flags and message; float32, float16 or bfloat16.
@@ -31,6 +30,7 @@ class CodedAllReduce:
         scaling: a factor for the gradients.
         elsewhere: 1-dimensional gradients of coded parameters whose values are not in the bucket yet.
         meanwhile: called before a piece is encoded; returns whether it has done something.
+        bounded: whether `largest` will be called: a pass over what this rank adds itself.
     """
 
     def __init__(
@@ -41,16 +41,19 @@ class CodedAllReduce:
         scaling: Scaling,
         elsewhere: Mapping[Tensor, Tensor] | None = None,
         meanwhile: Callable[[], bool] = lambda: False,
+        *,
+        bounded: bool = False,
     ) -> None:
         self._coded, self._name = coded, name
         self._gradients = gradients[: coded.elements]
         self._exact_views = [gradients[start:end] for start, end in coded.exact_spans]
         self._exact = torch.cat(self._exact_views).float()
-        # Before the sum, which replaces it. On a GPU nobody asks for it, and each operation costs a launch.
-        self._largest_exact = self._exact.abs().amax() if gradients.is_cpu else None
+        # The largest magnitudes of what is not coded, before the sum replaces it.
+        self._largest = [_largest(self._exact)] if bounded else None
         factor = Scaling(scaling.factor, len(self._exact) - len(self._exact_views[-1]))
         self._exact_sum = AllReduce(self._exact, exact_name(name), "none", scaling=factor)
         self._clear_gaps()
+        self._factor = scaling.factor
         self._worker = coded.worker.advance()
         self._server = coded.server.advance()
         self._elsewhere = [(coded.params[p][0], values) for p, values in (elsewhere or {}).items()]
@@ -59,24 +62,38 @@ class CodedAllReduce:
         for number, piece in enumerate(coded.pieces):
             while meanwhile() or self.advance():
                 pass
-            self._sent.add(self._send(piece, scaling.factor, number), partial(self._decode, piece))
+            self._sent.add(self._send(piece, number), partial(self._receive, piece))
         self._elsewhere.clear()
 
     def _clear_gaps(self) -> None:
         for start, end in self._coded.zero_spans:
             self._gradients[start:end].zero_()
 
-    def _send(self, piece: Piece, factor: float, number: int) -> Chain[Tensor] | Started[Tensor]:
+    def _send(self, piece: Piece, number: int) -> Chain[Tensor] | Started[Tensor]:
         coded, (before, after) = self._coded, self._worker
-        for rows, elements in coded.runs(piece):
+        for rows, elements in coded.sent(piece):
             coded.functions.encode(
-                *(coded.codec, self._own(elements), before[elements], after[elements]),
-                *(piece.codes[rows], factor, coded.unit),
+                *(coded.codec, self._values(elements), before[elements], after[elements]),
+                *(piece.codes[rows], self._factor, coded.unit),
             )
         received = start_alltoall(piece.codes, f"{self._name}.parts.{number}")
-        return self._chained(piece, received, f"{self._name}.sum.{number}")
+        return self._chained(piece, self._own(piece), received, f"{self._name}.sum.{number}")
 
-    def _own(self, elements: slice) -> Tensor:
+    def _own(self, piece: Piece) -> Own:
+        """Returns what this rank adds itself, with what its codes of this part have missed before, if anything."""
+        coded, (before, after) = self._coded, self._worker
+        elements = coded.part_of(piece, coded.rank)
+        own = Own(self._values(elements), coded.rank, self._factor)
+        if coded.owes:
+            whole = before[elements] * coded.unit
+            whole[: len(own.gradients)].add_(own.gradients.float() * own.scale)
+            after[elements] = 0.0
+            own = Own(whole, own.rank, 1.0)
+        if self._largest is not None and len(own.gradients):
+            self._largest.append(_largest(own.gradients) * own.scale)
+        return own
+
+    def _values(self, elements: slice) -> Tensor:
         """Returns gradients of this rank, from where they are; in the bucket if they are in several places."""
         gradients = self._gradients[elements]
         first, last = elements.start, elements.start + len(gradients)
@@ -91,18 +108,24 @@ class CodedAllReduce:
         return gradients
 
     def largest(self) -> Tensor:
-        """Returns a bound of the magnitudes that this rank sends, 0-dim float32, on CPUs; NaN if one is."""
-        assert self._largest_exact is not None
-        codec, pieces = self._coded.codec, self._coded.pieces
-        scales = torch.stack([largest_scale(codec, piece.codes) for piece in pieces])
-        return torch.maximum(scales.amax() * (codec.levels + 0.5), self._largest_exact)
+        """Returns a bound of the magnitudes that this rank adds to the sums, 0-dim float32; NaN if one is."""
+        assert self._largest is not None, "not bounded"
+        coded, codec = self._coded, self._coded.codec
+        scales = [
+            largest_scale(codec, piece.codes[rows]) * (codec.levels + 0.5)
+            for piece in coded.pieces
+            for rows, _ in coded.sent(piece)
+        ]
+        return torch.stack([*self._largest, *scales]).amax()
 
-    def _chained(self, piece: Piece, received: Started[Tensor], name: str) -> Chain[Tensor] | Started[Tensor]:
+    def _chained(
+        self, piece: Piece, own: Own, received: Started[Tensor], name: str
+    ) -> Chain[Tensor] | Started[Tensor]:
         """Returns what gets the codes of the sum, once those of this rank's part have been received."""
 
         def start_gather(codes: Tensor) -> Started[Tensor]:
             coded, (before, after) = self._coded, (r[piece.start : piece.end] for r in self._server)
-            coded.functions.add_and_encode(coded.codec, codes, before, after, piece.total, coded.unit)
+            coded.functions.add_and_encode(coded.codec, codes, own, before, after, piece.total, coded.unit)
             return start_allgather(piece.total, name)
 
         return Chain(received, start_gather)
@@ -143,26 +166,39 @@ class CodedAllReduce:
         sums = torch.split(self._exact, list(map(len, self._exact_views)))
         torch._foreach_copy_(self._exact_views, list(sums))
 
-    def _decode(self, piece: Piece, codes: Tensor) -> None:
+    def _receive(self, piece: Piece, received: Tensor) -> None:
+        """Decodes the sum of a piece."""
         coded = self._coded
         for rows, elements in coded.runs(piece):
-            coded.functions.decode(coded.codec, codes[rows], self._gradients[elements])
-        if codes.is_cpu:
-            self._scales.append(largest_scale(coded.codec, codes))
+            coded.functions.decode(coded.codec, received[rows], self._gradients[elements])
+        if received.is_cpu:
+            self._scales.append(largest_scale(coded.codec, received))
 
 
 class CodedReduceScatter(CodedAllReduce):
     """The first phase alone: each rank gets the sum of its own shard, and all ranks what is sent exactly."""
 
-    def _chained(self, piece: Piece, received: Started[Tensor], name: str) -> Started[Tensor]:
-        return received
+    def _chained(self, piece: Piece, own: Own, received: Started[Tensor], name: str) -> Started[Tensor]:
+        return received.then(partial(self._sum, own, piece.end - piece.start))
 
-    def _decode(self, piece: Piece, codes: Tensor) -> None:
-        coded, ranks = self._coded, len(codes)
-        parts = torch.empty(ranks * (piece.end - piece.start), dtype=torch.float32, device=self._gradients.device)
-        coded.functions.decode(coded.codec, codes, parts)
-        own = self._gradients.view(ranks, -1)[horovod().rank()]
-        own[piece.start : piece.end] = sum_in_rank_order(parts.view(ranks, -1))
+    def _sum(self, own: Own, elements: int, codes: Tensor) -> Tensor:
+        functions, codec, ranks = self._coded.functions, self._coded.codec, len(codes)
+        parts = torch.empty(ranks, elements, dtype=torch.float32, device=codes.device)
+        for others in (slice(0, own.rank), slice(own.rank + 1, ranks)):
+            if others.start < others.stop:
+                functions.decode(codec, codes[others], parts[others].view(-1))
+        used = len(own.gradients)
+        parts[own.rank, :used] = own.gradients.float() * own.scale
+        parts[own.rank, used:] = 0.0
+        return sum_in_rank_order(parts)
+
+    def _receive(self, piece: Piece, received: Tensor) -> None:
+        self._gradients[self._coded.part_of(piece, self._coded.rank)] = received
+
+
+def _largest(values: Tensor) -> Tensor:
+    """Returns the largest magnitude, 0-dim float32; NaN if one is. In one pass, without memory of its own."""
+    return torch.stack(torch.aminmax(values)).abs().amax().float()
 
 
 def sum_of(reduction: Reduction, gradients: Tensor) -> Tensor:

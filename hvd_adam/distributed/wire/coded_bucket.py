@@ -98,7 +98,9 @@ class CodedBucket:
         functions: what encodes and decodes it on this device.
         params: the coded ones, with their places.
         elements: number of coded elements.
-        worker: residual of what this rank sends of its gradients, padded to equal parts for all ranks.
+        worker: residual of what this rank sends of its gradients, padded to equal parts for all ranks. That of the
+            part that it adds itself is 0, unless something was put there: see `owes`.
+        owes: whether the residual of the own part may differ from 0, and is to be added to the next sum.
         server: residual of the sum of one part, which this rank sends; rotated if the codes are. Empty if
             scattered.
         pieces: what is sent one after the other.
@@ -108,6 +110,7 @@ class CodedBucket:
     """
 
     unit = 1.0
+    owes = False
 
     def __init__(
         self,
@@ -120,7 +123,7 @@ class CodedBucket:
         *,
         scatter: bool = False,
     ) -> None:
-        self.codec, self._rank = codec, rank
+        self.codec, self.rank = codec, rank
         self.functions = functions(codec, buffer.device.type)
         places = {buffer.params[i]: _place(buffer, bucket, i) for i in range(bucket.first, bucket.last)}
         self.params = {p: place for p, place in places.items() if p not in exact}
@@ -142,18 +145,32 @@ class CodedBucket:
             codes = torch.empty(self._ranks, size, dtype=torch.uint8, device=device)
             yield Piece(start, end, codes, codes.new_empty(0 if scatter else size))
 
-    def runs(self, piece: Piece) -> Iterator[tuple[slice, slice]]:
+    def runs(self, piece: Piece, ranks: range | None = None) -> Iterator[tuple[slice, slice]]:
         """Returns where a piece lies in the bucket.
+
+        Args:
+            piece: the piece.
+            ranks: neighbouring ranks, whose parts are meant; all by default.
 
         Returns:
             For each run of neighbouring elements the rows of the piece's codes, and the elements of the bucket.
         """
-        if piece.end - piece.start == self._part:
-            yield slice(0, self._ranks), slice(0, self._ranks * self._part)
+        ranks = range(self._ranks) if ranks is None else ranks
+        if piece.end - piece.start == self._part and ranks:
+            yield slice(ranks.start, ranks.stop), slice(ranks.start * self._part, ranks.stop * self._part)
         else:
-            for rank in range(self._ranks):
-                first = rank * self._part
-                yield slice(rank, rank + 1), slice(first + piece.start, first + piece.end)
+            for rank in ranks:
+                yield slice(rank, rank + 1), self.part_of(piece, rank)
+
+    def sent(self, piece: Piece) -> Iterator[tuple[slice, slice]]:
+        """As `runs`, of the parts that other ranks add."""
+        yield from self.runs(piece, range(self.rank))
+        yield from self.runs(piece, range(self.rank + 1, self._ranks))
+
+    def part_of(self, piece: Piece, rank: int) -> slice:
+        """Returns the elements of the bucket that a piece has of the part that a rank adds."""
+        first = rank * self._part
+        return slice(first + piece.start, first + piece.end)
 
     @property
     def residuals(self) -> tuple[Residual, Residual]:
@@ -175,7 +192,7 @@ class CodedBucket:
             latest: with the reductions since the last update.
         """
         worker, server = (r.latest if latest else r.committed for r in self.residuals)
-        flat = folded(self.codec, worker, server, self._rank)
+        flat = folded(self.codec, worker, server, self.rank)
         return ((p, view(flat, place).clone()) for p, place in self.params.items())
 
     def put(self, residuals: Mapping[Tensor, Tensor]) -> None:
@@ -196,6 +213,13 @@ class CodedBucket:
     def _write(self, target: Tensor, residuals: Mapping[Tensor, Tensor]) -> None:
         for p in self.params.keys() & residuals.keys():
             view(target, self.params[p]).copy_(residuals[p])
+        own = target[self.rank * self._part : (self.rank + 1) * self._part]
+        self.owes = self.owes or bool(own.any())
+
+    def put_back(self, p: Tensor, gradient: Tensor, scale: float) -> None:
+        """Adds what has been received for a parameter, times a factor, to the latest residual of this rank."""
+        view(self.worker.latest, self.params[p]).add_(gradient, alpha=scale)
+        self.owes = True
 
 
 def folded(codec: Codec, worker: Tensor, server: Tensor, rank: int) -> Tensor:

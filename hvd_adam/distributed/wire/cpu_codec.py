@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hvd_adam.distributed.wire.codec import GROUP, SCALE_BYTES, SENT, SMALLEST, Codec
+from hvd_adam.distributed.wire.codec import GROUP, SCALE_BYTES, SENT, SMALLEST, Codec, Own
 from hvd_adam.optim.kernels.cpp_compiler import compile_library
 
 _SOURCE = Path(__file__).with_name("codec_kernel.cpp")
@@ -22,7 +22,7 @@ _SOURCE = Path(__file__).with_name("codec_kernel.cpp")
 _P, _N, _F, _T = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _ARGUMENTS = {
     "hvd_adam_encode": (_P, _N, _P, _P, _P, _N, _N, _F, _F, _T),
-    "hvd_adam_add_and_encode": (_P, _N, _N, _P, _P, _P, _F, _T),
+    "hvd_adam_add_and_encode": (_P, _N, _N, _P, _N, _N, _F, _P, _P, _P, _F, _T),
     "hvd_adam_decode": (_P, _N, _N, _P, _N, _T),
 }
 
@@ -45,12 +45,21 @@ def encode(
 
 
 def add_and_encode(
-    codec: Codec, payloads: Tensor, residual: Tensor, new_residual: Tensor, payload: Tensor, unit: float
+    codec: Codec,
+    payloads: Tensor,
+    own: Own | None,
+    residual: Tensor,
+    new_residual: Tensor,
+    payload: Tensor,
+    unit: float,
 ) -> None:
     """As `codec.add_and_encode`."""
+    wide = residual[:0] if own is None else own.gradients.float()
+    rank, scale = (-1, 0.0) if own is None else (own.rank, own.scale)
     _library(codec).hvd_adam_add_and_encode(
-        *(payloads.data_ptr(), len(payloads), codec.blocks(payload), residual.data_ptr()),
-        *(new_residual.data_ptr(), payload.data_ptr(), unit, torch.get_num_threads()),
+        *(payloads.data_ptr(), len(payloads), codec.blocks(payload)),
+        *(wide.data_ptr(), len(wide), rank, scale),
+        *(residual.data_ptr(), new_residual.data_ptr(), payload.data_ptr(), unit, torch.get_num_threads()),
     )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hvd_adam.distributed.wire import codec as plain
 from hvd_adam.distributed.wire import cpu_codec
-from hvd_adam.distributed.wire.codec import SMALLEST, Codec
+from hvd_adam.distributed.wire.codec import SMALLEST, Codec, Own
 
 
 class Functions(NamedTuple):
@@ -29,7 +29,7 @@ class Functions(NamedTuple):
     """
 
     encode: Callable[[Codec, Tensor, Tensor, Tensor, Tensor, float, float], None]
-    add_and_encode: Callable[[Codec, Tensor, Tensor, Tensor, Tensor, float], None]
+    add_and_encode: Callable[[Codec, Tensor, Own | None, Tensor, Tensor, Tensor, float], None]
     decode: Callable[[Codec, Tensor, Tensor], None]
 
 
@@ -96,8 +96,9 @@ def _example(by: Functions, codec: Codec, device_type: str) -> list[Tensor]:
 
     payload = torch.empty(parts, codec.payload_bytes(part), dtype=torch.uint8, device=device_type)
     by.encode(codec, gradients, residual, residual, payload, 1 / 3, 1024.0)
-    total, server = torch.empty_like(payload[0]), places[:part].sin() / 8
-    by.add_and_encode(codec, payload, server, server, total, 1024.0)
+    totals, server = torch.empty_like(payload), places[:part].sin() / 8
+    for own, total in zip((None, Own(gradients[part:], 1, 1 / 3)), totals, strict=True):
+        by.add_and_encode(codec, payload, own, server, server, total, 1024.0)
     decoded = torch.empty_like(gradients)
     by.decode(codec, payload, decoded)
-    return [residual, payload, server, total, decoded]
+    return [residual, payload, server, totals, decoded]

@@ -19,7 +19,7 @@ from hvd_adam.distributed.gradients.gradient_buffer import GradientBuffer
 from hvd_adam.distributed.wire.codable import require_codable
 from hvd_adam.distributed.wire.codec import CODECS
 from hvd_adam.distributed.wire.coded_allreduce import CodedAllReduce, CodedReduceScatter, exact_name
-from hvd_adam.distributed.wire.coded_bucket import CodedBucket, view
+from hvd_adam.distributed.wire.coded_bucket import CodedBucket
 from hvd_adam.distributed.wire.masters import Coded, Masters
 
 Residuals = dict[Tensor, Tensor]  # by parameter, with its shape
@@ -186,6 +186,8 @@ class GradientResiduals:
         scaling: Scaling,
         elsewhere: Mapping[Tensor, Tensor],
         meanwhile: Callable[[], bool],
+        *,
+        bounded: bool,
     ) -> AllReduce | CodedAllReduce:
         """Starts to add a bucket over all ranks, as codes; the arguments are those of `CodedAllReduce`."""
         coded = self._buckets[number]
@@ -193,7 +195,7 @@ class GradientResiduals:
             return AllReduce(gradients, exact_name(name), "none", scaling=scaling)
         coded.unit = self._unit_of_round()
         kind = CodedAllReduce if self._masters is None else CodedReduceScatter
-        return kind(gradients, name, coded, scaling, elsewhere, meanwhile)
+        return kind(gradients, name, coded, scaling, elsewhere, meanwhile, bounded=bounded)
 
     def add_waiting(self, p: Tensor, gradient: Tensor, factor: float) -> None:
         """Adds the residual of a parameter, if it has one, to its gradient, which is sent without codes.
@@ -241,9 +243,8 @@ class GradientResiduals:
         self._added.discard(p)
         coded = self._buckets[number] if self._buckets else None
         if coded is not None and p in coded.params:
-            residual = view(coded.worker.latest, coded.params[p])
             ranks = horovod().size() if self._masters is None else 1  # else only the owner has received something
-            residual.add_(gradient, alpha=1 / (ranks * coded.unit))
+            coded.put_back(p, gradient, 1 / (ranks * coded.unit))
 
     @property
     def _is_pending(self) -> bool:

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hvd_adam.distributed.wire.codec import GROUP, SCALE_BYTES, SENT, SMALLEST, Codec
+from hvd_adam.distributed.wire.codec import GROUP, SCALE_BYTES, SENT, SMALLEST, Codec, Own
 
 # Of one program: 16 elements a thread.
 ELEMENTS = 2048
@@ -133,7 +133,7 @@ def encode_blocks(
 
 @triton.jit
 def add_and_encode_blocks(
-    payloads, ranks, blocks, residual, new_residual, payload, unit,
+    payloads, ranks, blocks, own, count, rank, factor, residual, new_residual, payload, unit,
     ROWS: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr, ROTATED: tl.constexpr,
 ):  # fmt: skip
     """Adds and encodes ROWS blocks, as `hvd_adam_add_and_encode` in codec_kernel.cpp."""
@@ -142,8 +142,17 @@ def add_and_encode_blocks(
     inside = block < blocks
     places = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     h = tl.zeros((ROWS, BLOCK), tl.float32)
-    for rank in range(ranks):
-        h += _dequantize(payloads, rank * blocks + block, blocks, inside, ROWS, BITS, BLOCK)
+    for sender in range(ranks):
+        if sender == rank:
+            if (first + ROWS) * BLOCK <= count:  # wide accesses, which a mask would make narrow
+                g = tl.load(own + places).to(tl.float32) * factor
+            else:
+                g = tl.load(own + places, places < count, other=0.0).to(tl.float32) * factor
+            if ROTATED:
+                g = _rotate(g, ROWS, BLOCK)
+            h += g
+        else:
+            h += _dequantize(payloads, sender * blocks + block, blocks, inside, ROWS, BITS, BLOCK)
     e = tl.load(residual + places, inside[:, None], other=0.0) * unit
     h += e
     t = h - e * _WITHHELD
@@ -188,12 +197,19 @@ def encode(
 
 
 def add_and_encode(
-    codec: Codec, payloads: Tensor, residual: Tensor, new_residual: Tensor, payload: Tensor, unit: float
+    codec: Codec,
+    payloads: Tensor,
+    own: Own | None,
+    residual: Tensor,
+    new_residual: Tensor,
+    payload: Tensor,
+    unit: float,
 ) -> None:
     """As `codec.add_and_encode`."""
     blocks = codec.blocks(payload)
-    arguments = payloads, len(payloads), blocks, residual, new_residual, payload
-    _launch(add_and_encode_blocks, codec, blocks, *arguments, float(unit))
+    gradients, rank, scale = Own(residual[:0], -1, 0.0) if own is None else own
+    arguments = payloads, len(payloads), blocks, gradients, len(gradients), rank, float(scale)
+    _launch(add_and_encode_blocks, codec, blocks, *arguments, residual, new_residual, payload, float(unit))
 
 
 def decode(codec: Codec, payloads: Tensor, out: Tensor) -> None:
