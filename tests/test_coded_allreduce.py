@@ -33,6 +33,7 @@ from hvd_adam.data import load
 from hvd_adam.distributed.collectives import pieces
 from hvd_adam.distributed.gradients.gradient_buffer import GradientBuffer
 from hvd_adam.distributed.wire import coded_allreduce
+from hvd_adam.distributed.wire.coded_bucket import WorkerResidual
 from hvd_adam.distributed.wire.saved_residuals import SavedResiduals, as_saved
 from hvd_adam.errors import UserError
 
@@ -652,6 +653,20 @@ def test_loaded_residuals_of_what_a_rank_adds_itself_are_added_once(cluster, com
     for seed in range(2, 5):
         books.update(seed)
         books.check()
+
+
+def test_what_is_owed_is_taken_once_and_returns_if_its_update_is_not_made():
+    residual = WorkerResidual(6, torch.device("cpu"), slice(2, 4))
+    residual.committed[2:] = 1.0
+    residual.changed()
+    for made in (False, True):
+        assert torch.equal(residual.advance_owing()[2], torch.ones(2))
+        assert residual.advance_owing()[2] is None  # a second reduction of the same update
+        residual.commit() if made else residual.roll_back()
+    for _ in range(3):
+        _, after, owed = residual.advance_owing()
+        assert owed is None and not after[2:4].any()
+        residual.commit()
 
 
 def own_parts(bucket, ranks):

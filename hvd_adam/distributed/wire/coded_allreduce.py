@@ -54,7 +54,7 @@ class CodedAllReduce:
         self._exact_sum = AllReduce(self._exact, exact_name(name), "none", scaling=factor)
         self._clear_gaps()
         self._factor = scaling.factor
-        self._worker = coded.worker.advance()
+        *self._worker, self._owed = coded.worker.advance_owing()
         self._server = coded.server.advance()
         self._elsewhere = [(coded.params[p][0], values) for p, values in (elsewhere or {}).items()]
         self._sent = Sent[Tensor]()
@@ -80,14 +80,12 @@ class CodedAllReduce:
         return self._chained(piece, self._own(piece), received, f"{self._name}.sum.{number}")
 
     def _own(self, piece: Piece) -> Own:
-        """Returns what this rank adds itself, with what its codes of this part have missed before, if anything."""
-        coded, (before, after) = self._coded, self._worker
-        elements = coded.part_of(piece, coded.rank)
-        own = Own(self._values(elements), coded.rank, self._factor)
-        if coded.owes:
-            whole = before[elements] * coded.unit
+        """Returns what this rank adds itself, with what it owes."""
+        coded = self._coded
+        own = Own(self._values(coded.part_of(piece, coded.rank)), coded.rank, self._factor)
+        if self._owed is not None:
+            whole = self._owed[piece.start : piece.end] * coded.unit
             whole[: len(own.gradients)].add_(own.gradients.float() * own.scale)
-            after[elements] = 0.0
             own = Own(whole, own.rank, 1.0)
         if self._largest is not None and len(own.gradients):
             self._largest.append(_largest(own.gradients) * own.scale)

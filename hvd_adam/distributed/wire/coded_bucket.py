@@ -64,6 +64,45 @@ class Residual:
         self.is_pending = False
 
 
+class WorkerResidual(Residual):
+    """Of what a rank sends of its gradients. It adds the part of its own rank itself, and misses nothing of that.
+
+    What is put there, such as the residual of another rank that has left, is owed: added to the next sum.
+
+    Args:
+        elements, device: as in `Residual`.
+        own: the elements of the own part.
+    """
+
+    def __init__(self, elements: int, device: torch.device, own: slice) -> None:
+        super().__init__(elements, device)
+        self._own, self._owes = own, [False, False]  # whether the own part may differ from 0: committed, pending
+
+    def changed(self) -> None:
+        """Called when something was put into what is the latest."""
+        self._owes[self.is_pending] = True
+
+    def advance_owing(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Returns what `advance` does, whose own parts are not used, and what is owed, if anything."""
+        owed = self.latest[self._own].clone() if self._owes[self.is_pending] else None
+        before, after = self.advance()
+        if self._owes[True]:
+            after[self._own] = 0.0
+            self._owes[True] = False
+        return before, after, owed
+
+    def reset(self) -> None:
+        """As `Residual.reset`."""
+        super().reset()
+        self._owes[False] = False
+
+    def commit(self) -> None:
+        """As `Residual.commit`."""
+        if self.is_pending:
+            self._owes.reverse()
+        super().commit()
+
+
 class Piece(NamedTuple):
     """What is sent at a time: the same elements of each rank's part of a bucket.
 
@@ -98,9 +137,7 @@ class CodedBucket:
         functions: what encodes and decodes it on this device.
         params: the coded ones, with their places.
         elements: number of coded elements.
-        worker: residual of what this rank sends of its gradients, padded to equal parts for all ranks. That of the
-            part that it adds itself is 0, unless something was put there: see `owes`.
-        owes: whether the residual of the own part may differ from 0, and is to be added to the next sum.
+        worker: residual of what this rank sends of its gradients, padded to equal parts for all ranks.
         server: residual of the sum of one part, which this rank sends; rotated if the codes are. Empty if
             scattered.
         pieces: what is sent one after the other.
@@ -110,7 +147,6 @@ class CodedBucket:
     """
 
     unit = 1.0
-    owes = False
 
     def __init__(
         self,
@@ -131,9 +167,9 @@ class CodedBucket:
         self.elements = bucket.end - bucket.start if scatter else flags
         step = ranks * codec.block
         padded = -(-self.elements // step) * step
-        self.worker = Residual(padded, buffer.device)
-        self.server = Residual(0 if scatter else padded // ranks, buffer.device)
         self._part, self._ranks = padded // ranks, ranks
+        self.worker = WorkerResidual(padded, buffer.device, slice(rank * self._part, (rank + 1) * self._part))
+        self.server = Residual(0 if scatter else self._part, buffer.device)
         self.pieces = list(self._divided(buffer.device, scatter))
         sent = [(place[0], place[0] + p.numel()) for p, place in places.items() if p in exact]
         self.exact_spans = [*sent, (flags, bucket.used - bucket.start)]
@@ -196,30 +232,29 @@ class CodedBucket:
         return ((p, view(flat, place).clone()) for p, place in self.params.items())
 
     def put(self, residuals: Mapping[Tensor, Tensor]) -> None:
-        """Replaces the residuals of parameters.
+        """Replaces the residuals of parameters. None may be pending.
 
         Args:
             residuals: for each parameter that is not 0.
         """
-        self._write(self.worker.committed, residuals)
+        self._write(residuals)
 
     def put_pending(self, residuals: Mapping[Tensor, Tensor]) -> None:
         """Replaces the pending residuals, after `put` has replaced the committed ones; see there."""
         for residual in self.residuals:
             _, pending = residual.advance()
             pending.zero_()
-        self._write(self.worker.latest, residuals)
+        self._write(residuals)
 
-    def _write(self, target: Tensor, residuals: Mapping[Tensor, Tensor]) -> None:
+    def _write(self, residuals: Mapping[Tensor, Tensor]) -> None:
         for p in self.params.keys() & residuals.keys():
-            view(target, self.params[p]).copy_(residuals[p])
-        own = target[self.rank * self._part : (self.rank + 1) * self._part]
-        self.owes = self.owes or bool(own.any())
+            view(self.worker.latest, self.params[p]).copy_(residuals[p])
+            self.worker.changed()
 
     def put_back(self, p: Tensor, gradient: Tensor, scale: float) -> None:
         """Adds what has been received for a parameter, times a factor, to the latest residual of this rank."""
         view(self.worker.latest, self.params[p]).add_(gradient, alpha=scale)
-        self.owes = True
+        self.worker.changed()
 
 
 def folded(codec: Codec, worker: Tensor, server: Tensor, rank: int) -> Tensor:

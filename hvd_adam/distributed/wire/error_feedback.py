@@ -125,6 +125,7 @@ class ErrorFeedback(GradientResiduals):
                 row = row_of_root(both, f"{_NAME}.{number}")
                 for residual, values in zip(bucket.residuals, torch.split(row, bucket.lengths), strict=True):
                     residual.committed.copy_(values)
+                bucket.worker.changed()  # older checkpoints have residuals of what ranks now add themselves
         received = {name: row_of_root(rows.get(name), f"{_NAME}.{name}").view(shapes[name]) for name in shapes}
         self._put({p: received[name].to(p.device) for p, name in names.items() if name in received})
         if self._masters is None or not self.sends_codes:
