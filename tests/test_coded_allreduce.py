@@ -182,6 +182,28 @@ def test_pieces_and_gradients_that_are_not_copied_give_the_bits_of_whole_buckets
     assert len(set(results)) == 1
 
 
+@on_ranks(2, 3)
+@each_code
+@each_strategy
+def test_gradients_that_a_loop_holds_and_clears_while_they_are_reduced_count_whole(cluster, compression, strategy):
+    """Those of buckets that were sent in backward, with averaging deferred: of what a rank adds itself, too."""
+    results = []
+    for clears in (False, True):
+        model = Weights(weight=(60, 128), other=(33, 40), last=(16, 64))
+        options = {"compression": compression, "strategy": strategy, "defer_averaging": True}
+        optimizer = distribute(Adam(model.parameters()), model, bucket_mib=0.001, **options)
+        held = []
+        for p in (model.other, model.last):
+            p.register_post_accumulate_grad_hook(lambda p, held=held: held.append(p.grad))
+        backward(model, random_gradients(model, 1, cluster.rank))
+        assert len(held) == 2
+        for gradient in held if clears else ():
+            gradient.zero_()
+        optimizer.step()
+        results.append(digest(*model.parameters(), residuals(optimizer)))
+    assert results[0] == results[1]
+
+
 @on_ranks(2)
 @each_code
 @each_strategy

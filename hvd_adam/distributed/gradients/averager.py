@@ -133,6 +133,8 @@ class GradientAverager(Rounds):
         if not self._local and not self._deferred:
             self._send_rest()
             once_all_have_sent(self._number, self.finish)
+        elif self.reducer is not None:
+            self.reducer.pass_ends()
 
     # Called by the optimizer.
 

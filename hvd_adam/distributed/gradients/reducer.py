@@ -196,6 +196,12 @@ class Reducer(Buckets):
         if self._sends_header and self._codes is not None:  # the codes tell how large the gradients are
             self._send_header(message)
 
+    def pass_ends(self) -> None:
+        """Called where user code may change gradients that it holds, and the round is in flight."""
+        for reduction in self._in_flight.values():
+            if isinstance(reduction, CodedAllReduce):
+                reduction.settle()
+
     def _send_header(self, message: Tensor) -> None:
         present = [self._present[number] for number in range(len(self._buckets))]
         safe = self._sums_are_finite and not (self._codes is not None and self._codes.may_be_large)
@@ -268,14 +274,7 @@ class Reducer(Buckets):
         return reduced
 
     def start_meeting(self, call: str) -> Callable[[], None]:
-        """Makes ranks that reduce gradients fail, instead of waiting for this one for ever, and this one too.
-
-        Args:
-            call: what this rank does, for the error.
-
-        Returns:
-            Waits until all ranks have called this.
-        """
+        """As `missing_ranks.start_meeting`, in place of the message of a round."""
         device = torch.device("cpu") if self._sends_header else self._buckets[_LAST][0].device
         return start_meeting(self._name_of_message, device, call)
 

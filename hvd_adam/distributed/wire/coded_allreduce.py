@@ -57,6 +57,7 @@ class CodedAllReduce:
         *self._worker, self._owed = coded.worker.advance_owing()
         self._server = coded.server.advance()
         self._elsewhere = [(coded.params[p][0], values) for p, values in (elsewhere or {}).items()]
+        self._own: dict[int, Own] = {}  # by piece: what this rank adds itself, until it is added
         self._sent = Sent[Tensor]()
         self._scales: list[Tensor] = []  # the largest of each piece of the sum
         for number, piece in enumerate(coded.pieces):
@@ -77,9 +78,10 @@ class CodedAllReduce:
                 *(piece.codes[rows], self._factor, coded.unit),
             )
         received = start_alltoall(piece.codes, f"{self._name}.parts.{number}")
-        return self._chained(piece, self._own(piece), received, f"{self._name}.sum.{number}")
+        self._own[number] = self._own_of(piece)
+        return self._chained(piece, number, received, f"{self._name}.sum.{number}")
 
-    def _own(self, piece: Piece) -> Own:
+    def _own_of(self, piece: Piece) -> Own:
         """Returns what this rank adds itself, with what it owes."""
         coded = self._coded
         own = Own(self._values(coded.part_of(piece, coded.rank)), coded.rank, self._factor)
@@ -90,6 +92,13 @@ class CodedAllReduce:
         if self._largest is not None and len(own.gradients):
             self._largest.append(_largest(own.gradients) * own.scale)
         return own
+
+    def settle(self) -> None:
+        """Copies what is still to be added into the bucket: from now on user code may change it where it is."""
+        for number, own in self._own.items() if self._owed is None else ():
+            values = self._gradients[self._coded.part_of(self._coded.pieces[number], own.rank)]
+            if len(values) and values.data_ptr() != own.gradients.data_ptr():
+                self._own[number] = own._replace(gradients=values.copy_(own.gradients))
 
     def _values(self, elements: slice) -> Tensor:
         """Returns gradients of this rank, from where they are; in the bucket if they are in several places."""
@@ -117,13 +126,14 @@ class CodedAllReduce:
         return torch.stack([*self._largest, *scales]).amax()
 
     def _chained(
-        self, piece: Piece, own: Own, received: Started[Tensor], name: str
+        self, piece: Piece, number: int, received: Started[Tensor], name: str
     ) -> Chain[Tensor] | Started[Tensor]:
         """Returns what gets the codes of the sum, once those of this rank's part have been received."""
 
         def start_gather(codes: Tensor) -> Started[Tensor]:
             coded, (before, after) = self._coded, (r[piece.start : piece.end] for r in self._server)
-            coded.functions.add_and_encode(coded.codec, codes, own, before, after, piece.total, coded.unit)
+            rest = before, after, piece.total, coded.unit
+            coded.functions.add_and_encode(coded.codec, codes, self._own.pop(number), *rest)
             return start_allgather(piece.total, name)
 
         return Chain(received, start_gather)
@@ -176,11 +186,12 @@ class CodedAllReduce:
 class CodedReduceScatter(CodedAllReduce):
     """The first phase alone: each rank gets the sum of its own shard, and all ranks what is sent exactly."""
 
-    def _chained(self, piece: Piece, own: Own, received: Started[Tensor], name: str) -> Started[Tensor]:
-        return received.then(partial(self._sum, own, piece.end - piece.start))
+    def _chained(self, piece: Piece, number: int, received: Started[Tensor], name: str) -> Started[Tensor]:
+        return received.then(partial(self._sum, number, piece.end - piece.start))
 
-    def _sum(self, own: Own, elements: int, codes: Tensor) -> Tensor:
+    def _sum(self, number: int, elements: int, codes: Tensor) -> Tensor:
         functions, codec, ranks = self._coded.functions, self._coded.codec, len(codes)
+        own = self._own.pop(number)
         parts = torch.empty(ranks, elements, dtype=torch.float32, device=codes.device)
         for others in (slice(0, own.rank), slice(own.rank + 1, ranks)):
             if others.start < others.stop:
