@@ -299,11 +299,39 @@ def test_invalid_parameters_are_rejected_as_by_torch():
     [
         (torch.ones(2, dtype=torch.complex64), "complex parameters, but parameter 1 is torch.complex64"),
         (torch.eye(2).to_sparse(), "sparse parameters, but parameter 1 is torch.sparse_coo"),
+        (torch.ones(2, dtype=torch.complex64).conj().imag, "negative bit, but parameter 1 is a view"),
     ],
 )
-def test_complex_and_sparse_parameters_are_rejected(values, message):
+def test_complex_sparse_and_lazily_negated_parameters_are_rejected(values, message):
     with pytest.raises(ValueError, match=message):
         Adam([parameters()[0], values.requires_grad_()])
+
+
+@pytest.mark.parametrize("implementation", ["reference", "foreach", "fused"])
+def test_a_parameter_that_gets_the_negative_bit_later_is_rejected_before_anything_changes(implementation):
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(3)]
+    optimizer = Adam(params, implementation=implementation)
+    for p in params:
+        p.grad = torch.ones(3)
+    optimizer.step()
+    params[1].data = torch.ones(3, dtype=torch.complex64).conj().imag
+    before, steps = params[0].clone(), [int(optimizer.state[p]["step"]) for p in params]
+    with pytest.raises(ValueError, match="negative bit, but parameter 1 is a view"):
+        optimizer.step()
+    assert torch.equal(params[0], before)
+    assert [int(optimizer.state[p]["step"]) for p in params] == steps == [1, 1, 1]
+
+
+@pytest.mark.parametrize("implementation", ["reference", "foreach", "fused"])
+def test_a_gradient_with_the_negative_bit_gives_the_update_of_its_values(implementation):
+    z, updated = torch.tensor([1 + 2j, 3 - 4j]), []
+    for grad in (z.conj().imag, z.conj().imag.resolve_neg()):
+        p = torch.nn.Parameter(torch.ones(2))
+        optimizer = Adam([p], lr=0.1, implementation=implementation)
+        p.grad = grad
+        optimizer.step()
+        updated.append(p.detach())
+    assert torch.equal(*updated)
 
 
 def test_master_weights_and_stochastic_rounding_exclude_each_other():

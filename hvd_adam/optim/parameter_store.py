@@ -71,7 +71,7 @@ class ParameterStore:
         self._others: Sequence[Member] = ()  # which the fused kernels do not update
         self._sections_of_others: dict[int, list[int]] = {}  # their indices
         self._others_state = StateReader((), (), {})
-        self._others_form: object = []  # of which dtype, device and shape they were
+        self._others_form: object = []  # dtype, device, shape and negative bit of each
         self._frozen: Sequence[Tensor] = ()
         self._options: object = None  # what the layout was built for, as its parameters
         self._params: Sequence[Tensor] = ()
@@ -136,7 +136,7 @@ class ParameterStore:
             sections: numbers of parameters that are updated together, for `update_section`; None for one section.
 
         Raises:
-            ValueError: a trained parameter is sparse or complex.
+            ValueError: a trained parameter is sparse or complex, or has the negative bit.
         """
         params = {p: i for i, group in enumerate(groups) for p in group["params"]}
         self._frozen = [p for p in params if not is_trained(p)]
@@ -314,4 +314,4 @@ class ParameterStore:
 
 def _form(member: Member) -> tuple[object, ...]:
     p = member.param
-    return p.dtype, p.device, p.shape
+    return p.dtype, p.device, p.shape, p.is_neg()

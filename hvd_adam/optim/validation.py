@@ -97,10 +97,10 @@ def check_implementation(implementation: object) -> None:
 
 
 def check_parameters(params: list[Tensor]) -> None:
-    """Checks that parameters have a shape, and that those which are trained are dense and real.
+    """Checks that parameters have a shape, and that trained ones are dense, real and not lazily negated.
 
     Raises:
-        ValueError: one is uninitialized, sparse or complex.
+        ValueError: one is uninitialized, sparse, complex, or a view with the negative bit.
     """
     for i, p in enumerate(params):
         if is_lazy(p):
@@ -114,6 +114,11 @@ def check_parameters(params: list[Tensor]) -> None:
             raise ValueError(f"Adam does not support sparse parameters, but parameter {i} is {p.layout}")
         if p.is_complex():
             raise ValueError(f"Adam does not support complex parameters, but parameter {i} is {p.dtype}")
+        if p.is_neg():  # PyTorch's updates of lists fail, after other parameters have been changed
+            raise ValueError(
+                f"Adam does not support parameters with the negative bit, but parameter {i} is a view such as "
+                "z.conj().imag: use torch.nn.Parameter(view.resolve_neg())"
+            )
 
 
 def check_gradient(p: Tensor) -> None:
