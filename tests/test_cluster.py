@@ -81,12 +81,21 @@ def test_a_world_size_that_is_no_whole_number_is_named(value):
         detect_launcher({"RANK": "0", "WORLD_SIZE": value})
 
 
-def test_a_command_says_so_in_one_line():
+@pytest.mark.parametrize(("rank", "size"), [("2", "2"), ("1", "1"), ("0", "0"), ("7", "2")])
+@pytest.mark.parametrize("names", [("HOROVOD_RANK", "HOROVOD_SIZE"), ("PMI_RANK", "PMI_SIZE")], ids="-".join)
+def test_a_rank_that_is_not_below_the_world_size_is_named(names, rank, size):
+    message = f"{names[0]} is {rank!r} and {names[1]} is {size!r} in the environment: the rank must be below"
+    with pytest.raises(UserError, match=re.escape(message)):
+        detect_launcher(dict(zip(names, (rank, size), strict=True)))
+
+
+@pytest.mark.parametrize(("rank", "size", "named"), [("0", "x", "WORLD_SIZE is 'x'"), ("2", "2", "RANK is '2'")])
+def test_a_command_says_so_in_one_line(rank, size, named):
     command = [forked_python(), "-m", "hvd_adam.train", "--epochs", "1"]
-    environ = {**os.environ, "PYTHONPATH": str(ROOT), "RANK": "0", "WORLD_SIZE": "x"}
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "RANK": rank, "WORLD_SIZE": size}
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=250)
     assert done.returncode == 2
-    assert done.stderr.startswith("hvd_adam.train: error: WORLD_SIZE is 'x'") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"hvd_adam.train: error: {named}") and done.stderr.count("\n") == 1
 
 
 def run(code, environ=None, python=None):

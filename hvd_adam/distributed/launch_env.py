@@ -63,11 +63,17 @@ def detect_launcher(environ: Mapping[str, str] = os.environ) -> LaunchInfo:
         ("none", 0, 1) if no known launcher started the process. An empty variable counts as unset.
 
     Raises:
-        UserError: a rank or world size is not a whole number.
+        UserError: a rank or world size is not a whole number, or the rank is not below the world size.
     """
     for launcher, rank, size in _LAUNCHERS:
         if environ.get(rank) and environ.get(size):
-            return LaunchInfo(launcher, _whole_number(rank, environ), _whole_number(size, environ))
+            info = LaunchInfo(launcher, _whole_number(rank, environ), _whole_number(size, environ))
+            if info.rank >= info.size:
+                raise UserError(
+                    f"{rank} is {environ[rank]!r} and {size} is {environ[size]!r} in the environment: the rank "
+                    "must be below the number of ranks; unset both"
+                )
+            return info
     return LaunchInfo("none", 0, 1)
 
 
