@@ -22,19 +22,24 @@ EXTRAS = {
     "yaml": "train",
 }
 
-# What Adam itself needs; `pip install hvd_adam` brings it.
+# What Adam itself needs; `pip install .` in the clone brings it.
 BASE = ("torch", "numpy", "filelock")
 
 
+def extra_command(extra: str) -> str:
+    """Returns how to install an extra: from the clone, since package indices have no project of this name."""
+    return f"pip install '.[{extra}]' in the clone of hvd_adam"
+
+
 def install_command(module: str) -> str | None:
-    """Returns the command that installs a missing package; None for one that this project does not use.
+    """Returns how to install a missing package; None for one that this project does not use.
 
     Args:
         module: as it is imported, with or without submodules. Horovod has a build of its own, `BUILD_COMMAND`.
     """
     package = module.partition(".")[0]
     if package in EXTRAS:
-        return f"pip install 'hvd_adam[{EXTRAS[package]}]'"
+        return extra_command(EXTRAS[package])
     return f"pip install {package}" if package in BASE else None
 
 

@@ -6,6 +6,7 @@ wrong extra; a doctor that cannot run where something is missing, which is where
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import venv
@@ -106,17 +107,17 @@ def test_the_package_can_be_imported_with_the_standard_library_alone(bare_python
 def test_a_command_without_its_extra_is_refused_in_one_line(bare_python, command):
     done = run("-m", f"hvd_adam.{command}", python=bare_python)
     assert (done.returncode, done.stdout) == (2, "")
-    remedy = "jsonargparse is not installed: pip install 'hvd_adam[train]'"
+    remedy = "jsonargparse is not installed: pip install '.[train]' in the clone of hvd_adam"
     assert done.stderr == f"hvd_adam.{command}: error: {remedy}\n"
 
 
 @pytest.mark.parametrize(
     ("hidden", "remedy"),
     [
-        ("jsonargparse", "pip install 'hvd_adam[train]'"),
-        ("yaml", "pip install 'hvd_adam[train]'"),
-        ("tqdm", "pip install 'hvd_adam[train]'"),
-        ("sklearn", "pip install 'hvd_adam[train]'"),
+        ("jsonargparse", "pip install '.[train]' in the clone of hvd_adam"),
+        ("yaml", "pip install '.[train]' in the clone of hvd_adam"),
+        ("tqdm", "pip install '.[train]' in the clone of hvd_adam"),
+        ("sklearn", "pip install '.[train]' in the clone of hvd_adam"),
         ("torch", "pip install torch"),
         ("horovod", "python -m hvd_adam.build_horovod"),
     ],
@@ -131,7 +132,7 @@ def test_training_without_a_package_is_refused_in_one_line_with_the_remedy(hide,
 def test_the_training_command_names_a_missing_package_at_its_start(hide, tmp_path, package):
     done = run("-m", "hvd_adam.train", "--output-dir", str(tmp_path / "run"), **hide(package))
     assert (done.returncode, done.stdout) == (2, "")
-    remedy = f"{package} is not installed: pip install 'hvd_adam[train]'"
+    remedy = f"{package} is not installed: pip install '.[train]' in the clone of hvd_adam"
     assert done.stderr == f"hvd_adam.train: error: {remedy}\n"
     assert not (tmp_path / "run").exists()
 
@@ -168,7 +169,7 @@ def test_without_jsonargparse_options_have_the_same_names_and_types(monkeypatch)
         ("--batch-size 0", "--batch-size is 0: it must be at least 1"),
         ("--batch-size", "--batch-size needs a value: it must be a whole number"),
         ("--device tpu", "--device is tpu: it must be one of auto, cpu, cuda"),
-        ("--config run.yaml", "--config needs jsonargparse, .* pip install 'hvd_adam\\[train\\]'"),
+        ("--config run.yaml", "--config needs jsonargparse, .* pip install '\\.\\[train\\]' in the clone"),
     ],
 )
 def test_without_jsonargparse_a_wrong_argument_is_one_line_too(monkeypatch, argv, message):
@@ -186,3 +187,10 @@ def test_every_third_party_import_of_the_package_has_a_remedy():
                 names = [node.module or ""]
             packages = {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names)
             assert packages <= known, path
+
+
+def test_no_remedy_installs_a_project_of_this_name_from_a_package_index():
+    files = [file for folder in ("hvd_adam", "launch", "docs") for file in (ROOT / folder).rglob("*.*")]
+    files = [file for file in [*files, *ROOT.glob("*.md")] if file.suffix in (".py", ".sh", ".md")]
+    advice = re.compile(r"pip install [^`\n]*\bhvd_adam(?!/)\b(?<!clone of hvd_adam)")
+    assert [file for file in files if advice.search(file.read_text())] == []

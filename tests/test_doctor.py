@@ -363,12 +363,17 @@ def test_the_doctor_needs_nothing_but_python_and_reports_what_is_missing(workdir
     env = environment(workdir / "bare")
     result = Result(subprocess.run(command, env=env, capture_output=True, text=True, timeout=250))
     assert (result.code, result.stderr) == (1, "")
-    result.expect("torch", "fail", "^not installed$", re.escape("pip install 'hvd_adam[train]'"))
+    result.expect("torch", "fail", "^not installed$", re.escape("pip install '.[train]' in the clone of hvd_adam"))
     result.expect("Horovod", "fail", "^not installed in ", re.escape(BUILD_COMMAND))
     result.expect(
-        "packages", "fail", "numpy, .*jsonargparse, .*psutil", re.escape("pip install 'hvd_adam[train]'")
+        "packages",
+        "fail",
+        "numpy, .*jsonargparse, .*psutil",
+        re.escape("pip install '.[train]' in the clone of hvd_adam"),
     )
-    result.expect("MPI", "warn", "mpi4py is not installed", re.escape("pip install 'hvd_adam[horovod]'"))
+    result.expect(
+        "MPI", "warn", "mpi4py is not installed", re.escape("pip install '.[horovod]' in the clone of hvd_adam")
+    )
     assert all(result.checks[name].status != "fail" for name in ("Python", "interfaces", "versions", "cores"))
 
 
@@ -750,10 +755,13 @@ def test_software_versions_must_match(tmp_path):
 def test_missing_packages_of_training_are_a_warning_and_others_a_failure():
     assert packages([]).status == "ok"
     check = packages(["matplotlib", "yaml"])
-    assert (check.status, check.remedy) == ("warn", "pip install 'hvd_adam[train]'")
+    assert (check.status, check.remedy) == ("warn", "pip install '.[train]' in the clone of hvd_adam")
     check = packages(["numpy", "psutil"])
     assert (check.status, check.found) == ("fail", "not installed: numpy, psutil")
-    assert check.remedy == "pip install 'hvd_adam[train]'; pip install 'hvd_adam[horovod]'"
+    assert (
+        check.remedy
+        == "pip install '.[train]' in the clone of hvd_adam; pip install '.[horovod]' in the clone of hvd_adam"
+    )
 
 
 def test_an_error_message_is_split_into_finding_and_remedy():

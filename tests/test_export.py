@@ -261,7 +261,7 @@ def test_a_missing_package_is_named_with_the_extra_that_has_it(commands, folder)
     environ = {**os.environ, "PYTHONPATH": f"{folder / 'blocked'}:{ROOT}"}
     command = [sys.executable, "-m", EXPORT, "--checkpoint", "digits", "--format", "onnx", "--output", "m"]
     done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True)
-    assert "onnxscript is not installed: pip install 'hvd_adam[export]'" in one_line(done)
+    assert "onnxscript is not installed: pip install '.[export]' in the clone of hvd_adam" in one_line(done)
 
 
 def test_what_differs_is_measured_relative_to_the_largest_logit(folder):

@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from hvd_adam.extras import extra_command
+
 OK, WARN, FAIL = "ok", "warn", "fail"
 STATUSES = (OK, WARN, FAIL)  # from good to bad
 
-INSTALL_COMMAND = "pip install 'hvd_adam[train]'"
+INSTALL_COMMAND = extra_command("train")
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from hvd_adam.doctor.report import (
     warn,
 )
 from hvd_adam.errors import UserError
-from hvd_adam.extras import BASE, EXTRAS
+from hvd_adam.extras import BASE, EXTRAS, extra_command
 from hvd_adam.versions import code_hash, installed_version
 
 BUILD = f"build it with `{BUILD_COMMAND}`"
@@ -107,7 +107,7 @@ def packages(missing: Iterable[str]) -> Check:
 
 
 def _install_command(module: str) -> str:
-    return f"pip install 'hvd_adam[{EXTRAS.get(module, 'train')}]'"
+    return extra_command(EXTRAS.get(module, "train"))
 
 
 def _torch_failure(error: Exception) -> Check:
