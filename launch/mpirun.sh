@@ -16,7 +16,7 @@
 #   --ssh-port PORT       ssh port of the hosts
 #   --ssh-key FILE        ssh private key
 #   --module NAME         Python module to run (default: hvd_adam.train)
-#   --no-check            do not check first that SSH login works on all hosts and that they have the same software
+#   --no-check            do not check first that the module exists, SSH login works on all hosts, and their software is the same
 #   --dry-run             print the command instead of running it
 #   -- ARGUMENTS          arguments of the module
 #

@@ -295,6 +295,47 @@ def test_a_python_without_horovod_is_one_line(script, package, environment, tmp_
     assert ended.returncode == 2 and re.fullmatch(line, ended.stderr), ended.stderr
 
 
+@pytest.mark.parametrize("script", ["mpirun.sh", "horovodrun.sh", "elastic.sh"])
+def test_a_module_that_does_not_exist_is_one_line_before_ranks_start(script, environment, tmp_path):
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "__init__.py").write_text("print('imported')")
+    hosts = ["--discovery", "echo localhost:2", "-i", "lo"] if script == "elastic.sh" else []
+    for name in ("no_such", "hvd_adam.no_such", "ranks.no_such", "plain", "no_such.train"):
+        ended = run(script, "-np", 2, *hosts, "--module", name, env=environment)
+        line = rf"{script}: error: \S+ finds no module {name} to run: is its folder the current one, or .*\n"
+        assert (ended.returncode, ended.stdout) == (2, "") and re.fullmatch(line, ended.stderr), ended.stderr
+
+
+@pytest.mark.parametrize("script", ["mpirun.sh", "horovodrun.sh"])
+def test_a_python_without_the_package_is_one_line_with_hosts_and_without(script, environment, tmp_path):
+    (tmp_path / "python").write_text(f'#!/bin/bash\nexec {sys.executable} -S "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    bare = environment | {"HVD_ADAM_PYTHON": str(tmp_path / "python"), "PYTHONPATH": ""}
+    command = ["bash", str(LAUNCH / script), "-np", "1"]
+    for hosts in (["-H", "localhost:1"], ["-H", "a:1"], *([[]] if script == "mpirun.sh" else [])):
+        ended = subprocess.run(
+            [*command, *hosts], env=bare, cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        line = rf"{script}: error: \S+ finds no module hvd_adam\S+ to run: run 'bash launch/setup.sh', or set .*\n"
+        assert (ended.returncode, ended.stdout) == (2, "") and re.fullmatch(line, ended.stderr), ended.stderr
+
+
+@pytest.mark.parametrize(
+    "module", ["fails", "fails.inner", "missing.inner", "ranks", "hvd_adam", "json.tool", "space.a"]
+)
+def test_a_module_that_may_run_is_left_to_the_ranks(module, tmp_path):
+    for package, code in {"fails": "print(1); raise OSError", "missing": "import no_such_package"}.items():
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text(code)
+        (tmp_path / package / "__main__.py").touch()
+    (tmp_path / "ranks.py").touch()
+    (tmp_path / "space").mkdir()
+    (tmp_path / "space" / "a.py").touch()
+    command = [sys.executable, ROOT / "hvd_adam" / "launch" / "find_module.py", "x.sh", module]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 @pytest.mark.parametrize("options", [[], ["--mpi"]], ids=" ".join)
 def test_horovodrun_without_mpirun_is_one_line(options, environment, tmp_path):
     (tmp_path / "bin").mkdir()

@@ -25,6 +25,9 @@ check_module() {
   fail "--module $1: must be the name of a Python module, as in examples.mine"
 }
 
+# require_module PYTHON NAME: exit with one line if this Python finds no such module; each rank would report it.
+require_module() { "$1" "$ROOT/hvd_adam/launch/find_module.py" "$(basename "$0")" "$2" || exit $?; }
+
 # require_home: without HOME and an entry in passwd, Open MPI crashes, and horovodrun writes to a folder "~". A home in /tmp
 # would be another one on each host, so none is chosen here.
 require_home() {

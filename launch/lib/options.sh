@@ -140,6 +140,7 @@ set_rank_count() {
 # Launchers report this in many lines, or start ranks that fail.
 check_hosts() {
   if [[ -z $hosts || $dry_run == true || $check == false || -n ${OMPI_MCA_plm_rsh_agent:-} ]]; then return; fi
+  require_module "$1" hvd_adam.doctor.hosts
   "$1" -m hvd_adam.doctor.hosts --hosts "$hosts" ${ssh_port:+--ssh-port "$ssh_port"} ${ssh_key:+--ssh-key "$ssh_key"} ||
     exit $?
 }
@@ -162,5 +163,6 @@ exec_launcher() {
     printf '%q ' "$@" | sed 's/ $/\n/'
     exit 0
   fi
+  if [[ $check == true ]] && ranks_run_here; then require_module "$python" "$module"; fi
   exec "$@" 2> >(exec "$python" -I "$ROOT/hvd_adam/launch/stderr_filter.py" >&2)
 }

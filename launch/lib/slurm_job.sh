@@ -121,6 +121,7 @@ training_command() {
   case $launcher in
     srun)
       started_by="srun --mpi=pmix"
+      if ((${#container_command[@]} == 0)); then require_module "$python" "$module"; fi
       command=("$python" -m hvd_adam.launch.srun srun --mpi=pmix --kill-on-bad-exit=1 "${container_options[@]}")
       command+=("${container_command[@]:-$python}" -m "$module" "${arguments[@]}")
       ;;
