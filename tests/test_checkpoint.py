@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.training_runs import one_line, succeeded, train
 
 from hvd_adam.checkpoint import storage
-from hvd_adam.checkpoint.state import Progress, TrainingState
+from hvd_adam.checkpoint.state import Progress, TrainingState, naming_part
 from hvd_adam.checkpoint.writer import CheckpointWriter
 from hvd_adam.errors import UserError
 from hvd_adam.training.run_dir import holds_run
@@ -135,6 +136,15 @@ PARTS = whole_state()
         ("ranks", [{}, 3], "the state of rank 1 is of type int, not dict"),
         ("progress", {"step": "1"}, "progress.step is of type str, not int"),
         ("schedule", {"initial": 0.0}, "schedule.peak is of type NoneType, not float"),
+        *(
+            ("progress", PARTS["progress"] | {name: "x"}, f"progress.{name} is of type str, not {kind}")
+            for name, kind in (
+                ("epoch_done", "bool"),
+                ("skipped", "int"),
+                ("best_loss", "float"),
+                ("noise", "list"),
+            )
+        ),
     ],
 )
 def test_a_part_of_a_wrong_type_is_refused_by_its_name(part, value, words):
@@ -419,3 +429,48 @@ def test_the_best_evaluation_has_the_highest_accuracy_and_of_equal_ones_the_lowe
     without_accuracy = Progress()
     losses = (math.nan, 2.0, 2.0, 1.0)
     assert [without_accuracy.is_best(None, loss) for loss in losses] == [False, True, False, True]
+
+
+@pytest.mark.parametrize("error", [KeyError("param_groups"), TypeError("a\n b"), RuntimeError("size")])
+def test_a_part_that_cannot_be_loaded_is_named_in_one_line(error):
+    with pytest.raises(UserError) as got, naming_part("the model", "here"):
+        raise error
+    assert str(got.value).startswith("checkpoint here cannot be resumed: the model in it cannot be loaded (")
+    assert "\n" not in str(got.value)
+    with pytest.raises(UserError, match=r"^as it is$"), naming_part("the model", "here"):
+        raise UserError("as it is")
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "named"),
+    [
+        (("model", 3), torch.ones(1), "of another model or data set: 3 is"),
+        (("optimizer", "state"), [1], "the optimizer in it cannot be loaded"),
+        (("optimizer", "state", 0, "exp_avg"), "x", "the optimizer in it cannot be loaded"),
+        (("ranks", 0, "cpu"), torch.ones(3), "the state of a rank in it cannot be loaded"),
+        (("ema",), {}, "the moving average in it cannot be loaded"),
+    ],
+)
+def test_a_run_whose_checkpoint_holds_wrong_values_is_refused_in_one_line(place, value, named, tmp_path):
+    options = [
+        "--dataset",
+        "synthetic",
+        "--synthetic-samples",
+        64,
+        "--model",
+        "mlp",
+        "--ema",
+        0.9,
+        "--device",
+        "cpu",
+    ]
+    succeeded(train(*options, "--epochs", 1, folder=tmp_path))
+    entry = state = storage.load(tmp_path)
+    for key in place[:-1]:
+        entry = entry[key]
+    entry[place[-1]] = value
+    saved = storage.save(tmp_path / "checkpoints", state["progress"]["step"], state)
+    weights = (saved / "state.pt").read_bytes()
+    assert named in one_line(train(*options, "--epochs", 2, folder=tmp_path))
+    assert (saved / "state.pt").read_bytes() == weights
+    assert [path.name for path in storage.newest_first(saved.parent)] == [saved.name]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -98,6 +99,15 @@ class Progress:
 # Parts that older checkpoints do not have, and those that may be None.
 _NEWER_PARTS = ("ema", "residuals", "islands")
 _OPTIONAL_PARTS = ("loss_scaler", *_NEWER_PARTS)
+
+# The types of the entries of `Progress` that may be missing.
+_PROGRESS: dict[str, tuple[type, ...]] = {
+    "epoch_done": (bool,),
+    **dict.fromkeys(("skipped", "skipped_in_a_row", "best_step", "micro_batch_size"), (int,)),
+    **dict.fromkeys(("best_accuracy", "best_loss"), (float, int)),
+    "scores": (dict,),
+    "noise": (list,),
+}
 
 
 @dataclass
@@ -208,10 +218,33 @@ def _typed(saved: Mapping[str, Any]) -> Iterator[tuple[str, Any, tuple[type, ...
             yield part.name, value, (list,) if part.name == "ranks" else (dict,)
     for number, rank in enumerate(saved["ranks"]):
         yield f"the state of rank {number}", rank, (dict,)
+    progress = saved["progress"]
     for name in ("step", "epoch", "global_batch_size"):
-        yield f"progress.{name}", saved["progress"].get(name), (int,)
+        yield f"progress.{name}", progress.get(name), (int,)
+    for name, expected in _PROGRESS.items():
+        if progress.get(name) is not None:
+            yield f"progress.{name}", progress[name], expected
     for name in ("initial", "peak"):
         yield f"schedule.{name}", saved["schedule"].get(name), (float, int)
+
+
+@contextmanager
+def naming_part(part: str, where: str) -> Iterator[None]:
+    """Names a part of a checkpoint, as a UserError, if loading it in this block fails because of what it holds.
+
+    Args:
+        part: as in "the optimizer".
+        where: the checkpoint.
+    """
+    try:
+        yield
+    except (UserError, torch.cuda.OutOfMemoryError):
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(
+            f"checkpoint {where} cannot be resumed: {part} in it cannot be loaded ({reason})"
+        ) from error
 
 
 def require_same_tensors(own: Mapping[str, Any], saved: Mapping[str, Any], where: str) -> None:
@@ -223,7 +256,7 @@ def require_same_tensors(own: Mapping[str, Any], saved: Mapping[str, Any], where
         where: the checkpoint, for the message.
     """
     own, saved = tensors_of(own), tensors_of(saved)
-    for name in sorted({*own, *saved}):
+    for name in sorted({*own, *saved}, key=str):
         here, there = (tuple(w[name].shape) if name in w else "absent" for w in (own, saved))
         if here != there:
             raise UserError(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from hvd_adam.checkpoint.residuals import restore_unsent
-from hvd_adam.checkpoint.state import require_same_tensors
+from hvd_adam.checkpoint.state import naming_part, require_same_tensors
 from hvd_adam.config import TrainConfig
 from hvd_adam.distributed.agreement import raise_on_all_ranks, require_same
 from hvd_adam.distributed.broadcast.tensors import ROOT
@@ -191,11 +191,15 @@ def _load(parts: Parts, adam: Adam, resume: ResumePoint, implementation: str) ->
     """
     state = resume.state
     require_same_tensors(parts.model.state_dict(), state.model, resume.path)
-    parts.model.load_state_dict(state.model)
-    adam.load_state_dict(state.optimizer)
+    with naming_part("the model", resume.path):
+        parts.model.load_state_dict(state.model)
+    with naming_part("the optimizer", resume.path):
+        adam.load_state_dict(state.optimizer)
     for group in adam.param_groups:
         group["implementation"] = implementation
     if parts.scaler is not None:
-        parts.scaler.load_state_dict(state.loss_scaler)
+        with naming_part("the loss scaler", resume.path):
+            parts.scaler.load_state_dict(state.loss_scaler)
     if parts.ema is not None and state.ema is not None:
-        parts.ema.load_state_dict(state.ema)
+        with naming_part("the moving average", resume.path):
+            parts.ema.load_state_dict(state.ema)

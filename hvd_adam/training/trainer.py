@@ -12,7 +12,7 @@ import torch
 
 from hvd_adam.checkpoint import storage
 from hvd_adam.checkpoint.random_states import restore_random_state
-from hvd_adam.checkpoint.state import Progress, TrainingState, rank_state
+from hvd_adam.checkpoint.state import Progress, TrainingState, naming_part, rank_state
 from hvd_adam.checkpoint.writer import CheckpointWriter
 from hvd_adam.config import TrainConfig
 from hvd_adam.data.protocols import Batch
@@ -60,13 +60,13 @@ class Trainer:
             self.cluster, self.watchdog, self.preemption = run.cluster, run.watchdog, run.preemption
             self.loader, self.model, self.scaler, self.ema = run.loader, run.model, run.scaler, run.ema
             self.optimizer, self.schedule, self.choice = run.optimizer, run.schedule, run.choice
-            self.sizes, self.folder, self.resume = run.sizes, run.folder, run.resume
+            self.sizes, self.folder, self.resume, self.has_evaluated = run.sizes, run.folder, run.resume, False
             seed_generators(config.seed + 1 + self.cluster.rank)  # dropout differs between ranks
             self.objective, self.updater = run.objective, Updater(run, config.precision, compiled=config.compile)
-            self.loss, self.throughput = self.updater.mean_loss, ThroughputMeter()
-            self.progress, self.has_evaluated = Progress(), False
+            self.loss, self.throughput, self.progress = self.updater.mean_loss, ThroughputMeter(), Progress()
             if self.resume is not None:
-                self._restore(self.resume)
+                with naming_part("the progress or the state of a rank", self.resume.path):
+                    self._restore(self.resume)
             self.progress.global_batch_size = self.sizes.global_batch
             self.progress.micro_batch_size = self.sizes.micro_batch
             with raise_on_all_ranks(self.cluster):
