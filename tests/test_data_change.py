@@ -1,7 +1,8 @@
 """Data sets that are not what a run expects: other sizes, images or layouts.
 
 Hazards: a resume after images were added (an index past the epoch) or removed (a run that ends at once, exit 0);
-images that were replaced by as many others; ranks that load different images; channels that are taken for rows.
+images that were replaced by as many others; ranks that load different images; channels that are taken for rows;
+a split at random that is another one on each rank, or in a resumed run, so that test samples are trained on.
 """
 
 import json
@@ -11,10 +12,12 @@ import pytest
 import torch
 from helpers.forked_commands import ForkedCommands
 from helpers.on_ranks import on_ranks
-from helpers.training_runs import checkpoint, events, one_line, succeeded
+from helpers.training_runs import checkpoint, events, one_line, succeeded, train
+from torch.utils.data import Subset, TensorDataset
 
 from hvd_adam.checkpoint.state import Progress, TrainingState
-from hvd_adam.data import ImageData
+from hvd_adam.data import Datasets, ImageData, UnreadableSample, load
+from hvd_adam.data.own import checked
 from hvd_adam.distributed.agreement import require_same
 from hvd_adam.errors import CollectiveError, UserError
 from hvd_adam.training.run import BatchSizes
@@ -178,3 +181,90 @@ def test_a_checkpoint_describes_its_data_in_plain_types(commands, stopped):
     data = checkpoint(stopped / "run")["data"]
     assert json.loads(json.dumps(data)) == data and not any(map(torch.is_tensor, data.values()))
     assert (data["train_images"], data["test_images"], len(data["fingerprint"])) == (128, 20, 16)
+
+
+SPLIT = """
+import random
+import numpy as np
+import torch
+from torch.utils.data import Subset, TensorDataset, random_split
+from hvd_adam.data import Datasets
+
+ROWS = TensorDataset(torch.arange(100.0)[:, None], torch.arange(100) % 2)
+
+def seeded():
+    order = torch.tensor(np.random.permutation(random.sample(range(100), 100)))
+    return Datasets(*random_split(Subset(ROWS, order), [80, 20]), ("even", "odd"))
+
+def unseeded():
+    order = np.random.default_rng().permutation(100)
+    return Datasets(Subset(ROWS, order[:80]), Subset(ROWS, order[80:]), ("even", "odd"))
+"""
+
+
+def test_a_split_by_the_global_generators_is_the_same_whatever_their_state(tmp_path, monkeypatch):
+    (tmp_path / "splits.py").write_text(SPLIT)
+    monkeypatch.syspath_prepend(tmp_path)
+    numbers = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        made = load("splits:seeded")
+        assert torch.equal(torch.get_rng_state(), before)
+        numbers.append([int(row) for part in (made.train, made.test) for row, _ in part])
+    assert numbers[0] == numbers[1] and sorted(numbers[0]) == list(range(100))
+
+
+def test_ranks_with_splits_of_their_own_are_refused(tmp_path):
+    (tmp_path / "splits.py").write_text(SPLIT)
+    argv = ["--dataset", "splits:unseeded", "--model", "mlp", "--batch-size", "8", "--workers", "0"]
+    done = train(*argv, ranks=2, folder=tmp_path / "run", cwd=tmp_path)
+    assert done.returncode != 0 and "the ranks have different data: fingerprint" in done.stderr, done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def fingerprint(train, test):
+    return checked(Datasets(train, test, ()), "data set 'mine:data'").fingerprint
+
+
+def test_samples_of_torch_data_sets_have_a_fingerprint_of_the_split_and_the_order():
+    rows = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+    data = TensorDataset(rows, rows[:, 0])
+    first = fingerprint(Subset(data, range(50)), Subset(data, range(50, 60)))
+    assert len(first) == 16
+    same = TensorDataset(rows * (1 + 1e-7), rows[:, 0])  # another order of additions in a normalization
+    assert fingerprint(Subset(same, range(50)), Subset(same, range(50, 60))) == first
+    assert fingerprint(Subset(data, range(10, 60)), Subset(data, range(10))) != first
+    assert fingerprint(Subset(data, range(49, -1, -1)), Subset(data, range(50, 60))) != first
+    assert fingerprint(Subset(data, range(50)), Subset(data, range(59, 49, -1))) != first
+
+
+class Drawn(list):
+    """Samples with noise: of the global generators, or of one of their own without a seed."""
+
+    def __init__(self, own):
+        super().__init__((np.full(3, float(number)), number) for number in range(9))
+        self.draw = np.random.default_rng().standard_normal if own else np.random.standard_normal
+
+    def __getitem__(self, index):
+        row, number = super().__getitem__(index)
+        return row + self.draw(3), number
+
+
+class Damaged(list):
+    """Samples that cannot be read."""
+
+    def __getitem__(self, index):
+        raise UnreadableSample("photo.jpg", "not an image")
+
+
+def test_samples_with_noise_or_that_cannot_be_read_are_no_other_data():
+    rows = list(zip(torch.arange(9.0)[:, None].expand(9, 3), range(9), strict=True))
+    assert fingerprint(Drawn(own=False), rows) == fingerprint(Drawn(own=False), rows) != ""
+    assert fingerprint(Drawn(own=True), rows) == ""
+    assert fingerprint(Damaged(rows), rows) == ""
+
+
+def test_a_checkpoint_of_torch_data_sets_without_a_fingerprint_is_resumed():
+    own = {"classes": [], "mean": [], "train_images": 9, "test_images": 3, "fingerprint": "00"}
+    TrainingState({}, {}, None, {}, {}, [], {}, {**own, "fingerprint": ""}).require_same_data(own, "old")

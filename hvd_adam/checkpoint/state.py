@@ -202,7 +202,8 @@ class TrainingState:
         for name, what in DATA_FACTS.items():
             own = data[name]
             saved = self.data.get(name, own)  # older checkpoints have classes and means only
-            if own == saved or (allow_change and name != "classes"):
+            is_unknown = name == "fingerprint" and not saved
+            if own == saved or is_unknown or (allow_change and name != "classes"):
                 continue
             remedy = "use the same data, or --resume never and another --output-dir"
             if name != "classes":

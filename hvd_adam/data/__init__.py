@@ -98,8 +98,14 @@ def load(
 
 
 def _load_reference(name: str, data_dir: Path, args: Mapping[str, object] | None) -> ImageData | Datasets:
-    from hvd_adam.data.own import checked  # it imports torch, which the other data sets do not need
+    # They import torch, which the other data sets do not need.
+    from hvd_adam.data.own import checked
+    from hvd_adam.data.workers.random_state import preserved, seed_all
 
-    if data_dir != Path(DATA_DIR) and not accepts(name, "data set", "data_dir"):
-        raise UserError(f"--data-dir {data_dir} has no effect: {name} has no parameter data_dir")
-    return checked(call(name, "data set", {"data_dir": data_dir}, args, "--data-args"), f"data set {name!r}")
+    # `random_split` draws: all ranks, a resumed run and an evaluation must have the same training samples.
+    with preserved():
+        seed_all(0)
+        if data_dir != Path(DATA_DIR) and not accepts(name, "data set", "data_dir"):
+            raise UserError(f"--data-dir {data_dir} has no effect: {name} has no parameter data_dir")
+        made = call(name, "data set", {"data_dir": data_dir}, args, "--data-args")
+    return checked(made, f"data set {name!r}")

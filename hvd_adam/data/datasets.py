@@ -140,7 +140,8 @@ class Datasets:
     preload: tuple[str, ...] = ()
     """Modules that worker processes need; they are imported once for all workers of a rank."""
     fingerprint: str = ""
-    """Checksum of the training samples, which a resumed run compares; empty: their number is compared only."""
+    """Checksum of the samples, which ranks and resumed runs compare; empty: `hvd_adam.train` makes one of a few
+    samples."""
 
     def __post_init__(self) -> None:
         for part in ("train", "test"):
