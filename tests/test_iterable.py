@@ -35,6 +35,17 @@ def test_shards_of_ranks_and_workers_hold_every_item_once(workers):
     assert max(map(len, parts)) - min(map(len, parts)) <= max(1, workers)
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_second_pass_over_a_generator_is_refused(size):
+    part = shard((n for n in range(40)), rank=0, size=size)
+    loader = DataLoader(part, batch_size=2)
+    assert next(iter(loader)).tolist() == [0, size]  # the ranks may have read ahead differently
+    with pytest.raises(UserError, match="shard has a generator, which can be read once only"):
+        next(iter(loader))
+    again = shard(range(4), rank=0, size=size)
+    assert list(again) == list(again)
+
+
 class Case(NamedTuple):
     """The numbers of batches of three ranks, of which the first ones count, and options."""
 

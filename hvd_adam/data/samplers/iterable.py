@@ -28,11 +28,20 @@ class Shard(IterableDataset[T]):
 
     def __init__(self, items: Iterable[T], rank: int, size: int) -> None:
         self._items, self._rank, self._size = items, rank, size
+        self._is_used_up = False
 
     def __iter__(self) -> Iterator[T]:
+        source = iter(self._items)
+        if self._is_used_up:  # each rank, and its workers, would continue at another place
+            kind = type(self._items).__name__
+            raise UserError(
+                f"shard has a {kind}, which can be read once only, and this is a second pass: give a list or "
+                "another object whose __iter__ starts again"
+            )
+        self._is_used_up = source is self._items
         worker = get_worker_info()
         number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        return islice(iter(self._items), self._rank * workers + number, None, self._size * workers)
+        return islice(source, self._rank * workers + number, None, self._size * workers)
 
 
 def shard(items: Iterable[T], *, rank: int | None = None, size: int | None = None) -> Shard[T]:
@@ -43,7 +52,7 @@ def shard(items: Iterable[T], *, rank: int | None = None, size: int | None = Non
 
     Args:
         items: samples, or names of files; the same on every rank, in the same order. With workers that are
-            spawned, it must be picklable.
+            spawned, it must be picklable. A second pass over an iterator, such as a generator, raises `UserError`.
         rank: of this process; by default that of the running job, and 0 in a single process.
         size: number of ranks, likewise.
 
