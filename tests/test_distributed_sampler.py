@@ -3,7 +3,7 @@
 Hazards: a global batch that depends on the number of ranks; unequal numbers of batches; a state that counts what
 workers of a DataLoader have read ahead instead of what the loop has taken; an update that resumes in its middle;
 an epoch whose last batch or whose end is repeated or lost; ranks that part after one has looked at a batch; the
-state of another run; a seed of PyTorch that a loader uses up.
+state of another run; a seed of PyTorch that a loader uses up; ranks that have split the data differently.
 """
 
 from itertools import chain
@@ -14,7 +14,7 @@ import torch
 from helpers.on_ranks import on_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset, random_split
 
 from hvd_adam.data import StatefulDistributedSampler, evaluation_share, sampling
 from hvd_adam.errors import CollectiveError, UserError
@@ -227,6 +227,8 @@ def test_workers_have_other_seeds_in_each_epoch_and_rank_and_the_same_ones_again
         ({"rank": 3, "size": 3}, "rank is 3 and size is 3"),
         ({"size": None}, "size is None: give both"),
         ({"seed": -1}, "seed -1"),
+        ({"seed": 1.5}, "seed is 1.5"),
+        ({"seed": None}, "seed is None"),
     ],
 )
 def test_bad_arguments_are_refused(options, message):
@@ -287,6 +289,18 @@ def test_rank_and_size_are_those_of_the_job(cluster):
         StatefulDistributedSampler(SAMPLES - cluster.rank, 4)
     with pytest.raises(CollectiveError, match=r"^rank 1 on \S+: the global batch of 8 samples .* than the 5"):
         StatefulDistributedSampler(5 if cluster.rank else SAMPLES, 4)
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("nested", [False, True])
+def test_ranks_that_have_split_the_data_differently_are_refused(cluster, nested):
+    def part(seed):
+        chosen, _ = random_split(DATA, [40, 11], torch.Generator().manual_seed(seed))
+        return Subset(chosen, range(30)) if nested else chosen
+
+    StatefulDistributedSampler(part(0), 4)
+    with pytest.raises(CollectiveError, match=r"Sampler: indices of a Subset is '\w+' on rank 0"):
+        StatefulDistributedSampler(part(cluster.rank), 4)
 
 
 @given(samples=st.integers(0, 20), size=st.integers(1, 5))

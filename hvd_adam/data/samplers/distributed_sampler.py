@@ -23,6 +23,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from hvd_adam.data.samplers.ranks import rank_and_size
+from hvd_adam.data.samplers.subsets import chosen_samples
 from hvd_adam.data.sampling import batch_share, epoch_order, steps_per_epoch
 from hvd_adam.data.workers.random_state import preserved
 from hvd_adam.distributed.agreement import raise_on_all_ranks, require_same
@@ -62,7 +63,8 @@ class StatefulDistributedSampler(Sampler[list[int]]):
 
     Raises:
         UserError: a value is out of range, or the global batch cannot be divided evenly; a launcher started
-            several ranks, but `init` has not been called. On every rank, if the ranks' arguments differ.
+            several ranks, but `init` has not been called. On every rank, if the ranks' arguments differ, or the
+            indices of a `Subset`.
 
     Example:
         >>> sampler = StatefulDistributedSampler(dataset, global_batch_size=64)
@@ -86,13 +88,15 @@ class StatefulDistributedSampler(Sampler[list[int]]):
         self._dataset, self._shuffle, self._seed = dataset, shuffle, seed
         with nullcontext() if cluster is None else raise_on_all_ranks(cluster):
             self._samples = _length(dataset)
+            if not isinstance(seed, int | np.integer):
+                raise UserError(f"the seed is {seed!r}; it must be a whole number, at least 0")
             self.accumulate = accumulate = _at_least_1("accumulate", accumulate)
             self.global_batch_size = _global_batch_size(batch_size, global_batch_size, self.size, accumulate)
             self.batch_size = self.global_batch_size // (self.size * accumulate)
             self._steps = steps_per_epoch(self._samples, self.global_batch_size)
             self._order_of(0)  # refuses a bad seed
         if cluster is not None:
-            own = self._arguments() | {"accumulate": accumulate}
+            own = self._arguments() | {"accumulate": accumulate, "indices of a Subset": chosen_samples(dataset)}
             require_same(cluster, "arguments of StatefulDistributedSampler", own)
         self._epoch = self._first_step = 0  # where the next iteration starts
         self._taken = 0  # batches of the epoch that the loop has taken
