@@ -166,7 +166,7 @@ def test_a_pass_resumes_after_the_batches_of_complete_updates(cluster):
             break
     assert [state["batches"] for _, state in states] == [0, 2, 2, 4, 4]
     assert list(first) == list(range(8))  # after `break` a pass starts again
-    assert first.state_dict() == {"batches": 0}
+    assert first.state_dict() == {"batches": 0, "ranks": cluster.size}
     second = steps()
     second.load_state_dict(states[-1][1])
     assert list(second) == [4, 5, 6, 7]
@@ -226,3 +226,19 @@ def test_bad_arguments_of_equal_steps_are_refused(options, message):
 def test_another_state_is_refused(state):
     with pytest.raises(UserError, match="state of equal_steps"):
         equal_steps([], SINGLE).load_state_dict(state)
+
+
+def test_a_state_of_another_number_of_ranks_or_of_more_batches_is_refused():
+    steps = equal_steps(range(3), SINGLE)
+    with pytest.raises(UserError, match=r"is of 2 ranks, but the job has 1, .*: use 2 ranks"):
+        steps.load_state_dict({"batches": 2, "ranks": 2})
+    steps.load_state_dict({"batches": 2})  # an older state
+    assert list(steps) == [2]
+    steps.load_state_dict({"batches": 3, "ranks": 1})  # saved after the last batch
+    assert list(steps) == []
+    steps.load_state_dict({"batches": 4, "ranks": 1})
+    with pytest.raises(UserError, match="the loader has 3 batches, but 4 were taken"):
+        list(steps)
+    longest = equal_steps(range(3), SINGLE, until="last")  # another rank may have more
+    longest.load_state_dict({"batches": 4, "ranks": 1})
+    assert list(longest) == []

@@ -111,8 +111,11 @@ class EqualSteps(Generic[T]):
         self._taken = self._skip = 0
 
     def state_dict(self) -> dict[str, int]:
-        """Returns how many batches of complete updates the loop has taken in this pass; identical on all ranks."""
-        return {"batches": self._taken // self._accumulate * self._accumulate}
+        """Returns how many batches of complete updates the loop has taken in this pass, and the number of ranks.
+
+        It is identical on all ranks.
+        """
+        return {"batches": self._taken // self._accumulate * self._accumulate, "ranks": self._cluster.size}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Lets the next pass skip the batches of a saved state, on the same number of ranks.
@@ -124,11 +127,18 @@ class EqualSteps(Generic[T]):
             state: from `state_dict`.
 
         Raises:
-            UserError: it is not such a state.
+            UserError: it is not such a state, or is of another number of ranks. In the next pass, on every rank:
+                with `until="first"` a rank has fewer batches than the state.
         """
-        batches = state.get("batches")
+        batches, size = state.get("batches"), self._cluster.size
         if not isinstance(batches, int) or batches < 0:
             raise UserError(f"the state of equal_steps is {dict(state)!r}: load one from its state_dict()")
+        ranks = state.get("ranks", size)  # older states have none
+        if batches and ranks != size:
+            raise UserError(
+                f"the state of equal_steps is of {ranks} ranks, but the job has {size}, whose batches are others: "
+                f"use {ranks} ranks, or start the pass again without the state"
+            )
         self._skip = self._taken = batches
 
     def __iter__(self) -> Iterator[Any]:
@@ -138,8 +148,8 @@ class EqualSteps(Generic[T]):
         # What opening the loader and reading so far draws, the seed of `iter(DataLoader)` for example, was drawn
         # before the state was saved, with the update ahead: restored generators must not advance by it again.
         with preserved() if self._skip else nullcontext():
-            for _ in range(self._skip):
-                source.read()
+            for number in range(self._skip):
+                source.skip(number, self._skip, may_end=self._until == "last")
             upcoming = [source.read() for _ in range(self._accumulate)]
         self._taken, self._skip = self._skip, 0
         agreement.start(self._has(upcoming), source.error)
@@ -179,6 +189,14 @@ class _Source:
         except Exception as error:
             self.error = error
             return _END
+
+    def skip(self, number: int, batches: int, *, may_end: bool) -> None:
+        """Drops a batch of those that a saved state has; that there is none is an error unless it may be so."""
+        if self.read() is _END and not may_end and self.error is None:
+            self.error = UserError(
+                f"the loader has {number} batches, but {batches} were taken before the saved state: use the same "
+                "data and batch size, or start the pass again without the state"
+            )
 
 
 class _Agreement:
