@@ -9,6 +9,8 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from helpers.on_ranks import on_ranks
@@ -556,6 +558,15 @@ def test_a_proposal_is_one_page_without_requests(tmp_path):
     assert [row["ranks"] for row in rows][-1] == 4096
 
 
+def test_files_of_a_run_are_not_replaced(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    (tmp_path / "curves.png").write_text("curves")
+    preset = ("predict", "--preset", "p100-roce25", "--model", "vgg16", "--ranks", "4", "--force")
+    refused = run(*preset, "--plot", tmp_path / "curves.png")
+    assert refused.returncode == 2 and "curves.png is a file of the run itself: choose another" in refused.stderr
+    assert (tmp_path / "curves.png").read_text() == "curves" and not refused.stdout
+
+
 def test_options_are_ordered_by_the_predictions_of_each_and_compared_with_the_defaults(tmp_path):
     file = tmp_path / "calibration.json"
     file.write_text(Calibration(PLAIN, {"two": TWO}, 2, {"device": "none"}).to_json())
@@ -587,6 +598,17 @@ def test_options_that_the_model_cannot_tell_apart_are_marked():
 def test_a_calibration_needs_several_ranks(tmp_path):
     done = run("calibrate", "--output", tmp_path / "c.json")
     assert done.returncode == 2 and "at least 2 ranks" in done.stderr and not list(tmp_path.iterdir())
+
+
+@on_ranks(2)
+def test_a_calibration_does_not_replace_a_file_of_a_run(cluster):
+    from hvd_adam.simulate.measure import calibrate
+
+    with TemporaryDirectory() as folder:
+        metrics = Path(folder, "metrics.jsonl")
+        metrics.write_text("{}")
+        with pytest.raises(UserError, match="is a file of the run itself" if cluster.is_root else ""):
+            calibrate(CalibrateConfig(output=str(metrics), force=True, device="cpu"))
 
 
 @on_ranks(2)

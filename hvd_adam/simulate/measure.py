@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hvd_adam.checkpoint.output import require_free, whole_file
+from hvd_adam.checkpoint.output import whole_file
 from hvd_adam.distributed.agreement import raise_on_all_ranks
 from hvd_adam.distributed.cluster import Cluster
 from hvd_adam.distributed.collectives.pieces import start_allgather, start_allreduce, start_alltoall
@@ -34,6 +34,7 @@ from hvd_adam.simulate.tcp import tcp_seconds
 from hvd_adam.simulate.timeline import NOTICED
 from hvd_adam.simulate.traffic import Ranks, Traffic, allgather, allreduce, alltoall
 from hvd_adam.simulate.whole_steps import with_unexplained
+from hvd_adam.training.outputs import require_outputs
 from hvd_adam.versions import installed_version
 
 UPDATE_ELEMENTS = 1 << 22
@@ -72,7 +73,7 @@ def calibrate(config: CalibrateConfig) -> None:
     path = Path(config.output)
     with raise_on_all_ranks(cluster):
         if cluster.is_root:
-            require_free("--output", path, replace=config.force)
+            require_outputs({"--output": config.output}, replace=config.force)
     calibration = measure(cluster, config)
     with raise_on_all_ranks(cluster):
         if cluster.is_root:

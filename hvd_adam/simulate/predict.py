@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from hvd_adam.checkpoint.output import require_free, whole_file
+from hvd_adam.checkpoint.output import whole_file
 from hvd_adam.distributed.launch_env import require_no_launcher
 from hvd_adam.errors import UserError
 from hvd_adam.log import write_result
@@ -17,6 +17,7 @@ from hvd_adam.simulate.machine import NETWORKS, PRESETS, TCP_PAYLOAD, Link, Mach
 from hvd_adam.simulate.step import Setting
 from hvd_adam.simulate.traffic import Ranks
 from hvd_adam.simulate.workload import PUBLISHED, Workload, published
+from hvd_adam.training.outputs import require_outputs
 
 
 def predict(config: PredictConfig) -> None:
@@ -27,9 +28,8 @@ def predict(config: PredictConfig) -> None:
             cannot be written.
     """
     require_no_launcher()
+    require_outputs({"--plot": config.plot, "--html": config.html}, replace=config.force)
     files = {name: Path(path) for name, path in (("plot", config.plot), ("html", config.html)) if path}
-    for name, path in files.items():
-        require_free(f"--{name}", path, replace=config.force)
     forecasts, notes = forecasts_of(config)
     if config.json:
         write_result(json.dumps({"rows": [asdict(row) for row in forecasts], "notes": notes}) + "\n")
