@@ -168,7 +168,7 @@ def test_the_table_has_columns_of_fixed_width():
         (AdamConfig, "--repeats 0", "--repeats is 0: it must be at least 1"),
         (AdamConfig, "--dtype int8", "--dtype is int8: it must be one of float32"),
         (AdamConfig, "--plot x.pdf", "--plot is x.pdf: it must be a file name that ends in .png"),
-        (AdamConfig, "--plot nowhere/x.png", "--plot is nowhere/x.png: it must be in a directory that exists"),
+        (AdamConfig, "--plot nowhere/x.png", "--plot nowhere/x.png: there is no folder nowhere"),
         (StepConfig, "--np 0", "--np is 0: it must be at least 1"),
         (StepConfig, "--models ,", "--models is ',': it must be names of models"),
         (StepConfig, "--variants horovd", "--variants is horovd: it must be some of hvd_adam-STRATEGY, horovod"),
@@ -194,6 +194,28 @@ def test_bad_arguments_are_reported_in_one_line(config, argv, message):
     with pytest.raises(UserError, match=message) as error:
         parse(config, "hvd_adam.bench", argv.split())
     assert "\n" not in str(error.value)
+
+
+def test_a_plot_replaces_a_file_only_with_force_and_never_one_of_a_run(tmp_path):
+    plot = tmp_path / "curves.png"
+    plot.write_text("curves")
+    with pytest.raises(UserError, match="exists: choose another name, or replace it with --force"):
+        AdamConfig(plot=str(plot))
+    AdamConfig(plot=str(plot), force=True)
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    with pytest.raises(UserError, match="is a file of the run itself"):
+        AdamConfig(plot=str(plot), force=True)
+
+
+def test_a_result_is_printed_also_if_its_plot_cannot_be_written(tmp_path, capsys):
+    config = AdamConfig(plot=str(tmp_path / "a.png"))
+    (tmp_path / "a.png").mkdir()  # during the benchmark
+    result = report.Result([{"name": "one"}], [report.Column("name", "name")], ["a note"], lambda figure: None)
+    with pytest.raises(UserError, match=f"--plot {config.plot} cannot be written"):
+        report.show("adam", config, {"gpu": None, "cpu": "a CPU"}, result)
+    shown = capsys.readouterr().out
+    assert "one" in shown and "a note" in shown and "plot" not in shown
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
 def test_lists_in_arguments_are_parsed():

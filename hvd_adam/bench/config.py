@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 from hvd_adam.config import option, positive_integer, require
 from hvd_adam.distributed.placement import cores
 from hvd_adam.errors import UserError
+from hvd_adam.training.outputs import require_outputs
 
 Number = TypeVar("Number", int, float)
 
@@ -38,13 +39,13 @@ class BenchConfig:
 
     json: bool = option(False, "print one JSON object instead of a table")
     plot: str | None = option(None, "also draw the result into this PNG file", path=True)
+    force: bool = option(False, "replace the file of --plot if it exists")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto uses a GPU if there is one")
 
     def __post_init__(self) -> None:
-        if self.plot is not None:
-            path = Path(self.plot)
-            require(path.suffix == ".png", "plot", self.plot, "a file name that ends in .png")
-            require(path.absolute().parent.is_dir(), "plot", self.plot, "in a directory that exists")
+        is_png = self.plot is None or Path(self.plot).suffix == ".png"
+        require(is_png, "plot", self.plot, "a file name that ends in .png")
+        require_outputs({"--plot": self.plot}, replace=self.force)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hvd_adam import __version__
 from hvd_adam.bench.config import BenchConfig
 from hvd_adam.bench.stats import Row
+from hvd_adam.checkpoint.output import whole_file
 from hvd_adam.distributed.placement import cores, cpu_model
 from hvd_adam.versions import installed_version
 
@@ -101,9 +102,19 @@ def describe(machine: dict[str, Any]) -> str:
 
 
 def show(command: str, config: BenchConfig, machine: dict[str, Any], result: Result) -> None:
-    """Prints a result in the configured format, and draws the plot if one is configured."""
+    """Prints a result in the configured format, and then draws the plot if one is configured.
+
+    Raises:
+        UserError: the plot cannot be written; the result has been printed.
+    """
+    _print(command, config, machine, result)
     if config.plot:
         plot(Path(config.plot), f"hvd_adam.bench {command}: {machine['gpu'] or machine['cpu']}", result)
+        if not config.json:
+            print(f"plot {config.plot}")
+
+
+def _print(command: str, config: BenchConfig, machine: dict[str, Any], result: Result) -> None:
     if config.json:
         settings = dataclasses.asdict(config)
         shown = {"command": command, "machine": machine, "config": settings, "rows": result.rows}
@@ -115,8 +126,6 @@ def show(command: str, config: BenchConfig, machine: dict[str, Any], result: Res
             print(f"failed: {row['error']}")
     for note in result.notes:
         print(note)
-    if config.plot:
-        print(f"plot {config.plot}")
 
 
 def table(columns: Sequence[Column], rows: Sequence[Row]) -> str:
@@ -135,7 +144,11 @@ def table(columns: Sequence[Column], rows: Sequence[Row]) -> str:
 
 
 def plot(path: Path, title: str, result: Result) -> None:
-    """Draws a result into a PNG file."""
+    """Draws a result into a PNG file.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -144,7 +157,8 @@ def plot(path: Path, title: str, result: Result) -> None:
     figure = pyplot.figure(figsize=(10, 5), layout="constrained")
     figure.suptitle(title)
     result.draw(figure)
-    figure.savefig(path, dpi=120)
+    with whole_file("--plot", path) as draft:
+        figure.savefig(draft, dpi=120)
     pyplot.close(figure)
 
 
