@@ -538,6 +538,32 @@ def test_bad_options_are_named(options, message):
         PredictConfig(**options)
 
 
+@pytest.mark.parametrize("option", [{"network": "25gbe"}, {"bandwidth": "1Gbit"}, {"latency": "1ms"}])
+def test_a_network_without_ranks_on_several_hosts_is_refused(tmp_path, option):
+    file = tmp_path / "calibration.json"
+    file.write_text(Calibration(PLAIN, {"two": TWO}, 2, {"device": "none"}).to_json())
+    (name,) = option
+    with pytest.raises(
+        UserError, match=f"--{name} has no effect on 2 ranks of one host, which has 2: give --ranks-p"
+    ):
+        forecasts_of(PredictConfig(calibration=str(file), ranks="1,2", **option))
+    for more in ({"ranks": "2,4"}, {"ranks": "2", "ranks_per_host": 1}):
+        assert forecasts_of(PredictConfig(calibration=str(file), **more, **option))
+
+
+@pytest.mark.parametrize("command", ["predict", "tune"])
+def test_a_network_that_is_taken_from_inside_a_host_is_mentioned(tmp_path, command):
+    file = tmp_path / "calibration.json"
+    inside = replace(PLAIN, copies=dict.fromkeys(KINDS, 1e-10))
+    file.write_text(Calibration(inside, {"two": TWO}, 2, {"device": "none"}).to_json())
+    job, note = (command, "--calibration", file), "no network is given"
+    assert note in run(*job, "--ranks", 4).stdout and "2 ranks a host" in run(*job, "--ranks", 4).stdout
+    assert note not in run(*job, "--ranks", 2).stdout
+    assert note not in run(*job, "--ranks", 4, "--bandwidth", "1Gbit").stdout
+    file.write_text(Calibration(CPUS, {"two": TWO}, 2, {"device": "none"}).to_json())
+    assert note not in run(*job, "--ranks", 4).stdout  # of several hosts
+
+
 def run(*argv):
     command = [sys.executable, "-m", "hvd_adam.simulate", *map(str, argv)]
     return subprocess.run(command, capture_output=True, text=True, timeout=250)

@@ -3,7 +3,7 @@
 horovodrun -np 2 python -m hvd_adam.simulate calibrate --models mlp,cnn
 python -m hvd_adam.simulate predict --calibration calibration.json --model cnn --bandwidth 1Gbit --html cnn.html
 python -m hvd_adam.simulate predict --preset p100-roce25 --model resnet101 --ranks 4,512
-python -m hvd_adam.simulate tune --calibration calibration.json --model cnn --bandwidth 300Mbit --ranks 2,4
+python -m hvd_adam.simulate tune --calibration calibration.json --bandwidth 300Mbit --ranks 2,4 --ranks-per-host 1
 """
 
 import sys

@@ -170,7 +170,7 @@ class TuneConfig(JobConfig):
 
     EXAMPLES: ClassVar[str] = """examples:
   python -m hvd_adam.simulate tune --preset p100-roce25 --model vgg16 --ranks 64,512
-  python -m hvd_adam.simulate tune --calibration calibration.json --model cnn --bandwidth 300Mbit --ranks 2,4"""
+  python -m hvd_adam.simulate tune --calibration calibration.json --bandwidth 1Gbit --ranks 2 --ranks-per-host 1"""
 
     allow: Literal["lossless", "any"] = option(
         "any", "as --tune of hvd_adam.train: lossless: no compression; any: bf16, int8 and int4, too"

@@ -66,13 +66,32 @@ def job_of(config: JobConfig) -> tuple[Workload, Machine, int, list[str]]:
     """Returns the workload, the machine with the network that was given, its ranks per host, and notes.
 
     Raises:
-        UserError: the calibration cannot be read or has no such model.
+        UserError: the calibration cannot be read or has no such model, or a network has no effect.
     """
-    workload, machine, per_host, notes = _inputs(config)
+    workload, machine, calibrated, notes = _inputs(config)
+    per_host = config.ranks_per_host or calibrated
+    if config.numbers_of_ranks()[-1] <= per_host:
+        _require_no_network(config, per_host)
+    elif config.network is None and config.bandwidth is None and any((machine.copies or {}).values()):
+        # Copies have been measured: the ranks of the calibration were on one host.
+        notes.append(
+            "no network is given: hosts are taken to be joined as the ranks of one host were in the calibration; "
+            "give --bandwidth or --network"
+        )
     machine = _overridden(machine, config)
     if config.cores_per_host is not None:
         machine = replace(machine, cores=config.cores_per_host)
-    return workload, machine, config.ranks_per_host or per_host, notes
+    return workload, machine, per_host, notes
+
+
+def _require_no_network(config: JobConfig, per_host: int) -> None:
+    most = config.numbers_of_ranks()[-1]
+    for name in ("network", "bandwidth", "latency"):
+        if getattr(config, name) is not None:
+            raise UserError(
+                f"--{name} has no effect on {most} ranks of one host, which has {per_host}: "
+                "give --ranks-per-host or more --ranks"
+            )
 
 
 def _inputs(config: JobConfig) -> tuple[Workload, Machine, int, list[str]]:

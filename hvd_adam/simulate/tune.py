@@ -48,20 +48,22 @@ def tune(config: TuneConfig) -> None:
     """Writes the options to stdout, the fastest first.
 
     Raises:
-        UserError: a launcher started several ranks, or the calibration cannot be read or has no such model.
+        UserError: a launcher started several ranks, or as `job_of`.
     """
     require_no_launcher()
     found = list(options_of(config))
+    *_, per_host, notes = job_of(config)
     if config.json:
         write_result(json.dumps([asdict(each) for each in found]) + "\n")
         return
     fastest = {each.forecast.ranks: each.forecast.step.seconds for each in reversed(found)}
     rows = [(*_cells(each), _shown(each, fastest[each.forecast.ranks])) for each in found]
-    note = (
+    notes += [
+        f"{per_host} ranks a host",
         f"~: slower than the first by less than {UNCERTAIN:.0%}, which the model cannot distinguish; "
-        "hvd_adam.train --tune=any measures on the ranks of the job"
-    )
-    write_result("\n".join([*aligned(HEADER, rows, texts=1), "", note, ""]))
+        "hvd_adam.train --tune=any measures on the ranks of the job",
+    ]
+    write_result("\n".join([*aligned(HEADER, rows, texts=1), "", *notes, ""]))
 
 
 def options_of(config: TuneConfig) -> Iterator[Option]:
