@@ -58,6 +58,8 @@ def test_the_statistics_agree_with_scipy_and_numpy():
     assert (mean, error) == pytest.approx((first.mean(), stats.sem(first)), rel=1e-12)
     assert paired_p_value([0.5, 0.6], [0.5, 0.6]) == 1.0
     assert paired_p_value([0.5, 0.75], [0.25, 0.5]) == 0.0
+    # One image of 355 each, equal but for rounding: SciPy warns of such differences, which is an error here.
+    assert paired_p_value([36 / 355, 37 / 355], [35 / 355, 36 / 355]) == 0.0
     assert estimate([0.5, None]) == (None, None) and estimate([]) == (None, None)
 
 
@@ -118,6 +120,17 @@ def test_a_row_counts_what_reached_the_target_and_what_diverged():
     assert "6 (1 of 2)" in lines[2] and "1.0e+00 / not finite" in lines[2]
     assert "not finite" in lines[3] and "never" in lines[3] and "1 of 2" in lines[3]
     assert "below 0.05: none" in notes(rows)[1] and "'adam'" in notes(rows)[1]
+
+
+def test_a_p_value_without_variation_is_mentioned():
+    adam, sgd = arms(replace(SMALL, lrs="0.1"))
+    results = results_of(adam, {0.1: [result(0.4, 36 / 355), result(0.2, 37 / 355)]})
+    of_sgd = [result(0.1, 35 / 355), result(0.1, 36 / 355)]
+    mentioned = notes(summarize([adam, sgd], results | results_of(sgd, {0.1: of_sgd}), 0.3))
+    assert any("All seeds of 'sgd' differ by the same" in line for line in mentioned)
+    of_sgd[0] = result(0.1, 20 / 355)
+    mentioned = notes(summarize([adam, sgd], results | results_of(sgd, {0.1: of_sgd}), 0.3))
+    assert not any("differ by the same" in line for line in mentioned)
 
 
 # The data, the models and single runs.

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+ROUNDING = 1e-12  # of a difference of accuracies: those of different numbers of images differ by far more
+
 
 class Estimate(NamedTuple):
     """The mean of a value over seeds, and its standard error; None where a value is missing."""
@@ -34,13 +36,15 @@ def estimate(values: Sequence[float | None]) -> Estimate:
 def paired_p_value(values: Sequence[float], baseline: Sequence[float]) -> float:
     """Returns the two-sided p-value of the paired t-test that two means over the same seeds are equal.
 
+    It is 0 if all differences are equal, and not 0: the test then has no variation to compare them with.
+
     Args:
         values: one for each seed, at least two.
         baseline: the other values, in the same order of the seeds.
     """
     differences = np.subtract(values, baseline)
-    if np.ptp(differences) == 0:  # the test divides by their standard deviation
-        return 1.0 if differences[0] == 0 else 0.0
+    if np.ptp(differences) <= ROUNDING:  # the test divides by their standard deviation
+        return 1.0 if abs(differences[0]) <= ROUNDING else 0.0
     from scipy import stats  # takes a second
 
     return float(stats.ttest_rel(values, baseline).pvalue)

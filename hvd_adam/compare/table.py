@@ -47,6 +47,11 @@ def notes(rows: Sequence[Row]) -> list[str]:
             f"p: paired t-test over the seeds of the test accuracy against {baselines}, adjusted for the "
             f"number of rows (Holm); {_verdict(rows)}."
         )
+    if equal := [f"'{row['name']}'" for row in rows if row["p_value"] == 0]:
+        lines.append(
+            f"All seeds of {', '.join(equal)} differ by the same from the baseline's, so p is 0 without a test: "
+            "with few seeds that happens by chance."
+        )
     if any(row["at_end_of_grid"] for row in rows):
         lines.append("* at the end of its grid: a wider --lrs may give a better result.")
     return lines
