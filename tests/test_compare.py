@@ -5,6 +5,7 @@ finished run that is made again, or one of other settings that is used; a run th
 comparison; a test of significance that is not the one that the table names.
 """
 
+import errno
 import itertools
 import json
 import tempfile
@@ -394,3 +395,22 @@ def test_images_that_are_not_in_memory_are_refused_with_the_remedy(tmp_path):
     argv = ["--dataset", "imagefolder", "--data-dir", str(tmp_path / "photos"), "--workers", "0"]
     assert "--cache FOLDER" in one_line(train(*argv, folder=tmp_path / "out", module="hvd_adam.compare"))
     assert not (tmp_path / "out").exists()
+
+
+def test_the_table_is_printed_and_an_old_plot_is_kept_if_the_plot_cannot_be_written(tmp_path, capsys, monkeypatch):
+    from hvd_adam.compare import command
+
+    def full(path, content):
+        if path.suffix == ".png":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        path.write_text(content)
+
+    adam, sgd = arms(replace(SMALL, lrs="0.1"))
+    results = results_of(adam, {0.1: [result(0.4), result(0.2)]}) | results_of(sgd, {0.1: [result(0.1)] * 2})
+    (tmp_path / "compare.png").write_text("old")
+    monkeypatch.setattr(command, "write_atomically", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        command._report(SMALL, tmp_path, summarize([adam, sgd], results, 0.3))
+    shown = capsys.readouterr().out
+    assert "| sgd " in shown and "plot" not in shown
+    assert (tmp_path / "compare.png").read_text() == "old" and (tmp_path / "compare.json").exists()

@@ -190,15 +190,14 @@ def _report(config: CompareConfig, folder: Path, rows: list[Row]) -> None:
     values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
     versions = {name: installed_version(name) for name in ("torch", "numpy", "scipy")}
     content = {"study": config.study, "config": values, "versions": versions, "rows": rows}
+    text = table(rows, config.target, norms=config.study in ("initialization", "vanishing"))
+    write_result("\n".join([text, "", *notes(rows), ""]))  # first: also if the files cannot be written
     try:
         write_atomically(folder / JSON_FILE, json.dumps(content, indent=1, allow_nan=False) + "\n")
-        plots.plot(config.study, rows, folder / PLOT_FILE)
+        write_atomically(folder / PLOT_FILE, plots.png(config.study, rows))
     except OSError as error:
         raise _unwritable(folder, error) from None
-    text = table(rows, config.target, norms=config.study in ("initialization", "vanishing"))
-    write_result(
-        "\n".join([text, "", *notes(rows), f"results {folder / JSON_FILE}", f"plot {folder / PLOT_FILE}", ""])
-    )
+    write_result(f"results {folder / JSON_FILE}\nplot {folder / PLOT_FILE}\n")
 
 
 def _unwritable(folder: Path, error: OSError) -> UserError:

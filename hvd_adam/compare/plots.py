@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from hvd_adam.compare.summary import Row
 
 
-def plot(study: str, rows: Sequence[Row], path: Path) -> None:
-    """Draws a comparison into a PNG file.
+def png(study: str, rows: Sequence[Row]) -> bytes:
+    """Returns a picture of a comparison.
 
     Args:
         study: --study.
         rows: of `summary.summarize`.
-        path: the file.
-
-    Raises:
-        OSError: the file cannot be written.
     """
     from matplotlib.figure import Figure  # without pyplot, which takes half a second more to import
 
@@ -36,7 +32,9 @@ def plot(study: str, rows: Sequence[Row], path: Path) -> None:
     for axes in (curves, middle):
         axes.grid(alpha=0.3)
     _draw_final(final, rows, colors)
-    figure.savefig(path, dpi=110)
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=110)
+    return stream.getvalue()
 
 
 def _looks(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
