@@ -43,8 +43,7 @@ class BenchConfig:
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto uses a GPU if there is one")
 
     def __post_init__(self) -> None:
-        is_png = self.plot is None or Path(self.plot).suffix == ".png"
-        require(is_png, "plot", self.plot, "a file name that ends in .png")
+        require(Path(self.plot or "a.png").suffix == ".png", "plot", self.plot, "a file name that ends in .png")
         require_outputs({"--plot": self.plot}, replace=self.force)
 
 
