@@ -200,7 +200,7 @@ class Reducer(Buckets):
         """Called where user code may change gradients that it holds, and the round is in flight."""
         for reduction in self._in_flight.values():
             if isinstance(reduction, CodedAllReduce):
-                reduction.settle()
+                reduction.copy_own()
 
     def _send_header(self, message: Tensor) -> None:
         present = [self._present[number] for number in range(len(self._buckets))]

@@ -93,7 +93,7 @@ class CodedAllReduce:
             self._largest.append(_largest(own.gradients) * own.scale)
         return own
 
-    def settle(self) -> None:
+    def copy_own(self) -> None:
         """Copies what is still to be added into the bucket: from now on user code may change it where it is."""
         for number, own in self._own.items() if self._owed is None else ():
             values = self._gradients[self._coded.part_of(self._coded.pieces[number], own.rank)]
