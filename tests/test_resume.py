@@ -225,6 +225,18 @@ def test_a_closed_terminal_saves_a_checkpoint_unless_the_job_ignores_it(place):
     assert events(place / "nohup")[-1]["step"] == STEPS
 
 
+def test_a_run_that_a_shorter_length_ends_is_evaluated_where_it_stopped(alone, place):
+    """Its last checkpoint is of an epoch that --eval-every has left out."""
+    options = ["--eval-every", 3, "--checkpoint-every", 6, "--lr-decay", "constant"]
+    assert alone("shorter", *options, stop="SIGKILL:0:27").returncode == -signal.SIGKILL
+    assert checkpoint(place / "shorter")["progress"]["step"] == 12
+    for _ in range(2):
+        done = succeeded(alone("shorter", *options, "--epochs", 2))
+        assert [event["step"] for event in events(place / "shorter", "eval")] == [12]
+        assert "test accuracy" in done.stdout
+    assert "already finished: 12 of 12 updates" in done.stdout
+
+
 @pytest.mark.parametrize("decay", ["constant", "step --lr-decay-epochs 1,2"])  # independent of the run's length
 def test_a_run_ended_by_max_steps_resumes_within_the_epoch_with_a_larger_max_steps(alone, place, decay):
     argv, name = ["--lr-decay", *decay.split()], decay[:4]

@@ -48,13 +48,13 @@ class Progress:
     Attributes:
         step: updates made, skipped ones included.
         epoch: the current epoch, from 1.
-        epoch_done: whether the epoch is complete, with its evaluation.
+        epoch_done: whether the epoch is complete, with its evaluation, if it has one.
         skipped: updates skipped because a gradient was not finite.
         skipped_in_a_row: skipped updates since the last one that was applied.
         best_accuracy: the highest test accuracy so far, in [0, 1]; None without one.
         best_loss: the test loss of that evaluation, or the lowest without accuracies; None without one.
         best_step: the updates before that evaluation; None without one, and of older checkpoints.
-        scores: the last evaluation (`training.scores.scoring.Scores.as_dict`), or None.
+        scores: the evaluation of these updates (`training.scores.scoring.Scores.as_dict`), or None.
         global_batch_size: images per update, over all ranks.
         micro_batch_size: the largest number of images in a micro-batch of one rank.
         noise: the state of the `NoiseMeter`; empty without one.

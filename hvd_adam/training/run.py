@@ -78,7 +78,8 @@ class BatchSizes:
             return replace(saved, epoch=self.epoch_of(saved.step), epoch_done=False)
         # --max-steps may have ended that run within an epoch, and may now allow more updates.
         done = saved.epoch_done and (saved.step == end or saved.step >= self.total_steps)
-        return replace(saved, epoch_done=done)
+        is_scored = saved.step < self.total_steps or saved.scores is not None
+        return replace(saved, epoch_done=done and is_scored)
 
 
 @dataclass(frozen=True)

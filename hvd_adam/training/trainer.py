@@ -138,8 +138,8 @@ class Trainer:
         if progress.epoch_done:
             progress.epoch, progress.epoch_done = progress.epoch + 1, False
         self._train_epoch()
-        last = progress.step >= self.sizes.total_steps
-        if last:
+        progress.scores = None  # of fewer updates
+        if last := progress.step >= self.sizes.total_steps:
             local_training.meet(self.optimizer)
         best = (last or progress.epoch % config.eval_every == 0) and self._evaluate()
         progress.epoch_done = True
