@@ -1,6 +1,6 @@
 """The mistakes of the last evaluation in the run folder: one picture, and a JSON file that describes it.
 
-Imports no torch: the report reads it on login nodes.
+Imports neither torch nor NumPy at first: the report reads it on login nodes, and other commands need its name.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from hvd_adam.checkpoint.files import write_atomically
 from hvd_adam.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL.Image import Image
 
     from hvd_adam.training.scores.mistakes import Mistake
@@ -78,7 +77,9 @@ def write(folder: Path, step: int, mistakes: Sequence[Mistake], classes: Sequenc
 
 def _sprite(pictures: Sequence[np.ndarray]) -> bytes:
     """Returns the pictures, row by row, as one PNG file."""
-    from PIL import Image  # here: only rank 0 of a training needs it
+    # Here: only rank 0 of a training needs them.
+    import numpy as np
+    from PIL import Image
 
     channels, height, width = pictures[0].shape
     columns, rows = min(COLUMNS, len(pictures)), -(-len(pictures) // COLUMNS)
