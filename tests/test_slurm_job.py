@@ -118,10 +118,17 @@ def test_number_of_ranks_is_that_of_the_allocated_tasks(tasks, ranks, slurm):
 )
 def test_a_partition_with_gpus_runs_programs_of_ones_own_and_trainings_on_cpus(arguments, slurm, tmp_path):
     (tmp_path / "sinfo").write_text("#!/bin/sh\necho gpu:a100:4\n")
-    job = slurm | {"SLURM_NTASKS": "2", "SLURM_JOB_PARTITION": "p"}
+    (tmp_path / "mine.py").touch()
+    job = slurm | {"SLURM_NTASKS": "2", "SLURM_JOB_PARTITION": "p", "PYTHONPATH": f"{ROOT}:{tmp_path}"}
     done = run("slurm.sh", *arguments, **job)
     assert (done.returncode, done.stderr) == (0, "")
     assert "has GPUs, but this job has none" in run("slurm.sh", "--", "--epochs", "2", **job).stderr
+
+
+def test_a_module_that_does_not_exist_is_refused_before_ranks_start(slurm):
+    done = run("slurm.sh", "--module", "none_of_mine", **slurm, SLURM_NTASKS="2")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "finds no module none_of_mine to run" in done.stderr
 
 
 @pytest.mark.parametrize(
