@@ -88,6 +88,12 @@ class Own(NamedTuple):
     rank: int
     scale: float
 
+    def scaled(self, elements: int) -> Tensor:
+        """Returns gradients · scale, float32, with zeros up to a number of elements."""
+        values = self.gradients.float() * self.scale
+        missing = elements - len(values)
+        return torch.nn.functional.pad(values, (0, missing)) if missing else values
+
 
 def encode(
     codec: Codec,
@@ -151,7 +157,10 @@ def add_and_encode(
     """
     h = torch.zeros_like(residual)
     for rank, part in enumerate(_dequantize(codec, payloads)):
-        h += part if own is None or rank != own.rank else _transformed(codec, own, len(h))
+        if own is not None and rank == own.rank:
+            part = own.scaled(len(h))
+            part = _rotate(part) if codec.rotated else part
+        h += part
     e = residual * unit
     h += e
     t = h - e * (1 - SENT)
@@ -181,13 +190,6 @@ def largest_scale(codec: Codec, payload: Tensor) -> Tensor:
 def unrotate(codec: Codec, values: Tensor) -> Tensor:
     """Returns the elements of sums, or of a residual of `add_and_encode`, which are rotated if the codes are."""
     return _rotate(values) * (1 / GROUP) if codec.rotated else values
-
-
-def _transformed(codec: Codec, own: Own, elements: int) -> Tensor:
-    """Returns gradients as if they had been decoded, still rotated."""
-    scaled = own.gradients.float() * own.scale
-    padded = torch.nn.functional.pad(scaled, (0, elements - len(scaled)))
-    return _rotate(padded) if codec.rotated else padded
 
 
 def _quantize(codec: Codec, t: Tensor, keep: Tensor, payload: Tensor) -> Tensor:

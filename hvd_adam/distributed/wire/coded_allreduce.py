@@ -86,9 +86,8 @@ class CodedAllReduce:
         coded = self._coded
         own = Own(self._values(coded.part_of(piece, coded.rank)), coded.rank, self._factor)
         if self._owed is not None:
-            whole = self._owed[piece.start : piece.end] * coded.unit
-            whole[: len(own.gradients)].add_(own.gradients.float() * own.scale)
-            own = Own(whole, own.rank, 1.0)
+            owed = self._owed[piece.start : piece.end] * coded.unit
+            own = Own(owed.add_(own.scaled(len(owed))), own.rank, 1.0)
         if self._largest is not None and len(own.gradients):
             self._largest.append(_largest(own.gradients) * own.scale)
         return own
@@ -187,18 +186,14 @@ class CodedReduceScatter(CodedAllReduce):
     """The first phase alone: each rank gets the sum of its own shard, and all ranks what is sent exactly."""
 
     def _chained(self, piece: Piece, number: int, received: Started[Tensor], name: str) -> Started[Tensor]:
-        return received.then(partial(self._sum, number, piece.end - piece.start))
+        return received.then(partial(self._sum, piece, number))
 
-    def _sum(self, number: int, elements: int, codes: Tensor) -> Tensor:
-        functions, codec, ranks = self._coded.functions, self._coded.codec, len(codes)
-        own = self._own.pop(number)
-        parts = torch.empty(ranks, elements, dtype=torch.float32, device=codes.device)
-        for others in (slice(0, own.rank), slice(own.rank + 1, ranks)):
-            if others.start < others.stop:
-                functions.decode(codec, codes[others], parts[others].view(-1))
-        used = len(own.gradients)
-        parts[own.rank, :used] = own.gradients.float() * own.scale
-        parts[own.rank, used:] = 0.0
+    def _sum(self, piece: Piece, number: int, codes: Tensor) -> Tensor:
+        coded, own, elements = self._coded, self._own.pop(number), piece.end - piece.start
+        parts = torch.empty(len(codes), elements, dtype=torch.float32, device=codes.device)
+        for rows, _ in coded.sent(piece):
+            coded.functions.decode(coded.codec, codes[rows], parts[rows].view(-1))
+        parts[own.rank] = own.scaled(elements)
         return sum_in_rank_order(parts)
 
     def _receive(self, piece: Piece, received: Tensor) -> None:
