@@ -157,7 +157,26 @@ def test_the_noise_scale_of_buckets_that_arrive_in_parts_is_that_of_whole_ones(c
 @each_strategy
 @pytest.mark.parametrize("compression", ["fp16", "bf16", "int8", "int4"])
 def test_each_compression_has_the_same_bits_and_residuals(cluster, strategy, compression):
-    assert compared(cluster, strategy=strategy, compression=compression)
+    sections = compared(cluster, strategy=strategy, compression=compression)
+    assert bool(sections) is (compression in ("fp16", "bf16"))  # codes: see `Reducer`
+
+
+@on_ranks(2)
+@each_strategy
+def test_updates_are_behind_the_reductions_again_once_codes_are_given_up(cluster, strategy):
+    trained = []
+    with recorded_sections() as sections:
+        for deferred in (False, True):
+            model = make_model()
+            options = {"strategy": strategy, "compression": "auto:any", "defer_averaging": deferred}
+            optimizer = make_optimizer(model, **options)
+            for compression in ("int8", "none", "int4"):
+                optimizer.use_compression(compression)
+                before = len(sections)
+                train(model, optimizer, cluster, passes=2)
+                assert (len(sections) > before) is (deferred and compression == "none")
+            trained.append(everything(model, optimizer))
+    assert trained[0] == trained[1]
 
 
 @on_ranks(2)
@@ -188,22 +207,17 @@ def test_a_gradient_of_the_last_bucket_that_is_not_finite_leaves_all_buckets_unc
 @on_ranks(2)
 @each_strategy
 @pytest.mark.parametrize("compression", ["int8", "int4"])
-@pytest.mark.parametrize(("place", "value"), [(0, math.nan), (-1, math.nan), (0, 1e38), (-1, 1e38)])
-def test_a_gradient_in_any_part_that_codes_cannot_add_leaves_the_model(
-    cluster, strategy, compression, place, value
-):
-    """A rank sends codes of one part only, and adds the other itself. Twice 1e38 is finite, its square is not."""
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_gradient_in_any_part_that_codes_cannot_add_leaves_the_model(cluster, strategy, compression, place):
+    """A rank sends codes of one part only, and adds the other itself."""
     model = torch.nn.Linear(64, 64, bias=False)
     optimizer = make_optimizer(model, strategy=strategy, compression=compression, defer_averaging=True)
     before = digest(model.state_dict())
     gradient = torch.ones(64, 64)
-    gradient.view(-1)[place] = value
-    with recorded_sections() as sections:
-        (model.weight * (gradient if cluster.rank else 1.0)).sum().backward()
-        optimizer.step()
-    assert not sections
-    if math.isnan(value):
-        assert optimizer.skipped and digest(model.state_dict()) == before
+    gradient.view(-1)[place] = math.nan
+    (model.weight * (gradient if cluster.rank else 1.0)).sum().backward()
+    optimizer.step()
+    assert optimizer.skipped and digest(model.state_dict()) == before
 
 
 @on_ranks(2)
@@ -286,7 +300,7 @@ def test_the_step_of_a_derived_class_sees_averaged_gradients(cluster):
     ("value", "compression", "expected"),
     [
         (1.0, "none", True),
-        (1e17, "int4", True),
+        (1e17, "bf16", True),
         (2e18, "none", False),
         (3e38, "none", False),
         (1e4, "fp16", True),

@@ -156,7 +156,7 @@ class DistributedLayout:
             for p, part in zip(buffer.params, buffer.parts(rank, ranks), strict=True)
         }
         reducer = self._make_reducer(1 / (self._ranks * self._accumulate))
-        sections = reducer.number if reducer.ahead else None
+        sections = reducer.number if reducer.sections else None
         self.store.build_layout(groups, state, parts if ranks > 1 else None, sections)
         if self._feedback is not None:
             self._feedback.arrange(self.buffers)

@@ -4,8 +4,8 @@ The order of calls is that of `distributed.gradients.reducer`, `gradients.compre
 `wire.masters` and `strategies.zero`: hooks start the collectives of full buckets during backward; the last bucket
 starts when backward has ended. On processors a compressed bucket is sent in pieces. Pieces that have arrived are
 added, sent on and decoded while the rank waits, and between others that it encodes (see `pipeline`). With
-`defer_averaging`, as in `hvd_adam.train`, a small all-reduce travels ahead of the last bucket (codes: after it),
-and each bucket is updated as soon as its sum is there, or each message of it without compression. On devices the
+`defer_averaging`, as in `hvd_adam.train`, a small all-reduce travels ahead of the last bucket, and each bucket is
+updated as soon as its sum is there, or each message of it without compression. On devices, and with codes, the
 update comes after all of them.
 """
 
@@ -155,7 +155,8 @@ class _Program:
         self._scatters = self._sharded and (self._ranks.several_hosts or self._coded)
         self._in_pieces = setting.compression in ("bf16", *CODED)
         self._two_phases = self._in_pieces and not self._scatters
-        self._ahead = machine.copies is not None and self._ranks.total > 1
+        self._on_processors = machine.copies is not None
+        self._ahead = self._on_processors and self._ranks.total > 1 and not self._coded
         self._in_messages = self._ahead and setting.compression == "none" and not self._scatters
         self._pipeline = Pipeline(self._time, self._gather, self._receive, works_meanwhile=self._in_pieces)
 
@@ -170,12 +171,10 @@ class _Program:
             passed = bucket.ready
             if several:
                 self._collect(bucket)
-                if self._ahead and not self._coded and bucket is work.buckets[-1]:
+                if self._ahead and bucket is work.buckets[-1]:
                     header = self._start(self._allreduce(SMALL_BYTES))
                 self._send(bucket)
         self._do("computing", work.backward - passed)
-        if self._ahead and self._coded:  # the codes tell whether sums are finite
-            header = self._start(self._allreduce(SMALL_BYTES))
         if self._ahead:
             self._pipeline.wait(header)
         if several:
@@ -195,9 +194,9 @@ class _Program:
 
         Processors encode large ones where they are.
         """
-        copied = bucket.exact if self._coded and self._ahead else bucket.elements
+        copied = bucket.exact if self._coded and self._on_processors else bucket.elements
         self._pass(8 * copied)
-        if self._ahead and not self._coded:  # a norm, which shows that no sum can be infinite
+        if self._ahead:  # a norm, which shows that no sum can be infinite
             self._pass(4 * bucket.elements)
 
     def _send(self, bucket: Bucket) -> None:
@@ -235,7 +234,7 @@ class _Program:
             self._pipeline.receive(sent)
             if self._ahead and not self._in_messages:
                 self._update(sent.bucket.elements)
-            elif self._coded:
+            elif self._coded and not self._on_processors:  # there the codes tell whether sums are finite
                 self._pass(4 * sent.bucket.elements)  # a search for infinities
         if self._scatters and not self._ahead:  # flags and message
             self._time.wait(self._start(self._allreduce(SMALL_BYTES)))

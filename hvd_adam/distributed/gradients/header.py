@@ -29,7 +29,7 @@ def sums_are_finite(square: Tensor, compression: str, ranks: int, dtype: torch.d
 
     Args:
         square: squared 2-norm of this rank's gradients.
-        compression: as in `start_reduction`, or a format of codes.
+        compression: as in `start_reduction`.
         ranks: number of ranks.
         dtype: of the gradients. The rounding of a compression makes some larger, and float16's range is small.
     """

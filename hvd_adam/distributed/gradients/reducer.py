@@ -34,7 +34,7 @@ class Reducer(Buckets):
     of the flags shows all ranks which parameters no rank has used, without another message.
 
     Attributes:
-        ahead: as the argument; see `Buckets` for the others.
+        sections: whether buckets may be used as they arrive, with a compression that is no codes.
 
     Args:
         buffers: identical on all ranks, at least one, with `control` elements reserved for the message and
@@ -46,7 +46,8 @@ class Reducer(Buckets):
         feedback: residuals of gradients that are, or may be, sent as codes; else None.
         lossless: use the compression only for gradients that it does not round: bf16 for those of bfloat16.
         ahead: send a `Header` ahead of the last bucket, instead of the message within it; then buckets can be used
-            as they arrive, see `arrive`. Where no bucket is all-reduced, one is sent in any case.
+            as they arrive, see `arrive`. Not next to codes: waiting for all of them has been as fast, or faster.
+            Where no bucket is all-reduced, one is sent in any case.
         noise: measures the noise scale.
     """
 
@@ -65,7 +66,7 @@ class Reducer(Buckets):
     ) -> None:
         super().__init__(buffers, scale, scatter)
         self._prefix, self._compression, self._residuals = prefix, compression, feedback
-        self._lossless, self.ahead = lossless, ahead
+        self._lossless, self.sections = lossless, ahead
         self._noise = BucketNoise(noise, self._buckets, _LAST, scatter)
         self._in_flight: dict[int, Reduction] = {}
         self._pipeline = Pipeline()  # of those in flight
@@ -89,6 +90,11 @@ class Reducer(Buckets):
     def _codes(self) -> ErrorFeedback | None:
         """The residuals, if gradients are sent as codes."""
         return self._residuals if self._residuals is not None and self._residuals.sends_codes else None
+
+    @property
+    def ahead(self) -> bool:
+        """Whether buckets are used as they arrive, in rounds with the compression that is in use."""
+        return self.sections and self._codes is None
 
     def _compression_of(self, buffer: GradientBuffer) -> str:
         return "none" if self._lossless and buffer.dtype != torch.bfloat16 else self._compression
@@ -147,7 +153,6 @@ class Reducer(Buckets):
         buffer, bucket = self._buckets[number]
         gradients, name = buffer.grad[bucket.start : bucket.end], f"{self._prefix}.{number}"
         compression = self._compression_of(buffer)
-        asks = self.ahead and self._sums_are_finite  # how large its gradients are
         with explained():
             self._pipeline.advance()
             reduction: Reduction
@@ -155,10 +160,7 @@ class Reducer(Buckets):
                 reduction = start_reduction(gradients, name, compression, self.scatters, scaling)
             else:
                 rest = self._elsewhere.pop(number, {}), self._pipeline.advance
-                reduction = self._codes.start(number, gradients, name, scaling, *rest, bounded=asks)
-        if asks and isinstance(reduction, CodedAllReduce):
-            square = reduction.largest().square()
-            self._sums_are_finite = sums_are_finite(square, compression, horovod().size(), buffer.dtype)
+                reduction = self._codes.start(number, gradients, name, scaling, *rest)
         self._in_flight[number] = reduction
         self._pipeline.add(reduction)
 
@@ -189,12 +191,10 @@ class Reducer(Buckets):
         scalings = [self._collect(number) for number in rest]
         if not self._sends_header:
             message_of(*self._buckets[_LAST], len(message)).copy_(message)
-        elif self._codes is None:
+        else:
             self._send_header(message)
         for number, scaling in zip(rest, scalings, strict=True):
             self._start(number, scaling)
-        if self._sends_header and self._codes is not None:  # the codes tell how large the gradients are
-            self._send_header(message)
 
     def pass_ends(self) -> None:
         """Called where user code may change gradients that it holds, and the round is in flight."""
@@ -204,8 +204,7 @@ class Reducer(Buckets):
 
     def _send_header(self, message: Tensor) -> None:
         present = [self._present[number] for number in range(len(self._buckets))]
-        safe = self._sums_are_finite and not (self._codes is not None and self._codes.may_be_large)
-        self._header = Header(self._name_of_message, message, present, sums_are_finite=safe)
+        self._header = Header(self._name_of_message, message, present, sums_are_finite=self._sums_are_finite)
 
     @property
     def _sends_header(self) -> bool:
@@ -260,7 +259,8 @@ class Reducer(Buckets):
             HorovodInternalError: another rank has ended, or is in another collective.
         """
         add = add or self._feedback is not None
-        header = self.header() if self._sends_header else None
+        if self._sends_header:
+            self.header()
         sums = []
         for number in self._in_flight:
             for start, end in self._arrivals(number):
@@ -270,7 +270,7 @@ class Reducer(Buckets):
             reduced = self._read(len(message), torch.stack(sums).mul(0).sum() if add else None)
         self._end_round()
         if self._feedback is not None and reduced.total is not None:
-            self._feedback.finish(reduced.total, were_large=header is not None and not header.sums_are_finite)
+            self._feedback.finish(reduced.total)
         return reduced
 
     def start_meeting(self, call: str) -> Callable[[], None]:

@@ -30,7 +30,6 @@ class CodedAllReduce:
         scaling: a factor for the gradients.
         elsewhere: 1-dimensional gradients of coded parameters whose values are not in the bucket yet.
         meanwhile: called before a piece is encoded; returns whether it has done something.
-        bounded: whether `largest` will be called: a pass over what this rank adds itself.
     """
 
     def __init__(
@@ -41,15 +40,11 @@ class CodedAllReduce:
         scaling: Scaling,
         elsewhere: Mapping[Tensor, Tensor] | None = None,
         meanwhile: Callable[[], bool] = lambda: False,
-        *,
-        bounded: bool = False,
     ) -> None:
         self._coded, self._name = coded, name
         self._gradients = gradients[: coded.elements]
         self._exact_views = [gradients[start:end] for start, end in coded.exact_spans]
         self._exact = torch.cat(self._exact_views).float()
-        # The largest magnitudes of what is not coded, before the sum replaces it.
-        self._largest = [_largest(self._exact)] if bounded else None
         factor = Scaling(scaling.factor, len(self._exact) - len(self._exact_views[-1]))
         self._exact_sum = AllReduce(self._exact, exact_name(name), "none", scaling=factor)
         self._clear_gaps()
@@ -88,8 +83,6 @@ class CodedAllReduce:
         if self._owed is not None:
             owed = self._owed[piece.start : piece.end] * coded.unit
             own = Own(owed.add_(own.scaled(len(owed))), own.rank, 1.0)
-        if self._largest is not None and len(own.gradients):
-            self._largest.append(_largest(own.gradients) * own.scale)
         return own
 
     def copy_own(self) -> None:
@@ -112,17 +105,6 @@ class CodedAllReduce:
                 return part
             self._gradients[start:end] = part
         return gradients
-
-    def largest(self) -> Tensor:
-        """Returns a bound of the magnitudes that this rank adds to the sums, 0-dim float32; NaN if one is."""
-        assert self._largest is not None, "not bounded"
-        coded, codec = self._coded, self._coded.codec
-        scales = [
-            largest_scale(codec, piece.codes[rows]) * (codec.levels + 0.5)
-            for piece in coded.pieces
-            for rows, _ in coded.sent(piece)
-        ]
-        return torch.stack([*self._largest, *scales]).amax()
 
     def _chained(
         self, piece: Piece, number: int, received: Started[Tensor], name: str
@@ -198,11 +180,6 @@ class CodedReduceScatter(CodedAllReduce):
 
     def _receive(self, piece: Piece, received: Tensor) -> None:
         self._gradients[self._coded.part_of(piece, self._coded.rank)] = received
-
-
-def _largest(values: Tensor) -> Tensor:
-    """Returns the largest magnitude, 0-dim float32; NaN if one is. In one pass, without memory of its own."""
-    return torch.stack(torch.aminmax(values)).abs().amax().float()
 
 
 def sum_of(reduction: Reduction, gradients: Tensor) -> Tensor:

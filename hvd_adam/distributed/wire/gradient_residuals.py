@@ -53,10 +53,7 @@ class GradientResiduals:
     Attributes:
         compression: the one in use.
         shard_multiple: the length of a shard of a bucket must be a multiple of it.
-        may_be_large: whether gradients have been so large that sums of residuals may overflow.
     """
-
-    may_be_large = False
 
     def __init__(
         self,
@@ -186,8 +183,6 @@ class GradientResiduals:
         scaling: Scaling,
         elsewhere: Mapping[Tensor, Tensor],
         meanwhile: Callable[[], bool],
-        *,
-        bounded: bool,
     ) -> AllReduce | CodedAllReduce:
         """Starts to add a bucket over all ranks, as codes; the arguments are those of `CodedAllReduce`."""
         coded = self._buckets[number]
@@ -195,7 +190,7 @@ class GradientResiduals:
             return AllReduce(gradients, exact_name(name), "none", scaling=scaling)
         coded.unit = self._unit_of_round()
         kind = CodedAllReduce if self._masters is None else CodedReduceScatter
-        return kind(gradients, name, coded, scaling, elsewhere, meanwhile, bounded=bounded)
+        return kind(gradients, name, coded, scaling, elsewhere, meanwhile)
 
     def add_waiting(self, p: Tensor, gradient: Tensor, factor: float) -> None:
         """Adds the residual of a parameter, if it has one, to its gradient, which is sent without codes.
@@ -216,18 +211,15 @@ class GradientResiduals:
             self._round_unit = self._unit()  # once a round: a GPU is waited for
         return self._round_unit
 
-    def finish(self, total: Tensor, *, were_large: bool = False) -> None:
+    def finish(self, total: Tensor) -> None:
         """Called after a round, on every rank.
 
         Args:
             total: finite if all elements of the gradients are; the same on all ranks.
-            were_large: whether gradients were so large that their sums might have been infinite.
         """
         self._round_unit = None
         if not total.isfinite():
             self.roll_back()
-        elif were_large:
-            self.may_be_large = True
 
     def take_back(self, number: int, p: Tensor, gradient: Tensor) -> None:
         """Called for a parameter that no rank has a gradient for: what has been sent for it is no gradient's.
