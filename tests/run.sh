@@ -20,7 +20,7 @@ lint-imports
 find . -path ./.venv -prune -o -name '*.sh' -print0 | xargs -0 shellcheck -x .ci/run
 codespell
 status=0
-# Three at a time, by file: launches (ranks, Slurm, lost hosts) leave cores idle.
-python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@" || status=$?
+# Two at a time, by file. Three take longer: ranks that wait under MPI take the cores from those that compute.
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@" || status=$?
 wait "$mypy" || { cat "$types" && exit 1; }
 exit "$status"
