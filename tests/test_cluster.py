@@ -326,8 +326,8 @@ def test_a_system_that_forbids_the_policy_is_left_as_it_is(monkeypatch):
 @pytest.mark.parametrize(
     ("environ", "cycle"),
     [
-        ({}, "0.2"),
-        ({"HOROVOD_SIZE": "2", "HOROVOD_LOCAL_SIZE": "2"}, "0.2"),
+        ({}, "0.1"),
+        ({"HOROVOD_SIZE": "2", "HOROVOD_LOCAL_SIZE": "2"}, "0.1"),
         (STORE | {"HOROVOD_SIZE": "2", "HOROVOD_LOCAL_SIZE": "2"}, "0.5"),
         (STORE | {"HOROVOD_SIZE": "4", "HOROVOD_LOCAL_SIZE": "2"}, "2"),
         (STORE | {"HOROVOD_SIZE": "2", "HOROVOD_LOCAL_SIZE": "2", "HOROVOD_ELASTIC": "1"}, "2"),

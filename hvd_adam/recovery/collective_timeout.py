@@ -50,7 +50,7 @@ def init(device: str = "auto", *, process_sets: bool = False, cycle_time_ms: flo
         process_sets: let some of the ranks exchange among themselves, for `distribute(islands=…)`; on every rank.
             Each cycle of Horovod then sends one more small message between all ranks.
         cycle_time_ms: milliseconds between two looks of Horovod for new collectives, in which the ranks exchange
-            small messages, above 0 and at most 1000; on every rank. None: 0.2 under MPI, 0.5 under Gloo on one
+            small messages, above 0 and at most 1000; on every rank. None: 0.1 under MPI, 0.5 under Gloo on one
             host, and 2 on several. HOROVOD_CYCLE_TIME in the environment has precedence. With `strategy="local"`,
             which makes collectives rarely, 10 sends less.
 
