@@ -135,7 +135,6 @@ class Reducer(Buckets):
         if self._feedback is not None and self._codes is None:  # of another compression before
             for i in range(bucket.first, bucket.last):
                 self._feedback.add_waiting(buffer.params[i], buffer.grad_view(i), scaling.factor)
-        if self._feedback is not None and not coded:
             square = self._square(number)
         if square is not None:
             compression = self._compression_of(buffer)
@@ -189,10 +188,12 @@ class Reducer(Buckets):
         """
         rest = [number for number in reversed(range(len(self._buckets))) if number not in self._in_flight]
         scalings = [self._collect(number) for number in rest]
-        if not self._sends_header:
-            message_of(*self._buckets[_LAST], len(message)).copy_(message)
+        if self._sends_header:
+            present = [self._present[number] for number in range(len(self._buckets))]
+            safe = self._sums_are_finite
+            self._header = Header(self._name_of_message, message, present, sums_are_finite=safe)
         else:
-            self._send_header(message)
+            message_of(*self._buckets[_LAST], len(message)).copy_(message)
         for number, scaling in zip(rest, scalings, strict=True):
             self._start(number, scaling)
 
@@ -202,15 +203,11 @@ class Reducer(Buckets):
             if isinstance(reduction, CodedAllReduce):
                 reduction.copy_own()
 
-    def _send_header(self, message: Tensor) -> None:
-        present = [self._present[number] for number in range(len(self._buckets))]
-        self._header = Header(self._name_of_message, message, present, sums_are_finite=self._sums_are_finite)
-
     @property
     def _sends_header(self) -> bool:
         """Whether the message has an all-reduce of its own. Otherwise it is part of one, also next to codes."""
         buffer, _ = self._buckets[_LAST]
-        return self.ahead or (self._codes is None and (self.scatters or self._compression_of(buffer) == "bf16"))
+        return self._codes is None and (self.sections or self.scatters or self._compression_of(buffer) == "bf16")
 
     @property
     def _name_of_message(self) -> str:
